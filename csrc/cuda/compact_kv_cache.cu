@@ -1,0 +1,261 @@
+// compact_kv_cache_: move the accepted tree rows behind the committed prefix, in every cache of every layer, in place.
+//
+// This kernel has been compiled for all architectures of the build, but it has not run on a GPU.
+//
+// Computes
+//   for every cache, request b and d < num_accepted[b]:  row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]
+//   and then, for every request:                         cache_lens[b] += num_accepted[b]
+//
+// Parallel plan
+//   Grid (column slices, caches, requests): one launch moves K and V of all layers. A cache row [heads, head_dim] is cut
+//   into columns of 16 bytes (8, 4, 2 or 1 where alignment demands it) and one thread owns one column of one request in
+//   one cache. It reads its column in all accepted rows into registers before it writes any of them. No other thread
+//   touches that column, so overlapping moves are safe in any order of accepted_nodes, without shared memory or a barrier
+//   between reading and writing. The lengths advance in a second, tiny launch on the same stream: a block of the first one
+//   may still have to read them.
+//
+// Memory
+//   Reads and writes moved_rows * row_bytes per cache; a row that is already in place (the root always) is not touched.
+//
+// Numerics
+//   Bytes are copied; the element type is irrelevant.
+//
+// Source
+//   The commit step of tree speculative decoding; Sequoia (arXiv 2402.12374) gathers into a copy instead.
+
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace sequoia {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kMaxLevels = 64;
+
+// One cache as the kernel sees it: a row of the table [num_caches, 7] int64. All strides are in bytes.
+struct CacheEntry {
+    std::int64_t base;         // device address of element [0, 0, 0, 0]
+    std::int64_t stride_outer; // between requests, or between pages when there is a block table
+    std::int64_t stride_slot;
+    std::int64_t stride_head;
+    std::int64_t num_heads;
+    std::int64_t head_bytes;   // head_dim * itemsize, contiguous
+    std::int64_t extent;       // slots of one request, or number of pages when there is a block table
+};
+static_assert(sizeof(CacheEntry) == 7 * sizeof(std::int64_t), "the table is read as packed int64 rows");
+
+// Everything that is the same for all caches; passed by value.
+struct Request {
+    const std::int32_t* accepted_nodes; // [batch, num_levels] int32
+    const std::int32_t* num_accepted;   // [batch] int32
+    const std::int32_t* cache_lens;     // [batch] int32
+    const std::int32_t* block_table;    // [batch, max_pages] int32, or null
+    std::int64_t stride_nodes_request;  // strides of the four tensors above, in elements
+    std::int64_t stride_nodes_level;
+    std::int64_t stride_num_accepted;
+    std::int64_t stride_cache_lens;
+    std::int64_t stride_table_request;
+    std::int64_t stride_table_page;
+    std::int64_t page_size;             // this and max_pages are unused without a block table
+    std::int64_t max_pages;
+    int num_levels;
+};
+
+// Byte offset of a slot's row from the cache's base.
+__device__ std::int64_t row_offset(const CacheEntry& cache, const Request& request, int b, std::int64_t slot) {
+    // Compiled in release builds too: an index outside the cache must end in an error, not in somebody else's memory.
+    assert(slot >= 0);
+    if (request.block_table == nullptr) {
+        assert(slot < cache.extent);
+        return b * cache.stride_outer + slot * cache.stride_slot;
+    }
+    const std::int64_t table_column = slot / request.page_size;
+    assert(table_column < request.max_pages);
+    const std::int64_t page =
+        request.block_table[b * request.stride_table_request + table_column * request.stride_table_page];
+    assert(page >= 0 && page < cache.extent);
+    return page * cache.stride_outer + (slot - table_column * request.page_size) * cache.stride_slot;
+}
+
+// Moves the columns of one slice. source and target: byte offsets of the rows, equal where nothing is to be moved.
+template <typename Column, int MAX_ROWS>
+__device__ void move_columns(
+    const CacheEntry& cache,
+    const std::int64_t* source, // [num_rows] shared
+    const std::int64_t* target, // [num_rows] shared
+    int num_rows) {
+    const std::int64_t columns_per_head = cache.head_bytes / static_cast<std::int64_t>(sizeof(Column));
+    const std::int64_t num_columns = columns_per_head * cache.num_heads;
+    const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+    for (std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; column < num_columns;
+         column += step) {
+        const std::int64_t head = column / columns_per_head;
+        char* const start = reinterpret_cast<char*>(cache.base) + head * cache.stride_head +
+                            (column - head * columns_per_head) * static_cast<std::int64_t>(sizeof(Column));
+        Column rows[MAX_ROWS]; // stays in registers: both loops are unrolled
+#pragma unroll
+        for (int d = 0; d < MAX_ROWS; ++d) {
+            if (d < num_rows && source[d] != target[d]) {
+                rows[d] = *reinterpret_cast<const Column*>(start + source[d]);
+            }
+        }
+#pragma unroll
+        for (int d = 0; d < MAX_ROWS; ++d) {
+            if (d < num_rows && source[d] != target[d]) {
+                *reinterpret_cast<Column*>(start + target[d]) = rows[d];
+            }
+        }
+    }
+}
+
+// Grid (slices, num_caches, batch), kThreads threads. MAX_ROWS >= request.num_levels.
+template <int MAX_ROWS>
+__global__ void __launch_bounds__(kThreads) compact_kv_cache_kernel(
+    const CacheEntry* __restrict__ caches, // [num_caches]
+    const Request request) {
+    __shared__ std::int64_t source[MAX_ROWS];
+    __shared__ std::int64_t target[MAX_ROWS];
+    const int b = static_cast<int>(blockIdx.z);
+    const CacheEntry cache = caches[blockIdx.y];
+    const int num_rows = request.num_accepted[b * request.stride_num_accepted];
+    const std::int64_t cache_len = request.cache_lens[b * request.stride_cache_lens];
+    assert(num_rows >= 0 && num_rows <= request.num_levels);
+
+    bool moves = false;
+    for (int d = static_cast<int>(threadIdx.x); d < num_rows; d += kThreads) {
+        const std::int64_t node =
+            request.accepted_nodes[b * request.stride_nodes_request + d * request.stride_nodes_level];
+        source[d] = row_offset(cache, request, b, cache_len + node);
+        target[d] = row_offset(cache, request, b, cache_len + d);
+        assert(node >= 0); // -1 marks the end of a path and must not lie before it
+        moves = moves || node != d;
+    }
+    // A barrier as well as a vote: the offsets are read by every thread below.
+    if (!__syncthreads_or(moves)) {
+        return;
+    }
+
+    // The widest column that divides every address. Registers hold MAX_ROWS columns a thread, so 64 rows take 8 bytes.
+    const std::int64_t bits =
+        cache.base | cache.stride_outer | cache.stride_slot | cache.stride_head | cache.head_bytes;
+    if constexpr (MAX_ROWS <= 32) {
+        if (bits % 16 == 0) {
+            move_columns<uint4, MAX_ROWS>(cache, source, target, num_rows);
+            return;
+        }
+    }
+    if (bits % 8 == 0) {
+        move_columns<uint2, MAX_ROWS>(cache, source, target, num_rows);
+    } else if (bits % 4 == 0) {
+        move_columns<std::uint32_t, MAX_ROWS>(cache, source, target, num_rows);
+    } else if (bits % 2 == 0) {
+        move_columns<std::uint16_t, MAX_ROWS>(cache, source, target, num_rows);
+    } else {
+        move_columns<std::uint8_t, MAX_ROWS>(cache, source, target, num_rows);
+    }
+}
+
+__global__ void advance_cache_lens_kernel(
+    std::int32_t* cache_lens,         // [batch] int32
+    const std::int32_t* num_accepted, // [batch] int32
+    int batch_size,
+    std::int64_t stride_cache_lens,
+    std::int64_t stride_num_accepted) {
+    const int b = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    if (b < batch_size) {
+        cache_lens[b * stride_cache_lens] += num_accepted[b * stride_num_accepted];
+    }
+}
+
+void require(bool condition, const std::string& message) {
+    if (!condition) {
+        throw std::invalid_argument("compact_kv_cache: " + message);
+    }
+}
+
+}  // namespace
+
+// Shapes and strides as in CacheEntry and Request; addresses and the stream as integers. max_row_bytes is the largest
+// num_heads * head_bytes of the table: it sizes the grid, and any positive value gives the same result.
+void launch_compact_kv_cache(
+    int device,
+    std::int64_t stream,
+    std::int64_t cache_table,
+    std::int64_t num_caches,
+    std::int64_t max_row_bytes,
+    std::int64_t accepted_nodes,
+    std::int64_t stride_nodes_request,
+    std::int64_t stride_nodes_level,
+    std::int64_t num_levels,
+    std::int64_t num_accepted,
+    std::int64_t stride_num_accepted,
+    std::int64_t cache_lens,
+    std::int64_t stride_cache_lens,
+    std::int64_t batch_size,
+    std::int64_t block_table,
+    std::int64_t stride_table_request,
+    std::int64_t stride_table_page,
+    std::int64_t page_size,
+    std::int64_t max_pages) {
+    require(num_levels >= 1 && num_levels <= kMaxLevels,
+            "num_levels must be in [1, 64], got " + std::to_string(num_levels));
+    require(num_caches >= 0 && num_caches <= 65535, "num_caches must be in [0, 65535], got " + std::to_string(num_caches));
+    require(batch_size >= 0 && batch_size <= 65535, "batch_size must be in [0, 65535], got " + std::to_string(batch_size));
+    require(block_table == 0 || page_size >= 1, "page_size must be at least 1, got " + std::to_string(page_size));
+    if (batch_size == 0) {
+        return;
+    }
+    const DeviceGuard guard(device, "compact_kv_cache");
+    const cudaStream_t cuda_stream = as_stream(stream);
+
+    if (num_caches > 0 && max_row_bytes > 0) {
+        Request request{};
+        request.accepted_nodes = as_pointer<const std::int32_t>(accepted_nodes);
+        request.num_accepted = as_pointer<const std::int32_t>(num_accepted);
+        request.cache_lens = as_pointer<const std::int32_t>(cache_lens);
+        request.block_table = as_pointer<const std::int32_t>(block_table);
+        request.stride_nodes_request = stride_nodes_request;
+        request.stride_nodes_level = stride_nodes_level;
+        request.stride_num_accepted = stride_num_accepted;
+        request.stride_cache_lens = stride_cache_lens;
+        request.stride_table_request = stride_table_request;
+        request.stride_table_page = stride_table_page;
+        request.page_size = page_size;
+        request.max_pages = max_pages;
+        request.num_levels = static_cast<int>(num_levels);
+
+        // One column a thread at the usual width; the kernel strides over what a narrower column leaves.
+        const std::int64_t column_bytes = num_levels <= 32 ? 16 : 8;
+        const std::int64_t slice_bytes = column_bytes * kThreads;
+        const std::int64_t num_slices = std::min<std::int64_t>((max_row_bytes + slice_bytes - 1) / slice_bytes, 65535);
+        const dim3 grid(static_cast<unsigned>(num_slices), static_cast<unsigned>(num_caches),
+                        static_cast<unsigned>(batch_size));
+        const CacheEntry* const caches = as_pointer<const CacheEntry>(cache_table);
+        if (num_levels <= 8) {
+            compact_kv_cache_kernel<8><<<grid, kThreads, 0, cuda_stream>>>(caches, request);
+        } else if (num_levels <= 16) {
+            compact_kv_cache_kernel<16><<<grid, kThreads, 0, cuda_stream>>>(caches, request);
+        } else if (num_levels <= 32) {
+            compact_kv_cache_kernel<32><<<grid, kThreads, 0, cuda_stream>>>(caches, request);
+        } else {
+            compact_kv_cache_kernel<64><<<grid, kThreads, 0, cuda_stream>>>(caches, request);
+        }
+        check_launch("compact_kv_cache_kernel");
+    }
+
+    const int blocks = static_cast<int>((batch_size + kThreads - 1) / kThreads);
+    advance_cache_lens_kernel<<<blocks, kThreads, 0, cuda_stream>>>(
+        as_pointer<std::int32_t>(cache_lens), as_pointer<const std::int32_t>(num_accepted),
+        static_cast<int>(batch_size), stride_cache_lens, stride_num_accepted);
+    check_launch("advance_cache_lens_kernel");
+}
+
+}  // namespace sequoia

@@ -60,8 +60,8 @@ def philox4x32(
     """Compute Philox4x32-10 blocks in int64 arithmetic, on any device.
 
     Args:
-        counter: the four counter words, int64 tensors that broadcast against each other and the key. Values in [0, 2**32).
-        key: the two key words, int64 tensors. Values in [0, 2**32).
+        counter: the four counter words, int64 tensors that broadcast against each other and the key. In [0, 2**32).
+        key: the two key words, int64 tensors. In [0, 2**32).
 
     Returns:
         The four output words, int64 tensors of the broadcast shape. Values in [0, 2**32).

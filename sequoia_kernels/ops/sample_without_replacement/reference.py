@@ -1,0 +1,50 @@
+"""Draw tokens without replacement from each row's softmax: the specification, in plain torch.
+
+Computes: key(x) = logit(x) / T + gumbel(x), with independent standard Gumbel noise for every token; the tokens with the
+    k largest keys, in falling order, are k draws without replacement from softmax(logit / T) in draw order.
+Numerics: float32, or float64 for float64 logits (the noise stays float32). Only logits are compared, never probability
+    mass that is left over, so no draw runs out by cancellation however peaked the row is.
+Source: the Gumbel-top-k construction (Kool, van Hoof, Welling 2019, arXiv 1903.06059, section 2.3; Vieira 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sequoia_kernels.rng import DRAFT_TAG, token_gumbel
+from sequoia_kernels.warping import compute_dtype
+
+__all__ = ["sample_rows"]
+
+
+def sample_rows(
+    logits: torch.Tensor,  # [R, vocab]
+    num_samples: int,
+    temperature: torch.Tensor,  # [R]
+    seeds: torch.Tensor,  # [R]
+    offsets: torch.Tensor,  # [R]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (tokens [R, num_samples] int64, log_normaliser [R]).
+
+    A row at temperature 0 takes its largest logits. Keys that tie are taken by rising token id. A row with fewer finite
+    keys than samples ends in -1.
+    """
+    num_rows, vocab = logits.shape
+    logits = logits.to(compute_dtype(logits.dtype))
+    greedy = (temperature == 0)[:, None]
+    scale = torch.where(temperature == 0, 1.0, temperature).to(logits.dtype)[:, None]
+    scaled = logits / scale
+    noise = token_gumbel(seeds, offsets, vocab, DRAFT_TAG).to(logits.dtype)
+    keys = torch.where(greedy, logits, scaled + noise)
+
+    num_drawn = min(num_samples, vocab)
+    # A stable sort keeps equal keys in token order, which topk does not promise.
+    best = keys.sort(dim=-1, descending=True, stable=True)
+    drawn = best.indices[:, :num_drawn].masked_fill(best.values[:, :num_drawn] == -torch.inf, -1)
+    tokens = torch.full((num_rows, num_samples), -1, dtype=torch.int64, device=logits.device)
+    tokens[:, :num_drawn] = drawn
+
+    peak = logits.amax(dim=-1, keepdim=True)
+    log_mass = torch.exp((logits - peak) / scale).sum(dim=-1, keepdim=True).log()
+    log_normaliser = torch.where(greedy, peak, peak / scale + log_mass)
+    return tokens, log_normaliser[:, 0]

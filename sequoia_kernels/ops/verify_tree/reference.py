@@ -1,0 +1,185 @@
+"""Decide which path of a drafted token tree the target accepts: the specification, in plain torch.
+
+Computes, at one node whose children x_1 .. x_k were drawn in this order from the draft without replacement:
+    residual_1 = target, draft_1 = draft, and for i = 1 .. k
+        accept x_i with probability min(1, residual_i(x_i) / draft_i(x_i)); once rejected,
+        residual_{i+1} = normalise(max(residual_i - draft_i, 0)),
+        draft_{i+1} = normalise(draft_i without x_i);
+    when every child is rejected, the next token is drawn from residual_{k+1}. Either way the token that is emitted is
+    distributed as the target, so a path from the root gives the target's distribution of the whole sequence.
+Order: `node_decisions` gives those numbers without any randomness; `verify_paths` compares them with the coins and walks
+    all requests down their trees together, one level at a time.
+Numerics: float32, or float64 where either of the logits is. draft_i is the softmax of the logits that are left, not a
+    division by leftover mass, so it is exact also where the first token holds all mass that float32 can see.
+Source: Sequoia (arXiv 2402.12374), algorithm 2. Deviations: coins are compared strictly, so that a token of probability
+    0 is never accepted; the corners below, which exact arithmetic never reaches, are named and defined.
+
+Corners:
+    Not a draw: a child with draft_i(x_i) = 0 (token -1, a token outside the vocabulary, a repeat of an earlier sibling,
+        a token that the draft masks) cannot have been drawn. It is passed over as if it were not there: never accepted,
+        and neither distribution changes.
+    Empty residual: target and draft agree up to rounding, and max(residual_i - draft_i, 0) is 0 everywhere. The next
+        residual is the target without the tokens drawn so far; where the target has no mass there, it is the target
+        itself. So no branch divides by zero, and none can emit a token that the target gives probability 0.
+    Empty draft: all tokens that the draft can give were drawn. draft_{k+1} is 0; no further child can be a draw.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
+from sequoia_kernels.warping import compute_dtype, warped_probs
+
+__all__ = ["NodeDecisions", "node_decisions", "verify_paths"]
+
+
+class NodeDecisions(NamedTuple):
+    """What happens at a node, for R nodes with up to K children each.
+
+    Attributes:
+        residual_at_child: residual_i(x_i), the residual's probability of each child once its earlier siblings were
+            rejected; 0 where the child cannot be a draw. [R, K].
+        draft_at_child: draft_i(x_i), the probability with which the draft gave it then. [R, K].
+        residual: the distribution of the next token once every child was rejected. [R, vocab].
+    """
+
+    residual_at_child: torch.Tensor
+    draft_at_child: torch.Tensor
+    residual: torch.Tensor
+
+    def acceptance(self) -> torch.Tensor:
+        """Return the probability of accepting each child once its earlier siblings were rejected. [R, K]."""
+        drawable = self.draft_at_child > 0
+        ratio = self.residual_at_child / torch.where(drawable, self.draft_at_child, 1)
+        return torch.where(drawable, ratio.clamp(max=1), 0)
+
+
+def node_decisions(
+    target_probs: torch.Tensor,  # [R, vocab]
+    draft_logits: torch.Tensor,  # [R, vocab]
+    children: torch.Tensor,  # [R, K] int64 tokens in draw order, -1 for none
+    temperature: torch.Tensor,  # [R]
+) -> NodeDecisions:
+    """Return the exact decision probabilities at R nodes; nothing here is random.
+
+    At temperature 0 the draft proposes each child with certainty, which makes the greedy rule (accept the target's
+    largest logit) a case of the general one.
+    """
+    dtype = target_probs.dtype
+    greedy = (temperature == 0)[:, None]
+    scale = torch.where(temperature == 0, 1.0, temperature).to(dtype)[:, None]
+    vocab_ids = torch.arange(target_probs.shape[1], device=target_probs.device)
+    draft_logits = draft_logits.to(dtype)
+    # Only differences to the row's peak are divided by T: logit / T itself is too coarse at small temperatures.
+    scaled = (draft_logits - _finite_peak(draft_logits)) / scale
+
+    residual = target_probs
+    drawn = torch.zeros_like(target_probs, dtype=torch.bool)
+    residual_at_child = torch.zeros(children.shape, dtype=dtype, device=children.device)
+    draft_at_child = torch.zeros_like(residual_at_child)
+    for rank in range(children.shape[1]):
+        is_child = children[:, rank, None] == vocab_ids  # [R, vocab], at most one per row
+        draft = torch.where(greedy, is_child.to(dtype), _softmax(scaled.masked_fill(drawn, -torch.inf)))
+        draft_of_child = draft.masked_fill(~is_child, 0).sum(dim=-1)
+        is_draw = draft_of_child > 0
+        draft_at_child[:, rank] = draft_of_child
+        residual_at_child[:, rank] = residual.masked_fill(~(is_child & is_draw[:, None]), 0).sum(dim=-1)
+        drawn = drawn | (is_child & is_draw[:, None])
+        rejected = _residual_after_rejection(residual, draft, target_probs, drawn)
+        residual = torch.where(is_draw[:, None], rejected, residual)
+    return NodeDecisions(residual_at_child, draft_at_child, residual)
+
+
+def verify_paths(
+    tokens: torch.Tensor,  # [B, N] int64
+    target_logits: torch.Tensor,  # [B, N, vocab]
+    draft_logits: torch.Tensor | None,  # [B, N, vocab], rows of leaves are never read
+    first_child: torch.Tensor,  # [N] int32
+    num_children: torch.Tensor,  # [N] int32
+    num_levels: int,
+    max_branching: int,
+    temperature: torch.Tensor,  # [B]
+    seeds: torch.Tensor,  # [B] int64
+    offsets: torch.Tensor,  # [B] int64
+    top_k: torch.Tensor | None,  # [B]
+    top_p: torch.Tensor | None,  # [B]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (nodes [B, num_levels] int32, num_accepted [B] int32, next_token [B] int64)."""
+    batch_size, num_nodes, vocab = target_logits.shape
+    device = tokens.device
+    draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
+    dtype = compute_dtype(target_logits.dtype, draft_dtype)
+    requests = torch.arange(batch_size, device=device)
+    first_child, num_children = first_child.long(), num_children.long()
+    coins = node_coins(seeds, offsets, num_nodes).to(dtype)
+
+    nodes = torch.full((batch_size, num_levels), -1, dtype=torch.int32, device=device)
+    nodes[:, 0] = 0
+    current = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    walking = torch.ones(batch_size, dtype=torch.bool, device=device)
+    residual = torch.zeros(batch_size, vocab, dtype=dtype, device=device)
+    for level in range(num_levels):
+        # The children of every request's node, padded to as many as the widest has. Reading that number is free on a
+        # CPU and would make a GPU wait, so there the widest node of the tree stands in for it.
+        width = int(num_children[current].max()) if device.type == "cpu" else max_branching
+        ranks = torch.arange(width, device=device)
+        is_child = ranks < num_children[current, None]
+        child_nodes = torch.where(is_child, first_child[current, None] + ranks, 0)
+        children = tokens.gather(1, child_nodes).masked_fill(~is_child, -1)
+
+        target_probs = warped_probs(target_logits[requests, current].to(dtype), temperature, top_k, top_p)
+        if width > 0 and draft_logits is not None:
+            leaf = (num_children[current] == 0)[:, None]
+            node_draft = draft_logits[requests, current].masked_fill(leaf, 0)
+        else:
+            node_draft = torch.zeros_like(target_probs)
+        decisions = node_decisions(target_probs, node_draft, children, temperature)
+
+        accepted = coins.gather(1, child_nodes) * decisions.draft_at_child < decisions.residual_at_child
+        any_accepted = accepted.any(dim=1)
+        stops = walking & ~any_accepted
+        residual = torch.where(stops[:, None], decisions.residual, residual)
+        walking = walking & any_accepted
+        if level + 1 < num_levels:
+            # argmax gives the first accepted child; the index is unused where there is none
+            first = accepted.to(torch.int32).argmax(dim=1, keepdim=True)
+            current = torch.where(walking, child_nodes.gather(1, first)[:, 0], current)
+            nodes[:, level + 1] = torch.where(walking, current, -1)
+        if device.type == "cpu" and not bool(walking.any()):
+            break
+
+    noise = token_gumbel(seeds, offsets, vocab, RESIDUAL_TAG).to(dtype)
+    next_token = (residual.log() + noise).argmax(dim=-1)
+    num_accepted = (nodes >= 0).sum(dim=1, dtype=torch.int32)
+    return nodes, num_accepted, next_token
+
+
+def _residual_after_rejection(
+    residual: torch.Tensor, draft: torch.Tensor, target_probs: torch.Tensor, drawn: torch.Tensor
+) -> torch.Tensor:
+    """normalise(max(residual - draft, 0)), with the corner of an empty residual. All [R, vocab]."""
+    left = (residual - draft).clamp(min=0).masked_fill(drawn, 0)
+    left_mass = left.sum(dim=-1, keepdim=True)
+    undrawn_target = target_probs.masked_fill(drawn, 0)
+    undrawn_mass = undrawn_target.sum(dim=-1, keepdim=True)
+    empty_residual = torch.where(undrawn_mass > 0, undrawn_target / _nonzero(undrawn_mass), target_probs)
+    return torch.where(left_mass > 0, left / _nonzero(left_mass), empty_residual)
+
+
+def _softmax(scaled_logits: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension that gives zeros, not NaN, for a row of all -inf."""
+    weights = torch.exp(scaled_logits - _finite_peak(scaled_logits))
+    return weights / _nonzero(weights.sum(dim=-1, keepdim=True))
+
+
+def _finite_peak(logits: torch.Tensor) -> torch.Tensor:
+    peak = logits.amax(dim=-1, keepdim=True)
+    return torch.where(peak == -torch.inf, 0, peak)
+
+
+def _nonzero(mass: torch.Tensor) -> torch.Tensor:
+    """The mass as a divisor: 1 where it is 0, since the quotient is not used there."""
+    return torch.where(mass > 0, mass, 1)

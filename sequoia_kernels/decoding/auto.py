@@ -1,0 +1,68 @@
+"""tree="auto": measure what is not known yet, then take the planner's pick."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sequoia_kernels.decoding.arguments import GenerationArguments
+from sequoia_kernels.decoding.stats import GenerateStats
+from sequoia_kernels.measure import measure_profile
+from sequoia_kernels.models import TreeModel
+from sequoia_kernels.planner import AcceptanceEstimate, HardwareProfile, TreePlan, estimate_acceptance, plan_tree
+from sequoia_kernels.tree import TokenTree
+
+logger = logging.getLogger("sequoia_kernels")
+
+# Wide enough to see a fifth child and deep enough to be accepted often: the optimal tree of 24 nodes for a middling pair.
+PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 13, 13, 14, 18, 18, 21])
+PROBE_TOKENS = 64
+
+_known: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def choose_tree(
+    target: TreeModel,
+    draft: TreeModel,
+    arguments: GenerationArguments,
+    *,
+    acceptance: AcceptanceEstimate | Sequence[float] | None,
+    profile: HardwareProfile | None,
+    probe: Callable[[TokenTree], GenerateStats],
+) -> TreePlan:
+    """Plan a tree for these models, requests and machine.
+
+    Args:
+        target: the target.
+        draft: the draft.
+        arguments: the call's checked arguments.
+        acceptance: acceptance vector; None estimates it by generating from the call's own prompts with `PROBE_TREE`.
+        profile: hardware profile; None measures the two models on their device.
+        probe: generates with a tree and gives the statistics.
+
+    Returns:
+        The plan. What was measured is kept for as long as the target lives, for the same draft, batch size and
+        sampling settings.
+    """
+    context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
+    memory = _known.setdefault(target.model, {})
+    if profile is None:
+        key = ("profile", id(draft.model), arguments.batch_size, context_len.bit_length())
+        if key not in memory:
+            logger.info("tree='auto': measuring the models' forward times, once; pass profile= to skip this")
+            memory[key] = measure_profile(
+                target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True
+            )
+        profile = memory[key]
+    if acceptance is None:
+        settings = (arguments.temperature, arguments.top_k, arguments.top_p)
+        key = ("acceptance", id(draft.model), repr(settings))
+        if key not in memory:
+            logger.info("tree='auto': estimating the acceptance vector, once; pass acceptance= to skip this")
+            memory[key] = estimate_acceptance(probe(PROBE_TREE))
+        acceptance = memory[key]
+    plan = plan_tree(acceptance, profile, context_len=context_len, batch_size=arguments.batch_size)
+    logger.info("tree='auto': %s", plan.describe())
+    return plan

@@ -1,0 +1,318 @@
+"""The decoding loop: prefill, then draft -> verify -> commit until every request has ended."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from sequoia_kernels.decoding.arguments import check_arguments
+from sequoia_kernels.decoding.auto import PROBE_TOKENS, choose_tree
+from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
+from sequoia_kernels.decoding.cuda_graphs import GraphedSteps, HostCopy
+from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
+from sequoia_kernels.decoding.layout import TreeLayout
+from sequoia_kernels.decoding.prefill import prefill_prompts
+from sequoia_kernels.decoding.request import Request, StopStrings
+from sequoia_kernels.decoding.state import DecodingState
+from sequoia_kernels.decoding.stats import GenerateStats, StageClock
+from sequoia_kernels.decoding.verify import verify_tokens
+from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.ops import CacheTable
+from sequoia_kernels.planner import AcceptanceEstimate, HardwareProfile, TreePlan
+from sequoia_kernels.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns.
+
+    Attributes:
+        sequences: prompts as given with the new tokens behind them, padded on the right. [B, prompt width + longest] int64.
+        stats: counts and times.
+        new_tokens: the new tokens of each request, without padding.
+        finish_reasons: why each request ended: "eos", "length", "stop_string" or "cache_full".
+    """
+
+    sequences: torch.Tensor
+    stats: GenerateStats
+    new_tokens: list[list[int]]
+    finish_reasons: list[str]
+
+
+class DecodingEngine:
+    """Two models, their caches and the state of one batch; `step` is one speculative step on static buffers."""
+
+    def __init__(
+        self,
+        target: TreeModel,
+        draft: TreeModel | None,
+        state: DecodingState,
+        max_cache_len: int,
+        backend: str = "auto",
+        clock: StageClock | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        batch_size = state.cache_lens.shape[0]
+        self.target, self.draft, self.state, self.backend = target, draft, state, backend
+        self.clock = clock or StageClock(enabled=False)
+        self.target_cache = target.new_cache(batch_size, max_cache_len)
+        self.draft_cache = draft.new_cache(batch_size, max_cache_len) if draft is not None else None
+        tensors = list(self.target_cache.tensors())
+        if self.draft_cache is not None:
+            tensors += self.draft_cache.tensors()
+        self.cache_table = CacheTable(tensors)
+        self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
+        on_cuda = target.device.type == "cuda"
+        self._graphed = GraphedSteps(self._run_step, state) if on_cuda and cuda_graphs else None
+
+    def prefill(self, prompts: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
+        """Commit the prompts and return each request's first token. [B] int64."""
+        with self.clock.stage("prefill"):
+            return prefill_prompts(
+                self.target,
+                self.draft,
+                self.target_cache,
+                self.draft_cache,
+                prompts,
+                prompt_lens,
+                self.state,
+                self.backend,
+            )
+
+    def step(self, tree: TokenTree) -> EmittedTokens:
+        """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
+        self._prepare(tree)  # allocates, so it must not be captured
+        return self._graphed.step(tree) if self._graphed is not None else self._run_step(tree)
+
+    def _run_step(self, tree: TokenTree) -> EmittedTokens:
+        layout, buffers = self._prepare(tree)
+        if self.draft is not None and self.draft_cache is not None:
+            grow_tree(self.draft, self.draft_cache, layout, self.state, buffers, self.clock, self.backend)
+        else:
+            buffers.tokens[:, 0].copy_(self.state.root_tokens)
+        path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
+        return commit_path(path, layout, self.state, buffers, self.cache_table, self.clock, self.backend)
+
+    def end_request(self, index: int) -> None:
+        """Stop committing for a request; its lane goes on with a cache of one row."""
+        self.state.active[index] = 0
+        self.state.cache_lens[index] = 1
+
+    def _prepare(self, tree: TokenTree) -> tuple[TreeLayout, TokenBuffers]:
+        if tree not in self._prepared:
+            layout = TreeLayout.build(tree, self.target.device)
+            batch_size = self.state.cache_lens.shape[0]
+            self._prepared[tree] = layout, TokenBuffers.allocate(layout, batch_size, self.target, self.draft)
+        return self._prepared[tree]
+
+
+@torch.inference_mode()
+def generate(
+    target: Any,
+    draft: Any | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    tree: TokenTree | TreePlan | str = "auto",
+    max_new_tokens: int = 128,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] | None = None,
+    top_p: float | Sequence[float] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int | Sequence[int] = 0,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any | None = None,
+    streamer: Any | None = None,
+    max_cache_len: int | None = None,
+    acceptance: AcceptanceEstimate | Sequence[float] | None = None,
+    profile: HardwareProfile | None = None,
+    backend: str = "auto",
+    cuda_graphs: bool = True,
+) -> GenerateOutput:
+    """Generate with tree speculative decoding, with exactly the target's distribution.
+
+    Args:
+        target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
+        draft: a smaller model of the same vocabulary that proposes the tree; None decodes one token a step.
+        input_ids: prompts. [B, L] int64, on the target's device.
+        attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L].
+        tree: a `TokenTree`, a `TreePlan`, or "auto": the planner's pick for this machine, these models and these
+            sampling settings. "auto" measures what it is not given (`profile`, `acceptance`), once a process for a pair.
+        max_new_tokens: tokens to emit for each request, at most.
+        temperature: 0 is greedy; one value, or one for each request.
+        top_k: keep the k most probable tokens; None or 0 is off.
+        top_p: keep the smallest set of tokens with this probability, in (0, 1]; None is off.
+        eos_token_id: ids that end a request; None takes the target's own, an empty list none at all.
+        pad_token_id: fills `sequences` behind shorter requests; None takes the target's pad or first EOS id, or 0.
+        seed: one integer (requests get seeds mixed from it), or one for each request.
+        stop_strings: strings that end a request with the token that completes them; needs `tokenizer`.
+        tokenizer: decodes the generated tokens for `stop_strings`.
+        streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; one request only.
+        max_cache_len: rows of the caches; None takes what the request needs, within the models' positions. A request
+            that fills the cache ends with "cache_full".
+        acceptance: acceptance vector for tree="auto".
+        profile: hardware profile for tree="auto".
+        backend: backend of the ops.
+        cuda_graphs: on CUDA, capture each step once and replay it; models that cannot be captured fall back with one
+            logged reason.
+
+    Returns:
+        `GenerateOutput` with sequences, statistics, new tokens and finish reasons.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, range or device, or the models do not make a pair.
+        UnsupportedModelError: a model cannot decode trees; the message says why.
+
+    Notes:
+        Inputs are not mutated. With equal seeds the output is reproducible on one device and tree; at temperature 0 it
+        equals the target's greedy output up to floating-point ties. A request's tokens depend on its own seed, not on
+        the batch around it, up to floating-point differences between batch shapes.
+
+    Source:
+        Sequoia (arXiv 2402.12374), sections 3 and 4, algorithm 1.
+
+    Example:
+        >>> from sequoia_kernels.demo import load_demo_pair
+        >>> pair = load_demo_pair()
+        >>> prompt = pair.tokenizer("def main(", return_tensors="pt").input_ids
+        >>> output = generate(pair.target, pair.draft, prompt, tree=TokenTree([-1, 0, 0, 1]), max_new_tokens=8)
+        >>> output.sequences.shape[1] - prompt.shape[1]
+        8
+    """
+    started = time.perf_counter()
+    target = adapt(target)
+    draft = adapt(draft) if draft is not None else None
+    arguments = check_arguments(
+        target, draft, input_ids, attention_mask,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id, seed=seed, stop_strings=stop_strings, tokenizer=tokenizer, streamer=streamer,
+        max_cache_len=max_cache_len, tree=tree,
+    )  # fmt: skip
+    if draft is None:
+        tree = TokenTree.single()
+    elif tree == "auto":
+        # the probe is this function with a fixed tree, a few tokens and no way to end early
+        tree = choose_tree(
+            target, draft, arguments, acceptance=acceptance, profile=profile,
+            probe=lambda probe_tree: generate(
+                target, draft, input_ids, attention_mask, tree=probe_tree, max_new_tokens=PROBE_TOKENS,
+                temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=(), seed=seed,
+                max_cache_len=max_cache_len, backend=backend, cuda_graphs=cuda_graphs,
+            ).stats,
+        )  # fmt: skip
+    token_tree = tree.tree if isinstance(tree, TreePlan) else tree
+
+    device = target.device
+    synchronous = device.type == "cpu"
+    clock = StageClock(enabled=synchronous)
+    state = DecodingState.create(
+        arguments.batch_size, device, seeds=arguments.seeds, temperature=arguments.temperature,
+        top_k=arguments.top_k, top_p=arguments.top_p,
+    )  # fmt: skip
+    capacity = arguments.cache_capacity(token_tree)
+    engine = DecodingEngine(target, draft if token_tree.num_nodes > 1 else None, state, capacity, backend, clock, cuda_graphs)
+    stops = StopStrings(arguments.stop_strings, tokenizer) if arguments.stop_strings else None
+    requests = [
+        Request(length, max_new_tokens, arguments.eos_token_ids, stops) for length in arguments.prompt_lens
+    ]
+    stats = GenerateStats(tree=token_tree, request_steps=[0] * arguments.batch_size)
+
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    first_tokens = engine.prefill(arguments.prompts.to(device), torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device))
+    decode_started = time.perf_counter()
+    for index, token in enumerate(first_tokens.tolist()):
+        _take(engine, requests, index, [token], streamer)
+
+    # Steps in flight, oldest first. On an asynchronous device the host reads a step's tokens while the next one runs.
+    in_flight: deque[_Launched] = deque()
+    lag = 0 if synchronous else 1
+    while in_flight or any(request.finish_reason is None for request in requests):
+        step_tree = _fitting_tree(token_tree, requests, in_flight, capacity)
+        if step_tree is not None:
+            active = [request.finish_reason is None for request in requests]
+            in_flight.append(_Launched(step_tree, active, HostCopy(engine.step(step_tree))))
+            stats.num_steps += 1
+        elif not in_flight:
+            _end_full_requests(engine, requests, capacity)
+        if in_flight and (step_tree is None or len(in_flight) > lag):
+            with clock.stage("host"):
+                _read_step(engine, requests, stats, in_flight.popleft(), streamer)
+    if streamer is not None:
+        streamer.end()
+    finished = time.perf_counter()
+    stats.seconds, stats.decode_seconds = finished - started, finished - decode_started
+    stats.new_tokens = [len(request.new_tokens) for request in requests]
+    stats.stage_seconds = dict(clock.seconds)
+    return GenerateOutput(
+        sequences=_sequences(input_ids, requests, arguments.pad_token_id),
+        stats=stats,
+        new_tokens=[request.new_tokens for request in requests],
+        finish_reasons=[request.finish_reason or "length" for request in requests],
+    )
+
+
+class _Launched(NamedTuple):
+    tree: TokenTree
+    active: list[bool]  # which requests were active when the step was launched
+    emitted: HostCopy
+
+
+def _fitting_tree(
+    tree: TokenTree, requests: list[Request], in_flight: deque[_Launched], capacity: int
+) -> TokenTree | None:
+    """Shrink the tree to the rows that every active request has left; None where there is none, or nobody is active.
+
+    Steps in flight may each commit as many rows as their trees have levels. The nodes kept are the first ones in
+    breadth-first order, so parents are kept with their children; sizes are powers of two, so that few shapes appear.
+    """
+    committed = [request.committed_len for request in requests if request.finish_reason is None]
+    if not committed:
+        return None
+    room = capacity - max(committed) - sum(launched.tree.num_levels for launched in in_flight)
+    if room >= tree.num_nodes:
+        return tree
+    return TokenTree(tree.parents[: 1 << (room.bit_length() - 1)]) if room > 0 else None
+
+
+def _end_full_requests(engine: DecodingEngine, requests: list[Request], capacity: int) -> None:
+    for index, request in enumerate(requests):
+        if request.finish_reason is None and request.committed_len >= capacity:
+            request.finish_reason = "cache_full"
+            engine.end_request(index)
+
+
+def _read_step(
+    engine: DecodingEngine, requests: list[Request], stats: GenerateStats, launched: _Launched, streamer: Any | None
+) -> None:
+    """Bring one step's tokens to the host: the only place where the loop waits for the device."""
+    tokens, nodes, num_tokens = launched.emitted.read()
+    for index, was_active in enumerate(launched.active):
+        if was_active and requests[index].finish_reason is None:
+            stats.request_steps[index] += 1
+            stats.count_path(launched.tree, nodes[index], num_tokens[index])
+            _take(engine, requests, index, tokens[index][: num_tokens[index]], streamer)
+
+
+def _take(
+    engine: DecodingEngine, requests: list[Request], index: int, tokens: list[int], streamer: Any | None
+) -> None:
+    taken = requests[index].extend(tokens)
+    if streamer is not None:
+        for token in taken:
+            streamer.put(torch.tensor([token]))
+    if requests[index].finish_reason is not None:
+        engine.end_request(index)
+
+
+def _sequences(input_ids: torch.Tensor, requests: list[Request], pad_token_id: int) -> torch.Tensor:
+    width = max(len(request.new_tokens) for request in requests)
+    rows = [request.new_tokens + [pad_token_id] * (width - len(request.new_tokens)) for request in requests]
+    return torch.cat((input_ids, torch.tensor(rows, dtype=torch.int64, device=input_ids.device)), dim=1)

@@ -1,0 +1,62 @@
+"""The host's side of a request: its tokens, and whether it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+
+class StopStrings:
+    """Tells whether the newest token completed one of the stop strings in the generated text (not in the prompt)."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
+        self.strings = tuple(strings)
+        self.tokenizer = tokenizer
+        # a token stands for at least one byte, so this tail holds every match that ends in the newest token; the rest
+        # gives decoders that look at neighbouring tokens some context
+        self.num_tail_tokens = max(len(string.encode()) for string in self.strings) + 8
+
+    def completed_by(self, new_tokens: list[int]) -> bool:
+        """Return whether a stop string ends in the last of the tokens."""
+        tail = self.tokenizer.decode(new_tokens[-self.num_tail_tokens :], skip_special_tokens=False)
+        return any(string in tail for string in self.strings)
+
+
+class Request:
+    """One request of a batch as the host sees it.
+
+    Attributes:
+        new_tokens: tokens emitted so far.
+        finish_reason: None while decoding, then "eos", "length", "stop_string" or "cache_full".
+    """
+
+    def __init__(
+        self, prompt_len: int, max_new_tokens: int, eos_token_ids: Collection[int], stop_strings: StopStrings | None
+    ) -> None:
+        self.prompt_len = prompt_len
+        self.max_new_tokens = max_new_tokens
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.stop_strings = stop_strings
+        self.new_tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    @property
+    def committed_len(self) -> int:
+        """Rows of the caches that hold this request's tokens: all but the newest token."""
+        return self.prompt_len + len(self.new_tokens) - 1
+
+    def extend(self, tokens: Sequence[int]) -> list[int]:
+        """Take the tokens of one step up to the end of the request. Returns those that were taken."""
+        taken: list[int] = []
+        for token in tokens:
+            if self.finish_reason is not None:
+                break
+            self.new_tokens.append(token)
+            taken.append(token)
+            if token in self.eos_token_ids:
+                self.finish_reason = "eos"
+            elif self.stop_strings is not None and self.stop_strings.completed_by(self.new_tokens):
+                self.finish_reason = "stop_string"
+            elif len(self.new_tokens) >= self.max_new_tokens:
+                self.finish_reason = "length"
+        return taken

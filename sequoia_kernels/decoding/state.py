@@ -1,0 +1,83 @@
+"""The state of a batch of requests between two steps: small device tensors, nothing on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass
+class DecodingState:
+    """Per-request tensors that a step reads and advances. B requests.
+
+    Attributes:
+        cache_lens: committed tokens in both caches. [B] int32.
+        root_tokens: the last emitted token, whose keys and values are not in the cache yet. [B] int64.
+        last_tokens: the committed token before it, at cache row cache_lens - 1. [B] int64.
+        active: 1 while the request decodes, 0 once it has ended; an ended request commits nothing. [B] int32.
+        seeds: the requests' random streams. [B] int64.
+        offsets: position in those streams; every step moves it on by the number of nodes, so noise is never reused. [B] int64.
+        temperature: 0 is greedy. [B] float32.
+        top_k: 0 is off. [B] int32, or None when off for all.
+        top_p: 1 is off. [B] float32, or None when off for all.
+    """
+
+    cache_lens: torch.Tensor
+    root_tokens: torch.Tensor
+    last_tokens: torch.Tensor
+    active: torch.Tensor
+    seeds: torch.Tensor
+    offsets: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+
+    @classmethod
+    def create(
+        cls,
+        batch_size: int,
+        device: torch.device,
+        *,
+        seeds: Sequence[int],
+        temperature: Sequence[float],
+        top_k: Sequence[int] | None,
+        top_p: Sequence[float] | None,
+    ) -> DecodingState:
+        """Create the state of requests that have committed nothing yet."""
+
+        def tokens() -> torch.Tensor:
+            return torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+        return cls(
+            cache_lens=torch.zeros(batch_size, dtype=torch.int32, device=device),
+            root_tokens=tokens(),
+            last_tokens=tokens(),
+            active=torch.ones(batch_size, dtype=torch.int32, device=device),
+            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+            offsets=tokens(),
+            temperature=torch.tensor(temperature, dtype=torch.float32, device=device),
+            top_k=None if top_k is None else torch.tensor(top_k, dtype=torch.int32, device=device),
+            top_p=None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=device),
+        )
+
+
+def request_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
+    """Give every request its own seed.
+
+    A sequence is taken as it is. An integer becomes the first request's seed; the others get seeds mixed from it and
+    their index (the finaliser of SplitMix64), so that neighbouring seeds do not share streams across a batch.
+    """
+    if not isinstance(seed, int):
+        return [int(value) for value in seed]
+    return [seed] + [_mix(seed, index) for index in range(1, batch_size)]
+
+
+def _mix(seed: int, index: int) -> int:
+    value = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return (value ^ (value >> 31)) >> 1  # a non-negative int64

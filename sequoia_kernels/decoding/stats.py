@@ -1,0 +1,127 @@
+"""Statistics of a generation: what was accepted, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sequoia_kernels.tree import TokenTree
+
+STAGES = ("prefill", "draft", "sample", "target", "verify", "commit", "host")
+
+
+class StageClock:
+    """Adds up wall time by stage. Only meaningful where work is synchronous; elsewhere it is switched off."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time the body of a with statement as a stage."""
+        return _Stage(self, name) if self.enabled else _NO_STAGE
+
+
+class _Stage:
+    __slots__ = ("clock", "name", "start")
+
+    def __init__(self, clock: StageClock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.clock.seconds[self.name] += time.perf_counter() - self.start
+
+
+class _NoStage:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+_NO_STAGE: Any = _NoStage()
+
+
+@dataclass
+class GenerateStats:
+    """Counts and times of one `generate` call.
+
+    Attributes:
+        num_steps: decoding steps of the batch (target forwards behind the prefill).
+        request_steps: steps in which each request was active. [B]
+        new_tokens: tokens emitted for each request, the prefill's first one included. [B]
+        tokens_per_step: mean accepted tokens per step and request, bonus token included; 1 means no speculation. Counted
+            before a step's tokens are cut at an end (EOS, max_new_tokens, stop string).
+        accepted_histogram: entry n counts the steps that accepted n tokens, bonus token included.
+        visited_by_rank: entry k counts the visited nodes that had a child k and had rejected children 0..k-1.
+        accepted_by_rank: entry k counts those whose child k was accepted. The two give the acceptance vector.
+        seconds: wall time of the call.
+        decode_seconds: wall time behind the prefill.
+        stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
+        tree: the last tree used.
+    """
+
+    num_steps: int = 0
+    request_steps: list[int] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
+    accepted_histogram: list[int] = field(default_factory=list)
+    visited_by_rank: list[int] = field(default_factory=list)
+    accepted_by_rank: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    tree: TokenTree | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean accepted tokens per step and request, bonus token included."""
+        steps = sum(self.accepted_histogram)
+        return sum(n * count for n, count in enumerate(self.accepted_histogram)) / steps if steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all requests over the wall time behind the prefill (the prefill's own tokens not counted)."""
+        decoded = sum(max(count - 1, 0) for count in self.new_tokens)
+        return decoded / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def overhead_fraction(self) -> float:
+        """Share of the decoding time spent outside the two models' forwards; 0 where stages are not timed."""
+        forwards = self.stage_seconds.get("draft", 0.0) + self.stage_seconds.get("target", 0.0)
+        return 1.0 - forwards / self.decode_seconds if self.stage_seconds and self.decode_seconds > 0 else 0.0
+
+    def count_path(self, tree: TokenTree, nodes: list[int], num_accepted: int) -> None:
+        """Count one request's accepted path: `nodes[:num_accepted]`, root first."""
+        while len(self.accepted_histogram) <= num_accepted:
+            self.accepted_histogram.append(0)
+        self.accepted_histogram[num_accepted] += 1
+        for level in range(num_accepted):
+            node = nodes[level]
+            num_children = tree.num_children[node]
+            accepted_rank = None
+            if level + 1 < num_accepted:
+                accepted_rank = nodes[level + 1] - tree.first_child[node]
+            num_visited = num_children if accepted_rank is None else accepted_rank + 1
+            while len(self.visited_by_rank) < num_visited:
+                self.visited_by_rank.append(0)
+                self.accepted_by_rank.append(0)
+            for rank in range(num_visited):
+                self.visited_by_rank[rank] += 1
+            if accepted_rank is not None:
+                self.accepted_by_rank[accepted_rank] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain JSON values."""
+        values = {key: value for key, value in asdict(self).items() if key != "tree"}
+        values["tree"] = None if self.tree is None else list(self.tree.parents)
+        values["tokens_per_step"] = self.tokens_per_step
+        values["tokens_per_second"] = self.tokens_per_second
+        values["overhead_fraction"] = self.overhead_fraction
+        return values

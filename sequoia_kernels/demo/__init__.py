@@ -1,0 +1,55 @@
+"""A small trained pair for demonstrations, tests and benchmarks: it writes Python, and its weights are in the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sequoia_kernels.demo.corpus import held_out_prompts
+
+__all__ = ["DemoPair", "held_out_prompts", "load_demo_pair"]
+
+PAIR_FOLDER = Path(__file__).parent / "pair"
+
+
+class DemoPair(NamedTuple):
+    """Target, draft (Hugging Face Llama models) and their tokenizer."""
+
+    target: Any
+    draft: Any
+    tokenizer: Any
+
+
+def load_demo_pair(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DemoPair:
+    """Load the demo pair. The weights are stored in bfloat16 and converted to `dtype`.
+
+    Args:
+        dtype: dtype of both models.
+        device: device of both models.
+
+    Returns:
+        `DemoPair`, the models in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data files.
+
+    Example:
+        >>> pair = load_demo_pair()
+        >>> pair.target.config.model_type, pair.draft.config.num_hidden_layers
+        ('llama', 1)
+    """
+    for role in ("target", "draft"):
+        if not (PAIR_FOLDER / role / "config.json").exists():
+            raise FileNotFoundError(
+                f"load_demo_pair: {PAIR_FOLDER / role} is missing; reinstall the package, or train the pair with "
+                "`python -m sequoia_kernels.demo.train`"
+            )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    models = [
+        AutoModelForCausalLM.from_pretrained(PAIR_FOLDER / role, dtype=dtype).to(device).eval()
+        for role in ("target", "draft")
+    ]
+    return DemoPair(models[0], models[1], AutoTokenizer.from_pretrained(PAIR_FOLDER / "target"))

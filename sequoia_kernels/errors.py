@@ -1,8 +1,8 @@
 """Exceptions that a caller may want to catch apart from plain `TypeError` and `ValueError`.
 
-Bad arguments raise `TypeError` (types, dtypes) or `ValueError` (shape, range, layout, device). The classes here stand for
-situations in which the arguments may be fine and something else is not: a backend that cannot run on this machine, a model
-family that cannot be adapted, a file that cannot be read as what it claims to be.
+Bad arguments raise `TypeError` (types, dtypes) or `ValueError` (shape, range, layout, device). The classes here stand
+for situations in which the arguments may be fine and something else is not: a backend that cannot run on this machine,
+a model family that cannot be adapted, a file that cannot be read as what it claims to be.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ struct Candidate {
     std::int32_t rank;
 };
 
-// Ties: shallower first, then the child of the node that was chosen earlier. (parent, rank) is unique, so the order is total.
+// Ties: shallower first, then the child of the node that was chosen earlier. (parent, rank) is unique, so the order is
+// total.
 struct TakenLater {
     bool operator()(const Candidate& left, const Candidate& right) const {
         if (left.value != right.value) return left.value < right.value;
@@ -51,10 +52,10 @@ struct TakenLater {
 
 // Nodes in the order in which best-first takes them; every prefix is a tree.
 //
-// Why this is exact for a non-increasing vector with entries <= 1, with a level limit too: a node's value is at most its
-// parent's and at most its left sibling's. So the n most valuable of all nodes above the limit can be chosen (ties
-// towards parents and left siblings) to contain the parent and the left siblings of each member: they are a tree, and no
-// n nodes are worth more. The limit removes whole levels, which leaves both inequalities as they are.
+// Why this is exact for a non-increasing vector with entries <= 1, with a level limit too: a node's value is at most
+// its parent's and at most its left sibling's. So the n most valuable of all nodes above the limit can be chosen (ties
+// towards parents and left siblings) to contain the parent and the left siblings of each member: they are a tree, and
+// no n nodes are worth more. The limit removes whole levels, which leaves both inequalities as they are.
 std::vector<Candidate> best_first_order(const std::vector<double>& acceptance, int budget, int max_levels) {
     std::vector<Candidate> chosen;
     if (budget < 1 || max_levels < 1) return chosen;
@@ -122,7 +123,8 @@ void max_plus(const double* left, const double* right, int first_size, int max_s
     }
 }
 
-// Limits a poll to about twenty calls a second: taking the interpreter's lock for each row would cost more than the row.
+// Limits a poll to about twenty calls a second: taking the interpreter's lock for each row would cost more than the
+// row.
 class PacedPoll {
    public:
     explicit PacedPoll(const Poll& poll) : poll_(poll), due_(Clock::now() + kInterval) {}

@@ -1,0 +1,57 @@
+"""The rules that every acceptance vector obeys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["SUM_TOLERANCE", "check_acceptance"]
+
+# Entries are probabilities of disjoint events; measured vectors may exceed 1 by their rounding.
+SUM_TOLERANCE = 1e-9
+
+
+def check_acceptance(acceptance: Any, caller: str) -> np.ndarray:
+    """Return an acceptance vector as a new float64 array, or say what is wrong with it.
+
+    Args:
+        acceptance: probability that the child of each rank is the accepted one. [max_children], real numbers >= 0 whose
+            sum is at most 1; a sequence, a NumPy array or a CPU tensor. Element 0 belongs to the first child.
+        caller: function named in the messages.
+
+    Returns:
+        The vector. [max_children], float64, contiguous.
+
+    Raises:
+        TypeError: the entries are not real numbers.
+        ValueError: the vector is empty or not one-dimensional, or an entry or the sum is out of range.
+
+    Example:
+        >>> check_acceptance([0.6, 0.2], "optimal_tree").tolist()
+        [0.6, 0.2]
+    """
+    try:
+        raw = np.asarray(acceptance)
+    except (TypeError, ValueError, RuntimeError) as reason:  # ragged lists; tensors on a device
+        raise TypeError(
+            f"{caller}: acceptance must be a sequence of real numbers, got {type(acceptance).__name__} ({reason})"
+        ) from None
+    if raw.ndim != 1:
+        raise ValueError(f"{caller}: acceptance must have shape [max_children], got {list(raw.shape)}")
+    if raw.size == 0:
+        raise ValueError(f"{caller}: acceptance must have at least 1 entry, got 0; [0.0] says that nothing is accepted")
+    if raw.dtype.kind not in "fiu":
+        raise TypeError(f"{caller}: acceptance must be a sequence of real numbers, got entries of type {raw.dtype}")
+    # entries are rounded to float64 first: what is checked is what is used
+    vector = np.array(raw, dtype=np.float64)
+    if not np.isfinite(vector).all():
+        rank = int(np.flatnonzero(~np.isfinite(vector))[0])
+        raise ValueError(f"{caller}: acceptance must have finite entries, got acceptance[{rank}] = {vector[rank]}")
+    if vector.min() < 0.0:
+        rank = int(np.flatnonzero(vector < 0.0)[0])
+        raise ValueError(f"{caller}: acceptance must have entries >= 0, got acceptance[{rank}] = {vector[rank]}")
+    total = float(vector.sum())
+    if total > 1.0 + SUM_TOLERANCE:
+        raise ValueError(f"{caller}: acceptance must have a sum of at most 1, got {total:.12g}")
+    return vector

@@ -1,0 +1,551 @@
+"""TokenTree: the shape of one speculation step."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from itertools import islice
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+from sequoia_kernels.tree import drawing, growmap, json_io
+from sequoia_kernels.tree.acceptance_vector import check_acceptance
+
+__all__ = ["MAX_NODES", "TokenTree", "TreeTensors"]
+
+# The ops take up to 1024 nodes; planning and drawing may look further.
+MAX_NODES = 65536
+
+
+class TreeTensors(NamedTuple):
+    """A tree's topology as tensors on one device. Shared by all users of the tree: never write to them.
+
+    Attributes:
+        parents: parent of each node, -1 for the root. [nodes], int32.
+        depths: edges between the root and each node. [nodes], int32.
+        ranks: place of each node among its siblings, from 0; 0 for the root. [nodes], int32.
+        first_child: first child of each node, -1 for leaves. [nodes], int32.
+        num_children: number of children of each node. [nodes], int32.
+        ancestor_mask: bit j % 32 of word j // 32 in row i is set iff node j is i or an ancestor of i.
+            [nodes, ceil(nodes / 32)], int32.
+    """
+
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ranks: torch.Tensor
+    first_child: torch.Tensor
+    num_children: torch.Tensor
+    ancestor_mask: torch.Tensor
+
+
+class TokenTree:
+    """An immutable tree of tokens to be drafted and verified in one step.
+
+    Node 0 is the root: the last emitted token. Nodes are numbered breadth-first: levels one after another, the
+    children of a node side by side in draw order (rank 0 is drawn first). All nodes below the root are speculated.
+
+    Args:
+        parents: parent of each node. [nodes] integers, `parents[0] == -1`, non-decreasing, `parents[i] < i`; at most
+            65536.
+
+    Raises:
+        TypeError: parents is not a sequence of integers.
+        ValueError: parents is not a breadth-first tree, or too large; the message names the entry and the rule.
+
+    Notes:
+        Equal trees compare and hash equal. Methods that return lists return fresh ones.
+
+    Example:
+        >>> tree = TokenTree([-1, 0, 0, 1, 1, 2])
+        >>> tree.num_levels, tree.widths, tree.children(1)
+        (3, [1, 2, 3], [3, 4])
+        >>> tree.expected_tokens([0.6, 0.2])
+        2.4
+    """
+
+    __slots__ = (
+        "_depths",
+        "_device_tensors",
+        "_first_child",
+        "_hash",
+        "_level_starts",
+        "_mask",
+        "_num_children",
+        "_parents",
+    )
+
+    _parents: tuple[int, ...]
+    _depths: tuple[int, ...]
+    _first_child: tuple[int, ...]
+    _num_children: tuple[int, ...]
+    _level_starts: tuple[int, ...]
+    _hash: int
+    _mask: torch.Tensor | None
+    _device_tensors: dict[torch.device, TreeTensors]
+
+    def __init__(self, parents: Iterable[int]) -> None:
+        checked = _check_parents(parents)
+        num_nodes = len(checked)
+        depths = [0] * num_nodes
+        first_child = [-1] * num_nodes
+        num_children = [0] * num_nodes
+        level_starts = [0]
+        for node in range(1, num_nodes):
+            parent = checked[node]
+            depths[node] = depths[parent] + 1
+            if depths[node] == len(level_starts):
+                level_starts.append(node)
+            if num_children[parent] == 0:
+                first_child[parent] = node
+            num_children[parent] += 1
+        level_starts.append(num_nodes)
+        fields = {
+            "_parents": checked,
+            "_depths": tuple(depths),
+            "_first_child": tuple(first_child),
+            "_num_children": tuple(num_children),
+            "_level_starts": tuple(level_starts),
+            "_hash": hash(checked),
+            "_mask": None,
+            "_device_tensors": {},
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    # ---- identity ----
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"TokenTree: {name} must not be set, trees are immutable; build another TokenTree")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"TokenTree: {name} must not be deleted, trees are immutable")
+
+    def __eq__(self, other: object) -> bool:
+        return self._parents == other._parents if isinstance(other, TokenTree) else NotImplemented
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[TokenTree], tuple[list[int]]]:
+        return TokenTree, (self.parents,)
+
+    def __copy__(self) -> TokenTree:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TokenTree:
+        return self
+
+    def __len__(self) -> int:
+        return self.num_nodes
+
+    def __repr__(self) -> str:
+        if self.num_nodes <= 16:
+            return f"TokenTree({self.parents})"
+        return f"<TokenTree of {self.num_nodes} nodes on {self.num_levels} levels, widths {_shortened(self.widths)}>"
+
+    # ---- topology ----
+
+    @property
+    def parents(self) -> list[int]:
+        """Parent of each node, -1 for the root."""
+        return list(self._parents)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes, root included: the tree's budget."""
+        return len(self._parents)
+
+    @property
+    def num_levels(self) -> int:
+        """Depth of the deepest node + 1; 1 for a lone root."""
+        return len(self._level_starts) - 1
+
+    @property
+    def depths(self) -> list[int]:
+        """Edges between the root and each node."""
+        return list(self._depths)
+
+    @property
+    def first_child(self) -> list[int]:
+        """First child of each node, -1 for leaves."""
+        return list(self._first_child)
+
+    @property
+    def num_children(self) -> list[int]:
+        """Number of children of each node."""
+        return list(self._num_children)
+
+    @property
+    def widths(self) -> list[int]:
+        """Number of nodes on each level."""
+        return [end - start for start, end in zip(self._level_starts, self._level_starts[1:], strict=False)]
+
+    @property
+    def max_branching(self) -> int:
+        """Largest number of children of any node; 0 for a lone root."""
+        return max(self._num_children)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has more than one child; true for a lone root."""
+        return self.max_branching <= 1
+
+    def children(self, node: int) -> list[int]:
+        """Return the children of a node in draw order."""
+        node = self._check_node(node, "children")
+        first = self._first_child[node]
+        return list(range(first, first + self._num_children[node])) if first >= 0 else []
+
+    def rank(self, node: int) -> int:
+        """Return a node's place among its siblings, from 0 in draw order. The root has no siblings: 0."""
+        node = self._check_node(node, "rank")
+        return node - self._first_child[self._parents[node]] if node > 0 else 0
+
+    def level_nodes(self, level: int) -> list[int]:
+        """Return the nodes of a level, which are consecutive."""
+        level = self._check_level(level, "level_nodes")
+        return list(range(self._level_starts[level], self._level_starts[level + 1]))
+
+    def internal_nodes(self, level: int) -> list[int]:
+        """Return the nodes of a level that have children: those that the draft model is fed."""
+        level = self._check_level(level, "internal_nodes")
+        start, end = self._level_starts[level], self._level_starts[level + 1]
+        return [node for node in range(start, end) if self._num_children[node] > 0]
+
+    def ancestor_mask(self) -> torch.Tensor:
+        """Return which nodes each node sees: itself and its ancestors.
+
+        Returns:
+            Bit j % 32 of word j // 32 in row i is set iff node j is i or an ancestor of i. [nodes, ceil(nodes / 32)],
+            int32, CPU, fresh.
+
+        Example:
+            >>> TokenTree([-1, 0, 0, 1]).ancestor_mask().tolist()
+            [[1], [3], [5], [11]]
+        """
+        return self._cpu_mask().clone()
+
+    def tensors(self, device: torch.device | str = "cpu") -> TreeTensors:
+        """Return the topology as tensors on a device.
+
+        Args:
+            device: where the tensors live.
+
+        Returns:
+            TreeTensors, made at the first call for each device and shared by later ones; do not write to them.
+
+        Notes:
+            The first call for a CUDA device copies from the host, so make it before capturing a graph.
+        """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        cached = self._device_tensors.get(device)
+        if cached is not None:
+            return cached
+        ranks = [self.rank(node) for node in range(self.num_nodes)]
+        columns = (self._parents, self._depths, ranks, self._first_child, self._num_children)
+        # The cache outlives the caller's inference mode, in which tensors would be unusable elsewhere.
+        with torch.inference_mode(False):
+            rows = [torch.tensor(column, dtype=torch.int32).to(device) for column in columns]
+            made = TreeTensors(*rows, self._cpu_mask().to(device))
+        if type(made.ancestor_mask) is torch.Tensor:  # fake tensors of a tracer must not stay behind
+            self._device_tensors[device] = made
+        return made
+
+    # ---- values ----
+
+    def node_values(self, acceptance: Sequence[float]) -> list[float]:
+        """Return the probability that a step accepts each node.
+
+        Args:
+            acceptance: probability that the child of each rank is the accepted one. [max_children], each >= 0, sum <=
+                1. Ranks beyond the end are never accepted.
+
+        Returns:
+            Product of acceptance[rank] along the path to each node, 1 for the root. [nodes] floats.
+
+        Raises:
+            TypeError, ValueError: acceptance is not such a vector.
+
+        Source:
+            Sequoia (arXiv 2402.12374), section 3.1.
+        """
+        return self._values(check_acceptance(acceptance, "TokenTree.node_values"))
+
+    def expected_tokens(self, acceptance: Sequence[float]) -> float:
+        """Return the mean number of tokens that a step emits, the bonus token included: the sum of all node values.
+
+        Args:
+            acceptance: as in `node_values`.
+
+        Raises:
+            TypeError, ValueError: acceptance is not such a vector.
+
+        Example:
+            >>> TokenTree.chain(3).expected_tokens([0.5])
+            1.75
+        """
+        return math.fsum(self._values(check_acceptance(acceptance, "TokenTree.expected_tokens")))
+
+    # ---- other trees ----
+
+    @classmethod
+    def single(cls) -> TokenTree:
+        """Return the lone root: decoding without speculation."""
+        return cls([-1])
+
+    @classmethod
+    def chain(cls, num_nodes: int) -> TokenTree:
+        """Return a chain of `num_nodes` nodes, root included: classical speculation of `num_nodes - 1` tokens."""
+        num_nodes = _check_count(num_nodes, "chain", "num_nodes")
+        return cls(range(-1, num_nodes - 1))
+
+    @classmethod
+    def kary(cls, branching: int, num_levels: int) -> TokenTree:
+        """Return the full tree in which every node above the last level has `branching` children."""
+        branching = _check_count(branching, "kary", "branching")
+        num_levels = _check_count(num_levels, "kary", "num_levels")
+        num_internal, width = 0, 1
+        for _ in range(num_levels - 1):
+            num_internal += width
+            width *= branching
+            _check_size(num_internal + width, "TokenTree.kary")
+        return cls([-1] + [parent for parent in range(num_internal) for _ in range(branching)])
+
+    @classmethod
+    def k_chains(cls, num_chains: int, length: int) -> TokenTree:
+        """Return `num_chains` chains of `length` nodes below a root: the shape of SpecInfer's k x length trees."""
+        num_chains = _check_count(num_chains, "k_chains", "num_chains")
+        length = _check_count(length, "k_chains", "length")
+        _check_size(1 + num_chains * length, "TokenTree.k_chains")
+        return cls([-1] + [0] * num_chains + list(range(1, 1 + num_chains * (length - 1))))
+
+    @classmethod
+    def from_growmap(cls, growmap_fields: Mapping[str, Any]) -> TokenTree:
+        """Import a grow map of the official Sequoia repository.
+
+        Args:
+            growmap_fields: the dictionary of a grow-map file. "Successors" (children of each node in draw order, node
+                0 the root) is needed; "mask" [nodes, nodes] (nonzero: row sees column), "depth" [nodes], "size",
+                "roots" and "branches" are checked against it where present. Values may be lists, NumPy arrays or
+                tensors.
+
+        Returns:
+            The tree, renumbered breadth-first where it was not.
+
+        Raises:
+            TypeError: growmap_fields is not a dictionary.
+            TreeFormatError: a field is malformed or contradicts the others.
+
+        Notes:
+            The files are pickles, which this package never opens. Load one without running its code, then save it as
+            JSON::
+
+                fields = torch.load("L40-CNN-68m-7b-greedy.pt", weights_only=True, map_location="cpu")
+                TokenTree.from_growmap(fields).save("tree.json")
+
+        Source:
+            The fields as written by tree_search.py of github.com/Infini-AI-Lab/Sequoia.
+
+        Example:
+            >>> TokenTree.from_growmap({"Successors": [[1, 2], [3], [], []]})
+            TokenTree([-1, 0, 0, 1])
+        """
+        return cls(growmap.parents_from_growmap(growmap_fields))
+
+    # ---- files ----
+
+    def to_json(self) -> str:
+        """Return the tree as a JSON document: {"format": "sequoia-kernels/tree", "version": 1, "parents": [...]}."""
+        return json_io.dump_tree(self._parents)
+
+    @classmethod
+    def from_json(cls, text: str) -> TokenTree:
+        """Read a tree from the text that `to_json` wrote.
+
+        Raises:
+            TypeError: text is not a string.
+            TreeFormatError: the text is not such a document, of a later version, or not a valid tree.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"TokenTree.from_json: text must be a str, got {type(text).__name__}")
+        return cls._parse(text, "TokenTree.from_json: text")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tree as JSON. The file appears whole or not at all."""
+        json_io.write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TokenTree:
+        """Read a tree from a file that `save` wrote.
+
+        Raises:
+            OSError: the file cannot be opened.
+            TreeFormatError: the file is not such a document; the message names it and the rule.
+        """
+        return cls._parse(json_io.read_text(path), f"TokenTree.load: {os.fspath(path)}")
+
+    # ---- drawings ----
+
+    def draw(self, acceptance: Sequence[float] | None = None) -> str:
+        """Return the tree as text, one node a line: id, rank among its siblings and, with an acceptance vector, value.
+
+        Example:
+            >>> print(TokenTree([-1, 0, 0, 1]).draw([0.6, 0.2]))
+            0  value 1.000
+            ├─ 1  rank 0  value 0.600
+            │  └─ 3  rank 0  value 0.360
+            └─ 2  rank 1  value 0.200
+        """
+        values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.draw"))
+        return drawing.draw_text(self, values)
+
+    def to_svg(self, acceptance: Sequence[float] | None = None) -> str:
+        """Return the tree as an SVG picture.
+
+        Args:
+            acceptance: as in `node_values`. With it a node's area and colour show its value, and each level its sum:
+                the probability that a step gets that far.
+
+        Returns:
+            A standalone SVG document; pointing at a node shows its id, rank and value.
+        """
+        values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.to_svg"))
+        return drawing.render_svg(drawing.make_picture(self, values))
+
+    def save_svg(self, path: str | os.PathLike[str], acceptance: Sequence[float] | None = None) -> None:
+        """Write `to_svg(acceptance)` to a file, whole or not at all."""
+        json_io.write_text(path, self.to_svg(acceptance))
+
+    def save_png(
+        self, path: str | os.PathLike[str], acceptance: Sequence[float] | None = None, *, scale: float = 2.0
+    ) -> None:
+        """Write the picture of `to_svg` as a PNG file, whole or not at all.
+
+        Args:
+            path: file to write.
+            acceptance: as in `to_svg`.
+            scale: pixels per SVG pixel, in (0, 16].
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: scale is out of range.
+        """
+        values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.save_png"))
+        if not 0.0 < scale <= 16.0:
+            raise ValueError(f"TokenTree.save_png: scale must be in (0, 16], got {scale}")
+        json_io.write_bytes(path, drawing.render_png(drawing.make_picture(self, values), scale))
+
+    # ---- inside ----
+
+    def _values(self, acceptance: np.ndarray) -> list[float]:
+        rates = acceptance.tolist()
+        values = [1.0] * self.num_nodes
+        for node in range(1, self.num_nodes):
+            parent = self._parents[node]
+            rank = node - self._first_child[parent]
+            values[node] = values[parent] * rates[rank] if rank < len(rates) else 0.0
+        return values
+
+    def _cpu_mask(self) -> torch.Tensor:
+        if self._mask is None:
+            num_nodes = self.num_nodes
+            parents = np.array(self._parents)
+            words = np.zeros((num_nodes, (num_nodes + 31) // 32), dtype=np.uint32)
+            node_ids = np.arange(num_nodes)
+            own_bits = np.left_shift(np.uint32(1), (node_ids % 32).astype(np.uint32))
+            words[0, 0] = 1
+            for start, end in zip(self._level_starts[1:], self._level_starts[2:], strict=False):
+                words[start:end] = words[parents[start:end]]
+                words[node_ids[start:end], node_ids[start:end] // 32] |= own_bits[start:end]
+            with torch.inference_mode(False):
+                object.__setattr__(self, "_mask", torch.from_numpy(words.view(np.int32)))
+        assert self._mask is not None
+        return self._mask
+
+    def _check_node(self, node: int, method: str) -> int:
+        index = _as_int(node, f"TokenTree.{method}", "node")
+        if not 0 <= index < self.num_nodes:
+            raise ValueError(f"TokenTree.{method}: node must be in 0..{self.num_nodes - 1}, got {index}")
+        return index
+
+    def _check_level(self, level: int, method: str) -> int:
+        index = _as_int(level, f"TokenTree.{method}", "level")
+        if not 0 <= index < self.num_levels:
+            raise ValueError(f"TokenTree.{method}: level must be in 0..{self.num_levels - 1}, got {index}")
+        return index
+
+    @classmethod
+    def _parse(cls, text: str, where: str) -> TokenTree:
+        parents = json_io.parse_tree(text, where)
+        try:
+            return cls(parents)
+        except ValueError as reason:
+            raise json_io.TreeFormatError(f"{where} must hold a valid tree, got: {reason}") from None
+
+
+def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
+    """Return breadth-first parents as a tuple of Python ints, or name the first entry that breaks a rule."""
+    as_list = getattr(parents, "tolist", None)  # arrays and tensors
+    source = as_list() if callable(as_list) else parents
+    if isinstance(source, (str, bytes, Mapping, set, frozenset)) or not isinstance(source, Iterable):
+        raise TypeError(f"TokenTree: parents must be a list of integers, got {type(parents).__name__}")
+    entries = list(islice(source, MAX_NODES + 1))
+    if len(entries) > MAX_NODES:
+        _check_size(len(source) if isinstance(source, Sized) else len(entries), "TokenTree")
+    checked = tuple(_as_int(entry, "TokenTree", f"parents[{node}]") for node, entry in enumerate(entries))
+    if not checked:
+        raise ValueError("TokenTree: parents must have at least the root's entry -1, got none")
+    if checked[0] != -1:
+        raise ValueError(f"TokenTree: parents must begin with -1 for the root, got parents[0] = {checked[0]}")
+    previous = 0
+    with_children: set[int] = set()
+    for node in range(1, len(checked)):
+        parent = checked[node]
+        if parent < 0:
+            raise ValueError(f"TokenTree: parents must have -1 at the root only, got parents[{node}] = {parent}")
+        if parent >= node:
+            raise ValueError(
+                f"TokenTree: parents must name an earlier node (parents[i] < i), got parents[{node}] = {parent}"
+            )
+        if parent < previous:
+            rule = "keep siblings side by side" if parent in with_children else "be breadth-first (never decrease)"
+            raise ValueError(
+                f"TokenTree: parents must {rule}, got parents[{node}] = {parent} after parents[{node - 1}] = {previous}"
+            )
+        with_children.add(parent)
+        previous = parent
+    return checked
+
+
+def _check_size(num_nodes: int, caller: str) -> None:
+    if num_nodes > MAX_NODES:
+        raise ValueError(f"{caller}: a tree must have at most {MAX_NODES} nodes, got {num_nodes}")
+
+
+def _check_count(value: int, method: str, name: str) -> int:
+    count = _as_int(value, f"TokenTree.{method}", name)
+    if count < 1:
+        raise ValueError(f"TokenTree.{method}: {name} must be at least 1, got {count}")
+    _check_size(count, f"TokenTree.{method}")
+    return count
+
+
+def _as_int(value: object, caller: str, name: str) -> int:
+    """Return an integer of any integer type as int; booleans are refused, they are masks by mistake."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{caller}: {name} must be an integer, got {value!r} of type {type(value).__name__}")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as reason:  # a tensor of many elements
+        raise TypeError(f"{caller}: {name} must be an integer, got {type(value).__name__} ({reason})") from None
+
+
+def _shortened(widths: list[int]) -> str:
+    shown = ", ".join(map(str, widths[:12]))
+    return f"[{shown}, ...]" if len(widths) > 12 else f"[{shown}]"

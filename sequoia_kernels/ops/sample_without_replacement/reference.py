@@ -4,6 +4,8 @@ Computes: key(x) = logit(x) / T + gumbel(x), with independent standard Gumbel no
     k largest keys, in falling order, are k draws without replacement from softmax(logit / T) in draw order.
 Numerics: float32, or float64 for float64 logits (the noise stays float32). Only logits are compared, never probability
     mass that is left over, so no draw runs out by cancellation however peaked the row is.
+Inputs, in order: logits [R, vocab], num_samples int, temperature [R] f32, seeds [R] i64, offsets [R] i64.
+Outputs, in order: tokens [R, num_samples] i64, log_normaliser [R] f32 (f64 for float64 logits).
 Source: the Gumbel-top-k construction (Kool, van Hoof, Welling 2019, arXiv 1903.06059, section 2.3; Vieira 2014).
 """
 
@@ -14,7 +16,29 @@ import torch
 from sequoia_kernels.rng import DRAFT_TAG, token_gumbel
 from sequoia_kernels.warping import compute_dtype
 
-__all__ = ["sample_rows"]
+__all__ = ["run", "sample_rows", "supports"]
+
+
+def supports(*inputs: object) -> str | None:
+    """Every call that passes the op's checks runs here."""
+    return None
+
+
+def run(
+    logits: torch.Tensor,
+    num_samples: int,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    offsets: torch.Tensor,
+    tokens: torch.Tensor | None,
+    log_normaliser: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the op on the backend's inputs, into the outputs where they are given."""
+    drawn, normaliser = sample_rows(logits, num_samples, temperature, seeds, offsets)
+    return (
+        drawn if tokens is None else tokens.copy_(drawn),
+        normaliser if log_normaliser is None else log_normaliser.copy_(normaliser),
+    )
 
 
 def sample_rows(

@@ -11,6 +11,10 @@ Order: `node_decisions` gives those numbers without any randomness; `verify_path
     all requests down their trees together, one level at a time.
 Numerics: float32, or float64 where either of the logits is. draft_i is the softmax of the logits that are left, not a
     division by leftover mass, so it is exact also where the first token holds all mass that float32 can see.
+Inputs, in order: tokens [B, N] i64, target_logits [B, N, vocab], draft_logits [B, N, vocab] or None, first_child [N] i32,
+    num_children [N] i32, num_levels int, max_branching int, temperature [B] f32, seeds [B] i64, offsets [B] i64,
+    top_k [B] i32 or None, top_p [B] f32 or None.
+Outputs, in order: nodes [B, num_levels] i32, num_accepted [B] i32, next_token [B] i64.
 Source: Sequoia (arXiv 2402.12374), algorithm 2. Deviations: coins are compared strictly, so that a token of probability
     0 is never accepted; the corners below, which exact arithmetic never reaches, are named and defined.
 
@@ -26,14 +30,29 @@ Corners:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
 from sequoia_kernels.warping import compute_dtype, warped_probs
 
-__all__ = ["NodeDecisions", "node_decisions", "verify_paths"]
+__all__ = ["NodeDecisions", "node_decisions", "run", "supports", "verify_paths"]
+
+
+def supports(*inputs: object) -> str | None:
+    """Every call that passes the op's checks runs here."""
+    return None
+
+
+def run(*inputs_and_outputs: Any) -> tuple[torch.Tensor, ...]:
+    """Run the op on the backend's inputs, into the outputs where they are given."""
+    *inputs, nodes, num_accepted, next_token = inputs_and_outputs
+    outputs = (nodes, num_accepted, next_token)
+    return tuple(
+        result if out is None else out.copy_(result)
+        for result, out in zip(verify_paths(*inputs), outputs, strict=True)
+    )
 
 
 class NodeDecisions(NamedTuple):
@@ -124,7 +143,8 @@ def verify_paths(
     for level in range(num_levels):
         # The children of every request's node, padded to as many as the widest has. Reading that number is free on a
         # CPU and would make a GPU wait, so there the widest node of the tree stands in for it.
-        width = int(num_children[current].max()) if device.type == "cpu" else max_branching
+        on_cpu = device.type == "cpu" and batch_size > 0
+        width = int(num_children[current].max()) if on_cpu else max_branching
         ranks = torch.arange(width, device=device)
         is_child = ranks < num_children[current, None]
         child_nodes = torch.where(is_child, first_child[current, None] + ranks, 0)
@@ -148,7 +168,7 @@ def verify_paths(
             first = accepted.to(torch.int32).argmax(dim=1, keepdim=True)
             current = torch.where(walking, child_nodes.gather(1, first)[:, 0], current)
             nodes[:, level + 1] = torch.where(walking, current, -1)
-        if device.type == "cpu" and not bool(walking.any()):
+        if on_cpu and not bool(walking.any()):
             break
 
     noise = token_gumbel(seeds, offsets, vocab, RESIDUAL_TAG).to(dtype)

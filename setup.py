@@ -22,6 +22,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -35,8 +36,9 @@ class BuildError(SystemExit):
         super().__init__(f"\nerror: sequoia-kernels: {message}\n")
 
 
-def find_tool(name: str, fix: str) -> str:
+def find_tool(name: str) -> str:
     """Return the path of a build tool, preferring the one installed beside the running Python."""
+    fix = f"run `pip install {name}`, or build without --no-build-isolation"
     beside = shutil.which(name, path=sysconfig.get_path("scripts"))
     found = beside or shutil.which(name)
     if found is None:
@@ -104,9 +106,8 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self) -> None:
         compiler = find_compiler()
-        isolation_fix = "run `pip install cmake ninja`, or build without --no-build-isolation"
-        cmake = find_tool("cmake", isolation_fix)
-        ninja = find_tool("ninja", isolation_fix)
+        cmake = find_tool("cmake")
+        ninja = find_tool("ninja")
         options = [
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -134,7 +135,9 @@ class CMakeBuild(build_ext):
     def _run(self, command: list[str], stage: str) -> None:
         """Run one build step; its own output stays above the closing message."""
         # stdout and stderr in one pipe keep the order of CMake's status lines and errors.
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        result = subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
         if result.returncode != 0 or self.verbose:
             sys.stdout.write(result.stdout)
             sys.stdout.flush()
@@ -169,6 +172,14 @@ class CMakeBuild(build_ext):
                 inplace.unlink(missing_ok=True)
 
 
+class CleanBuild(build):
+    """Empties build/lib first: setuptools would ship modules that are left there from an older tree."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 def replace_file(source: Path, target: Path) -> None:
     """Copy a module by rename: a process that has the old one mapped keeps it whole."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -178,5 +189,5 @@ def replace_file(source: Path, target: Path) -> None:
 
 setup(
     ext_modules=[Extension("sequoia_kernels._host", []), Extension("sequoia_kernels._cuda", [], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

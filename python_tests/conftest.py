@@ -1,0 +1,32 @@
+"""Shared by the whole suite: which package is under test, and the marks."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: a test process computes with one thread, so that parallel workers do not fight.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+import sequoia_kernels
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"sequoia_kernels {sequoia_kernels.__version__} from {os.path.dirname(sequoia_kernels.__file__)}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu, with the reason, where torch sees no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

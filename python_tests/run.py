@@ -1,0 +1,123 @@
+"""Lint, type check and test the installed package: the whole gate in one command.
+
+Runs `ruff check`, `ruff format --check`, `mypy` on the package's source and then pytest against the package that is
+installed beside the running Python, not against the source tree. A failed lint step does not stop the tests; the exit
+code is non-zero if anything failed, and pytest's closing line is the last line of the output.
+
+    python python_tests/run.py                         everything, as CI does
+    python python_tests/run.py --no-lint ops/ -k chain pytest only, with pytest's own arguments behind ours
+    python python_tests/run.py --lint-only             ruff and mypy only
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALL = 'pip install -c constraints.txt ".[test]"'
+
+# A small machine: one thread of arithmetic per test process, and threads that sleep while they wait. The hub is never
+# asked for anything: every model of the suite is made or shipped.
+QUIET_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "PYTHONSAFEPATH": "1",
+}
+
+# Drops the empty entry that `-c` puts first on older Pythons, where it would let the source tree hide the package.
+PYTEST = "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import pytest; sys.exit(pytest.main())"
+
+
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into our options and pytest's."""
+    parser = argparse.ArgumentParser(
+        prog="python python_tests/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other arguments go to pytest; test paths are relative to the repository.",
+    )
+    parser.add_argument(
+        "-n",
+        "--workers",
+        default=str(max(1, min(4, os.cpu_count() or 1))),
+        help="number of pytest processes, each with one BLAS thread; 0 runs in one process (default here: %(default)s)",
+    )
+    lint = parser.add_mutually_exclusive_group()
+    lint.add_argument("--no-lint", action="store_true", help="skip ruff and mypy")
+    lint.add_argument("--lint-only", action="store_true", help="stop after ruff and mypy")
+    return parser.parse_known_args(arguments)
+
+
+def installed_package() -> Path:
+    """Return the folder of the installed package, or exit with the command that installs it."""
+    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() not in (ROOT, ROOT / "python_tests")]
+    sys.path += [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    spec = importlib.util.find_spec("sequoia_kernels")
+    if spec is None or spec.origin is None:
+        sys.exit(f"sequoia_kernels is not installed for {sys.executable}; run: {INSTALL}")
+    return Path(spec.origin).parent
+
+
+def check_up_to_date(package: Path) -> None:
+    """Exit if the installed package is not the one of this source tree: a stale install tests the wrong code."""
+    source = ROOT / "sequoia_kernels"
+    if package.samefile(source):
+        return
+    names = {path.relative_to(source) for path in source.rglob("*.py")}
+    names |= {path.relative_to(package) for path in package.rglob("*.py")}
+    stale = sorted(
+        str(name)
+        for name in names
+        if not ((source / name).is_file() and (package / name).is_file())
+        or not filecmp.cmp(source / name, package / name, shallow=False)
+    )
+    if stale:
+        shown = ", ".join(stale[:5]) + (", ..." if len(stale) > 5 else "")
+        sys.exit(f"the installed sequoia_kernels at {package} differs from this tree in {shown}; run: {INSTALL}")
+
+
+def run_lint() -> list[str]:
+    """Run the linters on the source tree and return the commands that failed."""
+    failed = []
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        text = " ".join(command)
+        print(f"$ {text}", flush=True)
+        if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False).returncode != 0:
+            failed.append(text)
+    return failed
+
+
+def main() -> int:
+    """Run the gate and return the exit code."""
+    options, pytest_arguments = parse_arguments(sys.argv[1:])
+    failed = [] if options.no_lint else run_lint()
+    if options.lint_only:
+        print("failed: " + ", ".join(failed) if failed else "lint passed")
+        return 1 if failed else 0
+
+    package = installed_package()
+    check_up_to_date(package)
+    if failed:
+        print("failed, see above: " + ", ".join(failed), flush=True)
+    command = [sys.executable, "-c", PYTEST, *pytest_arguments]
+    if options.workers != "0":
+        command += ["-n", options.workers]
+    print(f"$ pytest, testing {package}", flush=True)
+    # An option that is set in the caller's environment stays as it is.
+    result = subprocess.run(command, cwd=ROOT, env={**QUIET_ENVIRONMENT, **os.environ}, check=False)
+    return result.returncode or (1 if failed else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

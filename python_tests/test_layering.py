@@ -1,0 +1,176 @@
+"""The laws of the house: imports go one way, one stem names everything that belongs to an op, csrc knows no torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sequoia_kernels
+
+PACKAGE = Path(sequoia_kernels.__file__).parent
+REPOSITORY = Path(__file__).resolve().parents[1]
+OPS = [
+    "compact_kv_cache_",
+    "sample_without_replacement",
+    "tree_attention",
+    "verify_tree",
+    "warped_logsumexp",
+]
+
+# What each room may import. A name with a dot allows that module only; every room may import itself.
+SHARED = {"errors", "checks", "backends", "rng", "warping"}
+NATIVE = {"_host", "_cuda"}
+ALLOWED = {
+    "errors": set(),
+    "checks": SHARED | {"tree"},
+    "backends": SHARED | NATIVE,
+    "rng": SHARED,
+    "warping": SHARED,
+    "tree": {"errors"},
+    "ops": SHARED | NATIVE | {"tree"},
+    "planner": {"errors", "tree", "_host"},
+    "models": SHARED | {"tree", "ops"},
+    "measure": SHARED | {"tree", "ops", "models", "planner.profile"},
+    "decoding": SHARED | {"tree", "ops", "models", "planner", "measure"},
+}
+# At the top of the house: they may import anything, and only one another may import them.
+ENTRANCES = {"__init__", "cli", "demo"}
+
+
+def imported_modules(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Yield (line, absolute dotted name) of every import in a module, those inside functions included.
+
+    `from a import b` gives `a.b`: whether b is a module or a name in it makes no difference to the laws.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".") if is_package else module.split(".")[:-1]
+                parents = parents[: len(parents) - (node.level - 1)]
+                base = ".".join(parents + ([node.module] if node.module else []))
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def room_path(dotted: str) -> str | None:
+    """Return a name of the package without its first part, public names resolved to their room; None for others."""
+    parts = dotted.split(".")
+    if parts[0] != "sequoia_kernels" or parts[1:] in ([], ["*"], ["__version__"]):
+        return None
+    room = sequoia_kernels._ROOM_OF.get(parts[1]) if len(parts) == 2 else None
+    return f"{room}.{parts[1]}" if room else ".".join(parts[1:])
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Return the imports of one module that break the laws, as readable lines."""
+    own = module.split(".")[1:] or ["__init__"]
+    found = []
+    for line, dotted in imported_modules(ast.parse(source), module, is_package):
+        path = room_path(dotted)
+        if path is None:
+            continue
+        room = path.split(".")[0]
+        if own[0] in ENTRANCES:
+            continue
+        if room != own[0]:
+            allowed = any(path == name or path.startswith(f"{name}.") for name in ALLOWED.get(own[0], set()))
+            if not allowed:
+                found.append(f"{module}:{line} ({own[0]}) must not import {path}")
+        elif room == "ops" and len(own) > 1:
+            target = path.split(".")[1:2]
+            if target and target[0] != own[1] and (target[0] in OPS or target[0][0].isupper()):
+                found.append(f"{module}:{line} (ops/{own[1]}) must not import its neighbour {path}")
+    return found
+
+
+def package_modules() -> list[tuple[str, Path]]:
+    modules = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        modules.append((".".join(["sequoia_kernels", *(parts[:-1] if parts[-1] == "__init__" else parts)]), path))
+    return modules
+
+
+def test_imports_go_one_way() -> None:
+    found = []
+    for module, path in package_modules():
+        found += violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+def test_every_room_has_a_law() -> None:
+    rooms = {module.split(".")[1] for module, _ in package_modules() if "." in module}
+    assert rooms <= set(ALLOWED) | ENTRANCES, "add the new room to ALLOWED in this file"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("sequoia_kernels.planner.search", "from sequoia_kernels.ops import tree_attention"),
+        ("sequoia_kernels.planner.search", "from sequoia_kernels import verify_tree"),
+        ("sequoia_kernels.planner.plan", "def late():\n    import sequoia_kernels.decoding.loop"),
+        ("sequoia_kernels.planner.plan", "from ..measure import measure_profile"),
+        ("sequoia_kernels.tree.token_tree", "from sequoia_kernels.planner import optimal_tree"),
+        ("sequoia_kernels.tree.token_tree", "from sequoia_kernels import rng"),
+        ("sequoia_kernels.ops.verify_tree.op", "from sequoia_kernels.ops.warped_logsumexp import warped_logsumexp"),
+        ("sequoia_kernels.ops.verify_tree.op", "from sequoia_kernels.ops import warped_logsumexp"),
+        ("sequoia_kernels.ops.verify_tree.op", "from ..warped_logsumexp.reference import run"),
+        ("sequoia_kernels.ops.verify_tree.op", "from sequoia_kernels.models import adapt"),
+        ("sequoia_kernels.models.adapter", "from sequoia_kernels.decoding.loop import generate"),
+        ("sequoia_kernels.measure.models", "from sequoia_kernels.planner.plan import plan_tree"),
+        ("sequoia_kernels.decoding.loop", "from sequoia_kernels.demo import load_demo_pair"),
+        ("sequoia_kernels.errors", "import sequoia_kernels.checks"),
+    ],
+)
+def test_an_upward_import_is_found(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "sequoia_kernels.planner.search",
+            "from sequoia_kernels import _host\nfrom sequoia_kernels.tree import TokenTree",
+        ),
+        ("sequoia_kernels.planner.plan", "from .search import optimal_tree\nfrom sequoia_kernels import TokenTree"),
+        ("sequoia_kernels.ops.verify_tree.op", "from .reference import run\nfrom sequoia_kernels import backends, rng"),
+        ("sequoia_kernels.measure.models", "from sequoia_kernels.planner.profile import HardwareProfile"),
+        ("sequoia_kernels.cli", "from sequoia_kernels import generate, __version__\nimport sequoia_kernels.demo"),
+        ("sequoia_kernels.tree.token_tree", "import torch\nimport sequoia_kernels"),
+    ],
+)
+def test_a_downward_import_passes(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_stem_names_the_op_everywhere(op: str) -> None:
+    import torch
+
+    import sequoia_kernels.ops
+
+    assert callable(getattr(sequoia_kernels.ops, op))
+    assert (PACKAGE / "ops" / op / "op.py").is_file()
+    assert (PACKAGE / "ops" / op / "reference.py").is_file()
+    assert (REPOSITORY / "python_tests" / "ops" / f"test_{op}.py").is_file()
+    assert hasattr(torch.ops.sequoia, op)
+
+
+def test_every_op_folder_is_listed_here() -> None:
+    assert sorted(path.parent.name for path in PACKAGE.glob("ops/*/op.py")) == OPS
+
+
+def test_native_code_includes_no_torch() -> None:
+    pattern = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10)/", re.MULTILINE)
+    sources = [path for path in (REPOSITORY / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert sources
+    assert [str(path) for path in sources if pattern.search(path.read_text(encoding="utf-8"))] == []

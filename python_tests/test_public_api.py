@@ -1,0 +1,87 @@
+"""The public names: complete, documented, lazy, and with examples that run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sequoia_kernels
+
+NAMES = [name for name in sequoia_kernels.__all__ if name != "__version__"]
+FUNCTIONS = [name for name in NAMES if name[0].islower()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_resolves_and_is_documented(name: str) -> None:
+    value = getattr(sequoia_kernels, name)
+    assert callable(value)
+    assert value.__module__.startswith("sequoia_kernels.")
+    assert inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_parameter_of_a_public_function_is_documented(name: str) -> None:
+    function = getattr(sequoia_kernels, name)
+    text = inspect.getdoc(function) or ""
+    missing = [parameter for parameter in inspect.signature(function).parameters if f"{parameter}" not in text]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_examples_run(name: str) -> None:
+    value = getattr(sequoia_kernels, name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    report: list[str] = []
+    module = sys.modules[value.__module__]
+    for example in doctest.DocTestFinder(recurse=inspect.isclass(value)).find(value, name, module):
+        runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
+    if name in FUNCTIONS:
+        assert runner.tries > 0, f"{name} needs a short example that runs on a CPU"
+
+
+def test_lazy_table_and_type_checker_imports_agree() -> None:
+    tree = ast.parse(Path(sequoia_kernels.__file__).read_text(encoding="utf-8"))
+    typed = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for statement in node.body:
+                assert isinstance(statement, ast.ImportFrom)
+                room = (statement.module or "").removeprefix("sequoia_kernels.")
+                typed.update({alias.name: room for alias in statement.names})
+    assert typed == sequoia_kernels._ROOM_OF
+    assert sorted([*typed, "__version__"]) == sorted(sequoia_kernels.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"sequoia_kernels.*no attribute 'generat'"):
+        _ = sequoia_kernels.generat
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert set(sequoia_kernels.__all__) <= set(dir(sequoia_kernels))
+
+
+def _loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; sys.stdout.write(' '.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_import_loads_no_heavy_package() -> None:
+    assert _loaded_after("import sequoia_kernels") & {"torch", "numpy", "transformers", "matplotlib", "triton"} == set()
+
+
+def test_trees_and_planning_load_no_model_library() -> None:
+    statement = "from sequoia_kernels import TokenTree, optimal_tree, plan_tree, estimate_acceptance"
+    assert _loaded_after(statement) & {"transformers", "matplotlib", "triton"} == set()
+
+
+def test_ops_load_no_model_library() -> None:
+    assert _loaded_after("import sequoia_kernels.ops") & {"transformers", "matplotlib"} == set()

@@ -1,0 +1,111 @@
+"""Lossless tree speculative decoding: kernels, a decoding loop and a hardware-aware tree planner.
+
+The public names live here; everything behind them is imported on first use, so `import sequoia_kernels` costs nothing
+and a program that only plans trees never loads a model library.
+
+Trees and planning:
+    TokenTree, optimal_tree, optimal_values, estimate_acceptance, AcceptanceEstimate, HardwareProfile, measure_profile,
+    plan_tree, TreePlan
+Generation with Hugging Face models:
+    generate, GenerateOutput, GenerateStats, adapt
+The five ops, for an own decoding loop:
+    tree_attention, warped_logsumexp, sample_without_replacement, verify_tree, compact_kv_cache_
+Errors:
+    BackendUnavailableError, UnsupportedModelError, ProfileError, TreeFormatError
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate
+    from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
+    from sequoia_kernels.measure import measure_profile
+    from sequoia_kernels.models import adapt
+    from sequoia_kernels.ops import (
+        compact_kv_cache_,
+        sample_without_replacement,
+        tree_attention,
+        verify_tree,
+        warped_logsumexp,
+    )
+    from sequoia_kernels.planner import (
+        AcceptanceEstimate,
+        HardwareProfile,
+        TreePlan,
+        estimate_acceptance,
+        optimal_tree,
+        optimal_values,
+        plan_tree,
+    )
+    from sequoia_kernels.tree import TokenTree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AcceptanceEstimate",
+    "BackendUnavailableError",
+    "GenerateOutput",
+    "GenerateStats",
+    "HardwareProfile",
+    "ProfileError",
+    "TokenTree",
+    "TreeFormatError",
+    "TreePlan",
+    "UnsupportedModelError",
+    "__version__",
+    "adapt",
+    "compact_kv_cache_",
+    "estimate_acceptance",
+    "generate",
+    "measure_profile",
+    "optimal_tree",
+    "optimal_values",
+    "plan_tree",
+    "sample_without_replacement",
+    "tree_attention",
+    "verify_tree",
+    "warped_logsumexp",
+]
+
+# Where each public name lives. The imports above say the same to type checkers; a test compares the two.
+_ROOMS = {
+    "decoding": ["GenerateOutput", "GenerateStats", "generate"],
+    "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
+    "measure": ["measure_profile"],
+    "models": ["adapt"],
+    "ops": [
+        "compact_kv_cache_",
+        "sample_without_replacement",
+        "tree_attention",
+        "verify_tree",
+        "warped_logsumexp",
+    ],
+    "planner": [
+        "AcceptanceEstimate",
+        "HardwareProfile",
+        "TreePlan",
+        "estimate_acceptance",
+        "optimal_tree",
+        "optimal_values",
+        "plan_tree",
+    ],
+    "tree": ["TokenTree"],
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

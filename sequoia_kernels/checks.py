@@ -25,6 +25,7 @@ __all__ = [
     "check_shape",
     "check_temperature_values",
     "check_tensor",
+    "check_tensors",
     "check_top_p_values",
     "fail_range",
     "row_values",
@@ -55,6 +56,13 @@ def check_tensor(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_tensors(op: str, **values: Any) -> None:
+    """Raise TypeError unless every value is a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            check_tensor(op, name, value)
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:

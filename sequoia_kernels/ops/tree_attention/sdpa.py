@@ -1,0 +1,177 @@
+"""tree_attention through torch's scaled_dot_product_attention with a dense mask: the fast CPU path of plain torch.
+
+Computes: the softmax of reference.py, for caches in the dtype of q, contiguous, without soft-cap, sinks and LSE.
+
+Memory: the caches are read in place through views. On a CPU only rows below max(cache_lens) + tree rows are looked at.
+On other devices the lengths are not known without a sync, so the mask covers the whole cache and the rows that nobody
+sees are blanked in a copy: a path for checks, not for speed.
+
+Numerics: as torch's kernel. It multiplies rows that nobody sees by a weight of zero, which would let NaN out of
+uninitialised cache rows; on a CPU a result that is not finite is therefore computed again from blanked copies.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import visible_slots
+
+
+def supports(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tree_mask: Tensor,
+    cache_lens: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    return_lse: bool,
+) -> str | None:
+    """Whether torch's kernel can run this call."""
+    if softcap is not None:
+        return "torch's scaled_dot_product_attention has no soft-cap"
+    if sinks is not None:
+        return "torch's scaled_dot_product_attention has no sinks"
+    if block_table is not None:
+        return "torch's scaled_dot_product_attention takes no paged cache"
+    if k_cache.dtype != q.dtype:
+        return "torch's scaled_dot_product_attention takes no float8 cache"
+    if return_lse:
+        return "torch's scaled_dot_product_attention returns no log-sum-exp"
+    return None
+
+
+class DenseMask(NamedTuple):
+    """What the kernel needs to know about a mask."""
+
+    num_slots: int
+    """cache rows to look at"""
+    additive: Tensor | None
+    """0 or -inf, [B or 1, 1, N, num_slots] in the dtype of q; None if every row sees every slot"""
+    has_unseen_slots: bool
+    """a request has a slot below num_slots that none of its rows sees"""
+
+
+def run(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tree_mask: Tensor,
+    cache_lens: Tensor,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Write and return the output."""
+    if q.is_cpu:
+        masks = _tree_masks if q.shape[1] <= _TREE_ROWS else _prefill_masks
+        lens, shape = tuple(cache_lens.tolist()), tuple(tree_mask.shape)
+        num_slots, additive, has_unseen_slots = masks(tree_mask.numpy().tobytes(), shape, lens, sliding_window, q.dtype)
+        k_cache, v_cache = k_cache[:, :num_slots], v_cache[:, :num_slots]
+        result = _attend(q, k_cache, v_cache, additive, scale)
+        if has_unseen_slots and not math.isfinite(float(result.sum())):
+            visible = visible_slots(tree_mask, cache_lens, num_slots, sliding_window)
+            result = _attend(q, *_blanked(k_cache, v_cache, visible), additive, scale)
+    else:
+        visible = visible_slots(tree_mask, cache_lens, k_cache.shape[1], sliding_window)
+        additive = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
+        result = _attend(q, *_blanked(k_cache, v_cache, visible), additive, scale)
+        result = result.masked_fill(~visible.any(dim=-1)[:, :, None, None], 0)
+    return (result.contiguous() if out is None else out.copy_(result)), None
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, additive: Tensor | None, scale: float) -> Tensor:
+    """[B, N, Hq, Dv]. A row that sees nothing comes out as 0 from torch's CPU kernels."""
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=additive,
+        scale=scale,
+        enable_gqa=q.shape[2] != keys.shape[2],
+    ).transpose(1, 2)
+
+
+def _blanked(keys: Tensor, values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the caches in which the rows that nobody sees are 0."""
+    unseen = ~visible.any(dim=1)[:, :, None, None]
+    return keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0)
+
+
+def dense_mask(
+    packed: bytes,
+    shape: tuple[int, ...],
+    cache_lens: tuple[int, ...],
+    sliding_window: int | None,
+    dtype: torch.dtype,
+) -> DenseMask:
+    """Unpack a tree mask on the CPU. NumPy, since it does so in a few microseconds where torch takes dozens.
+
+    Args:
+        packed: the words of the mask, contiguous.
+        shape: [N, W] or [B, N, W].
+        cache_lens: committed rows of each request.
+        sliding_window: as in the op.
+        dtype: of the additive mask.
+    """
+    words = np.frombuffer(packed, dtype="<i4").reshape((-1, *shape[-2:]))
+    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")  # [B or 1, N, 32 W], 0 or 1
+    used = bits.reshape(-1, bits.shape[-1]).any(axis=0).nonzero()[0]
+    num_tree_slots = int(used[-1]) + 1 if used.size else 0
+    tree_visible = bits[..., :num_tree_slots].view(bool)
+    longest = max(cache_lens)
+    same_length = min(cache_lens) == longest
+    num_slots = max(longest + num_tree_slots, 1)  # the kernel wants a slot to look at, even if nobody sees it
+    if same_length and sliding_window is None:
+        # All requests have the same prefix and see all of it: one mask for all, unless each has its own tree.
+        if num_tree_slots and tree_visible.all():
+            return DenseMask(num_slots, None, False)
+        additive = np.zeros((*tree_visible.shape[:2], num_slots), dtype=np.float32)
+        additive[..., longest:][~tree_visible if num_tree_slots else ...] = -np.inf
+        has_unseen_slots = num_tree_slots == 0 or len(used) < num_tree_slots or len(words) > 1
+        return DenseMask(num_slots, torch.from_numpy(additive).to(dtype).unsqueeze(1), has_unseen_slots)
+
+    num_bits = tree_visible.sum(axis=-1, keepdims=True, dtype=np.int64)  # [B or 1, N, 1]
+    if sliding_window is not None:
+        depth_of_bit = tree_visible.cumsum(axis=-1, dtype=np.int64) - 1
+        tree_visible = tree_visible & (num_bits - 1 - depth_of_bit < sliding_window)
+    additive = np.full((len(cache_lens), shape[-2], num_slots), -np.inf, dtype=np.float32)
+    for request, cache_len in enumerate(cache_lens):
+        tree = request if len(words) > 1 else 0
+        prefix = additive[request, :, :cache_len]
+        if sliding_window is None:
+            prefix[:] = 0
+        else:
+            position = cache_len + num_bits[tree] - 1  # [N, 1]
+            prefix[position - np.arange(cache_len) < sliding_window] = 0
+        additive[request, :, cache_len : cache_len + num_tree_slots][tree_visible[tree]] = 0
+    has_unseen_slots = bool((additive.max(axis=1) < 0).any())
+    return DenseMask(num_slots, torch.from_numpy(additive).to(dtype).unsqueeze(1), has_unseen_slots)
+
+
+# All layers of a forward share one mask, and windowed and full layers alternate in some models: keep a few masks. The
+# key is the mask's content and the lengths themselves, so an entry can never be stale: neither writing to the mask in
+# place nor reusing its memory matters, and tensors of inference mode, which carry no version counter, work as well.
+# A prefill's masks are large and soon obsolete: of those only as many as its layers alternate between.
+_TREE_ROWS = 128
+_tree_masks = functools.lru_cache(maxsize=16)(dense_mask)
+_prefill_masks = functools.lru_cache(maxsize=2)(dense_mask)

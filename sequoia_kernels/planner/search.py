@@ -26,11 +26,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sequoia_kernels import _host
+import sequoia_kernels._host as _host
 from sequoia_kernels.tree import MAX_NODES, TokenTree, check_acceptance
 
 __all__ = ["METHODS", "LevelWidths", "OptimalTrees", "optimal_tree", "optimal_values"]
@@ -119,7 +119,7 @@ class OptimalTrees:
         _check_bytes(8 * (max_budget + 1) * (max_levels + 1), caller)
         self.method = _choose_method(method, vector, caller)
         self._vector = vector
-        self._table: _host.TreeTable | None = None
+        self._table: Any = None
         if self.method == "best_first":
             values = _host.best_first_values(vector, max_budget, max_levels)
         else:
@@ -227,7 +227,7 @@ def _choose_method(method: str, vector: np.ndarray, caller: str) -> str:
     return method
 
 
-def _solve_table(vector: np.ndarray, budget: int, levels: int, caller: str) -> _host.TreeTable:
+def _solve_table(vector: np.ndarray, budget: int, levels: int, caller: str) -> Any:
     """Solve the dynamic programme; `levels` = 0 means no limit."""
     children = min(int(np.flatnonzero(vector)[-1]) + 1 if vector.any() else 0, budget)
     rows = 2 * (children + 1) if levels == 0 else min(levels, budget) * (children + 2)
@@ -252,7 +252,7 @@ def _check_budget(budget: int, caller: str, name: str) -> int:
 
 def _check_levels(max_levels: int, caller: str) -> int:
     max_levels = _as_int(max_levels, caller, "max_levels")
-    if not 1 <= max_levels <= 2**31 - 1:
+    if max_levels < 1:
         raise ValueError(f"{caller}: max_levels must be at least 1, got {max_levels}")
     return max_levels
 

@@ -111,4 +111,4 @@ def _json_kind(value: object) -> str:
         return "a boolean"
     if isinstance(value, (int, float)):
         return f"the number {value}"
-    return {str: "a string", list: "a list", dict: "an object"}[type(value)]
+    return "a string" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"

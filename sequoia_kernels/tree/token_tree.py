@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -182,7 +182,7 @@ class TokenTree:
     @property
     def widths(self) -> list[int]:
         """Number of nodes on each level."""
-        return [end - start for start, end in zip(self._level_starts, self._level_starts[1:], strict=False)]
+        return [end - start for start, end in pairwise(self._level_starts)]
 
     @property
     def max_branching(self) -> int:
@@ -248,11 +248,16 @@ class TokenTree:
         if cached is not None:
             return cached
         ranks = [self.rank(node) for node in range(self.num_nodes)]
-        columns = (self._parents, self._depths, ranks, self._first_child, self._num_children)
         # The cache outlives the caller's inference mode, in which tensors would be unusable elsewhere.
         with torch.inference_mode(False):
-            rows = [torch.tensor(column, dtype=torch.int32).to(device) for column in columns]
-            made = TreeTensors(*rows, self._cpu_mask().to(device))
+            made = TreeTensors(
+                parents=torch.tensor(self._parents, dtype=torch.int32).to(device),
+                depths=torch.tensor(self._depths, dtype=torch.int32).to(device),
+                ranks=torch.tensor(ranks, dtype=torch.int32).to(device),
+                first_child=torch.tensor(self._first_child, dtype=torch.int32).to(device),
+                num_children=torch.tensor(self._num_children, dtype=torch.int32).to(device),
+                ancestor_mask=self._cpu_mask().to(device),
+            )
         if type(made.ancestor_mask) is torch.Tensor:  # fake tensors of a tracer must not stay behind
             self._device_tensors[device] = made
         return made
@@ -460,7 +465,7 @@ class TokenTree:
             node_ids = np.arange(num_nodes)
             own_bits = np.left_shift(np.uint32(1), (node_ids % 32).astype(np.uint32))
             words[0, 0] = 1
-            for start, end in zip(self._level_starts[1:], self._level_starts[2:], strict=False):
+            for start, end in pairwise(self._level_starts[1:]):
                 words[start:end] = words[parents[start:end]]
                 words[node_ids[start:end], node_ids[start:end] // 32] |= own_bits[start:end]
             with torch.inference_mode(False):

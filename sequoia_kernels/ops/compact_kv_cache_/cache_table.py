@@ -1,0 +1,97 @@
+"""What a kernel must know to reach every layer's cache in one launch: a table of addresses and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sequoia_kernels import checks
+
+ENTRY_FIELDS = ("base", "stride_outer", "stride_slot", "stride_head", "num_heads", "head_bytes", "extent")
+"""Columns of the table. Strides in bytes; outer = request (or page), extent = slots a request (or pages)."""
+
+
+class CacheTable:
+    """The caches of all layers, checked once, with their addresses and strides in a tensor on their device.
+
+    Building the table at every call would cost more than the moves themselves, and could not be captured in a CUDA
+    graph. It holds the caches, so their memory stays where it is; it is void if a cache is resized or set to other
+    storage.
+
+    Args:
+        caches: K and V of every layer, in any order, on one device. Each [B, S, H, D], or pages [P, page, H, D] with
+            ``paged``; any dtype and any strides with the last dimension contiguous. H, D and dtype may differ from
+            cache to cache, S (or P) too: the smallest counts.
+        paged: the caches are pages, to be used with a block table.
+
+    Attributes:
+        caches: the tensors, a tuple.
+        paged: as given.
+        entries: [num_caches, 7] int64 on the caches' device; columns as in ``ENTRY_FIELDS``.
+        max_row_bytes: bytes of the widest row, H * D * itemsize.
+        num_slots: the smallest S, or the smallest P if paged.
+
+    Raises:
+        TypeError: something is not a tensor.
+        ValueError: a wrong shape, layout or device, or caches that disagree on B or on the page size.
+
+    Example:
+        >>> table = CacheTable([torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2, 4)])
+        >>> table.entries.shape, table.num_slots, table.max_row_bytes
+        (torch.Size([2, 7]), 8, 32)
+    """
+
+    __slots__ = ("caches", "entries", "max_row_bytes", "num_slots", "paged")
+
+    def __init__(self, caches: Sequence[Tensor], *, paged: bool = False) -> None:
+        self.caches = tuple(caches)
+        self.paged = paged
+        check_caches("CacheTable", self.caches, paged)
+        self.entries = cache_entries(self.caches, paged)
+        self.max_row_bytes = max_row_bytes(self.caches)
+        self.num_slots = num_slots(self.caches, paged)
+
+    def __len__(self) -> int:
+        return len(self.caches)
+
+    def __repr__(self) -> str:
+        kind = "paged caches" if self.paged else "caches"
+        return f"CacheTable({len(self.caches)} {kind}, {self.num_slots} {'pages' if self.paged else 'slots'})"
+
+
+def check_caches(op: str, caches: Sequence[Tensor], paged: bool) -> None:
+    """Check types, shapes, layouts and devices of the caches."""
+    legend = "pages, page size, heads, head dim" if paged else "batch, slots, heads, head dim"
+    shared_dim = 1 if paged else 0  # the size that all caches share: the page size, or the batch
+    for index, cache in enumerate(caches):
+        name = f"caches[{index}]"
+        checks.check_tensor(op, name, cache)
+        checks.check_rows(op, name, cache, legend)
+        checks.check_device(op, name, cache, caches[0].device)
+        if cache.shape[shared_dim] != caches[0].shape[shared_dim]:
+            rule = f"have the {'page size' if paged else 'batch'} {caches[0].shape[shared_dim]} of caches[0]"
+            checks.fail_range(op, name, rule, checks.shape_text(cache.shape))
+
+
+def cache_entries(caches: Sequence[Tensor], paged: bool) -> Tensor:
+    """The table. [num_caches, 7] int64 on the caches' device."""
+    rows = []
+    for cache in caches:
+        size = cache.element_size()
+        strides = [stride * size for stride in cache.stride()[:3]]
+        num_heads, head_dim = cache.shape[2:]
+        rows.append([cache.data_ptr(), *strides, num_heads, head_dim * size, cache.shape[0 if paged else 1]])
+    entries = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(ENTRY_FIELDS))
+    return entries.to(caches[0].device) if rows else entries
+
+
+def max_row_bytes(caches: Sequence[Tensor]) -> int:
+    """Bytes of the widest row."""
+    return max((cache.shape[2] * cache.shape[3] * cache.element_size() for cache in caches), default=0)
+
+
+def num_slots(caches: Sequence[Tensor], paged: bool) -> int:
+    """The smallest number of slots (pages, if paged) of a cache."""
+    return min((cache.shape[0 if paged else 1] for cache in caches), default=0)

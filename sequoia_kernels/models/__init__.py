@@ -1,0 +1,19 @@
+"""Hugging Face models as tree models: adapting, caches, prefill, loading."""
+
+from sequoia_kernels.models.adapter import TreeModel, adapt
+from sequoia_kernels.models.cache import TreeCache, TreeCacheLayer
+from sequoia_kernels.models.loading import check_pair, load_model
+from sequoia_kernels.models.prefill import prefill
+from sequoia_kernels.models.step import TreeStep, causal_step
+
+__all__ = [
+    "TreeCache",
+    "TreeCacheLayer",
+    "TreeModel",
+    "TreeStep",
+    "adapt",
+    "causal_step",
+    "check_pair",
+    "load_model",
+    "prefill",
+]

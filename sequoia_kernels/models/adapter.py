@@ -1,0 +1,429 @@
+"""`adapt`: a Hugging Face model as a tree model, without forking or changing it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from types import TracebackType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models.attention import ATTENTION_NAME, CONTEXT_KWARG, StepContext
+from sequoia_kernels.models.cache import LayerSpec, TreeCache
+from sequoia_kernels.models.families import PROVEN_FAMILIES, check_family, family_name, position_limit
+from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
+from sequoia_kernels.models.step import TreeStep, causal_step
+
+__all__ = ["TreeModel", "adapt"]
+
+
+class _ModelPlan(NamedTuple):
+    """What probing a model found out; holds no reference to the model."""
+
+    fingerprint: tuple[Any, ...]
+    specs: tuple[LayerSpec, ...]
+    vocab_size: int
+    max_positions: int | None
+    takes_context: bool  # the model's forward accepts additional keyword arguments
+    takes_logits_to_keep: bool
+
+
+class _AttentionSwitch:
+    """Sets the attention function of all of a model's configurations while a forward runs, and puts the old ones back.
+
+    A context manager that holds a lock: forwards of one model through tree models take turns. A thread that calls the
+    model itself meanwhile would see the tree's attention function, which then raises for want of a context.
+    """
+
+    _locks: WeakValueDictionary[int, Any] = (
+        WeakValueDictionary()
+    )  # by id of the configuration, which `_owner` keeps alive
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        configs = {id(model.config): model.config}
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_attn_implementation_internal"):
+                configs.setdefault(id(config), config)
+        self._owner = model.config
+        self._lock = self._locks.setdefault(id(self._owner), threading.Lock())
+        self._name = name
+        # The internal field, as transformers' own switch writes it: the public one recurses and checks at every call.
+        self._fields = [config.__dict__ for config in configs.values()]
+        self._saved: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._saved = [fields["_attn_implementation_internal"] for fields in self._fields]
+        for fields in self._fields:
+            fields["_attn_implementation_internal"] = self._name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fields, saved in zip(self._fields, self._saved, strict=True):
+            fields["_attn_implementation_internal"] = saved
+        self._lock.release()
+
+
+_plans: WeakKeyDictionary[PreTrainedModel, _ModelPlan] = WeakKeyDictionary()
+
+
+def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
+    """Make a Hugging Face decoder-only language model decode token trees.
+
+    The model is used as it is: same weights, same modules, no subclass. Its attention function is exchanged while a
+    forward of the returned object runs and restored behind it, so `model.generate` works as before.
+
+    Args:
+        model: a decoder-only `PreTrainedModel` with a language-modelling head, in evaluation mode. A `TreeModel` is
+            returned as it is.
+
+    Returns:
+        The tree model.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: the model is in training mode.
+        UnsupportedModelError: the family cannot decode trees; the message names it and the reason.
+
+    Notes:
+        A forward of four tokens, once a model, finds every layer's shape and attention window. Families that the
+        package's tests do not cover are also compared with their own plain forward on a small tree (three more short
+        forwards). Forwards of one model take turns between threads; while one runs, other threads must not call the
+        model directly (such a call raises, it does not return wrong logits).
+
+    Source:
+        transformers' `AttentionInterface` and `AttentionMaskInterface`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> tree_model = adapt(LlamaForCausalLM(config).eval())
+        >>> cache = tree_model.new_cache(batch_size=1, max_cache_len=8)
+        >>> lens = torch.zeros(1, dtype=torch.int32)
+        >>> tree_model.forward(torch.tensor([[3, 4]]), cache, lens, causal_step(2)).shape
+        torch.Size([1, 2, 32])
+    """
+    if isinstance(model, TreeModel):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
+            "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
+        )
+    _check_evaluation_mode(model)
+    plan = _plans.get(model)
+    if plan is None or plan.fingerprint != _fingerprint(model):
+        check_family(model)
+        try:
+            plan = _make_plan(model)
+            if family_name(model) not in PROVEN_FAMILIES:
+                _check_against_plain_forward(TreeModel(model, plan))
+        except (UnsupportedModelError, torch.OutOfMemoryError):
+            raise
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UnsupportedModelError(
+                f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
+                f"function and cache ({type(error).__name__}: {error})"
+            ) from error
+        _plans[model] = plan
+    return TreeModel(model, plan)
+
+
+class TreeModel:
+    """A Hugging Face model that scores the nodes of a token tree in one forward; made by `adapt`.
+
+    Attributes:
+        model: the model itself, unchanged.
+        family: its family, such as "llama".
+        vocab_size: width of its logits.
+        num_parameters: number of its parameters, tied ones counted once.
+        num_layers: number of its attention layers.
+        max_positions: positions that it serves exactly, None without a limit. Caches cannot be longer.
+        eos_token_ids: ids that end a sequence, from its generation configuration.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: _ModelPlan) -> None:
+        self.model = model
+        self.family = family_name(model)
+        self.num_parameters = int(model.num_parameters())
+        self.eos_token_ids = _eos_token_ids(model)
+        self._plan = plan
+        self._switch = _AttentionSwitch(model, ATTENTION_NAME)
+
+    def __repr__(self) -> str:
+        return f"TreeModel({self.family}, {self.num_parameters:,} parameters, {self.device}, {self.dtype})"
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._plan.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Number of attention layers."""
+        return len(self._plan.specs)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model serves exactly, None without a limit."""
+        return self._plan.max_positions
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's inputs."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the model."""
+        return self.model.dtype
+
+    def new_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
+        """Allocate a cache for a batch of requests.
+
+        Args:
+            batch_size: requests.
+            max_cache_len: rows of each request: committed tokens and the tree behind them.
+
+        Returns:
+            The cache, filled with zeros.
+
+        Raises:
+            ValueError: a size is not positive, or the rows exceed the model's positions.
+        """
+        if batch_size < 1 or max_cache_len < 1:
+            raise ValueError(
+                f"new_cache: batch_size and max_cache_len must be at least 1, got {batch_size} and {max_cache_len}"
+            )
+        if self.max_positions is not None and max_cache_len > self.max_positions:
+            raise ValueError(
+                f"new_cache: max_cache_len must be at most {self.max_positions}, the positions that this {self.family} "
+                f"model serves exactly, got {max_cache_len}"
+            )
+        if self._plan.fingerprint != _fingerprint(self.model):  # moved, cast or resized since it was adapted
+            self._plan = adapt(self.model)._plan
+        return TreeCache(self._plan.specs, batch_size, max_cache_len)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        *,
+        last_row: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Score N nodes behind each request's committed tokens and store their keys and values.
+
+        Args:
+            input_ids: tokens of the nodes, in the step's order. [B, N] int64.
+            cache: cache of this model for B requests.
+            cache_lens: committed rows of each request. [B] int32, on the model's device.
+            step: which nodes, what they see, where their rows go.
+            last_row: the one row whose logits are wanted for each request. [B] int64, None for all rows.
+
+        Returns:
+            Logits. [B, N, vocab_size], or [B, 1, vocab_size] with `last_row`, in the dtype of the model's head.
+
+        Raises:
+            ValueError: shapes do not fit together, the cache is too short (checked for CPU tensors), or the model is in
+                training mode.
+            UnsupportedModelError: the attention function was not called once a layer.
+
+        Notes:
+            Writes cache rows cache_lens[b] + node_ids[i], nothing else; `cache_lens` is not advanced. Positions are
+            cache_lens[b] + depths[i]. No host sync on accelerators.
+        """
+        self._check_forward(input_ids, cache, cache_lens, step, last_row)
+        plan = self._plan
+        context = StepContext.create(cache.layers, step, cache_lens, cache.max_cache_len)
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": (cache_lens[:, None] + step.depths).to(torch.int64),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if plan.takes_context:
+            arguments[CONTEXT_KWARG] = context
+        # `logits_to_keep` keeps the same rows of every request, so each request's own row comes with B - 1 others.
+        keep_rows = last_row is not None and plan.takes_logits_to_keep and last_row.shape[0] <= input_ids.shape[1]
+        if keep_rows:
+            arguments["logits_to_keep"] = last_row
+        with self._switch, torch.no_grad():
+            cache.context = context
+            try:
+                logits = self.model(**arguments).logits
+            finally:
+                cache.context = None
+        if context.num_calls != len(plan.specs):
+            raise UnsupportedModelError(
+                f"forward: family {self.family} must call its attention function {len(plan.specs)} times, once a layer, "
+                f"got {context.num_calls} calls"
+            )
+        if last_row is None:
+            return logits
+        if keep_rows:
+            return logits if logits.shape[0] == 1 else logits.diagonal(dim1=0, dim2=1).t()[:, None]
+        return logits.take_along_dim(last_row[:, None, None], dim=1)
+
+    def _check_forward(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        last_row: torch.Tensor | None,
+    ) -> None:
+        batch_size, num_rows = input_ids.shape if input_ids.ndim == 2 else (0, 0)
+        if num_rows == 0 or num_rows != step.node_ids.shape[0]:
+            raise ValueError(
+                f"forward: input_ids must have shape [batch, nodes] with {step.node_ids.shape[0]} nodes as in the step, "
+                f"got {list(input_ids.shape)}"
+            )
+        if cache.batch_size != batch_size or len(cache.layers) != len(self._plan.specs):
+            raise ValueError(
+                f"forward: cache must be this model's cache for {batch_size} requests, "
+                f"got one of {len(cache.layers)} layers for {cache.batch_size}"
+            )
+        if cache_lens.shape != (batch_size,) or (last_row is not None and last_row.shape != (batch_size,)):
+            raise ValueError(
+                f"forward: cache_lens and last_row must have shape [batch] = [{batch_size}], got {list(cache_lens.shape)}"
+                + ("" if last_row is None else f" and {list(last_row.shape)}")
+            )
+        if cache_lens.device != input_ids.device:
+            raise ValueError(
+                f"forward: cache_lens must be on the device of input_ids, {input_ids.device}, got {cache_lens.device}"
+            )
+        if cache_lens.device.type == "cpu":
+            shortest, longest = (int(bound) for bound in cache_lens.aminmax())
+            if shortest < 0 or longest + step.num_tree_rows > cache.max_cache_len:
+                raise ValueError(
+                    f"forward: cache_lens must leave room for {step.num_tree_rows} tree rows in a cache of "
+                    f"{cache.max_cache_len}, got {longest if shortest >= 0 else shortest}"
+                )
+        _check_evaluation_mode(self.model)
+
+
+def _check_evaluation_mode(model: PreTrainedModel) -> None:
+    if model.training:
+        raise ValueError("adapt: model must be in evaluation mode, got training mode; call model.eval()")
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
+
+
+def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Return what a plan depends on and a caller may change behind our back."""
+    weight = model.get_input_embeddings().weight
+    return weight.device, weight.dtype, tuple(weight.shape), model.dtype
+
+
+def _make_plan(model: PreTrainedModel) -> _ModelPlan:
+    """Run a few tokens through the model and record how its layers attend."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_context = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
+    probe, logits = _run_probe(model, takes_context)
+    return _ModelPlan(
+        fingerprint=_fingerprint(model),
+        specs=_layer_specs(model, probe),
+        vocab_size=logits.shape[-1],
+        max_positions=position_limit(model, [call.chunk for call in probe.calls if call.chunk is not None]),
+        takes_context=takes_context,
+        takes_logits_to_keep="logits_to_keep" in parameters,
+    )
+
+
+def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[AttentionProbe, torch.Tensor]:
+    probe = AttentionProbe()
+    cache = TreeCache((), 1, 1)
+    tokens = torch.tensor([_sample_tokens(model, 4)], device=model.get_input_embeddings().weight.device)
+    arguments: dict[str, Any] = {
+        "input_ids": tokens,
+        "position_ids": torch.arange(4, device=tokens.device)[None],
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if takes_context:
+        arguments[CONTEXT_KWARG] = probe
+    with _AttentionSwitch(model, PROBE_NAME), torch.no_grad():
+        cache.context = probe
+        return probe, model(**arguments).logits
+
+
+def _layer_specs(model: PreTrainedModel, probe: AttentionProbe) -> tuple[LayerSpec, ...]:
+    refusal = f"adapt: family {family_name(model)} cannot decode trees: "
+    for call in probe.calls:
+        if call.problem is not None:
+            raise UnsupportedModelError(f"{refusal}{call.problem} ({call.module})")
+    called = [call.layer_idx for call in probe.calls]
+    num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    if sorted(called, key=str) != sorted(range(num_layers), key=str):
+        raise UnsupportedModelError(
+            f"{refusal}its attention function must run once in each of {num_layers} layers, got calls from layers {called}"
+        )
+    return tuple(call.spec for call in sorted(probe.calls, key=lambda call: call.layer_idx or 0))
+
+
+def _sample_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Return some ordinary tokens, all different where the vocabulary allows it."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    return [(7 + 13 * index) % vocab_size for index in range(count)]
+
+
+# The tree of the check below, behind five committed tokens:      0 -> 1 -> 3,  0 -> 2 -> 4
+_CHECK_PREFIX = 5
+_CHECK_PATHS = ((0, 1, 3), (0, 2, 4))
+_CHECK_MASK = (0b00001, 0b00011, 0b00101, 0b01011, 0b10101)
+_CHECK_DEPTHS = (0, 1, 1, 2, 2)
+
+
+def _check_against_plain_forward(tree_model: TreeModel) -> None:
+    """Refuse a family whose logits along a small tree differ from those of its own forward on each path."""
+    model, device = tree_model.model, tree_model.device
+    num_nodes = len(_CHECK_DEPTHS)
+    tokens = _sample_tokens(model, _CHECK_PREFIX + num_nodes)
+    prefix, nodes = tokens[:_CHECK_PREFIX], tokens[_CHECK_PREFIX:]
+    paths = torch.tensor([prefix + [nodes[node] for node in path] for path in _CHECK_PATHS], device=device)
+    with torch.no_grad():
+        plain = model(input_ids=paths, use_cache=False).logits[:, _CHECK_PREFIX:].double()
+
+    def column(values: tuple[int, ...] | range) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    tree = TreeStep(column(_CHECK_MASK)[:, None], column(range(num_nodes)), column(_CHECK_DEPTHS), num_nodes, 0)
+    cache = tree_model.new_cache(1, _CHECK_PREFIX + num_nodes)
+    lens = torch.zeros(1, dtype=torch.int32, device=device)
+    tree_model.forward(torch.tensor([prefix], device=device), cache, lens, causal_step(_CHECK_PREFIX, device))
+    scored = tree_model.forward(torch.tensor([nodes], device=device), cache, lens + _CHECK_PREFIX, tree)[0].double()
+    difference = (torch.stack([scored[list(path)] for path in _CHECK_PATHS]) - plain).abs()
+    # In low precision single logits may be off by more than a real error moves others (experts may even swap), so the
+    # mean decides there; a wrong mask or position changes it by far more.
+    exact = tree_model.dtype in (torch.float32, torch.float64)
+    error = float(difference.max() if exact else difference.mean())
+    allowed = (1e-3 if exact else 5e-2) * float(plain.std())
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            f"adapt: family {tree_model.family} cannot decode trees: its logits along a small tree differ from its own "
+            f"forward by {error:.2g}, more than {allowed:.2g}"
+        )

@@ -1,0 +1,134 @@
+"""The attention function that transformers' models call: store the new rows, then attend along the tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models.cache import CONTEXT_ATTRIBUTE, TreeCacheLayer
+from sequoia_kernels.models.step import TreeStep
+from sequoia_kernels.ops import tree_attention
+
+__all__ = ["ATTENTION_NAME", "CONTEXT_KWARG", "StepContext", "find_context"]
+
+# Registered as an attention function but not as a mask function: the models then build no mask at all.
+ATTENTION_NAME = "sequoia_tree"
+# The keyword under which the context rides on the model call.
+CONTEXT_KWARG = "sequoia_context"
+
+
+class StepContext:
+    """What the attention layers of one forward need to know. Lives as long as the forward.
+
+    Attributes:
+        layers: the cache's layers, by `layer_idx`.
+        rows: flat cache row of every new row. [B * N] int64.
+        tree_mask: see `TreeStep`. [N, W] int32.
+        cache_lens: committed rows. [B] int32.
+        num_calls: attention layers that ran so far.
+    """
+
+    __slots__ = ("_moved", "cache_lens", "device", "layers", "num_calls", "rows", "tree_mask")
+
+    def __init__(
+        self, layers: list[TreeCacheLayer], rows: torch.Tensor, tree_mask: torch.Tensor, cache_lens: torch.Tensor
+    ) -> None:
+        self.layers = layers
+        self.rows = rows
+        self.tree_mask = tree_mask
+        self.cache_lens = cache_lens
+        self.device = rows.device
+        self.num_calls = 0
+        self._moved: dict[torch.device, StepContext] | None = None
+
+    @classmethod
+    def create(
+        cls, layers: list[TreeCacheLayer], step: TreeStep, cache_lens: torch.Tensor, max_cache_len: int
+    ) -> StepContext:
+        """Work out the rows to write, once for all layers."""
+        rows = cache_lens[:, None] + step.node_ids  # [B, N]
+        if rows.shape[0] > 1:
+            offsets = torch.arange(0, rows.shape[0] * max_cache_len, max_cache_len, device=rows.device)
+            rows = rows + offsets[:, None]
+        return cls(layers, rows.flatten().to(torch.int64), step.tree_mask, cache_lens)
+
+    def on(self, device: torch.device) -> StepContext:
+        """Return the same context with its tensors on a layer's device (models spread over several devices)."""
+        if self._moved is None:
+            self._moved = {}
+        moved = self._moved.get(device)
+        if moved is None:
+            moved = StepContext(
+                self.layers, self.rows.to(device), self.tree_mask.to(device), self.cache_lens.to(device)
+            )
+            self._moved[device] = moved
+        return moved
+
+
+def find_context(key: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    """Return the forward's context, or None where the family let go of it.
+
+    First the keyword argument of the model call, which most families hand through to the attention function; then the
+    attribute that `TreeCache.update` left on the key tensor, which serves families that drop unknown keyword arguments
+    (StableLM). Families that replace the key tensor behind the cache (DeepSeek-V3) keep the keyword.
+    """
+    context = kwargs.get(CONTEXT_KWARG)
+    return getattr(key, CONTEXT_ATTRIBUTE, None) if context is None else context
+
+
+def missing_context(module: torch.nn.Module) -> UnsupportedModelError:
+    """Return the error for an attention layer that was called without a context."""
+    return UnsupportedModelError(
+        f"tree attention: {type(module).__name__} must receive the step's context from its model, got neither the keyword "
+        f"argument nor a key tensor from the cache; call the model through TreeModel.forward, and not from several threads"
+    )
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, Hq, N, D]
+    key: torch.Tensor,  # [B, Hkv, N, D]
+    value: torch.Tensor,  # [B, Hkv, N, Dv]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write the new keys and values into their cache rows and attend over prefix and tree. Returns ([B, N, Hq, Dv], None).
+
+    The function transformers calls in each attention layer under the name "sequoia_tree". Mutates the layer's cache.
+    """
+    context = find_context(key, kwargs)
+    if context is None:
+        raise missing_context(module)
+    if attention_mask is not None:
+        raise UnsupportedModelError(
+            f"tree attention: {type(module).__name__} must be called without a mask, got one of shape "
+            f"{list(attention_mask.shape)}; the family builds its own masks"
+        )
+    context.num_calls += 1
+    layer = context.layers[module.layer_idx]
+    if query.device != context.device:
+        context = context.on(query.device)
+    rows = context.rows
+    layer.flat_keys.index_copy_(0, rows, key.transpose(1, 2).flatten(0, 1))
+    layer.flat_values.index_copy_(0, rows, value.transpose(1, 2).flatten(0, 1))
+    output = tree_attention(
+        query.transpose(1, 2),
+        layer.keys,
+        layer.values,
+        context.tree_mask,
+        context.cache_lens,
+        scale=scaling,
+        softcap=softcap,
+        sliding_window=layer.window,
+        sinks=s_aux,
+    )
+    return output.out.contiguous(), None  # some families `view` it
+
+
+AttentionInterface.register(ATTENTION_NAME, tree_attention_forward)

@@ -1,0 +1,135 @@
+"""Which model families decode trees, why the others cannot, and up to which position."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sequoia_kernels.errors import UnsupportedModelError
+
+__all__ = ["PROVEN_FAMILIES", "check_family", "family_name", "position_limit"]
+
+# Families (`config.model_type`) whose tree logits this package's tests compare with plain sequential decoding. Every
+# other family that passes the structural checks is compared with its own plain forward when it is adapted.
+PROVEN_FAMILIES = frozenset(
+    {
+        "cohere2",
+        "deepseek_v3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "llama4_text",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+
+_ALIBI = "it adds position biases (ALiBi) to the attention scores inside its own attention code"
+_OWN_ATTENTION = (
+    "its attention does not follow transformers' attention interface, so tree attention would never be called"
+)
+_STATE = "some of its layers keep a recurrent state instead of keys and values, and a state cannot branch along a tree"
+_REASONS = {
+    "bloom": _ALIBI,
+    "falcon": f"{_OWN_ATTENTION} (it may add position biases as well)",
+    "mpt": _ALIBI,
+    "diffllama": "each of its layers attends twice with different values",
+    "minimax": _STATE,
+}
+_TREE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_STATE_LAYER_TYPES = ("linear", "mamba", "conv", "recurrent", "hybrid", "ssm")
+_POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embedding", "position_embeddings"})
+
+
+def family_name(model: PreTrainedModel) -> str:
+    """Return the family's name, such as "llama"."""
+    return str(model.config.model_type or type(model).__name__)
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Refuse a model whose structure cannot decode trees.
+
+    Raises:
+        UnsupportedModelError: names the family and the reason.
+    """
+    reason = _refusal(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"adapt: family {family_name(model)} cannot decode trees: {reason}")
+
+
+def _refusal(model: PreTrainedModel) -> str | None:
+    config, family = model.config, family_name(model)
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, and only decoder-only language models are supported"
+    if family in _REASONS:
+        return _REASONS[family]
+    if not hasattr(model, "get_output_embeddings") or not model.can_generate():
+        return f"{type(model).__name__} has no language-modelling head; load it with AutoModelForCausalLM"
+    if config.get_text_config(decoder=True) is not config or any(
+        kind in name for name in config.sub_configs for kind in ("vision", "audio", "image", "speech")
+    ):
+        return "it is a multimodal wrapper; load its text model alone (the family's ...ForCausalLM class)"
+    layer_types = sorted(set(getattr(config, "layer_types", None) or ()) - _TREE_LAYER_TYPES)
+    if model._is_stateful or any(kind in name for name in layer_types for kind in _STATE_LAYER_TYPES):
+        return _STATE
+    if layer_types:
+        return f"it has layers of type {', '.join(layer_types)}, which are not plain attention over keys and values"
+    if not model._can_set_attn_implementation():
+        return _OWN_ATTENTION
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids, and the nodes of a tree are not at consecutive positions"
+    return None
+
+
+def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:
+    """Return how many positions the model serves exactly under tree decoding; None where nothing limits them.
+
+    Args:
+        model: the model.
+        chunks: chunk sizes of its layers with chunked attention.
+
+    Notes:
+        Four things limit positions. A table of learned positions ends. Chunked attention equals full attention within
+        the first chunk (Llama 4). "dynamic" and "longrope" rotary embeddings change all frequencies once a sequence
+        outgrows the original length, which keys that are already cached would not follow. Llama 4's temperature
+        tuning counts positions from the cache and is the identity before its first floor.
+    """
+    config = model.config
+    limits = list(chunks)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        if kind == "longrope":
+            limits.append(int(rope.get("original_max_position_embeddings") or config.max_position_embeddings))
+        elif "dynamic" in kind:
+            limits.append(int(config.max_position_embeddings))
+    if config.model_type == "llama4_text" and config.attn_temperature_tuning:
+        limits.append(int(config.floor_scale) - 1)
+    return min(limits, default=None)
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the rotary settings: one for the model, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return nested or [parameters]

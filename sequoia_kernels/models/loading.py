@@ -1,0 +1,160 @@
+"""Load models by transformers' ordinary means, with errors that say what to do, and check that two make a pair."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models.adapter import TreeModel, adapt
+
+__all__ = ["check_pair", "load_model"]
+
+# Heads are padded to multiples of up to 512 rows; heads that differ by more than that hold different tokens.
+_MAX_PADDING = 1024
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Load a decoder-only language model from a folder or a hub id, ready for decoding.
+
+    Args:
+        path_or_id: a folder written by `save_pretrained`, or a hub id such as "organisation/name".
+        dtype: dtype of the weights; None keeps the one they are stored in.
+        device: device to load to.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, holds no model, or the id is neither cached nor reachable.
+        ValueError: the folder's files are not a readable model, or weights are missing in them.
+        UnsupportedModelError: the model is not a decoder-only language model.
+
+    Notes:
+        Uses `AutoModelForCausalLM.from_pretrained`; the hub's cache, tokens and offline mode work as usual. Weights
+        that the files lack are an error and not, as in transformers, initialised at random.
+
+    Example:
+        >>> from sequoia_kernels.demo import demo_pair_folder
+        >>> load_model(demo_pair_folder() / "draft", dtype=torch.float32).config.model_type
+        'llama'
+    """
+    name = os.fspath(path_or_id)
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if local:
+        name = str(folder)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"load_model: path_or_id must be a folder with a config.json, got {name}; save models with save_pretrained"
+            )
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"load_model: path_or_id must be an existing folder or a hub id, got {name!r}: no such folder"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise _unreadable(name, local, error) from error
+    except ValueError as error:
+        raise ValueError(f"load_model: {name} must hold a model that transformers knows: {error}") from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
+        raise UnsupportedModelError(
+            f"load_model: {name} must be a decoder-only language model, got family {config.model_type}, which is {kind}"
+        )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
+        )
+    except OSError as error:
+        raise _unreadable(name, local, error) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors and pickle raise classes of their own for damaged files
+        raise ValueError(f"load_model: {name} must hold readable weights: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"load_model: {name} must hold all weights of a {config.model_type} model, got none for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    return model.to(device).eval()
+
+
+def _unreadable(name: str, local: bool, error: OSError) -> Exception:
+    if local:
+        return ValueError(f"load_model: {name} must be a folder that transformers can read: {error}")
+    return FileNotFoundError(
+        f"load_model: {name!r} must be an existing folder or a hub id that can be reached or is cached, got: {error}"
+    )
+
+
+def check_pair(
+    target: TreeModel | PreTrainedModel,
+    draft: TreeModel | PreTrainedModel,
+    target_tokenizer: Any | None = None,
+    draft_tokenizer: Any | None = None,
+) -> int:
+    """Check that a draft can propose tokens for a target.
+
+    Args:
+        target: the model whose output is wanted.
+        draft: the model that proposes; at most as large as the target.
+        target_tokenizer: its tokenizer, for a check of the vocabularies' content; both or none.
+        draft_tokenizer: the draft's tokenizer.
+
+    Returns:
+        The common vocabulary size: ids below it mean the same to both. Heads may be padded differently.
+
+    Raises:
+        ValueError: the draft is larger than the target, only one tokenizer is given, or the vocabularies differ in
+            content.
+
+    Notes:
+        Decoding stays lossless with any draft; a draft with other tokens would only never be accepted. Without
+        tokenizers, heads that differ by more rows than padding explains are taken for different vocabularies.
+
+    Example:
+        >>> from sequoia_kernels.demo import load_demo_pair
+        >>> pair = load_demo_pair()
+        >>> check_pair(pair.target, pair.draft) == pair.target.config.vocab_size
+        True
+    """
+    target, draft = adapt(target), adapt(draft)
+    if draft.num_parameters > target.num_parameters:
+        raise ValueError(
+            f"check_pair: draft must be at most as large as the target with {target.num_parameters:,} parameters, "
+            f"got {draft.num_parameters:,}; are the two swapped?"
+        )
+    common = min(target.vocab_size, draft.vocab_size)
+    if (target_tokenizer is None) != (draft_tokenizer is None):
+        raise ValueError("check_pair: target_tokenizer and draft_tokenizer must be given together, got only one")
+    if target_tokenizer is None or draft_tokenizer is None:
+        difference = abs(target.vocab_size - draft.vocab_size)
+        if difference > _MAX_PADDING:
+            raise ValueError(
+                f"check_pair: draft must share the target's vocabulary of {target.vocab_size} tokens, "
+                f"got {draft.vocab_size}, which is not a matter of padding; pass both tokenizers if it is"
+            )
+        return common
+    of_target, of_draft = _tokens_by_id(target_tokenizer), _tokens_by_id(draft_tokenizer)
+    for token_id in sorted(of_target.keys() & of_draft.keys()):
+        if token_id < common and of_target[token_id] != of_draft[token_id]:
+            raise ValueError(
+                f"check_pair: draft must share the target's vocabulary, got token id {token_id} = "
+                f"{of_draft[token_id]!r} in the draft and {of_target[token_id]!r} in the target"
+            )
+    return common
+
+
+def _tokens_by_id(tokenizer: Any) -> dict[int, str]:
+    return {token_id: token for token, token_id in tokenizer.get_vocab().items()}

@@ -50,8 +50,7 @@ def run(*inputs_and_outputs: Any) -> tuple[torch.Tensor, ...]:
     *inputs, nodes, num_accepted, next_token = inputs_and_outputs
     outputs = (nodes, num_accepted, next_token)
     return tuple(
-        result if out is None else out.copy_(result)
-        for result, out in zip(verify_paths(*inputs), outputs, strict=True)
+        result if out is None else out.copy_(result) for result, out in zip(verify_paths(*inputs), outputs, strict=True)
     )
 
 
@@ -145,17 +144,17 @@ def verify_paths(
         # CPU and would make a GPU wait, so there the widest node of the tree stands in for it.
         on_cpu = device.type == "cpu" and batch_size > 0
         width = int(num_children[current].max()) if on_cpu else max_branching
-        ranks = torch.arange(width, device=device)
+        ranks = torch.arange(max(width, 1), device=device)
         is_child = ranks < num_children[current, None]
         child_nodes = torch.where(is_child, first_child[current, None] + ranks, 0)
         children = tokens.gather(1, child_nodes).masked_fill(~is_child, -1)
 
         target_probs = warped_probs(target_logits[requests, current].to(dtype), temperature, top_k, top_p)
-        if width > 0 and draft_logits is not None:
+        if draft_logits is None:
+            node_draft = torch.zeros_like(target_probs)
+        else:
             leaf = (num_children[current] == 0)[:, None]
             node_draft = draft_logits[requests, current].masked_fill(leaf, 0)
-        else:
-            node_draft = torch.zeros_like(target_probs)
         decisions = node_decisions(target_probs, node_draft, children, temperature)
 
         accepted = coins.gather(1, child_nodes) * decisions.draft_at_child < decisions.residual_at_child

@@ -1,0 +1,138 @@
+"""How long it takes to find optimal trees, on one core.
+
+The vectors are the hard kind: not monotone, so that the dynamic programme runs, and with a likely child, so that no
+level limit leaves the tree as it is and no level can be skipped. Results are checked before they are timed::
+
+    python bench/bench_tree_search.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sequoia_kernels.planner.search import OptimalTrees, optimal_tree, optimal_values
+
+# nodes, levels, children; the bound in ms is what the package promises for one core
+CASES = [(1024, 32, 32, 1000.0), (256, 24, 16, 50.0)]
+PLANNER_CELLS = 2000
+
+
+def make_vector(num_children: int) -> np.ndarray:
+    """A vector whose best child is the second."""
+    vector = np.full(num_children, 0.03 / (num_children - 2))
+    vector[0], vector[1] = 0.02, 0.92
+    return vector
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Time a call: 20th, 50th and 80th percentile."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - started))
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return {"p20": fifths[0], "p50": statistics.median(times), "p80": fifths[3]}
+
+
+def check(trees: OptimalTrees, vector: np.ndarray, num_nodes: int, num_levels: int) -> None:
+    """Refuse to time wrong results: trees must be worth what the table says, and both methods must agree."""
+    for budget, levels in [(num_nodes, num_levels), (num_nodes // 2, num_levels // 2), (17, 5)]:
+        value = trees.value(budget, levels)
+        if not math.isclose(trees.tree(budget, levels).expected_tokens(vector), value, rel_tol=1e-12):
+            raise SystemExit(f"wrong tree at {budget} nodes, {levels} levels")
+    monotone = np.sort(vector)[::-1]
+    table = OptimalTrees(monotone, num_nodes, num_levels, method="dynamic_programme").values
+    if not np.allclose(table, OptimalTrees(monotone, num_nodes, num_levels).values, rtol=1e-12):
+        raise SystemExit("best_first and dynamic_programme disagree")
+
+
+def measure(num_nodes: int, num_levels: int, num_children: int, repeats: int) -> dict[str, Any]:
+    """Time everything that a planner asks for at one size."""
+    vector = make_vector(num_children)
+    monotone = np.sort(vector)[::-1]
+    trees = OptimalTrees(vector, num_nodes, num_levels)
+    check(trees, vector, num_nodes, num_levels)
+    budgets = np.linspace(2, num_nodes, PLANNER_CELLS // num_levels).astype(int).tolist()
+
+    def scan() -> None:
+        for budget in budgets:
+            for levels in range(1, num_levels + 1):
+                trees.widths(budget, levels)
+
+    return {
+        "table and tree": milliseconds(
+            lambda: OptimalTrees(vector, num_nodes, num_levels).tree(num_nodes, num_levels), repeats
+        ),
+        "tree from the table": milliseconds(lambda: trees.tree(num_nodes, num_levels), repeats),
+        "tree without a level limit": milliseconds(lambda: optimal_tree(vector, num_nodes), repeats),
+        f"widths of {len(budgets) * num_levels} cells": milliseconds(scan, max(2, repeats // 4)),
+        "best-first values": milliseconds(lambda: optimal_values(monotone, num_nodes, num_levels), repeats),
+        "best-first tree": milliseconds(lambda: optimal_tree(monotone, num_nodes, num_levels), repeats),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Where these numbers come from."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    here = Path(__file__).parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return {
+        "processor": processor,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "commit": described.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all cases; 1 if a promise is not kept."""
+    parser = argparse.ArgumentParser(description="Time the search for optimal trees on one core.")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls of each (default 20)")
+    options = parser.parse_args(arguments)
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {options.repeats}")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    results = []
+    kept = True
+    for num_nodes, num_levels, num_children, bound_ms in CASES:
+        times = measure(num_nodes, num_levels, num_children, options.repeats)
+        kept = kept and times["table and tree"]["p50"] < bound_ms
+        results.append(
+            {"nodes": num_nodes, "levels": num_levels, "children": num_children, "bound_ms": bound_ms, "ms": times}
+        )
+        print(f"{num_nodes} nodes, {num_levels} levels, {num_children} children (promised: {bound_ms:g} ms)")
+        for name, fifths in times.items():
+            print(f"  {name:<28} p20 {fifths['p20']:9.3f}  p50 {fifths['p50']:9.3f}  p80 {fifths['p80']:9.3f} ms")
+    if options.json:
+        document = {"bench": "tree_search", "environment": environment(), "results": results}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

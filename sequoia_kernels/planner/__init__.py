@@ -1,5 +1,26 @@
-"""Planner: which tree to speculate with."""
+"""Planner: acceptance vectors, hardware profiles, and which tree to speculate with."""
 
+from sequoia_kernels.planner.acceptance import AcceptanceEstimate, estimate_acceptance, validate_acceptance
+from sequoia_kernels.planner.cost_model import CostModel
+from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
+from sequoia_kernels.planner.profile import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
 from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tree, optimal_values
 
-__all__ = ["LevelWidths", "OptimalTrees", "optimal_tree", "optimal_values"]
+__all__ = [
+    "AcceptanceEstimate",
+    "CostModel",
+    "DeviceFingerprint",
+    "ForwardTable",
+    "HardwareProfile",
+    "LevelWidths",
+    "ModelFingerprint",
+    "OpPoint",
+    "OptimalTrees",
+    "PlanCandidate",
+    "TreePlan",
+    "estimate_acceptance",
+    "optimal_tree",
+    "optimal_values",
+    "plan_tree",
+    "validate_acceptance",
+]

@@ -1,0 +1,361 @@
+"""Profile and models to milliseconds: what one decoding step with a given tree costs.
+
+One step, stage by stage (as the decoding loop runs it):
+
+    draft    forwards of the draft: one over 2 rows (the last committed token and the root), then one a level over the
+             level's internal nodes; leaves are never fed, so a tree of l levels takes l - 1 forwards
+    sample   sample_without_replacement behind each of them, over the level's internal nodes
+    target   one forward of the target over all n nodes
+    verify   verify_tree over n nodes
+    commit   compact_kv_cache_ over both models' caches, where the tree has more than one node
+    host     everything between them
+
+Without speculation a step is target(1) + verify(1) + host.
+
+Every measured time is read off a `MonotoneGrid`: more work is taken never to be faster, noise is smoothed to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.planner.json_file import is_number
+from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
+from sequoia_kernels.tree import TokenTree
+
+__all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes"]
+
+STAGES = ("draft", "sample", "target", "verify", "commit", "host")
+ROOT_ROWS = 2  # the draft's first forward feeds the last committed token and the root
+
+
+class MonotoneGrid:
+    """Times on a grid of two sizes, monotone in both, with interpolation and stated extrapolation.
+
+    Noise is removed by isotonic regression (pool adjacent violators), first along the second axis and then along the
+    first; it is order preserving, so the second pass keeps what the first made. In between times are piecewise linear.
+    Below the first knot of an axis they stay at its value (a smaller size is not claimed to be cheaper). Above the last
+    they go on linearly with the larger of the last segment's slope and the whole axis's mean slope (a larger size is
+    not claimed to be cheaper than it was so far); an axis of one knot is constant.
+
+    Args:
+        first: knots of the first axis, increasing. [X]
+        second: knots of the second axis, increasing. [Y]
+        values: times, positive. [X, Y]
+
+    Example:
+        >>> grid = MonotoneGrid([0], [1, 2, 4], [[1.0, 3.0, 2.0]])
+        >>> [float(grid.at(0, size)) for size in (1, 2, 3, 4)]
+        [1.0, 2.5, 2.5, 2.5]
+    """
+
+    def __init__(self, first: Sequence[float], second: Sequence[float], values: ArrayLike) -> None:
+        self.first = np.asarray(first, dtype=np.float64)
+        self.second = np.asarray(second, dtype=np.float64)
+        table = np.array(values, dtype=np.float64)
+        for row in range(table.shape[0]):
+            table[row] = _isotonic(table[row])
+        for column in range(table.shape[1]):
+            table[:, column] = _isotonic(table[:, column])
+        self.values = table
+
+    def at(self, first: float, second: ArrayLike) -> NDArray[np.float64]:
+        """Give the time at one size of the first axis and one or many of the second."""
+        row = np.array([_interpolate(first, self.first, column) for column in self.values.T])
+        return _interpolate(second, self.second, row)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What of a tree decides a step's cost.
+
+    Attributes:
+        num_nodes: root included.
+        widths: internal nodes of each level that has some, root level first. [levels - 1]
+        branchings: largest number of children on these levels. [levels - 1]
+    """
+
+    num_nodes: int
+    widths: tuple[int, ...]
+    branchings: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tree: TokenTree) -> StepShape:
+        """Read the shape of a tree."""
+        widths = [0] * tree.num_levels
+        branchings = [0] * tree.num_levels
+        for depth, num_children in zip(tree.depths, tree.num_children):
+            if num_children:
+                widths[depth] += 1
+                branchings[depth] = max(branchings[depth], num_children)
+        return cls(tree.num_nodes, tuple(widths[:-1]), tuple(branchings[:-1]))
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the tree."""
+        return len(self.widths) + 1
+
+
+class CostModel:
+    """Milliseconds of a decoding step, from a profile, for one pair of models and batch size.
+
+    Args:
+        profile: the device's measured times.
+        batch_size: requests decoded together; the forwards must have been measured at it.
+        target: target model (key, fingerprint or model); the profile's own when None.
+        draft: draft model, likewise. Needed only where a tree of more than one node is costed.
+        temperature: 0 takes the greedy times of sampling and verification, anything else (or None) the sampled ones.
+        host_ms: overhead of a step outside forwards and ops, instead of the profile's (which grows with the levels).
+
+    Raises:
+        ProfileError: the profile lacks a model, batch size or op; the message says which and how to measure it.
+    """
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        *,
+        batch_size: int = 1,
+        target: Any = None,
+        draft: Any = None,
+        temperature: float | None = None,
+        host_ms: float | None = None,
+    ) -> None:
+        if host_ms is not None and (not is_number(host_ms) or host_ms < 0):
+            raise ValueError(f"CostModel: host_ms must be a finite time >= 0, got {host_ms!r}")
+        self.profile = profile
+        self.batch_size = batch_size
+        self.target_key = profile.find_model(target, "target")
+        has_draft = draft is not None or profile.draft_key is not None
+        self.draft_key = profile.find_model(draft, "draft") if has_draft else None
+        self.host_override_ms = host_ms
+        greedy = temperature == 0
+        self._target = self._forward_grid(self.target_key)
+        self.max_nodes = int(self._target.second[-1])  # the largest measured target forward
+        vocab = profile.models[self.target_key].vocab_size
+        self._verify = _verify_grid(profile, vocab, greedy)
+        if self.draft_key is not None:
+            self._draft = self._forward_grid(self.draft_key)
+            vocab = min(vocab, profile.models[self.draft_key].vocab_size)
+            self._sample = _sample_grid(profile, vocab, greedy)
+            row_bytes = sum(profile.models[key].cache_row_bytes for key in (self.target_key, self.draft_key))
+            self._compact = _compact_grid(profile, row_bytes, batch_size)
+
+    def _forward_grid(self, key: str) -> MonotoneGrid:
+        table = self.profile.forward_table(key, self.batch_size)
+        return MonotoneGrid(table.context_lens, table.node_counts, table.p50_ms)
+
+    def target_ms(self, num_nodes: ArrayLike, context_len: float) -> NDArray[np.float64]:
+        """Time of a target forward over `num_nodes` tokens a request."""
+        return self._target.at(context_len, num_nodes)
+
+    def draft_ms(self, num_rows: ArrayLike, context_len: float) -> NDArray[np.float64]:
+        """Time of a draft forward over `num_rows` tokens a request."""
+        return self._draft.at(context_len, num_rows)
+
+    def sample_ms(self, width: float, num_samples: ArrayLike) -> NDArray[np.float64]:
+        """Time of drawing `num_samples` children for `width` nodes a request."""
+        return self._sample.at(width * self.batch_size, num_samples)
+
+    def verify_ms(self, num_nodes: ArrayLike) -> NDArray[np.float64]:
+        """Time of verifying a tree of `num_nodes`."""
+        return self._verify.at(0, np.multiply(num_nodes, self.batch_size))
+
+    def compact_ms(self, num_levels: ArrayLike) -> NDArray[np.float64]:
+        """Time of compacting both caches behind a tree of `num_levels`."""
+        return self._compact.at(0, num_levels)
+
+    def host_ms(self, num_levels: ArrayLike) -> NDArray[np.float64]:
+        """Overhead of a step with a tree of `num_levels`, which takes one draft forward fewer."""
+        levels = np.asarray(num_levels, dtype=np.float64)
+        if self.host_override_ms is not None:
+            return np.full_like(levels, self.host_override_ms)
+        return self.profile.step_overhead_ms + self.profile.level_overhead_ms * (levels - 1)
+
+    def at_context(self, context_len: float) -> StepTimes:
+        """Fix the context length: the fast way to cost many trees."""
+        return StepTimes(self, context_len)
+
+    def stages(self, tree: TokenTree | StepShape, context_len: float) -> dict[str, float]:
+        """Give the milliseconds of one step by stage.
+
+        Args:
+            tree: the tree, or its shape.
+            context_len: committed tokens.
+
+        Returns:
+            Milliseconds by the names in `STAGES`; 0 for what the step does not do.
+
+        Raises:
+            ProfileError: the tree has more than one node and there is no draft.
+        """
+        return self.at_context(context_len).stages(StepShape.of(tree) if isinstance(tree, TokenTree) else tree)
+
+    def step_ms(self, tree: TokenTree | StepShape, context_len: float) -> float:
+        """Give the milliseconds of one step; arguments as in `stages`."""
+        return sum(self.stages(tree, context_len).values())
+
+
+class StepTimes:
+    """A cost model at one context length. Every time that it reads is kept.
+
+    Args:
+        model: the cost model.
+        context_len: committed tokens.
+    """
+
+    def __init__(self, model: CostModel, context_len: float) -> None:
+        self.model = model
+        sizes = np.arange(model.max_nodes + 1)
+        # [max_nodes + 1] each, entry 0 unused; lists, since single entries are read far more often than slices
+        self.target: list[float] = model.target_ms(sizes, context_len).tolist()
+        self.verify: list[float] = model.verify_ms(sizes).tolist()
+        self.host: list[float] = model.host_ms(sizes).tolist()
+        if model.draft_key is not None:
+            self.draft: list[float] = model.draft_ms(sizes, context_len).tolist()
+            self.draft_root = float(model.draft_ms(ROOT_ROWS, context_len))
+            self.compact: list[float] = model.compact_ms(sizes).tolist()
+        self._sample: dict[tuple[int, int], float] = {}
+
+    def sample(self, width: int, num_samples: int) -> float:
+        """Time of drawing `num_samples` children for `width` nodes a request."""
+        key = width, num_samples
+        if key not in self._sample:
+            self._sample[key] = float(self.model.sample_ms(width, num_samples))
+        return self._sample[key]
+
+    def stages(self, shape: StepShape) -> dict[str, float]:
+        """Give the milliseconds of one step by stage; as `CostModel.stages`."""
+        if shape.num_nodes > self.model.max_nodes:
+            raise ProfileError(
+                f"CostModel.stages: the tree must have at most the {self.model.max_nodes} nodes that were measured, "
+                f"got {shape.num_nodes}; measure target forwards over more nodes"
+            )
+        draft = sample = commit = 0.0
+        if shape.widths:
+            if self.model.draft_key is None:
+                raise ProfileError(
+                    "CostModel.stages: the profile must have a draft model for a tree of more than one node, got none; "
+                    "measure it with measure_profile(target, draft) or give draft="
+                )
+            draft = self.draft_root + sum([self.draft[width] for width in shape.widths[1:]])
+            sample = sum(map(self.sample, shape.widths, shape.branchings))
+            commit = self.compact[shape.num_levels]
+        return {
+            "draft": draft,
+            "sample": sample,
+            "target": self.target[shape.num_nodes],
+            "verify": self.verify[shape.num_nodes],
+            "commit": commit,
+            "host": self.host[shape.num_levels],
+        }
+
+    def step_ms(self, shape: StepShape) -> float:
+        """Give the milliseconds of one step."""
+        return sum(self.stages(shape).values())
+
+
+def _isotonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least-squares non-decreasing fit, by pooling adjacent violators."""
+    blocks: list[tuple[float, int]] = []  # (mean, length), means increasing
+    for value in values:
+        mean, length = float(value), 1
+        while blocks and blocks[-1][0] > mean:
+            left_mean, left_length = blocks.pop()
+            mean = (left_mean * left_length + mean * length) / (left_length + length)
+            length += left_length
+        blocks.append((mean, length))
+    return np.repeat([mean for mean, _ in blocks], [length for _, length in blocks])
+
+
+def _interpolate(sizes: ArrayLike, knots: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Piecewise linear; constant below the first knot, linear above the last with the slope `MonotoneGrid` states."""
+    sizes = np.asarray(sizes, dtype=np.float64)
+    result = np.asarray(np.interp(sizes, knots, values))
+    if knots.size > 1:
+        last_slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+        mean_slope = (values[-1] - values[0]) / (knots[-1] - knots[0])
+        result = result + np.maximum(sizes - knots[-1], 0) * max(last_slope, mean_slope)
+    return result
+
+
+def _op_points(profile: HardwareProfile, op: str, names: Sequence[str]) -> list[OpPoint]:
+    points = list(profile.ops.get(op, ()))
+    if not points:
+        raise ProfileError(
+            f"CostModel: the profile must hold times of {op}, got none; measure it with measure_profile or "
+            "`sequoia-kernels profile`"
+        )
+    for point in points:
+        for name in names:
+            if not is_number(point.parameters.get(name)):
+                raise ProfileError(
+                    f"CostModel: times of {op} must have the parameters {', '.join(names)}, "
+                    f"got {dict(point.parameters)}"
+                )
+    return points
+
+
+def _nearest(points: list[OpPoint], name: str, wanted: float) -> list[OpPoint]:
+    """Keep the points whose parameter is nearest to what is wanted, the larger one on a tie."""
+    values = {float(point.parameters[name]) for point in points}
+    chosen = min(values, key=lambda value: (abs(value - wanted), -value))
+    return [point for point in points if point.parameters[name] == chosen]
+
+
+def _at_mode(points: list[OpPoint], greedy: bool) -> list[OpPoint]:
+    """Keep the points at temperature 0, or those above; whichever there are when only one kind was measured."""
+    return [point for point in points if (point.parameters["temperature"] == 0) == greedy] or points
+
+
+def _at_vocab(points: list[OpPoint], vocab: int) -> tuple[list[OpPoint], float]:
+    """Keep the points of the nearest vocabulary, and the factor to scale them by: the ratio, but never below 1."""
+    points = _nearest(points, "vocab", vocab)
+    return points, max(1.0, vocab / float(points[0].parameters["vocab"]))
+
+
+def _curve(times: Mapping[float, list[float]], scale: float) -> MonotoneGrid:
+    sizes = sorted(times)
+    return MonotoneGrid([0], sizes, [[scale * float(np.median(times[size])) for size in sizes]])
+
+
+def _verify_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
+    points = _op_points(profile, "verify_tree", ("batch_size", "nodes", "vocab", "temperature"))
+    points, scale = _at_vocab(_at_mode(points, greedy), vocab)
+    times: dict[float, list[float]] = {}
+    for point in points:
+        rows = float(point.parameters["batch_size"]) * float(point.parameters["nodes"])
+        times.setdefault(rows, []).append(point.p50_ms)
+    return _curve(times, scale)
+
+
+def _sample_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
+    op = "sample_without_replacement"
+    points = _op_points(profile, op, ("rows", "num_samples", "vocab", "temperature"))
+    points, scale = _at_vocab(_at_mode(points, greedy), vocab)
+    times = {
+        (float(point.parameters["rows"]), float(point.parameters["num_samples"])): point.p50_ms for point in points
+    }
+    rows, samples = (sorted({key[axis] for key in times}) for axis in range(2))
+    missing = [(row, count) for row in rows for count in samples if (row, count) not in times]
+    if missing:
+        raise ProfileError(
+            f"CostModel: times of {op} must cover every pair of rows and num_samples, got none at "
+            f"{int(missing[0][0])} rows and {int(missing[0][1])} samples; measure the profile again"
+        )
+    return MonotoneGrid(rows, samples, [[scale * times[row, count] for count in samples] for row in rows])
+
+
+def _compact_grid(profile: HardwareProfile, row_bytes: int, batch_size: int) -> MonotoneGrid:
+    points = _op_points(profile, "compact_kv_cache_", ("levels", "row_bytes", "batch_size"))
+    points = _nearest(_nearest(points, "batch_size", batch_size), "row_bytes", row_bytes)
+    times: dict[float, list[float]] = {}
+    for point in points:
+        times.setdefault(float(point.parameters["levels"]), []).append(point.p50_ms)
+    return _curve(times, 1.0)

@@ -1,0 +1,597 @@
+"""plan_tree: the tree that gives the most tokens per second on the measured device, and what it was compared with.
+
+Tokens per second = F(T) / step time. F(T) is the tree's expected accepted tokens per step (Sequoia, arXiv 2402.12374,
+section 3.1), the step time is composed from the profile (see `cost_model`). The candidates are the optimal tree of
+every (budget, levels) cell, the fastest of them refined for the draft's widths (see `refine`), the chain of every
+length, and no speculation at all.
+
+Search: the value of a cell is known from the table of optimal values, and its step takes at least as long as one whose
+draft levels are all one node wide. That bounds its speed from above. Cells are costed in the order of their bounds
+until no bound reaches the best speed found, less the tolerance; the result is that of costing every cell.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.planner.acceptance import AcceptanceEstimate, validate_acceptance
+from sequoia_kernels.planner.cost_model import STAGES, CostModel, StepShape, StepTimes
+from sequoia_kernels.planner.json_file import dump_document, is_number, load_document, parse_document
+from sequoia_kernels.planner.profile import HardwareProfile
+from sequoia_kernels.planner.refine import refine_tree
+from sequoia_kernels.planner.search import OptimalTrees
+from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree.json_io import write_text
+
+__all__ = ["PlanCandidate", "TreePlan", "plan_tree"]
+
+FORMAT = "sequoia-kernels/tree-plan"
+VERSION = 1
+
+MAX_OP_NODES = 1024  # nodes that the ops accept
+DEFAULT_MAX_LEVELS = 32
+VALUE_ROUNDING = 1e-12  # two values nearer than this are the same
+
+
+@dataclass(frozen=True)
+class PlanCandidate:
+    """One tree with its predicted speed.
+
+    Attributes:
+        tree: the tree.
+        tokens_per_step: expected accepted tokens per step and request, bonus token included.
+        stages: predicted milliseconds of a step by stage.
+        speedup: tokens per second over those of no speculation.
+    """
+
+    tree: TokenTree
+    tokens_per_step: float
+    stages: dict[str, float]
+    speedup: float
+
+    @property
+    def kind(self) -> str:
+        """ "tree", "chain" or "no speculation"."""
+        return "no speculation" if self.tree.num_nodes == 1 else "chain" if self.tree.is_chain else "tree"
+
+    @property
+    def step_ms(self) -> float:
+        """Predicted milliseconds of a step."""
+        return sum(self.stages.values())
+
+    @property
+    def ms_per_token(self) -> float:
+        """Predicted milliseconds for each token of a request."""
+        return self.step_ms / self.tokens_per_step
+
+    def to_fields(self) -> dict[str, Any]:
+        """Give the candidate as plain JSON values."""
+        return {
+            "kind": self.kind,
+            "parents": self.tree.parents,
+            "tokens_per_step": self.tokens_per_step,
+            "step_ms": self.step_ms,
+            "ms_per_token": self.ms_per_token,
+            "speedup": self.speedup,
+            "stages": dict(self.stages),
+        }
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """The tree to decode with, its predicted speed, and the runners-up.
+
+    Attributes:
+        tree: the pick. A single node means: do not speculate.
+        tokens_per_step: expected accepted tokens per step and request, bonus token included.
+        tokens_per_step_interval: its interval from the acceptance's uncertainty; None for a plain vector.
+        stages: predicted milliseconds of a step by stage, as `cost_model.STAGES`.
+        speedup: tokens per second over those of no speculation.
+        speedup_interval: its interval from the acceptance's uncertainty alone; None for a plain vector.
+        candidates: what the pick was compared with, the pick included, fastest first: the best tree at each of a few
+            budgets, the best chain, no speculation.
+        context_len: committed tokens that the times are for.
+        batch_size: requests decoded together.
+        temperature: sampling temperature that the times are for, None when not told.
+        confidence: of the intervals; None for a plain vector.
+        tolerance: a smaller tree was preferred within this fraction of the best speed.
+        acceptance: the acceptance vector.
+        target: key of the target in the profile.
+        draft: key of the draft in the profile.
+        device: the profile's device, in words.
+        notes: what the prediction rests on beyond measurement, e.g. extrapolated times.
+    """
+
+    tree: TokenTree
+    tokens_per_step: float
+    tokens_per_step_interval: tuple[float, float] | None
+    stages: dict[str, float]
+    speedup: float
+    speedup_interval: tuple[float, float] | None
+    candidates: tuple[PlanCandidate, ...]
+    context_len: float
+    batch_size: int
+    temperature: float | None
+    confidence: float | None
+    tolerance: float
+    acceptance: tuple[float, ...]
+    target: str
+    draft: str | None
+    device: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "tree", "chain" or "no speculation"."""
+        return PlanCandidate(self.tree, self.tokens_per_step, self.stages, self.speedup).kind
+
+    @property
+    def step_ms(self) -> float:
+        """Predicted milliseconds of a step."""
+        return sum(self.stages.values())
+
+    @property
+    def ms_per_token(self) -> float:
+        """Predicted milliseconds for each token of a request."""
+        return self.step_ms / self.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Predicted tokens per second of the whole batch."""
+        return 1e3 * self.batch_size / self.ms_per_token
+
+    @property
+    def no_speculation(self) -> PlanCandidate:
+        """The candidate that everything is compared with."""
+        return next(candidate for candidate in self.candidates if candidate.kind == "no speculation")
+
+    @property
+    def best_chain(self) -> PlanCandidate | None:
+        """The fastest chain of at least two nodes, None where the budget or the levels allow none."""
+        return next((candidate for candidate in self.candidates if candidate.kind == "chain"), None)
+
+    def describe(self) -> str:
+        """Give the plan as text: the verdict, the pick by stage, and the table of candidates."""
+        lines = [_verdict(self), ""]
+        interval = _interval_text(self.tokens_per_step_interval, self.confidence, "")
+        lines.append(f"tokens per step  {self.tokens_per_step:.2f}{interval}")
+        shown = [f"{name} {self.stages[name]:.2f}" for name in STAGES if self.stages[name] > 0]
+        lines.append(f"step             {self.step_ms:.2f} ms ({', '.join(shown)})")
+        interval = _interval_text(self.speedup_interval, self.confidence, "x")
+        lines.append(f"speedup          {self.speedup:.2f}x{interval}")
+        lines += ["", "  candidate        nodes  levels  tokens/step  step ms  ms/token  speedup"]
+        for candidate in self.candidates:
+            mark = ">" if candidate.tree == self.tree else " "
+            lines.append(
+                f"{mark} {candidate.kind:<15}  {candidate.tree.num_nodes:5d}  {candidate.tree.num_levels:6d}"
+                f"  {candidate.tokens_per_step:11.2f}  {candidate.step_ms:7.2f}  {candidate.ms_per_token:8.3f}"
+                f"  {candidate.speedup:6.2f}x"
+            )
+        lines += ["", f"for {self.context_len:g} tokens of context, batch {self.batch_size}, on {self.device}"]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Give the plan as a JSON document."""
+        return dump_document(
+            {
+                "kind": self.kind,
+                "parents": self.tree.parents,
+                "tokens_per_step": self.tokens_per_step,
+                "tokens_per_step_interval": _as_list(self.tokens_per_step_interval),
+                "step_ms": self.step_ms,
+                "ms_per_token": self.ms_per_token,
+                "tokens_per_second": self.tokens_per_second,
+                "speedup": self.speedup,
+                "speedup_interval": _as_list(self.speedup_interval),
+                "stages": dict(self.stages),
+                "candidates": [candidate.to_fields() for candidate in self.candidates],
+                "context_len": self.context_len,
+                "batch_size": self.batch_size,
+                "temperature": self.temperature,
+                "confidence": self.confidence,
+                "tolerance": self.tolerance,
+                "acceptance": list(self.acceptance),
+                "target": self.target,
+                "draft": self.draft,
+                "device": self.device,
+                "notes": list(self.notes),
+            },
+            FORMAT,
+            VERSION,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> TreePlan:
+        """Parse `to_json`'s document.
+
+        Raises:
+            ValueError: the text is not such a document.
+        """
+        where = "TreePlan.from_json"
+        return _read_plan(parse_document(text, FORMAT, VERSION, where), where)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a JSON file, whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TreePlan:
+        """Read a plan written by `save`.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: the file is not a plan of this version.
+        """
+        where = "TreePlan.load"
+        return _read_plan(load_document(path, FORMAT, VERSION, where), f"{where}: {os.fspath(path)}")
+
+
+def plan_tree(
+    acceptance: Any,
+    profile: HardwareProfile,
+    *,
+    context_len: float | None = None,
+    max_budget: int | None = None,
+    max_levels: int | None = None,
+    batch_size: int = 1,
+    target: Any = None,
+    draft: Any = None,
+    temperature: float | None = None,
+    host_ms: float | None = None,
+    tolerance: float = 0.01,
+) -> TreePlan:
+    """Choose the tree that gives the most tokens per second on the profile's device.
+
+    Args:
+        acceptance: an `AcceptanceEstimate`, or a plain acceptance vector (then without intervals).
+        profile: the device's measured times; see `measure_profile`. Call its `check_device` for this machine.
+        context_len: committed tokens to plan for; the middle of the measured contexts when None. Times are interpolated
+            between measured contexts; a note says so where they had to be extrapolated.
+        max_budget: largest number of nodes; the largest measured target forward when None (at most 1024).
+        max_levels: largest number of levels; 32 when None.
+        batch_size: requests decoded together; the forwards must have been measured at it.
+        target: target model (key, fingerprint or model) of a profile that has several.
+        draft: draft model, likewise.
+        temperature: sampling temperature, which decides whether greedy or sampled times of the ops are used; the
+            estimate's own when None.
+        host_ms: overhead of a step outside forwards and ops, instead of the profile's.
+        tolerance: take the tree with the fewest nodes among those within this fraction of the best speed. Measured
+            times are not more exact than that, and a smaller tree suffers less from a wrong acceptance vector.
+
+    Returns:
+        The plan. No speculation is always among its candidates, and is the pick where nothing beats it.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, or `max_budget` exceeds what was measured.
+        ProfileError: the profile lacks a model, a batch size or an op; the message says how to measure it.
+
+    Notes:
+        Pure host arithmetic, deterministic; well under a second for 256 nodes x 24 levels.
+
+    Source:
+        Sequoia (arXiv 2402.12374), section 3.3, which optimises tokens per second over (budget, levels) with typed-in
+        times. Here all times are measured, level by level, and chains and no speculation are candidates.
+
+    Example:
+        >>> plan = plan_tree([0.6, 0.2], profile)  # doctest: +SKIP
+        >>> print(plan.describe())  # doctest: +SKIP
+    """
+    where = "plan_tree"
+    vector = validate_acceptance(acceptance, where)
+    estimate = acceptance if isinstance(acceptance, AcceptanceEstimate) else None
+    if not isinstance(profile, HardwareProfile):
+        raise TypeError(f"{where}: profile must be a HardwareProfile, got {type(profile).__name__}")
+    _check_int(batch_size, "batch_size", 1)
+    if temperature is None and estimate is not None:
+        temperature = estimate.temperature
+    if temperature is not None and (not is_number(temperature) or temperature < 0):
+        raise ValueError(f"{where}: temperature must be a finite number >= 0, got {temperature!r}")
+    if not is_number(tolerance) or not 0 <= tolerance < 1:
+        raise ValueError(f"{where}: tolerance must be in [0, 1), got {tolerance!r}")
+    model = CostModel(
+        profile, batch_size=batch_size, target=target, draft=draft, temperature=temperature, host_ms=host_ms
+    )
+    if model.draft_key is None:
+        raise ProfileError(
+            f"{where}: the profile must have a draft model, got none; measure it with measure_profile(target, draft) "
+            "or `sequoia-kernels profile`"
+        )
+    contexts = profile.forward_table(model.target_key, batch_size).context_lens
+    if context_len is None:
+        context_len = (contexts[0] + contexts[-1]) / 2
+    if not is_number(context_len) or context_len < 0:
+        raise ValueError(f"{where}: context_len must be a finite number >= 0, got {context_len!r}")
+    largest = min(model.max_nodes, MAX_OP_NODES)
+    max_budget = largest if max_budget is None else _check_int(max_budget, "max_budget", 1)
+    if max_budget > largest:
+        raise ValueError(
+            f"{where}: max_budget must be at most the {largest} nodes that were measured, got {max_budget}; "
+            "measure a profile with larger node_counts"
+        )
+    max_levels = DEFAULT_MAX_LEVELS if max_levels is None else _check_int(max_levels, "max_levels", 1)
+    max_levels = min(max_levels, max_budget)
+
+    search = _Search(vector, model.at_context(context_len), max_budget, max_levels, tolerance)
+    single = search.candidate(TokenTree.single())
+    chains = [search.candidate(TokenTree.chain(length)) for length in range(2, max_levels + 1)]
+    others = [single, *chains]
+    fastest, near = search.fastest_tree(max(map(_speed, others)))
+    if fastest is not None or chains:
+        start = max([*chains, fastest] if fastest is not None else chains, key=_speed)
+        others.append(search.candidate(refine_tree(start.tree, vector, search.times, max_budget, max_levels)))
+    best = max(map(_speed, others if fastest is None else [*others, fastest]))
+    least = (1 - tolerance) * best
+    pick = min((candidate for candidate in others if _speed(candidate) >= least), key=_size, default=None) or fastest
+    assert pick is not None
+    for budget, levels in sorted(near):
+        if budget > pick.tree.num_nodes:
+            break
+        candidate = search.cell(budget, levels, least)
+        if candidate is not None and _size(candidate) < _size(pick):
+            pick = candidate
+    shown = {single.tree: single, pick.tree: pick}
+    if chains:
+        chain = max(chains, key=_speed)
+        shown[chain.tree] = chain
+    for budget in _milestones(max_budget):
+        tree = search.best_tree(budget)
+        if tree is not None:
+            shown.setdefault(tree.tree, tree)
+    interval = None
+    if estimate is not None:
+        interval = estimate.tokens_per_step_interval(pick.tree)
+    factor = pick.speedup / pick.tokens_per_step  # speedup for each token per step, at this step time
+    return TreePlan(
+        tree=pick.tree,
+        tokens_per_step=pick.tokens_per_step,
+        tokens_per_step_interval=interval,
+        stages=pick.stages,
+        speedup=pick.speedup,
+        speedup_interval=None if interval is None else (factor * interval[0], factor * interval[1]),
+        candidates=tuple(sorted(shown.values(), key=_speed, reverse=True)),
+        context_len=context_len,
+        batch_size=batch_size,
+        temperature=temperature,
+        confidence=None if estimate is None else estimate.confidence,
+        tolerance=tolerance,
+        acceptance=tuple(vector.tolist()),
+        target=model.target_key,
+        draft=model.draft_key,
+        device=str(profile.device),
+        notes=tuple(_notes(model, contexts, context_len, pick, estimate)),
+    )
+
+
+class _Search:
+    """Costs optimal trees, as few as it can."""
+
+    def __init__(
+        self, vector: NDArray[np.float64], times: StepTimes, max_budget: int, max_levels: int, tolerance: float
+    ) -> None:
+        self.vector = vector
+        self.times = times
+        self.tolerance = tolerance
+        self.trees = OptimalTrees(vector, max_budget, max_levels)
+        self.single_ms = times.step_ms(StepShape(1, (), ()))
+        values = self.trees.values
+        # A cell counts where both its last node and its last level gain something: elsewhere a smaller cell has the
+        # same tree. So the tree of a cell that counts has exactly its nodes and levels.
+        counts = np.zeros(values.shape, dtype=bool)
+        gain = VALUE_ROUNDING * values[1:, 1:]
+        counts[1:, 1:] = (values[1:, 1:] - values[:-1, 1:] > gain) & (values[1:, 1:] - values[1:, :-1] > gain)
+        counts[:, :2] = False  # a single node is no tree
+        self.bounds = np.where(counts, values / self._least_ms(max_budget, max_levels), 0.0)
+
+    def candidate(self, tree: TokenTree) -> PlanCandidate:
+        """Cost a tree."""
+        stages = self.times.stages(StepShape.of(tree))
+        tokens = tree.expected_tokens(self.vector)
+        return PlanCandidate(tree, tokens, stages, tokens * self.single_ms / sum(stages.values()))
+
+    def fastest_tree(self, reference: float) -> tuple[PlanCandidate | None, list[tuple[int, int]]]:
+        """Find the fastest optimal tree.
+
+        Args:
+            reference: tokens per millisecond that a tree must exceed.
+
+        Returns:
+            The tree, None where none exceeds the reference, and all cells that may be within the tolerance of the
+            fastest or the reference.
+        """
+        best, fastest = reference, None
+        near: list[tuple[float, int, int]] = []
+        cells = np.argwhere(self.bounds >= (1 - self.tolerance) * best)
+        order = np.argsort(-self.bounds[tuple(cells.T)], kind="stable")
+        for budget, levels in cells[order].tolist():
+            if self.bounds[budget, levels] < (1 - self.tolerance) * best:
+                break
+            bound = self._narrow_bound(budget, levels)
+            if bound > best:
+                candidate = self.candidate(self.trees.tree(budget, levels))
+                if _speed(candidate) > best:
+                    best, fastest = _speed(candidate), candidate
+            near.append((bound, budget, levels))
+        return fastest, [(budget, levels) for bound, budget, levels in near if bound >= (1 - self.tolerance) * best]
+
+    def best_tree(self, budget: int) -> PlanCandidate | None:
+        """Give the fastest optimal tree of one budget, None where no tree uses it up."""
+        best: PlanCandidate | None = None
+        for levels in np.argsort(-self.bounds[budget], kind="stable").tolist():
+            least = 0.0 if best is None else _speed(best)
+            if self.bounds[budget, levels] <= least:
+                break
+            best = self.cell(budget, levels, least) or best
+        return best
+
+    def cell(self, budget: int, levels: int, least: float) -> PlanCandidate | None:
+        """Cost a cell's tree, None where it is slower than `least` tokens per millisecond."""
+        if self._narrow_bound(budget, levels) < least:
+            return None
+        candidate = self.candidate(self.trees.tree(budget, levels))
+        return candidate if _speed(candidate) >= least else None
+
+    def _narrow_bound(self, budget: int, levels: int) -> float:
+        """A bound on a cell's tokens per millisecond, exact but for the number of samples that its levels draw."""
+        widths = self.trees.widths(budget, levels)
+        internal = tuple(widths.internal[:-1])
+        # the largest number of children on a level takes the whole tree to know; it is at least their mean
+        fewest = tuple(-(-nodes // width) for nodes, width in zip(widths.nodes[1:], internal, strict=True))
+        return self.trees.value(budget, levels) / self.times.step_ms(StepShape(budget, internal, fewest))
+
+    def _least_ms(self, max_budget: int, max_levels: int) -> NDArray[np.float64]:
+        """The least a step of a cell's tree can take: every level of the draft is one node wide. [budget, levels]."""
+        times = self.times
+        levels = np.arange(max_levels + 1)
+        by_node = np.add(times.target, times.verify)[: max_budget + 1]
+        by_level = (
+            times.draft_root
+            + np.maximum(levels - 2, 0) * times.draft[1]
+            + np.maximum(levels - 1, 0) * times.sample(1, 1)
+            + np.asarray(times.compact)[levels]
+            + np.asarray(times.host)[levels]
+        )
+        return by_node[:, None] + by_level
+
+
+def _speed(candidate: PlanCandidate) -> float:
+    """Tokens per millisecond."""
+    return candidate.tokens_per_step / candidate.step_ms
+
+
+def _size(candidate: PlanCandidate) -> tuple[int, float]:
+    """Order of preference among candidates of about the same speed."""
+    return candidate.tree.num_nodes, -_speed(candidate)
+
+
+def _milestones(max_budget: int) -> Iterable[int]:
+    """Budgets that the table of candidates shows: powers of two, and the largest."""
+    budget = 2
+    while budget < max_budget:
+        yield budget
+        budget *= 2
+    yield max_budget
+
+
+def _notes(
+    model: CostModel,
+    contexts: tuple[int, ...],
+    context_len: float,
+    pick: PlanCandidate,
+    estimate: AcceptanceEstimate | None,
+) -> Iterator[str]:
+    if not contexts[0] <= context_len <= contexts[-1]:
+        yield f"context {context_len:g} lies outside the measured {contexts[0]}..{contexts[-1]}: times are extrapolated"
+    assert model.draft_key is not None
+    largest = model.profile.forward_table(model.draft_key, model.batch_size).node_counts[-1]
+    widest = max(StepShape.of(pick.tree).widths, default=0)
+    if widest > largest:
+        yield f"a draft level feeds {widest} nodes, {largest} were measured at most: its time is extrapolated"
+    if pick.tree.num_nodes == min(model.max_nodes, MAX_OP_NODES):
+        yield f"the pick has the largest measured budget, {pick.tree.num_nodes} nodes: a larger one may be faster still"
+    if estimate is not None and pick.tree.max_branching > len(estimate.visited):
+        yield f"ranks from {len(estimate.visited)} on are extrapolated, not measured"
+
+
+def _verdict(plan: TreePlan) -> str:
+    if plan.kind == "no speculation":
+        rivals = [candidate for candidate in plan.candidates if candidate.kind != "no speculation"]
+        best = f": the best tree gives {rivals[0].speedup:.2f}x" if rivals else ""
+        return f"Do not speculate{best}."
+    nodes = f"{plan.tree.num_nodes} nodes on {plan.tree.num_levels} levels"
+    gain = f"{plan.ms_per_token:.2f} ms per token, {plan.speedup:.2f}x"
+    if plan.kind == "chain":
+        return f"Speculate with a chain of {plan.tree.num_nodes} nodes: {gain}. No tree is faster by more than " + (
+            f"{plan.tolerance:.0%}."
+        )
+    chain = plan.best_chain
+    against = "" if chain is None else f" (best chain: {chain.speedup:.2f}x)"
+    return f"Speculate with a tree of {nodes}: {gain}{against}."
+
+
+def _interval_text(interval: tuple[float, float] | None, confidence: float | None, unit: str) -> str:
+    if interval is None or confidence is None:
+        return ""
+    return f"  ({confidence:.0%} interval {interval[0]:.2f}{unit} to {interval[1]:.2f}{unit})"
+
+
+def _as_list(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _check_int(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"plan_tree: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"plan_tree: {name} must be >= {least}, got {value}")
+    return int(value)
+
+
+def _read_plan(document: dict[str, Any], where: str) -> TreePlan:
+    def field(owner: dict[str, Any], name: str, *kinds: type, optional: bool = False) -> Any:
+        value = owner.get(name)
+        good = is_number(value) if kinds == (float,) else isinstance(value, kinds)
+        if not (good or (optional and value is None)):
+            raise ValueError(f'{where}: "{name}" must be a {kinds[0].__name__}, got {value!r}')
+        return value
+
+    def numbers(owner: dict[str, Any], name: str, optional: bool = False) -> Any:
+        value = field(owner, name, list, optional=optional)
+        if value is not None and not all(map(is_number, value)):
+            raise ValueError(f'{where}: "{name}" must hold numbers, got {value!r}')
+        return value if value is None else tuple(map(float, value))
+
+    def interval(name: str) -> tuple[float, float] | None:
+        value = numbers(document, name, optional=True)
+        if value is not None and len(value) != 2:
+            raise ValueError(f'{where}: "{name}" must hold two numbers, got {value!r}')
+        return value
+
+    def stages(owner: dict[str, Any]) -> dict[str, float]:
+        value = field(owner, "stages", dict)
+        if set(value) != set(STAGES) or not all(is_number(entry) and entry >= 0 for entry in value.values()):
+            raise ValueError(f'{where}: "stages" must hold the times of {", ".join(STAGES)}, got {value!r}')
+        return {name: float(value[name]) for name in STAGES}
+
+    def tree(owner: dict[str, Any]) -> TokenTree:
+        try:
+            return TokenTree(field(owner, "parents", list))
+        except (TypeError, ValueError) as reason:
+            raise ValueError(f'{where}: "parents" must be a tree, got one that is not ({reason})') from None
+
+    candidates = []
+    for entry in field(document, "candidates", list):
+        if not isinstance(entry, dict):
+            raise ValueError(f'{where}: "candidates" must hold objects, got {entry!r}')
+        tokens, speedup = (float(field(entry, name, float)) for name in ("tokens_per_step", "speedup"))
+        candidates.append(PlanCandidate(tree(entry), tokens, stages(entry), speedup))
+    notes = field(document, "notes", list)
+    if not all(isinstance(note, str) for note in notes):
+        raise ValueError(f'{where}: "notes" must hold strings, got {notes!r}')
+    return TreePlan(
+        tree=tree(document),
+        tokens_per_step=float(field(document, "tokens_per_step", float)),
+        tokens_per_step_interval=interval("tokens_per_step_interval"),
+        stages=stages(document),
+        speedup=float(field(document, "speedup", float)),
+        speedup_interval=interval("speedup_interval"),
+        candidates=tuple(candidates),
+        context_len=field(document, "context_len", float),
+        batch_size=field(document, "batch_size", int),
+        temperature=field(document, "temperature", float, optional=True),
+        confidence=field(document, "confidence", float, optional=True),
+        tolerance=field(document, "tolerance", float),
+        acceptance=numbers(document, "acceptance"),
+        target=field(document, "target", str),
+        draft=field(document, "draft", str, optional=True),
+        device=field(document, "device", str),
+        notes=tuple(notes),
+    )

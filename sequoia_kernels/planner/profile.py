@@ -1,0 +1,557 @@
+"""The hardware profile: what was measured on one device, as a versioned JSON file.
+
+A profile holds forward times of models over node counts and context lengths, times of the ops over their sizes, the
+loop's own overhead and the memory bandwidth. It knows nothing of trees or acceptance. Every field is described in
+docs/hardware_profile.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.planner.json_file import dump_document, is_number, load_document, parse_document
+from sequoia_kernels.tree.json_io import write_text
+
+__all__ = ["DeviceFingerprint", "ForwardTable", "HardwareProfile", "ModelFingerprint", "OpPoint"]
+
+FORMAT = "sequoia-kernels/hardware-profile"
+VERSION = 1
+
+logger = logging.getLogger("sequoia_kernels")
+
+
+@dataclass(frozen=True)
+class DeviceFingerprint:
+    """What a profile's times belong to.
+
+    Attributes:
+        type: torch device type, "cpu" or "cuda".
+        name: the processor's or the GPU's own name.
+        num_threads: torch's threads within an op on a CPU, None elsewhere. Times at another number are other times.
+        memory_bytes: memory of the device, None where it cannot be read. Not compared.
+        compute_capability: of a GPU, e.g. "9.0"; None elsewhere.
+        torch_version: not compared, but a difference is logged.
+    """
+
+    type: str
+    name: str
+    num_threads: int | None
+    memory_bytes: int | None
+    compute_capability: str | None
+    torch_version: str
+
+    @classmethod
+    def of(cls, device: torch.device | str) -> DeviceFingerprint:
+        """Read the fingerprint of a device of this machine.
+
+        Raises:
+            ValueError: there is no such device here, or its type is neither "cpu" nor "cuda".
+        """
+        device = torch.device(device)
+        if device.type == "cpu":
+            return cls("cpu", _cpu_name(), torch.get_num_threads(), _cpu_memory(), None, torch.__version__)
+        if device.type != "cuda":
+            raise ValueError(f"DeviceFingerprint.of: device must be of type cpu or cuda, got {device}")
+        if not torch.cuda.is_available():
+            raise ValueError(f"DeviceFingerprint.of: device must be present, got {device} on a machine without CUDA")
+        properties = torch.cuda.get_device_properties(device)
+        capability = f"{properties.major}.{properties.minor}"
+        return cls("cuda", properties.name, None, properties.total_memory, capability, torch.__version__)
+
+    def same_device(self, other: DeviceFingerprint) -> bool:
+        """Tell whether times of the one may be used on the other."""
+        return (self.type, self.name, self.num_threads) == (other.type, other.name, other.num_threads)
+
+    def __str__(self) -> str:
+        threads = "" if self.num_threads is None else f", {self.num_threads} threads"
+        return f"{self.type}: {self.name}{threads}"
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """The shapes that decide a model's forward time. Equal fingerprints share their times.
+
+    Attributes:
+        family: the architecture's name in transformers, e.g. "llama".
+        dtype: of the weights, e.g. "bfloat16".
+        num_parameters: all of them.
+        vocab_size: rows of the language-model head.
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the feed-forward layer, None where the config does not say.
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        head_dim: width of a head.
+    """
+
+    family: str
+    dtype: str
+    num_parameters: int
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: Any) -> ModelFingerprint:
+        """Read the fingerprint of a model: a Hugging Face causal language model, or a `TreeModel` around one."""
+        inner = getattr(model, "model", None) if not hasattr(model, "config") else model
+        config = getattr(inner, "config", None)
+        if config is None:
+            raise TypeError(
+                f"ModelFingerprint.of: model must have a config or wrap a model that has, got {type(model).__name__}"
+            )
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        num_parameters = model.num_parameters() if callable(model.num_parameters) else model.num_parameters
+        num_heads = int(config.num_attention_heads)
+        hidden_size = int(config.hidden_size)
+        intermediate_size = getattr(config, "intermediate_size", None)
+        return cls(
+            family=str(config.model_type),
+            dtype=str(model.dtype).removeprefix("torch."),
+            num_parameters=int(num_parameters),
+            vocab_size=int(getattr(model, "vocab_size", None) or config.vocab_size),
+            num_layers=int(config.num_hidden_layers),
+            hidden_size=hidden_size,
+            intermediate_size=int(intermediate_size) if isinstance(intermediate_size, int) else None,
+            num_heads=num_heads,
+            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+            head_dim=int(getattr(config, "head_dim", None) or hidden_size // num_heads),
+        )
+
+    @property
+    def key(self) -> str:
+        """Name of the model in a profile: readable, and ending in a hash of every field."""
+        fields = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:8]
+        return f"{self.family}-{self.num_layers}x{self.hidden_size}-{self.dtype}-{digest}"
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * _dtype_bytes(self.dtype)
+
+
+@dataclass(frozen=True)
+class ForwardTable:
+    """Forward times of one model at one batch size, over context lengths and node counts.
+
+    Attributes:
+        batch_size: requests in the forward.
+        context_lens: committed tokens behind which the nodes stand, increasing. [C]
+        node_counts: tokens fed for each request, increasing. [N]
+        p20_ms: 20th percentile. [C][N], milliseconds.
+        p50_ms: median. [C][N], milliseconds.
+        p80_ms: 80th percentile. [C][N], milliseconds.
+        repeats: forwards timed for each entry.
+    """
+
+    batch_size: int
+    context_lens: tuple[int, ...]
+    node_counts: tuple[int, ...]
+    p20_ms: tuple[tuple[float, ...], ...]
+    p50_ms: tuple[tuple[float, ...], ...]
+    p80_ms: tuple[tuple[float, ...], ...]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class OpPoint:
+    """Time of one op at one setting.
+
+    Attributes:
+        parameters: the sizes that were timed, by name; see docs/hardware_profile.md for each op's.
+        p20_ms: 20th percentile, milliseconds.
+        p50_ms: median, milliseconds.
+        p80_ms: 80th percentile, milliseconds.
+    """
+
+    parameters: Mapping[str, int | float | str]
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """Everything measured on one device. Made by `sequoia_kernels.measure_profile`, read by `plan_tree`.
+
+    Attributes:
+        device: what the times belong to.
+        models: fingerprints of the measured models, by key.
+        forwards: their forward tables, by key; one a batch size.
+        ops: times of the ops, by op name.
+        target_key: model taken as the target when none is named.
+        draft_key: model taken as the draft when none is named.
+        step_overhead_ms: time of one decoding step outside the forwards and ops.
+        level_overhead_ms: the same for each forward of the draft.
+        bandwidth: measured bandwidths in GB/s (1e9 bytes), by name.
+        settings: how the measurement was made, for the reader.
+        created: when, ISO 8601 in UTC.
+
+    Notes:
+        Profiles are values: methods that add something return a new profile.
+    """
+
+    device: DeviceFingerprint
+    models: Mapping[str, ModelFingerprint] = field(default_factory=dict)
+    forwards: Mapping[str, tuple[ForwardTable, ...]] = field(default_factory=dict)
+    ops: Mapping[str, tuple[OpPoint, ...]] = field(default_factory=dict)
+    target_key: str | None = None
+    draft_key: str | None = None
+    step_overhead_ms: float = 0.0
+    level_overhead_ms: float = 0.0
+    bandwidth: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    created: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    )
+
+    def check_device(self, device: torch.device | str | None = None) -> None:
+        """Refuse the profile when it was measured on another device than the one at hand.
+
+        Args:
+            device: the device at hand; the default one of the profile's type when None.
+
+        Raises:
+            ProfileError: type, name or number of CPU threads differ; the message names both devices.
+        """
+        try:
+            here = DeviceFingerprint.of(self.device.type if device is None else device)
+        except ValueError as reason:
+            raise ProfileError(
+                f"HardwareProfile.check_device: device must be the one of the profile, {self.device}, "
+                f"got none like it ({reason})"
+            ) from None
+        if not self.device.same_device(here):
+            fix = "measure a profile on this device"
+            if (self.device.type, self.device.name) == (here.type, here.name):
+                fix = (
+                    f"call torch.set_num_threads({self.device.num_threads}), or measure a profile at {here.num_threads}"
+                )
+            raise ProfileError(
+                f"HardwareProfile.check_device: device must be the one of the profile, {self.device}, got {here}; {fix}"
+            )
+        if self.device.torch_version != here.torch_version:
+            logger.warning(
+                "the hardware profile was measured with torch %s, this is %s: its times may be off",
+                self.device.torch_version,
+                here.torch_version,
+            )
+
+    def find_model(self, model: Any = None, role: str = "target") -> str:
+        """Give the key of a model in this profile.
+
+        Args:
+            model: a key, a fingerprint, a model itself, or None for the profile's own target or draft.
+            role: "target" or "draft": which of the two None stands for, and the word of the messages.
+
+        Raises:
+            ProfileError: the profile has no forward times of it.
+        """
+        if model is None:
+            key = self.target_key if role == "target" else self.draft_key
+            if key is None:
+                known = ", ".join(self.models) or "none"
+                raise ProfileError(
+                    f"HardwareProfile.find_model: the profile must name its {role}, got none; give {role}= one of its "
+                    f"models ({known}), or measure it with measure_profile or `sequoia-kernels profile`"
+                )
+        elif isinstance(model, str):
+            key = model
+        else:
+            key = (model if isinstance(model, ModelFingerprint) else ModelFingerprint.of(model)).key
+        if key not in self.forwards:
+            known = ", ".join(self.forwards) or "none"
+            raise ProfileError(
+                f"HardwareProfile.find_model: the {role} must be a measured model, got {key}, measured: {known}; "
+                "measure it with measure_profile or `sequoia-kernels profile`"
+            )
+        return key
+
+    def forward_table(self, key: str, batch_size: int = 1) -> ForwardTable:
+        """Give a model's forward times at a batch size.
+
+        Raises:
+            ProfileError: they were not measured.
+        """
+        key = self.find_model(key)
+        for table in self.forwards[key]:
+            if table.batch_size == batch_size:
+                return table
+        measured = ", ".join(str(table.batch_size) for table in self.forwards[key])
+        raise ProfileError(
+            f"HardwareProfile.forward_table: batch_size must be a measured one of {key} ({measured}), "
+            f"got {batch_size}; measure it with measure_profile(batch_size={batch_size}) or `sequoia-kernels profile`"
+        )
+
+    def with_forwards(self, fingerprint: ModelFingerprint, table: ForwardTable) -> HardwareProfile:
+        """Give the profile with a model's forward times added; a table of the same batch size is replaced."""
+        key = fingerprint.key
+        tables = [old for old in self.forwards.get(key, ()) if old.batch_size != table.batch_size]
+        tables = sorted([*tables, table], key=lambda entry: entry.batch_size)
+        return dataclasses.replace(
+            self,
+            models={**self.models, key: fingerprint},
+            forwards={**self.forwards, key: tuple(tables)},
+        )
+
+    def with_op(self, name: str, points: Sequence[OpPoint]) -> HardwareProfile:
+        """Give the profile with times of an op added; points of the same parameters are replaced."""
+        new = [dict(point.parameters) for point in points]
+        kept = [point for point in self.ops.get(name, ()) if dict(point.parameters) not in new]
+        return dataclasses.replace(self, ops={**self.ops, name: (*kept, *points)})
+
+    def with_overhead(self, step_ms: float, level_ms: float = 0.0) -> HardwareProfile:
+        """Give the profile with the loop's own overhead a step, and a forward of the draft, set."""
+        for name, value in (("step_ms", step_ms), ("level_ms", level_ms)):
+            if not is_number(value) or value < 0:
+                raise ValueError(f"HardwareProfile.with_overhead: {name} must be a finite time >= 0, got {value!r}")
+        return dataclasses.replace(self, step_overhead_ms=float(step_ms), level_overhead_ms=float(level_ms))
+
+    def merged(self, other: HardwareProfile) -> HardwareProfile:
+        """Give this profile with everything of another of the same device added; where both have a time, the other's.
+
+        Raises:
+            ProfileError: the other was measured on another device; the message names both.
+        """
+        if not self.device.same_device(other.device):
+            raise ProfileError(
+                f"HardwareProfile.merged: other must be of the same device, {self.device}, got {other.device}"
+            )
+        result = self
+        for key, tables in other.forwards.items():
+            for table in tables:
+                result = result.with_forwards(other.models[key], table)
+        for name, points in other.ops.items():
+            result = result.with_op(name, points)
+        return dataclasses.replace(
+            result,
+            device=other.device,
+            target_key=other.target_key or self.target_key,
+            draft_key=other.draft_key or self.draft_key,
+            step_overhead_ms=other.step_overhead_ms or self.step_overhead_ms,
+            level_overhead_ms=other.level_overhead_ms or self.level_overhead_ms,
+            bandwidth={**self.bandwidth, **other.bandwidth},
+            settings={**self.settings, **other.settings},
+            created=other.created,
+        )
+
+    def to_json(self) -> str:
+        """Give the profile as a JSON document."""
+        return dump_document(
+            {
+                "created": self.created,
+                "device": dataclasses.asdict(self.device),
+                "target": self.target_key,
+                "draft": self.draft_key,
+                "models": {
+                    key: {
+                        "fingerprint": dataclasses.asdict(fingerprint),
+                        "forwards": [dataclasses.asdict(table) for table in self.forwards[key]],
+                    }
+                    for key, fingerprint in self.models.items()
+                },
+                "ops": {
+                    name: [{**dataclasses.asdict(point), "parameters": dict(point.parameters)} for point in points]
+                    for name, points in self.ops.items()
+                },
+                "overhead": {"step_ms": self.step_overhead_ms, "level_ms": self.level_overhead_ms},
+                "bandwidth_gb_per_s": dict(self.bandwidth),
+                "settings": dict(self.settings),
+            },
+            FORMAT,
+            VERSION,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> HardwareProfile:
+        """Parse `to_json`'s document.
+
+        Raises:
+            ProfileError: the text is no profile of this version; the message names the field.
+        """
+        where = "HardwareProfile.from_json"
+        return _read_profile(parse_document(text, FORMAT, VERSION, where, ProfileError), where)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile to a JSON file, whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HardwareProfile:
+        """Read a profile written by `save`. Call `check_device` before its times are used for this machine.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ProfileError: the file is no profile of this version; the message names the field.
+        """
+        where = "HardwareProfile.load"
+        document = load_document(path, FORMAT, VERSION, where, ProfileError)
+        return _read_profile(document, f"{where}: {os.fspath(path)}")
+
+
+class _Reader:
+    """Reads fields of a JSON object; a field that is missing or of the wrong kind is a ProfileError naming it."""
+
+    def __init__(self, value: Any, where: str, path: str) -> None:
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: {path} must be an object, got {value!r}")
+        self.value, self.where, self.path = value, where, path
+
+    def get(self, name: str, check: Callable[[Any], bool], rule: str, optional: bool = False) -> Any:
+        value = self.value.get(name)
+        if (value is None and not optional) or (value is not None and not check(value)):
+            raise ProfileError(f"{self.where}: {self.path}.{name} must be {rule}, got {value!r}")
+        return value
+
+    def text(self, name: str, optional: bool = False) -> Any:
+        return self.get(name, lambda value: isinstance(value, str), "a string", optional)
+
+    def count(self, name: str, optional: bool = False) -> Any:
+        return self.get(name, lambda value: _is_count(value, 1), "a positive integer", optional)
+
+    def time(self, name: str) -> float:
+        return float(self.get(name, lambda value: is_number(value) and value >= 0, "a finite number >= 0"))
+
+    def counts(self, name: str, least: int) -> tuple[int, ...]:
+        def check(value: Any) -> bool:
+            is_list = isinstance(value, list) and bool(value) and all(_is_count(entry, least) for entry in value)
+            return is_list and all(left < right for left, right in pairwise(value))
+
+        return tuple(self.get(name, check, f"a list of increasing integers >= {least}"))
+
+    def table(self, name: str, num_rows: int, num_columns: int) -> tuple[tuple[float, ...], ...]:
+        def check(value: Any) -> bool:
+            if not isinstance(value, list) or len(value) != num_rows:
+                return False
+            rows = [row for row in value if isinstance(row, list) and len(row) == num_columns]
+            return len(rows) == num_rows and all(is_number(entry) and entry > 0 for row in rows for entry in row)
+
+        value = self.get(name, check, f"{num_rows} rows of {num_columns} positive times")
+        return tuple(tuple(float(entry) for entry in row) for row in value)
+
+    def inside(self, name: str) -> _Reader:
+        return _Reader(self.value.get(name), self.where, f"{self.path}.{name}" if self.path else name)
+
+    def list(self, name: str) -> list[_Reader]:
+        value = self.get(name, lambda value: isinstance(value, list), "a list")
+        return [_Reader(entry, self.where, f"{self.path}.{name}[{index}]") for index, entry in enumerate(value)]
+
+
+def _read_profile(document: dict[str, Any], where: str) -> HardwareProfile:
+    top = _Reader(document, where, "profile")
+    device = top.inside("device")
+    models: dict[str, ModelFingerprint] = {}
+    forwards: dict[str, tuple[ForwardTable, ...]] = {}
+    for key in top.inside("models").value:
+        entry = top.inside("models").inside(key)
+        fingerprint = _read_fingerprint(entry.inside("fingerprint"))
+        if fingerprint.key != key:
+            raise ProfileError(f"{where}: {entry.path} must be named {fingerprint.key} by its fingerprint, got {key}")
+        models[key] = fingerprint
+        forwards[key] = tuple(_read_forwards(table) for table in entry.list("forwards"))
+    ops = {name: tuple(map(_read_point, top.inside("ops").list(name))) for name in top.inside("ops").value}
+    overhead, bandwidth = top.inside("overhead"), top.inside("bandwidth_gb_per_s")
+    for role in ("target", "draft"):
+        if document.get(role) is not None and document[role] not in models:
+            raise ProfileError(f"{where}: profile.{role} must be one of its models, got {document[role]!r}")
+    return HardwareProfile(
+        device=DeviceFingerprint(
+            type=device.text("type"),
+            name=device.text("name"),
+            num_threads=device.count("num_threads", optional=True),
+            memory_bytes=device.count("memory_bytes", optional=True),
+            compute_capability=device.text("compute_capability", optional=True),
+            torch_version=device.text("torch_version"),
+        ),
+        models=models,
+        forwards=forwards,
+        ops=ops,
+        target_key=top.text("target", optional=True),
+        draft_key=top.text("draft", optional=True),
+        step_overhead_ms=overhead.time("step_ms"),
+        level_overhead_ms=overhead.time("level_ms"),
+        bandwidth={name: bandwidth.time(name) for name in bandwidth.value},
+        settings=dict(top.inside("settings").value),
+        created=top.text("created"),
+    )
+
+
+def _read_fingerprint(reader: _Reader) -> ModelFingerprint:
+    return ModelFingerprint(
+        family=reader.text("family"),
+        dtype=reader.text("dtype"),
+        num_parameters=reader.count("num_parameters"),
+        vocab_size=reader.count("vocab_size"),
+        num_layers=reader.count("num_layers"),
+        hidden_size=reader.count("hidden_size"),
+        intermediate_size=reader.count("intermediate_size", optional=True),
+        num_heads=reader.count("num_heads"),
+        num_kv_heads=reader.count("num_kv_heads"),
+        head_dim=reader.count("head_dim"),
+    )
+
+
+def _read_forwards(reader: _Reader) -> ForwardTable:
+    context_lens, node_counts = reader.counts("context_lens", 0), reader.counts("node_counts", 1)
+    shape = len(context_lens), len(node_counts)
+    return ForwardTable(
+        batch_size=reader.count("batch_size"),
+        context_lens=context_lens,
+        node_counts=node_counts,
+        p20_ms=reader.table("p20_ms", *shape),
+        p50_ms=reader.table("p50_ms", *shape),
+        p80_ms=reader.table("p80_ms", *shape),
+        repeats=reader.count("repeats"),
+    )
+
+
+def _read_point(reader: _Reader) -> OpPoint:
+    parameters = reader.inside("parameters")
+    for name in parameters.value:
+        parameters.get(name, lambda value: is_number(value) or isinstance(value, str), "a number or a string")
+    return OpPoint(parameters.value, reader.time("p20_ms"), reader.time("p50_ms"), reader.time("p80_ms"))
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _dtype_bytes(name: str) -> int:
+    dtype = getattr(torch, name, None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _cpu_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # no sysconf on this system
+        return None

@@ -165,6 +165,9 @@ def _forget_choices(op: str) -> None:
 def _missing_module_reason(error: ImportError) -> str | None:
     """The reason if an optional module is what could not be imported, else None."""
     for module, reason in _OPTIONAL_MODULES.items():
+        parent, _, leaf = module.rpartition(".")
+        if error.name == parent and f"cannot import name '{leaf}'" in str(error):  # from parent import leaf
+            return reason
         if error.name == module or (error.name or "").startswith(module + "."):
             # A module that exists and fails to load (a missing shared library, say) has more to tell than its name.
             return reason if isinstance(error, ModuleNotFoundError) else f"{module} cannot be loaded: {error}"

@@ -142,50 +142,50 @@ def _dispatch(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     backend: str,
+    *,
     return_lse: bool,
     out: Tensor | None,
     lse: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     structure = (q, k_cache, v_cache, tree_mask, cache_lens, scale, softcap, sliding_window, sinks, block_table)
-    _check_structure(*structure, k_scale, v_scale, out, lse)
+    _check_structure(*structure, k_scale, v_scale, out=out, lse=lse)
+    if q.shape[0] == 0:
+        return _new_outputs(q, v_cache, return_lse) if out is None else (out, lse)
     on_cpu = q.is_cpu
     if on_cpu:
         _check_values(k_cache, tree_mask, cache_lens, block_table)
-    if q.shape[0] == 0:
-        return _new_outputs(q, v_cache, return_lse) if out is None else (out, lse)
     inputs = (*structure, k_scale, v_scale, return_lse)
     chosen = backends.choose(OP, backend, "cpu" if on_cpu else q.device.type, inputs)
     return chosen.run(*inputs, out, lse)
 
 
-def _run(*arguments: Any) -> Tensor:
-    return _dispatch(*arguments, False, None, None)[0]
+# The operators below differ in their outputs only; their inputs are those of `_dispatch` up to `backend`.
+def _run(*inputs: Any) -> Tensor:
+    return _dispatch(*inputs, return_lse=False, out=None, lse=None)[0]
 
 
-def _run_lse(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return _dispatch(*arguments, True, None, None)
+def _run_lse(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    return _dispatch(*inputs, return_lse=True, out=None, lse=None)
 
 
-def _run_out(*arguments: Any) -> None:
-    *inputs, out, lse = arguments
-    _dispatch(*inputs, lse is not None, out, lse)
+def _run_out(*inputs_and_outputs: Any) -> None:
+    *inputs, out, lse = inputs_and_outputs
+    _dispatch(*inputs, return_lse=lse is not None, out=out, lse=lse)
 
 
-def _fake(*arguments: Any) -> Tensor:
-    *inputs, _backend = arguments
-    _check_structure(*inputs, None, None)
-    return _new_outputs(inputs[0], inputs[2], False)[0]
+def _fake(*inputs: Any) -> Tensor:
+    _check_structure(*inputs[:-1], out=None, lse=None)
+    return _new_outputs(q=inputs[0], v_cache=inputs[2], return_lse=False)[0]
 
 
-def _fake_lse(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    *inputs, _backend = arguments
-    _check_structure(*inputs, None, None)
-    return _new_outputs(inputs[0], inputs[2], True)
+def _fake_lse(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    _check_structure(*inputs[:-1], out=None, lse=None)
+    return _new_outputs(q=inputs[0], v_cache=inputs[2], return_lse=True)
 
 
-def _fake_out(*arguments: Any) -> None:
-    *inputs, _backend, out, lse = arguments
-    _check_structure(*inputs, out, lse)
+def _fake_out(*inputs_and_outputs: Any) -> None:
+    *inputs, _backend, out, lse = inputs_and_outputs
+    _check_structure(*inputs, out=out, lse=lse)
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -210,6 +210,7 @@ def _check_structure(
     block_table: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    *,
     out: Tensor | None,
     lse: Tensor | None,
 ) -> None:
@@ -284,19 +285,16 @@ def _check_structure(
                     f"{OP}: {name} must be None unless the caches are float8_e4m3fn, got {cache_dtype} caches"
                 )
             checks.row_values(OP, name, head_scale, num_kv_heads, torch.float32, device, "kv heads")
+    out_shape = (batch_size, num_rows, num_q_heads, v_cache.shape[3])
     if out is not None:
-        shape = (batch_size, num_rows, num_q_heads, v_cache.shape[3])
-        checks.check_out(OP, "out", out, shape, dtype, device, "batch, nodes, q heads, value dim")
+        checks.check_out(OP, "out", out, out_shape, dtype, device, "batch, nodes, q heads, value dim")
     if lse is not None:
-        shape = (batch_size, num_rows, num_q_heads)
-        checks.check_out(OP, "out.lse", lse, shape, _lse_dtype(q), device, "batch, nodes, q heads")
+        checks.check_out(OP, "out.lse", lse, out_shape[:3], _lse_dtype(q), device, "batch, nodes, q heads")
 
 
 def _check_values(k_cache: Tensor, tree_mask: Tensor, cache_lens: Tensor, block_table: Tensor | None) -> None:
     """Every row that a request may look at lies inside the cache. CPU tensors only."""
     lens = cache_lens.tolist()
-    if not lens:
-        return
     longest = max(lens)
     num_slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
     if min(lens) < 0:
@@ -310,9 +308,9 @@ def _check_values(k_cache: Tensor, tree_mask: Tensor, cache_lens: Tensor, block_
         checks.fail_range(OP, "cache_lens", rule, lens)
     if block_table is not None:
         page_size = k_cache.shape[1]
-        last_row = [cache_len + num_tree_slots(tree_mask) for cache_len in lens]
-        for row, rows_used in zip(block_table.tolist(), last_row):
-            used = row[: -(-rows_used // page_size)]
+        tree_slots = num_tree_slots(tree_mask)
+        for cache_len, pages in zip(lens, block_table.tolist()):
+            used = pages[: -(-(cache_len + tree_slots) // page_size)]
             if used and not (min(used) >= 0 and max(used) < k_cache.shape[0]):
                 checks.fail_range(OP, "block_table", f"name pages from 0 to {k_cache.shape[0] - 1}", used)
 

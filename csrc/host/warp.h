@@ -1,0 +1,29 @@
+// The distribution that decoding must reproduce: temperature, then top-k, then top-p, as in sequoia_kernels/warping.py.
+
+#pragma once
+
+#include <limits>
+
+#include "rows.h"
+
+namespace sequoia {
+
+// How one row is warped. top_k outside 1 .. vocab - 1 and top_p >= 1 are off.
+struct Warp {
+    double temperature;  // above 0
+    std::int64_t top_k;
+    double top_p;
+};
+
+constexpr double NOTHING_CUT = -std::numeric_limits<double>::infinity();
+
+struct WarpedRow {
+    double cut;   // smallest logit kept, or NOTHING_CUT
+    double mass;  // sum of the weights kept
+};
+
+// weights = exp((logits - peak) / temperature) where logits >= cut, else 0. Tokens that tie with the cut are all kept.
+// logits: padded row. `wide` as for softmax_weights.
+WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const Warp& warp, bool wide, double* weights);
+
+}  // namespace sequoia

@@ -1,0 +1,77 @@
+// warped_logsumexp on the CPU: what describes each row's warped distribution, see sequoia_kernels/warping.py.
+//
+// Computes    (log_normaliser, cut) per row: log sum exp(logit / T) over the tokens kept, and the smallest logit kept;
+//             T = 0: the largest logit for both.
+// Plan        one thread; rows one after the other; see warp.cpp for how the cut is found.
+// Memory      reads each row once; scratch of two rows.
+// Numerics    float64 throughout.
+
+#include <algorithm>
+#include <cmath>
+
+#include <pybind11/pybind11.h>
+
+#include "warp.h"
+
+namespace py = pybind11;
+
+namespace sequoia {
+namespace {
+
+template <class Real>
+void warp_rows(const LogitRows& logits, std::int64_t num_rows, const float* temperatures, const std::int32_t* top_ks,
+               const float* top_ps, Real* log_normalisers, Real* cuts) {
+    static thread_local Scratch<double> row_scratch, weight_scratch;
+    double* const row = row_scratch.reserve(padded(logits.vocab));
+    double* const weights = weight_scratch.reserve(padded(logits.vocab));
+    for (std::int64_t r = 0; r < num_rows; ++r) {
+        const double peak = load_row(logits.row(r), logits.type, logits.vocab, row);
+        if (temperatures[r] == 0) {
+            log_normalisers[r] = cuts[r] = static_cast<Real>(peak);
+            continue;
+        }
+        const Warp warp{temperatures[r], top_ks == nullptr ? 0 : top_ks[r], top_ps == nullptr ? 1.0 : top_ps[r]};
+        const WarpedRow warped = warp_row(row, logits.vocab, peak, warp, sizeof(Real) == 8, weights);
+        log_normalisers[r] = static_cast<Real>(peak / warp.temperature + std::log(warped.mass));
+        cuts[r] = static_cast<Real>(warped.cut == NOTHING_CUT ? *std::min_element(row, row + logits.vocab) : warped.cut);
+    }
+}
+
+// Returns false, and has written nothing, if `check_values` finds a temperature, a top_p or a row of logits out of range.
+bool warped_logsumexp(std::uintptr_t logits_ptr,          // [R, vocab] type, rows row_stride apart
+                      int type,                           //
+                      std::uintptr_t temperature_ptr,     // [R] float32
+                      std::uintptr_t top_k_ptr,           // [R] int32, or 0
+                      std::uintptr_t top_p_ptr,           // [R] float32, or 0
+                      std::uintptr_t log_normaliser_ptr,  // out: [R] float32; float64 for float64
+                      std::uintptr_t cut_ptr,             // out: [R], as log_normaliser
+                      std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride, bool check_values) {
+    const ElementType element = static_cast<ElementType>(type);
+    const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element), vocab};
+    const auto* temperatures = reinterpret_cast<const float*>(temperature_ptr);
+    const auto* top_ks = reinterpret_cast<const std::int32_t*>(top_k_ptr);
+    const auto* top_ps = reinterpret_cast<const float*>(top_p_ptr);
+    if (check_values && !(temperatures_valid(temperatures, num_rows) &&
+                          (top_ps == nullptr || top_ps_valid(top_ps, num_rows)) && rows_valid(logits, num_rows))) {
+        return false;
+    }
+    if (element == ElementType::float64) {
+        warp_rows(logits, num_rows, temperatures, top_ks, top_ps, reinterpret_cast<double*>(log_normaliser_ptr),
+                  reinterpret_cast<double*>(cut_ptr));
+    } else {
+        warp_rows(logits, num_rows, temperatures, top_ks, top_ps, reinterpret_cast<float*>(log_normaliser_ptr),
+                  reinterpret_cast<float*>(cut_ptr));
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace sequoia
+
+void bind_warped_logsumexp(py::module_& module) {
+    module.def("warped_logsumexp", &sequoia::warped_logsumexp, py::call_guard<py::gil_scoped_release>(),
+               py::arg("logits_ptr"), py::arg("type"), py::arg("temperature_ptr"), py::arg("top_k_ptr"),
+               py::arg("top_p_ptr"), py::arg("log_normaliser_ptr"), py::arg("cut_ptr"), py::arg("num_rows"),
+               py::arg("vocab"), py::arg("row_stride"), py::arg("check_values"),
+               "Normalise rows of logits warped by temperature, top-k and top-p; see warped_logsumexp.cpp.");
+}

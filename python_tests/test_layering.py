@@ -22,12 +22,13 @@ OPS = [
 ]
 
 # What each room may import. A name with a dot allows that module only; every room may import itself.
-SHARED = {"errors", "checks", "backends", "rng", "warping"}
+SHARED = {"errors", "checks", "backends", "native", "rng", "warping"}
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
     "checks": SHARED | {"tree"},
     "backends": SHARED | NATIVE,
+    "native": SHARED | NATIVE,
     "rng": SHARED,
     "warping": SHARED,
     "tree": {"errors"},

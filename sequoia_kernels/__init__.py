@@ -24,13 +24,11 @@ if TYPE_CHECKING:
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
     from sequoia_kernels.models import adapt
-    from sequoia_kernels.ops import (
-        compact_kv_cache_,
-        sample_without_replacement,
-        tree_attention,
-        verify_tree,
-        warped_logsumexp,
-    )
+    from sequoia_kernels.ops.compact_kv_cache_ import compact_kv_cache_
+    from sequoia_kernels.ops.sample_without_replacement import sample_without_replacement
+    from sequoia_kernels.ops.tree_attention import tree_attention
+    from sequoia_kernels.ops.verify_tree import verify_tree
+    from sequoia_kernels.ops.warped_logsumexp import warped_logsumexp
     from sequoia_kernels.planner import (
         AcceptanceEstimate,
         HardwareProfile,

@@ -1,6 +1,7 @@
 // compact_kv_cache_: move the accepted tree rows behind the committed prefix, in every cache of every layer, in place.
 //
-// This kernel has been compiled for all architectures of the build, but it has not run on a GPU.
+// This kernel compiles for all architectures of the build without spills (52 to 149 registers for 8 to 64 levels), and its
+// source was run on a CPU thread by thread against the definition below. It has not run on a GPU.
 //
 // Computes
 //   for every cache, request b and d < num_accepted[b]:  row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]

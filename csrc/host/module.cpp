@@ -6,25 +6,13 @@
 
 #include <pybind11/pybind11.h>
 
-#ifdef SEQUOIA_HAS_TREE_SEARCH
 void bind_tree_search(pybind11::module_& module);
-#endif
-#ifdef SEQUOIA_HAS_PHILOX
 void bind_philox(pybind11::module_& module);
-#endif
-#ifdef SEQUOIA_HAS_OPS
 void bind_ops(pybind11::module_& module);
-#endif
 
 PYBIND11_MODULE(_host, module) {
     module.doc() = "Host code of sequoia-kernels: tree search, Philox streams and the CPU backends of the ops.";
-#ifdef SEQUOIA_HAS_TREE_SEARCH
     bind_tree_search(module);
-#endif
-#ifdef SEQUOIA_HAS_PHILOX
     bind_philox(module);
-#endif
-#ifdef SEQUOIA_HAS_OPS
     bind_ops(module);
-#endif
 }

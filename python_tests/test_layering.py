@@ -22,7 +22,7 @@ OPS = [
 ]
 
 # What each room may import. A name with a dot allows that module only; every room may import itself.
-SHARED = {"errors", "checks", "backends", "native", "rng", "warping"}
+SHARED = {"errors", "checks", "backends", "native", "rng", "triton_device", "warping"}
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
@@ -30,6 +30,7 @@ ALLOWED = {
     "backends": SHARED | NATIVE,
     "native": SHARED | NATIVE,
     "rng": SHARED,
+    "triton_device": SHARED,
     "warping": SHARED,
     "tree": {"errors"},
     "ops": SHARED | NATIVE | {"tree"},

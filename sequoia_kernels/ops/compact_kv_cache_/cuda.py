@@ -1,7 +1,7 @@
 """compact_kv_cache_ in CUDA; see csrc/cuda/compact_kv_cache.cu. Inputs as in reference.py.
 
-One launch moves K and V of all layers, a second one of a few threads advances the lengths. The kernel has been compiled,
-and its source run thread by thread on a CPU; it has not run on a GPU.
+One launch moves K and V of all layers, a second one of a few threads advances the lengths. The kernel has been
+compiled, and its source was run thread by thread on a CPU; it has not run on a GPU.
 """
 
 from __future__ import annotations

@@ -40,7 +40,11 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -77,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
             [generate(target, draft, x, tree=PROBE_TREE, seed=n, **common).stats for n, x in enumerate(calibration)]
         )
         plan = plan_tree(acceptance, profile, context_len=context_len)
-        sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
+        sampling = (
+            {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
+        )
         hf = {"max_new_tokens": args.new_tokens, "pad_token_id": 0, **sampling}
         providers = {
             "autoregressive": lambda x, n: generate(target, None, x, seed=n, **common),

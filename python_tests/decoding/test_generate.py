@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.tiny_models import noisy_copy, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, generate
 
@@ -147,8 +148,11 @@ def test_prompt_that_fills_the_cache_gets_one_token(target, draft):
         generate(target, draft, prompt, tree=TREES["mixed"], max_cache_len=9)
 
 
-def test_models_positions_limit_the_cache():
-    target = tiny_llama(0, max_positions=24)
+def test_learned_positions_limit_the_cache():
+    torch.manual_seed(0)
+    target = GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=None, eos_token_id=None)
+    ).eval()
     prompt = prompts(1, 10)
     output = generate(target, noisy_copy(target, 0.5), prompt, tree=TREES["mixed"], max_new_tokens=100)
     assert output.finish_reasons == ["cache_full"]
@@ -156,8 +160,8 @@ def test_models_positions_limit_the_cache():
 
 
 def test_a_draft_with_a_padded_head_is_allowed(target):
-    padded = tiny_llama(3, vocab_size=40)
-    narrower = tiny_llama(3, vocab_size=32)
+    padded = tiny_llama(3, vocab_size=40, num_layers=1)
+    narrower = tiny_llama(3, vocab_size=32, num_layers=1)
     prompt = prompts(1, 6)
     expected = greedy(target, prompt[0], 16)
     assert generate(target, padded, prompt, tree=TREES["mixed"], max_new_tokens=16).new_tokens[0] == expected

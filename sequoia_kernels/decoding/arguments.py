@@ -97,9 +97,17 @@ def check_arguments(
     if not isinstance(tree, (TokenTree, TreePlan)) and tree != "auto":
         raise TypeError(f'generate: tree must be a TokenTree, a TreePlan or "auto", got {tree!r}')
     _check_positive("max_new_tokens", max_new_tokens)
-    temperatures = _per_request("temperature", temperature, batch_size, Real, lambda t: math.isfinite(t) and t >= 0, "be finite and >= 0")
-    top_ks = None if top_k is None else _per_request("top_k", top_k, batch_size, Integral, lambda k: k >= 0, "be >= 0 (0 is off)")
-    top_ps = None if top_p is None else _per_request("top_p", top_p, batch_size, Real, lambda p: 0 < p <= 1, "be in (0, 1]")
+    temperatures = _per_request(
+        "temperature", temperature, batch_size, Real, lambda t: math.isfinite(t) and t >= 0, "be finite and >= 0"
+    )
+    top_ks = (
+        None
+        if top_k is None
+        else _per_request("top_k", top_k, batch_size, Integral, lambda k: k >= 0, "be >= 0 (0 is off)")
+    )
+    top_ps = (
+        None if top_p is None else _per_request("top_p", top_p, batch_size, Real, lambda p: 0 < p <= 1, "be in (0, 1]")
+    )
     if not isinstance(seed, Integral) or isinstance(seed, bool):
         seed = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
     elif not 0 <= seed < 1 << 63:
@@ -144,7 +152,9 @@ def _left_aligned(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
     for index in range(batch_size):
         columns = kept[index].nonzero()[:, 0].tolist()
         if not columns:
-            raise ValueError(f"generate: attention_mask must keep at least one token of each prompt, got none in row {index}")
+            raise ValueError(
+                f"generate: attention_mask must keep at least one token of each prompt, got none in row {index}"
+            )
         if columns[-1] - columns[0] + 1 != len(columns):
             raise ValueError(
                 f"generate: attention_mask must pad on one side or both, not inside a prompt, got a hole in row {index}"
@@ -172,7 +182,9 @@ def _check_positive(name: str, value: Any) -> None:
 def _per_request(name: str, value: Any, batch_size: int, kind: type, holds: Any, rule: str) -> list[Any]:
     values = [value] * batch_size if isinstance(value, Real) else list(value)
     if len(values) != batch_size:
-        raise ValueError(f"generate: {name} must be one value or one for each of {batch_size} requests, got {len(values)}")
+        raise ValueError(
+            f"generate: {name} must be one value or one for each of {batch_size} requests, got {len(values)}"
+        )
     for entry in values:
         if isinstance(entry, bool) or not isinstance(entry, kind):
             raise TypeError(f"generate: {name} must be a number, got {entry!r}")

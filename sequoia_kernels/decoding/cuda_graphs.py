@@ -77,7 +77,9 @@ class GraphedSteps:
             torch.cuda.synchronize()
             restore()
             self.reason_off = str(error).splitlines()[0]
-            logger.warning("CUDA-graph capture is off for this call, steps are launched one by one: %s", self.reason_off)
+            logger.warning(
+                "CUDA-graph capture is off for this call, steps are launched one by one: %s", self.reason_off
+            )
             return
         self._captured[tree] = graph, emitted
 

@@ -176,7 +176,7 @@ def generate(
         the batch around it, up to floating-point differences between batch shapes.
 
     Source:
-        Sequoia (arXiv 2402.12374), sections 3 and 4, algorithm 1.
+        Sequoia (arXiv 2402.12374).
 
     Example:
         >>> from sequoia_kernels.demo import load_demo_pair
@@ -217,16 +217,18 @@ def generate(
         top_k=arguments.top_k, top_p=arguments.top_p,
     )  # fmt: skip
     capacity = arguments.cache_capacity(token_tree)
-    engine = DecodingEngine(target, draft if token_tree.num_nodes > 1 else None, state, capacity, backend, clock, cuda_graphs)
+    engine = DecodingEngine(
+        target, draft if token_tree.num_nodes > 1 else None, state, capacity, backend, clock, cuda_graphs
+    )
     stops = StopStrings(arguments.stop_strings, tokenizer) if arguments.stop_strings else None
-    requests = [
-        Request(length, max_new_tokens, arguments.eos_token_ids, stops) for length in arguments.prompt_lens
-    ]
+    requests = [Request(length, max_new_tokens, arguments.eos_token_ids, stops) for length in arguments.prompt_lens]
     stats = GenerateStats(tree=token_tree, request_steps=[0] * arguments.batch_size)
 
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    first_tokens = engine.prefill(arguments.prompts.to(device), torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device))
+    first_tokens = engine.prefill(
+        arguments.prompts.to(device), torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device)
+    )
     decode_started = time.perf_counter()
     for index, token in enumerate(first_tokens.tolist()):
         _take(engine, requests, index, [token], streamer)
@@ -301,9 +303,7 @@ def _read_step(
             _take(engine, requests, index, tokens[index][: num_tokens[index]], streamer)
 
 
-def _take(
-    engine: DecodingEngine, requests: list[Request], index: int, tokens: list[int], streamer: Any | None
-) -> None:
+def _take(engine: DecodingEngine, requests: list[Request], index: int, tokens: list[int], streamer: Any | None) -> None:
     taken = requests[index].extend(tokens)
     if streamer is not None:
         for token in taken:

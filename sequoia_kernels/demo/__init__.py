@@ -9,9 +9,12 @@ import torch
 
 from sequoia_kernels.demo.corpus import held_out_prompts
 
-__all__ = ["DemoPair", "held_out_prompts", "load_demo_pair"]
+__all__ = ["DemoPair", "demo_pair_folder", "held_out_prompts", "load_demo_pair"]
 
-PAIR_FOLDER = Path(__file__).parent / "pair"
+
+def demo_pair_folder() -> Path:
+    """Return the folder with the pair's `target` and `draft`, each an ordinary Hugging Face model folder."""
+    return Path(__file__).parent / "pair"
 
 
 class DemoPair(NamedTuple):
@@ -40,16 +43,17 @@ def load_demo_pair(dtype: torch.dtype = torch.float32, device: torch.device | st
         >>> pair.target.config.model_type, pair.draft.config.num_hidden_layers
         ('llama', 1)
     """
+    folder = demo_pair_folder()
     for role in ("target", "draft"):
-        if not (PAIR_FOLDER / role / "config.json").exists():
+        if not (folder / role / "config.json").exists():
             raise FileNotFoundError(
-                f"load_demo_pair: {PAIR_FOLDER / role} is missing; reinstall the package, or train the pair with "
+                f"load_demo_pair: {folder / role} is missing; reinstall the package, or train the pair with "
                 "`python -m sequoia_kernels.demo.train`"
             )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     models = [
-        AutoModelForCausalLM.from_pretrained(PAIR_FOLDER / role, dtype=dtype).to(device).eval()
+        AutoModelForCausalLM.from_pretrained(folder / role, dtype=dtype).to(device).eval()
         for role in ("target", "draft")
     ]
-    return DemoPair(models[0], models[1], AutoTokenizer.from_pretrained(PAIR_FOLDER / "target"))
+    return DemoPair(models[0], models[1], AutoTokenizer.from_pretrained(folder / "target"))

@@ -156,12 +156,16 @@ def next_token_loss(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
-def fit(model, loss_of, stream, recipe: Recipe, *, num_steps: int, lr_scale: float, seed: int, compiled: bool, label: str):
+def fit(
+    model, loss_of, stream, recipe: Recipe, *, num_steps: int, lr_scale: float, seed: int, compiled: bool, label: str
+):
     """Minimise `loss_of(logits, batch)` over random windows of the stream."""
     optimizers = build_optimizers(model, recipe.matrix_lr * lr_scale, recipe.other_lr * lr_scale)
     base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     generator = np.random.default_rng(seed)
-    forward = torch.compile(lambda ids: model(input_ids=ids).logits) if compiled else lambda ids: model(input_ids=ids).logits
+    forward = (
+        torch.compile(lambda ids: model(input_ids=ids).logits) if compiled else lambda ids: model(input_ids=ids).logits
+    )
     model.train()
     average = None
     with tqdm(total=num_steps, desc=label, mininterval=5.0) as bar:
@@ -197,7 +201,9 @@ def evaluate(model, stream: np.ndarray, num_windows: int = 64) -> float:
 
 
 @torch.inference_mode()
-def first_child_acceptance(target, draft, stream: np.ndarray, temperatures=(0.0, 0.6, 1.0), num_windows: int = 64) -> dict[str, float]:
+def first_child_acceptance(
+    target, draft, stream: np.ndarray, temperatures=(0.0, 0.6, 1.0), num_windows: int = 64
+) -> dict[str, float]:
     """Measure the probability that the first drawn child is accepted, teacher-forced on the held-out stream."""
     generator = np.random.default_rng(1234)
     sums = dict.fromkeys(temperatures, 0.0)
@@ -233,14 +239,21 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sequoia_kernels.demo.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder that receives target/, draft/ and training.json")
     parser.add_argument(
-        "--stage", choices=("all", "tokenizer", "target", "draft", "distill"), default="all", help="run one stage only (default: all)"
+        "--out", type=Path, required=True, help="folder that receives target/, draft/ and training.json"
+    )
+    parser.add_argument(
+        "--stage",
+        choices=("all", "tokenizer", "target", "draft", "distill"),
+        default="all",
+        help="run one stage only (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiply every stage's number of steps (0.01 for a try)")
+    parser.add_argument(
+        "--steps-scale", type=float, default=1.0, help="multiply every stage's number of steps (0.01 for a try)"
+    )
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -304,7 +317,10 @@ def main(argv: list[str] | None = None) -> int:
             model, next_token_loss, training, recipe,
             num_steps=steps(recipe.num_steps), lr_scale=1.0, seed=args.seed, compiled=compiled, label=stage,
         )  # fmt: skip
-        facts = {"held_out_loss": round(evaluate(model, held_out), 4), "minutes": round((time.time() - started) / 60, 1)}
+        facts = {
+            "held_out_loss": round(evaluate(model, held_out), 4),
+            "minutes": round((time.time() - started) / 60, 1),
+        }
         save_model(model, folder)
         tokenizer.save_pretrained(folder)
         record(stage, parameters=sum(p.numel() for p in model.parameters()), **facts)
@@ -326,7 +342,11 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed + 1, compiled=compiled, label="distill",
         )  # fmt: skip
         after = first_child_acceptance(target, draft, held_out)
-        facts = {"acceptance_before": before, "acceptance_after": after, "minutes": round((time.time() - started) / 60, 1)}
+        facts = {
+            "acceptance_before": before,
+            "acceptance_after": after,
+            "minutes": round((time.time() - started) / 60, 1),
+        }
         save_model(draft, out / "draft_distilled")
         tokenizer.save_pretrained(out / "draft_distilled")
         record("distill", **facts)

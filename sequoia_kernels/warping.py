@@ -1,7 +1,7 @@
 """How temperature, top-k and top-p turn a row of logits into the distribution that decoding must reproduce.
 
-The definition shared by the reference backends of `warped_logsumexp` and `verify_tree`, which must warp alike and may not
-import one another. Plain torch, any device, no host sync.
+The definition shared by the reference backends of `warped_logsumexp` and `verify_tree`, which must warp alike and may
+not import one another. Plain torch, any device, no host sync.
 
 In the order of transformers' warpers, with scaled = logit / T:
     top-k   keeps x if fewer than k tokens have a larger logit
@@ -95,7 +95,7 @@ def _smallest_kept(logits: Tensor, divisor: Tensor, top_k: Tensor | None, top_p:
         inclusive = weights.cumsum(dim=-1)
         exclusive = torch.cat([torch.zeros_like(inclusive[:, :1]), inclusive[:, :-1]], dim=-1)
         mass_larger = exclusive.gather(-1, num_larger) / inclusive[:, -1:]
-        # Compared with the caller's top_p itself, not with 1 - top_p. A top_p of 1 is off: the sums may round to 1 early.
+        # Compared with the caller's top_p itself, not with 1 - top_p. A top_p of 1 is off: sums may round to 1 early.
         limit = top_p[:, None]
         kept = kept & ((mass_larger < limit) | (limit >= 1))
     num_kept = kept.sum(dim=-1, keepdim=True)  # the kept tokens lead the sorted row

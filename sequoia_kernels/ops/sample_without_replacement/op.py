@@ -46,12 +46,14 @@ def sample_without_replacement(
     draws depend on its logits, temperature, seed and offset only, not on the batch around it.
 
     Args:
-        logits: one row per draw. [R, vocab], float32, bfloat16, float16 or float64; rows may be strided. -inf masks a token.
+        logits: one row per draw; -inf masks a token. [R, vocab], float32, bfloat16, float16 or float64, last dimension
+            contiguous, rows strided at will.
         num_samples: tokens to draw per row. 1..128.
-        temperature: 0 takes the largest logits in order, ties by rising token id. Number, or [R] float32. 0 or at least 1e-5.
+        temperature: 0, or at least 1e-5; 0 takes the largest logits in order, ties by rising token id. Number, or [R]
+            float32.
         seeds: the request's random stream. Integer, or [R] int64.
-        offsets: position in that stream; a pair of seed and offset must not be used twice. Integer, or [R] int64.
-        out: buffers to write into instead of new ones, tokens [R, num_samples] int64 and log_normaliser [R] of its dtype.
+        offsets: position in that stream. A pair of seed and offset must not be used twice. Integer, or [R] int64.
+        out: buffers to write into instead of new ones, of the shapes and dtypes of SampledTokens, strided at will.
         backend: name of a backend, or "auto".
         debug: check values on a GPU too, which waits for it.
 
@@ -60,8 +62,8 @@ def sample_without_replacement(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, layout or range is wrong; on a CPU or with `debug` also if a row of logits holds NaN or
-            +inf or only -inf, or a temperature is out of range. Nothing has been written then.
+        ValueError: a shape, device, layout or range is wrong; on a CPU or under `debug` if a row of logits holds NaN
+            or +inf or only -inf, or a temperature is out of range. Nothing has been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:

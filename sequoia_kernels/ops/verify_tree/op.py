@@ -54,18 +54,19 @@ def verify_tree(
 
     Args:
         tokens: the token of every node, the last emitted one at node 0. [B, N], int64. -1 where none could be drawn.
-        target_logits: the target's logits behind each node. [B, N, vocab], float32, bfloat16, float16 or float64; rows may be
-            strided. -inf masks a token.
+        target_logits: the target's logits behind each node; -inf masks a token. [B, N, vocab], float32, bfloat16,
+            float16 or float64, last dimension contiguous, the others strided at will.
         draft_logits: the draft's logits behind each node, from which its children were drawn; rows of leaves are never
-            used and may hold anything. [B, N, vocab], dtypes as above. None for a tree of one node.
+            used and may hold anything. [B, N, vocab], dtype and layout as above. None for a tree of one node.
         tree: topology of the N nodes. At most 1024 nodes.
-        temperature: 0 is greedy: a child is accepted iff it is the target's largest logit, lowest id on ties. Number, or
-            [B] float32. 0 or at least 1e-5.
+        temperature: 0, or at least 1e-5; 0 is greedy: a child is accepted iff it is the target's largest logit, lowest
+            id on ties. Number, or [B] float32.
         seeds: the requests' random streams. Integer, or [B] int64.
         offsets: position in those streams; a pair of seed and offset must not be used twice. Integer, or [B] int64.
-        top_k: the target is cut to its most probable tokens first. Integer, or [B] int32. Below 1 or from vocab on: off.
+        top_k: the target is cut to its most probable tokens first; below 1 or from vocab on is off. Integer, or [B]
+            int32.
         top_p: then to the smallest set of most probable tokens that holds this mass. Number, or [B] float32. In (0, 1].
-        out: buffers to write into instead of new ones, with the shapes and dtypes of VerifiedPath.
+        out: buffers to write into instead of new ones, of the shapes and dtypes of VerifiedPath, strided at will.
         backend: name of a backend, or "auto".
         debug: check values on a GPU too, which waits for it.
 
@@ -74,9 +75,9 @@ def verify_tree(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, layout or range is wrong; on a CPU or with `debug` also if a row of target logits or of
-            draft logits of a node with children holds NaN or +inf or only -inf, a token is outside the vocabulary, or a
-            temperature or top_p is out of range. Nothing has been written then.
+        ValueError: a shape, device, layout or range is wrong; on a CPU or under `debug` if a row of target logits or
+            of draft logits of a node with children holds NaN or +inf or only -inf, a token is outside the vocabulary,
+            or a temperature or top_p is out of range. Nothing has been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:

@@ -7,12 +7,12 @@ Computes, at one node whose children x_1 .. x_k were drawn in this order from th
         draft_{i+1} = normalise(draft_i without x_i);
     when every child is rejected, the next token is drawn from residual_{k+1}. Either way the token that is emitted is
     distributed as the target, so a path from the root gives the target's distribution of the whole sequence.
-Order: `node_decisions` gives those numbers without any randomness; `verify_paths` compares them with the coins and walks
-    all requests down their trees together, one level at a time.
+Order: `node_decisions` gives those numbers without any randomness; `verify_paths` compares them with the coins and
+    walks all requests down their trees together, one level at a time.
 Numerics: float32, or float64 where either of the logits is. draft_i is the softmax of the logits that are left, not a
     division by leftover mass, so it is exact also where the first token holds all mass that float32 can see.
-Inputs, in order: tokens [B, N] i64, target_logits [B, N, vocab], draft_logits [B, N, vocab] or None, first_child [N] i32,
-    num_children [N] i32, num_levels int, max_branching int, temperature [B] f32, seeds [B] i64, offsets [B] i64,
+Inputs, in order: tokens [B, N] i64, target_logits [B, N, vocab], draft_logits [B, N, vocab] or None, first_child [N]
+    i32, num_children [N] i32, num_levels int, max_branching int, temperature [B] f32, seeds [B] i64, offsets [B] i64,
     top_k [B] i32 or None, top_p [B] f32 or None.
 Outputs, in order: nodes [B, num_levels] i32, num_accepted [B] i32, next_token [B] i64.
 Source: Sequoia (arXiv 2402.12374), algorithm 2. Deviations: coins are compared strictly, so that a token of probability

@@ -1,0 +1,131 @@
+"""Every outcome of one speculative step on a tiny vocabulary, with its exact probability in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from support.toy_models import TableModel, chain_probs
+
+from sequoia_kernels import TokenTree
+from sequoia_kernels.ops.verify_tree.reference import node_decisions
+from sequoia_kernels.warping import warped_probs
+
+__all__ = ["draft_outcomes", "emitted_distribution", "ordered_draws"]
+
+
+def ordered_draws(scaled_logits: list[float], count: int) -> list[tuple[tuple[int, ...], float]]:
+    """List every ordered draw of `count` tokens without replacement from a softmax, with its probability.
+
+    Tokens at -inf are never drawn; the draw ends in -1 once the others are used up.
+    """
+    support = [token for token, logit in enumerate(scaled_logits) if logit > -math.inf]
+    draws = []
+    for drawn in itertools.permutations(support, min(count, len(support))):
+        probability = 1.0
+        for place, token in enumerate(drawn):
+            left = [scaled_logits[other] for other in support if other not in drawn[:place]]
+            probability /= sum(math.exp(logit - scaled_logits[token]) for logit in left)
+        draws.append((drawn + (-1,) * (count - len(drawn)), probability))
+    return draws
+
+
+def draft_outcomes(
+    tree: TokenTree, draft: TableModel, root: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """List every token tree that the draft can draw.
+
+    Returns:
+        (tokens [M, N], draft_logits [M, N, vocab] with NaN in the rows of leaves, probability [M]).
+    """
+    temperature = float(torch.tensor(temperature, dtype=torch.float32))
+    tokens = torch.full((1, tree.num_nodes), root)
+    probability = torch.ones(1, dtype=torch.float64)
+    for node in range(tree.num_nodes):
+        children = tree.children(node)
+        if not children:
+            continue
+        logits = draft.logits(_path_tokens(tree, tokens, node))
+        grown_tokens, grown_probability = [], []
+        rows, row_of = torch.unique(logits, dim=0, return_inverse=True)
+        for index, row in enumerate(rows):
+            if temperature == 0:
+                draws = [(_largest(row.tolist(), len(children)), 1.0)]
+            else:
+                draws = ordered_draws(((row - row.max()) / temperature).tolist(), len(children))
+            for drawn, chance in draws:
+                chosen = tokens[row_of == index].clone()
+                chosen[:, children] = torch.tensor(drawn)
+                grown_tokens.append(chosen)
+                grown_probability.append(probability[row_of == index] * chance)
+        tokens, probability = torch.cat(grown_tokens), torch.cat(grown_probability)
+    draft_logits = torch.full((len(tokens), tree.num_nodes, draft.vocab), torch.nan, dtype=torch.float64)
+    for node in range(tree.num_nodes):
+        if tree.children(node):
+            draft_logits[:, node] = draft.logits(_path_tokens(tree, tokens, node))
+    return tokens, draft_logits, probability
+
+
+def emitted_distribution(
+    tree: TokenTree,
+    target: TableModel,
+    draft: TableModel,
+    root: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> torch.Tensor:
+    """The exact distribution of the first `num_levels` tokens when one speculative step is followed by plain decoding.
+
+    A step emits 1 to `num_levels` tokens; where it emits fewer, the rest comes from the target's conditionals. The
+    draws are enumerated, the acceptances summed over, both through the package's own decision probabilities.
+
+    Returns:
+        Joint probabilities. [vocab] * num_levels.
+    """
+    tokens, draft_logits, probability = draft_outcomes(tree, draft, root, temperature)
+    num_outcomes, vocab = len(tokens), target.vocab
+    per_row = [
+        torch.full((num_outcomes,), value, dtype=dtype) if value is not None else None
+        for value, dtype in ((temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32))
+    ]
+    reached = torch.zeros(num_outcomes, tree.num_nodes, dtype=torch.float64)
+    reached[:, 0] = probability
+    emitted = [torch.zeros([vocab] * (level + 1), dtype=torch.float64) for level in range(tree.num_levels)]
+    for node in range(tree.num_nodes):
+        path = _path_tokens(tree, tokens, node)
+        children = tree.children(node)
+        target_probs = warped_probs(target.logits(path), *per_row)
+        node_draft = draft_logits[:, node] if children else torch.zeros_like(target_probs)
+        decisions = node_decisions(target_probs, node_draft, tokens[:, children], per_row[0])
+        left = reached[:, node]
+        for rank, child in enumerate(children):
+            accepted = decisions.acceptance()[:, rank]
+            reached[:, child] = left * accepted
+            left = left * (1 - accepted)
+        flat = torch.zeros(num_outcomes, dtype=torch.int64)
+        for position in range(1, path.shape[1]):
+            flat = flat * vocab + path[:, position]
+        cells = (flat[:, None] * vocab + torch.arange(vocab)).flatten()
+        emitted[path.shape[1] - 1].view(-1).index_add_(0, cells, (left[:, None] * decisions.residual).flatten())
+    joint = emitted[0]
+    conditionals = chain_probs(target, root, tree.num_levels, temperature, top_k, top_p)
+    for level in range(1, tree.num_levels):
+        joint = joint[..., None] * conditionals[level] + emitted[level]
+    return joint
+
+
+def _largest(row: list[float], count: int) -> tuple[int, ...]:
+    order = sorted(
+        (token for token in range(len(row)) if row[token] > -math.inf), key=lambda token: (-row[token], token)
+    )
+    return tuple(order[:count]) + (-1,) * (count - len(order[:count]))
+
+
+def _path_tokens(tree: TokenTree, tokens: torch.Tensor, node: int) -> torch.Tensor:
+    """Tokens from the root to a node, -1 (never accepted) as 0. [M, N] -> [M, depth + 1]."""
+    path = [node]
+    while path[0] != 0:
+        path.insert(0, tree.parents[path[0]])
+    return tokens[:, path].clamp(min=0)

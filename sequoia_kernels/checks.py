@@ -68,7 +68,7 @@ def check_tensors(op: str, **values: Any) -> None:
 def check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     """Raise TypeError unless the dtype is one of those allowed."""
     if tensor.dtype not in allowed:
-        names = " or ".join(sorted(_dtype_text(dtype) for dtype in allowed))
+        names = " or ".join(sorted({_dtype_text(dtype) for dtype in allowed}))
         raise TypeError(f"{op}: {name} must have dtype {names}, got {_dtype_text(tensor.dtype)}")
 
 

@@ -4,16 +4,20 @@
 //             the sliding window counted by depth, and behind it the tree slots whose bits are set, of which a window w
 //             leaves the last w. Boolean, or additive (0 where seen, -inf elsewhere).
 // Returns     whether every row sees every slot, and whether a request has a slot that none of its rows sees.
-// Memory      writes every element of out once, and the tree's part of it twice.
+// Memory      writes every element of out once, and the tree's part of it twice. The mask comes as bytes and the lengths
+//             as numbers, not as addresses: they are also what a cache of masks is keyed by.
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "rows.h"
 
@@ -31,11 +35,16 @@ int count_bits(std::uint32_t word) {
     return count;
 }
 
+// Query rows of one request or of all; the words of a row are adjacent.
 struct PackedMask {
-    const std::int32_t* words;  // [B or 1, N, num_words]
-    std::int64_t batch_stride;
-    std::int64_t row_stride;
+    const char* bytes;  // [B or 1, N, num_words] int32, of no particular alignment
     std::int64_t num_words;
+
+    std::uint32_t word(std::int64_t row, std::int64_t index) const {
+        std::uint32_t bits;
+        std::memcpy(&bits, bytes + (row * num_words + index) * static_cast<std::int64_t>(sizeof(bits)), sizeof(bits));
+        return bits;
+    }
 };
 
 struct Coverage {
@@ -45,21 +54,19 @@ struct Coverage {
 
 // Bits: an unsigned integer of the element's size; seen and hidden are the patterns of the two values.
 template <class Bits>
-Coverage expand(const PackedMask& mask, const std::int32_t* cache_lens, std::int64_t batch_size, std::int64_t num_rows,
-            std::int64_t num_slots, std::int64_t window, Bits seen, Bits hidden, Bits* out) {
+Coverage expand(const PackedMask& mask, bool mask_per_request, const std::vector<std::int64_t>& cache_lens,
+                std::int64_t num_rows, std::int64_t num_slots, std::int64_t window, Bits seen, Bits hidden, Bits* out) {
     Coverage coverage{true, false};
     std::vector<std::uint32_t> seen_words(static_cast<std::size_t>(mask.num_words));  // by any row of the request
-    for (std::int64_t b = 0; b < batch_size; ++b) {
+    for (std::size_t b = 0; b < cache_lens.size(); ++b) {
         std::fill(seen_words.begin(), seen_words.end(), 0u);
         std::int64_t first_seen_by_any = num_slots;
         const std::int64_t cache_len = std::clamp<std::int64_t>(cache_lens[b], 0, num_slots);
         const std::int64_t num_tree_slots = std::min(num_slots - cache_len, mask.num_words * WORD_BITS);
         for (std::int64_t i = 0; i < num_rows; ++i, out += num_slots) {
-            const std::int32_t* const words = mask.words + b * mask.batch_stride + i * mask.row_stride;
+            const std::int64_t row = mask_per_request ? static_cast<std::int64_t>(b) * num_rows + i : i;
             std::int64_t num_seen = 0;
-            for (std::int64_t word = 0; word < mask.num_words; ++word) {
-                num_seen += count_bits(static_cast<std::uint32_t>(words[word]));
-            }
+            for (std::int64_t word = 0; word < mask.num_words; ++word) num_seen += count_bits(mask.word(row, word));
             const std::int64_t depth = num_seen - 1;
             const std::int64_t first_seen = std::clamp<std::int64_t>(cache_len + depth - window + 1, 0, cache_len);
             std::int64_t num_outside = std::max<std::int64_t>(num_seen - window, 0);  // ancestors beyond the window
@@ -68,7 +75,7 @@ Coverage expand(const PackedMask& mask, const std::int32_t* cache_lens, std::int
             std::fill(out + first_seen, out + cache_len, seen);
             std::fill(out + cache_len, out + num_slots, hidden);
             for (std::int64_t j = 0; j < num_tree_slots; ++j) {
-                if ((static_cast<std::uint32_t>(words[j / WORD_BITS]) >> (j % WORD_BITS) & 1u) == 0) continue;
+                if ((mask.word(row, j / WORD_BITS) >> (j % WORD_BITS) & 1u) == 0) continue;
                 if (num_outside-- > 0) continue;
                 out[cache_len + j] = seen;
                 seen_words[static_cast<std::size_t>(j / WORD_BITS)] |= 1u << (j % WORD_BITS);
@@ -84,37 +91,48 @@ Coverage expand(const PackedMask& mask, const std::int32_t* cache_lens, std::int
     return coverage;
 }
 
-// Tree slots that the mask can see: the number of its highest bit set in any row, plus 1.
-std::int64_t tree_mask_slots(std::uintptr_t tree_mask_ptr,  // [num_rows, num_words] int32, contiguous
-                             std::int64_t num_rows, std::int64_t num_words) {
-    const auto* words = reinterpret_cast<const std::int32_t*>(tree_mask_ptr);
-    std::int64_t num_slots = 0;
-    for (std::int64_t word = num_words; word-- > 0 && num_slots == 0;) {
-        std::uint32_t any = 0;
-        for (std::int64_t row = 0; row < num_rows; ++row) any |= static_cast<std::uint32_t>(words[row * num_words + word]);
-        for (int bit = 0; any >> bit != 0; ++bit) {
-            num_slots = word * WORD_BITS + bit + 1;
-            if (bit == WORD_BITS - 1) break;
-        }
+std::int64_t rows_of(std::string_view packed, std::int64_t num_words) {
+    const std::int64_t row_bytes = num_words * static_cast<std::int64_t>(sizeof(std::uint32_t));
+    if (num_words < 1 || static_cast<std::int64_t>(packed.size()) % row_bytes != 0) {
+        throw std::invalid_argument("expand_tree_mask: packed must hold rows of " + std::to_string(num_words) +
+                                    " words, got " + std::to_string(packed.size()) + " bytes");
     }
-    return num_slots;
+    return static_cast<std::int64_t>(packed.size()) / row_bytes;
 }
 
-std::pair<bool, bool> expand_tree_mask(std::uintptr_t tree_mask_ptr,   // [B or 1, N, num_words] int32
-                      std::uintptr_t cache_lens_ptr,  // [B] int32
-                      std::uintptr_t out_ptr,         // out: [B, 1, N, num_slots] type, contiguous
-                      int type,                       // a code of ElementType (additive), or 4 (boolean)
-                      std::int64_t batch_size, std::int64_t num_rows, std::int64_t num_words, std::int64_t num_slots,
-                      std::int64_t mask_batch_stride, std::int64_t mask_row_stride,
-                      std::int64_t sliding_window) {  // 0 is off
-    const PackedMask mask{reinterpret_cast<const std::int32_t*>(tree_mask_ptr), mask_batch_stride, mask_row_stride,
-                          num_words};
-    const auto* cache_lens = reinterpret_cast<const std::int32_t*>(cache_lens_ptr);
+// Tree slots that a mask can see: its highest bit set in any row, plus 1.
+std::int64_t tree_mask_slots(std::string_view packed, std::int64_t num_words) {
+    const PackedMask mask{packed.data(), num_words};
+    const std::int64_t num_rows = rows_of(packed, num_words);
+    for (std::int64_t index = num_words; index-- > 0;) {
+        std::uint32_t any = 0;
+        for (std::int64_t row = 0; row < num_rows; ++row) any |= mask.word(row, index);
+        for (int bit = WORD_BITS; bit-- > 0;) {
+            if ((any >> bit & 1u) != 0) return index * WORD_BITS + bit + 1;
+        }
+    }
+    return 0;
+}
+
+std::pair<bool, bool> expand_tree_mask(std::string_view packed,  // [B or 1, N, num_words] int32
+                                       std::int64_t num_words, std::int64_t num_rows,
+                                       const std::vector<std::int64_t>& cache_lens,  // [B]
+                                       std::int64_t sliding_window,                  // 0 is off
+                                       std::uintptr_t out_ptr,                       // out: [B, 1, N, num_slots] type
+                                       int type,  // a code of ElementType (additive), or 4 (boolean)
+                                       std::int64_t num_slots) {
+    const std::int64_t total_rows = rows_of(packed, num_words);
+    const bool mask_per_request = total_rows != num_rows;
+    if (mask_per_request && total_rows != num_rows * static_cast<std::int64_t>(cache_lens.size())) {
+        throw std::invalid_argument("expand_tree_mask: packed must hold " + std::to_string(num_rows) +
+                                    " rows, or as many for each request, got " + std::to_string(total_rows));
+    }
+    const PackedMask mask{packed.data(), num_words};
     // Half of the range: no slot is further away, and adding to it cannot overflow.
     const std::int64_t window = sliding_window > 0 ? sliding_window : std::numeric_limits<std::int64_t>::max() / 2;
     const auto expand_as = [&](auto seen, auto hidden) {
         const py::gil_scoped_release release;
-        const Coverage coverage = expand(mask, cache_lens, batch_size, num_rows, num_slots, window, seen, hidden,
+        const Coverage coverage = expand(mask, mask_per_request, cache_lens, num_rows, num_slots, window, seen, hidden,
                                          reinterpret_cast<decltype(seen)*>(out_ptr));
         return std::pair(coverage.all_seen, coverage.has_unseen_slot);
     };
@@ -132,11 +150,11 @@ std::pair<bool, bool> expand_tree_mask(std::uintptr_t tree_mask_ptr,   // [B or 
 }  // namespace sequoia
 
 void bind_expand_tree_mask(py::module_& module) {
-    module.def("expand_tree_mask", &sequoia::expand_tree_mask, py::arg("tree_mask_ptr"), py::arg("cache_lens_ptr"), py::arg("out_ptr"), py::arg("type"),
-               py::arg("batch_size"), py::arg("num_rows"), py::arg("num_words"), py::arg("num_slots"),
-               py::arg("mask_batch_stride"), py::arg("mask_row_stride"), py::arg("sliding_window"),
+    module.def("expand_tree_mask", &sequoia::expand_tree_mask, py::arg("packed"), py::arg("num_words"),
+               py::arg("num_rows"), py::arg("cache_lens"), py::arg("sliding_window"), py::arg("out_ptr"),
+               py::arg("type"), py::arg("num_slots"),
                "Expand a packed tree mask to the dense mask of attention libraries; see expand_tree_mask.cpp. Returns "
                "(every row sees every slot, a request has a slot that none of its rows sees).");
-    module.def("tree_mask_slots", &sequoia::tree_mask_slots, py::arg("tree_mask_ptr"), py::arg("num_rows"),
-               py::arg("num_words"), "Count the tree slots that a packed mask can see: its highest bit set, plus 1.");
+    module.def("tree_mask_slots", &sequoia::tree_mask_slots, py::arg("packed"), py::arg("num_words"),
+               "Count the tree slots that a packed mask can see: its highest bit set, plus 1.");
 }

@@ -16,12 +16,19 @@ import functools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sequoia_kernels.native import ELEMENT_TYPES
+
+from .op import num_tree_slots
 from .reference import visible_slots
+
+try:
+    from sequoia_kernels import _host
+except ImportError:  # the kernel needs no C++ of ours, only the mask is made faster by it
+    _host = None  # type: ignore[assignment]
 
 
 def supports(
@@ -124,7 +131,7 @@ def dense_mask(
     sliding_window: int | None,
     dtype: torch.dtype,
 ) -> DenseMask:
-    """Unpack a tree mask on the CPU. NumPy, since it does so in a few microseconds where torch takes dozens.
+    """Unpack a tree mask on the CPU, in C++ where that is built.
 
     Args:
         packed: the words of the mask, contiguous.
@@ -133,39 +140,31 @@ def dense_mask(
         sliding_window: as in the op.
         dtype: of the additive mask.
     """
-    words = np.frombuffer(packed, dtype="<i4").reshape((-1, *shape[-2:]))
-    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")  # [B or 1, N, 32 W], 0 or 1
-    used = bits.reshape(-1, bits.shape[-1]).any(axis=0).nonzero()[0]
-    num_tree_slots = int(used[-1]) + 1 if used.size else 0
-    tree_visible = bits[..., :num_tree_slots].view(bool)
+    num_rows, num_words = shape[-2:]
     longest = max(cache_lens)
-    same_length = min(cache_lens) == longest
-    num_slots = max(longest + num_tree_slots, 1)  # the kernel wants a slot to look at, even if nobody sees it
-    if same_length and sliding_window is None:
-        # All requests have the same prefix and see all of it: one mask for all, unless each has its own tree.
-        if num_tree_slots and tree_visible.all():
-            return DenseMask(num_slots, None, False)
-        additive = np.zeros((*tree_visible.shape[:2], num_slots), dtype=np.float32)
-        additive[..., longest:][~tree_visible if num_tree_slots else ...] = -np.inf
-        has_unseen_slots = num_tree_slots == 0 or len(used) < num_tree_slots or len(words) > 1
-        return DenseMask(num_slots, torch.from_numpy(additive).to(dtype).unsqueeze(1), has_unseen_slots)
-
-    num_bits = tree_visible.sum(axis=-1, keepdims=True, dtype=np.int64)  # [B or 1, N, 1]
-    if sliding_window is not None:
-        depth_of_bit = tree_visible.cumsum(axis=-1, dtype=np.int64) - 1
-        tree_visible = tree_visible & (num_bits - 1 - depth_of_bit < sliding_window)
-    additive = np.full((len(cache_lens), shape[-2], num_slots), -np.inf, dtype=np.float32)
-    for request, cache_len in enumerate(cache_lens):
-        tree = request if len(words) > 1 else 0
-        prefix = additive[request, :, :cache_len]
-        if sliding_window is None:
-            prefix[:] = 0
-        else:
-            position = cache_len + num_bits[tree] - 1  # [N, 1]
-            prefix[position - np.arange(cache_len) < sliding_window] = 0
-        additive[request, :, cache_len : cache_len + num_tree_slots][tree_visible[tree]] = 0
-    has_unseen_slots = bool((additive.max(axis=1) < 0).any())
-    return DenseMask(num_slots, torch.from_numpy(additive).to(dtype).unsqueeze(1), has_unseen_slots)
+    if len(shape) == 2 and min(cache_lens) == longest:
+        cache_lens = cache_lens[:1]  # one mask for all requests
+    if _host is None:
+        words = torch.frombuffer(bytearray(packed), dtype=torch.int32).reshape(shape)
+        # the kernel wants a slot to look at, even if nobody sees it
+        num_slots = max(longest + num_tree_slots(words), 1)
+        visible = visible_slots(words, torch.tensor(cache_lens), num_slots, sliding_window)
+        all_seen, has_unseen_slots = bool(visible.all()), not bool(visible.any(dim=1).all())
+        additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
+    else:
+        num_slots = max(longest + _host.tree_mask_slots(packed, num_words), 1)
+        additive = torch.empty((len(cache_lens), 1, num_rows, num_slots), dtype=dtype)
+        all_seen, has_unseen_slots = _host.expand_tree_mask(
+            packed,
+            num_words,
+            num_rows,
+            cache_lens,
+            sliding_window or 0,
+            additive.data_ptr(),
+            ELEMENT_TYPES[dtype],
+            num_slots,
+        )
+    return DenseMask(num_slots, None if all_seen else additive, has_unseen_slots)
 
 
 # All layers of a forward share one mask, and windowed and full layers alternate in some models: keep a few masks. The

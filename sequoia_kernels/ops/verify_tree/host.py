@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sequoia_kernels import _host
 from sequoia_kernels.native import ELEMENT_TYPES, address, writable
+
 from .op import _check_values
 
 __all__ = ["CHECKS_VALUES", "run", "supports"]

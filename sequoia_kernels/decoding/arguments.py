@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,20 @@ from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
 from sequoia_kernels.planner import TreePlan
 from sequoia_kernels.tree import TokenTree
+
+logger = logging.getLogger("sequoia_kernels")
+
+# Settings of a generation_config that change the distribution, and the values at which they do nothing.
+_NOT_APPLIED = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None, []),
+    "forced_eos_token_id": (None,),
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,7 @@ def check_arguments(
         raise ValueError("generate: tokenizer must be given with stop_strings, got None")
     if streamer is not None and batch_size > 1:
         raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
+    _warn_of_settings_not_applied(target)
     return GenerationArguments(
         prompts=prompts,
         prompt_lens=prompt_lens,
@@ -133,6 +149,15 @@ def check_arguments(
         stop_strings=strings,
         max_cache_len=_cache_limit(target, draft, max_cache_len, prompt_lens),
     )
+
+
+def _warn_of_settings_not_applied(target: TreeModel) -> None:
+    """Say which settings of the target's generation_config transformers' `generate` would apply and this one does not."""
+    config = getattr(target.model, "generation_config", None)
+    found = {name: getattr(config, name, None) for name in _NOT_APPLIED}
+    active = [f"{name}={value}" for name, value in found.items() if value not in _NOT_APPLIED[name]]
+    if active:
+        logger.warning("generate: the target's generation_config asks for %s, which is not applied", ", ".join(active))
 
 
 def _describe(value: Any) -> str:

@@ -1,0 +1,113 @@
+"""Defects seen in other tree decoders that live in the loop, one regression test each; test_known_defects.py has the ops'."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import pytest
+import torch
+from scipy import stats
+from support.tiny_models import noisy_copy, tiny_llama
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding.commit import commit_path
+from sequoia_kernels.decoding.draft import TokenBuffers
+from sequoia_kernels.decoding.layout import TreeLayout
+from sequoia_kernels.decoding.state import DecodingState
+from sequoia_kernels.decoding.stats import StageClock
+from sequoia_kernels.ops import CacheTable, VerifiedPath
+
+
+def test_bonus_token_is_emitted_behind_the_accepted_ones_not_over_them():
+    layout = TreeLayout.build(TokenTree([-1, 0, 0, 1, 2]), "cpu")
+    state = DecodingState.create(
+        2, torch.device("cpu"), seeds=[0, 1], temperature=[0.0, 0.0], top_k=None, top_p=None
+    )
+    state.cache_lens.fill_(3)
+    buffers = TokenBuffers(torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]), None)
+    path = VerifiedPath(
+        nodes=torch.tensor([[0, 2, 4], [0, -1, -1]], dtype=torch.int32),
+        num_accepted=torch.tensor([3, 1], dtype=torch.int32),
+        next_token=torch.tensor([99, 98]),
+    )
+    cache = torch.arange(2 * 10, dtype=torch.float32).view(2, 10, 1, 1)
+    before = cache.clone()
+    emitted = commit_path(path, layout, state, buffers, CacheTable([cache]), StageClock(enabled=False))
+    assert emitted.tokens.tolist() == [[12, 14, 99], [98, -1, -1]]
+    assert emitted.num_tokens.tolist() == [3, 1]
+    assert state.last_tokens.tolist() == [14, 20]
+    assert state.root_tokens.tolist() == [99, 98]
+    assert state.cache_lens.tolist() == [6, 4]
+    assert cache[0, 3:6].flatten().tolist() == before[0, [3, 5, 7]].flatten().tolist()
+    assert torch.equal(cache[1], before[1])
+
+
+class _Bigrams(torch.nn.Module):
+    """Zeroes a Llama's layers, so that the next token depends on the last one alone and its distribution is known."""
+
+    @staticmethod
+    def build(vocab_size: int):
+        model = tiny_llama(5, vocab_size=vocab_size, sharpness=1.0)
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                if parameter.ndim == 2:
+                    parameter.zero_()
+            model.lm_head.weight.zero_()  # uniform: every token, after every token
+        return model
+
+
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_noise_is_fresh_in_every_step(with_draft):
+    vocab, num_tokens = 8, 4000
+    model = _Bigrams.build(vocab)
+    output = generate(
+        model, model if with_draft else None, torch.tensor([[0]]), tree=TokenTree([-1, 0, 0, 1]),
+        max_new_tokens=num_tokens, temperature=1.0, seed=3,
+    )  # fmt: skip
+    tokens = output.new_tokens[0]
+    repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    # reused noise makes the same token win again and again; fresh noise repeats one time in `vocab`
+    assert stats.binomtest(repeats, num_tokens - 1, 1 / vocab).pvalue > 1e-4
+    pairs = torch.bincount(torch.tensor(tokens[:-1]) * vocab + torch.tensor(tokens[1:]), minlength=vocab**2)
+    assert stats.chisquare(pairs.numpy()).pvalue > 1e-4
+
+
+def test_trees_beyond_32_nodes_use_every_mask_word():
+    target = tiny_llama(0)
+    tree = TokenTree.kary(3, 4)  # 40 nodes, two words
+    deep = TokenTree.chain(70)  # three words
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    expected = generate(target, None, prompt, max_new_tokens=60).new_tokens
+    assert generate(target, noisy_copy(target, 0.5), prompt, tree=tree, max_new_tokens=60).new_tokens == expected
+    assert generate(target, target, prompt, tree=deep, max_new_tokens=60).new_tokens == expected
+
+
+def test_a_step_touches_only_its_own_cache_rows():
+    from sequoia_kernels.decoding import DecodingEngine
+    from sequoia_kernels.models import adapt
+
+    target = adapt(tiny_llama(0))
+    tree = TokenTree([-1, 0, 0, 1])
+    state = DecodingState.create(1, target.device, seeds=[0], temperature=[1.0], top_k=None, top_p=None)
+    with torch.inference_mode():
+        engine = DecodingEngine(target, adapt(noisy_copy(target.model, 0.5)), state, max_cache_len=40)
+        engine.prefill(torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([6], dtype=torch.int32))
+        tensors = engine.target_cache.tensors()
+        for tensor in tensors:
+            tensor[:, 6 + tree.num_nodes :].fill_(77.0)
+        before = [tensor.clone() for tensor in tensors]
+        engine.step(tree)
+        for tensor, old in zip(tensors, before, strict=True):
+            assert torch.equal(tensor[:, :6], old[:, :6])
+            assert torch.equal(tensor[:, 6 + tree.num_nodes :], old[:, 6 + tree.num_nodes :])
+
+
+def test_no_penalty_is_offered_and_a_configured_one_is_not_silently_dropped(caplog):
+    # a penalty on repeated tokens would have to count each node's ancestors; none is better than a wrong one
+    assert not any("penalty" in name for name in inspect.signature(generate).parameters)
+    target = tiny_llama(0)
+    target.generation_config.repetition_penalty = 1.2
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        generate(target, None, torch.tensor([[1, 2]]), max_new_tokens=2)
+    assert "repetition_penalty=1.2" in caplog.text

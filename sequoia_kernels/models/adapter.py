@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
+from functools import cached_property
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -35,13 +36,11 @@ class _ModelPlan(NamedTuple):
 class _AttentionSwitch:
     """Sets the attention function of all of a model's configurations while a forward runs, and puts the old ones back.
 
-    A context manager that holds a lock: forwards of one model through tree models take turns. A thread that calls the
-    model itself meanwhile would see the tree's attention function, which then raises for want of a context.
+    A context manager that holds a lock: forwards of one model through tree models take turns.
     """
 
-    _locks: WeakValueDictionary[int, Any] = (
-        WeakValueDictionary()
-    )  # by id of the configuration, which `_owner` keeps alive
+    # By id of the configuration, which every switch keeps alive.
+    _locks: ClassVar[WeakValueDictionary[int, Any]] = WeakValueDictionary()
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         configs = {id(model.config): model.config}
@@ -95,7 +94,8 @@ def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
         A forward of four tokens, once a model, finds every layer's shape and attention window. Families that the
         package's tests do not cover are also compared with their own plain forward on a small tree (three more short
         forwards). Forwards of one model take turns between threads; while one runs, other threads must not call the
-        model directly (such a call raises, it does not return wrong logits).
+        model itself: they would meet the tree's attention function, which raises for want of a step. Soft-caps and
+        sinks are always applied; some versions of transformers drop Gemma 2's soft-cap under "sdpa" attention.
 
     Source:
         transformers' `AttentionInterface` and `AttentionMaskInterface`.
@@ -150,23 +150,23 @@ class TreeModel:
     Attributes:
         model: the model itself, unchanged.
         family: its family, such as "llama".
-        vocab_size: width of its logits.
-        num_parameters: number of its parameters, tied ones counted once.
-        num_layers: number of its attention layers.
-        max_positions: positions that it serves exactly, None without a limit. Caches cannot be longer.
         eos_token_ids: ids that end a sequence, from its generation configuration.
     """
 
     def __init__(self, model: PreTrainedModel, plan: _ModelPlan) -> None:
         self.model = model
         self.family = family_name(model)
-        self.num_parameters = int(model.num_parameters())
         self.eos_token_ids = _eos_token_ids(model)
         self._plan = plan
         self._switch = _AttentionSwitch(model, ATTENTION_NAME)
 
     def __repr__(self) -> str:
         return f"TreeModel({self.family}, {self.num_parameters:,} parameters, {self.device}, {self.dtype})"
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return int(self.model.num_parameters())
 
     @property
     def vocab_size(self) -> int:
@@ -180,7 +180,7 @@ class TreeModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model serves exactly, None without a limit."""
+        """Positions that the model serves exactly, None without a limit; caches cannot be longer."""
         return self._plan.max_positions
 
     @property
@@ -272,8 +272,8 @@ class TreeModel:
                 cache.context = None
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
-                f"forward: family {self.family} must call its attention function {len(plan.specs)} times, once a layer, "
-                f"got {context.num_calls} calls"
+                f"forward: family {self.family} must call its attention function once in each of {len(plan.specs)} "
+                f"layers, got {context.num_calls} calls"
             )
         if last_row is None:
             return logits
@@ -292,7 +292,7 @@ class TreeModel:
         batch_size, num_rows = input_ids.shape if input_ids.ndim == 2 else (0, 0)
         if num_rows == 0 or num_rows != step.node_ids.shape[0]:
             raise ValueError(
-                f"forward: input_ids must have shape [batch, nodes] with {step.node_ids.shape[0]} nodes as in the step, "
+                f"forward: input_ids must have shape [batch, nodes] with the step's {step.node_ids.shape[0]} nodes, "
                 f"got {list(input_ids.shape)}"
             )
         if cache.batch_size != batch_size or len(cache.layers) != len(self._plan.specs):
@@ -300,11 +300,9 @@ class TreeModel:
                 f"forward: cache must be this model's cache for {batch_size} requests, "
                 f"got one of {len(cache.layers)} layers for {cache.batch_size}"
             )
-        if cache_lens.shape != (batch_size,) or (last_row is not None and last_row.shape != (batch_size,)):
-            raise ValueError(
-                f"forward: cache_lens and last_row must have shape [batch] = [{batch_size}], got {list(cache_lens.shape)}"
-                + ("" if last_row is None else f" and {list(last_row.shape)}")
-            )
+        for name, tensor in (("cache_lens", cache_lens), ("last_row", last_row)):
+            if tensor is not None and tensor.shape != (batch_size,):
+                raise ValueError(f"forward: {name} must have shape [batch] = [{batch_size}], got {list(tensor.shape)}")
         if cache_lens.device != input_ids.device:
             raise ValueError(
                 f"forward: cache_lens must be on the device of input_ids, {input_ids.device}, got {cache_lens.device}"
@@ -380,7 +378,7 @@ def _layer_specs(model: PreTrainedModel, probe: AttentionProbe) -> tuple[LayerSp
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     if sorted(called, key=str) != sorted(range(num_layers), key=str):
         raise UnsupportedModelError(
-            f"{refusal}its attention function must run once in each of {num_layers} layers, got calls from layers {called}"
+            f"{refusal}its attention function must run once in each of {num_layers} layers, got calls from {called}"
         )
     return tuple(call.spec for call in sorted(probe.calls, key=lambda call: call.layer_idx or 0))
 

@@ -82,8 +82,9 @@ def find_context(key: torch.Tensor, kwargs: dict[str, Any]) -> Any:
 def missing_context(module: torch.nn.Module) -> UnsupportedModelError:
     """Return the error for an attention layer that was called without a context."""
     return UnsupportedModelError(
-        f"tree attention: {type(module).__name__} must receive the step's context from its model, got neither the keyword "
-        f"argument nor a key tensor from the cache; call the model through TreeModel.forward, and not from several threads"
+        f"tree attention: {type(module).__name__} must receive the step's context from its model, got neither the "
+        "keyword argument nor a key tensor from the cache; call the model through TreeModel.forward only, and not from "
+        "another thread meanwhile"
     )
 
 
@@ -98,9 +99,10 @@ def tree_attention_forward(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write the new keys and values into their cache rows and attend over prefix and tree. Returns ([B, N, Hq, Dv], None).
+    """Write the new keys and values into their cache rows, then attend over prefix and tree.
 
-    The function transformers calls in each attention layer under the name "sequoia_tree". Mutates the layer's cache.
+    The function that transformers calls in each attention layer under the name "sequoia_tree". Mutates the layer's
+    cache. Returns ([B, N, Hq, Dv], None).
     """
     context = find_context(key, kwargs)
     if context is None:

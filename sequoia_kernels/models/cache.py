@@ -11,6 +11,7 @@ from sequoia_kernels.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from sequoia_kernels.models.attention import StepContext
+    from sequoia_kernels.models.probe import AttentionProbe
 
 __all__ = ["LayerSpec", "TreeCache", "TreeCacheLayer"]
 
@@ -39,7 +40,7 @@ class LayerSpec(NamedTuple):
 
 
 class TreeCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer, full length also for layers with a sliding window (which masks, not storage, apply).
+    """Keys and values of one layer; full length also under a sliding window, which the attention masks instead.
 
     Attributes:
         keys: [B, S, Hkv, D].
@@ -102,7 +103,7 @@ class TreeCache(Cache):
         with torch.inference_mode(False):
             super().__init__(layers=[TreeCacheLayer(spec, batch_size, max_cache_len) for spec in specs])
         self._shape = (batch_size, max_cache_len)
-        self.context: StepContext | None = None  # set by `TreeModel.forward` for its own duration
+        self.context: StepContext | AttentionProbe | None = None  # set by `TreeModel.forward` for its own duration
 
     @property
     def batch_size(self) -> int:

@@ -43,9 +43,15 @@ def load_model(
         that the files lack are an error and not, as in transformers, initialised at random.
 
     Example:
-        >>> from sequoia_kernels.demo import demo_pair_folder
-        >>> load_model(demo_pair_folder() / "draft", dtype=torch.float32).config.model_type
-        'llama'
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     model = load_model(folder, dtype=torch.bfloat16)
+        >>> model.config.model_type, model.dtype
+        ('llama', torch.bfloat16)
     """
     name = os.fspath(path_or_id)
     folder = Path(name).expanduser()
@@ -54,7 +60,8 @@ def load_model(
         name = str(folder)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"load_model: path_or_id must be a folder with a config.json, got {name}; save models with save_pretrained"
+                f"load_model: path_or_id must be a folder with a config.json, got {name}; "
+                "write one with save_pretrained"
             )
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
@@ -124,10 +131,13 @@ def check_pair(
         tokenizers, heads that differ by more rows than padding explains are taken for different vocabularies.
 
     Example:
-        >>> from sequoia_kernels.demo import load_demo_pair
-        >>> pair = load_demo_pair()
-        >>> check_pair(pair.target, pair.draft) == pair.target.config.vocab_size
-        True
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> def model(vocab_size, layers):
+        ...     config = LlamaConfig(vocab_size=vocab_size, hidden_size=16, intermediate_size=32,
+        ...                          num_hidden_layers=layers, num_attention_heads=2)
+        ...     return LlamaForCausalLM(config).eval()
+        >>> check_pair(model(vocab_size=48, layers=2), model(vocab_size=40, layers=1))
+        40
     """
     target, draft = adapt(target), adapt(draft)
     if draft.num_parameters > target.num_parameters:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import find_context, missing_context
 from sequoia_kernels.models.cache import LayerSpec
 
@@ -21,9 +20,8 @@ __all__ = ["PROBE_NAME", "AttentionProbe", "LayerCall"]
 
 PROBE_NAME = "sequoia_tree_probe"
 
-# Queries at which a mask rule is examined; far beyond any context, and not multiples of any likely chunk size.
+# Mask rules are examined at this query, far beyond any context, and at the next one.
 _FAR_QUERY = (1 << 40) + 12345
-_OTHER_QUERY = (1 << 39) + 777
 
 
 class LayerCall(NamedTuple):
@@ -76,12 +74,13 @@ def describe_mask(
     kind, size = 3, 0
     causal = not _visible(mask_function, _FAR_QUERY, _FAR_QUERY + 1, device)
     if causal and _visible(mask_function, _FAR_QUERY, _FAR_QUERY, device):
-        spans = [query - _first_visible(mask_function, query, device) + 1 for query in (_FAR_QUERY, _OTHER_QUERY)]
-        if spans == [_FAR_QUERY + 1, _OTHER_QUERY + 1]:
+        queries = (_FAR_QUERY, _FAR_QUERY + 1)
+        spans = [query - _first_visible(mask_function, query, device) + 1 for query in queries]
+        if spans == [query + 1 for query in queries]:
             kind = 0
         elif spans[0] == spans[1]:
             kind, size = 1, spans[0]
-        elif max(spans) < _OTHER_QUERY:
+        elif spans[1] in (1, spans[0] + 1):
             # A chunk's last query sees all of it: walk from the far query's chunk to the end of that chunk.
             start = _FAR_QUERY - spans[0] + 1
             step = 1

@@ -34,8 +34,10 @@ __all__ = [
 
 FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
-# Below this, logit / T of ordinary logits leaves the range in which float32 exponents mean anything.
+# Below this, logit / T of ordinary logits leaves the range in which float32 exponents mean anything. The floor allows
+# for the rounding of the constant to float32.
 MIN_TEMPERATURE = 1e-5
+_TEMPERATURE_FLOOR = MIN_TEMPERATURE * (1 - 2.0**-20)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -142,7 +144,7 @@ def row_values(
 def check_temperature_values(op: str, temperature: Tensor) -> None:
     """Raise ValueError unless every temperature is 0 or at least ``MIN_TEMPERATURE``. Reads values."""
     for value in temperature.tolist():
-        if value != 0.0 and not MIN_TEMPERATURE <= value < math.inf:
+        if value != 0.0 and not _TEMPERATURE_FLOOR <= value < math.inf:
             fail_range(op, "temperature", f"be 0 or a finite number of at least {MIN_TEMPERATURE}", value)
 
 

@@ -30,6 +30,7 @@ class CacheTable:
         caches: the tensors, a tuple.
         paged: as given.
         entries: [num_caches, 7] int64 on the caches' device; columns as in ``ENTRY_FIELDS``.
+        address_sum: sum of the caches' addresses, which tells whether the table still describes them.
         max_row_bytes: bytes of the widest row, H * D * itemsize.
         num_slots: the smallest S, or the smallest P if paged.
 
@@ -43,13 +44,14 @@ class CacheTable:
         (torch.Size([2, 7]), 8, 32)
     """
 
-    __slots__ = ("caches", "entries", "max_row_bytes", "num_slots", "paged")
+    __slots__ = ("address_sum", "caches", "entries", "max_row_bytes", "num_slots", "paged")
 
     def __init__(self, caches: Sequence[Tensor], *, paged: bool = False) -> None:
         self.caches = tuple(caches)
         self.paged = paged
         check_caches("CacheTable", self.caches, paged)
         self.entries = cache_entries(self.caches, paged)
+        self.address_sum = sum_of_addresses(self.caches)
         self.max_row_bytes = max_row_bytes(self.caches)
         self.num_slots = num_slots(self.caches, paged)
 
@@ -85,6 +87,11 @@ def cache_entries(caches: Sequence[Tensor], paged: bool) -> Tensor:
         rows.append([cache.data_ptr(), *strides, num_heads, head_dim * size, cache.shape[0 if paged else 1]])
     entries = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(ENTRY_FIELDS))
     return entries.to(caches[0].device) if rows else entries
+
+
+def sum_of_addresses(caches: Sequence[Tensor]) -> int:
+    """One number that changes when any cache lies elsewhere."""
+    return sum([cache.data_ptr() for cache in caches])
 
 
 def max_row_bytes(caches: Sequence[Tensor]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sequoia_kernels import backends, checks
 
-from .cache_table import CacheTable, check_caches, max_row_bytes, num_slots
+from .cache_table import CacheTable, check_caches, max_row_bytes, num_slots, sum_of_addresses
 
 OP = "compact_kv_cache_"
 
@@ -69,14 +69,14 @@ def compact_kv_cache_(
         if caches.paged != paged:
             kind = "CacheTable(..., paged=True) with" if paged else "CacheTable(..., paged=False) without"
             raise ValueError(f"{OP}: caches must be a {kind} a block_table, got paged={caches.paged}")
-        sizes = (caches.entries, caches.max_row_bytes, caches.num_slots)
-        _operator(caches.caches, accepted_nodes, num_accepted, cache_lens, block_table, *sizes, backend)
+        table = (caches.entries, caches.address_sum, caches.max_row_bytes, caches.num_slots)
+        _operator(caches.caches, accepted_nodes, num_accepted, cache_lens, block_table, *table, backend)
         return
     if not isinstance(caches, (list, tuple)):
         raise TypeError(f"{OP}: caches must be a list of tensors or a CacheTable, got {type(caches).__name__}")
     for index, cache in enumerate(caches):
         checks.check_tensor(OP, f"caches[{index}]", cache)
-    _operator(caches, accepted_nodes, num_accepted, cache_lens, block_table, None, 0, 0, backend)
+    _operator(caches, accepted_nodes, num_accepted, cache_lens, block_table, None, 0, 0, 0, backend)
 
 
 def _run(
@@ -86,10 +86,14 @@ def _run(
     cache_lens: Tensor,
     block_table: Tensor | None,
     entries: Tensor | None,
+    address_sum: int,
     row_bytes: int,
     slots: int,
     backend: str,
 ) -> None:
+    # torch.compile may hand over copies of the caches and write them back later: then a table of the originals is wrong.
+    if entries is not None and sum_of_addresses(caches) != address_sum:
+        entries = None
     _check_structure(caches, accepted_nodes, num_accepted, cache_lens, block_table, entries)
     if entries is None:
         paged = block_table is not None
@@ -108,6 +112,7 @@ def _fake(
     cache_lens: Tensor,
     block_table: Tensor | None,
     entries: Tensor | None,
+    address_sum: int,
     row_bytes: int,
     slots: int,
     backend: str,
@@ -192,7 +197,7 @@ backends.register_room(OP, package=__package__)
 
 _operator: Any = backends.define_operator(
     f"{OP}(Tensor(a!)[] caches, Tensor accepted_nodes, Tensor num_accepted, Tensor(b!) cache_lens, "
-    "Tensor? block_table, Tensor? entries, SymInt row_bytes, SymInt slots, str backend) -> ()",
+    "Tensor? block_table, Tensor? entries, SymInt address_sum, SymInt row_bytes, SymInt slots, str backend) -> ()",
     run=_run,
     fake=_fake,
 )

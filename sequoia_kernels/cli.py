@@ -56,6 +56,10 @@ class Terminal:
         else:
             show()
 
+    def problem(self, text: str) -> None:
+        """Say why the command failed, quiet or not."""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="bold red", markup=False)
+
     def note(self, text: str) -> None:
         """Say something that is not a result."""
         self.err.print(text, style="dim", markup=False)
@@ -96,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_BadUsage, ValueError, TypeError, OSError) as error:
         if args.traceback:
             raise
-        terminal.err.print(f"sequoia-kernels {args.command}: {error}", style="bold red", markup=False)
+        terminal.problem(f"sequoia-kernels {args.command}: {error}")
         return 2
     except RuntimeError as error:
         if args.traceback:
             raise
-        terminal.err.print(f"sequoia-kernels {args.command}: {error}", style="bold red", markup=False)
+        terminal.problem(f"sequoia-kernels {args.command}: {error}")
         return 1
 
 
@@ -512,7 +516,7 @@ def _run_profile(args: argparse.Namespace, terminal: Terminal) -> int:
             table.add_column("context", justify="right")
             for count in forwards.node_counts:
                 table.add_column(f"{count} rows", justify="right")
-            for context, row in zip(forwards.context_lens, forwards.ms, strict=True):
+            for context, row in zip(forwards.context_lens, forwards.p50_ms, strict=True):
                 table.add_row(str(context), *(f"{value:.2f}" for value in row))
             terminal.out.print(table)
 

@@ -75,11 +75,13 @@ def emitted_distribution(
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """The exact distribution of the first `num_levels` tokens when one speculative step is followed by plain decoding.
 
     A step emits 1 to `num_levels` tokens; where it emits fewer, the rest comes from the target's conditionals. The
-    draws are enumerated, the acceptances summed over, both through the package's own decision probabilities.
+    draws are enumerated, the acceptances summed over with the package's own decision probabilities, which are computed
+    from logits of the given dtype and summed in float64.
 
     Returns:
         Joint probabilities. [vocab] * num_levels.
@@ -96,19 +98,21 @@ def emitted_distribution(
     for node in range(tree.num_nodes):
         path = _path_tokens(tree, tokens, node)
         children = tree.children(node)
-        target_probs = warped_probs(target.logits(path), *per_row)
-        node_draft = draft_logits[:, node] if children else torch.zeros_like(target_probs)
+        target_probs = warped_probs(target.logits(path).to(dtype), *per_row)
+        node_draft = draft_logits[:, node].to(dtype) if children else torch.zeros_like(target_probs)
         decisions = node_decisions(target_probs, node_draft, tokens[:, children], per_row[0])
         left = reached[:, node]
         for rank, child in enumerate(children):
-            accepted = decisions.acceptance()[:, rank]
+            accepted = decisions.acceptance()[:, rank].double()
             reached[:, child] = left * accepted
             left = left * (1 - accepted)
         flat = torch.zeros(num_outcomes, dtype=torch.int64)
         for position in range(1, path.shape[1]):
             flat = flat * vocab + path[:, position]
         cells = (flat[:, None] * vocab + torch.arange(vocab)).flatten()
-        emitted[path.shape[1] - 1].view(-1).index_add_(0, cells, (left[:, None] * decisions.residual).flatten())
+        emitted[path.shape[1] - 1].view(-1).index_add_(
+            0, cells, (left[:, None] * decisions.residual.double()).flatten()
+        )
     joint = emitted[0]
     conditionals = chain_probs(target, root, tree.num_levels, temperature, top_k, top_p)
     for level in range(1, tree.num_levels):

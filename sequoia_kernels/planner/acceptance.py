@@ -257,7 +257,7 @@ class AcceptanceEstimate:
         dispersion = number("dispersion")
         if dispersion < 1:
             raise ValueError(f'{where}: "dispersion" must be >= 1, got {dispersion!r}')
-        visited, accepted = _check_counts(*counts, where)
+        visited, accepted = _check_counts(counts[0], counts[1], where)
         estimate = _build(
             visited,
             accepted,
@@ -484,9 +484,9 @@ def _geometric_tail(vector: NDArray[np.float64], accepted: NDArray[np.int64], nu
     slope, level = np.polyfit(ranks, np.log(vector[ranks]), 1, w=weights)
     ratio = min(float(np.exp(slope)), MAX_TAIL_RATIO)
     start = min(float(np.exp(level + slope * (len(vector) - 1))), float(vector[ranks].max()))
-    tail = start * ratio ** np.arange(1, num_ranks + 1)
+    tail = start * ratio ** np.arange(1, num_ranks + 1, dtype=np.float64)
     left = max(1 - float(vector.sum()), 0.0)
-    return tail * min(1.0, left / float(tail.sum()))
+    return np.asarray(tail * min(1.0, left / float(tail.sum())), dtype=np.float64)
 
 
 def _split_runs(runs: Any, where: str) -> list[Any]:

@@ -42,7 +42,8 @@ class MonotoneGrid:
     first; it is order preserving, so the second pass keeps what the first made. In between times are piecewise linear.
     Below the first knot of an axis they stay at its value (a smaller size is not claimed to be cheaper). Above the last
     they go on linearly with the larger of the last segment's slope and the whole axis's mean slope (a larger size is
-    not claimed to be cheaper than it was so far); an axis of one knot is constant.
+    not claimed to be cheaper than it was so far); an axis of one knot is constant. Each column goes on along the first
+    axis by its own slope, but not below the column before it; along the second axis all rows take the steepest row's.
 
     Args:
         first: knots of the first axis, increasing. [X]
@@ -64,11 +65,20 @@ class MonotoneGrid:
         for column in range(table.shape[1]):
             table[:, column] = _isotonic(table[:, column])
         self.values = table
+        self._first_slope = _end_slope(self.first, table)  # [Y]
+        self._second_slope = float(_end_slope(self.second, table.T).max())
 
     def at(self, first: float, second: ArrayLike) -> NDArray[np.float64]:
         """Give the time at one size of the first axis and one or many of the second."""
-        row = np.array([_interpolate(first, self.first, column) for column in self.values.T])
-        return _interpolate(second, self.second, row)
+        place = float(np.interp(first, self.first, np.arange(self.first.size)))
+        low = int(place)
+        high = min(low + 1, self.first.size - 1)
+        row = self.values[low] + (place - low) * (self.values[high] - self.values[low])
+        if first > self.first[-1]:
+            row = np.maximum.accumulate(row + (first - self.first[-1]) * self._first_slope)
+        sizes = np.asarray(second, dtype=np.float64)
+        beyond = np.maximum(sizes - self.second[-1], 0)
+        return np.asarray(np.interp(sizes, self.second, row) + beyond * self._second_slope)
 
 
 @dataclass(frozen=True)
@@ -274,15 +284,13 @@ def _isotonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.repeat([mean for mean, _ in blocks], [length for _, length in blocks])
 
 
-def _interpolate(sizes: ArrayLike, knots: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Piecewise linear; constant below the first knot, linear above the last with the slope `MonotoneGrid` states."""
-    sizes = np.asarray(sizes, dtype=np.float64)
-    result = np.asarray(np.interp(sizes, knots, values))
-    if knots.size > 1:
-        last_slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
-        mean_slope = (values[-1] - values[0]) / (knots[-1] - knots[0])
-        result = result + np.maximum(sizes - knots[-1], 0) * max(last_slope, mean_slope)
-    return result
+def _end_slope(knots: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Slopes along the first axis above its last knot, for each column of values."""
+    if knots.size == 1:
+        return np.zeros(values.shape[1])
+    last = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
+    mean = (values[-1] - values[0]) / (knots[-1] - knots[0])
+    return np.asarray(np.maximum(last, mean))
 
 
 def _op_points(profile: HardwareProfile, op: str, names: Sequence[str]) -> list[OpPoint]:

@@ -377,10 +377,10 @@ class _Search:
     def __init__(
         self, vector: NDArray[np.float64], times: StepTimes, max_budget: int, max_levels: int, tolerance: float
     ) -> None:
-        self.vector = vector
+        self.vector: list[float] = vector.tolist()
         self.times = times
         self.tolerance = tolerance
-        self.trees = OptimalTrees(vector, max_budget, max_levels)
+        self.trees = OptimalTrees(self.vector, max_budget, max_levels)
         self.single_ms = times.step_ms(StepShape(1, (), ()))
         values = self.trees.values
         # A cell counts where both its last node and its last level gain something: elsewhere a smaller cell has the
@@ -509,9 +509,8 @@ def _verdict(plan: TreePlan) -> str:
     nodes = f"{plan.tree.num_nodes} nodes on {plan.tree.num_levels} levels"
     gain = f"{plan.ms_per_token:.2f} ms per token, {plan.speedup:.2f}x"
     if plan.kind == "chain":
-        return f"Speculate with a chain of {plan.tree.num_nodes} nodes: {gain}. No tree is faster by more than " + (
-            f"{plan.tolerance:.0%}."
-        )
+        margin = f" by more than {100 * plan.tolerance:g}%" if plan.tolerance else ""
+        return f"Speculate with a chain of {plan.tree.num_nodes} nodes: {gain}. No tree is faster{margin}."
     chain = plan.best_chain
     against = "" if chain is None else f" (best chain: {chain.speedup:.2f}x)"
     return f"Speculate with a tree of {nodes}: {gain}{against}."

@@ -112,7 +112,8 @@ class ModelFingerprint:
     @classmethod
     def of(cls, model: Any) -> ModelFingerprint:
         """Read the fingerprint of a model: a Hugging Face causal language model, or a `TreeModel` around one."""
-        inner = getattr(model, "model", None) if not hasattr(model, "config") else model
+        wrapped = not hasattr(model, "config")
+        inner = getattr(model, "model", None) if wrapped else model
         config = getattr(inner, "config", None)
         if config is None:
             raise TypeError(
@@ -121,6 +122,8 @@ class ModelFingerprint:
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         num_parameters = model.num_parameters() if callable(model.num_parameters) else model.num_parameters
+        head = None if wrapped else model.get_output_embeddings()
+        vocab_size = model.vocab_size if wrapped else config.vocab_size if head is None else head.weight.shape[0]
         num_heads = int(config.num_attention_heads)
         hidden_size = int(config.hidden_size)
         intermediate_size = getattr(config, "intermediate_size", None)
@@ -128,7 +131,7 @@ class ModelFingerprint:
             family=str(config.model_type),
             dtype=str(model.dtype).removeprefix("torch."),
             num_parameters=int(num_parameters),
-            vocab_size=int(getattr(model, "vocab_size", None) or config.vocab_size),
+            vocab_size=int(vocab_size),
             num_layers=int(config.num_hidden_layers),
             hidden_size=hidden_size,
             intermediate_size=int(intermediate_size) if isinstance(intermediate_size, int) else None,
@@ -326,6 +329,22 @@ class HardwareProfile:
             if not is_number(value) or value < 0:
                 raise ValueError(f"HardwareProfile.with_overhead: {name} must be a finite time >= 0, got {value!r}")
         return dataclasses.replace(self, step_overhead_ms=float(step_ms), level_overhead_ms=float(level_ms))
+
+    def with_measurement(
+        self,
+        target_key: str,
+        draft_key: str | None = None,
+        bandwidth: Mapping[str, float] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> HardwareProfile:
+        """Give the profile with its own pair of models named, and what else is known of the measurement."""
+        return dataclasses.replace(
+            self,
+            target_key=self.find_model(target_key, "target"),
+            draft_key=None if draft_key is None else self.find_model(draft_key, "draft"),
+            bandwidth={**self.bandwidth, **(bandwidth or {})},
+            settings={**self.settings, **(settings or {})},
+        )
 
     def merged(self, other: HardwareProfile) -> HardwareProfile:
         """Give this profile with everything of another of the same device added; where both have a time, the other's.

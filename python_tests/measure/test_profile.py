@@ -1,0 +1,176 @@
+"""measure_profile on tiny random models: the tables are filled, the plan can be made, bad arguments are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny_models import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sequoia_kernels.measure import measure_profile
+from sequoia_kernels.models import adapt
+from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
+
+FAST = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1, "bandwidth": False}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_llama(0, num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return tiny_llama(1, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def short():
+    """A model with a table of 256 positions."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_positions=256, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def profile(target, draft):
+    return measure_profile(
+        target,
+        draft,
+        context_lens=[64, 16],
+        node_counts=[8, 2, 4],
+        draft_node_counts=[4],
+        seconds=0.0,
+        min_repeats=2,
+        max_repeats=2,
+        bandwidth=False,
+    )
+
+
+def test_forward_tables_are_filled(profile, target, draft):
+    keys = [ModelFingerprint.of(model).key for model in (target, draft)]
+    assert [profile.target_key, profile.draft_key] == keys
+    for key, counts in zip(keys, [(1, 2, 4, 8), (1, 2, 4)], strict=True):
+        table = profile.forward_table(key)
+        assert (table.context_lens, table.node_counts, table.repeats) == ((16, 64), counts, 2)
+        for low, middle, high in zip(table.p20_ms, table.p50_ms, table.p80_ms, strict=True):
+            assert all(0 < a <= b <= c for a, b, c in zip(low, middle, high, strict=True))
+
+
+def test_op_times_cover_what_a_step_does(profile):
+    def settings(op: str, *names: str) -> set[tuple[float, ...]]:
+        return {tuple(point.parameters[name] for name in names) for point in profile.ops[op]}
+
+    assert settings("verify_tree", "nodes", "vocab", "temperature") == {
+        (nodes, 32, temperature) for nodes in (1, 2, 4, 8) for temperature in (0.0, 1.0)
+    }
+    assert settings("sample_without_replacement", "rows", "num_samples", "vocab", "temperature") == {
+        (rows, samples, 32, temperature)
+        for rows in (1, 2, 4)
+        for samples in (1, 2, 4, 8, 16, 32)
+        for temperature in (0.0, 1.0)
+    }
+    row_bytes = (2 + 1) * 2 * 2 * 8 * 4  # layers of both models x (keys and values) x heads x width x float32
+    assert settings("compact_kv_cache_", "levels", "row_bytes", "batch_size") == {
+        (levels, row_bytes, 1) for levels in (1, 2, 4, 8)
+    }
+    assert all(point.p50_ms > 0 for points in profile.ops.values() for point in points)
+
+
+def test_the_profile_is_of_this_device_and_survives_a_file(profile, tmp_path):
+    profile.check_device()
+    profile.save(tmp_path / "profile.json")
+    assert HardwareProfile.load(tmp_path / "profile.json") == profile
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_plan_can_be_made_from_it(profile, target, draft, temperature):
+    plan = plan_tree([0.6, 0.2], profile, target=target, draft=adapt(draft), temperature=temperature)
+    assert plan.tree.num_nodes <= 8
+    assert plan.no_speculation.step_ms > 0
+
+
+def test_without_a_draft_there_is_only_the_target(target):
+    profile = measure_profile(target, context_lens=[8], node_counts=[2], **FAST)
+    assert profile.draft_key is None
+    assert list(profile.ops) == ["verify_tree"]
+
+
+def test_batches_are_measured_at_their_size(target, draft):
+    profile = measure_profile(target, draft, context_lens=[8], node_counts=[4], batch_size=3, **FAST)
+    assert profile.forward_table(profile.target_key, 3).batch_size == 3
+    assert {point.parameters["rows"] for point in profile.ops["sample_without_replacement"]} == {3, 6}
+    assert plan_tree([0.6], profile, batch_size=3).batch_size == 3
+
+
+def test_a_draft_of_the_targets_shapes_shares_its_table(target):
+    profile = measure_profile(target, tiny_llama(5, num_layers=2), context_lens=[8], node_counts=[4], **FAST)
+    assert profile.target_key == profile.draft_key
+    assert profile.forward_table(profile.draft_key).node_counts == (1, 4)
+    plan_tree([0.6], profile)
+
+
+def test_quick_defaults(target, draft):
+    profile = measure_profile(target, draft, quick=True, **{**FAST, "bandwidth": True})
+    table = profile.forward_table(profile.target_key)
+    assert table.node_counts == (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+    assert table.context_lens == (128, 512)
+    assert profile.forward_table(profile.draft_key).node_counts == (1, 2, 4, 8, 16)
+    assert profile.bandwidth["memory_copy"] > 0
+
+
+@pytest.mark.parametrize(
+    ("context_lens", "contexts", "largest"), [(None, (96, 192), 64), ([200, 100], (100, 200), 48), ([254], (254,), 2)]
+)
+def test_defaults_fit_into_the_models_positions(short, draft, context_lens, contexts, largest):
+    profile = measure_profile(short, draft, context_lens=context_lens, quick=True, **FAST)
+    table = profile.forward_table(profile.target_key)
+    assert table.context_lens == contexts
+    assert table.node_counts[-1] == largest
+
+
+def test_contexts_beyond_the_models_positions_are_refused(short, draft):
+    with pytest.raises(ValueError, match="must leave room for 16 tree rows in 256 positions, got 250"):
+        measure_profile(draft, short, context_lens=[250], node_counts=[16], draft_node_counts=[], **FAST)
+
+
+def test_nothing_of_the_callers_is_changed(target, draft):
+    state = torch.get_rng_state()
+    weights = {name: value.clone() for name, value in target.state_dict().items()}
+    measure_profile(target, draft, context_lens=[8], node_counts=[2], **FAST)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in target.state_dict().items())
+    assert target(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.shape == (1, 3, 32)
+
+
+def test_progress_is_reported_to_the_end(target):
+    seen: list[tuple[int, int, str]] = []
+    measure_profile(target, context_lens=[8], node_counts=[2], progress=lambda *report: seen.append(report), **FAST)
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"node_counts": [0, 1]}, ValueError, r"node_counts must be in 1\.\.1024, got 0"),
+        ({"node_counts": [2048]}, ValueError, r"node_counts must be in 1\.\.1024, got 2048"),
+        ({"node_counts": [1.5]}, TypeError, "node_counts must hold integers, got 1.5"),
+        ({"node_counts": 8}, TypeError, "node_counts must be a sequence of integers"),
+        ({"draft_node_counts": [-1]}, ValueError, r"draft_node_counts must be in 1\.\.512"),
+        ({"context_lens": []}, ValueError, "context_lens must hold at least one entry"),
+        ({"context_lens": [-8]}, ValueError, "context_lens must be >= 0, got -8"),
+        ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
+        ({"min_repeats": 0}, ValueError, "min_repeats must be a positive integer"),
+        ({"seconds": -1.0}, ValueError, "seconds must be a finite time >= 0"),
+    ],
+)
+def test_bad_arguments_are_refused(target, draft, arguments, error, message):
+    with pytest.raises(error, match=message):
+        measure_profile(target, draft, **{"context_lens": [8], "node_counts": [2], **FAST, **arguments})
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel"):
+        measure_profile(torch.nn.Linear(2, 2))

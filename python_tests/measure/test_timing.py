@@ -1,0 +1,94 @@
+"""Timing: rounds, order, percentiles, progress. Nothing here depends on how long anything takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from sequoia_kernels.measure import time_calls
+from sequoia_kernels.measure import timing as timing_module
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the calls themselves advance."""
+
+    class Clock:
+        now = 0.0
+
+        def advance(self, milliseconds: float) -> None:
+            self.now += milliseconds / 1e3
+
+    clock = Clock()
+    monkeypatch.setattr(timing_module.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_every_call_runs_once_a_round_behind_the_warm_up(clock):
+    order: list[str] = []
+    calls = {name: lambda name=name: (order.append(name), clock.advance(1)) for name in "abcd"}
+    times = time_calls(calls, "cpu", min_repeats=6, max_repeats=6, seconds=0, warmup=2)
+    rounds = [order[start : start + 4] for start in range(0, len(order), 4)]
+    assert len(rounds) == 8
+    assert all(sorted(entries) == list("abcd") for entries in rounds)
+    assert len({tuple(entries) for entries in rounds}) > 1  # shuffled anew
+    assert list(times) == list("abcd")
+    assert all(time.repeats == 6 for time in times.values())
+
+
+def test_the_order_follows_from_the_seed(clock):
+    def run(seed: int) -> list[str]:
+        order: list[str] = []
+        time_calls({name: lambda name=name: order.append(name) for name in "abcdef"}, "cpu", seconds=0, seed=seed)
+        return order
+
+    assert run(1) == run(1) != run(2)
+
+
+def test_percentiles_are_of_the_counted_rounds(clock):
+    durations = iter([1000.0, 10.0, 20.0, 30.0, 40.0, 50.0])  # the first is the warm-up
+    times = time_calls(
+        {"call": lambda: clock.advance(next(durations))}, "cpu", min_repeats=5, max_repeats=5, seconds=0, warmup=1
+    )
+    assert times["call"] == pytest.approx((18.0, 30.0, 42.0, 5))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "min_repeats", "max_repeats", "expected"),
+    [(0.0, 3, 50, 3), (0.0105, 3, 50, 10), (1.0, 3, 7, 7), (0.0, 5, 2, 5)],
+)
+def test_repeats_stay_between_the_limits_and_use_the_time(clock, seconds, min_repeats, max_repeats, expected):
+    times = time_calls(
+        {"call": lambda: clock.advance(1)},
+        "cpu",
+        min_repeats=min_repeats,
+        max_repeats=max_repeats,
+        seconds=seconds,
+        warmup=1,
+    )
+    assert times["call"].repeats == expected
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 10.0])
+def test_progress_rises_to_one(clock, seconds):
+    seen: list[float] = []
+    calls = {name: lambda: clock.advance(1) for name in "abc"}
+    time_calls(calls, "cpu", min_repeats=4, max_repeats=8, seconds=seconds, progress=seen.append)
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"min_repeats": 0},
+        {"max_repeats": 0},
+        {"min_repeats": 1.5},
+        {"seconds": -1},
+        {"seconds": float("nan")},
+        {"warmup": -1},
+    ],
+)
+def test_bad_arguments_are_refused(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"time_calls: {name} must be"):
+        time_calls({"call": lambda: None}, "cpu", **arguments)

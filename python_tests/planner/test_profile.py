@@ -1,0 +1,272 @@
+"""The hardware profile: fingerprints, tables, files and every refusal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.synthetic_profile import DEVICE, DRAFT, TARGET, forward_table, synthetic_profile
+from support.tiny_models import tiny_llama
+
+from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.planner.profile import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
+
+
+@pytest.fixture
+def profile():
+    return (
+        synthetic_profile(draft_counts=(1, 2, 4), node_counts=(1, 2, 4))
+        .with_overhead(0.25, 0.05)
+        .with_measurement(TARGET.key, DRAFT.key, {"memory_copy": 12.5}, {"quick": True})
+    )
+
+
+# ---- the file ----
+
+
+def test_saved_and_loaded_is_the_same(profile, tmp_path):
+    path = tmp_path / "profile.json"
+    profile.save(path)
+    assert HardwareProfile.load(path) == profile
+    assert [entry.name for entry in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_json_is_versioned(profile):
+    document = json.loads(profile.to_json())
+    assert (document["format"], document["version"]) == ("sequoia-kernels/hardware-profile", 1)
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+
+
+def test_an_empty_profile_is_a_profile():
+    profile = HardwareProfile(DEVICE)
+    assert HardwareProfile.from_json(profile.to_json()) == profile
+
+
+CHANGES = [
+    ("format", "sequoia-kernels/tree", '"format" must be'),
+    ("version", 2, r'"version" must be 1, got 2; make the file again'),
+    ("version", None, '"version" must be 1, got None'),
+    ("created", 5, r"profile\.created must be a string"),
+    ("device", [], "device must be an object"),
+    ("device.name", None, r"device\.name must be a string"),
+    ("device.num_threads", 0, r"device\.num_threads must be a positive integer"),
+    ("device.memory_bytes", 1.5, r"device\.memory_bytes must be a positive integer"),
+    ("target", "llama", r"profile\.target must be one of its models"),
+    ("draft", 3, r"profile\.draft must be one of its models"),
+    ("models", None, "models must be an object"),
+    (f"models.{TARGET.key}", 1, "must be an object"),
+    (f"models.{TARGET.key}.fingerprint.num_layers", 13, "must be named llama-13x256"),
+    (f"models.{TARGET.key}.fingerprint.num_layers", True, r"num_layers must be a positive integer"),
+    (f"models.{TARGET.key}.fingerprint.dtype", None, r"dtype must be a string"),
+    (f"models.{TARGET.key}.forwards", {}, "forwards must be a list"),
+    (f"models.{TARGET.key}.forwards.0.batch_size", 0, r"forwards\[0\]\.batch_size must be a positive integer"),
+    (f"models.{TARGET.key}.forwards.0.node_counts", [1, 4, 2], "node_counts must be a list of increasing integers"),
+    (f"models.{TARGET.key}.forwards.0.node_counts", [0, 1, 2], "node_counts must be a list of increasing integers"),
+    (f"models.{TARGET.key}.forwards.0.context_lens", [], "context_lens must be a list of increasing integers"),
+    (f"models.{TARGET.key}.forwards.0.p50_ms", [[1, 2, 3]], "p50_ms must be 2 rows of 3 positive times"),
+    (f"models.{TARGET.key}.forwards.0.p50_ms", [[1, 2], [3, 4]], "p50_ms must be 2 rows of 3 positive times"),
+    (f"models.{TARGET.key}.forwards.0.p20_ms", [[1, 2, -3], [1, 2, 3]], "p20_ms must be 2 rows of 3 positive times"),
+    (f"models.{TARGET.key}.forwards.0.p80_ms", [[1, 2, "3"], [1, 2, 3]], "p80_ms must be 2 rows of 3 positive times"),
+    ("ops", [], "ops must be an object"),
+    ("ops.verify_tree", 1, r"ops\.verify_tree must be a list"),
+    ("ops.verify_tree.0", 1, r"ops\.verify_tree\[0\] must be an object"),
+    ("ops.verify_tree.0.p50_ms", -1, r"verify_tree\[0\]\.p50_ms must be a finite number >= 0"),
+    ("ops.verify_tree.0.parameters", None, r"verify_tree\[0\]\.parameters must be an object"),
+    ("ops.verify_tree.0.parameters.nodes", [], r"parameters\.nodes must be a number or a string"),
+    ("overhead.step_ms", "much", r"overhead\.step_ms must be a finite number >= 0"),
+    ("bandwidth_gb_per_s.memory_copy", None, r"memory_copy must be a finite number >= 0"),
+    ("settings", None, "settings must be an object"),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"), CHANGES, ids=[f"{field}={value}" for field, value, _ in CHANGES]
+)
+def test_broken_files_are_refused_by_field(profile, field, value, message, tmp_path):
+    document = json.loads(profile.to_json())
+    owner = document
+    *way, last = field.split(".")
+    for name in way:
+        owner = owner[int(name) if isinstance(owner, list) else name]
+    owner[int(last) if isinstance(owner, list) else last] = value
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=message) as caught:
+        HardwareProfile.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["device", "models", "ops", "overhead", "created", "settings", "bandwidth_gb_per_s"])
+def test_missing_fields_are_refused(profile, field):
+    document = json.loads(profile.to_json())
+    del document[field]
+    with pytest.raises(ProfileError, match=f"{field} must be"):
+        HardwareProfile.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1}', '{"format": Infinity}', "[" * 100000])
+def test_text_that_is_no_document_is_refused(text):
+    with pytest.raises(ProfileError, match=r"HardwareProfile\.from_json: the document must"):
+        HardwareProfile.from_json(text)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"\x80\x02}")
+    with pytest.raises(ProfileError, match="not UTF-8"):
+        HardwareProfile.load(tmp_path / "file")
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        HardwareProfile.load(tmp_path / "none")
+
+
+def test_a_write_that_fails_leaves_nothing(profile, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        profile.save(tmp_path / "profile.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the device ----
+
+
+def test_the_machine_at_hand_accepts_its_own_profile():
+    HardwareProfile(DeviceFingerprint.of("cpu")).check_device()
+    HardwareProfile(DeviceFingerprint.of("cpu")).check_device("cpu")
+
+
+def test_another_device_is_refused_with_both_names(profile):
+    with pytest.raises(ProfileError, match="Synthetic Processor") as caught:
+        profile.check_device()
+    assert DeviceFingerprint.of("cpu").name in str(caught.value)
+    assert "measure a profile on this device" in str(caught.value)
+
+
+def test_another_number_of_threads_is_another_device():
+    here = DeviceFingerprint.of("cpu")
+    there = DeviceFingerprint(**{**vars(here), "num_threads": here.num_threads + 1})
+    with pytest.raises(ProfileError, match=rf"call torch\.set_num_threads\({here.num_threads + 1}\)"):
+        HardwareProfile(there).check_device()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    gpu = DeviceFingerprint("cuda", "NVIDIA Imaginary", None, 1 << 36, "9.0", "2.13.0")
+    with pytest.raises(ProfileError, match="NVIDIA Imaginary"):
+        HardwareProfile(gpu).check_device()
+
+
+def test_another_torch_is_logged_not_refused(caplog):
+    here = DeviceFingerprint.of("cpu")
+    other = DeviceFingerprint(**{**vars(here), "torch_version": "1.0", "memory_bytes": None})
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        HardwareProfile(other).check_device()
+    assert "measured with torch 1.0" in caplog.text
+
+
+def test_other_device_types_have_no_fingerprint():
+    with pytest.raises(ValueError, match="must be of type cpu or cuda"):
+        DeviceFingerprint.of("meta")
+
+
+# ---- models ----
+
+
+def test_fingerprint_of_a_model():
+    model = tiny_llama(0, vocab_size=48, num_layers=3, hidden_size=32)
+    fingerprint = ModelFingerprint.of(model)
+    assert fingerprint == ModelFingerprint(
+        "llama", "float32", sum(entry.numel() for entry in model.parameters()), 48, 3, 32, 64, 4, 2, 8
+    )
+    assert fingerprint.cache_row_bytes == 2 * 3 * 2 * 8 * 4
+    assert fingerprint.key.startswith("llama-3x32-float32-")
+    assert ModelFingerprint.of(model.to(torch.bfloat16)).key != fingerprint.key
+
+
+def test_fingerprint_of_a_wrapped_model_is_the_models_own():
+    model = tiny_llama(0)
+    wrapped = SimpleNamespace(
+        model=model, num_parameters=model.num_parameters(), dtype=model.dtype, vocab_size=model.config.vocab_size
+    )
+    assert ModelFingerprint.of(wrapped) == ModelFingerprint.of(model)
+
+
+def test_what_is_no_model_has_no_fingerprint():
+    with pytest.raises(TypeError, match="model must have a config"):
+        ModelFingerprint.of(object())
+
+
+def test_models_are_found_by_key_fingerprint_and_role(profile):
+    assert profile.find_model() == profile.find_model(TARGET) == profile.find_model(TARGET.key) == TARGET.key
+    assert profile.find_model(role="draft") == DRAFT.key
+
+
+def test_models_are_found_by_themselves():
+    model = tiny_llama(0)
+    profile = HardwareProfile(DEVICE).with_forwards(
+        ModelFingerprint.of(model), forward_table(lambda nodes, context: 1.0, (1, 2))
+    )
+    assert profile.find_model(model) == ModelFingerprint.of(model).key
+
+
+def test_a_model_that_was_not_measured_is_refused_with_the_fix(profile):
+    with pytest.raises(
+        ProfileError, match=r"the draft must be a measured model, got llama-9, measured: .*measure it with"
+    ):
+        profile.find_model("llama-9", "draft")
+    with pytest.raises(ProfileError, match="must name its target, got none; give target="):
+        HardwareProfile(DEVICE).find_model()
+
+
+def test_a_batch_size_that_was_not_measured_is_refused_with_the_fix(profile):
+    assert profile.forward_table(TARGET.key, 1).batch_size == 1
+    with pytest.raises(ProfileError, match=r"\(1\), got 4; measure it with measure_profile\(batch_size=4\)"):
+        profile.forward_table(TARGET.key, 4)
+
+
+# ---- adding ----
+
+
+def test_tables_of_other_batch_sizes_are_kept_and_equal_ones_replaced(profile):
+    slow = forward_table(lambda nodes, context: 9.0, (1, 2), batch_size=1)
+    wide = forward_table(lambda nodes, context: 7.0, (1, 2), batch_size=8)
+    grown = profile.with_forwards(TARGET, wide).with_forwards(TARGET, slow)
+    assert grown.forward_table(TARGET.key, 8) == wide
+    assert grown.forward_table(TARGET.key, 1) == slow
+    assert profile.forward_table(TARGET.key, 1) != slow
+
+
+def test_op_points_of_equal_parameters_are_replaced():
+    first, second = OpPoint({"nodes": 1}, 1, 2, 3), OpPoint({"nodes": 2}, 1, 2, 3)
+    faster = OpPoint({"nodes": 1}, 0.1, 0.2, 0.3)
+    profile = HardwareProfile(DEVICE).with_op("verify_tree", [first, second]).with_op("verify_tree", [faster])
+    assert profile.ops["verify_tree"] == (second, faster)
+
+
+def test_merging_adds_and_prefers_the_other(profile):
+    slow = forward_table(lambda nodes, context: 9.0, (1, 2))
+    other = HardwareProfile(DEVICE).with_forwards(DRAFT, slow).with_overhead(0.5)
+    merged = profile.merged(other)
+    assert merged.forward_table(DRAFT.key) == slow
+    assert merged.forward_table(TARGET.key) == profile.forward_table(TARGET.key)
+    assert merged.step_overhead_ms == 0.5
+    assert merged.level_overhead_ms == profile.level_overhead_ms
+    assert merged.ops == profile.ops
+    assert merged.target_key == TARGET.key
+
+
+def test_profiles_of_two_devices_are_not_merged(profile):
+    with pytest.raises(ProfileError, match=r"Synthetic Processor.*got cpu"):
+        profile.merged(HardwareProfile(DeviceFingerprint.of("cpu")))
+
+
+@pytest.mark.parametrize("step_ms", [-1, float("nan"), "1", True])
+def test_bad_overheads_are_refused(profile, step_ms):
+    with pytest.raises(ValueError, match="step_ms must be a finite time >= 0"):
+        profile.with_overhead(step_ms)

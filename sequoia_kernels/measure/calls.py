@@ -1,0 +1,145 @@
+"""What is timed: forwards and ops on inputs shaped like those of a decoding step. Builders only; nothing runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_, sample_without_replacement, verify_tree
+from sequoia_kernels.planner import optimal_tree
+from sequoia_kernels.tree import TokenTree
+
+__all__ = [
+    "compact_call",
+    "draft_step",
+    "draft_tree_rows",
+    "forward_call",
+    "sample_call",
+    "target_step",
+    "typical_tree",
+    "verify_call",
+]
+
+Call = Callable[[], object]
+
+# The trees that are timed are optimal for this vector: about what a small draft of a large target shows.
+TYPICAL_ACCEPTANCE = (0.6, 0.12, 0.05, 0.03, 0.02, 0.015, 0.012, 0.01, 0.008, 0.007, 0.006, 0.005, 0.004, 0.003, 0.002)
+
+
+@cache
+def typical_tree(num_nodes: int) -> TokenTree:
+    """Give the tree of `num_nodes` that is timed."""
+    return optimal_tree(TYPICAL_ACCEPTANCE, num_nodes)
+
+
+def target_step(num_nodes: int, device: torch.device) -> TreeStep:
+    """Give a target forward's rows: all nodes of a tree."""
+    return _step(typical_tree(num_nodes), range(num_nodes), device)
+
+
+def draft_step(num_rows: int, device: torch.device) -> TreeStep:
+    """Give a draft forward's rows: some nodes of a tree, not side by side, as internal nodes of a level mostly are."""
+    if num_rows <= 2:  # the first forward of a step feeds two neighbouring rows, and one row is always a run of its own
+        return _step(TokenTree.chain(2), range(2 - num_rows, 2), device)
+    return _step(typical_tree(2 * num_rows), range(1, 2 * num_rows, 2), device)
+
+
+def draft_tree_rows(num_rows: int) -> int:
+    """Give the rows behind the committed ones that `draft_step` may write."""
+    return 2 if num_rows <= 2 else 2 * num_rows
+
+
+def forward_call(model: TreeModel, caches: TreeCache, context_len: int, step: TreeStep) -> Call:
+    """Build a forward of one step behind `context_len` committed tokens of every request."""
+    batch_size = caches.layers[0].keys.shape[0]
+    num_rows = step.node_ids.shape[0]
+    generator = torch.Generator().manual_seed(num_rows)
+    input_ids = torch.randint(model.vocab_size, (batch_size, num_rows), generator=generator).to(model.device)
+    cache_lens = torch.full((batch_size,), context_len, dtype=torch.int32, device=model.device)
+    return lambda: model.forward(input_ids, caches, cache_lens, step)
+
+
+def sample_call(
+    num_rows: int, num_samples: int, vocab: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> Call:
+    """Build a draw of `num_samples` children for each of `num_rows` nodes."""
+    logits = _logits((num_rows, vocab), dtype, device)
+    temperatures, seeds, offsets = _streams(num_rows, temperature, device)
+    return lambda: sample_without_replacement(logits, num_samples, temperatures, seeds, offsets)
+
+
+def verify_call(
+    batch_size: int,
+    num_nodes: int,
+    vocab: int,
+    temperature: float,
+    dtypes: tuple[torch.dtype, torch.dtype],  # of the target's and of the draft's logits
+    device: torch.device,
+) -> Call:
+    """Build a verification of a tree whose draft resembles its target; children are the draft's likeliest tokens."""
+    tree = typical_tree(num_nodes)
+    shape = (batch_size, num_nodes, vocab)
+    common = _logits(shape, torch.float32, device)
+    target_logits = common.to(dtypes[0])
+    draft_logits = (common + 0.5 * _logits(shape, torch.float32, device, seed=1)).to(dtypes[1])
+    topology = tree.tensors(device)
+    tokens = torch.zeros(batch_size, num_nodes, dtype=torch.int64, device=device)
+    if num_nodes > 1:
+        likeliest = draft_logits.topk(min(max(tree.num_children), vocab), dim=-1).indices  # [B, N, branching]
+        ranks = topology.ranks[1:].clamp(max=likeliest.shape[2] - 1).to(torch.int64)
+        tokens[:, 1:] = likeliest[:, topology.parents[1:].to(torch.int64), ranks]
+    temperatures, seeds, offsets = _streams(batch_size, temperature, device)
+    draft_or_none = draft_logits if num_nodes > 1 else None
+    return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
+
+
+def compact_call(caches: Sequence[TreeCache], context_len: int, num_levels: int, num_tree_rows: int) -> Call:
+    """Build a compaction that accepts one node of every level, spread over the tree's rows.
+
+    It advances its lengths, so each call first sets them back: that copy of a few bytes is timed with it.
+    """
+    tensors = [tensor for entry in caches for tensor in entry.tensors()]
+    batch_size, device = tensors[0].shape[0], tensors[0].device
+    table = CacheTable(tensors)
+    nodes = [level * (num_tree_rows - 1) // max(num_levels - 1, 1) for level in range(num_levels)]
+    accepted_nodes = torch.tensor(nodes, dtype=torch.int32, device=device).repeat(batch_size, 1)
+    num_accepted = torch.full((batch_size,), num_levels, dtype=torch.int32, device=device)
+    committed = torch.full((batch_size,), context_len, dtype=torch.int32, device=device)
+    cache_lens = committed.clone()
+
+    def call() -> None:
+        cache_lens.copy_(committed)
+        compact_kv_cache_(table, accepted_nodes, num_accepted, cache_lens)
+
+    return call
+
+
+def _step(tree: TokenTree, nodes: range, device: torch.device) -> TreeStep:
+    tensors = tree.tensors(device)
+    index = torch.tensor(list(nodes), device=device)
+    return TreeStep(
+        tree_mask=tensors.ancestor_mask.index_select(0, index),
+        node_ids=index.to(torch.int32),
+        depths=tensors.depths.index_select(0, index),
+        num_tree_rows=nodes[-1] + 1,
+        first_node=nodes[0] if nodes.step == 1 else None,
+    )
+
+
+def _logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (3 * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+
+def _streams(
+    num_rows: int, temperature: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Temperature, seed and offset of each row."""
+    return (
+        torch.full((num_rows,), temperature, dtype=torch.float32, device=device),
+        torch.arange(num_rows, dtype=torch.int64, device=device),
+        torch.zeros(num_rows, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,296 @@
+"""measure_profile: time two models and the ops on the device at hand, and write down what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sequoia_kernels.measure import calls
+from sequoia_kernels.measure.bandwidth import measure_bandwidth
+from sequoia_kernels.measure.timing import Timing, time_calls
+from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
+
+__all__ = ["measure_profile"]
+
+NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+CUDA_NODE_COUNTS = (*NODE_COUNTS, 192, 256, 384, 512)
+QUICK_NODE_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+QUICK_DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16)
+CONTEXT_LENS = (128, 512, 2048)
+QUICK_CONTEXT_LENS = (128, 512)
+SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32)
+COMPACT_LEVELS = (1, 2, 4, 8, 16, 32)
+TEMPERATURES = (0.0, 1.0)  # greedy and sampled: the ops take different ways
+SECONDS, QUICK_SECONDS = 40.0, 9.0
+MAX_OP_NODES = 1024  # rows that the ops accept
+
+Progress = Callable[[int, int, str], None]
+PROGRESS_STEPS = 100
+
+
+def measure_profile(
+    target: Any,
+    draft: Any = None,
+    *,
+    context_lens: Sequence[int] | None = None,
+    node_counts: Sequence[int] | None = None,
+    draft_node_counts: Sequence[int] | None = None,
+    batch_size: int = 1,
+    seconds: float | None = None,
+    min_repeats: int = 5,
+    max_repeats: int = 200,
+    quick: bool = False,
+    bandwidth: bool = True,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> HardwareProfile:
+    """Measure everything that `plan_tree` needs to know of a device and a pair of models.
+
+    Timed are forwards of the target over whole trees and of the draft over levels of trees, behind several contexts;
+    sampling, verification and compaction at the models' own vocabulary, greedy and sampled; and the memory's bandwidth.
+    All calls take turns in shuffled rounds, so that a drift of the machine hits all alike, and their medians count.
+
+    Args:
+        target: the target model: a Hugging Face causal language model or a `TreeModel`.
+        draft: the draft model, likewise, on the same device. Without it only plain decoding can be planned.
+        context_lens: committed tokens to time behind. 128, 512 and 2048 when None (128 and 512 if quick), as far as the
+            models' positions allow.
+        node_counts: tree sizes to time the target at, 1 is always among them. Up to 128 when None (64 if quick), up to
+            512 on CUDA, as far as the positions allow behind `context_lens`. Planning goes no further than the largest.
+        draft_node_counts: level widths to time the draft at, 1 and 2 are always among them. Up to 64 when None (16 if
+            quick). No more than half of the largest tree is timed: no level has more internal nodes.
+        batch_size: requests in every call.
+        seconds: time to spend on timing, roughly; 40 when None (9 if quick). It takes longer where `min_repeats` do.
+        min_repeats: times that every call is timed at least.
+        max_repeats: times that every call is timed at most.
+        quick: take the smaller defaults.
+        bandwidth: measure the memory's bandwidth too (half a second).
+        progress: called now and then with (done, total, what is being done).
+        seed: of the order of the calls.
+
+    Returns:
+        The profile, with `target_key` and `draft_key` set. The loop's own overhead is not known here and left at 0; see
+        `HardwareProfile.with_overhead`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, a context does not fit the models' positions, or the models are on
+            different devices.
+        UnsupportedModelError: a model cannot be adapted.
+
+    Notes:
+        Allocates caches for the longest context; the models are not changed. Other work on the device meanwhile ends up
+        in the numbers. Waits for the device after every call.
+
+    Example:
+        >>> profile = measure_profile(target, draft, quick=True)  # doctest: +SKIP
+        >>> profile.save("profile.json")  # doctest: +SKIP
+    """
+    where = "measure_profile"
+    target = adapt(target)
+    models: dict[str, TreeModel] = {"target": target}
+    if draft is not None:
+        models["draft"] = adapt(draft)
+        if models["draft"].device != target.device:
+            raise ValueError(
+                f"{where}: draft must be on the target's device, {target.device}, got {models['draft'].device}"
+            )
+    device = target.device
+    _check_counts([batch_size], "batch_size", 1)
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else SECONDS
+    limits = [model.max_positions for model in models.values() if model.max_positions is not None]
+    # rows for the default trees: what is left behind the longest context asked for, half where none was
+    room = None
+    if limits:
+        asked = None if context_lens is None else _check_counts(context_lens, "context_lens", 0)[-1]
+        room = min(limits) // 2 if asked is None else min(limits) - asked
+    if node_counts is None:
+        tree_sizes = QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
+        node_counts = [count for count in tree_sizes if room is None or count <= room]
+    if draft_node_counts is None:
+        widths = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS
+        draft_node_counts = [count for count in widths if room is None or calls.draft_tree_rows(count) <= room]
+    node_counts = _check_counts(node_counts, "node_counts", 1, MAX_OP_NODES, always=(1,))
+    # no level of a tree has more internal nodes than half of the tree's nodes
+    widest = max(2, node_counts[-1] // 2)
+    draft_node_counts = _check_counts(draft_node_counts, "draft_node_counts", 1, MAX_OP_NODES // 2, always=(1, 2))
+    draft_node_counts = [count for count in draft_node_counts if count <= widest] if draft is not None else []
+    counts = {"target": node_counts, "draft": draft_node_counts}
+    tree_rows = max([node_counts[-1], *(calls.draft_tree_rows(count) for count in draft_node_counts)])
+    longest = min(limits) - tree_rows if limits else None
+    if context_lens is None:
+        context_lens = _default_contexts(QUICK_CONTEXT_LENS if quick else CONTEXT_LENS, longest)
+    context_lens = _check_counts(context_lens, "context_lens", 0)
+    if longest is not None and context_lens[-1] > longest:
+        raise ValueError(
+            f"{where}: context_lens must leave room for {tree_rows} tree rows in {min(limits)} positions, got "
+            f"{context_lens[-1]}; measure shorter contexts or smaller trees"
+        )
+
+    shown = -1
+
+    def report(fraction: float) -> None:
+        nonlocal shown
+        done = int(PROGRESS_STEPS * fraction)
+        if progress is not None and done > shown:  # drawing a bar takes longer than many a call that is timed
+            shown = done
+            progress(done, PROGRESS_STEPS, "preparing" if plan is None else f"{len(plan.calls)} calls in turn")
+
+    plan: _Plan | None = None
+    report(0.0)
+    profile = HardwareProfile(DeviceFingerprint.of(device))
+    with torch.inference_mode():
+        found = dict(measure_bandwidth(device)) if bandwidth else {}
+        plan = _Plan(models, counts, context_lens, batch_size, tree_rows)
+        times = time_calls(
+            plan.calls,
+            device,
+            min_repeats=min_repeats,
+            max_repeats=max_repeats,
+            seconds=seconds,
+            warmup=1,
+            seed=seed,
+            progress=report,
+        )
+    return plan.fill(profile, times, found, {"seconds": seconds, "quick": quick, "seed": seed})
+
+
+class _Plan:
+    """All calls of a measurement, by what they measure, and how their times become a profile."""
+
+    def __init__(
+        self,
+        models: dict[str, TreeModel],
+        counts: dict[str, list[int]],
+        context_lens: list[int],
+        batch_size: int,
+        tree_rows: int,
+    ) -> None:
+        self.counts, self.context_lens, self.batch_size = counts, context_lens, batch_size
+        self.fingerprints = {role: ModelFingerprint.of(model) for role, model in models.items()}
+        # two models of the same shapes share one table, the target's
+        self.roles = [
+            role for role in models if role == "target" or self.fingerprints[role] != self.fingerprints["target"]
+        ]
+        caches = {role: model.new_cache(batch_size, context_lens[-1] + tree_rows) for role, model in models.items()}
+        for cache in caches.values():
+            for tensor in cache.tensors():  # attention over zeros would be a softmax over equal scores
+                tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+        self.calls: dict[tuple[Any, ...], Callable[[], object]] = {}
+        for role in self.roles:
+            model, make_step = models[role], calls.target_step if role == "target" else calls.draft_step
+            for count in counts[role]:
+                step = make_step(count, model.device)
+                for context_len in context_lens:
+                    call = calls.forward_call(model, caches[role], context_len, step)
+                    self.calls["forward", role, context_len, count] = call
+        self._add_ops(models)
+        if "draft" in models:
+            row_bytes = sum(fingerprint.cache_row_bytes for fingerprint in self.fingerprints.values())
+            for levels in COMPACT_LEVELS:
+                if levels <= tree_rows:
+                    key = _key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=batch_size)
+                    self.calls[key] = calls.compact_call(list(caches.values()), context_lens[0], levels, tree_rows)
+
+    def _add_ops(self, models: dict[str, TreeModel]) -> None:
+        target = models["target"]
+        draft = models.get("draft", target)
+        dtypes = (target.dtype, draft.dtype)
+        for temperature in TEMPERATURES:
+            for count in self.counts["target"]:
+                key = _key(
+                    "verify_tree",
+                    batch_size=self.batch_size,
+                    nodes=count,
+                    vocab=target.vocab_size,
+                    temperature=temperature,
+                )
+                self.calls[key] = calls.verify_call(
+                    self.batch_size, count, target.vocab_size, temperature, dtypes, target.device
+                )
+            vocab = min(target.vocab_size, draft.vocab_size)
+            for count in self.counts["draft"]:
+                for num_samples in SAMPLE_COUNTS:
+                    if num_samples > vocab:
+                        continue
+                    rows = self.batch_size * count
+                    key = _key(
+                        "sample_without_replacement",
+                        rows=rows,
+                        num_samples=num_samples,
+                        vocab=vocab,
+                        temperature=temperature,
+                    )
+                    self.calls[key] = calls.sample_call(
+                        rows, num_samples, vocab, temperature, draft.dtype, target.device
+                    )
+
+    def fill(
+        self,
+        profile: HardwareProfile,
+        times: dict[tuple[Any, ...], Timing],
+        bandwidth: dict[str, float],
+        settings: dict[str, Any],
+    ) -> HardwareProfile:
+        """Put the times into a profile."""
+        for role in self.roles:
+            table = [
+                [times["forward", role, context_len, count] for count in self.counts[role]]
+                for context_len in self.context_lens
+            ]
+            profile = profile.with_forwards(
+                self.fingerprints[role],
+                ForwardTable(
+                    batch_size=self.batch_size,
+                    context_lens=tuple(self.context_lens),
+                    node_counts=tuple(self.counts[role]),
+                    p20_ms=tuple(tuple(time.p20_ms for time in row) for row in table),
+                    p50_ms=tuple(tuple(time.p50_ms for time in row) for row in table),
+                    p80_ms=tuple(tuple(time.p80_ms for time in row) for row in table),
+                    repeats=table[0][0].repeats,
+                ),
+            )
+        points: dict[str, list[OpPoint]] = {}
+        for (kind, *rest), time in times.items():
+            if kind == "op":
+                name, parameters = rest
+                points.setdefault(name, []).append(OpPoint(dict(parameters), time.p20_ms, time.p50_ms, time.p80_ms))
+        for name, entries in points.items():
+            profile = profile.with_op(name, entries)
+        keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}
+        return profile.with_measurement(keys["target"], keys.get("draft"), bandwidth, settings)
+
+
+def _key(op: str, **parameters: float) -> tuple[Any, ...]:
+    return "op", op, tuple(parameters.items())
+
+
+def _default_contexts(context_lens: Sequence[int], longest: int | None) -> list[int]:
+    """Keep the contexts that fit; where fewer than two do, take half of the longest and the longest itself."""
+    if longest is None:
+        return list(context_lens)
+    fitting = [context_len for context_len in context_lens if context_len <= longest]
+    return fitting if len(fitting) > 1 else sorted({max(longest // 2, 0), max(longest, 0)})
+
+
+def _check_counts(
+    counts: Sequence[int], name: str, least: int, most: int | None = None, always: tuple[int, ...] = ()
+) -> list[int]:
+    """Check counts and give them increasing, each once, `always` among them."""
+    if isinstance(counts, (str, bytes)) or not hasattr(counts, "__iter__"):
+        raise TypeError(f"measure_profile: {name} must be a sequence of integers, got {type(counts).__name__}")
+    for count in counts:
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
+            raise TypeError(f"measure_profile: {name} must hold integers, got {count!r}")
+        if count < least or (most is not None and count > most):
+            limits = f">= {least}" if most is None else f"in {least}..{most}"
+            raise ValueError(f"measure_profile: {name} must be {limits}, got {count}")
+    merged = sorted({int(count) for count in (*always, *counts)})
+    if not merged:
+        raise ValueError(f"measure_profile: {name} must hold at least one entry, got none")
+    return merged

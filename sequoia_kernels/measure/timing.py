@@ -1,0 +1,130 @@
+"""Timing of many calls side by side.
+
+Machines drift: clocks change, caches warm up, other programs come and go. Calls timed one after another would carry
+that drift as if it were theirs. So every round runs each call once, in an order that is shuffled anew, and medians over
+the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+
+__all__ = ["Timing", "time_calls"]
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Timing(NamedTuple):
+    """Percentiles of one call's times.
+
+    Attributes:
+        p20_ms: 20th percentile, milliseconds.
+        p50_ms: median, milliseconds.
+        p80_ms: 80th percentile, milliseconds.
+        repeats: calls timed.
+    """
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    repeats: int
+
+
+def time_calls(
+    calls: Mapping[Key, Callable[[], object]],
+    device: torch.device | str,
+    *,
+    min_repeats: int = 5,
+    max_repeats: int = 100,
+    seconds: float = 1.0,
+    warmup: int = 2,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> dict[Key, Timing]:
+    """Time calls in interleaved rounds.
+
+    Args:
+        calls: what to time, by name. Every call must do the same work each time.
+        device: where the calls work. On CUDA they are timed by events around them, else by the clock.
+        min_repeats: rounds that are run whatever they take.
+        max_repeats: rounds after which no more are run.
+        seconds: further rounds are begun while this much time has not passed, warm-up included.
+        warmup: rounds at the beginning that are not counted.
+        seed: of the order within the rounds.
+        progress: called with the fraction done, after every call.
+
+    Returns:
+        Percentiles by name, in the order of `calls`.
+
+    Notes:
+        On CUDA it waits for the device after every call.
+
+    Example:
+        >>> times = time_calls({"sum": lambda: sum(range(100))}, "cpu", seconds=0.01)
+        >>> times["sum"].p20_ms <= times["sum"].p50_ms
+        True
+    """
+    for name, value in (("min_repeats", min_repeats), ("max_repeats", max_repeats)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"time_calls: {name} must be a positive integer, got {value!r}")
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"time_calls: seconds must be a finite time >= 0, got {seconds}")
+    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+        raise ValueError(f"time_calls: warmup must be an integer >= 0, got {warmup!r}")
+    device = torch.device(device)
+    order = list(calls)
+    shuffle = random.Random(seed).shuffle
+    samples: dict[Key, list[float]] = {key: [] for key in order}
+    clock = _time_cuda if device.type == "cuda" else _time_host
+    begin = time.perf_counter()
+    num_rounds = -warmup
+    while num_rounds < min_repeats or (num_rounds < max_repeats and time.perf_counter() - begin < seconds):
+        shuffle(order)
+        for index, key in enumerate(order, start=1):
+            milliseconds = clock(calls[key], device)
+            if num_rounds >= 0:
+                samples[key].append(milliseconds)
+            if progress is not None:
+                rounds = warmup + num_rounds + index / len(order)
+                spent = (time.perf_counter() - begin) / seconds if seconds > 0 else 1.0
+                # done when the least rounds are over, and either the time or the most rounds are used up
+                most = rounds / (warmup + max(max_repeats, min_repeats))
+                progress(min(1.0, rounds / (warmup + min_repeats), max(spent, most)))
+        num_rounds += 1
+    return {key: _percentiles(samples[key]) for key in calls}
+
+
+def _time_host(call: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _time_cuda(call: Callable[[], object], device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _percentiles(samples: list[float]) -> Timing:
+    ordered = sorted(samples)
+    p20, p50, p80 = (_quantile(ordered, fraction) for fraction in (0.2, 0.5, 0.8))
+    return Timing(p20, p50, p80, len(ordered))
+
+
+def _quantile(ordered: list[float], fraction: float) -> float:
+    """Linear between neighbours, as in NumPy."""
+    place = fraction * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

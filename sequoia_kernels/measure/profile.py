@@ -87,8 +87,13 @@ def measure_profile(
         in the numbers. Waits for the device after every call.
 
     Example:
-        >>> profile = measure_profile(target, draft, quick=True)  # doctest: +SKIP
-        >>> profile.save("profile.json")  # doctest: +SKIP
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> target, draft = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+        >>> profile = measure_profile(target, draft, context_lens=[16], node_counts=[1, 2, 4], seconds=0.1)
+        >>> profile.forward_table(profile.target_key).node_counts
+        (1, 2, 4)
     """
     where = "measure_profile"
     target = adapt(target)

@@ -282,8 +282,14 @@ def plan_tree(
         times. Here all times are measured, level by level, and chains and no speculation are candidates.
 
     Example:
-        >>> plan = plan_tree([0.6, 0.2], profile)  # doctest: +SKIP
-        >>> print(plan.describe())  # doctest: +SKIP
+        >>> from sequoia_kernels import measure_profile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> target, draft = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+        >>> profile = measure_profile(target, draft, context_lens=[16], node_counts=[1, 2, 4], seconds=0.1)
+        >>> plan_tree([0.6, 0.2], profile).kind  # a draft as slow as its target
+        'no speculation'
     """
     where = "plan_tree"
     vector = validate_acceptance(acceptance, where)

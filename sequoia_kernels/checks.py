@@ -8,6 +8,7 @@ under ``debug``. Nothing is formatted unless a check fails.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -130,15 +131,15 @@ def row_values(
         check_shape(op, name, value, (num_rows,), legend)
         check_device(op, name, value, device)
         return value
-    wanted = (int, float) if dtype.is_floating_point else int
+    wanted = numbers.Real if dtype.is_floating_point else numbers.Integral  # NumPy's scalars included
     if not isinstance(value, wanted) or isinstance(value, bool):
         kind = "a number" if dtype.is_floating_point else "an integer"
         raise TypeError(f"{op}: {name} must be {kind} or a tensor [{legend}], got {type(value).__name__}")
-    if not dtype.is_floating_point:
-        limits = torch.iinfo(dtype)
-        if not limits.min <= value <= limits.max:
-            fail_range(op, name, f"fit into {_dtype_text(dtype)}", value)
-    return torch.full((num_rows,), value, dtype=dtype, device=device)
+    number = float(value) if dtype.is_floating_point else int(value)
+    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    if not limits.min <= number <= limits.max and math.isfinite(number):
+        fail_range(op, name, f"fit into {_dtype_text(dtype)}", value)
+    return torch.full((num_rows,), number, dtype=dtype, device=device)
 
 
 def check_temperature_values(op: str, temperature: Tensor) -> None:

@@ -91,7 +91,7 @@ def _run(
     slots: int,
     backend: str,
 ) -> None:
-    # torch.compile may hand over copies of the caches and write them back later: then a table of the originals is wrong.
+    # torch.compile may hand over copies of the caches and write them back later: then a table of the originals is void.
     if entries is not None and sum_of_addresses(caches) != address_sum:
         entries = None
     _check_structure(caches, accepted_nodes, num_accepted, cache_lens, block_table, entries)

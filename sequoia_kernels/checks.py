@@ -131,11 +131,14 @@ def row_values(
         check_shape(op, name, value, (num_rows,), legend)
         check_device(op, name, value, device)
         return value
-    wanted = numbers.Real if dtype.is_floating_point else numbers.Integral  # NumPy's scalars included
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    number: float | int
+    if dtype.is_floating_point and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)  # NumPy's scalars included
+    elif not dtype.is_floating_point and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    else:
         kind = "a number" if dtype.is_floating_point else "an integer"
         raise TypeError(f"{op}: {name} must be {kind} or a tensor [{legend}], got {type(value).__name__}")
-    number = float(value) if dtype.is_floating_point else int(value)
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     if not limits.min <= number <= limits.max and math.isfinite(number):
         fail_range(op, name, f"fit into {_dtype_text(dtype)}", value)

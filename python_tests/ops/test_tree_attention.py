@@ -50,18 +50,27 @@ def check(backend, inputs, **options):
     """Compare a backend with the float64 reference, with and without the log-sum-exp, which not every backend gives."""
     expected = reference(inputs, **options)
     dtype = inputs.q.dtype
-    with Unchanged(*inputs):
-        result = attend(backend, *inputs, **options)
-    assert result.lse is None
-    assert result.out.dtype == dtype and result.out.is_contiguous()
-    assert_close(result.out, expected.out, ATTENTION, dtype)
+    if backend.at_scale:
+        with Unchanged(*inputs):
+            result = attend(backend, *inputs, **options)
+        assert result.lse is None
+        assert result.out.dtype == dtype and result.out.is_contiguous()
+        assert_close(result.out, expected.out, ATTENTION, dtype)
     try:
         result = backend(*inputs, return_lse=True, **options)
-    except BackendUnavailableError:
+    except BackendUnavailableError as error:
+        if not backend.at_scale:
+            pytest.skip(str(error))
         return
     assert_close(result.out, expected.out, ATTENTION, dtype)
     assert result.lse.is_contiguous() and result.lse.dtype == torch.float32
     assert_close(result.lse, expected.lse, LOG_SUM_EXP, dtype)
+
+
+def spare_the_interpreter(backend, representative):
+    """An interpreted kernel takes seconds a call: let it run some cases of a grid."""
+    if not backend.at_scale and not representative:
+        pytest.skip("interpreted kernels run fewer cases of this grid")
 
 
 def random_tree_inputs(num_nodes=9, cache_lens=(21,), **options):
@@ -113,6 +122,7 @@ def test_log_sum_exp_merges_split_contexts():
 @pytest.mark.parametrize("cache_lens", [(0,), (1,), (200,), (5, 63, 0)])
 @pytest.mark.parametrize(("shape", "num_nodes"), [(CHAIN, 1), (CHAIN, 6), (STAR, 9), (FULL, 15), (RANDOM, 33)])
 def test_tree_shapes(backend, shape, num_nodes, cache_lens, dtype):
+    spare_the_interpreter(backend, num_nodes in (1, 9) or (shape == RANDOM and max(cache_lens) < 70))
     mask = pack_tree(tree_parents(shape, num_nodes))
     inputs = attention_inputs(mask, cache_lens, num_slots=max(cache_lens) + num_nodes, dtype=dtype)
     check(backend, poison_unseen(inputs))
@@ -122,6 +132,7 @@ def test_tree_shapes(backend, shape, num_nodes, cache_lens, dtype):
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1), (6, 2), (5, 5), (14, 2)])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(32, 32), (64, 32), (40, 56), (8, 8)])
 def test_head_layouts(backend, heads, head_dim, value_dim, dtype):
+    spare_the_interpreter(backend, (heads == (6, 2)) == (dtype == torch.float32) and (head_dim, heads[1]) != (64, 4))
     check(backend, random_tree_inputs(heads=heads, head_dim=head_dim, value_dim=value_dim, dtype=dtype))
 
 
@@ -133,6 +144,7 @@ def test_wide_heads(backend, head_dim):
 @pytest.mark.parametrize("window", [1, 2, 4, 30, 1000])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sliding_window(backend, shape, window):
+    spare_the_interpreter(backend, shape in (FULL, RANDOM))
     mask = pack_tree(tree_parents(shape, 13))
     inputs = attention_inputs(mask, [0, 3, 40], num_slots=60)
     check(backend, poison_unseen(inputs, window), sliding_window=window)
@@ -173,6 +185,7 @@ def test_sinks(backend, dtype):
 @pytest.mark.parametrize("num_nodes", [31, 32, 33, 64, 65, 130])
 def test_masks_of_many_words(backend, num_nodes):
     """Regression: a tree of more nodes than a word has bits."""
+    spare_the_interpreter(backend, num_nodes in (33, 64))
     check(backend, random_tree_inputs(num_nodes, cache_lens=(50,)))
 
 
@@ -227,9 +240,10 @@ def test_full_cache_and_refusal_of_one_row_more(backend):
 
 def test_long_prefix(backend):
     """More slots than one block of any kernel, ragged, so that whole blocks are invisible to a request."""
-    inputs = attention_inputs(pack_tree(tree_parents(FULL, 7)), [1500, 30], num_slots=1600, heads=(2, 1))
+    cache_lens = [1500 if backend.at_scale else 300, 30]
+    inputs = attention_inputs(pack_tree(tree_parents(FULL, 7)), cache_lens, num_slots=1600, heads=(2, 1))
     check(backend, poison_unseen(inputs))
-    check(backend, poison_unseen(inputs, 600), sliding_window=600)
+    check(backend, poison_unseen(inputs, 200), sliding_window=200)
 
 
 def test_large_scores_do_not_overflow(backend):

@@ -74,6 +74,8 @@ def test_op_times_cover_what_a_step_does(profile):
     assert settings("compact_kv_cache_", "levels", "row_bytes", "batch_size") == {
         (levels, row_bytes, 1) for levels in (1, 2, 4, 8)
     }
+    assert set(profile.mean_over_median) == {profile.target_key, profile.draft_key, *profile.ops}
+    assert all(ratio > 0 for ratio in profile.mean_over_median.values())
     assert all(point.p50_ms > 0 for points in profile.ops.values() for point in points)
 
 

@@ -49,7 +49,17 @@ def test_percentiles_are_of_the_counted_rounds(clock):
     times = time_calls(
         {"call": lambda: clock.advance(next(durations))}, "cpu", min_repeats=5, max_repeats=5, seconds=0, warmup=1
     )
-    assert times["call"] == pytest.approx((18.0, 30.0, 42.0, 5))
+    assert times["call"] == pytest.approx((18.0, 30.0, 42.0, 30.0, 5))
+
+
+def test_the_mean_counts_interruptions_but_not_endless_ones(clock):
+    durations = {"short": [1.0] * 7 + [21.0], "long": [10.0] * 8, "hit": [1.0] * 7 + [1e6]}
+    waiting = {name: iter(times) for name, times in durations.items()}
+    calls = {name: lambda name=name: clock.advance(next(waiting[name])) for name in durations}
+    times = time_calls(calls, "cpu", min_repeats=8, max_repeats=8, seconds=0, warmup=0)
+    assert [times[name].p50_ms for name in durations] == pytest.approx([1, 10, 1])
+    # the slowest call's 80th percentile is 10: what is beyond 40 more than a call's median is cut
+    assert [times[name].mean_ms for name in durations] == pytest.approx([(7 + 21) / 8, 10, (7 + 41) / 8])
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,15 @@ def test_a_chain_feeds_one_row_a_level(profile):
     assert stages["draft"] == pytest.approx(sum(0.5 + 0.01 * rows + 0.0128 for rows in (2, 1, 1, 1)))
 
 
+def test_interruptions_are_charged_by_kind(profile):
+    ratios = {TARGET.key: 1.5, DRAFT.key: 2.0, "sample_without_replacement": 3.0, "verify_tree": 4.0}
+    plain = CostModel(profile).stages(TREE, 128)
+    busy = CostModel(profile.with_slowdowns({**ratios, "compact_kv_cache_": 5.0})).stages(TREE, 128)
+    assert {stage: busy[stage] / plain[stage] for stage in STAGES} == pytest.approx(
+        {"draft": 2, "sample": 3, "target": 1.5, "verify": 4, "commit": 5, "host": 1}
+    )
+
+
 def test_host_overhead_can_be_given(profile):
     assert CostModel(profile, host_ms=1.5).stages(TREE, 128)["host"] == 1.5
     with pytest.raises(ValueError, match="host_ms must be a finite time >= 0, got -1"):

@@ -20,6 +20,7 @@ def profile():
     return (
         synthetic_profile(draft_counts=(1, 2, 4), node_counts=(1, 2, 4))
         .with_overhead(0.25, 0.05)
+        .with_slowdowns({TARGET.key: 1.02, "verify_tree": 1.3})
         .with_measurement(TARGET.key, DRAFT.key, {"memory_copy": 12.5}, {"quick": True})
     )
 
@@ -77,6 +78,7 @@ CHANGES = [
     ("ops.verify_tree.0.parameters", None, r"verify_tree\[0\]\.parameters must be an object"),
     ("ops.verify_tree.0.parameters.nodes", [], r"parameters\.nodes must be a number or a string"),
     ("overhead.step_ms", "much", r"overhead\.step_ms must be a finite number >= 0"),
+    ("mean_over_median.verify_tree", 0, r"mean_over_median\.verify_tree must be a finite number > 0"),
     ("bandwidth_gb_per_s.memory_copy", None, r"memory_copy must be a finite number >= 0"),
     ("settings", None, "settings must be an object"),
 ]
@@ -99,7 +101,7 @@ def test_broken_files_are_refused_by_field(profile, field, value, message, tmp_p
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["device", "models", "ops", "overhead", "created", "settings", "bandwidth_gb_per_s"])
+@pytest.mark.parametrize("field", ["device", "models", "ops", "overhead", "created", "settings", "mean_over_median"])
 def test_missing_fields_are_refused(profile, field):
     document = json.loads(profile.to_json())
     del document[field]
@@ -258,6 +260,7 @@ def test_merging_adds_and_prefers_the_other(profile):
     assert merged.step_overhead_ms == 0.5
     assert merged.level_overhead_ms == profile.level_overhead_ms
     assert merged.ops == profile.ops
+    assert merged.mean_over_median == profile.mean_over_median
     assert merged.target_key == TARGET.key
 
 
@@ -270,3 +273,9 @@ def test_profiles_of_two_devices_are_not_merged(profile):
 def test_bad_overheads_are_refused(profile, step_ms):
     with pytest.raises(ValueError, match="step_ms must be a finite time >= 0"):
         profile.with_overhead(step_ms)
+
+
+@pytest.mark.parametrize("ratio", [0, -1, float("inf"), "2"])
+def test_bad_slowdowns_are_refused(profile, ratio):
+    with pytest.raises(ValueError, match="mean_over_median must hold finite ratios > 0"):
+        profile.with_slowdowns({TARGET.key: ratio})

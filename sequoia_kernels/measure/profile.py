@@ -52,7 +52,8 @@ def measure_profile(
 
     Timed are forwards of the target over whole trees and of the draft over levels of trees, behind several contexts;
     sampling, verification and compaction at the models' own vocabulary, greedy and sampled; and the memory's bandwidth.
-    All calls take turns in shuffled rounds, so that a drift of the machine hits all alike, and their medians count.
+    All calls take turns in shuffled rounds, so that a drift of the machine hits all alike. Their medians count, times
+    what interruptions add on average to calls of their kind.
 
     Args:
         target: the target model: a Hugging Face causal language model or a `TreeModel`.
@@ -267,6 +268,16 @@ class _Plan:
                 points.setdefault(name, []).append(OpPoint(dict(parameters), time.p20_ms, time.p50_ms, time.p80_ms))
         for name, entries in points.items():
             profile = profile.with_op(name, entries)
+        # pooled over all calls of a kind: whether an interruption hits one short call is chance
+        pooled: dict[str, list[Timing]] = {}
+        for (kind, name, *_), time in times.items():
+            pooled.setdefault(name if kind == "op" else self.fingerprints[name].key, []).append(time)
+        profile = profile.with_slowdowns(
+            {
+                name: sum(time.mean_ms for time in group) / sum(time.p50_ms for time in group)
+                for name, group in pooled.items()
+            }
+        )
         keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}
         return profile.with_measurement(keys["target"], keys.get("draft"), bandwidth, settings)
 

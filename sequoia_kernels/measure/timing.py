@@ -26,12 +26,14 @@ class Timing(NamedTuple):
         p20_ms: 20th percentile, milliseconds.
         p50_ms: median, milliseconds.
         p80_ms: 80th percentile, milliseconds.
+        mean_ms: mean, milliseconds; interruptions longer than four times the slowest call are cut to that.
         repeats: calls timed.
     """
 
     p20_ms: float
     p50_ms: float
     p80_ms: float
+    mean_ms: float
     repeats: int
 
 
@@ -96,7 +98,8 @@ def time_calls(
                 most = rounds / (warmup + max(max_repeats, min_repeats))
                 progress(min(1.0, rounds / (warmup + min_repeats), max(spent, most)))
         num_rounds += 1
-    return {key: _percentiles(samples[key]) for key in calls}
+    longest = 4 * max((_quantile(sorted(times), 0.8) for times in samples.values()), default=0.0)
+    return {key: _summary(samples[key], longest) for key in calls}
 
 
 def _time_host(call: Callable[[], object], device: torch.device) -> float:
@@ -116,10 +119,11 @@ def _time_cuda(call: Callable[[], object], device: torch.device) -> float:
     return float(start.elapsed_time(end))
 
 
-def _percentiles(samples: list[float]) -> Timing:
+def _summary(samples: list[float], longest_interruption: float) -> Timing:
     ordered = sorted(samples)
     p20, p50, p80 = (_quantile(ordered, fraction) for fraction in (0.2, 0.5, 0.8))
-    return Timing(p20, p50, p80, len(ordered))
+    mean = sum(min(sample, p50 + longest_interruption) for sample in ordered) / len(ordered)
+    return Timing(p20, p50, p80, mean, len(ordered))
 
 
 def _quantile(ordered: list[float], fraction: float) -> float:

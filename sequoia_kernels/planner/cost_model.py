@@ -12,7 +12,8 @@ One step, stage by stage (as the decoding loop runs it):
 
 Without speculation a step is target(1) + verify(1) + host.
 
-Every measured time is read off a `MonotoneGrid`: more work is taken never to be faster, noise is smoothed to fit.
+Every measured time is a median, times the ratio of mean to median over all calls of its kind, read off a
+`MonotoneGrid`: more work is taken never to be faster, noise is smoothed to fit.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ class CostModel:
 
     def _forward_grid(self, key: str) -> MonotoneGrid:
         table = self.profile.forward_table(key, self.batch_size)
-        return MonotoneGrid(table.context_lens, table.node_counts, table.p50_ms)
+        times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
+        return MonotoneGrid(table.context_lens, table.node_counts, times)
 
     def target_ms(self, num_nodes: ArrayLike, context_len: float) -> NDArray[np.float64]:
         """Time of a target forward over `num_nodes` tokens a request."""
@@ -336,6 +338,7 @@ def _curve(times: Mapping[float, list[float]], scale: float) -> MonotoneGrid:
 def _verify_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
     points = _op_points(profile, "verify_tree", ("batch_size", "nodes", "vocab", "temperature"))
     points, scale = _at_vocab(_at_mode(points, greedy), vocab)
+    scale *= profile.mean_over_median.get("verify_tree", 1.0)
     times: dict[float, list[float]] = {}
     for point in points:
         rows = float(point.parameters["batch_size"]) * float(point.parameters["nodes"])
@@ -347,6 +350,7 @@ def _sample_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> Monotone
     op = "sample_without_replacement"
     points = _op_points(profile, op, ("rows", "num_samples", "vocab", "temperature"))
     points, scale = _at_vocab(_at_mode(points, greedy), vocab)
+    scale *= profile.mean_over_median.get(op, 1.0)
     times = {
         (float(point.parameters["rows"]), float(point.parameters["num_samples"])): point.p50_ms for point in points
     }
@@ -366,4 +370,4 @@ def _compact_grid(profile: HardwareProfile, row_bytes: int, batch_size: int) -> 
     times: dict[float, list[float]] = {}
     for point in points:
         times.setdefault(float(point.parameters["levels"]), []).append(point.p50_ms)
-    return _curve(times, 1.0)
+    return _curve(times, profile.mean_over_median.get("compact_kv_cache_", 1.0))

@@ -206,6 +206,9 @@ class HardwareProfile:
         draft_key: model taken as the draft when none is named.
         step_overhead_ms: time of one decoding step outside the forwards and ops.
         level_overhead_ms: the same for each forward of the draft.
+        mean_over_median: mean time over median time, pooled over all calls of a model (by key) or an op (by name); 1
+            where there is none. A step's mean time is the sum of its parts' means, not of their medians: on a busy
+            machine an interruption hits few of the short calls, but costs many times what they take.
         bandwidth: measured bandwidths in GB/s (1e9 bytes), by name.
         settings: how the measurement was made, for the reader.
         created: when, ISO 8601 in UTC.
@@ -222,6 +225,7 @@ class HardwareProfile:
     draft_key: str | None = None
     step_overhead_ms: float = 0.0
     level_overhead_ms: float = 0.0
+    mean_over_median: Mapping[str, float] = field(default_factory=dict)
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     created: str = field(
@@ -330,6 +334,16 @@ class HardwareProfile:
                 raise ValueError(f"HardwareProfile.with_overhead: {name} must be a finite time >= 0, got {value!r}")
         return dataclasses.replace(self, step_overhead_ms=float(step_ms), level_overhead_ms=float(level_ms))
 
+    def with_slowdowns(self, mean_over_median: Mapping[str, float]) -> HardwareProfile:
+        """Give the profile with the ratios of mean to median times set for some models (by key) and ops (by name)."""
+        for name, value in mean_over_median.items():
+            if not is_number(value) or value <= 0:
+                raise ValueError(
+                    f"HardwareProfile.with_slowdowns: mean_over_median must hold finite ratios > 0, "
+                    f"got {value!r} of {name}"
+                )
+        return dataclasses.replace(self, mean_over_median={**self.mean_over_median, **mean_over_median})
+
     def with_measurement(
         self,
         target_key: str,
@@ -369,6 +383,7 @@ class HardwareProfile:
             draft_key=other.draft_key or self.draft_key,
             step_overhead_ms=other.step_overhead_ms or self.step_overhead_ms,
             level_overhead_ms=other.level_overhead_ms or self.level_overhead_ms,
+            mean_over_median={**self.mean_over_median, **other.mean_over_median},
             bandwidth={**self.bandwidth, **other.bandwidth},
             settings={**self.settings, **other.settings},
             created=other.created,
@@ -394,6 +409,7 @@ class HardwareProfile:
                     for name, points in self.ops.items()
                 },
                 "overhead": {"step_ms": self.step_overhead_ms, "level_ms": self.level_overhead_ms},
+                "mean_over_median": dict(self.mean_over_median),
                 "bandwidth_gb_per_s": dict(self.bandwidth),
                 "settings": dict(self.settings),
             },
@@ -451,6 +467,9 @@ class _Reader:
     def time(self, name: str) -> float:
         return float(self.get(name, lambda value: is_number(value) and value >= 0, "a finite number >= 0"))
 
+    def ratio(self, name: str) -> float:
+        return float(self.get(name, lambda value: is_number(value) and value > 0, "a finite number > 0"))
+
     def counts(self, name: str, least: int) -> tuple[int, ...]:
         def check(value: Any) -> bool:
             is_list = isinstance(value, list) and bool(value) and all(_is_count(entry, least) for entry in value)
@@ -490,6 +509,7 @@ def _read_profile(document: dict[str, Any], where: str) -> HardwareProfile:
         forwards[key] = tuple(_read_forwards(table) for table in entry.list("forwards"))
     ops = {name: tuple(map(_read_point, top.inside("ops").list(name))) for name in top.inside("ops").value}
     overhead, bandwidth = top.inside("overhead"), top.inside("bandwidth_gb_per_s")
+    ratios = top.inside("mean_over_median")
     for role in ("target", "draft"):
         if document.get(role) is not None and document[role] not in models:
             raise ProfileError(f"{where}: profile.{role} must be one of its models, got {document[role]!r}")
@@ -509,6 +529,7 @@ def _read_profile(document: dict[str, Any], where: str) -> HardwareProfile:
         draft_key=top.text("draft", optional=True),
         step_overhead_ms=overhead.time("step_ms"),
         level_overhead_ms=overhead.time("level_ms"),
+        mean_over_median={name: ratios.ratio(name) for name in ratios.value},
         bandwidth={name: bandwidth.time(name) for name in bandwidth.value},
         settings=dict(top.inside("settings").value),
         created=top.text("created"),

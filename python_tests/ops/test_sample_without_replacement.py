@@ -10,6 +10,8 @@ import math
 import pytest
 import torch
 from support.op_backends import op_backends
+from support.operators import check_fake_matches_real
+from support.tolerances import LOG_NORMALISER, assert_close
 
 from sequoia_kernels.ops import SampledTokens, sample_without_replacement
 from sequoia_kernels.rng import DRAFT_TAG, token_gumbel
@@ -63,8 +65,7 @@ def test_log_normaliser_is_the_log_sum_exp(backend, dtype):
     result = backend(logits, 3, temperature, 1, 2).log_normaliser
     expected = torch.stack([(row.double() / t.double()).logsumexp(0) for row, t in zip(logits[:3], temperature)])
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    torch.testing.assert_close(result[:3].double(), expected, rtol=tolerance, atol=0)
+    assert_close(result[:3], expected, LOG_NORMALISER, dtype)
     assert result[3] == logits[3].max()
 
 
@@ -231,6 +232,7 @@ def test_the_torch_operators_keep_their_promises():
     operators = torch.ops.sequoia.sample_without_replacement
     seeds = torch.arange(3)
     inputs = (_random_logits(3, 17), 4, torch.tensor([0.0, 0.5, 1.0]), seeds, seeds, False, "reference")
+    check_fake_matches_real(operators.default, *inputs)
     torch.library.opcheck(operators.default, inputs)
     out = (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3))
     torch.library.opcheck(operators.out, (*inputs, *out))

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from support.op_backends import op_backends
+from support.operators import check_fake_matches_real
 from support.plain_verifier import plain_verify
 
 from sequoia_kernels import TokenTree
@@ -476,6 +477,7 @@ def _operator_inputs():
 def test_the_torch_operators_keep_their_promises():
     operators = torch.ops.sequoia.verify_tree
     inputs = _operator_inputs()
+    check_fake_matches_real(operators.default, *inputs)
     torch.library.opcheck(operators.default, inputs)
     out = (torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int64))
     torch.library.opcheck(operators.out, (*inputs, *out))

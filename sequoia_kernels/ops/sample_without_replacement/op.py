@@ -73,7 +73,7 @@ def sample_without_replacement(
 
     Source:
         Gumbel-top-k (arXiv 1903.06059, section 2.3) in place of the sequential draws of Sequoia (arXiv 2402.12374),
-        algorithm 1: one read of the logits, and no leftover mass that cancels to zero.
+        section 3.2: one read of the logits, and no leftover mass that cancels to zero.
 
     Example:
         >>> logits = torch.tensor([[2.0, 1.0, -torch.inf, 0.0], [0.0, 3.0, 1.0, 2.0]])

@@ -87,7 +87,7 @@ def verify_tree(
         as if it were not there. A token of target probability 0 is never emitted.
 
     Source:
-        Sequoia (arXiv 2402.12374), algorithm 2 and theorem 3.4's robust verification, with strict coins.
+        Sequoia (arXiv 2402.12374), section 3.2, tree sampling and verification, with strict coins.
 
     Example:
         >>> tree = TokenTree([-1, 0, 0])

@@ -15,8 +15,9 @@ Inputs, in order: tokens [B, N] i64, target_logits [B, N, vocab], draft_logits [
     i32, num_children [N] i32, num_levels int, max_branching int, temperature [B] f32, seeds [B] i64, offsets [B] i64,
     top_k [B] i32 or None, top_p [B] f32 or None.
 Outputs, in order: nodes [B, num_levels] i32, num_accepted [B] i32, next_token [B] i64.
-Source: Sequoia (arXiv 2402.12374), section 3.2, tree sampling and verification. Deviations: coins are compared strictly,
-    so that a token of probability 0 is never accepted; the corners below, which the paper leaves open, are defined.
+Source: Sequoia (arXiv 2402.12374), section 3.2, tree sampling and verification. Deviations: coins are compared
+    strictly, so that a token of probability 0 is never accepted; the corners below, which the paper leaves open, are
+    defined.
 
 Corners:
     Not a draw: a child with draft_i(x_i) = 0 (token -1, a token outside the vocabulary, a repeat of an earlier sibling,

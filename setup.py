@@ -21,11 +21,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+MIN_SETUPTOOLS = 77  # reads the license fields of pyproject.toml
+MIN_CMAKE = (3, 26)
 ARCH_PATTERN = re.compile(r"[1-9][0-9]{1,2}[af]?(-real|-virtual)?")
 
 
@@ -36,6 +39,15 @@ class BuildError(SystemExit):
         super().__init__(f"\nerror: sequoia-kernels: {message}\n")
 
 
+def check_setuptools(version: str) -> None:
+    """Refuse a setuptools that would stumble over pyproject.toml with a longer story."""
+    if int(version.split(".")[0]) < MIN_SETUPTOOLS:
+        raise BuildError(
+            f"setuptools {version} is too old, {MIN_SETUPTOOLS} or newer is needed; "
+            f'run `pip install "setuptools>={MIN_SETUPTOOLS}"`, or build without --no-build-isolation'
+        )
+
+
 def find_tool(name: str) -> str:
     """Return the path of a build tool, preferring the one installed beside the running Python."""
     fix = f"run `pip install {name}`, or build without --no-build-isolation"
@@ -44,9 +56,12 @@ def find_tool(name: str) -> str:
     if found is None:
         raise BuildError(f"{name} was not found; {fix}")
     try:
-        subprocess.run([found, "--version"], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        result = subprocess.run([found, "--version"], check=True, stdout=subprocess.PIPE, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{found} does not run ({error}); {fix}") from None
+    version = re.search(r"(\d+)\.(\d+)", result.stdout)
+    if name == "cmake" and version and tuple(map(int, version.groups())) < MIN_CMAKE:
+        raise BuildError(f"{found} is version {version[0]}, {MIN_CMAKE[0]}.{MIN_CMAKE[1]} or newer is needed; {fix}")
     return found
 
 
@@ -187,6 +202,7 @@ def replace_file(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
+check_setuptools(setuptools.__version__)
 setup(
     ext_modules=[Extension("sequoia_kernels._host", []), Extension("sequoia_kernels._cuda", [], optional=True)],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},

@@ -5,7 +5,7 @@ installed beside the running Python, not against the source tree. A failed lint 
 code is non-zero if anything failed, and pytest's closing line is the last line of the output.
 
     python python_tests/run.py                         everything, as CI does
-    python python_tests/run.py --no-lint ops/ -k chain pytest only, with pytest's own arguments behind ours
+    python python_tests/run.py --no-lint -k chain  pytest only, with pytest's own arguments behind ours
     python python_tests/run.py --lint-only             ruff and mypy only
 """
 
@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         prog="python python_tests/run.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog="All other arguments go to pytest; test paths are relative to the repository.",
     )
     parser.add_argument(

@@ -111,6 +111,19 @@ def test_tool_that_does_not_run_is_refused(setup_module: Any, monkeypatch: pytes
     assert "does not run" in _refusal(setup_module.find_tool, "cmake")
 
 
+def test_old_cmake_is_refused(setup_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old = tmp_path / "cmake"
+    old.write_text("#!/bin/sh\necho cmake version 3.25.1\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: str(old))
+    message = _refusal(setup_module.find_tool, "cmake")
+    assert "is version 3.25, 3.26 or newer is needed; run `pip install cmake`" in message
+
+
+def test_old_setuptools_names_the_fix(setup_module: Any) -> None:
+    assert 'pip install "setuptools>=77"' in _refusal(setup_module.check_setuptools, "65.5.0")
+
+
 def test_missing_pybind11_names_the_fix(setup_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pybind11", None)
     assert "pip install pybind11" in _refusal(setup_module.find_pybind11)

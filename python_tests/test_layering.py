@@ -23,7 +23,7 @@ OPS = [
 ]
 
 # What each room may import. A name with a dot allows that module only; every room may import itself.
-SHARED = {"errors", "checks", "backends", "native", "rng", "triton_device", "warping"}
+SHARED = {"errors", "checks", "backends", "native", "rng", "triton_device", "triton_streams", "warping"}
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
@@ -32,6 +32,7 @@ ALLOWED = {
     "native": SHARED | NATIVE,
     "rng": SHARED,
     "triton_device": SHARED,
+    "triton_streams": SHARED,
     "warping": SHARED,
     "tree": {"errors"},
     "ops": SHARED | NATIVE | {"tree"},

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_tree
-from sequoia_kernels.decoding.auto import PROBE_TREE
+from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
 from sequoia_kernels.models import adapt
 
@@ -73,12 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     calibration, prompts = ids[: args.calibration_prompts], ids[args.calibration_prompts :]
     context_len = args.prompt_tokens + args.new_tokens // 2
     profile = measure_profile(target, draft, context_lens=(args.prompt_tokens, args.prompt_tokens + args.new_tokens))
+    profile = measure_overhead(target, draft, profile, context_len=args.prompt_tokens)
 
     results = []
     for temperature in args.temperatures:
         common = {"max_new_tokens": args.new_tokens, "temperature": temperature, "eos_token_id": ()}
         acceptance = estimate_acceptance(
-            [generate(target, draft, x, tree=PROBE_TREE, seed=n, **common).stats for n, x in enumerate(calibration)]
+            [generate(target, draft, x, tree=PROBE_TREE, seed=n, **common).stats for n, x in enumerate(calibration)],
+            temperature=temperature,
         )
         plan = plan_tree(acceptance, profile, context_len=context_len)
         sampling = (

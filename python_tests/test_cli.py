@@ -18,7 +18,9 @@ VOCAB = 256
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE({char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
@@ -116,7 +118,10 @@ BAD_CALLS = {
     "missing model": (["generate", "--target", "./no_such_model", "--prompt", "x"], "no_such_model"),
     "draft alone": (["generate", "--draft", "x", "--prompt", "x"], "--draft needs --target"),
     "missing tree": (["generate", "MODELS", "--prompt", "x", "--tree", "no_tree.json"], "no_tree.json"),
-    "bad temperature": (["generate", "MODELS", "--prompt", "x", "--temperature", "-1", "--tree", "none"], "temperature"),
+    "bad temperature": (
+        ["generate", "MODELS", "--prompt", "x", "--temperature", "-1", "--tree", "none"],
+        "temperature",
+    ),
     "empty prompt": (["generate", "MODELS", "--prompt", "", "--tree", "none"], "at least one token"),
     "bad device": (["generate", "MODELS", "--prompt", "x", "--device", "cuda:77"], "cuda:77"),
     "prompts missing": (["acceptance", "MODELS"], "--prompts-file must be given"),

@@ -87,7 +87,9 @@ class Terminal:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(message)s"
+    )
     terminal = Terminal(getattr(args, "json", False), args.quiet)
     try:
         return args.run(args, terminal)
@@ -239,7 +241,10 @@ def _prompts(args: argparse.Namespace, pair: _Pair) -> list[Any]:
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
-        "--prompts-file", type=Path, default=argparse.SUPPRESS, help="text file with prompts (default for the demo pair: held-out files of the standard library)"
+        "--prompts-file",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="text file with prompts (default for the demo pair: held-out files of the standard library)",
     )
     prompts.add_argument("--separator", default="\n\n\n", help="what separates the prompts of the file")
     prompts.add_argument("--num-prompts", type=_count, default=8)
@@ -249,18 +254,20 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 def _measure(pair: _Pair, contexts: Sequence[int], batch_size: int, quick: bool, terminal: Terminal) -> Any:
     from sequoia_kernels import measure_profile
+    from sequoia_kernels.decoding import measure_overhead
 
     with terminal.progress("measuring this machine") as advance:
-        return measure_profile(
+        profile = measure_profile(
             pair.target, pair.draft, context_lens=contexts, batch_size=batch_size, quick=quick, progress=advance
         )
+        return measure_overhead(pair.target, pair.draft, profile, context_len=min(contexts), batch_size=batch_size)
 
 
 def _estimate(
     pair: _Pair, prompts: Sequence[Any], new_tokens: int, sampling: dict[str, Any], terminal: Terminal, tree: Any = None
 ) -> Any:
     from sequoia_kernels import estimate_acceptance, generate
-    from sequoia_kernels.decoding.auto import PROBE_TREE
+    from sequoia_kernels.decoding import PROBE_TREE
 
     runs = []
     with terminal.progress("estimating acceptance") as advance:
@@ -285,7 +292,9 @@ def _add_demo(commands: Any) -> None:
         commands, "demo", _run_demo, "Measure this machine, choose a tree for it, and show generation with and without."
     )
     _add_models(parser)
-    parser.add_argument("--prompt", default=argparse.SUPPRESS, help="text to continue (default: the start of a Python function)")
+    parser.add_argument(
+        "--prompt", default=argparse.SUPPRESS, help="text to continue (default: the start of a Python function)"
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
     parser.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
     parser.add_argument("--new-tokens", type=_count, default=128)
@@ -458,11 +467,15 @@ def _load_tree(path: Path) -> Any:
 
 
 def _add_acceptance(commands: Any) -> None:
-    parser = _add_command(commands, "acceptance", _run_acceptance, "Estimate the acceptance vector of a pair from ordinary runs.")
+    parser = _add_command(
+        commands, "acceptance", _run_acceptance, "Estimate the acceptance vector of a pair from ordinary runs."
+    )
     _add_models(parser)
     _add_sampling(parser)
     _add_prompts(parser)
-    parser.add_argument("--tree", type=Path, default=argparse.SUPPRESS, help="tree JSON to run with (default: a wide probe)")
+    parser.add_argument(
+        "--tree", type=Path, default=argparse.SUPPRESS, help="tree JSON to run with (default: a wide probe)"
+    )
     parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="write the estimate to this JSON file")
 
 
@@ -566,7 +579,9 @@ def _run_plan(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _add_doctor(commands: Any) -> None:
-    _add_command(commands, "doctor", _run_doctor, "Say what is installed, which backends work here, and why others do not.")
+    _add_command(
+        commands, "doctor", _run_doctor, "Say what is installed, which backends work here, and why others do not."
+    )
 
 
 def _version_of(package: str) -> str | None:

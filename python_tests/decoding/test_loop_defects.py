@@ -21,9 +21,7 @@ from sequoia_kernels.ops import CacheTable, VerifiedPath
 
 def test_bonus_token_is_emitted_behind_the_accepted_ones_not_over_them():
     layout = TreeLayout.build(TokenTree([-1, 0, 0, 1, 2]), "cpu")
-    state = DecodingState.create(
-        2, torch.device("cpu"), seeds=[0, 1], temperature=[0.0, 0.0], top_k=None, top_p=None
-    )
+    state = DecodingState.create(2, torch.device("cpu"), seeds=[0, 1], temperature=[0.0, 0.0], top_k=None, top_p=None)
     state.cache_lens.fill_(3)
     buffers = TokenBuffers(torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]), None)
     path = VerifiedPath(

@@ -1,6 +1,8 @@
 """The decoding loop: draft -> verify -> commit, on Hugging Face models."""
 
 from sequoia_kernels.decoding.loop import DecodingEngine, GenerateOutput, generate
+from sequoia_kernels.decoding.overhead import measure_overhead
+from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.decoding.stats import GenerateStats
 
-__all__ = ["DecodingEngine", "GenerateOutput", "GenerateStats", "generate"]
+__all__ = ["PROBE_TREE", "DecodingEngine", "GenerateOutput", "GenerateStats", "generate", "measure_overhead"]

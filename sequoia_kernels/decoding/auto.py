@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sequoia_kernels.decoding.arguments import GenerationArguments
+from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.measure import measure_profile
 from sequoia_kernels.models import TreeModel
@@ -15,10 +16,6 @@ from sequoia_kernels.planner import AcceptanceEstimate, HardwareProfile, TreePla
 from sequoia_kernels.tree import TokenTree
 
 logger = logging.getLogger("sequoia_kernels")
-
-# Wide enough to see a fifth child and deep enough to be accepted often: the optimal tree of 24 nodes for a middling pair.
-PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 13, 13, 14, 18, 18, 21])
-PROBE_TOKENS = 64
 
 _known: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -31,6 +28,7 @@ def choose_tree(
     acceptance: AcceptanceEstimate | Sequence[float] | None,
     profile: HardwareProfile | None,
     probe: Callable[[TokenTree], GenerateStats],
+    calibrate: Callable[[HardwareProfile], HardwareProfile],
 ) -> TreePlan:
     """Plan a tree for these models, requests and machine.
 
@@ -41,6 +39,7 @@ def choose_tree(
         acceptance: acceptance vector; None estimates it by generating from the call's own prompts with `PROBE_TREE`.
         profile: hardware profile; None measures the two models on their device.
         probe: generates with a tree and gives the statistics.
+        calibrate: adds the loop's own overhead to a profile.
 
     Returns:
         The plan. What was measured is kept for as long as the target lives, for the same draft, batch size and
@@ -52,8 +51,8 @@ def choose_tree(
         key = ("profile", id(draft.model), arguments.batch_size, context_len.bit_length())
         if key not in memory:
             logger.info("tree='auto': measuring the models' forward times, once; pass profile= to skip this")
-            memory[key] = measure_profile(
-                target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True
+            memory[key] = calibrate(
+                measure_profile(target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True)
             )
         profile = memory[key]
     if acceptance is None:
@@ -61,8 +60,11 @@ def choose_tree(
         key = ("acceptance", id(draft.model), repr(settings))
         if key not in memory:
             logger.info("tree='auto': estimating the acceptance vector, once; pass acceptance= to skip this")
-            memory[key] = estimate_acceptance(probe(PROBE_TREE))
+            memory[key] = estimate_acceptance(probe(PROBE_TREE), temperature=max(arguments.temperature))
         acceptance = memory[key]
-    plan = plan_tree(acceptance, profile, context_len=context_len, batch_size=arguments.batch_size)
+    plan = plan_tree(
+        acceptance, profile, context_len=context_len, batch_size=arguments.batch_size, target=target, draft=draft,
+        temperature=max(arguments.temperature),
+    )  # fmt: skip
     logger.info("tree='auto': %s", plan.describe())
     return plan

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from sequoia_kernels.decoding.arguments import check_arguments
-from sequoia_kernels.decoding.auto import PROBE_TOKENS, choose_tree
+from sequoia_kernels.decoding.auto import choose_tree
 from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
 from sequoia_kernels.decoding.cuda_graphs import GraphedSteps, HostCopy
 from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
 from sequoia_kernels.decoding.layout import TreeLayout
 from sequoia_kernels.decoding.prefill import prefill_prompts
+from sequoia_kernels.decoding.probe import PROBE_TOKENS
 from sequoia_kernels.decoding.request import Request, StopStrings
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import GenerateStats, StageClock
@@ -198,9 +199,12 @@ def generate(
     if draft is None:
         tree = TokenTree.single()
     elif tree == "auto":
+        from sequoia_kernels.decoding.overhead import measure_overhead  # it decodes with this function
+
         # the probe is this function with a fixed tree, a few tokens and no way to end early
         tree = choose_tree(
             target, draft, arguments, acceptance=acceptance, profile=profile,
+            calibrate=lambda measured: measure_overhead(target, draft, measured, batch_size=arguments.batch_size),
             probe=lambda probe_tree: generate(
                 target, draft, input_ids, attention_mask, tree=probe_tree, max_new_tokens=PROBE_TOKENS,
                 temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=(), seed=seed,

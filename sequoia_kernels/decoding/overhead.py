@@ -1,0 +1,67 @@
+"""What the loop costs beyond the forwards and ops that a hardware profile knows: measured, and added to the profile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sequoia_kernels.decoding.loop import generate
+from sequoia_kernels.decoding.probe import PROBE_TREE
+from sequoia_kernels.models import adapt
+from sequoia_kernels.planner import CostModel, HardwareProfile
+
+NUM_TOKENS = 96
+NUM_RUNS = 3
+
+
+def measure_overhead(
+    target: Any, draft: Any | None, profile: HardwareProfile, *, context_len: int = 64, batch_size: int = 1
+) -> HardwareProfile:
+    """Run the loop on random tokens and give the profile with what its steps took beyond the profile's own times.
+
+    Args:
+        target: the target, a Hugging Face model or a `TreeModel`.
+        draft: the draft, likewise; None measures plain decoding.
+        profile: times of the two models on this device.
+        context_len: tokens of the random prompts.
+        batch_size: requests decoded together.
+
+    Returns:
+        The profile with `step_overhead_ms` and `level_overhead_ms` set. The median run of three counts. The draft's
+        draws that take longer than the op alone are charged to the levels, the rest to the step. Where stages cannot
+        be timed apart (CUDA), the whole difference is charged to the step.
+
+    Notes:
+        The forwards' own times are not corrected: on a CPU only what happens outside of them counts.
+    """
+    target, draft = adapt(target), adapt(draft) if draft is not None else None
+    cost = CostModel(
+        profile.with_overhead(0.0),
+        batch_size=batch_size,
+        target=target,
+        draft=draft,
+        temperature=1.0 if draft is not None else None,
+    )
+    overheads = []
+    for run in range(NUM_RUNS + 1):  # the first one warms up
+        generator = torch.Generator().manual_seed(run)
+        prompts = torch.randint(0, target.vocab_size, (batch_size, context_len), generator=generator)
+        stats = generate(
+            target, draft, prompts.to(target.device), tree=PROBE_TREE, max_new_tokens=NUM_TOKENS, temperature=1.0,
+            eos_token_id=(), seed=run,
+        ).stats  # fmt: skip
+        assert stats.tree is not None
+        known = cost.stages(stats.tree, context_len + NUM_TOKENS / 2)
+        step_ms = 1e3 * stats.decode_seconds / stats.num_steps
+        num_draws = stats.tree.num_levels - 1
+        if not stats.stage_seconds:
+            overheads.append((max(0.0, step_ms - sum(known.values())), 0.0))
+            continue
+        measured = {name: 1e3 * seconds / stats.num_steps for name, seconds in stats.stage_seconds.items()}
+        draws = max(0.0, measured.get("sample", 0.0) - known["sample"])
+        outside = step_ms - measured["target"] - measured.get("draft", 0.0) - measured.get("sample", 0.0)
+        rest = max(0.0, outside - known["verify"] - known["commit"])
+        overheads.append((rest, draws / num_draws if num_draws else 0.0))
+    step_ms, level_ms = sorted(overheads[1:])[NUM_RUNS // 2]
+    return profile.with_overhead(step_ms, level_ms)

@@ -11,6 +11,7 @@ import torch
 
 import sequoia_kernels.ops
 from sequoia_kernels import backends
+from sequoia_kernels.errors import BackendUnavailableError
 
 __all__ = ["OpBackend", "op_backends"]
 
@@ -19,7 +20,7 @@ class OpBackend:
     """An op bound to one backend and one device.
 
     Calling it moves tensors to the device, runs the op there and brings the results back; with `raw=True` nothing is
-    moved. `at_scale` tells whether thousands of rows are affordable: an interpreted kernel takes milliseconds for each.
+    moved. A call that the backend does not support skips the test with the backend's reason. `at_scale` tells whether thousands of rows are affordable: an interpreted kernel takes milliseconds for each.
     """
 
     def __init__(self, op: str, name: str, device: str) -> None:
@@ -31,11 +32,15 @@ class OpBackend:
     def __call__(self, *args: Any, raw: bool = False, **kwargs: Any) -> Any:
         function: Callable[..., Any] = getattr(sequoia_kernels.ops, self.op)
         kwargs.setdefault("backend", self.name)
+        if not raw:
+            args = tuple(_to(value, self.device) for value in args)
+            kwargs = {name: _to(value, self.device) for name, value in kwargs.items()}
+        try:
+            result = function(*args, **kwargs)
+        except BackendUnavailableError as reason:
+            pytest.skip(str(reason))
         if raw:
-            return function(*args, **kwargs)
-        args = tuple(_to(value, self.device) for value in args)
-        kwargs = {name: _to(value, self.device) for name, value in kwargs.items()}
-        result = function(*args, **kwargs)
+            return result
         return type(result)(*(_to(value, torch.device("cpu")) for value in result))
 
     def bound_to(self, op: str) -> OpBackend:

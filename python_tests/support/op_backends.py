@@ -20,7 +20,8 @@ class OpBackend:
     """An op bound to one backend and one device.
 
     Calling it moves tensors to the device, runs the op there and brings the results back; with `raw=True` nothing is
-    moved. A call that the backend does not support skips the test with the backend's reason. `at_scale` tells whether thousands of rows are affordable: an interpreted kernel takes milliseconds for each.
+    moved. A call that the backend does not support skips the test with the backend's reason. `at_scale` tells whether
+    thousands of rows are affordable: an interpreted kernel takes milliseconds for each.
     """
 
     def __init__(self, op: str, name: str, device: str) -> None:

@@ -88,10 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         )
         hf = {"max_new_tokens": args.new_tokens, "pad_token_id": 0, **sampling}
         providers = {
-            "autoregressive": lambda x, n: generate(target, None, x, seed=n, **common),
-            "planned tree": lambda x, n: generate(target, draft, x, tree=plan, seed=n, **common),
-            "transformers generate": lambda x, n: pair.target.generate(x, attention_mask=torch.ones_like(x), **hf),
-            "transformers assisted": lambda x, n: pair.target.generate(
+            "autoregressive": lambda x, n, common=common: generate(target, None, x, seed=n, **common),
+            "planned tree": lambda x, n, plan=plan, common=common: generate(
+                target, draft, x, tree=plan, seed=n, **common
+            ),
+            "transformers generate": lambda x, n, hf=hf: pair.target.generate(
+                x, attention_mask=torch.ones_like(x), **hf
+            ),
+            "transformers assisted": lambda x, n, hf=hf: pair.target.generate(
                 x, attention_mask=torch.ones_like(x), assistant_model=pair.draft, **hf
             ),
         }

@@ -65,7 +65,7 @@ class Terminal:
         self.err.print(text, style="dim", markup=False)
 
     @contextlib.contextmanager
-    def progress(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
+    def progress(self, label: str) -> Iterator[Callable[..., None]]:
         """Show a bar; the yielded function takes (done, total, what)."""
         columns = (
             SpinnerColumn(),
@@ -244,7 +244,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         "--prompts-file",
         type=Path,
         default=argparse.SUPPRESS,
-        help="text file with prompts (default for the demo pair: held-out files of the standard library)",
+        help="text file with prompts (the demo pair's default: held-out files of the standard library)",
     )
     prompts.add_argument("--separator", default="\n\n\n", help="what separates the prompts of the file")
     prompts.add_argument("--num-prompts", type=_count, default=8)
@@ -438,8 +438,8 @@ def _run_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     )  # fmt: skip
     stats = output.stats
     terminal.note(
-        f"{stats.new_tokens[0]} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.tokens_per_step:.2f} tokens per step, "
-        f"ended by {output.finish_reasons[0]}"
+        f"{stats.new_tokens[0]} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"{stats.tokens_per_step:.2f} tokens per step, ended by {output.finish_reasons[0]}"
     )
     if terminal.as_json:
         document = {

@@ -239,7 +239,7 @@ def test_streamer_gets_the_prompt_and_every_new_token(target, draft):
     prompt, streamer = prompts(1, 7), _Streamer()
     output = generate(target, draft, prompt, tree=TREES["mixed"], max_new_tokens=12, streamer=streamer)
     assert streamer.puts[0] == prompt[0].tolist()
-    assert sum(streamer.puts[1:], []) == output.new_tokens[0]
+    assert [token for put in streamer.puts[1:] for token in put] == output.new_tokens[0]
     assert streamer.ended
 
 

@@ -1,8 +1,9 @@
-"""Defects seen in other tree decoders that live in the loop, one regression test each; test_known_defects.py has the ops'."""
+"""Defects of other tree decoders that live in the loop, a regression test each; test_known_defects.py has the ops'."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 
 import pytest
@@ -64,7 +65,7 @@ def test_noise_is_fresh_in_every_step(with_draft):
         max_new_tokens=num_tokens, temperature=1.0, seed=3,
     )  # fmt: skip
     tokens = output.new_tokens[0]
-    repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    repeats = sum(a == b for a, b in itertools.pairwise(tokens))
     # reused noise makes the same token win again and again; fresh noise repeats one time in `vocab`
     assert stats.binomtest(repeats, num_tokens - 1, 1 / vocab).pvalue > 1e-4
     pairs = torch.bincount(torch.tensor(tokens[:-1]) * vocab + torch.tensor(tokens[1:]), minlength=vocab**2)

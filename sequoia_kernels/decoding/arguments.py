@@ -19,7 +19,7 @@ from sequoia_kernels.tree import TokenTree
 logger = logging.getLogger("sequoia_kernels")
 
 # Settings of a generation_config that change the distribution, and the values at which they do nothing.
-_NOT_APPLIED = {
+_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
@@ -123,10 +123,7 @@ def check_arguments(
     top_ps = (
         None if top_p is None else _per_request("top_p", top_p, batch_size, Real, lambda p: 0 < p <= 1, "be in (0, 1]")
     )
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
-        seed = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
-    elif not 0 <= seed < 1 << 63:
-        raise ValueError(f"generate: seed must be in [0, 2^63), got {seed}")
+    seeds = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
     eos_token_ids = _eos_token_ids(target, eos_token_id)
     strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
     if any(not isinstance(string, str) or not string for string in strings):
@@ -145,14 +142,14 @@ def check_arguments(
         top_p=top_ps,
         eos_token_ids=eos_token_ids,
         pad_token_id=_pad_token_id(target, pad_token_id, eos_token_ids),
-        seeds=request_seeds(int(seed) if isinstance(seed, Integral) else seed, batch_size),
+        seeds=request_seeds(seeds[0], batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
         stop_strings=strings,
         max_cache_len=_cache_limit(target, draft, max_cache_len, prompt_lens),
     )
 
 
 def _warn_of_settings_not_applied(target: TreeModel) -> None:
-    """Say which settings of the target's generation_config transformers' `generate` would apply and this one does not."""
+    """Say which settings of the target's generation_config are not applied, though transformers' own loop would."""
     config = getattr(target.model, "generation_config", None)
     found = {name: getattr(config, name, None) for name in _NOT_APPLIED}
     active = [f"{name}={value}" for name, value in found.items() if value not in _NOT_APPLIED[name]]
@@ -221,9 +218,9 @@ def _per_request(name: str, value: Any, batch_size: int, kind: type, holds: Any,
 def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
     if eos_token_id is None:
         return frozenset(target.eos_token_ids)
-    ids = [eos_token_id] if isinstance(eos_token_id, Integral) else list(eos_token_id)
+    ids: list[Any] = [eos_token_id] if isinstance(eos_token_id, Integral) else list(eos_token_id)  # type: ignore[arg-type]
     for token in ids:
-        if not isinstance(token, Integral) or not 0 <= token < target.vocab_size:
+        if not isinstance(token, Integral) or not 0 <= int(token) < target.vocab_size:
             raise ValueError(f"generate: eos_token_id must hold tokens in [0, {target.vocab_size}), got {token!r}")
     return frozenset(int(token) for token in ids)
 
@@ -253,6 +250,7 @@ def _cache_limit(
     name, limit = min(given.items(), key=lambda item: item[1])
     if max(prompt_lens) > limit:
         raise ValueError(
-            f"generate: input_ids must be at most as long as the cache, {limit} tokens ({name}), got a prompt of {max(prompt_lens)}"
+            f"generate: input_ids must be at most as long as the cache, {limit} tokens ({name}), "
+            f"got a prompt of {max(prompt_lens)}"
         )
     return limit

@@ -17,7 +17,8 @@ from sequoia_kernels.tree import TokenTree
 
 logger = logging.getLogger("sequoia_kernels")
 
-_known: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+# what was measured, by target and draft model
+_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, Any]]] = WeakKeyDictionary()
 
 
 def choose_tree(
@@ -46,9 +47,9 @@ def choose_tree(
         sampling settings.
     """
     context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
-    memory = _known.setdefault(target.model, {})
+    memory = _known.setdefault(target.model, WeakKeyDictionary()).setdefault(draft.model, {})
     if profile is None:
-        key = ("profile", id(draft.model), arguments.batch_size, context_len.bit_length())
+        key: tuple[object, ...] = ("profile", arguments.batch_size, context_len.bit_length())
         if key not in memory:
             logger.info("tree='auto': measuring the models' forward times, once; pass profile= to skip this")
             memory[key] = calibrate(
@@ -57,7 +58,7 @@ def choose_tree(
         profile = memory[key]
     if acceptance is None:
         settings = (arguments.temperature, arguments.top_k, arguments.top_p)
-        key = ("acceptance", id(draft.model), repr(settings))
+        key = ("acceptance", repr(settings))
         if key not in memory:
             logger.info("tree='auto': estimating the acceptance vector, once; pass acceptance= to skip this")
             memory[key] = estimate_acceptance(probe(PROBE_TREE), temperature=max(arguments.temperature))

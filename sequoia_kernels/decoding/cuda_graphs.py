@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class GraphedSteps:
         self.state = state
         self.reason_off: str | None = None
         self._captured: dict[TokenTree, tuple[torch.cuda.CUDAGraph, EmittedTokens]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def step(self, tree: TokenTree) -> EmittedTokens:
         """Run one step. The returned tensors are overwritten by the next step of the same tree."""
@@ -85,7 +86,7 @@ class GraphedSteps:
 
 
 class HostCopy:
-    """Copies a step's emitted tokens to the host without waiting; `read` waits for that copy alone, not for later work."""
+    """Copies a step's emitted tokens to the host without waiting; `read` waits for that copy, not for later work."""
 
     def __init__(self, emitted: EmittedTokens) -> None:
         self._event: torch.cuda.Event | None = None

@@ -72,6 +72,7 @@ def _draw_children(
     clock: StageClock,
     backend: str,
 ) -> None:
+    assert buffers.draft_logits is not None  # allocated with every tree that has a level to draw
     with clock.stage("sample"):
         batch_size, width, _ = logits.shape
         vocab = min(logits.shape[2], buffers.draft_logits.shape[2])

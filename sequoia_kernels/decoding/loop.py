@@ -33,7 +33,7 @@ class GenerateOutput:
     """What `generate` returns.
 
     Attributes:
-        sequences: prompts as given with the new tokens behind them, padded on the right. [B, prompt width + longest] int64.
+        sequences: prompts as given with the new tokens behind them, padded on the right. [B, width + longest] int64.
         stats: counts and times.
         new_tokens: the new tokens of each request, without padding.
         finish_reasons: why each request ended: "eos", "length", "stop_string" or "cache_full".
@@ -144,7 +144,7 @@ def generate(
         input_ids: prompts. [B, L] int64, on the target's device.
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L].
         tree: a `TokenTree`, a `TreePlan`, or "auto": the planner's pick for this machine, these models and these
-            sampling settings. "auto" measures what it is not given (`profile`, `acceptance`), once a process for a pair.
+            sampling settings. "auto" measures what it is not given (`profile`, `acceptance`), once a pair and process.
         max_new_tokens: tokens to emit for each request, at most.
         temperature: 0 is greedy; one value, or one for each request.
         top_k: keep the k most probable tokens; None or 0 is off.
@@ -212,6 +212,7 @@ def generate(
             ).stats,
         )  # fmt: skip
     token_tree = tree.tree if isinstance(tree, TreePlan) else tree
+    assert isinstance(token_tree, TokenTree)  # checked above
 
     device = target.device
     synchronous = device.type == "cpu"

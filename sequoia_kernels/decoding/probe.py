@@ -2,6 +2,6 @@
 
 from sequoia_kernels.tree import TokenTree
 
-# Wide enough to see a fifth child and deep enough to be accepted often: the optimal tree of 24 nodes for a middling pair.
+# Wide enough to see a fifth child, deep enough to be accepted often: about the optimal 24 nodes for a middling pair.
 PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 13, 13, 14, 18, 18, 21])
 PROBE_TOKENS = 64

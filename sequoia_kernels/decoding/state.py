@@ -20,7 +20,7 @@ class DecodingState:
         last_tokens: the committed token before it, at cache row cache_lens - 1. [B] int64.
         active: 1 while the request decodes, 0 once it has ended; an ended request commits nothing. [B] int32.
         seeds: the requests' random streams. [B] int64.
-        offsets: position in those streams; every step moves it on by the number of nodes, so noise is never reused. [B] int64.
+        offsets: place in those streams; every step moves it on by the number of nodes: no noise twice. [B] int64.
         temperature: 0 is greedy. [B] float32.
         top_k: 0 is off. [B] int32, or None when off for all.
         top_p: 1 is off. [B] float32, or None when off for all.
@@ -65,14 +65,12 @@ class DecodingState:
         )
 
 
-def request_seeds(seed: int | Sequence[int], batch_size: int) -> list[int]:
-    """Give every request its own seed.
+def request_seeds(seed: int, batch_size: int) -> list[int]:
+    """Give every request of a batch its own seed.
 
-    A sequence is taken as it is. An integer becomes the first request's seed; the others get seeds mixed from it and
-    their index (the finaliser of SplitMix64), so that neighbouring seeds do not share streams across a batch.
+    The first request gets the seed itself; the others get seeds mixed from it and their index (the finaliser of
+    SplitMix64), so that neighbouring seeds do not share streams across a batch.
     """
-    if not isinstance(seed, int):
-        return [int(value) for value in seed]
     return [seed] + [_mix(seed, index) for index in range(1, batch_size)]
 
 

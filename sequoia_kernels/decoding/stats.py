@@ -57,8 +57,8 @@ class GenerateStats:
         num_steps: decoding steps of the batch (target forwards behind the prefill).
         request_steps: steps in which each request was active. [B]
         new_tokens: tokens emitted for each request, the prefill's first one included. [B]
-        tokens_per_step: mean accepted tokens per step and request, bonus token included; 1 means no speculation. Counted
-            before a step's tokens are cut at an end (EOS, max_new_tokens, stop string).
+        tokens_per_step: mean accepted tokens per step and request, bonus token included; 1 means no speculation.
+            Counted before a step's tokens are cut at an end (EOS, max_new_tokens, stop string).
         accepted_histogram: entry n counts the steps that accepted n tokens, bonus token included.
         visited_by_rank: entry k counts the visited nodes that had a child k and had rejected children 0..k-1.
         accepted_by_rank: entry k counts those whose child k was accepted. The two give the acceptance vector.

@@ -1,4 +1,4 @@
-"""A small trained pair for demonstrations, tests and benchmarks: it writes Python, and its weights are in the package."""
+"""A small trained pair for demonstrations, tests and benchmarks: it writes Python; the package carries its weights."""
 
 from __future__ import annotations
 

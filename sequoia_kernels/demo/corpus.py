@@ -53,7 +53,8 @@ def held_out_prompts(num_prompts: int, num_characters: int = 400) -> list[str]:
     """
     if num_prompts < 1 or num_characters < 1:
         raise ValueError(
-            f"held_out_prompts: num_prompts and num_characters must be at least 1, got {num_prompts} and {num_characters}"
+            "held_out_prompts: num_prompts and num_characters must be at least 1, "
+            f"got {num_prompts} and {num_characters}"
         )
     texts = [text for text in read_texts(corpus_files()[1]) if len(text) >= 4 * num_characters]
     if not texts:

@@ -5,12 +5,14 @@ anybody can repeat it::
 
     python -m sequoia_kernels.demo.train --out demo_pair
 
-The two folders `target` and `draft` of the result are what the package carries in `demo/pair`. On two CPU cores the whole
-takes about an hour and a half. Files are split by a hash of their relative path (one in sixteen is held out), so that a file held out here is held
-out under every other Python version too. Stages, each skipped when its result is already there: a byte-level BPE
-tokenizer, the target (Muon for matrices, AdamW for the rest), the draft (the same, on many more tokens), and a short
-distillation of the draft. The last stage minimises the total-variation distance between draft and target, because
-1 - distance is the probability that the first drawn child is accepted.
+The two folders `target` and `draft` of the result are what the package carries in `demo/pair`. On two CPU cores the
+whole takes about an hour and a half.
+
+Files are split by a hash of their relative path (one in sixteen is held out), so that a file held out here is held out
+under every other Python version too. Stages, each skipped when its result is already there: a byte-level BPE tokenizer,
+the target (Muon for matrices, AdamW for the rest), the draft (the same, on many more tokens), and a short distillation
+of the draft. The last stage minimises the total-variation distance between draft and target, because 1 - distance is
+the probability that the first drawn child is accepted.
 """
 
 from __future__ import annotations
@@ -343,15 +345,15 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed + 1, compiled=compiled, label="distill",
         )  # fmt: skip
         after = first_child_acceptance(target, draft, held_out)
-        facts = {
+        distilled = {
             "acceptance_before": before,
             "acceptance_after": after,
             "minutes": round((time.time() - started) / 60, 1),
         }
         save_model(draft, out / "draft")
         tokenizer.save_pretrained(out / "draft")
-        record("distill", **facts)
-        print("distill", facts, flush=True)
+        record("distill", **distilled)
+        print("distill", distilled, flush=True)
     return 0
 
 

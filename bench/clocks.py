@@ -1,0 +1,178 @@
+"""How a call is timed: by the host's clock on a CPU; by events, uncaptured and as graph replays, on a GPU.
+
+What the modes mean:
+
+    warm        CPU: the time of a call by `perf_counter`, caches as earlier calls left them
+    graph_cold  GPU: a captured graph that runs the call once on each of several input sets, after every cache line of L2
+                was replaced; the time of a replay over the number of sets. No launch gaps, no input in L2: what a call
+                costs inside a captured decoding step, whose layers evict one another's data
+    graph_warm  GPU: the same number of calls in a graph, all on one input set: what fits stays in L2
+    eager_cold  GPU: events around one uncaptured call after L2 was replaced; launch gaps of slow hosts count
+    eager_warm  GPU: the same without touching L2 before
+
+Calls take turns: every round runs each provider once in each mode, in an order that is shuffled anew, so that drift of
+the machine hits all alike. A slow provider leaves after its share of the time and goes on in fewer rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Call = Callable[[], Any]
+Sample = Callable[[], float]  # runs once and returns milliseconds
+
+MODES = {"cpu": ("warm",), "cuda": ("graph_cold", "graph_warm", "eager_cold", "eager_warm")}
+HEADLINE_MODES = ("graph_cold", "eager_cold", "warm")  # of what a provider has, the first is its time
+
+
+def percentiles(samples: Sequence[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile, linear between neighbours, and the number of samples."""
+    p20, p50, p80 = np.percentile(samples, (20, 50, 80))
+    return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "repeats": len(samples)}
+
+
+def take_samples(
+    samplers: Mapping[str, Mapping[str, Sample]],
+    *,
+    seconds: float,
+    min_repeats: int,
+    max_repeats: int = 200,
+    seed: int = 0,
+) -> dict[str, dict[str, list[float]]]:
+    """Run interleaved rounds.
+
+    Args:
+        samplers: provider -> mode -> one timed run.
+        seconds: time for everything; each provider may use its equal share, and always gets `min_repeats`.
+        min_repeats: rounds that every provider takes part in.
+        max_repeats: rounds after which nobody goes on.
+        seed: of the order within rounds.
+
+    Returns:
+        provider -> mode -> milliseconds.
+    """
+    shuffle = random.Random(seed).shuffle
+    share = seconds / max(len(samplers), 1)
+    used = dict.fromkeys(samplers, 0.0)
+    taken: dict[str, dict[str, list[float]]] = {name: {mode: [] for mode in samplers[name]} for name in samplers}
+    for modes in samplers.values():  # not counted: the first run after preparation pays for what others do not
+        for sample in modes.values():
+            sample()
+    for turn in range(max_repeats):
+        names = [name for name in samplers if turn < min_repeats or used[name] < share]
+        if not names:
+            break
+        shuffle(names)
+        for name in names:
+            started = time.perf_counter()
+            for mode, sample in samplers[name].items():
+                taken[name][mode].append(sample())
+            used[name] += time.perf_counter() - started
+    return taken
+
+
+def host_samplers(call: Call, reset: Call) -> dict[str, Sample]:
+    """Samplers of a call on a CPU; `reset` runs before each sample, untimed."""
+
+    def sample() -> float:
+        reset()
+        started = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - started)
+
+    return {"warm": sample}
+
+
+class DeviceClock:
+    """Samplers of calls on one CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        # Read, not written: dirty lines would have to be written back during the call that is timed.
+        self._filler = torch.randint(1 << 30, (l2_bytes,), dtype=torch.int32, device=device)  # four times L2
+        self._sink = torch.empty((), dtype=torch.int64, device=device)
+
+    def replace_l2(self) -> None:
+        """Read so much that nothing of a call's inputs is left in L2."""
+        torch.sum(self._filler, dim=0, out=self._sink)
+
+    def keep_busy(self) -> None:
+        """Occupy the device for some 50 microseconds without touching memory."""
+        torch.cuda._sleep(100_000)
+
+    def samplers(
+        self, calls: Sequence[Call], reset: Call, capturable: bool = True
+    ) -> tuple[dict[str, Sample], str | None]:
+        """Build the samplers of a provider.
+
+        Args:
+            calls: the same call on several input sets of the same shapes.
+            reset: undoes what calls changed; runs before each sample, untimed.
+            capturable: whether to try to capture the calls in graphs.
+
+        Returns:
+            (mode -> sampler, reason why there is no graph or None).
+        """
+        samplers: dict[str, Sample] = {}
+        reason: str | None = None if capturable else "works on the host between launches"
+        if capturable:
+            try:
+                samplers["graph_cold"] = self._replays(calls, reset, cold=True)
+                samplers["graph_warm"] = self._replays([calls[0]] * len(calls), reset, cold=False)
+            except RuntimeError as error:
+                torch.cuda.synchronize(self.device)
+                samplers, reason = {}, f"cannot be captured: {str(error).splitlines()[0]}"
+        samplers["eager_cold"] = lambda: self._timed(calls[0], reset, cold=True)
+        samplers["eager_warm"] = lambda: self._timed(calls[0], reset, cold=False)
+        return samplers, reason
+
+    def _replays(self, calls: Sequence[Call], reset: Call, cold: bool) -> Sample:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # compiles kernels and fills the allocator
+            for call in calls:
+                call()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        reset()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return lambda: self._timed(graph.replay, reset, cold) / len(calls)
+
+    def _timed(self, run: Call, reset: Call, cold: bool) -> float:
+        reset()
+        # Either way the device is busy while the host records the event and launches: the first launch's way to the
+        # device is not part of the time, as it is not in a loop that launches ahead.
+        if cold:
+            self.replace_l2()
+        else:
+            self.keep_busy()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(start.elapsed_time(end))
+
+
+def count_launches(call: Call) -> int | None:
+    """Kernels, copies and fills that one call puts on the device; None where the profiler cannot tell."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    except RuntimeError:
+        return None
+    return len(on_device) or None

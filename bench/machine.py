@@ -1,0 +1,111 @@
+"""Where numbers come from: the checkout, the machine, and the two ceilings that times are compared with."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sequoia_kernels.measure import measure_bandwidth, time_calls
+from sequoia_kernels.planner import DeviceFingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, marked when the tree differs from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def command_line(script: str, arguments: Sequence[str] | None) -> str:
+    """The command that repeats a run, from the top of the repository."""
+    return shlex.join(["python", f"bench/{script}", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Everything that a time depends on and that can be asked for."""
+    device = torch.device(device)
+    facts: dict[str, Any] = {
+        "device": asdict(DeviceFingerprint.of(device)),
+        "processor": DeviceFingerprint.of("cpu").name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+    }
+    for package in ("torch", "triton", "transformers", "numpy"):
+        facts[package] = _version(package)
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["driver"] = _driver_version()
+        facts["l2_bytes"] = torch.cuda.get_device_properties(device).L2_cache_size
+    return facts
+
+
+def device_folder(device: torch.device | str) -> str:
+    """Name of the folder of a device's results: "cpu", or the GPU's own name, e.g. "nvidia-h200"."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Turn "auto", "cpu" or "cuda" into a device, or exit with the reason."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("device cuda: torch sees no CUDA device on this machine")
+    return torch.device(wanted)
+
+
+def measure_peaks(device: torch.device, seconds: float = 0.5) -> dict[str, Any]:
+    """Measure the ceilings of a device: a large copy and a large matrix product, both on random data.
+
+    Returns:
+        "copy_gb_per_s" (bytes read plus bytes written), "matmul_tflop_per_s" and the "matmul_dtype" it was measured in:
+        bfloat16 on a GPU, float32 on a CPU.
+    """
+    on_cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty(size, size, dtype=dtype, device=device)
+    timing = time_calls(
+        {"matmul": lambda: torch.mm(left, right, out=product)}, device, seconds=seconds, min_repeats=5, max_repeats=50
+    )["matmul"]
+    return {
+        "copy_gb_per_s": measure_bandwidth(device, seconds=seconds)["memory_copy"],
+        "matmul_tflop_per_s": 2 * size**3 / (timing.p50_ms * 1e9),
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError:
+        return None
+
+
+def _driver_version() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,10 +1,11 @@
 // compact_kv_cache_ on the CPU: move the accepted tree rows behind the committed prefix, in every cache, in place.
 //
-// Computes    for every cache, request b and d < num_accepted[b]: row[cache_lens[b] + d] <- row[cache_lens[b] + nodes[b, d]];
+// Computes    for every cache, request b and d < num_accepted[b]:
+//                 row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]];
 //             then cache_lens[b] += num_accepted[b].
-// Plan        one thread; caches in order, and of each cache the rows that are not in place already. Accepted nodes rise
-//             along a path, so every row lies at or behind its target and so do all that are still to be read: copying
-//             in path order never overwrites a row that is needed later.
+// Plan        one thread; caches in order, and of each cache the rows that are not in place already. Accepted nodes
+//             rise along a path, so every row lies at or behind its target and so do all that are still to be read:
+//             copying in path order never overwrites a row that is needed later.
 // Memory      reads and writes moved rows only.
 // Numerics    bytes are copied; the element type is irrelevant.
 

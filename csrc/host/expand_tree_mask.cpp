@@ -1,11 +1,11 @@
 // The dense mask that attention libraries take, from the packed tree mask.
 //
-// Computes    out[b, 0, i, s]: does query row i of request b see cache slot s? The committed prefix (s < cache_len) within
-//             the sliding window counted by depth, and behind it the tree slots whose bits are set, of which a window w
-//             leaves the last w. Boolean, or additive (0 where seen, -inf elsewhere).
+// Computes    out[b, 0, i, s]: does query row i of request b see cache slot s? The committed prefix (s < cache_len)
+//             within the sliding window counted by depth, and behind it the tree slots whose bits are set, of which a
+//             window w leaves the last w. Boolean, or additive (0 where seen, -inf elsewhere).
 // Returns     whether every row sees every slot, and whether a request has a slot that none of its rows sees.
-// Memory      writes every element of out once, and the tree's part of it twice. The mask comes as bytes and the lengths
-//             as numbers, not as addresses: they are also what a cache of masks is keyed by.
+// Memory      writes every element of out once, and the tree's part of it twice. The mask comes as bytes and the
+//             lengths as numbers, not as addresses: they are also what a cache of masks is keyed by.
 
 #include <algorithm>
 #include <cstring>

@@ -7,7 +7,7 @@
 //             Token streams put four tokens into a block: index = token / 4, word = token % 4. Accept coins take
 //             word 0 of index = node.
 // Numerics    gumbel = -log(E), E = -log(1 - u) an exponential. A winner has a large Gumbel, hence a small u, where
-//             1 - u would lose u's digits in float32: there E comes from its series, which keeps full relative precision.
+//             1 - u would lose u's digits in float32: there E comes from its series, which keeps full precision.
 // Source      Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC11).
 //
 // Plain C++17 without a dependency, so that CUDA kernels include this header as well.
@@ -58,7 +58,8 @@ SEQUOIA_HOST_DEVICE PhiloxBlock philox4x32(PhiloxBlock counter, std::uint32_t ke
 // Block `index` of the stream (seed, offset, tag).
 SEQUOIA_HOST_DEVICE PhiloxBlock stream_block(std::uint64_t seed, std::uint64_t offset, std::uint32_t tag,
                                              std::uint32_t index) {
-    const PhiloxBlock counter{{index, static_cast<std::uint32_t>(offset), tag, static_cast<std::uint32_t>(offset >> 32)}};
+    const PhiloxBlock counter{
+        {index, static_cast<std::uint32_t>(offset), tag, static_cast<std::uint32_t>(offset >> 32)}};
     return philox4x32(counter, static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
 }
 

@@ -65,11 +65,12 @@ SEQUOIA_INLINE Real sum_of_lanes(const Real* lanes) {
 
 template <class Real>
 SEQUOIA_INLINE double mass(const Real* logits, std::int64_t vocab, Real peak, Real temperature) {
+    const Real scale = 1 / temperature;
     double lanes[LANES] = {};
     for (std::int64_t begin = 0; begin < vocab; begin += CHUNK) {
         const std::int64_t count = padded(std::min(vocab - begin, CHUNK));
         Real weights[CHUNK];
-        for (std::int64_t i = 0; i < count; ++i) weights[i] = exp_nonpositive((logits[begin + i] - peak) / temperature);
+        for (std::int64_t i = 0; i < count; ++i) weights[i] = exp_nonpositive((logits[begin + i] - peak) * scale);
         for (std::int64_t i = 0; i < count; i += LANES) {
             for (std::int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += static_cast<double>(weights[i + lane]);
         }
@@ -100,7 +101,9 @@ SEQUOIA_CLONES float load_bfloat16(const void* row, std::int64_t n, float* out) 
 SEQUOIA_CLONES float load_float16(const void* row, std::int64_t n, float* out) { return load<Float16>(row, n, out); }
 SEQUOIA_CLONES double load_float32(const void* row, std::int64_t n, double* out) { return load<float>(row, n, out); }
 SEQUOIA_CLONES double load_float64(const void* row, std::int64_t n, double* out) { return load<double>(row, n, out); }
-SEQUOIA_CLONES double load_bfloat16(const void* row, std::int64_t n, double* out) { return load<BFloat16>(row, n, out); }
+SEQUOIA_CLONES double load_bfloat16(const void* row, std::int64_t n, double* out) {
+    return load<BFloat16>(row, n, out);
+}
 SEQUOIA_CLONES double load_float16(const void* row, std::int64_t n, double* out) { return load<Float16>(row, n, out); }
 
 SEQUOIA_CLONES bool valid_float32(const void* row, std::int64_t n) { return valid<float>(row, n); }
@@ -108,14 +111,15 @@ SEQUOIA_CLONES bool valid_float64(const void* row, std::int64_t n) { return vali
 SEQUOIA_CLONES bool valid_bfloat16(const void* row, std::int64_t n) { return valid<BFloat16>(row, n); }
 SEQUOIA_CLONES bool valid_float16(const void* row, std::int64_t n) { return valid<Float16>(row, n); }
 
-SEQUOIA_CLONES double softmax_weights(const double* logits, std::int64_t vocab, double peak, double temperature, bool wide,
-                                      double* weights) {
+SEQUOIA_CLONES double softmax_weights(const double* logits, std::int64_t vocab, double peak, double temperature,
+                                      bool wide, double* weights) {
     const double lowest = wide ? -745.1 : -103.9;
+    const double scale = 1 / temperature;
     double lanes[LANES] = {};
     for (std::int64_t begin = 0; begin < vocab; begin += CHUNK) {
         const std::int64_t count = padded(std::min(vocab - begin, CHUNK));
         for (std::int64_t i = begin; i < begin + count; ++i) {
-            const double scaled = (logits[i] - peak) / temperature;
+            const double scaled = (logits[i] - peak) * scale;
             weights[i] = scaled < lowest ? 0.0 : exp_nonpositive(scaled);
         }
         for (std::int64_t i = begin; i < begin + count; i += LANES) {

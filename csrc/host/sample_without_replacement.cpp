@@ -3,10 +3,10 @@
 // Computes    per row: the k largest keys logit / T + gumbel in falling order (ties: lower token first), and
 //             log sum exp(logit / T). T = 0: the k largest logits, and the largest.
 // Plan        one thread; rows one after the other. Noise comes 64 tokens at a time; a cheap upper bound of each key
-//             leaves only those that can enter the current best k, about k ln(vocab / k) of them, to take logarithms for.
-//             A stretch that could not enter with the largest noise there is costs no random words at all.
+//             leaves only those that can enter the current best k, about k ln(vocab / k) of them, to take logarithms
+//             for. A stretch that could not enter with the largest noise there is costs no random words at all.
 // Memory      reads each row once; scratch of one row.
-// Numerics    keys in float32 (float64 for float64 logits) as in the reference; the bound never drops a key that counts.
+// Numerics    keys in float32 (float64 for float64 logits) as in the reference; the bounds drop no key that counts.
 // Source      Gumbel top-k, see sequoia_kernels/ops/sample_without_replacement/reference.py.
 
 #include <algorithm>
@@ -27,7 +27,8 @@ namespace {
 template <class Real>
 class BestKeys {
   public:
-    BestKeys(std::int64_t capacity, Real* keys, std::int64_t* tokens) : capacity_(capacity), keys_(keys), tokens_(tokens) {}
+    BestKeys(std::int64_t capacity, Real* keys, std::int64_t* tokens)
+        : capacity_(capacity), keys_(keys), tokens_(tokens) {}
 
     // What a new key must exceed. -inf at first, so that a token of key -inf never enters.
     Real threshold() const {
@@ -89,7 +90,9 @@ SEQUOIA_INLINE void best_keys(const Real* logits, std::int64_t vocab, Real tempe
 
         std::uint32_t words[STRETCH];
         stretch_words(stream.seed, stream.offset, DRAFT_TAG, first, words);
-        for (std::int64_t i = 0; i < STRETCH; ++i) bounds[i] = scaled[i] + static_cast<Real>(gumbel_upper_bound(words[i]));
+        for (std::int64_t i = 0; i < STRETCH; ++i) {
+            bounds[i] = scaled[i] + static_cast<Real>(gumbel_upper_bound(words[i]));
+        }
         if (!any_above(bounds, best.threshold())) continue;
 
         for (std::int64_t i = 0; i < STRETCH; ++i) {
@@ -166,7 +169,8 @@ bool sample_without_replacement(std::uintptr_t logits_ptr,          // [R, vocab
                                 std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride,
                                 std::int64_t num_samples, bool check_values) {
     const ElementType element = static_cast<ElementType>(type);
-    const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element), vocab};
+    const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element),
+                           vocab};
     const auto* temperatures = reinterpret_cast<const float*>(temperature_ptr);
     if (check_values && !(temperatures_valid(temperatures, num_rows) && rows_valid(logits, num_rows))) return false;
     const auto* seeds = reinterpret_cast<const std::int64_t*>(seeds_ptr);

@@ -10,14 +10,8 @@ namespace sequoia {
 constexpr std::int64_t STRETCH = 64;  // tokens whose noise is generated together
 
 // Words of the tokens first_token .. first_token + STRETCH - 1; first_token must be a multiple of STRETCH.
-SEQUOIA_INLINE void stretch_words(std::uint64_t seed, std::uint64_t offset, std::uint32_t tag, std::int64_t first_token,
-                                  std::uint32_t* words) {
-    const std::uint32_t first_block = static_cast<std::uint32_t>(first_token / TOKENS_PER_BLOCK);
-    for (std::uint32_t block = 0; block < STRETCH / TOKENS_PER_BLOCK; ++block) {
-        const PhiloxBlock drawn = stream_block(seed, offset, tag, first_block + block);
-        for (int word = 0; word < TOKENS_PER_BLOCK; ++word) words[TOKENS_PER_BLOCK * block + word] = drawn.word[word];
-    }
-}
+void stretch_words(std::uint64_t seed, std::uint64_t offset, std::uint32_t tag, std::int64_t first_token,
+                   std::uint32_t* words);
 
 // The bits of a positive float, read as a number, are its logarithm up to a scale, an offset and at most 0.06 below:
 // log2(2^e (1 + f)) = e + log2(1 + f), with f <= log2(1 + f) <= f + 0.0861.

@@ -5,12 +5,13 @@
 // Plan        one thread; requests one after the other, each walking from the root, so that only nodes on the accepted
 //             path cost anything (a GPU decides all nodes at once instead).
 // Memory      two rows of logits per visited node; scratch of a few rows.
-// Numerics    float64 throughout; only the keys of the next token are rounded to float32 (but for float64 logits), as in
-//             the reference. Weights that underflow in float32 are 0, so that both agree on what cannot be drawn.
+// Numerics    float64 throughout; only the keys of the next token are rounded to float32 (but for float64 logits), as
+//             in the reference. Weights that underflow in float32 are 0: both agree on what cannot be drawn.
 //
-// At a node, with unnormalised weights t(x) of the target and d(x) of the draft, drawn tokens zeroed in both, and D = sum d:
+// At a node, with unnormalised weights t(x) of the target and d(x) of the draft, drawn tokens zeroed, and D = sum d:
 //     residual(x) = max(alpha t(x) - gamma d(x), 0), at first alpha = 1 / sum t and gamma = 0;
-//     rejecting x_i: gamma' = gamma + 1 / D; zero x_i; Z = sum max(alpha t - gamma' d, 0); alpha /= Z; gamma = gamma' / Z.
+//     rejecting x_i: gamma' = gamma + 1 / D; zero x_i; Z = sum max(alpha t - gamma' d, 0);
+//                    alpha /= Z; gamma = gamma' / Z.
 // Two numbers are the whole state; a rejection is one pass over two rows.
 
 #include <algorithm>
@@ -29,8 +30,8 @@ namespace py = pybind11;
 namespace sequoia {
 namespace {
 
-// The draft's mass below which its weights are computed afresh from the largest logit left: they are relative to a token
-// that is no longer there, and would underflow.
+// The draft's mass below which its weights are computed afresh from the largest logit left: they are relative to a
+// token that is no longer there, and would underflow.
 constexpr double REBASE_BELOW = 0x1p-10;
 
 constexpr double NEVER = -std::numeric_limits<double>::infinity();
@@ -334,10 +335,11 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
 void bind_verify_tree(py::module_& module) {
     module.def("verify_tree", &sequoia::verify_tree, py::call_guard<py::gil_scoped_release>(), py::arg("tokens_ptr"),
                py::arg("target_ptr"), py::arg("target_type"), py::arg("draft_ptr"), py::arg("draft_type"),
-               py::arg("first_child_ptr"), py::arg("num_children_ptr"), py::arg("temperature_ptr"), py::arg("seeds_ptr"),
-               py::arg("offsets_ptr"), py::arg("top_k_ptr"), py::arg("top_p_ptr"), py::arg("nodes_ptr"),
-               py::arg("num_accepted_ptr"), py::arg("next_token_ptr"), py::arg("batch_size"), py::arg("num_nodes"),
-               py::arg("num_levels"), py::arg("vocab"), py::arg("tokens_stride"), py::arg("target_batch_stride"),
-               py::arg("target_node_stride"), py::arg("draft_batch_stride"), py::arg("draft_node_stride"),
+               py::arg("first_child_ptr"), py::arg("num_children_ptr"), py::arg("temperature_ptr"),
+               py::arg("seeds_ptr"), py::arg("offsets_ptr"), py::arg("top_k_ptr"), py::arg("top_p_ptr"),
+               py::arg("nodes_ptr"), py::arg("num_accepted_ptr"), py::arg("next_token_ptr"), py::arg("batch_size"),
+               py::arg("num_nodes"), py::arg("num_levels"), py::arg("vocab"), py::arg("tokens_stride"),
+               py::arg("target_batch_stride"), py::arg("target_node_stride"), py::arg("draft_batch_stride"),
+               py::arg("draft_node_stride"),
                py::arg("check_values"), "Walk token trees down their accepted paths; see verify_tree.cpp.");
 }

@@ -122,7 +122,8 @@ double top_p_cut(const double* logits, const double* weights, std::int64_t vocab
 
 }  // namespace
 
-WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const Warp& warp, bool wide, double* weights) {
+WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const Warp& warp, bool wide,
+                   double* weights) {
     WarpedRow warped{NOTHING_CUT, 0};
     warped.mass = softmax_weights(logits, vocab, peak, warp.temperature, wide, weights);
     if (warp.top_k > 0 && warp.top_k < vocab) {

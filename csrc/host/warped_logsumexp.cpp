@@ -33,11 +33,12 @@ void warp_rows(const LogitRows& logits, std::int64_t num_rows, const float* temp
         const Warp warp{temperatures[r], top_ks == nullptr ? 0 : top_ks[r], top_ps == nullptr ? 1.0 : top_ps[r]};
         const WarpedRow warped = warp_row(row, logits.vocab, peak, warp, sizeof(Real) == 8, weights);
         log_normalisers[r] = static_cast<Real>(peak / warp.temperature + std::log(warped.mass));
-        cuts[r] = static_cast<Real>(warped.cut == NOTHING_CUT ? *std::min_element(row, row + logits.vocab) : warped.cut);
+        const double cut = warped.cut == NOTHING_CUT ? *std::min_element(row, row + logits.vocab) : warped.cut;
+        cuts[r] = static_cast<Real>(cut);
     }
 }
 
-// Returns false, and has written nothing, if `check_values` finds a temperature, a top_p or a row of logits out of range.
+// Returns false, and has written nothing, if `check_values` finds a temperature, top_p or row of logits out of range.
 bool warped_logsumexp(std::uintptr_t logits_ptr,          // [R, vocab] type, rows row_stride apart
                       int type,                           //
                       std::uintptr_t temperature_ptr,     // [R] float32
@@ -47,7 +48,8 @@ bool warped_logsumexp(std::uintptr_t logits_ptr,          // [R, vocab] type, ro
                       std::uintptr_t cut_ptr,             // out: [R], as log_normaliser
                       std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride, bool check_values) {
     const ElementType element = static_cast<ElementType>(type);
-    const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element), vocab};
+    const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element),
+                           vocab};
     const auto* temperatures = reinterpret_cast<const float*>(temperature_ptr);
     const auto* top_ks = reinterpret_cast<const std::int32_t*>(top_k_ptr);
     const auto* top_ps = reinterpret_cast<const float*>(top_p_ptr);

@@ -213,6 +213,46 @@ def test_siblings_are_renormalised_where_the_first_held_all_of_the_mass():
                 assert len(got.nodes[:, 1].unique()) == 8  # no child, and each of the seven
 
 
+def test_earlier_drafts_still_count_where_later_siblings_were_renormalised():
+    """Target and draft differ by little, so what the first draft takes from later siblings is a large part of it."""
+    tree = TokenTree.kary(5, 2)
+    vocab = 12
+    # Rejecting the first child takes a coin near 1: keep the streams that have one.
+    seeds, offsets = torch.arange(400_000), torch.zeros(400_000, dtype=torch.int64)
+    seeds = seeds[rng.node_coins(seeds, offsets, 2)[:, 1] > 0.9994]
+    assert len(seeds) > 200
+    draft_logits = torch.full((len(seeds), tree.num_nodes, vocab), math.nan, dtype=torch.float64)
+    draft_logits[:, 0] = torch.cat((torch.zeros(1), torch.linspace(-9.5, -10.5, vocab - 1)))
+    target_logits = torch.zeros_like(draft_logits)
+    # The residual of token x is (ratio(x) - 1) draft(x) where that is positive: about 0.0007 all together.
+    ratios = torch.tensor([1.0, 1.5, 0.5, 1.2, 4.0, 1.1] + [3.0] * (vocab - 6), dtype=torch.float64)
+    target_logits[:, 0] = draft_logits[:, 0] + ratios.log()
+    tokens = torch.arange(-1, 5).expand(len(seeds), 6).contiguous()
+    got, wanted = (
+        verify_tree(tokens, target_logits, draft_logits, tree, 1.0, seeds, offsets[: len(seeds)], backend=backend)
+        for backend in ("host", "reference")
+    )
+    assert torch.equal(got.nodes, wanted.nodes)
+    assert torch.equal(got.next_token, wanted.next_token)
+    assert len(got.nodes[:, 1].unique()) > 1
+
+
+def test_an_empty_residual_is_the_target_without_the_drawn_tokens():
+    """The draft's only token that the target lacks is too rare to show in a sum: what is left over is 0 everywhere."""
+    tree = TokenTree.chain(2)
+    logits = torch.zeros(300, 2, 5)
+    logits[:, 0, 4] = -60.0
+    tokens = torch.tensor([[0, 4]]).expand(300, 2).contiguous()
+    streams = _streams(torch.Generator().manual_seed(3), 300)
+    got, wanted = (
+        verify_tree(tokens, logits, logits, tree, 1.0, *streams, top_k=4, backend=backend)
+        for backend in ("host", "reference")
+    )
+    assert torch.equal(got.next_token, wanted.next_token)
+    assert (got.num_accepted == 1).all()
+    assert got.next_token.unique().tolist() == [0, 1, 2, 3]
+
+
 # ---- compact_kv_cache_ ----
 
 

@@ -327,12 +327,13 @@ def _run_demo(args: argparse.Namespace, terminal: Terminal) -> int:
 
     def show() -> None:
         table = Table(title="measured in this run, tokens per second of decoding")
-        for column in ("temperature", "tree", "autoregressive", "speculative", "speedup", "predicted", "tokens/step"):
+        for column in ("T", "nodes", "levels", "plain", "tree", "speedup", "predicted", "tokens/step"):
             table.add_column(column, justify="right")
         for row in rows:
             table.add_row(
                 f"{row['temperature']:g}",
-                f"{row['nodes']} nodes x {row['levels']} levels",
+                str(row["nodes"]),
+                str(row["levels"]),
                 f"{row['autoregressive_tokens_per_second']:.0f}",
                 f"{row['speculative_tokens_per_second']:.0f}",
                 f"{row['speedup']:.2f}x",

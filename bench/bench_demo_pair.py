@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from machine import command_line, commit, environment, pick_device
 
 from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_tree
 from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
@@ -35,21 +32,6 @@ def timed(run) -> tuple[float, object]:
     return time.perf_counter() - started, result
 
 
-def commit() -> str | None:
-    """Return the checkout's commit, marked when the tree differs from it."""
-    here = Path(__file__).parent
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -60,19 +42,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="times that every prompt is decoded (default 3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--profile-seconds", type=float, help="time for the hardware profile (default: its own choice)")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    pair = load_demo_pair(getattr(torch, args.dtype))
+    device = pick_device(args.device)
+    pair = load_demo_pair(getattr(torch, args.dtype), device)
     for model in (pair.target, pair.draft):
         model.generation_config.eos_token_id = None  # every provider decodes exactly the same number of tokens
     target, draft = adapt(pair.target), adapt(pair.draft)
     texts = held_out_prompts(args.prompts + args.calibration_prompts, 4 * args.prompt_tokens)
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens] for text in texts]
+    ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(device) for text in texts]
     calibration, prompts = ids[: args.calibration_prompts], ids[args.calibration_prompts :]
     context_len = args.prompt_tokens + args.new_tokens // 2
-    profile = measure_profile(target, draft, context_lens=(args.prompt_tokens, args.prompt_tokens + args.new_tokens))
+    profile = measure_profile(
+        target,
+        draft,
+        context_lens=(args.prompt_tokens, args.prompt_tokens + args.new_tokens),
+        seconds=args.profile_seconds,
+        quick=args.profile_seconds is not None,
+    )
     profile = measure_overhead(target, draft, profile, context_len=args.prompt_tokens)
 
     results = []
@@ -150,16 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         document = {
             "bench": "demo_pair",
-            "command": "python bench/bench_demo_pair.py " + " ".join(sys.argv[1:] if argv is None else argv),
+            "command": command_line("bench_demo_pair.py", argv),
             "commit": commit(),
-            "environment": {
-                "machine": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "environment": environment(device),
             "dtype": args.dtype,
             "new_tokens": args.new_tokens,
             "prompt_tokens": args.prompt_tokens,

@@ -7,6 +7,7 @@ GPU cases have the vocabulary of Llama-3, logits in bfloat16, trees that are opt
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -119,7 +120,7 @@ class _LinkedTree:
         siblings = [-1] * tree.num_nodes
         for node in internal_nodes(tree):
             children = tree.children(node)
-            for child, following in zip(children, children[1:]):
+            for child, following in itertools.pairwise(children):
                 siblings[child] = following
         shape = (batch_size, tree.num_nodes)
         self.index = torch.arange(batch_size * tree.num_nodes, device=device).reshape(shape)
@@ -172,7 +173,7 @@ def _sgl_mismatch(case: Case, inputs: TreeStepInputs, expected: VerifiedPath, re
     parents = step_tree(case["num_nodes"]).parents
     for nodes, count, token in zip(result.nodes.tolist(), result.num_accepted.tolist(), result.next_token.tolist()):
         path = nodes[:count]
-        if path[0] != 0 or any(parents[child] != parent for parent, child in zip(path, path[1:])):
+        if path[0] != 0 or any(parents[child] != parent for parent, child in itertools.pairwise(path)):
             return f"{path} is no path of the tree"
         if not 0 <= token < case["vocab"]:
             return f"next token {token} is outside the vocabulary"

@@ -3,8 +3,8 @@
 What the modes mean:
 
     warm        CPU: the time of a call by `perf_counter`, caches as earlier calls left them
-    graph_cold  GPU: a captured graph that runs the call once on each of several input sets, after every cache line of L2
-                was replaced; the time of a replay over the number of sets. No launch gaps, no input in L2: what a call
+    graph_cold  GPU: a captured graph that runs the call once on each of several input sets, after all of L2 was
+                replaced; the time of a replay over the number of sets. No launch gaps, no input in L2: what a call
                 costs inside a captured decoding step, whose layers evict one another's data
     graph_warm  GPU: the same number of calls in a graph, all on one input set: what fits stays in L2
     eager_cold  GPU: events around one uncaptured call after L2 was replaced; launch gaps of slow hosts count

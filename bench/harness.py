@@ -48,8 +48,7 @@ import torch
 from clocks import HEADLINE_MODES, MODES, Call, DeviceClock, count_launches, host_samplers, percentiles, take_samples
 from machine import command_line, commit, environment, measure_peaks, pick_device
 
-import sequoia_kernels.ops  # registers the backends
-from sequoia_kernels import backends
+from sequoia_kernels import backends, ops  # noqa: F401  ops registers the backends
 from sequoia_kernels.errors import BackendUnavailableError
 
 __all__ = ["Case", "OpBench", "Provider", "Settings", "Unavailable", "main", "own_providers", "run_bench"]

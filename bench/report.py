@@ -17,9 +17,8 @@ MODE_TEXT = {
 
 def duration(milliseconds: float) -> str:
     """Three digits and the unit that suits."""
-    for unit, scale in (("s", 1e-3), ("ms", 1.0), ("us", 1e3)):
-        if milliseconds * scale >= 1:
-            break
+    units = (("s", 1e-3), ("ms", 1.0), ("us", 1e3))
+    unit, scale = next(((unit, scale) for unit, scale in units if milliseconds * scale >= 1), units[-1])
     value = milliseconds * scale
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
 
@@ -82,8 +81,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     modes = "; ".join(f"{mode}: {MODE_TEXT[mode]}" for mode in document["modes"])
     parts = [f"## {document['bench']}", provenance(document), table(header, rows, left=2)]
     parts.append(
-        "The time is the median of the first mode that a provider has; *ours is* compares medians of the same mode, ours "
-        f'being what `backend="auto"` takes (bold). Modes: {modes}.'
+        "The time is the median of the first mode that a provider has; *ours is* compares medians of the same mode, "
+        f'ours being what `backend="auto"` takes (bold). Modes: {modes}.'
     )
     if not on_cuda:
         parts.append("Beyond 100 %: the data were in the processor's caches, or the machine had other work meanwhile.")

@@ -227,6 +227,7 @@ def first_child_acceptance(
 def save_model(model, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the model in the Hugging Face format, completely or not at all."""
     model.config.use_cache = True
+    model.generation_config.use_cache = True
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.to(dtype).save_pretrained(partial)

@@ -23,7 +23,17 @@ OPS = [
 ]
 
 # What each room may import. A name with a dot allows that module only; every room may import itself.
-SHARED = {"errors", "checks", "backends", "native", "rng", "triton_device", "triton_streams", "warping"}
+SHARED = {
+    "errors",
+    "checks",
+    "backends",
+    "native",
+    "rng",
+    "triton_device",
+    "triton_streams",
+    "triton_warping",
+    "warping",
+}
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
@@ -33,6 +43,7 @@ ALLOWED = {
     "rng": SHARED,
     "triton_device": SHARED,
     "triton_streams": SHARED,
+    "triton_warping": SHARED,
     "warping": SHARED,
     "tree": {"errors"},
     "ops": SHARED | NATIVE | {"tree"},

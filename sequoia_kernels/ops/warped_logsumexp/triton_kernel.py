@@ -1,0 +1,244 @@
+"""Log-normaliser and cut of warped logits in Triton: no sort, a few readings of each row.
+
+Computes
+    log_normaliser = log sum of exp(logit / T) over the tokens that top-k and top-p keep, and the smallest logit kept.
+    Inputs and outputs as in reference.py; the search for the cut is `find_cut` of sequoia_kernels/triton_warping.py.
+
+Parallel plan: what one program owns
+    `row_chunks_kernel`, one program for each row and chunk of the vocabulary: the chunk's peak, mass and smallest logit.
+    `warp_rows_kernel`, one program a row: adds the chunks up; where top-k or top-p is on, searches the cut. A row
+    without either is finished at once. The order of every sum is fixed: results repeat bit for bit.
+
+Memory: bytes read and written
+    Reads the logits once from memory; each step of a search reads a row once more from L2, by one program. Writes 12
+    bytes a chunk and up to 16 KiB of candidates a row that is cut. Floor for 64 x 128256 bf16: 16.4 MB, 3.8 us at
+    4.3 TB/s. A search reads its row three to six times at about 6 us (the exponentials of 128256 tokens by one
+    multiprocessor), so 20 to 40 us for any number of rows up to the number of multiprocessors. Not run on a GPU.
+
+Numerics
+    Sums in float32 relative to the row's peak. The cut is one of the row's logits, exactly. At a boundary of top-p that
+    rounding decides, two orders of summation may disagree; nothing else can differ from the reference.
+
+Source
+    As reference.py. The search replaces the sort: selection by bisection, with an early end on few candidates.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sequoia_kernels import triton_device, triton_warping
+
+__all__ = ["LaunchConfig", "run", "supports", "unavailable"]
+
+# tuning table --------------------------------------------------------------------------------------------------------
+
+# Not run on a GPU: chosen by compiling (no spills). bench/warped_logsumexp.py will time them.
+_MOST_CHUNK = 4096
+_LEAST_CHUNK = 512
+_CHUNK_TOKENS_PER_WARP = 512
+_ROW_TILE = 4096
+"""tokens that the program of a row reads at a time"""
+_ROW_TOKENS_PER_WARP = 256
+
+
+# kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def row_chunks_kernel(
+    # inputs
+    logits_ptr,  # [num_rows, vocab] fp32, bf16, fp16
+    temperature_ptr,  # [num_rows] fp32
+    # outputs
+    peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    lowest_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    # sizes
+    vocab,
+    num_chunks,
+    # strides, in elements
+    stride_logits_row,
+    stride_temperature_row,
+    # blocks
+    CHUNK: tl.constexpr,
+):
+    row = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    logits = tl.load(logits_ptr + row * stride_logits_row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    scale = triton_warping.exponent_scale(tl.load(temperature_ptr + row * stride_temperature_row))
+    peak, mass = triton_warping.peak_and_mass(logits, scale)
+    record = row * num_chunks + chunk
+    tl.store(peaks_ptr + record, peak)
+    tl.store(masses_ptr + record, mass)
+    tl.store(lowest_ptr + record, tl.min(tl.where(ids < vocab, logits, float("inf")), 0))
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def warp_rows_kernel(
+    # inputs
+    logits_ptr,  # [num_rows, vocab] fp32, bf16, fp16
+    temperature_ptr,  # [num_rows] fp32
+    top_k_ptr,  # [num_rows] int32, read if HAS_TOP_K
+    top_p_ptr,  # [num_rows] fp32, read if HAS_TOP_P
+    peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    lowest_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    # outputs
+    log_normaliser_ptr,  # [num_rows] fp32
+    cut_ptr,  # [num_rows] fp32
+    scratch_ptr,  # [num_rows, CANDIDATES] fp32 contiguous, used if HAS_TOP_K or HAS_TOP_P
+    # sizes
+    vocab,
+    num_chunks,
+    # strides, in elements
+    stride_logits_row,
+    stride_temperature_row,
+    stride_top_k_row,
+    stride_top_p_row,
+    stride_log_normaliser_row,
+    stride_cut_row,
+    # flags
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    # blocks
+    BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
+    TILE: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row * stride_temperature_row)
+    scale = triton_warping.exponent_scale(temperature)
+    chunks = tl.arange(0, BLOCK_CHUNKS)
+    is_chunk = chunks < num_chunks
+    records = row * num_chunks + chunks
+    peak, mass = triton_warping.merged_peak_and_mass(
+        tl.load(peaks_ptr + records, mask=is_chunk, other=float("-inf")),
+        tl.load(masses_ptr + records, mask=is_chunk, other=0.0),
+        scale,
+    )
+    log_normaliser = peak
+    cut = peak
+    if temperature != 0.0:
+        cut = tl.min(tl.load(lowest_ptr + records, mask=is_chunk, other=float("inf")), 0)
+        if HAS_TOP_K or HAS_TOP_P:
+            top_k = 0
+            top_p = 1.0
+            if HAS_TOP_K:
+                top_k = tl.load(top_k_ptr + row * stride_top_k_row)
+            if HAS_TOP_P:
+                top_p = tl.load(top_p_ptr + row * stride_top_p_row)
+            cut, mass = triton_warping.find_cut(
+                logits_ptr + row * stride_logits_row, scratch_ptr + row * CANDIDATES,
+                vocab, peak, cut, mass, temperature, scale, top_k, top_p, TILE, CANDIDATES,
+            )  # fmt: skip
+        log_normaliser = tl.div_rn(peak, temperature) + tl.log(mass)
+    tl.store(log_normaliser_ptr + row * stride_log_normaliser_row, log_normaliser)
+    tl.store(cut_ptr + row * stride_cut_row, cut)
+
+
+# launch configuration ------------------------------------------------------------------------------------------------
+
+
+class LaunchConfig(NamedTuple):
+    """Everything about a launch that the device and the shapes decide."""
+
+    chunk: int
+    """tokens that one program of the first kernel reads"""
+    num_chunks: int
+    chunk_warps: int
+    row_tile: int
+    """tokens that the program of a row reads at a time"""
+    row_warps: int
+    candidates: int = triton_warping.MAX_CANDIDATES
+    """room for the logits among which a search ends"""
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch_config(num_rows: int, vocab: int, traits: triton_device.DeviceTraits) -> LaunchConfig:
+    """Choose the launch of a call from its shapes and its device."""
+    chunk = min(_MOST_CHUNK, max(_LEAST_CHUNK, triton.next_power_of_2(vocab)))
+    while chunk > _LEAST_CHUNK and num_rows * triton.cdiv(vocab, chunk) < 2 * traits.num_sms:
+        chunk //= 2
+    row_tile = min(_ROW_TILE, max(_LEAST_CHUNK, triton.next_power_of_2(vocab)))
+    return LaunchConfig(
+        chunk,
+        triton.cdiv(vocab, chunk),
+        max(2, chunk // _CHUNK_TOKENS_PER_WARP),
+        row_tile,
+        row_tile // _ROW_TOKENS_PER_WARP,
+    )
+
+
+def unavailable() -> str | None:
+    """Tell why no Triton kernel can run on this machine, or None."""
+    return triton_device.unavailable_reason()
+
+
+def supports(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> str | None:
+    """Whether the kernels can run this call."""
+    if logits.dtype == torch.float64:
+        return "takes float32, bfloat16 and float16"
+    return triton_device.device_reason(logits.device)
+
+
+def run(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    log_normaliser: Tensor | None,
+    cut: Tensor | None,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write and return the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+    num_rows, vocab = logits.shape
+    if log_normaliser is None:
+        log_normaliser = logits.new_empty(num_rows, dtype=torch.float32)
+    if cut is None:
+        cut = logits.new_empty(num_rows, dtype=torch.float32)
+    if num_rows == 0:
+        return log_normaliser, cut
+    if config is None:
+        config = _launch_config(num_rows, vocab, triton_device.device_traits(logits.device))
+
+    num_records = num_rows * config.num_chunks
+    peaks, masses, lowest = logits.new_empty(3, triton.cdiv(num_records, 4) * 4, dtype=torch.float32).unbind()
+    is_cut = top_k is not None or top_p is not None
+    scratch = logits.new_empty(num_rows * config.candidates, dtype=torch.float32) if is_cut else None
+    with triton_device.launching_on(logits.device):
+        row_chunks_kernel[(num_records,)](
+            logits, temperature,
+            peaks, masses, lowest,
+            vocab, config.num_chunks,
+            *_row_strides(num_rows, logits, temperature),
+            CHUNK=config.chunk,
+            num_warps=config.chunk_warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        warp_rows_kernel[(num_rows,)](
+            logits, temperature, top_k, top_p, peaks, masses, lowest,
+            log_normaliser, cut, scratch,
+            vocab, config.num_chunks,
+            *_row_strides(num_rows, logits, temperature, top_k, top_p, log_normaliser, cut),
+            HAS_TOP_K=top_k is not None,
+            HAS_TOP_P=top_p is not None,
+            BLOCK_CHUNKS=triton.next_power_of_2(config.num_chunks),
+            TILE=config.row_tile,
+            CANDIDATES=config.candidates,
+            num_warps=config.row_warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return log_normaliser, cut
+
+
+def _row_strides(num_rows: int, *tensors: Tensor | None) -> tuple[int, ...]:
+    """Distances between rows, 0 where there is one row, whose stride is arbitrary and would compile more variants."""
+    return tuple(0 if tensor is None or num_rows == 1 else tensor.stride(0) for tensor in tensors)

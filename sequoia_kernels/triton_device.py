@@ -40,7 +40,7 @@ class DeviceTraits(NamedTuple):
 _H200 = DeviceTraits(capability=90, num_sms=132, shared_bytes=232448)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_traits(index: int) -> DeviceTraits:
     properties = torch.cuda.get_device_properties(index)
     return DeviceTraits(
@@ -77,10 +77,10 @@ def unavailable_reason() -> str | None:
 
 def device_reason(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of this device, or None."""
-    if device.type == "cuda":
-        if device_traits(device).capability < 80:
-            return "needs an NVIDIA GPU of compute capability 8.0 or newer"
-        return None
-    if INTERPRETED and device.type == "cpu":
-        return None
-    return "takes CUDA tensors (CPU tensors with TRITON_INTERPRET=1)"
+    if INTERPRETED:
+        return None if device.type == "cpu" else "takes CPU tensors while TRITON_INTERPRET=1 is set"
+    if device.type != "cuda":
+        return "takes CUDA tensors (CPU tensors with TRITON_INTERPRET=1)"
+    if device_traits(device).capability < 80:
+        return "needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None

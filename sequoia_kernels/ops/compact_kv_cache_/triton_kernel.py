@@ -1,17 +1,18 @@
 """Move accepted rows in Triton: all layers, keys and values, and the lengths in one launch. Inputs as in reference.py.
 
 Computes
-    for every cache, request b and d < num_accepted[b]:  row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]
-    and then, for every request:                         cache_lens[b] += num_accepted[b]
+    row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]  for every cache, request b, d < num_accepted[b]
+    and then cache_lens[b] += num_accepted[b]
 
 Parallel plan: what one program owns
-    `compact_kv_cache_kernel`, grid (column slices, caches, requests): some columns of one request's rows in one cache, in
-    all levels. It reads BLOCK_LEVELS rows of its columns, waits for all its threads, and writes them; nobody else touches
-    these columns. Longer paths go through in blocks of levels by rising depth. A path increases, so accepted_nodes[d]
-    >= d: a block writes only rows below the ones that later blocks read.
-    The lengths advance in the same launch. A program reads its length by an atomic add that also counts it, in the high
-    bits of the length's own word; the last one to arrive knows that all others have read, and writes the new length. The
-    order of arrival decides who writes, never what: results repeat bit for bit. No workspace, and nothing to reset.
+    `compact_kv_cache_kernel`, grid (column slices, caches, requests): some columns of one request's rows in one cache,
+    in all levels. It reads BLOCK_LEVELS rows of its columns, waits for all its threads, and writes them; nobody else
+    touches these columns. Longer paths go through in blocks of levels by rising depth. A path increases, so
+    accepted_nodes[d] >= d: a block writes only rows below the ones that later blocks read.
+    The lengths advance in the same launch. A program reads its length by an atomic add that also counts it, in the
+    high bits of the length's own word; the last one to arrive knows that all others have read, and writes the new
+    length. The order of arrival decides who writes, never what: results repeat bit for bit. No workspace, and nothing
+    to reset between launches.
 
 Memory: bytes read and written
     Reads and writes moved rows * row bytes once; a row that is in place (the root always is) is not touched. Floor:
@@ -24,8 +25,8 @@ Numerics
 Source
     The commit step of tree decoding; Sequoia (arXiv 2402.12374) gathers into a copy instead.
 
-This kernel has been compiled for every case in docs/triton_resources.md and run in Triton's interpreter, which cannot
-show races. It has not run on a GPU.
+Compiled for every case of docs/triton_resources.md and run in Triton's interpreter, which cannot show races. Not run on
+a GPU.
 """
 
 from __future__ import annotations
@@ -301,5 +302,6 @@ def run(
             BLOCK_LEVELS=config.block_levels,
             BLOCK_COLUMNS=config.block_columns,
             num_warps=_NUM_WARPS,
+            maxnreg=255,
             enable_fp_fusion=True,
         )  # fmt: skip

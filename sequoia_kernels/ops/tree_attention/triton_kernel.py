@@ -1,20 +1,20 @@
-"""Tree attention in Triton: split-KV flash attention under a packed ancestor mask. Inputs and outputs as in reference.py.
+"""Tree attention in Triton: split-KV flash attention under a packed ancestor mask. Inputs as in reference.py.
 
 Computes
     out[b, i, h] = sum over visible slots s of softmax_s(score(q[b, i, h], k[b, s, h // group])) v[b, s, h // group]
-    where score = scale * q.k, soft-capped if asked. Row i sees the committed prefix s < cache_lens[b] and the tree slots
-    s = cache_lens[b] + j whose bit j is set in its mask. A sliding window hides what lies `window` or more positions
-    back; the position of a row is cache_lens[b] + popcount(mask row) - 1. Set bits stand in depth order, so the window
-    comes down to one number a row, the first visible slot, found once per program.
+    where score = scale * q.k, soft-capped if asked. Row i sees the committed prefix s < cache_lens[b] and the tree
+    slots s = cache_lens[b] + j whose bit j is set in its mask. A sliding window hides what lies `window` or more
+    positions back; the position of a row is cache_lens[b] + popcount(mask row) - 1. Set bits stand in depth order, so
+    the window comes down to one number a row, the first visible slot, found once per program.
 
 Parallel plan: what one program owns
-    `tree_attention_kernel`, grid (row blocks * splits, kv heads, batch): BLOCK_ROWS query rows of one kv head against one
-    split of the slots. Rows are packed over nodes x group (row r is node r // group, head r % group), so a key or value
-    tile is read once for all heads that share it. The slots that a row block can see, prefix and tree, are one stretch
-    of the cache. Its tiles are dealt evenly to the splits; the last split holds the tree. Tiles inside every row's
-    visible prefix need no mask and have a loop of their own, the others go through a second loop in smaller tiles, whose
-    mask bits take registers. The number of splits comes from shapes alone and the borders between them from the lengths
-    on the device, so one captured graph serves every length.
+    `tree_attention_kernel`, grid (row blocks * splits, kv heads, batch): BLOCK_ROWS query rows of one kv head against
+    one split of the slots. Rows are packed over nodes x group (row r is node r // group, head r % group), so a key or
+    value tile is read once for all heads that share it. The slots that a row block can see, prefix and tree, are one
+    stretch of the cache. Its tiles are dealt evenly to the splits; the last split holds the tree. Tiles inside every
+    row's visible prefix need no mask and have a loop of their own, the others go through a second loop in smaller
+    tiles, since mask bits take registers. The number of splits comes from shapes alone and the borders between them
+    from the lengths on the device, so one captured graph serves every length.
     `merge_splits_kernel`, grid (row blocks, kv heads, batch): adds the partial results, weighted by their log-sum-exp,
     in the order of the splits. A single split writes the output itself. No atomics: results repeat bit for bit.
 
@@ -23,7 +23,7 @@ Memory: bytes read and written
     one split, writes and reads back rows * splits * (Dv + 1) float32. Floor: visible slots * kv heads * (D + Dv) *
     itemsize bytes a request at copy bandwidth, or 2 * nodes * heads * visible slots * (D + Dv) operations at the matrix
     rate, whichever takes longer. H200 (4.3 TB/s, 788 TFLOP/s bf16), Llama-3-8B heads, 8k context: 33.5 MB, 7.8 us a
-    layer for up to 46 nodes; from there arithmetic is longer (64 nodes: 8.6 GFLOP, 10.9 us).
+    layer for up to 46 nodes; from there on arithmetic takes longer (64 nodes: 8.6 GFLOP, 10.9 us).
 
 Numerics
     Scores, softmax and sums in float32, exponentials in base 2 with the scale folded in. float16 and bfloat16 products
@@ -34,12 +34,11 @@ Numerics
     -inf. Slots that no row of a block sees may hold anything, NaN included.
 
 Source
-    Split and merge: flash-decoding (Dao, Haziza, Massa, Sizov 2023). Inner loop: FlashAttention-2 (arXiv 2307.08691). Tree
-    mask: SpecInfer (arXiv 2305.09781), here packed and kept to the tree's own columns. Deviation: the tail of the
+    Split and merge: flash-decoding (Dao, Haziza, Massa, Sizov 2023). Inner loop: FlashAttention-2 (arXiv 2307.08691).
+    Tree mask: SpecInfer (arXiv 2305.09781), here packed and kept to the tree's own columns. Deviation: the tail of the
     prefix and the tree share tiles instead of having a tile each, so the mask is cut at any bit.
 
-This kernel has been compiled for every case in docs/triton_resources.md and run in Triton's interpreter. It has not run
-on a GPU.
+Compiled for every case of docs/triton_resources.md and run in Triton's interpreter. Not run on a GPU.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class TileShape(NamedTuple):
 
 
 # Chosen by compiling (no spills, shared memory within the device's, docs/triton_resources.md) and by reasoning: enough
-# bytes in flight for few rows, enough warps for many. No device has timed them yet; bench/tree_attention.py will.
+# bytes in flight for few rows, enough warps for many. No device has timed them yet; bench/bench_tree_attention.py will.
 # family -> (block_rows, padded head dim) -> tile, by rising block_rows. "fp32" serves float32 on every device.
 _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
     "sm_80": {
@@ -134,7 +133,7 @@ LOG2_E = tl.constexpr(_LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-# jit helpers -------------------------------------------------------------------------------------------------------------
+# jit helpers ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -193,7 +192,7 @@ def _as_type(tile, dtype: tl.constexpr, FP8_AS_BITS: tl.constexpr):
 
 @triton.jit
 def _dot(left, right, acc):
-    """acc + left @ right in float32. The interpreter multiplies the bits of bfloat16 as integers, so it gets float32."""
+    """acc + left @ right. The interpreter would multiply the bits of bfloat16 as integers, so it is given float32."""
     if INTERPRETED:
         return tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
     else:
@@ -234,8 +233,10 @@ def _tile_visibility(
     tile_start,
     mask_row_ptrs,  # [BLOCK_ROWS]
     row_is_real,  # [BLOCK_ROWS]
+    first_visible,  # [BLOCK_ROWS]
     cache_len,
     num_words,
+    SLIDING: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
@@ -254,6 +255,10 @@ def _tile_visibility(
         high = _mask_word(mask_row_ptrs, row_is_real, first_word + block + 1, num_words, BLOCK_ROWS)
         # Two shifts: a shift by 32 (when shift is 0) is undefined.
         words = (low >> shift) | ((high << 1) << (31 - shift))
+        if SLIDING:
+            num_hidden = first_visible - (tile_start + block * 32)
+            kept = tl.minimum(tl.maximum(num_hidden, 0), 31).to(tl.uint32)
+            words = tl.where(num_hidden < 32, (words >> kept) << kept, 0)
         in_block = columns // 32 == block
         bits = tl.where(in_block[None, :], words[:, None], bits)
         any_bits = tl.where(in_block, tl.reduce(words, 0, _bitwise_or), any_bits)
@@ -325,9 +330,7 @@ def _attend_tile(
     end_slot,
     num_words,
     stride_key_outer,
-    stride_key_slot,
     stride_value_outer,
-    stride_value_slot,
     score_scale,
     exponent_scale,
     dtype: tl.constexpr,
@@ -337,6 +340,8 @@ def _attend_tile(
     PRESCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FP8_AS_BITS: tl.constexpr,
+    KEY_SLOT_STRIDE: tl.constexpr,
+    VALUE_SLOT_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -346,18 +351,22 @@ def _attend_tile(
     BLOCK_VALUE_DIM: tl.constexpr,
 ):
     tile_start = tile * BLOCK_SLOTS
-    slots = tile_start + tl.arange(0, BLOCK_SLOTS)
+    slot_ids = tl.arange(0, BLOCK_SLOTS)
+    slots = tile_start + slot_ids
     slot_is_real = slots < end_slot
     if PAGE_SIZE > 0:
         # Clamped rather than masked: the last real slot has a page, and page ids behind it may be anything.
         known_slots = tl.minimum(slots, end_slot - 1) if MASKED else slots
         page_ids = tl.load(block_table_ptr + known_slots // PAGE_SIZE).to(tl.int64)
         in_page = (known_slots % PAGE_SIZE).to(tl.int64)
-        key_slot_ptrs = key_ptr + page_ids * stride_key_outer + in_page * stride_key_slot
-        value_slot_ptrs = value_ptr + page_ids * stride_value_outer + in_page * stride_value_slot
+        key_slot_ptrs = key_ptr + page_ids * stride_key_outer + in_page * KEY_SLOT_STRIDE
+        value_slot_ptrs = value_ptr + page_ids * stride_value_outer + in_page * VALUE_SLOT_STRIDE
     else:
-        key_slot_ptrs = key_ptr + slots.to(tl.int64) * stride_key_slot
-        value_slot_ptrs = value_ptr + slots.to(tl.int64) * stride_value_slot
+        # One address a tile; with strides known to the compiler the rest becomes offsets inside the instructions.
+        key_slot_ptrs = key_ptr + tile_start.to(tl.int64) * KEY_SLOT_STRIDE + slot_ids.to(tl.int64) * KEY_SLOT_STRIDE
+        value_slot_ptrs = (
+            value_ptr + tile_start.to(tl.int64) * VALUE_SLOT_STRIDE + slot_ids.to(tl.int64) * VALUE_SLOT_STRIDE
+        )
 
     scores = _scores(
         query, row_is_real, key_slot_ptrs, slot_is_real,
@@ -369,11 +378,10 @@ def _attend_tile(
         scores = _tanh(scores, dtype == tl.float32)
     if MASKED:
         is_visible, is_seen = _tile_visibility(
-            tile_start, mask_row_ptrs, row_is_real, cache_len, num_words, BLOCK_ROWS, BLOCK_SLOTS
-        )
+            tile_start, mask_row_ptrs, row_is_real, first_visible, cache_len, num_words,
+            SLIDING, BLOCK_ROWS, BLOCK_SLOTS,
+        )  # fmt: skip
         is_visible = is_visible & slot_is_real[None, :]
-        if SLIDING:
-            is_visible = is_visible & (slots[None, :] >= first_visible[:, None])
         scores = tl.where(is_visible, scores, float("-inf"))
 
     new_max = tl.maximum(row_max, tl.max(scores, 1) * exponent_scale)
@@ -402,7 +410,7 @@ def _attend_tile(
     return acc, new_max, row_sum
 
 
-# kernels -----------------------------------------------------------------------------------------------------------------
+# kernels --------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(
@@ -442,10 +450,8 @@ def tree_attention_kernel(
     stride_query_node,
     stride_query_head,
     stride_key_outer,  # between requests, or between pages if paged
-    stride_key_slot,
     stride_key_head,
     stride_value_outer,
-    stride_value_slot,
     stride_value_head,
     stride_mask_batch,  # 0 where all requests share a mask
     stride_table_batch,
@@ -474,6 +480,8 @@ def tree_attention_kernel(
     WRITE_LSE: tl.constexpr,
     FP8_AS_BITS: tl.constexpr,
     # blocks
+    KEY_SLOT_STRIDE: tl.constexpr,  # a model's layout decides it, whatever the lengths
+    VALUE_SLOT_STRIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -527,8 +535,9 @@ def tree_attention_kernel(
         hidden_before = tl.sum(tl.where(is_first, counts_through - counts, 0), 1)
         first_bit = first_word * 32 + _nth_set_bit(tl.sum(tl.where(is_first, words, 0), 1), num_hidden - hidden_before)
         first_visible = tl.where(num_hidden > 0, cache_len + first_bit, cache_len + num_visible - window)
-        first_visible = tl.maximum(first_visible, 0)
-        first_tile = tl.min(tl.where(row_is_real, first_visible, end_slot), 0) // BLOCK_SLOTS
+        # Rows of padding see nothing, or a slot that only they see would count as one that somebody sees.
+        first_visible = tl.where(row_is_real, tl.maximum(first_visible, 0), max_slots)
+        first_tile = tl.min(first_visible, 0) // BLOCK_SLOTS
         num_window_tiles = tl.cdiv(tl.max(tl.where(row_is_real, first_visible, 0), 0), BLOCK_SLOTS)
 
     # This split's tiles. Rounding up gives what is left over to the first splits: the last one has masks to apply.
@@ -568,10 +577,11 @@ def tree_attention_kernel(
             acc, row_max, row_sum, query, tile,
             key_ptr, value_ptr, block_table_ptr, mask_row_ptrs, row_is_real, first_visible,
             cache_len, end_slot, num_words,
-            stride_key_outer, stride_key_slot, stride_value_outer, stride_value_slot,
+            stride_key_outer, stride_value_outer,
             score_scale, exponent_scale, dtype,
             False, PAGE_SIZE, SLIDING, PRESCALED, SOFTCAP, FP8_AS_BITS,
-            HEAD_DIM, VALUE_DIM, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_DIM, DIM_CHUNK, BLOCK_VALUE_DIM,
+            KEY_SLOT_STRIDE, VALUE_SLOT_STRIDE, HEAD_DIM, VALUE_DIM,
+            BLOCK_ROWS, BLOCK_SLOTS, BLOCK_DIM, DIM_CHUNK, BLOCK_VALUE_DIM,
         )  # fmt: skip
     parts: tl.constexpr = BLOCK_SLOTS // MASKED_SLOTS
     end_part = tl.cdiv(end_slot, MASKED_SLOTS)
@@ -588,10 +598,11 @@ def tree_attention_kernel(
             acc, row_max, row_sum, query, tile,
             key_ptr, value_ptr, block_table_ptr, mask_row_ptrs, row_is_real, first_visible,
             cache_len, end_slot, num_words,
-            stride_key_outer, stride_key_slot, stride_value_outer, stride_value_slot,
+            stride_key_outer, stride_value_outer,
             score_scale, exponent_scale, dtype,
             True, PAGE_SIZE, SLIDING, PRESCALED, SOFTCAP, FP8_AS_BITS,
-            HEAD_DIM, VALUE_DIM, BLOCK_ROWS, MASKED_SLOTS, BLOCK_DIM, DIM_CHUNK, BLOCK_VALUE_DIM,
+            KEY_SLOT_STRIDE, VALUE_SLOT_STRIDE, HEAD_DIM, VALUE_DIM,
+            BLOCK_ROWS, MASKED_SLOTS, BLOCK_DIM, DIM_CHUNK, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
     if HAS_SINKS and not SPLIT:
@@ -603,8 +614,9 @@ def tree_attention_kernel(
         row_sum = row_sum * decay + tl.exp2(sink - pivot)
         row_max = new_max
     has_mass = row_sum != 0.0  # true for NaN, which must stay visible
-    acc = acc * (output_scale / tl.where(has_mass, row_sum, 1.0))[:, None]
-    lse = tl.where(has_mass, row_max + tl.log2(row_sum), float("-inf"))
+    divisor = tl.where(has_mass, row_sum, 1.0)
+    acc = acc * (output_scale / divisor)[:, None]
+    lse = tl.where(has_mass, row_max + tl.log2(divisor), float("-inf"))
 
     value_dims = tl.arange(0, BLOCK_VALUE_DIM)
     is_output = row_is_real[:, None] & (value_dims[None, :] < VALUE_DIM)
@@ -698,8 +710,9 @@ def merge_splits_kernel(
                 other=0.0,
             )
 
-    has_mass = row_sum != 0.0
-    acc = acc / tl.where(has_mass, row_sum, 1.0)[:, None]
+    has_mass = row_sum != 0.0  # true for NaN, which must stay visible
+    divisor = tl.where(has_mass, row_sum, 1.0)
+    acc = acc / divisor[:, None]
     tl.store(
         out_ptr
         + batch * stride_out_batch
@@ -710,7 +723,7 @@ def merge_splits_kernel(
     )
     if WRITE_LSE:
         lse_ptrs = lse_ptr + batch * stride_lse_batch + nodes * stride_lse_node + heads * stride_lse_head
-        tl.store(lse_ptrs, tl.where(has_mass, pivot + tl.log2(row_sum), float("-inf")) * LN_2, mask=row_is_real)
+        tl.store(lse_ptrs, tl.where(has_mass, pivot + tl.log2(divisor), float("-inf")) * LN_2, mask=row_is_real)
 
 
 # launch configuration ------------------------------------------------------------------------------------------------
@@ -752,7 +765,7 @@ def shared_bytes(
 
     slot_bytes = (block_dim + block_value_dim) * cache_item_bytes
     inner = buffers(tile.num_stages) * tile.block_slots * slot_bytes
-    inner += tile.block_slots * max(block_dim, block_value_dim) * item_bytes if converts else 0
+    inner += tile.block_slots * (block_dim + block_value_dim) * item_bytes if converts else 0
     edge = buffers(tile.masked_stages) * tile.masked_slots * slot_bytes
     edge += tile.masked_slots * (block_value_dim + (block_dim if converts else 0)) * item_bytes
     words = tile.masked_stages * (tile.masked_slots // 32 + 1) * 2 * block_rows * 4
@@ -814,7 +827,9 @@ def _launch_config(
     block_rows = next((rows for rows in blocks if rows >= num_rows), blocks[-1])
     tile = _TILES[family][block_rows, widest]
     if cache_item_bytes != item_bytes and block_rows >= 64:
-        tile = tile._replace(block_slots=min(tile.block_slots, 64))  # conversion takes registers
+        # Conversion takes registers.
+        fewer = min(tile.block_slots, 64 if traits.capability >= 90 else 32)
+        tile = tile._replace(block_slots=fewer, masked_slots=32)
 
     def needed(tile: TileShape) -> int:
         return shared_bytes(
@@ -947,7 +962,7 @@ def run(
             q, k_cache, v_cache, tree_mask, cache_lens, block_table, k_scale, v_scale, sinks,
             out, lse, partial_out, partial_lse,
             num_nodes, mask_words, max_slots, num_splits,
-            *_strides(q)[:3], *_strides(k_cache)[:3], *_strides(v_cache)[:3],
+            *_strides(q)[:3], *_strides(k_cache)[0:3:2], *_strides(v_cache)[0:3:2],
             num_nodes * mask_words if tree_mask.dim() == 3 else 0,
             block_table.shape[1] if block_table is not None else 0,
             sinks.stride(0) if sinks is not None else 0,
@@ -963,6 +978,8 @@ def run(
             HAS_SINKS=sinks is not None,
             WRITE_LSE=lse is not None,
             FP8_AS_BITS=fp8_as_bits,
+            KEY_SLOT_STRIDE=k_cache.stride(1),
+            VALUE_SLOT_STRIDE=v_cache.stride(1),
             GROUP=group,
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
@@ -995,6 +1012,7 @@ def run(
                 CHUNK=config.merge_chunk,
                 BLOCK_VALUE_DIM=_padded_dim(value_dim),
                 num_warps=4,
+                maxnreg=255,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return out, lse

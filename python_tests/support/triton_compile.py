@@ -1,0 +1,168 @@
+"""Compile the Triton kernels for GPUs that are not there, exactly as an op would launch them.
+
+An op's `run` is called with tensors of the meta device while launches are intercepted: each kernel is compiled with the
+very arguments, specialisations and options of that launch, and its resources are read from the compiled code. Which
+calls those are says `triton_cases.py`.
+
+Triton must not be interpreted in the process, so tests run this as a program:
+
+    python -m support.triton_compile --capability 90 --quick     JSON on standard output, as `Compiled` has it
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from sequoia_kernels import triton_device
+
+__all__ = ["DEVICES", "CompileCase", "Compiled", "compile_case"]
+
+DEVICES = {
+    80: triton_device.DeviceTraits(80, 108, 166912),  # A100
+    89: triton_device.DeviceTraits(89, 128, 101376),  # RTX 4090; RTX 30 and 50 have as much shared memory
+    90: triton_device.DeviceTraits(90, 132, 232448),  # H100, H200
+    100: triton_device.DeviceTraits(100, 148, 232448),  # B200
+}
+"""capability -> what launch configurations know of such a device"""
+
+
+class CompileCase(NamedTuple):
+    """One call of an op, to be compiled."""
+
+    op: str
+    name: str
+    """what is particular about the call: dtype, sizes, options"""
+    launch: Callable[[], Any]
+    """calls the op's `run` with tensors of the meta device"""
+    quick: tuple[int, ...] = ()
+    """capabilities for which the test suite compiles it; the report has all cases for all devices"""
+    shared_bound: Callable[[triton_device.DeviceTraits], int] | None = None
+    """the launch configuration's own upper bound of the shared memory, if it has one"""
+
+
+class Compiled(NamedTuple):
+    """Resources of one kernel, as one case launches it on one device."""
+
+    op: str
+    case: str
+    capability: int
+    kernel: str
+    registers: int
+    """a thread"""
+    stack_bytes: int
+    """a thread; 0 means that no register was spilled"""
+    shared_bytes: int
+    """a program"""
+    num_warps: int
+    num_stages: int
+    shared_bound: int | None
+    """the launch configuration's estimate; None if it makes none"""
+
+
+class _Driver:
+    """Stands in for a GPU driver: enough for Triton to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps compiled kernels by device, so each architecture is a device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_case(case: CompileCase, capability: int) -> list[Compiled]:
+    """Compile every kernel that one call launches on a device of `DEVICES`, without running any."""
+    bound = None if case.shared_bound is None else case.shared_bound(DEVICES[capability])
+    kernels: list[tuple[str, Any]] = []
+    with _intercepted(capability, kernels):
+        case.launch()
+    return [
+        Compiled(
+            case.op,
+            case.name,
+            capability,
+            name,
+            *_registers_and_stack(kernel),
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+            kernel.metadata.num_stages,
+            bound,
+        )
+        for name, kernel in kernels
+    ]
+
+
+@contextlib.contextmanager
+def _intercepted(capability: int, kernels: list[tuple[str, Any]]) -> Iterator[None]:
+    if triton_device.INTERPRETED:
+        raise RuntimeError("kernels cannot be compiled in a process with TRITON_INTERPRET=1")
+    run, device_traits = triton.JITFunction.run, triton_device.device_traits
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels.append((self.__name__, kernel))
+        return kernel
+
+    driver = triton.runtime.driver
+    previous = driver._active
+    driver.set_active(_Driver(capability))
+    triton.JITFunction.run = compile_only
+    triton_device.device_traits = lambda device: DEVICES[capability]
+    try:
+        yield
+    finally:
+        triton.JITFunction.run = run
+        triton_device.device_traits = device_traits
+        driver._active = previous
+
+
+def _registers_and_stack(kernel: Any) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, from the machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told no registers: {usage}")
+    return int(found[1]), int(found[2])
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Compile the cases of one device and write their resources as JSON."""
+    from support.triton_cases import CASES
+
+    parser = argparse.ArgumentParser(prog="python -m support.triton_compile")
+    parser.add_argument("--capability", type=int, choices=sorted(DEVICES), required=True)
+    parser.add_argument("--quick", action="store_true", help="only what the test suite compiles for this device")
+    parser.add_argument("--op", help="only the cases of this op")
+    options = parser.parse_args(arguments if arguments is None else list(arguments))
+    compiled = [
+        kernel._asdict()
+        for case in CASES
+        if options.op in (None, case.op) and (not options.quick or options.capability in case.quick)
+        for kernel in compile_case(case, options.capability)
+    ]
+    json.dump({"triton": triton.__version__, "kernels": compiled}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clocks import median_ms
 
-from sequoia_kernels.measure import measure_bandwidth, time_calls
 from sequoia_kernels.planner import DeviceFingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,22 +84,31 @@ def measure_peaks(device: torch.device, seconds: float = 0.5) -> dict[str, Any]:
     """
     on_cuda = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty(size, size, dtype=dtype, device=device)
-    timing = time_calls(
-        {"matmul": lambda: torch.mm(left, right, out=product)}, device, seconds=seconds, min_repeats=5, max_repeats=50
-    )["matmul"]
     return {
-        "copy_gb_per_s": measure_bandwidth(device, seconds=seconds)["memory_copy"],
-        "matmul_tflop_per_s": 2 * size**3 / (timing.p50_ms * 1e9),
+        "copy_gb_per_s": _copy_rate(device, 1 << 30 if on_cuda else 64 << 20, seconds) / 1e9,
+        "matmul_tflop_per_s": _matmul_rate(device, size, dtype, seconds) / 1e12,
         "matmul_dtype": str(dtype).removeprefix("torch."),
     }
 
 
+def _copy_rate(device: torch.device, num_bytes: int, seconds: float) -> float:
+    """Bytes read plus bytes written a second, of a block far beyond any cache."""
+    source = torch.randint(1 << 30, (num_bytes // 4,), dtype=torch.int32, device=device)
+    copy = torch.empty_like(source)
+    return 2 * num_bytes / (1e-3 * median_ms(lambda: copy.copy_(source), device, seconds))
+
+
+def _matmul_rate(device: torch.device, size: int, dtype: torch.dtype, seconds: float) -> float:
+    """Operations a second."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / (1e-3 * median_ms(lambda: torch.mm(left, right, out=product), device, seconds))
+
+
 def _version(package: str) -> str | None:
     try:
-        return str(importlib.import_module(package).__version__)
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 

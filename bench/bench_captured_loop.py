@@ -1,0 +1,172 @@
+"""What the host costs a captured decoding loop: its steps against the same steps launched back to back.
+
+Models of random weights decode, since only times matter. Three figures a tree:
+
+    loop ms      wall time of a step in `generate`, prefill and capture taken out (two lengths are run and subtracted)
+    device ms    wall time of a step when steps are launched one behind another and nothing is read
+    host share   1 - device / loop: what reading tokens, deciding to go on and launching add. 0 means that the device
+                 always has the next step when it ends one
+
+The plain loop (no draft) is timed as well; its floor is one read of the weights at the measured copy bandwidth::
+
+    python bench/bench_captured_loop.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import write_json
+from machine import command_line, commit, environment, measure_peaks, pick_device
+from transformers import LlamaConfig, LlamaForCausalLM
+from workloads import step_tree
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import DecodingEngine
+from sequoia_kernels.decoding.state import DecodingState
+from sequoia_kernels.models import TreeModel, adapt
+
+# (target, draft) shapes: about 1B and 68M parameters on a GPU, next to nothing on a CPU
+SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "cuda": (
+        {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+        {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "num_key_value_heads": 12},
+    ),
+    "cpu": (
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
+    ),
+}
+NODE_COUNTS = {"cuda": (64, 128), "cpu": (8,)}
+VOCAB = {"cuda": 32000, "cpu": 128}
+PROMPT_TOKENS = 128
+STEPS_IN_A_ROW = 50
+TEMPERATURE = 0.6
+
+
+def random_model(shape: dict[str, int], device: torch.device, seed: int) -> TreeModel:
+    """A Llama of random weights: bfloat16 on a GPU, float32 on a CPU."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB[device.type],
+        intermediate_size=3 * shape["hidden_size"],
+        max_position_embeddings=4096,
+        eos_token_id=None,
+        **shape,
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        return adapt(LlamaForCausalLM(config).to(dtype).eval())
+
+
+def loop_ms(
+    target: TreeModel, draft: TreeModel | None, tree: TokenTree, prompt: torch.Tensor, steps: int, rounds: int
+) -> float:
+    """Milliseconds of a step in `generate`: a long run minus a short one, so that capture and prefill cancel."""
+
+    def run(num_tokens: int, seed: int) -> tuple[float, int]:
+        options = {"max_new_tokens": num_tokens, "temperature": TEMPERATURE, "eos_token_id": (), "seed": seed}
+        stats = generate(target, draft, prompt, tree=tree, **options).stats
+        return stats.decode_seconds, stats.num_steps
+
+    run(8, 0)
+    differences = []
+    for turn in range(rounds):
+        short_seconds, short_steps = run(8, turn)
+        long_seconds, long_steps = run(8 + steps, turn)
+        differences.append(1e3 * (long_seconds - short_seconds) / max(long_steps - short_steps, 1))
+    return statistics.median(differences)
+
+
+@torch.inference_mode()
+def device_ms(
+    target: TreeModel, draft: TreeModel | None, tree: TokenTree, prompt: torch.Tensor, steps: int, rounds: int
+) -> float:
+    """Milliseconds of a step when the host launches `steps` of them and reads nothing."""
+    device = target.device
+    capacity = prompt.shape[1] + (steps * rounds + 4) * tree.num_levels + tree.num_nodes
+    state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
+    engine = DecodingEngine(target, draft, state, capacity)
+    lens = torch.tensor([prompt.shape[1]], dtype=torch.int32, device=device)
+    engine.prefill(prompt, lens)
+    engine.step(tree)  # captures
+    committed = state.cache_lens.clone()
+    times = []
+    for _ in range(rounds):
+        state.cache_lens.copy_(committed)
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            engine.step(tree)
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - started) / steps)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any]]:
+    """All trees, then the plain loop."""
+    target, draft = (random_model(shape, device, seed) for seed, shape in enumerate(SHAPES[device.type]))
+    prompt = torch.randint(VOCAB[device.type], (1, PROMPT_TOKENS), device=device)
+    cases = [("tree", step_tree(count), draft) for count in NODE_COUNTS[device.type]]
+    cases.append(("plain", TokenTree.single(), None))
+    results = []
+    for kind, tree, drafter in cases:
+        loop = loop_ms(target, drafter, tree, prompt, steps, rounds)
+        alone = device_ms(target, drafter, tree, prompt, steps, rounds)
+        results.append(
+            {
+                "kind": kind,
+                "nodes": tree.num_nodes,
+                "levels": tree.num_levels,
+                "loop_ms": loop,
+                "device_ms": alone,
+                "host_share": 1 - alone / loop,
+                "weight_bytes": sum(p.numel() * p.element_size() for p in target.model.parameters()),
+            }
+        )
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Time the captured decoding loop against its own steps alone.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--steps", type=int, default=STEPS_IN_A_ROW, help="steps in a row (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    options = parser.parse_args(arguments)
+    device = pick_device(options.device)
+    document = {
+        "bench": "captured_loop",
+        "command": command_line("bench_captured_loop.py", arguments),
+        "commit": commit(),
+        "environment": environment(device),
+        "device_type": device.type,
+        "peaks": measure_peaks(device),
+        "results": measure(device, options.steps, options.rounds),
+    }
+    for entry in document["results"]:
+        floor_ms = entry["weight_bytes"] / (document["peaks"]["copy_gb_per_s"] * 1e6)
+        entry["weights_floor_ms"] = floor_ms
+        print(
+            f"{entry['kind']:<6}{entry['nodes']:5d} nodes  loop {entry['loop_ms']:8.3f} ms  device "
+            f"{entry['device_ms']:8.3f} ms  host {100 * entry['host_share']:5.1f} %  weights once {floor_ms:7.3f} ms"
+        )
+    if options.json:
+        write_json(options.json, document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""How long it takes to plan: `plan_tree` on a measured profile, on one core.
+
+The times in the profile do not matter for how long planning takes, only how many sizes there are: a tiny model is
+measured for a second. Every plan is checked before it is timed::
+
+    python bench/bench_plan.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from clocks import percentiles
+from harness import write_json
+from machine import command_line, commit, environment
+from transformers import LlamaConfig, LlamaForCausalLM
+from workloads import ACCEPTANCE
+
+from sequoia_kernels import HardwareProfile, measure_profile, plan_tree
+
+# nodes, levels; the bound in ms is what the package promises for one core
+CASES = [(64, 12, None), (256, 24, 1000.0), (1024, 32, None)]
+NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# A vector whose best child is the second: the dynamic programme runs, and with it the planner's slow way.
+NOT_MONOTONE = (0.15, 0.55, 0.08, 0.04, 0.03, 0.02, 0.01, 0.01)
+VECTORS = {"falling": ACCEPTANCE, "not monotone": NOT_MONOTONE}
+
+
+def tiny_profile(seconds: float) -> HardwareProfile:
+    """Measure a tiny pair over all tree sizes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+    )
+    target, draft = (LlamaForCausalLM(config).eval() for _ in range(2))
+    return measure_profile(
+        target,
+        draft,
+        context_lens=(64, 512),
+        node_counts=NODE_COUNTS,
+        draft_node_counts=(1, 2, 8, 32, 128, 512),
+        seconds=seconds,
+        min_repeats=1,
+        bandwidth=False,
+    )
+
+
+def measure(
+    profile: HardwareProfile, vector: tuple[float, ...], num_nodes: int, num_levels: int, repeats: int
+) -> dict[str, Any]:
+    """Check a plan against its own tree, then time planning it."""
+
+    def plan() -> Any:
+        return plan_tree(vector, profile, max_budget=num_nodes, max_levels=num_levels)
+
+    found = plan()
+    if not math.isclose(found.tree.expected_tokens(vector), found.tokens_per_step, rel_tol=1e-9):
+        raise SystemExit(f"wrong plan at {num_nodes} nodes, {num_levels} levels")
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        plan()
+        times.append(1e3 * (time.perf_counter() - started))
+    return percentiles(times)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all cases; 1 if a promise is not kept."""
+    parser = argparse.ArgumentParser(description="Time plan_tree on one core.")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed plans of each (default 10)")
+    parser.add_argument("--profile-seconds", type=float, default=1.0, help="time for the tiny profile (default 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    profile = tiny_profile(options.profile_seconds)
+    results, kept = [], True
+    for num_nodes, num_levels, bound_ms in CASES:
+        for name, vector in VECTORS.items():
+            ms = measure(profile, vector, num_nodes, num_levels, options.repeats)
+            kept = kept and (bound_ms is None or ms["p50"] < bound_ms)
+            results.append({"nodes": num_nodes, "levels": num_levels, "vector": name, "bound_ms": bound_ms, "ms": ms})
+            promise = "" if bound_ms is None else f"  (promised: {bound_ms:g} ms)"
+            print(f"{num_nodes:5d} nodes x {num_levels} levels, {name:<13} {ms['p50']:9.2f} ms{promise}")
+    if options.json:
+        document = {
+            "bench": "plan",
+            "command": command_line("bench_plan.py", arguments),
+            "commit": commit(),
+            "environment": environment(),
+            "median_ms": statistics.median(entry["ms"]["p50"] for entry in results),
+            "results": results,
+        }
+        write_json(options.json, document)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Run the benchmarks: one command for all of them, or for one suite.
+
+    python bench/run.py --suite all --out results            this machine's GPU where there is one, else its CPU
+    python bench/run.py --suite ops --out results --quick    about a minute, to see that everything works
+
+Every script runs in a process of its own, so that one that crashes does not end the run. What cannot run on the device
+is skipped, and the summary says why. Written are OUT/<device>/<bench>.json, tables and plots beside them, and
+OUT/<device>/summary.md and .json. Exit status 1 if a script failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import targets
+from harness import write_json
+from machine import ROOT, command_line, commit, device_folder, environment, pick_device
+from report import table
+
+BENCH = Path(__file__).resolve().parent
+
+
+class Script(NamedTuple):
+    """One benchmark.
+
+    Attributes:
+        name: the result is <name>.json; the file is bench_<name>.py.
+        suite: ops, decode or planner.
+        options: command line beyond --json.
+        quick_options: the same for a quick run; None leaves the script out of those.
+        devices: device types it can run on, to be told by --device where `takes_device`.
+        why_not: the reason that is given on other devices.
+        takes_device: has a --device option.
+        takes_seconds: has a --seconds option, and ends by itself when they are over.
+        weight: its share of a limited time, relative to the others.
+    """
+
+    name: str
+    suite: str
+    options: tuple[str, ...] = ()
+    quick_options: tuple[str, ...] | None = ("--quick",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    why_not: str = ""
+    takes_device: bool = True
+    takes_seconds: bool = False
+    weight: float = 1.0
+
+
+def op_script(op: str, weight: float) -> Script:
+    """A script that is built on the harness."""
+    return Script(op, "ops", takes_seconds=True, weight=weight)
+
+
+# New benchmarks plug in here.
+SCRIPTS = (
+    op_script("tree_attention", weight=4.0),
+    op_script("sample_without_replacement", weight=2.0),
+    op_script("warped_logsumexp", weight=1.0),
+    op_script("verify_tree", weight=2.0),
+    op_script("compact_kv_cache_", weight=1.0),
+    Script(
+        "captured_loop",
+        "decode",
+        quick_options=("--rounds", "2"),
+        devices=("cuda",),
+        why_not="needs a CUDA device: on a CPU no graph is captured",
+    ),
+    Script(
+        "demo_pair",
+        "decode",
+        quick_options=(
+            *("--temperatures", "0.6", "--prompts", "1", "--calibration-prompts", "1", "--rounds", "1"),
+            *("--prompt-tokens", "48", "--new-tokens", "32", "--profile-seconds", "1"),
+        ),
+        weight=3.0,
+    ),
+    Script("tree_search", "planner", quick_options=("--repeats", "2"), takes_device=False),
+    Script("plan", "planner", quick_options=("--repeats", "3", "--profile-seconds", "0.3"), takes_device=False),
+)
+SUITES = ("ops", "decode", "planner")
+
+
+def selected(suite: str) -> list[Script]:
+    """The scripts of a suite."""
+    return [script for script in SCRIPTS if suite in ("all", script.suite)]
+
+
+def run_script(script: Script, folder: Path, device_type: str, quick: bool, timeout: float | None) -> dict[str, Any]:
+    """Run one script and tell how it went."""
+    outcome: dict[str, Any] = {"name": script.name, "suite": script.suite, "status": "skipped", "seconds": 0.0}
+    options = script.quick_options if quick else script.options
+    if device_type not in script.devices:
+        return outcome | {"reason": script.why_not}
+    if options is None:
+        return outcome | {"reason": "too long for a quick run"}
+    if timeout is not None and timeout <= 0:
+        return outcome | {"reason": "the time was over"}
+    command = [sys.executable, str(BENCH / f"bench_{script.name}.py"), *options]
+    command += ["--device", device_type] if script.takes_device else []
+    if script.takes_seconds and timeout is not None:
+        # What it began it may end, so it stops beginning well before it would be killed.
+        command += ["--seconds", f"{0.7 * timeout:.0f}"]
+    command += ["--json", str(folder / f"{script.name}.json")]
+    # A script finds its neighbours through its own folder, which this variable would hide.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    log = folder / f"{script.name}.log"
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            result = subprocess.run(
+                command, cwd=ROOT, env=variables, stdout=stream, stderr=subprocess.STDOUT, timeout=timeout, check=False
+            )
+            failure = f"exit status {result.returncode}, see {log.name}" if result.returncode else None
+        except subprocess.TimeoutExpired:
+            failure = f"took longer than {timeout:.0f} s, see {log.name}"
+    outcome["seconds"] = time.perf_counter() - started
+    return outcome | ({"status": "ok"} if failure is None else {"status": "failed", "reason": failure})
+
+
+def run_suite(
+    suite: str, out: Path, device_type: str, quick: bool = False, minutes: float | None = None, command: str = ""
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Run a suite's scripts and write the summary. Returns its path and what became of each script."""
+    folder = out.resolve() / device_folder(device_type)
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = None if minutes is None else time.perf_counter() + 60 * minutes
+    scripts = selected(suite)
+    outcomes = []
+    for index, script in enumerate(scripts):
+        share = None
+        if deadline is not None:
+            waiting = [other.weight for other in scripts[index:] if device_type in other.devices]
+            share = (deadline - time.perf_counter()) * script.weight / max(sum(waiting), script.weight)
+        print(f"{script.name} ...", end=" ", flush=True)
+        outcome = run_script(script, folder, device_type, quick, share)
+        print(f"{outcome['status']} ({outcome['seconds']:.1f} s) {outcome.get('reason', '')}".rstrip(), flush=True)
+        outcomes.append(outcome)
+    return write_summary(folder, device_type, outcomes, command), outcomes
+
+
+def write_summary(folder: Path, device_type: str, outcomes: Sequence[dict[str, Any]], command: str) -> Path:
+    """Write summary.md and summary.json: what ran, the targets, and the tables of the ops."""
+    facts = environment(device_type)
+    documents = targets.load_documents(folder)
+    findings = targets.evaluate(documents)
+    rows = [
+        [entry["name"], entry["suite"], entry["status"], f"{entry['seconds']:.1f} s", entry.get("reason", "")]
+        for entry in outcomes
+    ]
+    parts = [
+        f"# Benchmarks on {facts['device']['name']}",
+        f"{facts['date']} UTC, commit {commit() or 'unknown'}, torch {facts['torch']}.\n`{command}`",
+        table(["bench", "suite", "status", "time", "why"], rows, left=5),
+        "# Targets",
+        targets.markdown(findings),
+        "The targets are those for an H200. A target that needs a GPU is not measured on a CPU.",
+    ]
+    for entry in outcomes:
+        path = folder / f"{entry['name']}.md"
+        if entry["status"] == "ok" and path.exists():
+            parts.append(path.read_text(encoding="utf-8").strip())
+    for entry in outcomes:
+        log = folder / f"{entry['name']}.log"
+        if entry["status"] == "ok" and not (folder / f"{entry['name']}.md").exists() and log.exists():
+            parts.append(f"## {entry['name']}\n\n```\n{_without_progress(log.read_text(encoding='utf-8'))}\n```")
+    summary = folder / "summary.md"
+    summary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_json(
+        folder / "summary.json",
+        {
+            "command": command,
+            "commit": commit(),
+            "environment": facts,
+            "scripts": list(outcomes),
+            "targets": [finding._asdict() for finding in findings],
+        },
+    )
+    return summary
+
+
+def _without_progress(text: str) -> str:
+    """A log's lines without the progress bars and warnings of libraries."""
+    lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
+    return "\n".join(line for line in lines if line and not line.startswith(("Loading weights", "[transformers]")))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="few small cases, about a minute on two cores")
+    parser.add_argument("--minutes", type=float, help="share this time among the scripts")
+    options = parser.parse_args(arguments)
+    device = pick_device(options.device)
+    summary, outcomes = run_suite(
+        options.suite, options.out, device.type, options.quick, options.minutes, command_line("run.py", arguments)
+    )
+    print(f"\n{targets.markdown(targets.evaluate(targets.load_documents(summary.parent)))}\n\n{summary}")
+    return 1 if any(outcome["status"] == "failed" for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

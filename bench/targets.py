@@ -1,0 +1,253 @@
+"""What the package promises for an H200, checked against measured documents: target, measured, met.
+
+Reads what the bench scripts wrote on a GPU; without that a target is "not measured"::
+
+    python bench/targets.py results/nvidia-h200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+
+__all__ = ["TARGETS", "Finding", "Target", "evaluate", "load_documents", "markdown"]
+
+Documents = Mapping[str, Mapping[str, Any]]  # bench name -> document
+Measured = tuple[str, bool]
+
+
+class Target(NamedTuple):
+    """One promise. `measure` gives the text of what was found and whether it is enough, or None where nothing was."""
+
+    what: str
+    wanted: str
+    measure: Callable[[Documents], Measured | None]
+
+
+class Finding(NamedTuple):
+    what: str
+    wanted: str
+    measured: str
+    met: bool | None  # None: not measured
+
+
+NOT_MEASURED = "not measured"
+
+
+def cases(documents: Documents, bench: str, **sizes: Any) -> Iterator[Mapping[str, Any]]:
+    """Cases of a GPU document in which ours was timed. A size is given by its value or by a predicate."""
+    document = documents.get(bench, {})
+    if document.get("device_type") != "cuda":
+        return
+    for case in document["cases"]:
+        fits = all(
+            wanted(case["sizes"][key]) if callable(wanted) else case["sizes"][key] == wanted
+            for key, wanted in sizes.items()
+        )
+        if fits and case["ours"] is not None:
+            yield case
+
+
+def ours(case: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry of the provider that the package would choose."""
+    entry: Mapping[str, Any] = case["providers"][case["ours"]]
+    return entry
+
+
+def ratios(found: Iterator[Mapping[str, Any]], *rivals: str) -> Iterator[tuple[float, str]]:
+    """(how many times faster ours is, case): against the fastest of the rivals that were timed."""
+    for case in found:
+        known = [case["ratios"][case["ours"]][rival] for rival in rivals if rival in case["ratios"][case["ours"]]]
+        if known:
+            yield min(known), case["name"]
+
+
+def at_least(values: Iterator[tuple[float, str]], bound: float, unit: str) -> Measured | None:
+    """The smallest value must reach the bound."""
+    found = list(values)
+    if not found:
+        return None
+    value, where = min(found)
+    return f"{value:.3g}{unit} ({_where(where, found)})", value >= bound
+
+
+def at_most(values: Iterator[tuple[float, str]], bound: float, unit: str) -> Measured | None:
+    """The largest value must stay within the bound."""
+    found = list(values)
+    if not found:
+        return None
+    value, where = max(found)
+    return f"{value:.3g}{unit} ({_where(where, found)})", value <= bound
+
+
+def _where(name: str, found: Sequence[object]) -> str:
+    return name if len(found) == 1 else f"worst of {len(found)}: {name}"
+
+
+# ---- the kernels on an H200
+
+
+def few_nodes(documents: Documents) -> Iterator[Mapping[str, Any]]:
+    return cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n <= 64)
+
+
+def many_nodes(documents: Documents) -> Iterator[Mapping[str, Any]]:
+    return cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n >= 256)
+
+
+def sampling(documents: Documents) -> Iterator[Mapping[str, Any]]:
+    sizes = {"num_rows": 64, "vocab": 128256, "num_samples": 16}
+    return cases(documents, "sample_without_replacement", temperature=lambda t: t > 0, **sizes)
+
+
+def verification(documents: Documents) -> Iterator[Mapping[str, Any]]:
+    sizes = {"num_nodes": (64, 128).__contains__, "vocab": 128256, "batch_size": 1}
+    return cases(documents, "verify_tree", temperature=lambda t: t > 0, **sizes)
+
+
+def compaction(documents: Documents) -> Iterator[Mapping[str, Any]]:
+    return cases(documents, "compact_kv_cache_", num_accepted=8, batch_size=1, layers=32)
+
+
+def _times_the_read(documents: Documents, found: Iterator[Mapping[str, Any]], bench: str) -> Iterator[Any]:
+    """Time over what reading the logits once takes at the measured copy bandwidth."""
+    for case in found:
+        sizes = case["sizes"]
+        itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}[sizes["dtype"]]
+        # verify_tree reads two logit tensors of a row a node
+        rows = sizes["num_rows"] if bench == "sample_without_replacement" else 2 * sizes["num_nodes"]
+        read_ms = rows * sizes["vocab"] * itemsize / (documents[bench]["peaks"]["copy_gb_per_s"] * 1e6)
+        yield ours(case)["ms"][ours(case)["headline"]]["p50"] / read_ms, case["name"]
+
+
+def _microseconds(found: Iterator[Mapping[str, Any]]) -> Iterator[tuple[float, str]]:
+    return ((1e3 * ours(case)["ms"][ours(case)["headline"]]["p50"], case["name"]) for case in found)
+
+
+def _all_captured(found: Iterator[Mapping[str, Any]]) -> Measured | None:
+    entries = [ours(case).get("captured", False) for case in found]
+    if not entries:
+        return None
+    return f"captured in a CUDA graph in {sum(entries)} of {len(entries)} cases", all(entries)
+
+
+def _one_launch(found: Iterator[Mapping[str, Any]]) -> Measured | None:
+    launches = [ours(case).get("launches") for case in found]
+    if not launches or None in launches:
+        return None
+    return f"{max(launches)}", max(launches) == 1
+
+
+def _host_share(documents: Documents) -> Measured | None:
+    document = documents.get("captured_loop", {})
+    if document.get("device_type") != "cuda":
+        return None
+    shares = ((100 * entry["host_share"], f"{entry['nodes']} nodes") for entry in document["results"])
+    return at_most(shares, 3.0, " % of a step")
+
+
+TARGETS = [
+    Target(
+        "tree_attention, Llama-3-8B heads, bf16, contexts >= 8k, up to 64 nodes",
+        ">= 80 % of the copy bandwidth",
+        lambda d: at_least(((ours(c)["percent_of_copy"], c["name"]) for c in few_nodes(d)), 80, " %"),
+    ),
+    Target(
+        "the same against torch SDPA with a dense mask",
+        ">= 3x",
+        lambda d: at_least(ratios(few_nodes(d), "torch SDPA", "torch SDPA, repeated heads"), 3, "x"),
+    ),
+    Target(
+        "the same against FlexAttention", "> 1x", lambda d: at_least(ratios(few_nodes(d), "FlexAttention"), 1.0, "x")
+    ),
+    Target(
+        "the same against FlashInfer's custom-mask prefill, where installed",
+        ">= 1x",
+        lambda d: at_least(ratios(few_nodes(d), "FlashInfer"), 1.0, "x"),
+    ),
+    Target(
+        "tree_attention, 256 to 1024 nodes, contexts >= 8k, prefix part",
+        ">= 60 % of the bf16 matrix rate",
+        lambda d: at_least(((ours(c)["percent_of_matmul"], c["name"]) for c in many_nodes(d)), 60, " %"),
+    ),
+    Target(
+        "sample_without_replacement, 16 of 128256, 64 rows",
+        "<= 2x one read of the logits",
+        lambda d: at_most(_times_the_read(d, sampling(d), "sample_without_replacement"), 2, "x"),
+    ),
+    Target(
+        "the same against softmax + exponential race + topk",
+        ">= 10x",
+        lambda d: at_least(ratios(sampling(d), "softmax + race + topk"), 10, "x"),
+    ),
+    Target(
+        "verify_tree, 64 and 128 nodes x 128256",
+        "<= 4x one read of both logit tensors",
+        lambda d: at_most(_times_the_read(d, verification(d), "verify_tree"), 4, "x"),
+    ),
+    Target("the same", "no host sync", lambda d: _all_captured(verification(d))),
+    Target(
+        "the same against the child-by-child loop",
+        ">= 50x",
+        lambda d: at_least(ratios(verification(d), "child by child"), 50, "x"),
+    ),
+    Target("compact_kv_cache_, 32 layers, 8 rows: launches", "1", lambda d: _one_launch(compaction(d))),
+    Target(
+        "compact_kv_cache_, 32 layers, 8 rows", "<= 10 us", lambda d: at_most(_microseconds(compaction(d)), 10, " us")
+    ),
+    Target(
+        "the same against index_select and copy a layer",
+        ">= 10x",
+        lambda d: at_least(ratios(compaction(d), "layer by layer", "layer by layer, known path"), 10, "x"),
+    ),
+    Target("captured loop: host time between steps", "none (<= 3 % of a step)", _host_share),
+]
+
+
+def evaluate(documents: Documents) -> list[Finding]:
+    """Check every target."""
+    findings = []
+    for target in TARGETS:
+        measured = target.measure(documents)
+        text, met = (NOT_MEASURED, None) if measured is None else measured
+        findings.append(Finding(target.what, target.wanted, text, met))
+    return findings
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """The table."""
+    words = {True: "yes", False: "**no**", None: "-"}
+    rows = [[finding.what, finding.wanted, finding.measured, words[finding.met]] for finding in findings]
+    return report.table(["target (H200)", "wanted", "measured", "met"], rows, left=4)
+
+
+def load_documents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the documents that lie in a folder, by the bench that wrote them."""
+    documents = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and "bench" in document:
+            documents[document["bench"]] = document
+    return documents
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if something was measured and is not met, 0 otherwise."""
+    parser = argparse.ArgumentParser(description="Check measured documents against the package's targets.")
+    parser.add_argument("folder", type=Path, help="folder of one device's results")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        parser.error(f"folder must exist, got {options.folder}")
+    findings = evaluate(load_documents(options.folder))
+    print(markdown(findings))
+    return 1 if any(finding.met is False for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

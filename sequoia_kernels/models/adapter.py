@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +20,16 @@ from sequoia_kernels.models.families import PROVEN_FAMILIES, check_family, famil
 from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.step import TreeStep, causal_step
 
-__all__ = ["TreeModel", "adapt"]
+__all__ = ["ChunkInputs", "TreeModel", "adapt"]
+
+
+class ChunkInputs(NamedTuple):
+    """Arguments of one forward among several that build on one another; see `TreeModel.forward`."""
+
+    input_ids: torch.Tensor
+    cache_lens: torch.Tensor
+    step: TreeStep
+    last_row: torch.Tensor | None
 
 
 class _ModelPlan(NamedTuple):
@@ -250,6 +260,33 @@ class TreeModel:
             cache_lens[b] + depths[i]. No host sync on accelerators.
         """
         self._check_forward(input_ids, cache, cache_lens, step, last_row)
+        with self._switch, torch.no_grad():
+            return self._run(input_ids, cache_lens, step, last_row, cache)
+
+    def forward_chunks(self, chunks: Sequence[ChunkInputs], cache: TreeCache) -> list[torch.Tensor]:
+        """Run forwards whose chunks build on one another, as a long prompt does.
+
+        Args:
+            chunks: arguments of each forward, in order.
+            cache: the cache of all of them.
+
+        Returns:
+            The logits of each forward.
+        """
+        return [
+            self.forward(chunk.input_ids, cache, chunk.cache_lens, chunk.step, last_row=chunk.last_row)
+            for chunk in chunks
+        ]
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        last_row: torch.Tensor | None,
+        cache: TreeCache,
+    ) -> torch.Tensor:
+        """Run one checked forward; the caller holds the attention switch."""
         plan = self._plan
         context = StepContext.create(cache.layers, step, cache_lens, cache.max_cache_len)
         arguments: dict[str, Any] = {
@@ -264,12 +301,11 @@ class TreeModel:
         keep_rows = last_row is not None and plan.takes_logits_to_keep and last_row.shape[0] <= input_ids.shape[1]
         if keep_rows:
             arguments["logits_to_keep"] = last_row
-        with self._switch, torch.no_grad():
-            cache.context = context
-            try:
-                logits = self.model(**arguments).logits
-            finally:
-                cache.context = None
+        cache.context = context
+        try:
+            logits = self.model(**arguments).logits
+        finally:
+            cache.context = None
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
                 f"forward: family {self.family} must call its attention function once in each of {len(plan.specs)} "

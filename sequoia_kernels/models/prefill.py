@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sequoia_kernels.models.adapter import TreeModel
+from sequoia_kernels.models.adapter import ChunkInputs, TreeModel
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.step import causal_step
 
@@ -57,20 +57,20 @@ def prefill(model: TreeModel, cache: TreeCache, input_ids: torch.Tensor, prompt_
     if prompt_lens.device.type == "cpu" and not 1 <= int(prompt_lens.min()) <= int(prompt_lens.max()) <= length:
         raise ValueError(f"prefill: prompt_lens must be in 1..{length}, got {prompt_lens.tolist()}")
     last_tokens = prompt_lens.to(torch.int64) - 1
-    logits: torch.Tensor | None = None
-    for start in range(0, length, _CHUNK_ROWS):
+    starts = range(0, length, _CHUNK_ROWS)
+    chunks = []
+    for start in starts:
         num_rows = min(_CHUNK_ROWS, length - start)
-        chunk_lens = torch.full((batch_size,), start, dtype=torch.int32, device=input_ids.device)
-        chunk_logits = model.forward(
-            input_ids[:, start : start + num_rows],
-            cache,
-            chunk_lens,
-            causal_step(num_rows, input_ids.device),
-            last_row=(last_tokens - start).clamp(0, num_rows - 1),
+        chunks.append(
+            ChunkInputs(
+                input_ids[:, start : start + num_rows],
+                torch.full((batch_size,), start, dtype=torch.int32, device=input_ids.device),
+                causal_step(num_rows, input_ids.device),
+                (last_tokens - start).clamp(0, num_rows - 1),
+            )
         )
-        # Prompts that end in an earlier chunk keep the logits of that chunk.
-        logits = (
-            chunk_logits if logits is None else torch.where((last_tokens >= start)[:, None, None], chunk_logits, logits)
-        )
-    assert logits is not None  # there is at least one chunk
+    logits, *later = model.forward_chunks(chunks, cache)
+    # Prompts that end in an earlier chunk keep the logits of that chunk.
+    for start, chunk_logits in zip(starts[1:], later):
+        logits = torch.where((last_tokens >= start)[:, None, None], chunk_logits, logits)
     return logits

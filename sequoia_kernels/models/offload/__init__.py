@@ -1,0 +1,23 @@
+"""Offloading: decoder layers on the host, streamed to the device layer by layer while the model runs.
+
+`checkpoint` reads safetensors files, `layers` finds and lays out a model's decoder layers, `memory` decides which of
+them stay on the device, `host_weights` keeps the others, `link` copies them, `scheduler` orders the copies, `lockstep`
+runs a long prompt in one pass over the weights, and `model` makes a tree model of it all.
+"""
+
+from sequoia_kernels.models.offload.link import CudaLink, Link, SimulatedLink, ThreadLink, VirtualClock
+from sequoia_kernels.models.offload.memory import MemoryPlan, plan_memory
+from sequoia_kernels.models.offload.model import OffloadedModel, load_offloaded, memory_plan
+
+__all__ = [
+    "CudaLink",
+    "Link",
+    "MemoryPlan",
+    "OffloadedModel",
+    "SimulatedLink",
+    "ThreadLink",
+    "VirtualClock",
+    "load_offloaded",
+    "memory_plan",
+    "plan_memory",
+]

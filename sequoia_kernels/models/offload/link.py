@@ -1,0 +1,298 @@
+"""Links: how a layer's block travels from the host to a device buffer, beside the computation.
+
+A link starts copies in the order in which they are asked for, never waits in `copy`, and makes the computation wait in
+`wait`. Three of them: CUDA streams and events, a worker thread, and a simulation on a virtual clock.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from sequoia_kernels.models.offload.host_weights import HostLayer
+
+__all__ = ["CudaLink", "Link", "SimulatedLink", "ThreadLink", "VirtualClock"]
+
+
+class Link(ABC):
+    """Copies blocks from the host into device buffers, one after the other."""
+
+    @abstractmethod
+    def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
+        """Start a copy and return at once.
+
+        Args:
+            source: the layer.
+            destination: at least `source.num_bytes`. uint8, on the device.
+            after: mark behind which the destination may be overwritten, from `mark`; None at once.
+
+        Returns:
+            The transfer, for `wait`.
+        """
+
+    @abstractmethod
+    def wait(self, transfer: Any) -> None:
+        """Let what is computed from now on see the copy's result."""
+
+    def mark(self) -> Any:
+        """Mark the point that the computation has been told to reach."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop copies that have not begun, finish the one that has, release threads and memory. Idempotent."""
+
+
+def _closed() -> RuntimeError:
+    return RuntimeError("OffloadedModel: the model must be open, got a closed one; load it again")
+
+
+class _ThreadTransfer:
+    def __init__(self, source: HostLayer, destination: torch.Tensor, after: Any) -> None:
+        self.source, self.destination, self.after = source, destination, after
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self.event: Any = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+    def result(self) -> None:
+        self.done.wait()
+        if self.error is not None:
+            raise RuntimeError(f"OffloadedModel: a layer could not be copied: {self.error}") from self.error
+
+
+class ThreadLink(Link):
+    """Copies in a worker thread, for a device whose memory is the host's; torch releases the GIL while it copies.
+
+    Args:
+        bandwidth_bytes_per_s: slows copies down to this rate; None leaves them at the speed of memory.
+        latency_s: added to each copy.
+
+    Raises:
+        ValueError: the bandwidth is not positive or the latency negative.
+    """
+
+    def __init__(self, bandwidth_bytes_per_s: float | None = None, latency_s: float = 0.0) -> None:
+        _check_rates("ThreadLink", bandwidth_bytes_per_s, latency_s)
+        self._bandwidth, self._latency = bandwidth_bytes_per_s, latency_s
+        self._jobs: queue.SimpleQueue[_ThreadTransfer | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._worker = threading.Thread(target=self._run, name="sequoia-weights", daemon=True)
+        self._worker.start()
+
+    def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> _ThreadTransfer:
+        """Queue a copy."""
+        if self._stop.is_set():
+            raise _closed()
+        transfer = _ThreadTransfer(source, destination, after)
+        self._jobs.put(transfer)
+        return transfer
+
+    def wait(self, transfer: _ThreadTransfer) -> None:
+        """Block until the copy is done."""
+        transfer.result()
+
+    def close(self) -> None:
+        """Stop the worker; copies that wait in the queue fail."""
+        self._stop.set()
+        self._jobs.put(None)
+        if self._worker is not threading.current_thread():
+            self._worker.join()
+
+    def _run(self) -> None:
+        while (transfer := self._jobs.get()) is not None:
+            if self._stop.is_set():
+                transfer.finish(_closed())
+                continue
+            started = time.perf_counter()
+            try:
+                self._copy(transfer)
+                if self._bandwidth is not None or self._latency:
+                    duration = self._latency + transfer.source.num_bytes / (self._bandwidth or float("inf"))
+                    # Waits on the stop signal and not by sleeping, so that closing never takes as long as a copy.
+                    self._stop.wait(max(0.0, duration - (time.perf_counter() - started)))
+                transfer.finish()
+            except BaseException as error:  # the thread must live; the error is raised where the layer is wanted
+                transfer.finish(error)
+            del transfer  # while the thread waits for work it must not keep a layer alive
+
+    def _copy(self, transfer: _ThreadTransfer) -> None:
+        transfer.source.write_into(transfer.destination[: transfer.source.num_bytes])
+
+
+class CudaLink(Link):
+    """Copies on a CUDA stream of its own, ordered with the computation by events in both directions.
+
+    A page-locked block is one asynchronous copy that the host only launches. Layers in memory-mapped files pass through
+    two page-locked staging blocks that a reading thread fills; then the host waits for that thread, never for the GPU.
+
+    Args:
+        device: the device.
+        staging_bytes: size of a staging block, 0 when all layers are page-locked.
+    """
+
+    def __init__(self, device: torch.device, staging_bytes: int = 0) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._closed = False
+        self._reader: _StagingReader | None = None
+        if staging_bytes:
+            blocks = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._reader = _StagingReader(self, blocks)
+
+    def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
+        """Launch a copy."""
+        if self._closed:
+            raise _closed()
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("layers that stream from the host cannot be captured in a CUDA graph")
+        if source.block is not None:
+            return self.launch(source.block, destination[: source.num_bytes], after)
+        assert self._reader is not None  # whoever builds the link knows where its layers are
+        return self._reader.copy(source, destination, after)
+
+    def launch(self, block: torch.Tensor, destination: torch.Tensor, after: torch.cuda.Event | None) -> Any:
+        """Launch the copy of a page-locked block and return the event behind it."""
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            destination.copy_(block, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return done
+
+    def wait(self, transfer: Any) -> None:
+        """Let the current stream wait for the copy; the host goes on."""
+        if isinstance(transfer, _ThreadTransfer):
+            transfer.result()
+            transfer = transfer.event
+        torch.cuda.current_stream(self._device).wait_event(transfer)
+
+    def mark(self) -> torch.cuda.Event:
+        """Record an event on the current stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def close(self) -> None:
+        """Wait for running copies, so that their memory may be freed."""
+        if not self._closed:
+            self._closed = True
+            if self._reader is not None:
+                self._reader.close()
+            self._stream.synchronize()
+
+
+class _StagingReader(ThreadLink):
+    """Reads layers into page-locked staging blocks and launches their copies."""
+
+    def __init__(self, link: CudaLink, blocks: list[torch.Tensor]) -> None:
+        self._link, self._blocks = link, blocks
+        self._copied: list[torch.cuda.Event | None] = [None] * len(blocks)  # until then a block is being read
+        self._turn = 0
+        super().__init__()
+
+    def _copy(self, transfer: _ThreadTransfer) -> None:
+        turn, self._turn = self._turn, (self._turn + 1) % len(self._blocks)
+        copied = self._copied[turn]
+        if copied is not None:
+            copied.synchronize()
+        num_bytes = transfer.source.num_bytes
+        block = self._blocks[turn][:num_bytes]
+        with torch.cuda.device(self._link._device):
+            transfer.source.write_into(block)
+            transfer.event = self._link.launch(block, transfer.destination[:num_bytes], transfer.after)
+        self._copied[turn] = transfer.event
+
+
+class VirtualClock:
+    """Seconds that pass only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def advance(self, seconds: float) -> None:
+        """Let the computation take some time."""
+        self.now += seconds
+
+
+class _SimulatedTransfer:
+    def __init__(self, source: HostLayer, destination: torch.Tensor, start: float, end: float) -> None:
+        self.source, self.destination, self.start, self.end = source, destination, start, end
+        self.arrived = False
+
+
+class SimulatedLink(Link):
+    """A link of a given bandwidth on a virtual clock: what overlaps with what is exact and repeatable, nothing sleeps.
+
+    The destination is filled with 0xFF when a copy is asked for (NaN in every floating-point type) and with the layer
+    when it is waited for, so a scheduler that reads too early or overwrites too early computes NaN.
+
+    Args:
+        bandwidth_bytes_per_s: of the link.
+        latency_s: before each copy.
+        clock: the computation's clock; `wait` advances it to the end of a copy that is still running.
+
+    Attributes:
+        bytes_copied: in all.
+        history: (start, end) of every copy, in seconds.
+        stalled_s: how long the computation has waited.
+
+    Raises:
+        ValueError: the bandwidth is not positive or the latency negative.
+    """
+
+    def __init__(self, bandwidth_bytes_per_s: float, latency_s: float = 0.0, clock: VirtualClock | None = None) -> None:
+        _check_rates("SimulatedLink", bandwidth_bytes_per_s, latency_s)
+        self._bandwidth, self._latency = bandwidth_bytes_per_s, latency_s
+        self.clock = clock or VirtualClock()
+        self.bytes_copied = 0
+        self.history: list[tuple[float, float]] = []
+        self.stalled_s = 0.0
+        self.closed = False
+        self._free_at = 0.0
+
+    def copy(self, source: HostLayer, destination: torch.Tensor, after: float | None) -> _SimulatedTransfer:
+        """Queue a copy behind the ones before it."""
+        if self.closed:
+            raise _closed()
+        start = max(self.clock.now, self._free_at, after or 0.0)
+        end = start + self._latency + source.num_bytes / self._bandwidth
+        self._free_at = end
+        self.history.append((start, end))
+        self.bytes_copied += source.num_bytes
+        destination.fill_(0xFF)
+        return _SimulatedTransfer(source, destination, start, end)
+
+    def wait(self, transfer: _SimulatedTransfer) -> None:
+        """Let the clock reach the end of the copy."""
+        if self.closed:
+            raise _closed()
+        self.stalled_s += max(0.0, transfer.end - self.clock.now)
+        self.clock.now = max(self.clock.now, transfer.end)
+        if not transfer.arrived:
+            transfer.source.write_into(transfer.destination[: transfer.source.num_bytes])
+            transfer.arrived = True
+
+    def mark(self) -> float:
+        """Return the time."""
+        return self.clock.now
+
+    def close(self) -> None:
+        """Refuse further copies."""
+        self.closed = True
+
+
+def _check_rates(name: str, bandwidth: float | None, latency: float) -> None:
+    if bandwidth is not None and not bandwidth > 0:
+        raise ValueError(f"{name}: bandwidth_bytes_per_s must be positive, got {bandwidth}")
+    if not latency >= 0:
+        raise ValueError(f"{name}: latency_s must be at least 0, got {latency}")

@@ -1,0 +1,122 @@
+"""The order of copies: a ring of buffers that is always filled as far ahead as there is room, pass after pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sequoia_kernels.models.offload.host_weights import HostLayer
+from sequoia_kernels.models.offload.layers import DecoderLayer
+from sequoia_kernels.models.offload.link import Link
+
+__all__ = ["LayerStreamer"]
+
+
+class LayerStreamer:
+    """Streams layers through a ring of buffers and binds them while they run.
+
+    Position p of the endless sequence of passes is layer p mod S in buffer p mod n. A position is copied as soon as its
+    buffer has been released by position p - n, so the first layers of a pass travel while whatever lies between two
+    passes is computed. Layers may also be asked for out of order (a pass that broke off, a caller that skips layers):
+    the ring then starts again at the layer that is wanted.
+
+    Args:
+        layers: the streamed layers in the order in which they run. [S]
+        sources: their weights on the host. [S]
+        num_buffers: n, at least 1.
+        device: where the buffers are.
+        link: does the copies.
+
+    Attributes:
+        buffers: the buffers. uint8, each of the size of the largest layer.
+        num_copies: copies that were started.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        sources: Sequence[HostLayer],
+        num_buffers: int,
+        device: torch.device,
+        link: Link,
+    ) -> None:
+        self.layers, self.sources, self.link = list(layers), list(sources), link
+        largest = max(layer.num_bytes for layer in layers)
+        self.num_copies = 0
+        # Normal tensors even inside inference mode: the views below are used inside and outside of it.
+        with torch.inference_mode(False):
+            self.buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(num_buffers)]
+            # What each layer's tensors are in each buffer, shared by layers of one layout.
+            views: dict[Any, list[tuple[torch.Tensor, ...]]] = {}
+            for layer in self.layers:
+                if layer.layout not in views:
+                    views[layer.layout] = [
+                        tuple(packed.bindable(buffer) for packed in layer.tensors) for buffer in self.buffers
+                    ]
+            self._views = [views[layer.layout] for layer in self.layers]
+        # The buffers' memory may still be in use by what the allocator had lent it to.
+        self._released: list[Any] = [link.mark()] * num_buffers
+        self._transfers: list[Any] = [None] * num_buffers
+        self._wanted = self._issued = 0  # positions: the next one to run, the next one to copy
+        self._held: int | None = None  # the layer that is bound
+        self._closed = False
+        self._fill()
+
+    def acquire(self, layer: int) -> None:
+        """Bind a layer's weights; what is computed from now on may use them. No-op where it is bound already."""
+        if self._closed:
+            raise RuntimeError("OffloadedModel: the model must be open, got a closed one; load it again")
+        if self._held == layer:
+            return
+        self.release()
+        num_layers = len(self.layers)
+        if self._wanted % num_layers != layer:
+            self._restart_at(layer)
+        self._fill()
+        buffer = self._wanted % len(self.buffers)
+        try:
+            self.link.wait(self._transfers[buffer])
+        except BaseException:
+            self._restart_at(layer)  # a failed copy must not be found again
+            raise
+        self.layers[layer].bind(self._views[layer][buffer])
+        self._held = layer
+
+    def release(self) -> None:
+        """Unbind the bound layer, if any, and let its buffer be overwritten once it has run."""
+        if self._held is None:
+            return
+        self.layers[self._held].unbind()
+        self._held = None
+        self._released[self._wanted % len(self.buffers)] = self.link.mark()
+        self._wanted += 1
+        if not self._closed:
+            self._fill()
+
+    def close(self) -> None:
+        """Stop the link, free the buffers and the host's memory. Idempotent."""
+        self._closed = True
+        self.release()
+        self.link.close()
+        for source in self.sources:
+            source.close()
+        self.sources.clear()
+        self._views.clear()
+        self._transfers.clear()
+        self.buffers.clear()
+
+    def _fill(self) -> None:
+        while self._issued < self._wanted + len(self.buffers):
+            layer, buffer = self._issued % len(self.layers), self._issued % len(self.buffers)
+            self._transfers[buffer] = self.link.copy(self.sources[layer], self.buffers[buffer], self._released[buffer])
+            self._issued += 1
+            self.num_copies += 1
+            self.sources[(layer + 1) % len(self.layers)].read_ahead()
+
+    def _restart_at(self, layer: int) -> None:
+        """Go on at a layer. Copies under way are dropped: the link is in order, so later ones overwrite them."""
+        num_layers = len(self.layers)
+        self._issued += (layer - self._issued) % num_layers
+        self._wanted = self._issued

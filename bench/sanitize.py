@@ -1,0 +1,223 @@
+"""Run every CUDA and Triton kernel of the package once, on small inputs with awkward sizes: food for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python bench/sanitize.py
+    compute-sanitizer --tool racecheck python bench/sanitize.py
+
+Inputs are made and results are checked on the CPU, so that the package's kernels are all that the sanitizer sees on the
+device. Exit status 1 if a result is wrong, 2 where there is no CUDA device. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every
+tensor is an allocation of its own, and a read one element behind it is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from workloads import step_tree, tree_step
+
+from sequoia_kernels import backends, ops
+from sequoia_kernels.errors import BackendUnavailableError
+
+VOCAB = 1009  # prime: no block divides it
+WIDE_VOCAB = 40009  # several chunks a row in every kernel
+GPU_BACKENDS = ("triton", "cuda")
+
+
+class Exercise(NamedTuple):
+    """One call of an op."""
+
+    op: str
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    tolerance: float
+    """largest difference of a float output from the reference's"""
+    swaps: int = 0
+    """integers that may differ: two keys that are equal up to the rounding of a logarithm may change places"""
+
+
+def exercises() -> Iterator[Exercise]:
+    """Calls that between them launch every kernel, in its dtypes, layouts and branches."""
+    yield from attention_exercises()
+    yield from vocabulary_exercises()
+    yield from verification_exercises()
+    yield from compaction_exercises()
+
+
+def attention_exercises() -> Iterator[Exercise]:
+    generator = torch.Generator().manual_seed(0)
+
+    def inputs(num_nodes: int, cache_lens: list[int], dtype: torch.dtype, head_dim: int = 64) -> tuple[Any, ...]:
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        num_slots = max(cache_lens) + num_nodes
+        caches = [normal(len(cache_lens), 2, num_slots, head_dim).transpose(1, 2) for _ in range(2)]
+        mask = step_tree(num_nodes).tensors("cpu").ancestor_mask
+        lens = torch.tensor(cache_lens, dtype=torch.int32)
+        return normal(len(cache_lens), num_nodes, 6, head_dim), *caches, mask, lens
+
+    bounds = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+    for dtype, bound in bounds.items():
+        for num_nodes, cache_lens in ((1, [300]), (13, [0, 77]), (70, [131])):
+            name = f"{num_nodes} nodes behind {cache_lens}, {dtype}"
+            yield Exercise("tree_attention", name, inputs(num_nodes, cache_lens, dtype), {}, bound)
+    half = inputs(9, [200, 3], torch.bfloat16)
+    rules = {"sliding_window": 50, "softcap": 5.0, "sinks": torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -torch.inf])}
+    yield Exercise("tree_attention", "window, soft-cap, sinks and LSE", half, {**rules, "return_lse": True}, 4e-2)
+    masks = torch.stack([half[3], step_tree(9).tensors("cpu").ancestor_mask.flip(0)]).contiguous()
+    yield Exercise("tree_attention", "a mask a request", (*half[:3], masks, half[4]), {}, 4e-2)
+    for num_nodes, head_dim in ((5, 40), (3, 256), (200, 128)):  # the smallest and the largest tiles
+        name = f"{num_nodes} nodes, head dim {head_dim}"
+        yield Exercise("tree_attention", name, inputs(num_nodes, [333], torch.bfloat16, head_dim), {}, 4e-2)
+    float8 = tuple(cache.to(torch.float8_e4m3fn) for cache in half[1:3])
+    scales = {"k_scale": torch.tensor([0.5, 1.5]), "v_scale": 2.0}
+    yield Exercise("tree_attention", "float8 cache", (half[0], *float8, *half[3:]), scales, 8e-2)
+    pages, block_table = _paged([cache.contiguous() for cache in half[1:3]], page_size=16)
+    options = {"block_table": block_table}
+    yield Exercise("tree_attention", "paged cache", (half[0], *pages, *half[3:]), options, 4e-2)
+
+
+def _paged(caches: Sequence[torch.Tensor], page_size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Caches [B, S, H, D] as pages in reverse order, and their block table."""
+    batch_size, num_slots = caches[0].shape[:2]
+    each = -(-num_slots // page_size)
+    table = torch.arange(batch_size * each - 1, -1, -1, dtype=torch.int32).reshape(batch_size, each)
+    paged = []
+    for cache in caches:
+        rows = cache.new_zeros(batch_size, each * page_size, *cache.shape[2:])
+        rows[:, :num_slots] = cache
+        paged.append(rows.reshape(batch_size * each, page_size, *cache.shape[2:]).flip(0).contiguous())
+    return paged, table
+
+
+def vocabulary_exercises() -> Iterator[Exercise]:
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(5, VOCAB, generator=generator)
+    logits[2, 100:900] = -torch.inf
+    temperature = torch.tensor([0.0, 0.3, 0.7, 1.0, 2.0])
+    top_k = torch.tensor([0, 5, 40, 1, VOCAB], dtype=torch.int32)
+    top_p = torch.tensor([1.0, 0.9, 0.5, 0.99, 0.1])
+    seeds, offsets = torch.arange(5), torch.arange(5) * 2**33
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rounded = logits.to(dtype)
+        for name, warps in {
+            "no warp": (None, None),
+            "top-k": (top_k, None),
+            "top-p": (None, top_p),
+            "top-k and top-p": (top_k, top_p),
+        }.items():
+            yield Exercise("warped_logsumexp", f"{name}, {dtype}", (rounded, temperature, *warps), {}, 2e-5)
+        for num_samples in (1, 7, 128):
+            arguments = (rounded, num_samples, temperature, seeds, offsets)
+            name = f"{num_samples} of {VOCAB}, {dtype}"
+            yield Exercise("sample_without_replacement", name, arguments, {}, 2e-5, swaps=2)
+
+    wide = (3 * torch.randn(2, WIDE_VOCAB, generator=generator)).bfloat16()
+    streams = (torch.tensor([0.7, 0.0]), seeds[:2], offsets[:2])
+    yield Exercise("sample_without_replacement", f"16 of {WIDE_VOCAB}", (wide, 16, *streams), {}, 2e-5, swaps=2)
+    warps = (streams[0], torch.tensor([50, 0], dtype=torch.int32), torch.tensor([0.9, 0.9]))
+    yield Exercise("warped_logsumexp", f"{WIDE_VOCAB} tokens", (wide, *warps), {}, 2e-5)
+
+
+def verification_exercises() -> Iterator[Exercise]:
+    warps = {"top_k": torch.tensor([40, 0, 3], dtype=torch.int32), "top_p": torch.tensor([0.9, 1.0, 0.8])}
+    sizes = [(num_nodes, VOCAB, dtype) for num_nodes in (1, 13, 70) for dtype in (torch.float32, torch.bfloat16)]
+    for num_nodes, vocab, dtype in [*sizes, (13, WIDE_VOCAB, torch.bfloat16)]:
+        tree = step_tree(num_nodes)
+        step = tree_step(tree, 3, vocab, 0.7, dtype, torch.device("cpu"), seed=num_nodes)
+        temperature = torch.tensor([0.7, 0.0, 0.7])
+        draft_logits = step.draft_logits if num_nodes > 1 else None
+        arguments = (step.tokens, step.target_logits, draft_logits, tree, temperature, step.seeds, step.offsets)
+        yield Exercise("verify_tree", f"{num_nodes} nodes x {vocab}, {dtype}", arguments, {}, 0.0)
+        yield Exercise("verify_tree", f"{num_nodes} nodes x {vocab}, warped, {dtype}", arguments, warps, 0.0)
+
+
+def compaction_exercises() -> Iterator[Exercise]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(2, 50, 2, 24), (2, 50, 2, 24), (2, 50, 1, 5)]
+    caches = [torch.randn(shape, generator=generator) for shape in shapes]
+    caches[1] = caches[1].to(torch.bfloat16)
+    paths = torch.tensor([[0, 2, 3, 7, 30], [1, 4, -1, -1, -1]], dtype=torch.int32)
+    arguments = (paths, torch.tensor([5, 2], dtype=torch.int32), torch.tensor([9, 40], dtype=torch.int32))
+    yield Exercise("compact_kv_cache_", "contiguous", (caches, *arguments), {}, 0.0)
+    pages, block_table = _paged(caches, page_size=8)
+    yield Exercise("compact_kv_cache_", "paged", (pages, *arguments), {"block_table": block_table}, 0.0)
+
+
+# ---- running them
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A deep copy of tensors in tuples, lists and dictionaries on a device; on the same device, too. Strides stay."""
+    if isinstance(value, torch.Tensor):
+        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return copy.copy_(value)
+    if isinstance(value, dict):
+        return {key: moved(entry, device) for key, entry in value.items()}
+    return type(value)(moved(entry, device) for entry in value) if type(value) in (tuple, list) else value
+
+
+def outputs(exercise: Exercise, backend: str, device: torch.device) -> list[torch.Tensor]:
+    """Run one call and bring everything that it wrote to the CPU."""
+    function: Callable[..., Any] = getattr(ops, exercise.op)
+    arguments, options = moved(exercise.arguments, device), moved(exercise.options, device)
+    result = function(*arguments, **options, backend=backend)
+    if exercise.op == "compact_kv_cache_":
+        result = (*arguments[0], arguments[3])
+    return [tensor.cpu() for tensor in result if tensor is not None]
+
+
+def run(device: torch.device, names: Sequence[str] = GPU_BACKENDS) -> list[str]:
+    """Run all exercises on the named backends and return what was wrong."""
+    problems = []
+    for exercise in exercises():
+        wanted = outputs(exercise, "reference", torch.device("cpu"))
+        for name in names:
+            if name not in backends.backend_names(exercise.op):
+                continue
+            label = f"{exercise.op} on {name}: {exercise.name}"
+            try:
+                got = outputs(exercise, name, device)
+            except BackendUnavailableError as error:
+                print(f"  skipped  {label}: {error}", flush=True)
+                continue
+            found = [text for pair in zip(got, wanted, strict=True) if (text := _mismatch(*pair, exercise)) is not None]
+            print(f"  {'WRONG' if found else 'ok':<8} {label}", flush=True)
+            problems += [f"{label}: {text}" for text in found]
+    return problems
+
+
+def _mismatch(got: torch.Tensor, wanted: torch.Tensor, exercise: Exercise) -> str | None:
+    if got.shape != wanted.shape:
+        return f"shape {list(got.shape)} instead of {list(wanted.shape)}"
+    if not wanted.is_floating_point():
+        unequal = int((got != wanted).sum())
+        return None if unequal <= exercise.swaps else f"{unequal} of {wanted.numel()} integers differ"
+    if not wanted.numel():
+        return None
+    got, wanted = got.double(), wanted.double()
+    difference = torch.where(got == wanted, 0.0, (got - wanted).abs())  # equal infinities differ by nothing
+    worst = float(difference.nan_to_num(nan=float("inf")).max())
+    return None if worst <= exercise.tolerance else f"off by {worst:.3g}, at most {exercise.tolerance:g} is right"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu needs TRITON_INTERPRET=1")
+    parser.add_argument("--backends", nargs="+", default=list(GPU_BACKENDS), metavar="NAME")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("sanitize: torch sees no CUDA device on this machine; nothing was run", file=sys.stderr)
+        return 2
+    problems = run(torch.device(options.device), options.backends)
+    for problem in problems:
+        print(f"WRONG {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

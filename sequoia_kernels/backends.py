@@ -17,12 +17,16 @@ How a room takes part (``sequoia_kernels/ops/<op>/``):
 3. A backend file exposes
 
    - ``supports(*inputs) -> str | None``: None if it can run this call, else the reason why not. It reads dtypes,
-     shapes, layouts and devices, never values (no host sync), and takes a microsecond or two. A reason states the rule
+     shapes, layouts and devices, never values (no host sync), and takes a microsecond or two. Of the state of the
+     process it may read torch's number of CPU threads, and what stays as it is. A reason states the rule
      and not the sizes that were passed, since every new reason is logged: "takes head dims that are multiples of 8".
    - ``run(*inputs, *outputs) -> tuple of tensors``: the same inputs, then one argument per output of the op. An output
      that is given must be written and returned; one that is None is allocated by the backend, contiguous. Ops that
      return nothing have no outputs. ``run`` may rely on the checks in ``op.py``.
    - optionally ``unavailable() -> str | None``: why it cannot run on this machine ("no CUDA device"), asked once.
+   - optionally ``declines(*inputs) -> str | None``: why "auto" should rather take a backend behind this one, although
+     this one supports the call: the other is faster there. Rules as for ``supports``; a backend asked for by name is
+     not asked.
    - optionally ``CHECKS_VALUES = True``: its ``run`` itself refuses bad values (NaN logits, ...) before it writes
      anything, with the same messages, so that ``op.py`` need not read the data for that.
 
@@ -45,6 +49,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sequoia_kernels.errors import BackendUnavailableError
 
@@ -55,8 +60,11 @@ __all__ = [
     "backend_report",
     "choose",
     "define_operator",
+    "known_calls",
     "register_backend",
     "register_room",
+    "remember_call",
+    "runs_directly",
     "unavailable_reason",
 ]
 
@@ -82,7 +90,7 @@ _logger = logging.getLogger("sequoia_kernels")
 class Backend:
     """One way to run one op."""
 
-    __slots__ = ("checks_values", "name", "op", "run", "supports")
+    __slots__ = ("checks_values", "declines", "name", "op", "run", "supports")
 
     def __init__(
         self,
@@ -91,12 +99,14 @@ class Backend:
         supports: Callable[..., str | None],
         run: Callable[..., Any],
         checks_values: bool = False,
+        declines: Callable[..., str | None] | None = None,
     ) -> None:
         self.op = op
         self.name = name
         self.supports = supports
         self.run = run
         self.checks_values = checks_values
+        self.declines = declines
 
     def __repr__(self) -> str:
         return f"Backend({self.op}, {self.name})"
@@ -107,6 +117,7 @@ _modules: dict[str, dict[str, str]] = {}
 _loaded: dict[str, dict[str, Backend]] = {}
 _reasons: dict[str, dict[str, str]] = {}
 _auto: dict[tuple[str, str], tuple[Backend, ...]] = {}
+_known_calls: dict[str, dict[tuple[Any, ...], Backend]] = {}
 _logged: set[tuple[str, str, str, tuple[str, ...]]] = set()
 
 
@@ -160,6 +171,7 @@ def register_backend(
 def _forget_choices(op: str) -> None:
     for key in [key for key in _auto if key[0] == op]:
         del _auto[key]
+    _known_calls.setdefault(op, {}).clear()
 
 
 def _missing_module_reason(error: ImportError) -> str | None:
@@ -190,7 +202,14 @@ def _load(op: str, name: str) -> Backend | str:
     else:
         reason = module.unavailable() if hasattr(module, "unavailable") else None
         if reason is None:
-            backend = Backend(op, name, module.supports, module.run, getattr(module, "CHECKS_VALUES", False))
+            backend = Backend(
+                op,
+                name,
+                module.supports,
+                module.run,
+                getattr(module, "CHECKS_VALUES", False),
+                getattr(module, "declines", None),
+            )
             _loaded[op][name] = backend
             return backend
     _reasons[op][name] = reason
@@ -246,6 +265,8 @@ def choose(op: str, requested: str, device_type: str, inputs: Sequence[Any]) -> 
     passed_over: tuple[str, ...] = ()
     for backend in candidates:
         reason = backend.supports(*inputs)
+        if reason is None and backend.declines is not None:
+            reason = backend.declines(*inputs)
         if reason is None:
             key = (op, device_type, backend.name, passed_over)
             if key not in _logged:
@@ -253,6 +274,29 @@ def choose(op: str, requested: str, device_type: str, inputs: Sequence[Any]) -> 
             return backend
         passed_over += (f"{backend.name}: {reason}",)
     raise BackendUnavailableError(f"{op}: no backend on {device_type} supports this call ({'; '.join(passed_over)})")
+
+
+_MAX_KNOWN_CALLS = 1024
+
+
+def known_calls(op: str) -> dict[tuple[Any, ...], Backend]:
+    """The calls whose structure an op has checked before, with the backend that was chosen; to be read only.
+
+    The layers of a model repeat one call, with other values in tensors of the same kind. The key of a call holds all
+    that the op's structure checks and the backends' ``supports`` and ``declines`` may depend on: dtype, device, shape
+    and strides of every tensor, the options, the name of the backend and torch's number of threads. So a call that is
+    found here would pass the same checks and get the same backend; only accepted calls are entered. Nothing is said of
+    values in tensors: they can change between two calls, and are checked at each. Registering a backend empties it.
+    """
+    return _known_calls.setdefault(op, {})
+
+
+def remember_call(op: str, call: tuple[Any, ...], backend: Backend) -> None:
+    """Enter a call that has passed the checks; see ``known_calls``."""
+    calls = known_calls(op)
+    if len(calls) >= _MAX_KNOWN_CALLS:  # lengths that grow from call to call: keep it small, the rest comes back soon
+        calls.clear()
+    calls[call] = backend
 
 
 def _available(op: str, device_type: str) -> tuple[Backend, ...]:
@@ -279,6 +323,39 @@ def _log_choice(key: tuple[str, str, str, tuple[str, ...]]) -> None:
     )
     reasons = "; ".join(absent + passed_over)
     _logger.info("%s on %s runs on backend %s%s", op, device_type, name, f" ({reasons})" if reasons else "")
+
+
+# What would make torch's dispatcher do more with an operator than to call its implementation. Where a version of torch
+# lacks one of these, operators always go through the dispatcher.
+try:
+    _num_dispatch_modes = torch._C._len_torch_dispatch_stack
+    _function_mode_enabled = torch._C._is_torch_function_mode_enabled
+    _functorch_level = torch._C._functorch.maybe_current_level
+    _tracing_state = torch._C._get_tracing_state
+    _dispatch_is_known = True
+except AttributeError:
+    _dispatch_is_known = False
+
+
+def runs_directly(*tensors: Any) -> bool:
+    """Whether an operator on these arguments may be run without torch's dispatcher.
+
+    True for plain CPU and CUDA tensors (no subclass, so no fake tensors) that need no gradient, outside of
+    ``torch.compile``, of tracing, of functorch's transforms and of every mode that wants to see operators.
+    """
+    if torch.compiler.is_compiling() or not _dispatch_is_known:
+        return False
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not (tensor.is_cpu or tensor.is_cuda):
+            return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return (
+        _num_dispatch_modes() == 0
+        and not _function_mode_enabled()
+        and _functorch_level() is None
+        and _tracing_state() is None
+    )
 
 
 _library = torch.library.Library("sequoia", "FRAGMENT")

@@ -7,6 +7,7 @@ namespace py = pybind11;
 void bind_compact_kv_cache(py::module_& module);
 void bind_expand_tree_mask(py::module_& module);
 void bind_sample_without_replacement(py::module_& module);
+void bind_tree_attention(py::module_& module);
 void bind_verify_tree(py::module_& module);
 void bind_warped_logsumexp(py::module_& module);
 
@@ -14,6 +15,7 @@ void bind_ops(py::module_& module) {
     bind_compact_kv_cache(module);
     bind_expand_tree_mask(module);
     bind_sample_without_replacement(module);
+    bind_tree_attention(module);
     bind_verify_tree(module);
     bind_warped_logsumexp(module);
 }

@@ -387,6 +387,118 @@ def test_graph_replay_follows_lengths_on_the_device(backend):
         assert_close(result.out.cpu(), reference(cpu).out, ATTENTION, torch.float32)
 
 
+# Calls like an earlier one, whose structure is not checked again
+
+
+def test_what_changes_between_like_calls_is_noticed():
+    inputs = random_tree_inputs(9, cache_lens=(21, 5), num_slots=40)
+    tree_attention(*inputs)
+    inputs.cache_lens.fill_(31)  # in place: 9 rows of the tree fit
+    check_auto(inputs)
+    inputs.cache_lens.fill_(32)
+    with pytest.raises(ValueError, match="cache_lens must leave room for 9 tree rows in a cache of 40 slots"):
+        tree_attention(*inputs)
+    inputs.cache_lens.fill_(-1)
+    with pytest.raises(ValueError, match="cache_lens must not be negative"):
+        tree_attention(*inputs)
+    inputs.cache_lens.fill_(30)
+    inputs.tree_mask[3, 0] |= 1 << 10
+    with pytest.raises(ValueError, match="cache_lens must leave room for 11 tree rows in a cache of 40 slots"):
+        tree_attention(*inputs)
+
+
+@pytest.mark.parametrize("backend_name", ["host", "sdpa", "reference"])
+def test_structure_is_checked_after_good_calls(backend_name):
+    if (reason := backends.unavailable_reason("tree_attention", backend_name)) is not None:
+        pytest.skip(reason)
+    tree_attention(*GOOD, backend=backend_name)
+    for changes, error in (
+        ({"q": GOOD.q.double()}, TypeError),
+        ({"v_cache": GOOD.v_cache[:, :50]}, ValueError),
+        ({"tree_mask": GOOD.tree_mask.repeat(1, 2)[:, ::2]}, ValueError),
+        ({"cache_lens": GOOD.cache_lens.to("meta")}, ValueError),
+        ({"sliding_window": 0}, ValueError),
+        ({"scale": INF}, ValueError),
+        ({"sinks": torch.zeros(3)}, ValueError),
+        ({"out": torch.empty(2, 9, 4, 31)}, ValueError),
+    ):
+        arguments, options = refused(**changes)
+        with pytest.raises(error, match=r"^tree_attention: "):
+            tree_attention(*arguments, **options, backend=backend_name)
+
+
+def test_a_backend_registered_later_is_found(monkeypatch):
+    monkeypatch.setitem(backends.AUTO_ORDER, "cpu", ("other", *backends.AUTO_ORDER["cpu"]))
+    inputs = random_tree_inputs()
+    expected = tree_attention(*inputs).out
+    other = torch.full_like(expected, 7.0)
+    try:
+        backends.register_backend("tree_attention", "other", lambda *_: None, lambda *_: (other, None))
+        assert tree_attention(*inputs).out is other
+    finally:
+        backends.register_room("tree_attention", package="sequoia_kernels.ops.tree_attention")
+    assert torch.equal(tree_attention(*inputs).out, expected)
+
+
+def test_gradients_and_modes_go_through_the_dispatcher():
+    inputs = random_tree_inputs()
+    tree_attention(*inputs)
+    seen = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        tree_attention(*inputs)
+    assert any("sequoia.tree_attention" in name for name in seen)
+    assert backends.runs_directly(*inputs)
+    assert not backends.runs_directly(inputs.q.requires_grad_())
+    with torch.no_grad():
+        assert backends.runs_directly(inputs.q)
+    assert not backends.runs_directly(torch.nn.Parameter(torch.zeros(2)))
+    assert not backends.runs_directly(torch.zeros(2, device="meta"))
+
+
+def check_auto(inputs):
+    assert_close(tree_attention(*inputs).out, reference(inputs).out, ATTENTION, inputs.q.dtype)
+
+
+# The C++ backend
+
+
+def test_host_leaves_large_calls_to_threads(monkeypatch):
+    if (reason := backends.unavailable_reason("tree_attention", "host")) is not None:
+        pytest.skip(reason)
+    small, large = random_tree_inputs(9), random_tree_inputs(33, cache_lens=(900,))
+
+    def chosen(inputs, **options):
+        options = {"softcap": None, "return_lse": False, **options}
+        arguments = (*inputs, 0.2, options["softcap"], None, None, None, None, None, options["return_lse"])
+        return backends.choose("tree_attention", "auto", "cpu", arguments).name
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert chosen(small) == chosen(large) == "host"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert chosen(small) == "host"
+    assert chosen(large) == "sdpa"
+    assert chosen(large, softcap=2.0) == chosen(large, return_lse=True) == "host"  # the others would be slower still
+    assert_close(tree_attention(*large, backend="host").out, reference(large).out, ATTENTION, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 3), (5, 17), (33, 20)])
+def test_host_takes_head_dims_of_any_size(head_dim, value_dim, dtype):
+    if (reason := backends.unavailable_reason("tree_attention", "host")) is not None:
+        pytest.skip(reason)
+    inputs = random_tree_inputs(heads=(6, 2), head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    result = tree_attention(*inputs, backend="host", return_lse=True)
+    expected = reference(inputs)
+    assert_close(result.out, expected.out, ATTENTION, dtype)
+    assert_close(result.lse, expected.lse, LOG_SUM_EXP, dtype)
+
+
 # The torch SDPA backend
 
 

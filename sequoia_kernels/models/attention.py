@@ -25,22 +25,30 @@ class StepContext:
 
     Attributes:
         layers: the cache's layers, by `layer_idx`.
-        rows: flat cache row of every new row. [B * N] int64.
+        first_row: cache row of the first new row, where one request's new rows follow each other and their place can be
+            read without a sync (on a CPU); else None.
+        rows: flat cache row of every new row. [B * N] int64; None where `first_row` says it all.
         tree_mask: see `TreeStep`. [N, W] int32.
         cache_lens: committed rows. [B] int32.
         num_calls: attention layers that ran so far.
     """
 
-    __slots__ = ("_moved", "cache_lens", "device", "layers", "num_calls", "rows", "tree_mask")
+    __slots__ = ("_moved", "cache_lens", "device", "first_row", "layers", "num_calls", "rows", "tree_mask")
 
     def __init__(
-        self, layers: list[TreeCacheLayer], rows: torch.Tensor, tree_mask: torch.Tensor, cache_lens: torch.Tensor
+        self,
+        layers: list[TreeCacheLayer],
+        first_row: int | None,
+        rows: torch.Tensor | None,
+        tree_mask: torch.Tensor,
+        cache_lens: torch.Tensor,
     ) -> None:
         self.layers = layers
+        self.first_row = first_row
         self.rows = rows
         self.tree_mask = tree_mask
         self.cache_lens = cache_lens
-        self.device = rows.device
+        self.device = cache_lens.device
         self.num_calls = 0
         self._moved: dict[torch.device, StepContext] | None = None
 
@@ -49,11 +57,13 @@ class StepContext:
         cls, layers: list[TreeCacheLayer], step: TreeStep, cache_lens: torch.Tensor, max_cache_len: int
     ) -> StepContext:
         """Work out the rows to write, once for all layers."""
+        if step.first_node is not None and cache_lens.is_cpu and cache_lens.shape[0] == 1:
+            return cls(layers, int(cache_lens) + step.first_node, None, step.tree_mask, cache_lens)
         rows = cache_lens[:, None] + step.node_ids  # [B, N]
         if rows.shape[0] > 1:
             offsets = torch.arange(0, rows.shape[0] * max_cache_len, max_cache_len, device=rows.device)
             rows = rows + offsets[:, None]
-        return cls(layers, rows.flatten().to(torch.int64), step.tree_mask, cache_lens)
+        return cls(layers, None, rows.flatten().to(torch.int64), step.tree_mask, cache_lens)
 
     def on(self, device: torch.device) -> StepContext:
         """Return the same context with its tensors on a layer's device (models spread over several devices)."""
@@ -61,8 +71,9 @@ class StepContext:
             self._moved = {}
         moved = self._moved.get(device)
         if moved is None:
+            rows = None if self.rows is None else self.rows.to(device)
             moved = StepContext(
-                self.layers, self.rows.to(device), self.tree_mask.to(device), self.cache_lens.to(device)
+                self.layers, self.first_row, rows, self.tree_mask.to(device), self.cache_lens.to(device)
             )
             self._moved[device] = moved
         return moved
@@ -116,9 +127,13 @@ def tree_attention_forward(
     layer = context.layers[module.layer_idx]
     if query.device != context.device:
         context = context.on(query.device)
-    rows = context.rows
-    layer.flat_keys.index_copy_(0, rows, key.transpose(1, 2).flatten(0, 1))
-    layer.flat_values.index_copy_(0, rows, value.transpose(1, 2).flatten(0, 1))
+    if context.rows is None:
+        num_rows = key.shape[2]
+        layer.keys_by_head.narrow(2, context.first_row, num_rows).copy_(key)
+        layer.values_by_head.narrow(2, context.first_row, num_rows).copy_(value)
+    else:
+        layer.flat_keys.index_copy_(0, context.rows, key.transpose(1, 2).flatten(0, 1))
+        layer.flat_values.index_copy_(0, context.rows, value.transpose(1, 2).flatten(0, 1))
     output = tree_attention(
         query.transpose(1, 2),
         layer.keys,

@@ -47,6 +47,8 @@ class TreeCacheLayer(CacheLayerMixin):
         values: [B, S, Hkv, Dv].
         flat_keys: `keys` seen as rows. [B * S, Hkv, D].
         flat_values: `values` seen as rows. [B * S, Hkv, Dv].
+        keys_by_head: `keys` seen as the models lay them out. [B, Hkv, S, D].
+        values_by_head: `values` likewise. [B, Hkv, S, Dv].
         window: sliding window in tokens, None for full attention.
     """
 
@@ -64,6 +66,7 @@ class TreeCacheLayer(CacheLayerMixin):
         self.values = torch.zeros(*shape, spec.value_dim, dtype=spec.dtype, device=spec.device)
         self.flat_keys = self.keys.view(-1, *self.keys.shape[2:])
         self.flat_values = self.values.view(-1, *self.values.shape[2:])
+        self.keys_by_head, self.values_by_head = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

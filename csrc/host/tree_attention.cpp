@@ -1,0 +1,700 @@
+// Attention of tree nodes over the committed prefix and, under a packed mask, over the tree's own cache rows.
+//
+// Computes    out and log-sum-exp of every query row and head; the definition is in the op's reference.py. Soft-cap, sinks,
+//             sliding window by depth, pages and grouped heads included.
+// Plan        A request's columns are the cache rows that any of its query rows sees: a run of the prefix, then the tree
+//             slots whose bits are set somewhere. For ROW_BLOCK query rows at a time (nodes times query heads, of one or
+//             more key/value heads): all scores, their softmax, then the weighted values. One thread.
+// Memory      Reads each visible cache row in place once for every ROW_BLOCK query rows, and the mask; writes out and lse.
+//             Between two forwards a layer's cache has left the CPU's caches, so the next rows are prefetched. Rows that
+//             nobody sees are not read. Scratch: ROW_BLOCK rows of scores, kept from call to call.
+// Numerics    float32 throughout, one maximum and one sum a row. A block of keys is transposed in registers, so that a
+//             score is summed over d in order and no lane is ever reduced; products and sums are fused where the CPU can
+//             (see CMakeLists.txt), so the last bits depend on the CPU, as those of the model's own products do.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+
+#include "rows.h"
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SEQUOIA_HAS_SHUFFLES 1
+#endif
+#endif
+
+namespace py = pybind11;
+
+namespace sequoia {
+namespace {
+
+constexpr int WORD_BITS = 32;
+constexpr std::int64_t ROW_BLOCK = 32;
+constexpr std::int64_t VALUE_COLUMNS = 32;  // whose values are added at a time
+constexpr std::int64_t PREFETCH = 16;       // columns between a key's prefetch and its use
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+struct BFloat16 {
+    std::uint16_t bits;
+};
+struct Float16 {
+    std::uint16_t bits;
+};
+
+// One argument tensor; strides in elements, the last dimension is contiguous.
+struct Rows4d {
+    const void* data;
+    std::int64_t shape[4];
+    std::int64_t strides[4];
+};
+
+struct Call {
+    Rows4d q;              // [B, N, Hq, D]
+    Rows4d keys;           // [B, S, Hkv, D], or pages [P, page, Hkv, D]
+    Rows4d values;         // [B, S, Hkv, Dv], or pages
+    ElementType type;      // of q, keys, values and out
+    const std::uint32_t* tree_mask;  // [B or 1, N, num_words]
+    std::int64_t num_words;
+    bool mask_per_request;
+    const std::int32_t* cache_lens;   // [B]
+    const std::int32_t* block_table;  // [B, max_pages], or null
+    std::int64_t max_pages;
+    const float* sinks;  // [Hq], or null
+    float scale;
+    float softcap;        // 0 is off
+    std::int64_t window;  // huge if off
+    void* out;            // [B, N, Hq, Dv], contiguous
+    float* lse;           // [B, N, Hq], contiguous, or null
+
+    std::int64_t batch_size() const { return q.shape[0]; }
+    std::int64_t num_rows() const { return q.shape[1]; }
+    const std::uint32_t* mask_row(std::int64_t request, std::int64_t row) const {
+        return tree_mask + ((mask_per_request ? request * num_rows() : 0) + row) * num_words;
+    }
+};
+
+int count_bits(std::uint32_t word) {
+    int count = 0;
+    for (; word != 0; word &= word - 1) ++count;
+    return count;
+}
+
+int lowest_bit(std::uint32_t word) {
+    int index = 0;
+    for (; (word & 1u) == 0; word >>= 1) ++index;
+    return index;
+}
+
+// Tree slots that the mask can see: its highest bit set in any row, plus 1.
+std::int64_t num_tree_slots(const Call& call) {
+    const std::int64_t total_rows = call.num_rows() * (call.mask_per_request ? call.batch_size() : 1);
+    for (std::int64_t index = call.num_words; index-- > 0;) {
+        std::uint32_t any = 0;
+        for (std::int64_t row = 0; row < total_rows; ++row) any |= call.tree_mask[row * call.num_words + index];
+        for (int bit = WORD_BITS; bit-- > 0;) {
+            if ((any >> bit & 1u) != 0) return index * WORD_BITS + bit + 1;
+        }
+    }
+    return 0;
+}
+
+// Whether every cache row that a request may look at exists: the same rule as in op.py, which words the refusal.
+bool values_valid(const Call& call) {
+    const std::int64_t tree_slots = num_tree_slots(call);
+    const std::int64_t block_len = call.keys.shape[1];
+    const std::int64_t num_slots = call.block_table == nullptr ? block_len : call.max_pages * block_len;
+    for (std::int64_t b = 0; b < call.batch_size(); ++b) {
+        const std::int64_t num_used = call.cache_lens[b] + tree_slots;
+        if (call.cache_lens[b] < 0 || num_used > num_slots) return false;
+        if (call.block_table == nullptr) continue;
+        for (std::int64_t page = 0; page * block_len < num_used; ++page) {
+            const std::int32_t entry = call.block_table[b * call.max_pages + page];
+            if (entry < 0 || entry >= call.keys.shape[0]) return false;
+        }
+    }
+    return true;
+}
+
+// The cache rows that the query rows of one request see.
+struct Columns {
+    std::int64_t count;                       // num_prefix + number of tree slots that some row sees
+    std::int64_t num_prefix;                  // cache rows first_prefix .. cache_len - 1
+    std::int64_t first_prefix;                // the first that some row sees
+    std::int64_t num_tree_padded;             // row length of tree_hidden
+    std::vector<std::int64_t> key_offsets;    // [count] in elements, of head 0
+    std::vector<std::int64_t> value_offsets;  // [count]
+    std::vector<std::int64_t> num_hidden;     // [N] prefix columns in front of the row's window
+    std::vector<float> tree_hidden;           // [N, num_tree_padded]: 0 where the row sees the slot, else -inf
+    std::vector<std::uint32_t> seen;          // [N, num_words] bits that a row sees, then their union
+    std::vector<std::int32_t> column_of_slot;
+
+    void build(const Call& call, std::int64_t b) {
+        const std::int64_t num_rows = call.num_rows(), num_words = call.num_words, cache_len = call.cache_lens[b];
+        seen.assign(static_cast<std::size_t>((num_rows + 1) * num_words), 0u);
+        num_hidden.resize(static_cast<std::size_t>(num_rows));
+        std::uint32_t* const seen_by_any = seen.data() + num_rows * num_words;
+        first_prefix = cache_len;
+        for (std::int64_t i = 0; i < num_rows; ++i) {
+            const std::uint32_t* const row = call.mask_row(b, i);
+            std::uint32_t* const visible = seen.data() + i * num_words;
+            std::int64_t num_bits = 0;
+            for (std::int64_t w = 0; w < num_words; ++w) num_bits += count_bits(row[w]);
+            const std::int64_t first = std::clamp<std::int64_t>(cache_len + num_bits - call.window, 0, cache_len);
+            num_hidden[static_cast<std::size_t>(i)] = first;
+            first_prefix = std::min(first_prefix, first);
+            std::int64_t num_outside = num_bits - call.window;  // the row's oldest ancestors are beyond its window
+            for (std::int64_t w = 0; w < num_words; ++w) {
+                std::uint32_t word = row[w];
+                for (; num_outside > 0 && word != 0; --num_outside) word &= word - 1;
+                visible[w] = word;
+                seen_by_any[w] |= word;
+            }
+        }
+        num_prefix = cache_len - first_prefix;
+        for (std::int64_t& hidden : num_hidden) hidden -= first_prefix;
+
+        key_offsets.clear();
+        value_offsets.clear();
+        for (std::int64_t slot = first_prefix; slot < cache_len; ++slot) push_slot(call, b, slot);
+        column_of_slot.resize(static_cast<std::size_t>(num_words * WORD_BITS));
+        std::int32_t num_tree = 0;
+        for (std::int64_t w = 0; w < num_words; ++w) {
+            for (std::uint32_t word = seen_by_any[w]; word != 0; word &= word - 1) {
+                const std::int64_t slot = w * WORD_BITS + lowest_bit(word);
+                column_of_slot[static_cast<std::size_t>(slot)] = num_tree++;
+                push_slot(call, b, cache_len + slot);
+            }
+        }
+        count = num_prefix + num_tree;
+        num_tree_padded = padded(num_tree);
+        tree_hidden.assign(static_cast<std::size_t>(num_rows * num_tree_padded), MINUS_INFINITY);
+        for (std::int64_t i = 0; i < num_rows; ++i) {
+            float* const hidden = tree_hidden.data() + i * num_tree_padded;
+            for (std::int64_t w = 0; w < num_words; ++w) {
+                for (std::uint32_t word = seen[static_cast<std::size_t>(i * num_words + w)]; word != 0;
+                     word &= word - 1) {
+                    hidden[column_of_slot[static_cast<std::size_t>(w * WORD_BITS + lowest_bit(word))]] = 0.0f;
+                }
+            }
+        }
+    }
+
+  private:
+    void push_slot(const Call& call, std::int64_t b, std::int64_t slot) {
+        std::int64_t block = b, row = slot;
+        if (call.block_table != nullptr) {
+            block = call.block_table[b * call.max_pages + slot / call.keys.shape[1]];
+            row = slot % call.keys.shape[1];
+        }
+        key_offsets.push_back(block * call.keys.strides[0] + row * call.keys.strides[1]);
+        value_offsets.push_back(block * call.values.strides[0] + row * call.values.strides[1]);
+    }
+};
+
+// ---- vectors of W lanes ----
+
+template <int W>
+struct Vector {
+    typedef float Float __attribute__((vector_size(4 * W)));
+    typedef std::uint32_t Bits __attribute__((vector_size(4 * W)));
+    typedef std::uint16_t Halves __attribute__((vector_size(2 * W)));
+};
+template <int W>
+using Float = typename Vector<W>::Float;
+
+template <int W>
+SEQUOIA_INLINE Float<W> load(const float* source) {
+    Float<W> lanes;
+    std::memcpy(&lanes, source, sizeof(lanes));
+    return lanes;
+}
+
+template <int W>
+SEQUOIA_INLINE typename Vector<W>::Bits load_halves(const void* source) {
+    typename Vector<W>::Halves halves;
+    std::memcpy(&halves, source, sizeof(halves));
+    return __builtin_convertvector(halves, typename Vector<W>::Bits);
+}
+
+template <int W>
+SEQUOIA_INLINE Float<W> load(const BFloat16* source) {
+    return (Float<W>)(load_halves<W>(source) << 16);
+}
+
+// Exponent and mantissa move to their float32 places, where the value is 2^112 too small; subnormals come out right.
+template <int W>
+SEQUOIA_INLINE Float<W> load(const Float16* source) {
+    typedef typename Vector<W>::Bits Bits;
+    const Bits halves = load_halves<W>(source);
+    const Float<W> scaled = (Float<W>)((halves & 0x7fffu) << 13) * 0x1p112f;
+    const Bits special = (Bits)((halves & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinity and NaN
+    return (Float<W>)((Bits)scaled | special | ((halves & 0x8000u) << 16));
+}
+
+// The first `count` lanes from memory, 0 in the others.
+template <int W, class Element>
+SEQUOIA_INLINE Float<W> load_some(const Element* source, std::int64_t count) {
+    if (count >= W) return load<W>(source);
+    Element elements[W] = {};
+    std::memcpy(elements, source, static_cast<std::size_t>(count) * sizeof(Element));
+    return load<W>(elements);
+}
+
+template <int W>
+SEQUOIA_INLINE void store(float* target, Float<W> lanes) {
+    std::memcpy(target, &lanes, sizeof(lanes));
+}
+
+SEQUOIA_INLINE void narrow(float value, float* target) { *target = value; }
+
+// Both round to nearest, ties to even.
+SEQUOIA_INLINE void narrow(float value, BFloat16* target) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    target->bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : rounded);
+}
+
+SEQUOIA_INLINE void narrow(float value, Float16* target) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(value), magnitude = bits & 0x7fffffffu;
+    std::uint32_t rounded;
+    if (magnitude > 0x7f800000u) {
+        rounded = 0x7e00u;  // NaN
+    } else if (magnitude >= 0x477ff000u) {
+        rounded = 0x7c00u;  // 65520 and more
+    } else if (magnitude < 0x38800000u) {  // subnormal: the sum's last place is that of the result
+        rounded = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<std::uint32_t>(0.5f);
+    } else {
+        rounded = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    }
+    target->bits = static_cast<std::uint16_t>(rounded | (bits >> 16 & 0x8000u));
+}
+
+// Transpose W vectors of W lanes: blocks of 1, 2, 4, ... lanes change places across the diagonal.
+#ifdef SEQUOIA_HAS_SHUFFLES
+template <int W, int SIZE, int... LANE>
+SEQUOIA_INLINE void exchange_blocks(Float<W>* rows, std::integer_sequence<int, LANE...>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+        if ((i & SIZE) != 0) continue;
+        const Float<W> upper = rows[i], lower = rows[i + SIZE];
+        rows[i] = __builtin_shufflevector(upper, lower, ((LANE & SIZE) == 0 ? LANE : W + LANE - SIZE)...);
+        rows[i + SIZE] = __builtin_shufflevector(upper, lower, ((LANE & SIZE) == 0 ? LANE + SIZE : W + LANE)...);
+    }
+}
+
+template <int W>
+SEQUOIA_INLINE void transpose(Float<W>* rows) {
+    constexpr auto lanes = std::make_integer_sequence<int, W>();
+    if constexpr (W >= 16) exchange_blocks<W, 8>(rows, lanes);
+    if constexpr (W >= 8) exchange_blocks<W, 4>(rows, lanes);
+    exchange_blocks<W, 2>(rows, lanes);
+    exchange_blocks<W, 1>(rows, lanes);
+}
+#else
+template <int W>
+SEQUOIA_INLINE void transpose(Float<W>* rows) {
+    float copy[W][W];
+    std::memcpy(copy, rows, sizeof(copy));
+    for (int i = 0; i < W; ++i) {
+        for (int j = 0; j < W; ++j) rows[i][j] = copy[j][i];
+    }
+}
+#endif
+
+// Rows of a tile of accumulators. With fewer rows each sum runs in several parts, to hide the latency of the additions.
+template <int W>
+constexpr int TILE_ROWS = W >= 16 ? 8 : 4;
+
+// scores[r, lane] = sum over d of queries[r, d] * keys[d, lane]
+template <int W, int NUM_ROWS>
+SEQUOIA_INLINE void score_tile(const float* queries,  // [NUM_ROWS, head_dim]
+                               const float* keys,     // [head_dim, W]
+                               std::int64_t head_dim, float* scores, std::int64_t scores_stride) {
+    constexpr int PARTS = TILE_ROWS<W> / NUM_ROWS;
+    Float<W> sums[PARTS][NUM_ROWS] = {};
+    std::int64_t d = 0;
+    for (; d + PARTS <= head_dim; d += PARTS) {
+#pragma GCC unroll 8
+        for (int part = 0; part < PARTS; ++part) {
+            const Float<W> key = load<W>(keys + (d + part) * W);
+#pragma GCC unroll 8
+            for (int r = 0; r < NUM_ROWS; ++r) sums[part][r] += queries[r * head_dim + d + part] * key;
+        }
+    }
+    for (; d < head_dim; ++d) {
+        const Float<W> key = load<W>(keys + d * W);
+        for (int r = 0; r < NUM_ROWS; ++r) sums[0][r] += queries[r * head_dim + d] * key;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < NUM_ROWS; ++r) {
+        Float<W> sum = sums[0][r];
+#pragma GCC unroll 8
+        for (int part = 1; part < PARTS; ++part) sum += sums[part][r];
+        store<W>(scores + r * scores_stride, sum);
+    }
+}
+
+// sums[r] += weights[r] * row, for CHUNKS vectors of the row, of the last one `num_lanes` lanes.
+template <int W, int NUM_ROWS, int CHUNKS, class Element>
+SEQUOIA_INLINE void add_weighted(const float* weights, std::int64_t weights_stride, const Element* row,
+                                 std::int64_t num_lanes, Float<W> (*sums)[CHUNKS]) {
+    Float<W> chunks[CHUNKS];
+#pragma GCC unroll 2
+    for (int c = 0; c < CHUNKS; ++c) {
+        chunks[c] = c + 1 < CHUNKS ? load<W>(row + c * W) : load_some<W>(row + c * W, num_lanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < NUM_ROWS; ++r) {
+        const float weight = weights[r * weights_stride];
+#pragma GCC unroll 2
+        for (int c = 0; c < CHUNKS; ++c) sums[r][c] += weight * chunks[c];
+    }
+}
+
+// mixed[r, 0:CHUNKS W] += sum over columns of weights[r, column] * values[column]
+template <int W, int NUM_ROWS, int CHUNKS, class Element>
+SEQUOIA_INLINE void value_tile(const float* weights, std::int64_t weights_stride, const Element* values,
+                               const std::int64_t* offsets, std::int64_t num_columns, std::int64_t num_lanes,
+                               float* mixed, std::int64_t mixed_stride) {
+    constexpr int PARTS = TILE_ROWS<W> / NUM_ROWS;
+    Float<W> sums[PARTS][NUM_ROWS][CHUNKS] = {};
+    std::int64_t column = 0;
+    for (; column + PARTS <= num_columns; column += PARTS) {
+#pragma GCC unroll 8
+        for (int part = 0; part < PARTS; ++part) {
+            add_weighted<W, NUM_ROWS, CHUNKS>(weights + column + part, weights_stride,
+                                              values + offsets[column + part], num_lanes, sums[part]);
+        }
+    }
+    for (; column < num_columns; ++column) {
+        add_weighted<W, NUM_ROWS, CHUNKS>(weights + column, weights_stride, values + offsets[column], num_lanes,
+                                          sums[0]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < NUM_ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int c = 0; c < CHUNKS; ++c) {
+            Float<W> sum = sums[0][r][c];
+#pragma GCC unroll 8
+            for (int part = 1; part < PARTS; ++part) sum += sums[part][r][c];
+            float* const target = mixed + r * mixed_stride + c * W;
+            store<W>(target, load<W>(target) + sum);
+        }
+    }
+}
+
+// tanh(x): a series near 0, where 1 - exp would cancel, else from exp(-2 |x|).
+SEQUOIA_INLINE float tanh_of(float x) {
+    const float square = x * x;
+    float series = -1382.0f / 155925.0f;
+    series = series * square + 62.0f / 2835.0f;
+    series = series * square - 17.0f / 315.0f;
+    series = series * square + 2.0f / 15.0f;
+    series = series * square - 1.0f / 3.0f;
+    series = series * square * x + x;
+    const float magnitude = x < 0.0f ? -x : x;
+    const float power = exp_nonpositive(-2.0f * magnitude);
+    const float ratio = (1.0f - power) / (1.0f + power);
+    return magnitude < 0.25f ? series : (x < 0.0f ? -ratio : ratio);
+}
+
+// Scores of one row to weights exp(score - peak); returns (peak, sum of the weights and the sink's).
+template <int W>
+SEQUOIA_INLINE std::pair<float, float> softmax_row(const Call& call, const Columns& columns, std::int64_t row,
+                                                   std::int64_t head, std::int64_t stride, float* scores) {
+    if (call.softcap > 0.0f) {
+        const float softcap = call.softcap;
+        for (std::int64_t c = 0; c < stride; ++c) scores[c] = softcap * tanh_of(scores[c] / softcap);
+    }
+    std::fill_n(scores, columns.num_hidden[static_cast<std::size_t>(row)], MINUS_INFINITY);
+    const float* const hidden = columns.tree_hidden.data() + row * columns.num_tree_padded;
+    float* const tree_scores = scores + columns.num_prefix;
+    const std::int64_t num_tree = columns.count - columns.num_prefix;
+    for (std::int64_t t = 0; t < num_tree; ++t) {
+        tree_scores[t] = hidden[t] < 0.0f ? MINUS_INFINITY : tree_scores[t];
+    }
+    std::fill(scores + columns.count, scores + stride, MINUS_INFINITY);
+
+    const float sink = call.sinks == nullptr ? MINUS_INFINITY : call.sinks[head];
+    Float<W> peaks = Float<W>{} + MINUS_INFINITY;
+    for (std::int64_t c = 0; c < stride; c += W) {
+        const Float<W> lanes = load<W>(scores + c);
+        peaks = lanes > peaks ? lanes : peaks;
+    }
+    float peak = sink;
+    for (int lane = 0; lane < W; ++lane) peak = peaks[lane] > peak ? peaks[lane] : peak;
+    if (peak == MINUS_INFINITY) {
+        std::fill_n(scores, stride, 0.0f);
+        return {peak, 0.0f};
+    }
+    for (std::int64_t c = 0; c < stride; ++c) scores[c] = exp_nonpositive(scores[c] - peak);
+    Float<W> sums = {};
+    for (std::int64_t c = 0; c < stride; c += W) sums += load<W>(scores + c);
+    float sum = call.sinks == nullptr ? 0.0f : exp_nonpositive(sink - peak);
+    for (int lane = 0; lane < W; ++lane) sum += sums[lane];
+    return {peak, sum};
+}
+
+// Run `TILE<NUM_ROWS>` over `num_rows` rows, as many at a time as make a tile, then by halves.
+#define SEQUOIA_FOR_TILES(NUM_ROWS_OF_ALL, TILE)                      \
+    do {                                                              \
+        std::int64_t tile_row = 0;                                    \
+        const std::int64_t all = (NUM_ROWS_OF_ALL);                   \
+        if constexpr (TILE_ROWS<W> >= 8) {                            \
+            for (; tile_row + 8 <= all; tile_row += 8) TILE(8);       \
+        }                                                             \
+        for (; tile_row + 4 <= all; tile_row += 4) TILE(4);           \
+        for (; tile_row + 2 <= all; tile_row += 2) TILE(2);           \
+        for (; tile_row < all; ++tile_row) TILE(1);                   \
+    } while (false)
+
+struct Workspace {
+    Columns columns;
+    Scratch<float> queries, keys, scores, mixed;
+    float sums[ROW_BLOCK];
+};
+
+// What is attended at a time: `num_rows` query rows (node times group plus query head of the group) of each of
+// `num_heads` key/value heads of a request, at most ROW_BLOCK together.
+struct Block {
+    std::int64_t request, first_head, num_heads, first_row, num_rows;
+};
+
+// Ask for the next rows of a cache while the present ones are worked on: heads lie side by side in a row, so one head
+// walks in strides that the hardware does not foresee.
+template <class Element>
+SEQUOIA_INLINE void prefetch_rows(const Element* cache, const std::vector<std::int64_t>& offsets, std::int64_t begin,
+                                  std::int64_t end, std::int64_t num_elements) {
+    constexpr std::int64_t LINE = 64 / static_cast<std::int64_t>(sizeof(Element));
+    end = std::min(end, static_cast<std::int64_t>(offsets.size()));
+    for (std::int64_t column = begin; column < end; ++column) {
+        const Element* const row = cache + offsets[static_cast<std::size_t>(column)];
+        for (std::int64_t d = 0; d < num_elements; d += LINE) __builtin_prefetch(row + d, 0, 2);
+    }
+}
+
+template <int W, class Element>
+SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block& block) {
+    const Columns& columns = work.columns;
+    const std::int64_t head_dim = call.q.shape[3], value_dim = call.values.shape[3], num_q_heads = call.q.shape[2];
+    const std::int64_t group = num_q_heads / call.keys.shape[2];
+    const std::int64_t padded_value_dim = padded(value_dim);
+    const std::int64_t stride = padded(columns.count);
+    const std::int64_t num_rows = block.num_rows;  // of each head
+    float* const queries = work.queries.reserve(ROW_BLOCK * head_dim);
+    float* const key_block = work.keys.reserve(padded(head_dim) * W);
+    float* const scores = work.scores.reserve(ROW_BLOCK * stride);
+    float* const mixed = work.mixed.reserve(ROW_BLOCK * padded_value_dim);
+    const auto node_of = [&](std::int64_t r) { return (block.first_row + r % num_rows) / group; };
+    const auto head_of = [&](std::int64_t r) {
+        return (block.first_head + r / num_rows) * group + (block.first_row + r % num_rows) % group;
+    };
+    const std::int64_t total_rows = block.num_heads * num_rows;
+
+    for (std::int64_t r = 0; r < total_rows; ++r) {
+        const Element* const query = static_cast<const Element*>(call.q.data) + block.request * call.q.strides[0] +
+                                     node_of(r) * call.q.strides[1] + head_of(r) * call.q.strides[2];
+        float* const target = queries + r * head_dim;
+        std::int64_t d = 0;
+        for (; d + W <= head_dim; d += W) store<W>(target + d, load<W>(query + d) * call.scale);
+        if (d < head_dim) {
+            const Float<W> rest = load_some<W>(query + d, head_dim - d) * call.scale;
+            std::memcpy(target + d, &rest, static_cast<std::size_t>(head_dim - d) * sizeof(float));
+        }
+    }
+
+    const Element* const keys = static_cast<const Element*>(call.keys.data) + block.first_head * call.keys.strides[2];
+    const std::int64_t key_span = (block.num_heads - 1) * call.keys.strides[2] + head_dim;
+    const Element* const values =
+        static_cast<const Element*>(call.values.data) + block.first_head * call.values.strides[2];
+    const std::int64_t value_span = (block.num_heads - 1) * call.values.strides[2] + value_dim;
+    prefetch_rows(keys, columns.key_offsets, 0, PREFETCH, key_span);
+    for (std::int64_t column = 0; column < columns.count; column += W) {
+        prefetch_rows(keys, columns.key_offsets, column + PREFETCH, column + PREFETCH + W, key_span);
+        for (std::int64_t head = 0; head < block.num_heads; ++head) {
+            const Element* const head_keys = keys + head * call.keys.strides[2];
+            for (std::int64_t d = 0; d < head_dim; d += W) {
+                Float<W> lanes[W];
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j) {
+                    // Behind the last column the last one again: softmax_row blanks what comes of it.
+                    const std::int64_t last = std::min(column + j, columns.count - 1);
+                    const std::int64_t offset = columns.key_offsets[static_cast<std::size_t>(last)];
+                    lanes[j] = load_some<W>(head_keys + offset + d, head_dim - d);
+                }
+                transpose<W>(lanes);
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j) store<W>(key_block + (d + j) * W, lanes[j]);
+            }
+            const float* const head_queries = queries + head * num_rows * head_dim;
+            float* const head_scores = scores + head * num_rows * stride + column;
+#define SEQUOIA_SCORE_TILE(ROWS)                                                                                  \
+    score_tile<W, ROWS>(head_queries + tile_row * head_dim, key_block, head_dim, head_scores + tile_row * stride, \
+                        stride)
+            SEQUOIA_FOR_TILES(num_rows, SEQUOIA_SCORE_TILE);
+#undef SEQUOIA_SCORE_TILE
+        }
+    }
+
+    prefetch_rows(values, columns.value_offsets, 0, VALUE_COLUMNS, value_span);
+    for (std::int64_t r = 0; r < total_rows; ++r) {
+        const auto [peak, sum] = softmax_row<W>(call, columns, node_of(r), head_of(r), stride, scores + r * stride);
+        work.sums[r] = sum;
+        if (call.lse != nullptr) {
+            call.lse[(block.request * call.num_rows() + node_of(r)) * num_q_heads + head_of(r)] =
+                sum > 0.0f ? peak + std::log(sum) : peak;
+        }
+    }
+
+    std::fill_n(mixed, total_rows * padded_value_dim, 0.0f);
+    for (std::int64_t column = 0; column < columns.count; column += VALUE_COLUMNS) {
+        const std::int64_t num_columns = std::min(VALUE_COLUMNS, columns.count - column);
+        prefetch_rows(values, columns.value_offsets, column + VALUE_COLUMNS, column + 2 * VALUE_COLUMNS, value_span);
+        const std::int64_t* const offsets = columns.value_offsets.data() + column;
+        for (std::int64_t head = 0; head < block.num_heads; ++head) {
+            const Element* const head_values = values + head * call.values.strides[2];
+            const float* const weights = scores + head * num_rows * stride + column;
+            float* const head_mixed = mixed + head * num_rows * padded_value_dim;
+            for (std::int64_t d = 0; d < value_dim;) {
+                const bool two_chunks = value_dim - d > W;
+                const std::int64_t num_lanes = two_chunks ? value_dim - d - W : value_dim - d;
+#define SEQUOIA_VALUE_TILE(ROWS)                                                                                   \
+    (two_chunks ? value_tile<W, ROWS, 2>(weights + tile_row * stride, stride, head_values + d, offsets,            \
+                                         num_columns, num_lanes, head_mixed + tile_row * padded_value_dim + d,     \
+                                         padded_value_dim)                                                         \
+                : value_tile<W, ROWS, 1>(weights + tile_row * stride, stride, head_values + d, offsets,            \
+                                         num_columns, num_lanes, head_mixed + tile_row * padded_value_dim + d,     \
+                                         padded_value_dim))
+                SEQUOIA_FOR_TILES(num_rows, SEQUOIA_VALUE_TILE);
+#undef SEQUOIA_VALUE_TILE
+                d += two_chunks ? 2 * W : W;
+            }
+        }
+    }
+
+    for (std::int64_t r = 0; r < total_rows; ++r) {
+        Element* const target =
+            static_cast<Element*>(call.out) +
+            ((block.request * call.num_rows() + node_of(r)) * num_q_heads + head_of(r)) * value_dim;
+        const float factor = work.sums[r] > 0.0f ? 1.0f / work.sums[r] : 0.0f;
+        const float* const row = mixed + r * padded_value_dim;
+        for (std::int64_t d = 0; d < value_dim; ++d) narrow(row[d] * factor, target + d);
+    }
+}
+
+template <int W, class Element>
+SEQUOIA_INLINE void attend(const Call& call, Workspace& work) {
+    const std::int64_t num_kv_heads = call.keys.shape[2];
+    const std::int64_t rows_per_head = call.num_rows() * (call.q.shape[2] / num_kv_heads);
+    const std::int64_t block_rows = std::min(ROW_BLOCK, rows_per_head), block_heads = ROW_BLOCK / block_rows;
+    for (std::int64_t b = 0; b < call.batch_size(); ++b) {
+        work.columns.build(call, b);
+        for (std::int64_t head = 0; head < num_kv_heads; head += block_heads) {
+            for (std::int64_t row = 0; row < rows_per_head; row += block_rows) {
+                attend_block<W, Element>(call, work,
+                                         {b, head, std::min(block_heads, num_kv_heads - head), row,
+                                          std::min(block_rows, rows_per_head - row)});
+            }
+        }
+    }
+}
+
+template <int W>
+SEQUOIA_INLINE void attend_any_type(const Call& call, Workspace& work) {
+    if (call.type == ElementType::bfloat16) return attend<W, BFloat16>(call, work);
+    if (call.type == ElementType::float16) return attend<W, Float16>(call, work);
+    attend<W, float>(call, work);
+}
+
+// Templates on the width of the CPU's vectors, so not function clones: a tile must fit the registers there are.
+using Attend = void (*)(const Call&, Workspace&);
+void attend_baseline(const Call& call, Workspace& work) { attend_any_type<4>(call, work); }
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2,fma"))) void attend_avx2(const Call& call, Workspace& work) {
+    attend_any_type<8>(call, work);
+}
+__attribute__((target("avx512f"))) void attend_avx512(const Call& call, Workspace& work) {
+    attend_any_type<16>(call, work);
+}
+Attend fastest_attend() {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f")) return attend_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attend_avx2;
+    return attend_baseline;
+}
+#else
+Attend fastest_attend() { return attend_baseline; }
+#endif
+
+Rows4d rows_of(std::uintptr_t data, const py::tuple& shape, const py::tuple& strides) {
+    Rows4d rows{reinterpret_cast<const void*>(data), {}, {}};
+    if (shape.size() != 4 || strides.size() != 4) {
+        throw std::invalid_argument("tree_attention: q and the caches must have 4 dimensions, got " +
+                                    std::to_string(shape.size()));
+    }
+    for (std::size_t i = 0; i < 4; ++i) {
+        rows.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(i)));
+        rows.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), static_cast<Py_ssize_t>(i)));
+    }
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return rows;
+}
+
+bool tree_attention(std::uintptr_t q_ptr, const py::tuple& q_shape, const py::tuple& q_strides,
+                    std::uintptr_t keys_ptr, const py::tuple& keys_shape, const py::tuple& keys_strides,
+                    std::uintptr_t values_ptr, const py::tuple& values_shape, const py::tuple& values_strides, int type,
+                    std::uintptr_t mask_ptr, std::int64_t num_words, bool mask_per_request,
+                    std::uintptr_t cache_lens_ptr, double scale, double softcap, std::int64_t sliding_window,
+                    std::uintptr_t sinks_ptr, std::uintptr_t block_table_ptr, std::int64_t max_pages,
+                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr) {
+    Call call{};
+    call.q = rows_of(q_ptr, q_shape, q_strides);
+    call.keys = rows_of(keys_ptr, keys_shape, keys_strides);
+    call.values = rows_of(values_ptr, values_shape, values_strides);
+    call.type = static_cast<ElementType>(type);
+    if (call.type != ElementType::float32 && call.type != ElementType::bfloat16 && call.type != ElementType::float16) {
+        throw std::invalid_argument("tree_attention: type must be 0, 2 or 3, got " + std::to_string(type));
+    }
+    call.tree_mask = reinterpret_cast<const std::uint32_t*>(mask_ptr);
+    call.num_words = num_words;
+    call.mask_per_request = mask_per_request;
+    call.cache_lens = reinterpret_cast<const std::int32_t*>(cache_lens_ptr);
+    call.block_table = reinterpret_cast<const std::int32_t*>(block_table_ptr);
+    call.max_pages = max_pages;
+    call.sinks = reinterpret_cast<const float*>(sinks_ptr);
+    call.scale = static_cast<float>(scale);
+    call.softcap = static_cast<float>(softcap);
+    // Half of the range: no slot is further away, and adding to it cannot overflow.
+    call.window = sliding_window > 0 ? sliding_window : std::numeric_limits<std::int64_t>::max() / 2;
+    call.out = reinterpret_cast<void*>(out_ptr);
+    call.lse = reinterpret_cast<float*>(lse_ptr);
+
+    const py::gil_scoped_release release;
+    if (!values_valid(call)) return false;
+    static const Attend attend_fastest = fastest_attend();
+    static thread_local Workspace workspace;
+    attend_fastest(call, workspace);
+    return true;
+}
+
+}  // namespace
+}  // namespace sequoia
+
+void bind_tree_attention(py::module_& module) {
+    module.def("tree_attention", &sequoia::tree_attention, py::arg("q_ptr"), py::arg("q_shape"), py::arg("q_strides"),
+               py::arg("keys_ptr"), py::arg("keys_shape"), py::arg("keys_strides"), py::arg("values_ptr"),
+               py::arg("values_shape"), py::arg("values_strides"), py::arg("type"), py::arg("mask_ptr"),
+               py::arg("num_words"), py::arg("mask_per_request"), py::arg("cache_lens_ptr"), py::arg("scale"),
+               py::arg("softcap"), py::arg("sliding_window"), py::arg("sinks_ptr"), py::arg("block_table_ptr"),
+               py::arg("max_pages"), py::arg("out_ptr"), py::arg("lse_ptr"),
+               "Attend along a packed tree mask; see tree_attention.cpp. Returns False, and has written nothing, if a "
+               "length or page lies outside the cache.");
+}

@@ -148,6 +148,21 @@ def _add_models(parser: argparse.ArgumentParser, draft_required: bool = False) -
     models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     models.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
     models.add_argument("--threads", type=_count, help="CPU threads", default=argparse.SUPPRESS)
+    models.add_argument(
+        "--offload", action="store_true", help="stream the target's layers from host memory (see docs/offloading.md)"
+    )
+    models.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        default=argparse.SUPPRESS,
+        help="device memory for an offloaded target, such as 20GiB (default: 90%% of what is free)",
+    )
+    models.add_argument(
+        "--host-memory",
+        choices=("packed", "mapped"),
+        default="packed",
+        help="keep an offloaded target in memory, or stream it from its files",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -188,20 +203,33 @@ def _load_pair(args: argparse.Namespace, terminal: Terminal) -> _Pair:
         raise _BadUsage(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, args.dtype)
     target, draft = getattr(args, "target", None), getattr(args, "draft", None)
+    budget = getattr(args, "device_memory", None)
     if target is None and draft is not None:
         raise _BadUsage("--draft needs --target")
+    if budget is not None and not args.offload:
+        raise _BadUsage("--device-memory needs --offload")
+    if target is None and args.offload:
+        raise _BadUsage("--offload needs --target")
     if target is None:
         from sequoia_kernels.demo import load_demo_pair
 
         return _Pair(*load_demo_pair(dtype, device))
-    from sequoia_kernels.models import check_pair, load_model
+    from sequoia_kernels.models import check_pair, load_model, load_offloaded
 
     terminal.note(f"loading {target}" + (f" and {draft}" if draft else ""))
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    target_model = load_model(target, dtype, device)
-    if draft is None:
+    # The draft first: the default budget of an offloaded target is a share of what is free.
+    draft_model = load_model(draft, dtype, device) if draft is not None else None
+    target_model: Any
+    if args.offload:
+        target_model = load_offloaded(
+            target, device=device, device_memory_budget=budget, dtype=dtype, host_memory=args.host_memory
+        )
+        terminal.note(target_model.memory.describe())
+    else:
+        target_model = load_model(target, dtype, device)
+    if draft_model is None:
         return _Pair(target_model, None, tokenizer)
-    draft_model = load_model(draft, dtype, device)
     check_pair(target_model, draft_model, tokenizer, transformers.AutoTokenizer.from_pretrained(draft))
     return _Pair(target_model, draft_model, tokenizer)
 

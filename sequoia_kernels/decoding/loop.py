@@ -68,8 +68,8 @@ class DecodingEngine:
             tensors += self.draft_cache.tensors()
         self.cache_table = CacheTable(tensors)
         self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
-        on_cuda = target.device.type == "cuda"
-        self._graphed = GraphedSteps(self._run_step, state) if on_cuda and cuda_graphs else None
+        capturable = target.device.type == "cuda" and target.capturable
+        self._graphed = GraphedSteps(self._run_step, state) if capturable and cuda_graphs else None
 
     def prefill(self, prompts: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
         """Commit the prompts and return each request's first token. [B] int64."""

@@ -3,10 +3,12 @@
 from sequoia_kernels.models.adapter import TreeModel, adapt
 from sequoia_kernels.models.cache import TreeCache, TreeCacheLayer
 from sequoia_kernels.models.loading import check_pair, load_model
+from sequoia_kernels.models.offload import OffloadedModel, load_offloaded, memory_plan
 from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.step import TreeStep, causal_step
 
 __all__ = [
+    "OffloadedModel",
     "TreeCache",
     "TreeCacheLayer",
     "TreeModel",
@@ -15,5 +17,7 @@ __all__ = [
     "causal_step",
     "check_pair",
     "load_model",
+    "load_offloaded",
+    "memory_plan",
     "prefill",
 ]

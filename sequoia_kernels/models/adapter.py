@@ -161,7 +161,10 @@ class TreeModel:
         model: the model itself, unchanged.
         family: its family, such as "llama".
         eos_token_ids: ids that end a sequence, from its generation configuration.
+        capturable: whether a forward may become part of a CUDA graph.
     """
+
+    capturable = True
 
     def __init__(self, model: PreTrainedModel, plan: _ModelPlan) -> None:
         self.model = model

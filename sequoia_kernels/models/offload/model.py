@@ -53,6 +53,7 @@ class OffloadedModel(TreeModel):
     ) -> None:
         self.memory = memory
         self.streamer = streamer
+        self.capturable = streamer is None  # a graph would replay the copies, but not the order they were planned in
         self._lockstep = Lockstep()
         self._closing = weakref.finalize(self, _close, streamer, checkpoint)
         try:

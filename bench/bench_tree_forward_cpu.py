@@ -1,0 +1,108 @@
+"""One forward on the CPU: an adapted model against the same model with its own attention and transformers' cache.
+
+A Llama of random weights, small enough that what surrounds the arithmetic shows. Forwards of N rows behind a filled
+cache, in turns; the thread's CPU time counts, so other work on the machine matters little. The adapted model feeds the
+same chain of rows that the plain model does; the two must give the same logits before anything is timed::
+
+    python bench/bench_tree_forward_cpu.py --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from machine import command_line, commit, environment
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from sequoia_kernels.models import adapt, causal_step
+
+
+def cpu_ms(run) -> float:
+    """Return the CPU time of a call on this thread."""
+    started = time.thread_time_ns()
+    run()
+    return 1e-6 * (time.thread_time_ns() - started)
+
+
+def forwards(model: LlamaForCausalLM, num_rows: int, context_len: int):
+    """Return the plain forward, what takes its rows out of the cache again, and the adapted forward."""
+    tokens = torch.randint(model.config.vocab_size, (1, context_len + num_rows))
+    prompt, rows = tokens[:, :context_len], tokens[:, context_len:]
+    plain_cache = DynamicCache(config=model.config)
+    model(input_ids=prompt, past_key_values=plain_cache)
+
+    def plain() -> torch.Tensor:
+        return model(input_ids=rows, past_key_values=plain_cache).logits
+
+    def crop() -> None:
+        plain_cache.crop(-num_rows)
+
+    tree_model = adapt(model)
+    cache = tree_model.new_cache(1, context_len + 64)
+    cache_lens = torch.zeros(1, dtype=torch.int32)
+    tree_model.forward(prompt, cache, cache_lens, causal_step(context_len))
+    cache_lens.fill_(context_len)
+
+    def tree() -> torch.Tensor:
+        return tree_model.forward(rows, cache, cache_lens, causal_step(num_rows))
+
+    return plain, crop, tree
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], help="rows of a forward (default 1 8 16)")
+    parser.add_argument("--context", type=int, default=256, help="rows already in the cache (default 256)")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=200, help="timed forwards of each kind (default 200)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=args.layers,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+    )
+    model = LlamaForCausalLM(config).eval()
+    results = []
+    for num_rows in args.rows:
+        plain, crop, tree = forwards(model, num_rows, args.context)
+        torch.testing.assert_close(tree(), plain(), rtol=1e-4, atol=1e-5)
+        crop()
+        times = []
+        for _ in range(args.rounds):
+            times.append((cpu_ms(plain), cpu_ms(tree)))
+            crop()  # outside of the time: a loop that keeps what it decodes does not crop
+        plain_ms, tree_ms = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(ours / theirs for theirs, ours in times)
+        results.append({"rows": num_rows, "plain_ms": plain_ms, "tree_ms": tree_ms, "ratio": ratio})
+        print(f"{num_rows:4d} rows: transformers {plain_ms:.3f} ms, adapted {tree_ms:.3f} ms, ratio {ratio:.3f}")
+    if args.json:
+        document = {
+            "bench": "tree_forward_cpu",
+            "command": command_line("bench_tree_forward_cpu.py", argv),
+            "commit": commit(),
+            "environment": environment(),
+            "context": args.context,
+            "layers": args.layers,
+            "rounds": args.rounds,
+            "results": results,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

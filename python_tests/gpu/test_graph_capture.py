@@ -1,0 +1,206 @@
+"""On a CUDA device: every op and the whole decoding step in a graph, no host sync, the same bits on every run.
+
+Skipped, with the reason, where there is no device. Written without one: these bodies have not run on a GPU yet. What
+they share with the CPU (the calls and their inputs) is checked there by the last tests of this file.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from support.op_scenarios import SCENARIOS, on_device, refill
+from support.tiny_models import noisy_copy, tiny_llama
+
+from sequoia_kernels import TokenTree, backends, generate
+from sequoia_kernels.ops import sample_without_replacement, verify_tree
+
+DEVICE_BACKENDS = ("reference", "sdpa", "triton", "cuda")
+
+
+def device_calls(ops=tuple(SCENARIOS), *, reference=True):
+    """Ops with each of their backends that may run on a CUDA device; unavailable ones are skipped and say why."""
+    parameters = []
+    for op in ops:
+        for name in backends.backend_names(op):
+            if name not in DEVICE_BACKENDS or (name == "reference" and not reference):
+                continue
+            reason = backends.unavailable_reason(op, name)
+            marks = [pytest.mark.gpu] if reason is None else [pytest.mark.skip(reason=f"{name}: {reason}")]
+            parameters.append(pytest.param(op, name, id=f"{op}-{name}", marks=marks))
+    return parameters
+
+
+def outputs_of(op, backend, seed, device="cuda"):
+    """What a call on fresh copies of the inputs writes."""
+    scenario = SCENARIOS[op]
+    return scenario.bind(on_device(scenario.make(seed), device), backend)()
+
+
+def assert_same_bits(got, wanted):
+    for left, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+
+
+def captured(call):
+    """Warm a call up beside the stream, as capture asks for, and capture it. Returns (graph, outputs)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph, outputs
+
+
+@pytest.mark.parametrize(("op", "backend"), device_calls())
+def test_replays_follow_the_inputs(op, backend):
+    """A graph is captured once; replays on other logits, lengths and streams give what fresh calls give."""
+    scenario = SCENARIOS[op]
+    inputs = on_device(scenario.make(0), "cuda")
+    graph, outputs = captured(scenario.bind(inputs, backend))
+    for seed in (1, 2, 0):
+        refill(inputs, scenario.make(seed))
+        graph.replay()
+        assert_same_bits(outputs, outputs_of(op, backend, seed))
+
+
+@pytest.mark.parametrize(("op", "backend"), device_calls())
+def test_results_repeat_bit_for_bit(op, backend):
+    """Also when memory is handed out again with other contents, and when another stream is busy."""
+    wanted = outputs_of(op, backend, 1)
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        freed = torch.full((1 << 22,), float("nan"), device="cuda")
+        with torch.cuda.stream(side):
+            busy = torch.randn(1024, 1024, device="cuda")
+            busy = busy @ busy
+        del freed
+        assert_same_bits(outputs_of(op, backend, 1), wanted)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(("op", "backend"), device_calls())
+def test_no_call_waits_for_the_device(op, backend):
+    scenario = SCENARIOS[op]
+    call = scenario.bind(on_device(scenario.make(0), "cuda"), backend)
+    call()  # compiles, and caches what a device is asked once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    device_calls(("sample_without_replacement", "verify_tree", "compact_kv_cache_"), reference=False),
+)
+def test_tokens_and_rows_equal_the_references(op, backend):
+    for seed in range(8):
+        got, wanted = outputs_of(op, backend, seed), outputs_of(op, "reference", seed)
+        if op == "sample_without_replacement":
+            got, wanted = got[:1], wanted[:1]  # the normaliser is a float: compared with a bound by the op's tests
+        assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize(("op", "backend"), device_calls(("verify_tree",), reference=False))
+def test_a_step_at_full_size_equals_the_references(op, backend):
+    """85 nodes x 32003 tokens, drawn and verified from equal logits: equal tokens, nodes and next token."""
+    tree = TokenTree.kary(4, 4)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (2, tree.num_nodes, 32003)
+    target_logits = (3 * torch.randn(shape, generator=generator, device="cuda")).to(torch.bfloat16)
+    draft_logits = (target_logits + torch.randn(shape, generator=generator, device="cuda")).to(torch.bfloat16)
+    for temperature in (0.0, 0.6, 1.0):
+        seeds = torch.tensor([3, 4], device="cuda")
+        tokens = torch.zeros(shape[:2], dtype=torch.int64, device="cuda")
+        for node in range(tree.num_nodes):
+            if tree.num_children[node]:
+                row = draft_logits[:, node]
+                drawn = [
+                    sample_without_replacement(row, 4, temperature, seeds, node, backend=one).tokens
+                    for one in (backend, "reference")
+                ]
+                assert torch.equal(*drawn)
+                tokens[:, tree.children(node)] = drawn[0]
+        paths = [
+            verify_tree(tokens, target_logits, draft_logits, tree, temperature, seeds, 1000, backend=one)
+            for one in (backend, "reference")
+        ]
+        assert_same_bits(*paths)
+
+
+# The decoding loop
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = tiny_llama(0, vocab_size=61)
+    return target.cuda(), noisy_copy(target, 0.5).cuda()
+
+
+TREES = {"plain": None, "chain": TokenTree.chain(5), "tree": TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("tree", TREES)
+def test_the_captured_loop_equals_the_uncaptured_one(pair, tree, temperature, caplog):
+    target, draft = pair
+    prompts = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    options = {"max_new_tokens": 40, "temperature": temperature, "eos_token_id": (), "seed": 5}
+    if TREES[tree] is None:
+        draft = None
+    else:
+        options["tree"] = TREES[tree]
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        graphed, launched = (generate(target, draft, prompts, cuda_graphs=on, **options) for on in (True, False))
+    assert not [record for record in caplog.records if "capture is off" in record.getMessage()]
+    assert graphed.new_tokens == launched.new_tokens
+    assert graphed.finish_reasons == launched.finish_reasons == ["length"] * 3
+    assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
+    assert torch.equal(graphed.sequences, launched.sequences)
+
+
+@pytest.mark.gpu
+def test_requests_of_a_captured_batch_end_on_their_own(pair):
+    """Tokens are read one step late; none behind an end must get through, and the tree shrinks at the cache's end."""
+    target, draft = pair
+    prompts = torch.randint(61, (4, 9), generator=torch.Generator().manual_seed(2)).cuda()
+    options = {"tree": TREES["tree"], "temperature": 0.8, "seed": 6, "max_new_tokens": 60}
+    free = generate(target, draft, prompts, eos_token_id=(), **options)
+    stop = free.new_tokens[0][10]
+    for limits in ({"eos_token_id": stop}, {"eos_token_id": stop, "max_cache_len": 50}):
+        graphed, launched = (
+            generate(target, draft, prompts, cuda_graphs=on, **options, **limits) for on in (True, False)
+        )
+        assert graphed.new_tokens == launched.new_tokens
+        assert graphed.finish_reasons == launched.finish_reasons
+        for tokens, reason in zip(graphed.new_tokens, graphed.finish_reasons):
+            assert stop not in tokens[:-1]
+            assert (tokens[-1] == stop) == (reason == "eos")
+
+
+# What of the above can be checked without a device
+
+
+@pytest.mark.parametrize("op", SCENARIOS)
+def test_scenarios_vary_with_their_seed_and_repeat(op):
+    first, again, other = (outputs_of(op, "reference", seed, device="cpu") for seed in (1, 1, 2))
+    assert_same_bits(first, again)
+    assert any(not torch.equal(left, right) for left, right in zip(first, other))
+
+
+@pytest.mark.parametrize("op", SCENARIOS)
+def test_refilled_inputs_give_what_fresh_ones_give(op):
+    scenario = SCENARIOS[op]
+    inputs = on_device(scenario.make(0), "cpu")
+    call = scenario.bind(inputs, "reference")
+    call()
+    refill(inputs, scenario.make(1))
+    assert_same_bits(call(), outputs_of(op, "reference", 1, device="cpu"))

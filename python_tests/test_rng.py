@@ -1,4 +1,4 @@
-"""The Philox streams: known answers, agreement of torch, NumPy, Triton's interpreter and C++, and the maps from words."""
+"""The Philox streams: known answers, agreement of torch, NumPy, Triton and C++, and the maps from words."""
 
 import os
 import subprocess

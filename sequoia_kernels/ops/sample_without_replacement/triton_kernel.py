@@ -97,7 +97,7 @@ def _noise_bound(word):  # uint32 -> fp32
 
 @triton.jit
 def _margin(bound):  # fp32
-    """What rounding can take from a bound. A key is rounded relative to its scaled logit, at most 33 below the bound."""
+    """What rounding can take from a bound. A key rounds relative to its scaled logit, at most 33 below the bound."""
     return tl.abs(bound) * 9.5367431640625e-07 + 0.0009765625
 
 

@@ -5,7 +5,7 @@ Computes
     Inputs and outputs as in reference.py; the search for the cut is `find_cut` of sequoia_kernels/triton_warping.py.
 
 Parallel plan: what one program owns
-    `row_chunks_kernel`, one program for each row and chunk of the vocabulary: the chunk's peak, mass and smallest logit.
+    `row_chunks_kernel`, one program for each row and chunk of the vocabulary: its peak, mass and smallest logit.
     `warp_rows_kernel`, one program a row: adds the chunks up; where top-k or top-p is on, searches the cut. A row
     without either is finished at once. The order of every sum is fixed: results repeat bit for bit.
 

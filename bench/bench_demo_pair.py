@@ -10,13 +10,13 @@ by side::
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from harness import write_json
 from machine import command_line, commit, environment, pick_device
 
 from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_tree
@@ -151,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
             "rounds": args.rounds,
             "results": results,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(args.json, document)
     return 0
 
 

@@ -9,12 +9,8 @@ level limit leaves the tree as it is and no level can be skipped. Results are ch
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from clocks import percentiles
+from harness import write_json
+from machine import command_line, commit, environment
 
 from sequoia_kernels.planner.search import OptimalTrees, optimal_tree, optimal_values
 
@@ -45,8 +44,7 @@ def milliseconds(run: Callable[[], object], repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         run()
         times.append(1e3 * (time.perf_counter() - started))
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return {"p20": fifths[0], "p50": statistics.median(times), "p80": fifths[3]}
+    return percentiles(times)
 
 
 def check(trees: OptimalTrees, vector: np.ndarray, num_nodes: int, num_levels: int) -> None:
@@ -86,26 +84,6 @@ def measure(num_nodes: int, num_levels: int, num_children: int, repeats: int) ->
     }
 
 
-def environment() -> dict[str, str]:
-    """Where these numbers come from."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
-    here = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return {
-        "processor": processor,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": described.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run all cases; 1 if a promise is not kept."""
     parser = argparse.ArgumentParser(description="Time the search for optimal trees on one core.")
@@ -129,8 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
         for name, fifths in times.items():
             print(f"  {name:<28} p20 {fifths['p20']:9.3f}  p50 {fifths['p50']:9.3f}  p80 {fifths['p80']:9.3f} ms")
     if options.json:
-        document = {"bench": "tree_search", "environment": environment(), "results": results}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document = {
+            "bench": "tree_search",
+            "command": command_line("bench_tree_search.py", arguments),
+            "commit": commit(),
+            "environment": environment(),
+            "results": results,
+        }
+        write_json(options.json, document)
     return 0 if kept else 1
 
 

@@ -81,6 +81,14 @@ SCRIPTS = (
         ),
         weight=3.0,
     ),
+    Script(
+        "tree_forward_cpu",
+        "decode",
+        quick_options=("--rounds", "20", "--rows", "1", "8"),
+        devices=("cpu",),
+        why_not="times forwards on the CPU",
+        takes_device=False,
+    ),
     Script("tree_search", "planner", quick_options=("--repeats", "2"), takes_device=False),
     Script("plan", "planner", quick_options=("--repeats", "3", "--profile-seconds", "0.3"), takes_device=False),
 )

@@ -10,7 +10,20 @@ from types import ModuleType
 
 import pytest
 
-__all__ = ["BENCH", "baselines", "bench_script", "clocks", "gpu_check", "harness", "machine", "report", "run_module"]
+__all__ = [
+    "BENCH",
+    "baselines",
+    "bench_script",
+    "clocks",
+    "gpu_check",
+    "harness",
+    "machine",
+    "report",
+    "run_module",
+    "sanitize",
+    "targets",
+    "workloads",
+]
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 if not BENCH.is_dir():

@@ -6,18 +6,19 @@ tensors of the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from support.triton_compile import CompileCase
+from support.triton_compile import DEVICES, CompileCase
 
 from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
 from sequoia_kernels.ops.tree_attention import triton_kernel as attention
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "attention_case", "compaction_case"]
 
 FLOAT8 = torch.float8_e4m3fn
+ALL_BUT_SMALL = (80, 90, 100)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", FLOAT8: "fp8"}
 
 
@@ -28,7 +29,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 # tree_attention
 
 
-def _attention_case(
+def attention_case(
     dtype: torch.dtype,
     head_dim: int,
     num_nodes: int,
@@ -44,7 +45,9 @@ def _attention_case(
     sinks: bool = False,
     lse: bool = False,
     quick: tuple[int, ...] = (),
+    devices: Iterable[int] = ALL_BUT_SMALL,
 ) -> CompileCase:
+    """A call of tree_attention with 8 kv heads."""
     cache_dtype, value_dim, num_kv_heads = cache_dtype or dtype, value_dim or head_dim, 8
     is_float8 = cache_dtype == FLOAT8
     options = [
@@ -96,6 +99,7 @@ def _attention_case(
             dtype.itemsize,
             cache_dtype.itemsize,
             num_slots,
+            page_size > 0,
             traits,
         )
         return attention.shared_bytes(
@@ -105,61 +109,57 @@ def _attention_case(
             attention._padded_dim(value_dim),
             dtype.itemsize,
             cache_dtype.itemsize,
+            page_size > 0,
             traits.capability,
         )
 
-    return CompileCase("tree_attention", name, launch, quick, shared_bound)
+    return CompileCase("tree_attention", name, launch, tuple(devices), quick, shared_bound)
 
 
 def _attention_cases() -> Iterator[CompileCase]:
     half = torch.bfloat16
     everything = {"page_size": 16, "window": 1024, "sinks": True, "lse": True}
+    # What the test suite compiles, and for which devices: (head dim, nodes, kind of case).
+    quick = {
+        (128, 1, "plain"): (80, 90, 100),
+        (128, 8, "everything"): (80, 90, 100),
+        (128, 16, "plain"): (90,),
+        (128, 16, "float8"): (80, 90),
+        (128, 64, "plain"): (80, 90, 100),
+        (256, 64, "plain"): (90,),
+    }
     for head_dim in (64, 128, 256):
-        for num_nodes in (1, 8, 16, 64):  # 4, 32, 64 and 256 rows: one for each block of rows
-            common = (80, 90, 100) if (head_dim, num_nodes) == (128, 1) else ()
-            wide = (90,) if (head_dim, num_nodes) in ((128, 16), (256, 64)) else ()
-            many = (80, 90, 100) if (head_dim, num_nodes) == (128, 64) else ()
-            yield _attention_case(half, head_dim, num_nodes, quick=common or wide or many)
-            yield _attention_case(
-                half,
-                head_dim,
-                num_nodes,
-                **everything,
-                quick=(80, 90, 100) if (head_dim, num_nodes) == (128, 8) else (),
-            )
-            yield _attention_case(half, head_dim, num_nodes, softcap=50.0, window=4096)
-            yield _attention_case(
-                half,
-                head_dim,
-                num_nodes,
-                cache_dtype=FLOAT8,
-                quick=(80, 90) if (head_dim, num_nodes) == (128, 16) else (),
-            )
+        for num_nodes in (1, 8, 16, 32, 64):  # 4 to 256 rows: every block of rows, and several of the largest
+            small = DEVICES if head_dim == 128 else ALL_BUT_SMALL
+            for kind, options in (("plain", {}), ("everything", everything), ("float8", {"cache_dtype": FLOAT8})):
+                tested = quick.get((head_dim, num_nodes, kind), ())
+                yield attention_case(half, head_dim, num_nodes, **options, quick=tested, devices=small)
+    for num_nodes in (8, 32, 64):
+        yield attention_case(half, 128, num_nodes, softcap=50.0, window=4096)
     # A grid that fills the device without splits writes the output itself.
-    yield _attention_case(half, 128, 512)
-    yield _attention_case(half, 128, 1, batch_size=64, sinks=True, lse=True)
-    yield _attention_case(half, 128, 1024, **everything)
-    for head_dim, value_dim in ((32, 32), (40, 40), (80, 80), (96, 96), (112, 112), (192, 128), (64, 128)):
-        for num_nodes in (1, 64):
-            yield _attention_case(half, head_dim, num_nodes, value_dim=value_dim)
-    for group in (1, 3, 7, 32):
-        yield _attention_case(half, 128, 8, group=group)
-    for num_nodes in (1, 8, 64):
-        yield _attention_case(torch.float16, 128, num_nodes)
-    yield _attention_case(torch.float16, 128, 8, cache_dtype=FLOAT8)
+    yield attention_case(half, 128, 512)
+    yield attention_case(half, 128, 1, batch_size=64, sinks=True, lse=True)
+    yield attention_case(half, 128, 1024, **everything)
+    for head_dim, value_dim in ((32, 32), (40, 40), (80, 80), (96, 96), (192, 128), (64, 128)):
+        yield attention_case(half, head_dim, 64, value_dim=value_dim)
+    yield attention_case(half, 80, 1)
+    for group in (3, 32):
+        yield attention_case(half, 128, 8, group=group)
+    for num_nodes in (8, 64):
+        yield attention_case(torch.float16, 128, num_nodes)
+    yield attention_case(torch.float16, 128, 8, cache_dtype=FLOAT8)
     for head_dim in (64, 128, 256):
-        for num_nodes in (1, 8):
-            yield _attention_case(
-                torch.float32, head_dim, num_nodes, quick=(80, 90) if (head_dim, num_nodes) == (128, 1) else ()
-            )
-            yield _attention_case(torch.float32, head_dim, num_nodes, **everything, softcap=50.0)
-    yield _attention_case(torch.float32, 128, 8, cache_dtype=FLOAT8)
+        tested = (80, 90) if head_dim == 128 else ()
+        yield attention_case(torch.float32, head_dim, 1, quick=tested, devices=DEVICES)
+        yield attention_case(torch.float32, head_dim, 8, **everything, softcap=50.0)
+    yield attention_case(torch.float32, 128, 8, cache_dtype=FLOAT8)
 
 
 # compact_kv_cache_
 
 
-def _compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ...] = ()) -> CompileCase:
+def compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ...] = ()) -> CompileCase:
+    """A call of compact_kv_cache_ on the 64 caches of a Llama-3-8B."""
     num_caches, batch_size, num_slots = 64, 2, 8192
 
     def launch() -> None:
@@ -173,13 +173,13 @@ def _compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, .
         )
 
     name = f"{num_levels} levels" + (f", pages of {page_size}" if page_size else "")
-    return CompileCase("compact_kv_cache_", name, launch, quick)
+    return CompileCase("compact_kv_cache_", name, launch, tuple(DEVICES), quick)
 
 
 def _compaction_cases() -> Iterator[CompileCase]:
     for num_levels in (1, 8, 32, 100):
-        yield _compaction_case(num_levels, quick=(80, 90, 100) if num_levels == 8 else ())
-        yield _compaction_case(num_levels, page_size=16)
+        yield compaction_case(num_levels, quick=(80, 90, 100) if num_levels == 8 else ())
+        yield compaction_case(num_levels, page_size=16)
 
 
 CASES: list[CompileCase] = [*_attention_cases(), *_compaction_cases()]

@@ -82,11 +82,11 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (64, 64): TileShape(64, 32, 4, 3, 2, 2),
         (128, 64): TileShape(64, 32, 4, 3, 2, 1),
         (16, 128): TileShape(64, 64, 4, 3, 3, 2),
-        (32, 128): TileShape(64, 64, 4, 3, 3, 2),
+        (32, 128): TileShape(64, 32, 4, 3, 3, 2),
         (64, 128): TileShape(64, 32, 4, 3, 2, 1),
         (128, 128): TileShape(64, 32, 8, 3, 2, 1),
         (16, 256): TileShape(32, 32, 4, 3, 2, 1),
-        (32, 256): TileShape(32, 32, 4, 2, 2, 1),
+        (32, 256): TileShape(32, 32, 8, 2, 2, 1),
         (64, 256): TileShape(32, 32, 8, 2, 2, 1),
     },
     "sm_90": {
@@ -95,11 +95,11 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (64, 64): TileShape(128, 64, 4, 3, 2, 2),
         (128, 64): TileShape(128, 64, 8, 3, 2, 1),
         (16, 128): TileShape(64, 64, 4, 3, 3, 2),
-        (32, 128): TileShape(64, 64, 4, 3, 3, 2),
+        (32, 128): TileShape(64, 32, 4, 3, 3, 2),
         (64, 128): TileShape(64, 64, 4, 3, 2, 2),
-        (128, 128): TileShape(128, 64, 8, 2, 2, 1),
+        (128, 128): TileShape(128, 32, 8, 2, 2, 1),
         (16, 256): TileShape(32, 32, 4, 3, 2, 1),
-        (32, 256): TileShape(32, 32, 4, 2, 2, 1),
+        (32, 256): TileShape(32, 32, 8, 2, 2, 1),
         (64, 256): TileShape(64, 32, 8, 2, 2, 1),
         (128, 256): TileShape(64, 32, 8, 2, 1, 1),
     },
@@ -109,11 +109,11 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (64, 64): TileShape(128, 64, 4, 3, 2, 2),
         (128, 64): TileShape(128, 64, 8, 3, 2, 1),
         (16, 128): TileShape(64, 64, 4, 3, 3, 2),
-        (32, 128): TileShape(64, 64, 4, 3, 3, 2),
+        (32, 128): TileShape(64, 32, 4, 3, 3, 2),
         (64, 128): TileShape(64, 32, 4, 3, 2, 2),
-        (128, 128): TileShape(128, 64, 8, 2, 2, 1),
+        (128, 128): TileShape(128, 32, 8, 2, 2, 1),
         (16, 256): TileShape(32, 32, 4, 3, 2, 1),
-        (32, 256): TileShape(32, 32, 4, 2, 2, 1),
+        (32, 256): TileShape(32, 32, 8, 2, 2, 1),
         (64, 256): TileShape(64, 32, 8, 2, 2, 1),
         (128, 256): TileShape(64, 32, 8, 2, 2, 1),
     },
@@ -121,7 +121,7 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (16, 64): TileShape(32, 32, 4, 2, 1, 2),
         (32, 64): TileShape(32, 32, 4, 2, 1, 2),
         (16, 128): TileShape(32, 32, 4, 2, 1, 2),
-        (32, 128): TileShape(32, 32, 4, 2, 1, 2),
+        (32, 128): TileShape(32, 32, 8, 2, 1, 2),
         (16, 256): TileShape(32, 32, 8, 2, 1, 1),
     },
 }
@@ -293,7 +293,6 @@ def _scores(
         scores = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
         return _dot(query, _as_type(keys, query.dtype, FP8_AS_BITS), scores)
     else:
-        # Exact float32 products keep both operands in registers; a few dims at a time, or they spill.
         scores = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], dtype=tl.float32)
         for first_dim in tl.range(0, BLOCK_DIM, DIM_CHUNK):
             dims = first_dim + tl.arange(0, DIM_CHUNK)
@@ -605,6 +604,12 @@ def tree_attention_kernel(
             BLOCK_ROWS, MASKED_SLOTS, BLOCK_DIM, DIM_CHUNK, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
+    # Rows once more, from a zero that the compiler cannot see through: it would keep the query's addresses in registers
+    # all along to use their parts again here.
+    rows = row_block * BLOCK_ROWS + tl.minimum(cache_len, 0) + tl.arange(0, BLOCK_ROWS)
+    row_is_real = rows < num_rows
+    nodes = (rows // GROUP).to(tl.int64)
+    heads = kv_head * GROUP + rows % GROUP
     if HAS_SINKS and not SPLIT:
         sink = tl.load(sinks_ptr + heads * stride_sinks_head, mask=row_is_real, other=0.0).to(tl.float32) * LOG2_E
         new_max = tl.maximum(row_max, sink)
@@ -746,6 +751,11 @@ def _padded_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def _dim_chunk(block_dim: int, item_bytes: int) -> int:
+    """Exact float32 products keep both operands in registers, so they take a few dims at a time."""
+    return min(32, block_dim) if item_bytes == 4 else block_dim
+
+
 def shared_bytes(
     block_rows: int,
     tile: TileShape,
@@ -753,9 +763,15 @@ def shared_bytes(
     block_value_dim: int,
     item_bytes: int,
     cache_item_bytes: int,
+    paged: bool,
     capability: int,
 ) -> int:
     """An upper bound of the shared memory that one program needs. The compile report holds it against the compiler."""
+    result = block_rows * block_value_dim * 4  # on its way to memory
+    if item_bytes == 4:  # a chunk of dims at a time, nothing in flight
+        dim_chunk = _dim_chunk(block_dim, item_bytes)
+        operands = (block_rows + tile.block_slots) * dim_chunk + tile.block_slots * (block_rows + block_value_dim)
+        return max(operands * item_bytes, result)
     converts = cache_item_bytes != item_bytes
     # From 64 rows on, Hopper and Blackwell multiply out of shared memory, and a tile's buffer is busy one turn longer.
     busy = 0 if capability >= 90 and block_rows >= 64 and not converts else 1
@@ -769,11 +785,11 @@ def shared_bytes(
     edge = buffers(tile.masked_stages) * tile.masked_slots * slot_bytes
     edge += tile.masked_slots * (block_value_dim + (block_dim if converts else 0)) * item_bytes
     words = tile.masked_stages * (tile.masked_slots // 32 + 1) * 2 * block_rows * 4
-    page_ids = 2 * max(tile.num_stages * tile.block_slots, tile.masked_stages * tile.masked_slots) * 4
+    pages = 2 * (tile.num_stages - 1) * tile.block_slots * 4 if paged else 0  # page ids, for keys and for values
+    barriers = 256 if capability >= 100 else 0
     query = block_rows * block_dim * item_bytes
     probabilities = block_rows * tile.block_slots * item_bytes * busy
-    result = block_rows * block_value_dim * 4  # on its way to memory
-    return max(query + probabilities + max(inner, edge + words) + page_ids, result) + 1024
+    return max(query + probabilities + max(inner, edge + words) + pages, result) + barriers
 
 
 def _family(capability: int) -> str:
@@ -816,6 +832,7 @@ def _launch_config(
     item_bytes: int,
     cache_item_bytes: int,
     max_slots: int,
+    paged: bool,
     traits: triton_device.DeviceTraits,
 ) -> LaunchConfig:
     """Choose the launch of a call from its shapes and its device: never from lengths, which only the device knows."""
@@ -826,6 +843,9 @@ def _launch_config(
     blocks = [rows for rows, dim in _TILES[family] if dim == widest]
     block_rows = next((rows for rows in blocks if rows >= num_rows), blocks[-1])
     tile = _TILES[family][block_rows, widest]
+    if num_rows <= block_rows == 128 and tile.block_slots == 128:
+        # A single block of rows is bound by memory, and half the tile leaves splits less unequal.
+        tile = tile._replace(block_slots=64, num_stages=3)
     if cache_item_bytes != item_bytes and block_rows >= 64:
         # Conversion takes registers.
         fewer = min(tile.block_slots, 64 if traits.capability >= 90 else 32)
@@ -833,7 +853,7 @@ def _launch_config(
 
     def needed(tile: TileShape) -> int:
         return shared_bytes(
-            block_rows, tile, block_dim, block_value_dim, item_bytes, cache_item_bytes, traits.capability
+            block_rows, tile, block_dim, block_value_dim, item_bytes, cache_item_bytes, paged, traits.capability
         )
 
     while needed(tile) > traits.shared_bytes and tile.num_stages > 1:
@@ -843,7 +863,9 @@ def _launch_config(
         fewer = tile.block_slots // 2
         tile = tile._replace(block_slots=fewer, masked_slots=min(fewer, tile.masked_slots))
 
-    programs_per_sm = max(1, min(tile.programs_per_sm, traits.shared_bytes // needed(tile)))
+    reserved = 1024  # what the driver keeps of each program's shared memory
+    fitting = (traits.shared_bytes + reserved) // (needed(tile) + reserved)
+    programs_per_sm = max(1, min(tile.programs_per_sm, fitting))
     num_programs = triton.cdiv(num_rows, block_rows) * num_kv_heads * batch_size
     tile_bytes = tile.block_slots * (head_dim + value_dim) * cache_item_bytes
     num_splits = _num_splits(
@@ -859,7 +881,7 @@ def _launch_config(
         block_rows,
         tile,
         num_splits,
-        dim_chunk=min(32, block_dim) if item_bytes == 4 else block_dim,
+        dim_chunk=_dim_chunk(block_dim, item_bytes),
         merge_rows=1 if few_rows else 4,
         merge_chunk=merge_chunk if block_value_dim <= 128 else max(1, merge_chunk // 2),
     )
@@ -923,7 +945,7 @@ def run(
     if config is None:
         config = _launch_config(
             batch_size, num_nodes, num_kv_heads, group, head_dim, value_dim,
-            q.element_size(), k_cache.element_size(), max_slots, traits,
+            q.element_size(), k_cache.element_size(), max_slots, block_table is not None, traits,
         )  # fmt: skip
     tile, num_splits = config.tile, config.num_splits
 

@@ -1,0 +1,228 @@
+"""What only the Triton backend has: launch configurations, splits and tiles, float8 as bits, one word for two counts.
+
+The ops' own tests run this backend like every other one; here its block sizes are forced small, so that inputs of a few
+rows already cross their borders. Where there is no GPU, triton interprets the kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+import triton.language as tl
+from support.attention import attention_inputs, poison_unseen
+from support.op_backends import op_backends
+from support.packed_masks import CHAIN, RANDOM, STAR, pack_tree, tree_parents
+from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
+from support.triton_compile import DEVICES
+
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention
+from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
+from sequoia_kernels.ops.tree_attention import triton_kernel as attention
+from sequoia_kernels.ops.tree_attention.triton_kernel import LaunchConfig, TileShape
+
+H200 = DEVICES[90]
+HALF, SINGLE = 2, 4
+
+
+def llama3_8b_config(num_nodes, batch_size=1, max_slots=8192 + 64, traits=H200):
+    return attention._launch_config(batch_size, num_nodes, 8, 4, 128, 128, HALF, HALF, max_slots, False, traits)
+
+
+# tree_attention: launch configurations
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+def test_every_configuration_fits_the_device(capability):
+    traits = DEVICES[capability]
+    dims = [(8, 8), (32, 32), (64, 64), (80, 80), (128, 128), (192, 128), (64, 256), (256, 256)]
+    item_sizes = [(HALF, HALF), (HALF, 1), (SINGLE, SINGLE), (SINGLE, 1)]
+    nodes = (1, 5, 8, 9, 16, 17, 64, 1024)
+    for (head_dim, value_dim), sizes, num_nodes, paged in itertools.product(dims, item_sizes, nodes, (False, True)):
+        config = attention._launch_config(1, num_nodes, 8, 4, head_dim, value_dim, *sizes, 8192, paged, traits)
+        tile = config.tile
+        padded = [attention._padded_dim(dim) for dim in (head_dim, value_dim)]
+        needed = attention.shared_bytes(config.block_rows, tile, *padded, *sizes, paged, capability)
+        assert needed <= traits.shared_bytes, (head_dim, value_dim, sizes, num_nodes, paged, config)
+        assert tile.block_slots % tile.masked_slots == 0 and tile.masked_slots % 32 == 0
+        assert config.block_rows >= 16 and tile.num_stages >= tile.masked_stages >= 1
+        assert padded[0] % config.dim_chunk == 0
+        assert 1 <= config.num_splits <= attention.MAX_SPLITS
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "batch_size"), [(1, 1), (1, 4), (8, 1), (16, 1), (32, 1), (64, 1), (128, 1), (256, 1)]
+)
+def test_splits_share_the_cache_evenly_over_the_device(num_nodes, batch_size):
+    """The longest split of the last wave, in tiles, against every multiprocessor busy all the time."""
+    config = llama3_8b_config(num_nodes, batch_size)
+    num_programs = triton.cdiv(num_nodes * 4, config.block_rows) * 8 * batch_size
+    slots = H200.num_sms * config.tile.programs_per_sm
+    num_tiles = triton.cdiv(8192 + 64, config.tile.block_slots)
+    waves = triton.cdiv(num_programs * config.num_splits, slots)
+    longest = waves * triton.cdiv(num_tiles, config.num_splits)
+    assert num_programs * num_tiles / slots / longest >= 0.85
+
+
+@pytest.mark.parametrize(("num_nodes", "batch_size"), [(1024, 1), (512, 1), (1, 64), (64, 32)])
+def test_a_grid_that_fills_the_device_is_not_split(num_nodes, batch_size):
+    assert llama3_8b_config(num_nodes, batch_size).num_splits == 1
+
+
+@pytest.mark.parametrize("max_slots", [1, 32, 65, 300])
+def test_a_short_cache_has_no_more_splits_than_tiles(max_slots):
+    config = llama3_8b_config(1, max_slots=max_slots)
+    assert config.num_splits <= triton.cdiv(max_slots, config.tile.block_slots)
+
+
+def test_a_device_with_little_shared_memory_gets_a_smaller_tile():
+    small = llama3_8b_config(64, traits=H200._replace(shared_bytes=64 * 1024))
+    large = llama3_8b_config(64)
+    assert small.block_rows == large.block_rows
+    assert (small.tile.num_stages, small.tile.block_slots) < (large.tile.num_stages, large.tile.block_slots)
+
+
+# tree_attention: tiles and splits
+
+
+@pytest.fixture(params=[backend for backend in op_backends("tree_attention") if "triton" in backend.id])
+def device(request):
+    """Where the Triton backend runs."""
+    return request.param.device
+
+
+def attend(device, inputs, config, window=None, softcap=None, sinks=None):
+    moved = [tensor.to(device) for tensor in inputs]
+    sinks = None if sinks is None else sinks.to(device)
+    scale = inputs.q.shape[3] ** -0.5
+    out, lse = attention.run(*moved, scale, softcap, window, sinks, None, None, None, True, None, None, config)
+    return out.cpu(), lse.cpu()
+
+
+def launch_config(block_rows, block_slots, masked_slots, num_splits, merge_rows=1, merge_chunk=2, dim_chunk=32):
+    tile = TileShape(block_slots, masked_slots, 4, 2, 1, 1)
+    return LaunchConfig(block_rows, tile, num_splits, dim_chunk, merge_rows, merge_chunk)
+
+
+CONFIGS = [
+    launch_config(16, 32, 32, 1),
+    launch_config(16, 32, 32, 3),
+    launch_config(16, 64, 32, 2, merge_rows=4),
+    launch_config(32, 128, 64, 7, merge_rows=2, merge_chunk=4),  # more splits than tiles
+    launch_config(32, 64, 64, 2, merge_chunk=1, dim_chunk=16),
+]
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: f"{config.block_rows}x{config.tile.block_slots}x{config.num_splits}"
+)
+def test_any_tiles_and_splits_give_the_same_result(device, config, window):
+    inputs = attention_inputs(pack_tree(tree_parents(RANDOM, 9)), [95, 31], num_slots=140, heads=(6, 2))
+    inputs = poison_unseen(inputs, window)
+    sinks = torch.linspace(-1, 1, 6)
+    expected = tree_attention(
+        *inputs.double(), sliding_window=window, sinks=sinks.double(), return_lse=True, backend="reference"
+    )
+    out, lse = attend(device, inputs, config, window, sinks=sinks)
+    assert_close(out, expected.out, ATTENTION, torch.float32)
+    assert_close(lse, expected.lse, LOG_SUM_EXP, torch.float32)
+
+
+@pytest.mark.parametrize("cache_len", [0, 1, 31, 32, 33, 63, 64])
+def test_a_prefix_that_ends_anywhere_in_a_tile(device, cache_len):
+    """The mask's words are cut at every bit offset, in one word and across two."""
+    inputs = attention_inputs(pack_tree(tree_parents(STAR, 40)), [cache_len], num_slots=cache_len + 40, heads=(1, 1))
+    inputs = poison_unseen(inputs)
+    expected = tree_attention(*inputs.double(), backend="reference").out
+    out, _ = attend(device, inputs, launch_config(64, 64, 32, 1))
+    assert_close(out, expected, ATTENTION, torch.float32)
+
+
+@pytest.mark.parametrize("window", [1, 5, 31, 32, 33, 64])
+def test_a_window_inside_a_long_chain(device, window):
+    """Rows deep in a chain see none of the prefix, and their window begins at every bit of a word."""
+    inputs = attention_inputs(pack_tree(tree_parents(CHAIN, 70)), [20], num_slots=90, heads=(1, 1))
+    inputs = poison_unseen(inputs, window)
+    expected = tree_attention(*inputs.double(), sliding_window=window, backend="reference").out
+    out, _ = attend(device, inputs, launch_config(64, 64, 32, 2), window)
+    assert_close(out, expected, ATTENTION, torch.float32)
+
+
+# tree_attention: float8 without conversion instructions
+
+
+@triton.jit
+def _decode_kernel(
+    bytes_ptr,  # [256] uint8
+    values_ptr,  # [256] fp32
+):
+    codes = tl.arange(0, 256)
+    values = attention._as_type(tl.load(bytes_ptr + codes), tl.float32, True)
+    tl.store(values_ptr + codes, values)
+
+
+def test_every_float8_code_is_decoded_from_its_bits(device):
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = torch.empty(256, device=device)
+    _decode_kernel[(1,)](codes.to(device), values)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    is_number = ~expected.isnan()
+    assert is_number.sum() == 254
+    assert torch.equal(values.cpu()[is_number] * 256, expected[is_number])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float8_caches_on_a_device_without_float8(device, dtype, monkeypatch):
+    traits = attention.triton_device.device_traits(device)
+    monkeypatch.setattr(attention.triton_device, "device_traits", lambda _: traits._replace(capability=80))
+    inputs = attention_inputs(pack_tree(tree_parents(RANDOM, 5)), [11], num_slots=40, dtype=dtype)
+    rounded = inputs._replace(
+        k_cache=inputs.k_cache.to(torch.float8_e4m3fn), v_cache=inputs.v_cache.to(torch.float8_e4m3fn)
+    )
+    exact = rounded._replace(k_cache=rounded.k_cache.double(), v_cache=rounded.v_cache.double(), q=rounded.q.double())
+    expected = tree_attention(*exact, backend="reference").out
+    out, _ = attend(device, rounded, None)
+    assert_close(out, expected, ATTENTION, dtype)
+
+
+# compact_kv_cache_
+
+
+def test_the_length_and_the_count_of_programs_share_a_word():
+    config = compaction._launch_config(64, 8, 2048, 8192)
+    assert config.num_slices * 64 < 2 ** (31 - config.length_bits)
+    assert (8192).bit_length() <= config.length_bits
+    # Many caches leave fewer bits for the length: then fewer programs share it, and in the end the call is refused.
+    crowded = compaction._launch_config(512, 8, 2**16, 2**20)
+    assert crowded.num_slices == 1
+    assert compaction._launch_config(512, 8, 2**16, 2**21) is None
+
+
+def test_a_cache_too_long_to_share_the_word_is_refused_with_a_reason():
+    cache = torch.zeros(1, 1, 1, 1).expand(1, 2**30, 1, 1)
+    path, count = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    reason = compaction.supports([cache], path, count, count, None, None, 4)
+    assert reason == "takes up to 2**30 slots times caches"
+
+
+@pytest.mark.parametrize(("num_levels", "row_shape"), [(5, (8, 64)), (40, (2, 8)), (70, (1, 33))])
+def test_many_programs_and_long_paths(device, num_levels, row_shape):
+    """Several slices of columns a cache, and paths longer than a block of levels."""
+    generator = torch.Generator().manual_seed(num_levels)
+    caches = [torch.randn(2, 200, *row_shape, generator=generator).to(device) for _ in range(3)]
+    paths = torch.stack([torch.randperm(120, generator=generator)[:num_levels].sort().values for _ in range(2)])
+    paths[:, 0] = 0
+    arguments = [paths.int().to(device), torch.tensor([num_levels, num_levels - 2]).int().to(device)]
+    lens = torch.tensor([3, 60]).int().to(device)
+    expected, expected_lens = [cache.clone() for cache in caches], lens.clone()
+    compact_kv_cache_(expected, *arguments, expected_lens, backend="reference")
+    compact_kv_cache_(CacheTable(caches), *arguments, lens, backend="triton")
+    assert torch.equal(lens, expected_lens)
+    for cache, moved in zip(caches, expected):
+        assert torch.equal(cache, moved)

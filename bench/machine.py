@@ -45,7 +45,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "processor": DeviceFingerprint.of("cpu").name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     }

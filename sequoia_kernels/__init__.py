@@ -7,7 +7,7 @@ Trees and planning:
     TokenTree, optimal_tree, optimal_values, estimate_acceptance, AcceptanceEstimate, HardwareProfile, measure_profile,
     plan_tree, TreePlan
 Generation with Hugging Face models:
-    generate, GenerateOutput, GenerateStats, adapt
+    generate, GenerateOutput, GenerateStats, adapt, load_offloaded
 The five ops, for an own decoding loop:
     tree_attention, warped_logsumexp, sample_without_replacement, verify_tree, compact_kv_cache_
 Errors:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
-    from sequoia_kernels.models import adapt
+    from sequoia_kernels.models import adapt, load_offloaded
     from sequoia_kernels.ops.compact_kv_cache_ import compact_kv_cache_
     from sequoia_kernels.ops.sample_without_replacement import sample_without_replacement
     from sequoia_kernels.ops.tree_attention import tree_attention
@@ -58,6 +58,7 @@ __all__ = [
     "compact_kv_cache_",
     "estimate_acceptance",
     "generate",
+    "load_offloaded",
     "measure_profile",
     "optimal_tree",
     "optimal_values",
@@ -73,7 +74,7 @@ _ROOMS = {
     "decoding": ["GenerateOutput", "GenerateStats", "generate"],
     "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
     "measure": ["measure_profile"],
-    "models": ["adapt"],
+    "models": ["adapt", "load_offloaded"],
     "ops": [
         "compact_kv_cache_",
         "sample_without_replacement",

@@ -29,6 +29,7 @@ Sample = Callable[[], float]  # runs once and returns milliseconds
 
 MODES = {"cpu": ("warm",), "cuda": ("graph_cold", "graph_warm", "eager_cold", "eager_warm")}
 HEADLINE_MODES = ("graph_cold", "eager_cold", "warm")  # of what a provider has, the first is its time
+LONG_MS = 5.0  # a call that takes this long is not captured: launches are nothing beside it
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
@@ -147,7 +148,9 @@ class DeviceClock:
         """
         samplers: dict[str, Sample] = {}
         reason: str | None = None if capturable else "works on the host between launches"
-        if capturable:
+        if reason is None and self._timed(calls[0], reset, cold=False) > LONG_MS:
+            reason = f"takes more than {LONG_MS:g} ms, beside which launches are nothing"
+        if reason is None:
             try:
                 samplers["graph_cold"] = self._replays(calls, reset, cold=True)
                 samplers["graph_warm"] = self._replays([calls[0]] * len(calls), reset, cold=False)

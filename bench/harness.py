@@ -132,7 +132,7 @@ class Settings:
     min_repeats: int = field(default=0)
 
     def __post_init__(self) -> None:
-        defaults = (0.25, 3) if self.quick else (3.0, 10)
+        defaults = (0.25, 3) if self.quick else (1.5, 10)
         for name, default in zip(("seconds_per_case", "min_repeats"), defaults):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)

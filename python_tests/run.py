@@ -1,9 +1,9 @@
 """Lint, type check and test the installed package: the whole gate in one command.
 
 Runs `ruff check`, `ruff format --check`, `mypy` on the package's source and then pytest against the package that is
-installed beside the running Python, not against the source tree. Without a CUDA device the Triton kernels are
-skipped, or interpreted with --interpreter. A failed lint step does not stop the tests; the exit code is non-zero if anything failed, and
-pytest's closing line is the last line of the output.
+installed beside the running Python, not against the source tree. Without a CUDA device the Triton kernels are skipped,
+or interpreted with --interpreter. A failed lint step does not stop the tests; the exit code is non-zero if anything
+failed, and pytest's closing line is the last line of the output.
 
     python python_tests/run.py                         everything, as CI does
     python python_tests/run.py --no-lint -k chain  pytest only, with pytest's own arguments behind ours

@@ -1,0 +1,150 @@
+"""Time other launch configurations of the Triton tree_attention than its table's, on the GPU at hand.
+
+Starts from what `_launch_config` chooses for a case of bench_tree_attention.py and changes one thing at a time: rows of
+a program, slots of a tile and of a masked tile, warps, pipeline stages, splits, the merge. A change that is faster by
+more than 1 % stays. A configuration is timed only if its result is right. The table `_TILES` is then edited by hand::
+
+    python bench/tune_tree_attention.py --json results/tune_tree_attention.json
+    python bench/tune_tree_attention.py --nodes 16 64 --contexts 8192 32768
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_tree_attention import CASES, Inputs, expected, make_inputs, mismatch
+from clocks import DeviceClock
+from harness import Case
+from machine import command_line, commit, environment, pick_device
+
+from sequoia_kernels import triton_device
+from sequoia_kernels.ops.tree_attention import triton_kernel
+from sequoia_kernels.ops.tree_attention.triton_kernel import LaunchConfig
+
+INPUT_SETS = 4
+REPEATS = 20
+GAIN = 0.99
+
+
+def chosen_config(inputs: Inputs) -> LaunchConfig:
+    """What the backend would take."""
+    batch_size, num_nodes, num_heads, head_dim = inputs.q.shape
+    _, max_slots, num_kv_heads, value_dim = inputs.v_cache.shape
+    sizes = (inputs.q.element_size(), inputs.k_cache.element_size())
+    traits = triton_device.device_traits(inputs.q.device)
+    group = num_heads // num_kv_heads
+    return triton_kernel._launch_config(
+        batch_size, num_nodes, num_kv_heads, group, head_dim, value_dim, *sizes, max_slots, False, traits
+    )
+
+
+def neighbours(config: LaunchConfig, field: str) -> Iterator[LaunchConfig]:
+    """Configurations that differ in one thing."""
+    tile = config.tile
+    if field == "block_rows":
+        yield from (config._replace(block_rows=rows) for rows in (16, 32, 64, 128) if rows != config.block_rows)
+    elif field == "block_slots":
+        for slots in (32, 64, 128):
+            masked = min(tile.masked_slots, slots)
+            yield config._replace(tile=tile._replace(block_slots=slots, masked_slots=masked))
+    elif field == "masked_slots":
+        yield from (config._replace(tile=tile._replace(masked_slots=n)) for n in (32, 64) if n <= tile.block_slots)
+    elif field == "num_splits":
+        for num_splits in sorted({1, *(round(config.num_splits * factor) for factor in (0.5, 0.75, 1.25, 1.5, 2.0))}):
+            yield config._replace(num_splits=max(1, num_splits))
+    elif field == "merge_rows":
+        yield from (config._replace(merge_rows=rows) for rows in (1, 2, 4, 8))
+    elif field == "merge_chunk":
+        yield from (config._replace(merge_chunk=chunk) for chunk in (4, 8, 16, 32))
+    else:
+        options = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "masked_stages": (1, 2, 3)}[field]
+        yield from (config._replace(tile=tile._replace(**{field: value})) for value in options)
+
+
+FIELDS = (
+    "block_rows",
+    "block_slots",
+    "num_warps",
+    "num_stages",
+    "num_splits",
+    "masked_slots",
+    "masked_stages",
+    "merge_rows",
+    "merge_chunk",
+)
+
+
+def run(inputs: Inputs, config: LaunchConfig) -> torch.Tensor:
+    """One call with a given configuration."""
+    scale = inputs.q.shape[-1] ** -0.5
+    nothing = (None, None, None, None, None, None)
+    return triton_kernel.run(*inputs, scale, *nothing, False, None, None, config)[0]
+
+
+def time_config(
+    case: Case, sets: list[Inputs], result: torch.Tensor, config: LaunchConfig, clock: DeviceClock
+) -> dict[str, Any]:
+    """Milliseconds in a graph with a cold L2, or the reason why there are none."""
+    entry: dict[str, Any] = {"config": {**config._asdict(), "tile": config.tile._asdict()}}
+    try:
+        wrong = mismatch(case, sets[0], result, run(sets[0], config))
+    except Exception as error:  # too much shared memory, for one: a reason like any other
+        return {**entry, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    if wrong is not None:
+        return {**entry, "reason": wrong}
+    samplers, reason = clock.samplers([lambda inputs=inputs: run(inputs, config) for inputs in sets], lambda: None)
+    sample = samplers.get("graph_cold", samplers["eager_cold"])
+    sample()
+    times = [sample() for _ in range(REPEATS)]
+    return {**entry, "ms": float(np.median(times)), **({} if reason is None else {"reason": reason})}
+
+
+def tune(case: Case, device: torch.device, clock: DeviceClock) -> dict[str, Any]:
+    """Change one field after the other and keep what is faster."""
+    sets = [make_inputs(case, device, seed) for seed in range(INPUT_SETS)]
+    result = expected(case, sets[0])
+    best = chosen_config(sets[0])
+    first = time_config(case, sets, result, best, clock)
+    tried = {best: first}
+    for field in FIELDS:
+        for config in neighbours(best, field):
+            if config not in tried:
+                tried[config] = time_config(case, sets, result, config, clock)
+            if tried[config].get("ms", np.inf) < GAIN * tried[best].get("ms", np.inf):
+                best = config
+    print(f"{case.name}: {first.get('ms')} ms as chosen, {tried[best].get('ms')} ms with {best}", flush=True)
+    return {"case": case.name, "chosen": first, "best": tried[best], "tried": list(tried.values())}
+
+
+def main() -> None:
+    """Tune the cases asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 1024])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192])
+    parser.add_argument("--json", type=Path, help="where the document goes")
+    options = parser.parse_args()
+    device = pick_device("cuda")
+    clock = DeviceClock(device)
+    cases = [
+        case
+        for case in CASES
+        if case.device == "cuda" and case["num_nodes"] in options.nodes and case["context_len"] in options.contexts
+    ]
+    document = {
+        "command": command_line("tune_tree_attention.py", None),
+        "commit": commit(),
+        "environment": environment(device),
+        "cases": [tune(case, device, clock) for case in cases],
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

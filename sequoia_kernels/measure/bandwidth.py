@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -26,7 +27,8 @@ def measure_bandwidth(
 
     Returns:
         GB/s (1e9 bytes), medians: "memory_copy" counts the bytes read and those written of a copy within the device;
-        on CUDA also "host_to_device" and "device_to_host", from and to pinned memory.
+        on CUDA also "host_to_device" and "device_to_host", from and to pinned memory, and "host_to_device_two_streams",
+        the same block in two halves that travel side by side.
 
     Example:
         >>> sorted(measure_bandwidth("cpu", num_bytes=1 << 16, seconds=0.01))
@@ -43,7 +45,21 @@ def measure_bandwidth(
     if device.type == "cuda":
         host = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=True)
         calls["host_to_device"] = partial(source.copy_, host, non_blocking=True)
+        streams = [torch.cuda.Stream(device) for _ in range(2)]
+        calls["host_to_device_two_streams"] = partial(_copy_in_parts, host, source, streams)
         calls["device_to_host"] = partial(host.copy_, source, non_blocking=True)
-        moved.update(host_to_device=num_bytes, device_to_host=num_bytes)
+        moved.update(dict.fromkeys(set(calls) - {"memory_copy"}, num_bytes))
     times = time_calls(calls, device, seconds=seconds * len(calls), min_repeats=3)
     return {name: moved[name] / (time.p50_ms * 1e6) for name, time in times.items()}
+
+
+def _copy_in_parts(source: torch.Tensor, destination: torch.Tensor, streams: Sequence[torch.cuda.Stream]) -> None:
+    """Copy one part on each stream; the current stream goes on when all have arrived."""
+    current = torch.cuda.current_stream(destination.device)
+    parts = zip(source.tensor_split(len(streams)), destination.tensor_split(len(streams)), streams)
+    for part, place, stream in parts:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            place.copy_(part, non_blocking=True)
+    for stream in streams:
+        current.wait_stream(stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -40,7 +40,9 @@ def measure_bandwidth(
     if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 1:
         raise ValueError(f"measure_bandwidth: num_bytes must be a positive integer, got {num_bytes!r}")
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    calls = {"memory_copy": partial(torch.empty_like(source).copy_, source, non_blocking=True)}
+    calls: dict[str, Callable[[], object]] = {
+        "memory_copy": partial(torch.empty_like(source).copy_, source, non_blocking=True)
+    }
     moved = {"memory_copy": 2 * num_bytes}
     if device.type == "cuda":
         host = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=True)

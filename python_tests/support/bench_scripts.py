@@ -21,6 +21,7 @@ __all__ = [
     "report",
     "run_module",
     "sanitize",
+    "synthetic_pair",
     "targets",
     "workloads",
 ]
@@ -37,6 +38,7 @@ harness = importlib.import_module("harness")
 machine = importlib.import_module("machine")
 report = importlib.import_module("report")
 sanitize = importlib.import_module("sanitize")
+synthetic_pair = importlib.import_module("synthetic_pair")
 targets = importlib.import_module("targets")
 workloads = importlib.import_module("workloads")
 

@@ -19,6 +19,7 @@ from sequoia_kernels.models.offload import load_offloaded, memory_plan
 from sequoia_kernels.models.offload.checkpoint import Checkpoint
 from sequoia_kernels.models.offload.host_weights import pack_layers
 from sequoia_kernels.models.offload.layers import find_layers
+from sequoia_kernels.models.offload.model import _check_free
 
 
 @pytest.fixture
@@ -157,6 +158,16 @@ def test_quantised_checkpoints_are_refused_by_name(single: Path, method: str) ->
         load_offloaded(single)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_without_a_configuration_are_refused(single: Path, dtype: torch.dtype) -> None:
+    """Converting them to floats would load, and mean nothing."""
+    tensors = load_file(single / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, single / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=rf"family llama cannot be offloaded: its checkpoint stores {name}"):
+        load_offloaded(single)
+
+
 def test_weights_that_transformers_merges_are_refused_by_name(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="family qwen3_moe cannot be offloaded: transformers merges"):
@@ -263,6 +274,31 @@ def test_too_little_memory_that_can_be_locked_leaves_nothing_locked(
     assert lock.locked == set()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_load_unlocks_what_it_had_locked(
+    layer_files: tuple[Checkpoint, dict[str, str]], error: type[BaseException]
+) -> None:
+    checkpoint, names = layer_files
+    lock, copy_into = _PageLock(limit=4), checkpoint.copy_into
+
+    def interrupted(name: str, destination: torch.Tensor) -> None:
+        if name.startswith("layers.2"):
+            raise error
+        copy_into(name, destination)
+
+    checkpoint.copy_into = interrupted  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError if error is OSError else error):
+        pack_layers(decoder_layers(4), checkpoint, names, lock)
+    assert lock.locked == set()
+
+
+def test_a_device_with_too_little_free_memory(single: Path) -> None:
+    plan = memory_plan(single, resident_layers=1)
+    _check_free(plan, plan.total_bytes)
+    with pytest.raises(RuntimeError, match=r"the device must have .* free for this plan, got 1.00 KiB; lower"):
+        _check_free(plan, 1024)
+
+
 def test_locked_blocks_are_unlocked_when_closed_or_dropped(layer_files: tuple[Checkpoint, dict[str, str]]) -> None:
     lock = _PageLock(limit=4)
     packed = pack_layers(decoder_layers(4), *layer_files, lock)
@@ -286,6 +322,9 @@ def test_locked_blocks_are_unlocked_when_closed_or_dropped(layer_files: tuple[Ch
         ({"max_cache_len": 1.5}, ValueError, "max_cache_len must be a positive integer"),
         ({"max_rows": True}, ValueError, "max_rows must be a positive integer"),
         ({"resident_layers": 3}, ValueError, r"resident_layers must be in 0\.\.2, got 3"),
+        ({"resident_layers": [0, 2]}, ValueError, r"resident_layers must be different indices below 2, got \[0, 2\]"),
+        ({"resident_layers": [1, 1]}, ValueError, r"resident_layers must be different indices below 2, got \[1, 1\]"),
+        ({"resident_layers": 1.0}, TypeError, r"resident_layers must be a number or layer indices, got 1\.0"),
         ({"device_memory_budget": "much"}, ValueError, "device_memory_budget must be a size"),
     ],
 )

@@ -50,6 +50,22 @@ def test_numbers_out_of_range(arguments: dict[str, int], message: str) -> None:
         plan_memory([1] * 4, 0, **arguments)
 
 
+def test_layers_that_stay_can_be_named() -> None:
+    plan = plan_memory([10, 20, 30, 40], 7, resident_layers=[2, 0], num_buffers=3)
+    assert plan.resident == (0, 2)
+    assert plan.streamed == (1, 3)
+    assert (plan.resident_bytes, plan.streamed_bytes, plan.num_buffers, plan.buffer_bytes) == (40, 60, 2, 40)
+    with pytest.raises(ValueError, match="at least 127 bytes"):
+        plan_memory([10, 20, 30, 40], 7, budget_bytes=126, resident_layers=[2, 0], num_buffers=3)
+
+
+def test_shared_weights_take_host_memory_once_and_are_copied_every_time() -> None:
+    plan = plan_memory([10] * 6, 7, resident_layers=[0, 4], weights_of=[0, 1, 1, 1, 1, 5])
+    assert (plan.streamed_bytes, plan.host_bytes) == (40, 20)
+    assert "host 20 B: 4 layers, 40 B copied in every pass" in plan.describe()
+    assert plan_memory([10] * 6, 7, resident_layers=2).host_bytes == 40
+
+
 def test_spread_starts_with_the_first_layer() -> None:
     assert spread_layers(8, 3) == (0, 2, 5)
     assert spread_layers(8, 0) == ()

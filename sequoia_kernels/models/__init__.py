@@ -3,7 +3,7 @@
 from sequoia_kernels.models.adapter import TreeModel, adapt
 from sequoia_kernels.models.cache import TreeCache, TreeCacheLayer
 from sequoia_kernels.models.loading import check_pair, load_model
-from sequoia_kernels.models.offload import OffloadedModel, load_offloaded, memory_plan
+from sequoia_kernels.models.offload import OffloadedModel, load_offloaded, memory_plan, random_offloaded
 from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.step import TreeStep, causal_step
 
@@ -20,4 +20,5 @@ __all__ = [
     "load_offloaded",
     "memory_plan",
     "prefill",
+    "random_offloaded",
 ]

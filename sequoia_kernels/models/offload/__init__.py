@@ -1,13 +1,15 @@
 """Offloading: decoder layers on the host, streamed to the device layer by layer while the model runs.
 
-`checkpoint` reads safetensors files, `layers` finds and lays out a model's decoder layers, `memory` decides which of
-them stay on the device, `host_weights` keeps the others, `link` copies them, `scheduler` orders the copies, `lockstep`
+`checkpoint` reads safetensors files (`weights` names what else they may come from), `layers` finds and lays out a
+model's decoder layers, `skeleton` matches the two and adds everything up, `memory` decides which layers stay on the
+device, `host_weights` keeps the others in `host_memory`, `link` copies them, `scheduler` orders the copies, `lockstep`
 runs a long prompt in one pass over the weights, and `model` makes a tree model of it all.
 """
 
 from sequoia_kernels.models.offload.link import CudaLink, Link, SimulatedLink, ThreadLink, VirtualClock
 from sequoia_kernels.models.offload.memory import MemoryPlan, plan_memory
-from sequoia_kernels.models.offload.model import OffloadedModel, load_offloaded, memory_plan
+from sequoia_kernels.models.offload.model import OffloadedModel, load_offloaded, memory_plan, random_offloaded
+from sequoia_kernels.models.offload.weights import normal_weights
 
 __all__ = [
     "CudaLink",
@@ -19,5 +21,7 @@ __all__ = [
     "VirtualClock",
     "load_offloaded",
     "memory_plan",
+    "normal_weights",
     "plan_memory",
+    "random_offloaded",
 ]

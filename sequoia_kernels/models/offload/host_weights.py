@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 
-from sequoia_kernels.models.offload.checkpoint import Checkpoint
+from sequoia_kernels.models.offload.host_memory import PageLock, allocate_block, available_host_bytes
 from sequoia_kernels.models.offload.layers import DecoderLayer
 from sequoia_kernels.models.offload.memory import format_bytes
+from sequoia_kernels.models.offload.weights import WeightSource
 
-__all__ = [
-    "CudaPageLock",
-    "HostLayer",
-    "MappedLayer",
-    "PackedLayer",
-    "PageLock",
-    "available_host_bytes",
-    "load_layer",
-    "pack_layers",
-]
-
-logger = logging.getLogger("sequoia_kernels")
+__all__ = ["HostLayer", "MappedLayer", "PackedLayer", "load_layer", "pack_layers"]
 
 
 class HostLayer(ABC):
@@ -52,61 +39,33 @@ class HostLayer(ABC):
         """Give the memory back. Idempotent."""
 
 
-class PageLock(Protocol):
-    """Locks host memory for direct copies by a device."""
-
-    def lock(self, block: torch.Tensor) -> None:
-        """Lock a block's pages; RuntimeError where that fails."""
-
-    def unlock(self, block: torch.Tensor) -> None:
-        """Unlock them."""
-
-
-class CudaPageLock:
-    """Page-locks with the CUDA runtime.
-
-    torch's own pinned allocator rounds sizes up to powers of two (a 1.7 GB layer would take 2.1 GB) and keeps what is
-    freed; registering exactly the block's pages does neither.
-    """
-
-    def lock(self, block: torch.Tensor) -> None:
-        """Lock a block's pages."""
-        status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 0)
-        if int(status) != 0:
-            raise RuntimeError(f"cudaHostRegister failed with error {int(status)}")
-
-    def unlock(self, block: torch.Tensor) -> None:
-        """Unlock them."""
-        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
-
-
 class PackedLayer(HostLayer):
-    """A layer packed into one block of anonymous, page-aligned memory, so that one copy moves it.
+    """A layer packed into one block of memory, so that one copy moves it.
 
     Args:
         layer: the layer.
-        checkpoint: its weights.
-        names: name of each tensor in the checkpoint.
+        weights: where its weights come from.
+        names: name of each tensor there.
         page_lock: locks the block, None leaves it pageable.
     """
 
     def __init__(
-        self, layer: DecoderLayer, checkpoint: Checkpoint, names: Mapping[str, str], page_lock: PageLock | None
+        self, layer: DecoderLayer, weights: WeightSource, names: Mapping[str, str], page_lock: PageLock | None
     ) -> None:
         self.num_bytes = layer.num_bytes
         self._page_lock: PageLock | None = None
-        block = torch.frombuffer(mmap.mmap(-1, layer.num_bytes), dtype=torch.uint8)
+        block = allocate_block(layer.num_bytes)
         if page_lock is not None:
             page_lock.lock(block)
             self._page_lock = page_lock
         self.block = block
         try:
-            load_layer(layer, checkpoint, names, block)
+            load_layer(layer, weights, names, block)
         except BaseException:
             self.close()
             raise
         for packed in layer.tensors:
-            checkpoint.forget(names[packed.name])
+            weights.forget(names[packed.name])
 
     def write_into(self, destination: torch.Tensor) -> None:
         """Write the block."""
@@ -131,70 +90,62 @@ class PackedLayer(HostLayer):
 class MappedLayer(HostLayer):
     """A layer that stays in its memory-mapped files; the system's page cache keeps what fits."""
 
-    def __init__(self, layer: DecoderLayer, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    def __init__(self, layer: DecoderLayer, weights: WeightSource, names: Mapping[str, str]) -> None:
         self.num_bytes = layer.num_bytes
-        self._layer, self._checkpoint, self._names = layer, checkpoint, names
+        self._layer, self._weights, self._names = layer, weights, names
 
     def write_into(self, destination: torch.Tensor) -> None:
         """Read the layer's tensors from the files."""
-        load_layer(self._layer, self._checkpoint, self._names, destination)
+        load_layer(self._layer, self._weights, self._names, destination)
 
     def read_ahead(self) -> None:
         """Let the system read the layer's pages in the background."""
         for packed in self._layer.tensors:
-            self._checkpoint.read_ahead(self._names[packed.name])
+            self._weights.read_ahead(self._names[packed.name])
 
     def close(self) -> None:
         """Do nothing: the maps belong to the checkpoint."""
 
 
-def load_layer(layer: DecoderLayer, checkpoint: Checkpoint, names: Mapping[str, str], block: torch.Tensor) -> None:
-    """Read a layer's tensors from the checkpoint into a packed block."""
+def load_layer(layer: DecoderLayer, weights: WeightSource, names: Mapping[str, str], block: torch.Tensor) -> None:
+    """Write a layer's tensors into a packed block."""
     for packed in layer.tensors:
-        checkpoint.copy_into(names[packed.name], packed.view_of(block))
+        weights.copy_into(names[packed.name], packed.view_of(block))
 
 
 def pack_layers(
-    layers: Sequence[DecoderLayer], checkpoint: Checkpoint, names: Mapping[str, str], page_lock: PageLock | None
+    layers: Sequence[DecoderLayer], weights: WeightSource, names: Mapping[str, str], page_lock: PageLock | None
 ) -> list[HostLayer]:
-    """Read layers into host memory, one block each; all or nothing.
+    """Bring layers into host memory, one block each; all or nothing.
+
+    Layers whose tensors have the same names at the source share one block.
 
     Raises:
         RuntimeError: the host has too little memory, or too little that can be page-locked; nothing stays allocated.
     """
-    needed = sum(layer.num_bytes for layer in layers)
+    keys = [tuple(names[packed.name] for packed in layer.tensors) for layer in layers]
+    distinct = dict(zip(keys, layers))
+    needed = sum(layer.num_bytes for layer in distinct.values())
     available = available_host_bytes()
     advice = 'keep more layers on the device, or give host_memory="mapped" to stream from the files'
     if available is not None and needed > available:
         raise RuntimeError(
-            f"load_offloaded: the host must have {format_bytes(needed)} of free memory for {len(layers)} layers, "
+            f"load_offloaded: the host must have {format_bytes(needed)} of free memory for {len(distinct)} layers, "
             f"got {format_bytes(available)}; {advice}"
         )
-    packed: list[HostLayer] = []
+    blocks: dict[tuple[str, ...], HostLayer] = {}
     try:
-        for layer in layers:
-            packed.append(PackedLayer(layer, checkpoint, names, page_lock))
+        for key, layer in distinct.items():
+            blocks[key] = PackedLayer(layer, weights, names, page_lock)
     except BaseException as error:
-        done = sum(layer.num_bytes for layer in packed)
-        for source in packed:
+        done = sum(source.num_bytes for source in blocks.values())
+        for source in blocks.values():
             source.close()
         if isinstance(error, (RuntimeError, OSError, MemoryError)):
             kind = "memory" if page_lock is None else "memory that can be page-locked"
             raise RuntimeError(
-                f"load_offloaded: the host must have {format_bytes(needed)} of {kind} for {len(layers)} layers, "
+                f"load_offloaded: the host must have {format_bytes(needed)} of {kind} for {len(distinct)} layers, "
                 f"got {format_bytes(done)} ({error}); {advice}"
             ) from error
         raise
-    return packed
-
-
-def available_host_bytes() -> int | None:
-    """Memory that the system says new allocations can have, None where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        return None
-    return None
+    return [blocks[key] for key in keys]

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from sequoia_kernels.models.offload.host_memory import CudaPageLock, PageLock, allocate_block
 from sequoia_kernels.models.offload.host_weights import HostLayer
+from sequoia_kernels.models.offload.memory import format_bytes
 
 __all__ = ["CudaLink", "Link", "SimulatedLink", "ThreadLink", "VirtualClock"]
 
@@ -145,8 +147,7 @@ class CudaLink(Link):
         self._closed = False
         self._reader: _StagingReader | None = None
         if staging_bytes:
-            blocks = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            self._reader = _StagingReader(self, blocks)
+            self._reader = _StagingReader(self, _locked_blocks(staging_bytes, 2, CudaPageLock()), CudaPageLock())
 
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
         """Launch a copy."""
@@ -156,7 +157,12 @@ class CudaLink(Link):
             raise RuntimeError("layers that stream from the host cannot be captured in a CUDA graph")
         if source.block is not None:
             return self.launch(source.block, destination[: source.num_bytes], after)
-        assert self._reader is not None  # whoever builds the link knows where its layers are
+        staged = 0 if self._reader is None else self._reader.staging_bytes
+        if self._reader is None or staged < source.num_bytes:
+            raise RuntimeError(
+                f"CudaLink: staging_bytes must be at least {source.num_bytes}, the size of a layer that is not "
+                f"page-locked, got {staged}"
+            )
         return self._reader.copy(source, destination, after)
 
     def launch(self, block: torch.Tensor, destination: torch.Tensor, after: torch.cuda.Event | None) -> Any:
@@ -165,7 +171,7 @@ class CudaLink(Link):
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             destination.copy_(block, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event(blocking=self._reader is not None)  # the reader waits for it without spinning
         done.record(self._stream)
         return done
 
@@ -188,14 +194,18 @@ class CudaLink(Link):
             self._closed = True
             if self._reader is not None:
                 self._reader.close()
-            self._stream.synchronize()
+            # Not only the copies: buffers are freed next, and layers may be running in them on any stream.
+            torch.cuda.synchronize(self._device)
+            if self._reader is not None:
+                self._reader.free()
 
 
 class _StagingReader(ThreadLink):
     """Reads layers into page-locked staging blocks and launches their copies."""
 
-    def __init__(self, link: CudaLink, blocks: list[torch.Tensor]) -> None:
-        self._link, self._blocks = link, blocks
+    def __init__(self, link: CudaLink, blocks: list[torch.Tensor], page_lock: PageLock) -> None:
+        self._link, self._blocks, self._page_lock = link, blocks, page_lock
+        self.staging_bytes = blocks[0].numel()
         self._copied: list[torch.cuda.Event | None] = [None] * len(blocks)  # until then a block is being read
         self._turn = 0
         super().__init__()
@@ -211,6 +221,29 @@ class _StagingReader(ThreadLink):
             transfer.source.write_into(block)
             transfer.event = self._link.launch(block, transfer.destination[:num_bytes], transfer.after)
         self._copied[turn] = transfer.event
+
+    def free(self) -> None:
+        """Unlock and free the staging blocks; the reader and its copies have ended."""
+        while self._blocks:
+            self._page_lock.unlock(self._blocks.pop())
+
+
+def _locked_blocks(num_bytes: int, count: int, page_lock: PageLock) -> list[torch.Tensor]:
+    """Allocate blocks and lock their pages; all or nothing."""
+    blocks: list[torch.Tensor] = []
+    try:
+        for _ in range(count):
+            block = allocate_block(num_bytes)
+            page_lock.lock(block)
+            blocks.append(block)
+    except (RuntimeError, OSError, MemoryError) as error:
+        for block in blocks:
+            page_lock.unlock(block)
+        raise RuntimeError(
+            f"load_offloaded: the host must have {format_bytes(count * num_bytes)} of memory that can be page-locked "
+            f"for staging, got {format_bytes(len(blocks) * num_bytes)} ({error})"
+        ) from error
+    return blocks
 
 
 class VirtualClock:

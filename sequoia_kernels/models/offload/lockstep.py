@@ -79,8 +79,10 @@ class Lockstep:
                 self._abort()
             finally:
                 with self._condition:
-                    self._pass_on(index)
-                    self._waiting.remove(index)
+                    if index in self._waiting:
+                        self._pass_on(index)
+                        self._waiting.remove(index)
+                    self._condition.notify_all()
 
         threads = [
             threading.Thread(target=member, args=(index,), name=f"sequoia-chunk-{index}", daemon=True)
@@ -89,17 +91,25 @@ class Lockstep:
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
+            self._wait_for_all()
         except BaseException:  # Ctrl-C arrives in the main thread
             self._abort()
+            with self._condition:
+                self._waiting = [index for index in self._waiting if threads[index].ident is not None]
+            self._wait_for_all()  # nobody may be inside the model when its memory is freed
+            raise
+        finally:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
-            raise
         if errors:
             raise errors[0]
         return [results[index] for index in range(len(functions))]
+
+    def _wait_for_all(self) -> None:
+        """Wait until every member is done. Not by `join`: interrupted, it may take a running thread for ended."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._waiting)
 
     def _wait_for_turn(self, index: int) -> None:
         self._condition.wait_for(lambda: self._aborted or self._turn == index)

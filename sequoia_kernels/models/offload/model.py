@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,29 +12,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import ChunkInputs, TreeModel, adapt
 from sequoia_kernels.models.cache import TreeCache
-from sequoia_kernels.models.offload.checkpoint import Checkpoint
-from sequoia_kernels.models.offload.host_weights import CudaPageLock, HostLayer, MappedLayer, load_layer, pack_layers
-from sequoia_kernels.models.offload.layers import DecoderLayer, Place, find_layers
+from sequoia_kernels.models.offload.host_memory import CudaPageLock, PageLock
+from sequoia_kernels.models.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
+from sequoia_kernels.models.offload.layers import DecoderLayer
 from sequoia_kernels.models.offload.link import CudaLink, Link, ThreadLink
 from sequoia_kernels.models.offload.lockstep import Lockstep
-from sequoia_kernels.models.offload.memory import MemoryPlan, format_bytes, parse_bytes, plan_memory
+from sequoia_kernels.models.offload.memory import MemoryPlan, format_bytes
 from sequoia_kernels.models.offload.scheduler import LayerStreamer
+from sequoia_kernels.models.offload.skeleton import MAX_PREFILL_ROWS, Skeleton
+from sequoia_kernels.models.offload.weights import WeightSource, normal_weights
 
-__all__ = ["OffloadedModel", "load_offloaded", "memory_plan"]
+__all__ = ["OffloadedModel", "load_offloaded", "memory_plan", "random_offloaded"]
 
 # Share of a GPU's free memory that is taken when neither a budget nor a number of layers is given.
 _FREE_SHARE = 0.9
-_DEFAULT_CACHE_LEN = 4096
 _DEFAULT_ROWS = 1024
-# Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
-_MAX_PREFILL_ROWS = 8192
 
 
 class OffloadedModel(TreeModel):
@@ -49,13 +45,13 @@ class OffloadedModel(TreeModel):
     """
 
     def __init__(
-        self, model: PreTrainedModel, memory: MemoryPlan, streamer: LayerStreamer | None, checkpoint: Checkpoint
+        self, model: PreTrainedModel, memory: MemoryPlan, streamer: LayerStreamer | None, weights: WeightSource
     ) -> None:
         self.memory = memory
         self.streamer = streamer
         self.capturable = streamer is None  # a graph would replay the copies, but not the order they were planned in
         self._lockstep = Lockstep()
-        self._closing = weakref.finalize(self, _close, streamer, checkpoint)
+        self._closing = weakref.finalize(self, _close, streamer, weights)
         try:
             if streamer is not None:
                 for position, layer in enumerate(streamer.layers):
@@ -101,7 +97,7 @@ class OffloadedModel(TreeModel):
         return super().new_cache(batch_size, max_cache_len)
 
     def forward_chunks(
-        self, chunks: Sequence[ChunkInputs], cache: TreeCache, *, max_rows: int = _MAX_PREFILL_ROWS
+        self, chunks: Sequence[ChunkInputs], cache: TreeCache, *, max_rows: int = MAX_PREFILL_ROWS
     ) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, in one pass over the weights for every `max_rows` rows.
 
@@ -153,10 +149,12 @@ def _hook(module: nn.Module, position: int, streamer: LayerStreamer, lockstep: L
     module.register_forward_hook(after, always_call=True)
 
 
-def _close(streamer: LayerStreamer | None, checkpoint: Checkpoint) -> None:
-    if streamer is not None:
-        streamer.close()
-    checkpoint.close()
+def _close(streamer: LayerStreamer | None, weights: WeightSource) -> None:
+    try:
+        if streamer is not None:
+            streamer.close()
+    finally:
+        weights.close()
 
 
 def load_offloaded(
@@ -164,7 +162,7 @@ def load_offloaded(
     *,
     device: torch.device | str = "cpu",
     device_memory_budget: int | str | None = None,
-    resident_layers: int | None = None,
+    resident_layers: int | Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     num_buffers: int = 2,
     link: Link | None = None,
@@ -180,8 +178,8 @@ def load_offloaded(
         device: where the model computes.
         device_memory_budget: device memory that this model may take with its caches and activations: bytes or text
             such as "20GiB". As many layers as fit stay on the device. A draft model's memory is not part of it.
-        resident_layers: how many layers stay on the device, instead. With neither, CUDA devices give 90 % of what is
-            free, and a CPU keeps no layer.
+        resident_layers: how many layers stay on the device, or which, instead. With neither, CUDA devices give 90 % of
+            what is free, and a CPU keeps no layer.
         dtype: dtype of the weights; None keeps the one they are stored in.
         num_buffers: device buffers that streamed layers take turns in; 2 overlap copies with compute.
         link: does the copies; None takes CUDA streams, or a thread on a CPU.
@@ -199,7 +197,8 @@ def load_offloaded(
         FileNotFoundError: the folder, its files or a shard are missing.
         ValueError: a file is truncated or lacks weights, or the budget is too small; the message says what it must be.
         UnsupportedModelError: the model cannot be offloaded or cannot decode trees; the message names the reason.
-        RuntimeError: the host has too little memory, or too little that can be page-locked.
+        RuntimeError: the host has too little memory, or too little that can be page-locked, or the device has too
+            little free.
 
     Notes:
         Everything is checked before a weight is read. The model is never on the device as a whole, and never twice on
@@ -222,35 +221,79 @@ def load_offloaded(
     """
     if host_memory not in ("packed", "mapped"):
         raise ValueError(f'load_offloaded: host_memory must be "packed" or "mapped", got {host_memory!r}')
-    if link is not None and not isinstance(link, Link):
-        raise TypeError(f"load_offloaded: link must be a Link, got {type(link).__name__}")
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"load_offloaded: device must be of type cpu or cuda, got {device}")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"load_offloaded: device must be present, got {device} on a machine without CUDA")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        if device_memory_budget is None and resident_layers is None:
-            device_memory_budget = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
-    folder = _local_folder(path_or_id)
-    skeleton = _Skeleton(folder, dtype)
-    try:
-        plan = skeleton.plan(device_memory_budget, resident_layers, num_buffers, batch_size, max_cache_len, max_rows)
-        streamer = _load(skeleton, plan, device, link, host_memory)
-    except BaseException:
-        skeleton.checkpoint.close()
-        raise
-    if host_memory == "packed" or streamer is None:
-        skeleton.checkpoint.close()
-    return OffloadedModel(skeleton.model, plan, streamer, skeleton.checkpoint)
+    _check_link(link)
+    device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
+    skeleton = Skeleton.of_folder(_local_folder(path_or_id), dtype)
+    reserves = (num_buffers, batch_size, max_cache_len, max_rows)
+    return _open(skeleton, device, device_memory_budget, resident_layers, reserves, link, host_memory)
+
+
+def random_offloaded(
+    config: PreTrainedConfig,
+    *,
+    fill: Callable[[str, torch.Tensor], None] | None = None,
+    share_host_layers: bool | Sequence[int] = False,
+    device: torch.device | str = "cpu",
+    device_memory_budget: int | str | None = None,
+    resident_layers: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    num_buffers: int = 2,
+    link: Link | None = None,
+    batch_size: int = 1,
+    max_cache_len: int | None = None,
+    max_rows: int = _DEFAULT_ROWS,
+) -> OffloadedModel:
+    """Build an offloaded model of random weights from its configuration, for benchmarks; it is never held as a whole.
+
+    Args:
+        config: configuration of a decoder-only model.
+        fill: `fill(name, tensor)` writes a weight, in host memory or on the device; called once for each tensor that is
+            kept. None takes `normal_weights` with the configuration's own deviation.
+        share_host_layers: lets streamed layers share host memory, so that a model that is larger than the host can be
+            timed: what is copied in a pass stays the same. True gives all layers the weights of layer 0, a sequence
+            gives layer i those of layer `share_host_layers[i]`. Layers of the same weights share one block.
+        device: as for `load_offloaded`, and so are all others.
+        device_memory_budget: bytes or text such as "20GiB".
+        resident_layers: how many layers stay on the device, or which.
+        dtype: dtype of the weights; None takes the configuration's, or torch's default.
+        num_buffers: device buffers for streamed layers.
+        link: does the copies.
+        batch_size: requests to reserve keys and values for.
+        max_cache_len: rows of each of them.
+        max_rows: tokens of the largest forward.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError, UnsupportedModelError, RuntimeError: as `load_offloaded`.
+
+    Notes:
+        A shared block is read from memory again for every layer, as long as it is larger than the processor's caches.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        ...                      num_attention_heads=2)
+        >>> with random_offloaded(config, share_host_layers=[0, 1, 1, 1], resident_layers=[0]) as model:
+        ...     model.memory.streamed, model.memory.streamed_bytes // model.memory.host_bytes
+        ((1, 2, 3), 3)
+    """
+    _check_link(link)
+    device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
+    if fill is None:
+        fill = normal_weights(std=getattr(config, "initializer_range", 0.02), device=device)
+    skeleton = Skeleton.of_config(config, fill, dtype, share_host_layers)
+    reserves = (num_buffers, batch_size, max_cache_len, max_rows)
+    return _open(skeleton, device, device_memory_budget, resident_layers, reserves, link, "packed")
 
 
 def memory_plan(
     path_or_id: str | os.PathLike[str],
     *,
+    device: torch.device | str = "cpu",
     device_memory_budget: int | str | None = None,
-    resident_layers: int | None = None,
+    resident_layers: int | Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     num_buffers: int = 2,
     batch_size: int = 1,
@@ -261,8 +304,9 @@ def memory_plan(
 
     Args:
         path_or_id: as for `load_offloaded`, and so are all others.
+        device: where the model will compute; need not be present. CUDA takes some memory for its libraries.
         device_memory_budget: bytes or text such as "20GiB".
-        resident_layers: how many layers stay on the device.
+        resident_layers: how many layers stay on the device, or which.
         dtype: dtype of the weights.
         num_buffers: device buffers for streamed layers.
         batch_size: requests to reserve keys and values for.
@@ -275,161 +319,94 @@ def memory_plan(
     Raises:
         FileNotFoundError, ValueError, UnsupportedModelError: as `load_offloaded`.
     """
-    skeleton = _Skeleton(_local_folder(path_or_id), dtype)
-    return skeleton.plan(device_memory_budget, resident_layers, num_buffers, batch_size, max_cache_len, max_rows)
+    skeleton = Skeleton.of_folder(_local_folder(path_or_id), dtype)
+    reserves = (num_buffers, batch_size, max_cache_len, max_rows)
+    return skeleton.plan(device_memory_budget, resident_layers, *reserves, torch.device(device).type == "cuda")
 
 
-class _Skeleton:
-    """A model on the meta device, its layers, and where the files have their tensors."""
+def _check_link(link: Link | None) -> None:
+    if link is not None and not isinstance(link, Link):
+        raise TypeError(f"load_offloaded: link must be a Link, got {type(link).__name__}")
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"load_offloaded: {folder} must hold a model that transformers knows, got: {error}"
-            ) from error
-        family = str(config.model_type)
-        if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
-            raise UnsupportedModelError(
-                f"load_offloaded: {folder} must be a decoder-only language model, got family {family}"
-            )
-        quantisation = getattr(config, "quantization_config", None)
-        if quantisation:
-            get = quantisation.get if isinstance(quantisation, dict) else partial(getattr, quantisation)
-            raise UnsupportedModelError(
-                f"load_offloaded: family {family} cannot be offloaded: its checkpoint is quantised with "
-                f"{get('quant_method', 'an unnamed method')}, whose layers keep their weights in objects of another "
-                "library and not in tensors that can be copied; load it with load_model, or offload the original"
-            )
-        self.checkpoint = Checkpoint(folder)
-        self.dtype = dtype or config.dtype or self._stored_dtype()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        self.model: PreTrainedModel = model.eval().requires_grad_(False)
-        self._keep_float32()
-        self.layers = find_layers(self.model)
-        # Outside the layers: places of each tensor, tied ones together.
-        self.fixed = _tensors_outside(self.model, self.layers)
-        self.names = self._match_names()
-        if (folder / "generation_config.json").is_file():
-            self.model.generation_config = GenerationConfig.from_pretrained(folder)
 
-    def plan(
-        self,
-        budget: int | str | None,
-        resident_layers: int | None,
-        num_buffers: int,
-        batch_size: int,
-        max_cache_len: int | None,
-        max_rows: int,
-    ) -> MemoryPlan:
-        for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_rows", max_rows)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"load_offloaded: {name} must be a positive integer, got {value!r}")
-        config = self.model.config
-        if max_cache_len is None:
-            max_cache_len = min(_DEFAULT_CACHE_LEN, _setting(config, "max_position_embeddings") or _DEFAULT_CACHE_LEN)
-        tables = [buffer for _, buffer in self.model.named_non_persistent_buffers()]
-        return plan_memory(
-            [layer.num_bytes for layer in self.layers],
-            sum(_num_bytes(tensor) for tensor, _, _ in self.fixed) + sum(map(_num_bytes, tables)),
-            budget_bytes=None if budget is None else parse_bytes("device_memory_budget", budget),
-            resident_layers=resident_layers,
-            num_buffers=num_buffers,
-            kv_bytes=batch_size * max_cache_len * _cache_row_bytes(config, self.layers, self.dtype),
-            workspace_bytes=batch_size * max_rows * _activation_bytes(config, self.dtype),
+def _check_device(
+    device: torch.device | str, budget: int | str | None, resident_layers: int | Sequence[int] | None
+) -> tuple[torch.device, int | str | None]:
+    """Return the device with its index, and the budget or its default."""
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"load_offloaded: device must be of type cpu or cuda, got {device}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"load_offloaded: device must be present, got {device} on a machine without CUDA")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if budget is None and resident_layers is None:
+            budget = int(_FREE_SHARE * _free_device_bytes(device))
+    return device, budget
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    """Memory that torch can still allocate: what the device has free, and what torch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def _check_free(plan: MemoryPlan, free: int) -> None:
+    if plan.total_bytes > free:
+        raise RuntimeError(
+            f"load_offloaded: the device must have {format_bytes(plan.total_bytes)} free for this plan, "
+            f"got {format_bytes(free)}; lower device_memory_budget or resident_layers"
         )
 
-    def _stored_dtype(self) -> torch.dtype:
-        floats = (stored.dtype for stored in self.checkpoint.tensors.values() if stored.dtype.is_floating_point)
-        return next(floats, torch.float32)
 
-    def _keep_float32(self) -> None:
-        """Leave in float32 what the family wants there at a lower dtype, as transformers' own loading does."""
-        plan = self.model._get_dtype_plan(self.dtype)
-        if not plan:
-            return
-        patterns = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in plan))
-        for name, parameter in self.model.named_parameters():
-            if patterns.search(name) and parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.float32)
-
-    def _match_names(self) -> dict[str, str]:
-        """Find every tensor of the model in the checkpoint. Returns names by the model's own."""
-        wanted = [([packed.name], packed.shape) for layer in self.layers for packed in layer.tensors]
-        wanted += [(names, tensor.shape) for tensor, names, _ in self.fixed]
-        family, prefix = str(self.model.config.model_type), f"{self.model.base_model_prefix}."
-        transforms = get_model_conversion_mapping(self.model)
-        renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
-        merging = [transform for transform in transforms if type(transform) is not WeightRenaming]
-        renamed = {_rename(name, renamings): name for name in self.checkpoint.tensors} | {
-            name: name for name in self.checkpoint.tensors
-        }
-        found: dict[str, str] = {}
-        missing = []
-        for names, shape in wanted:
-            # A tied tensor is stored under one of its names; a bare base model lacks the prefix.
-            aliases = (alias for name in names for alias in (name, name.removeprefix(prefix)))
-            alias = next((alias for alias in aliases if alias in renamed), None)
-            if alias is None:
-                missing.append(names[0])
-                continue
-            stored = renamed[alias]
-            if any(transform.rename_source_key(name)[1] for transform in merging for name in (stored, alias)):
-                raise _merges_weights(family, names[0])
-            if self.checkpoint.tensors[stored].shape != tuple(shape):
-                raise ValueError(
-                    f"load_offloaded: {stored} must have shape {list(shape)}, as the configuration says, "
-                    f"got {list(self.checkpoint.tensors[stored].shape)}"
-                )
-            found[names[0]] = stored
-        if missing:
-            unused = self.checkpoint.tensors.keys() - found.values()
-            if any(transform.rename_source_key(name)[1] for transform in merging for name in unused):
-                raise _merges_weights(family, missing[0])
-            raise ValueError(
-                f"load_offloaded: {self.checkpoint.folder} must hold all weights of a {family} model, "
-                f"got none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            )
-        return found
+def _open(
+    skeleton: Skeleton,
+    device: torch.device,
+    budget: int | str | None,
+    resident_layers: int | Sequence[int] | None,
+    reserves: tuple[int, int, int | None, int],
+    link: Link | None,
+    host_memory: str,
+) -> OffloadedModel:
+    """Plan, load and wrap up; whatever fails leaves nothing open."""
+    try:
+        plan = skeleton.plan(budget, resident_layers, *reserves, device.type == "cuda")
+        if device.type == "cuda":
+            _check_free(plan, _free_device_bytes(device))
+        streamer = _load(skeleton, plan, device, link, host_memory)
+    except BaseException:
+        skeleton.weights.close()
+        raise
+    if host_memory == "packed" or streamer is None:
+        skeleton.weights.close()
+    return OffloadedModel(skeleton.model, plan, streamer, skeleton.weights)
 
 
-def _rename(name: str, renamings: Sequence[WeightRenaming]) -> str:
-    for renaming in renamings:
-        name = renaming.rename_source_key(name)[0]
-    return name
-
-
-def _merges_weights(family: str, name: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"load_offloaded: family {family} cannot be offloaded: transformers merges or converts its stored weights "
-        f"while loading, so {name} cannot be streamed from the file as it is"
-    )
+def _page_lock(device: torch.device) -> PageLock | None:
+    """What locks host memory for this device."""
+    return CudaPageLock() if device.type == "cuda" else None
 
 
 def _load(
-    skeleton: _Skeleton, plan: MemoryPlan, device: torch.device, link: Link | None, host_memory: str
+    skeleton: Skeleton, plan: MemoryPlan, device: torch.device, link: Link | None, host_memory: str
 ) -> LayerStreamer | None:
-    checkpoint, names = skeleton.checkpoint, skeleton.names
+    weights, names = skeleton.weights, skeleton.names
     streamed = [skeleton.layers[index] for index in plan.streamed]
     on_cuda = device.type == "cuda"
     # The host's memory first: it is what is most often too small, and nothing else has been done yet.
     sources: list[HostLayer]
     if host_memory == "packed":
-        sources = pack_layers(streamed, checkpoint, names, CudaPageLock() if on_cuda else None)
+        sources = pack_layers(streamed, weights, names, _page_lock(device))
     else:
-        sources = [MappedLayer(layer, checkpoint, names) for layer in streamed]
+        sources = [MappedLayer(layer, weights, names) for layer in streamed]
     own_link: Link | None = None
     try:
         for index in plan.resident:
-            _load_resident(skeleton.layers[index], checkpoint, names, device)
+            _load_resident(skeleton.layers[index], weights, names, device)
         for tensor, tied, places in skeleton.fixed:
             loaded = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            checkpoint.copy_into(names[tied[0]], loaded) if not on_cuda else _through_host(
-                checkpoint, names[tied[0]], loaded
-            )
-            checkpoint.forget(names[tied[0]])
+            weights.copy_into(names[tied[0]], loaded) if not on_cuda else _through_host(weights, names[tied[0]], loaded)
+            weights.forget(names[tied[0]])
             value = nn.Parameter(loaded, requires_grad=False) if places[0].is_parameter else loaded
             for place in places:
                 place.put(value)
@@ -448,40 +425,19 @@ def _load(
         raise
 
 
-def _load_resident(layer: DecoderLayer, checkpoint: Checkpoint, names: Mapping[str, str], device: torch.device) -> None:
+def _load_resident(layer: DecoderLayer, weights: WeightSource, names: Mapping[str, str], device: torch.device) -> None:
     block = torch.empty(layer.num_bytes, dtype=torch.uint8)
-    load_layer(layer, checkpoint, names, block)
+    load_layer(layer, weights, names, block)
     block = block.to(device)
     layer.bind(tuple(packed.bindable(block) for packed in layer.tensors))
     for packed in layer.tensors:
-        checkpoint.forget(names[packed.name])
+        weights.forget(names[packed.name])
 
 
-def _through_host(checkpoint: Checkpoint, name: str, destination: torch.Tensor) -> None:
+def _through_host(weights: WeightSource, name: str, destination: torch.Tensor) -> None:
     host = torch.empty(destination.shape, dtype=destination.dtype)
-    checkpoint.copy_into(name, host)
+    weights.copy_into(name, host)
     destination.copy_(host)
-
-
-def _tensors_outside(
-    model: PreTrainedModel, layers: Sequence[DecoderLayer]
-) -> list[tuple[torch.Tensor, list[str], list[Place]]]:
-    """Return (tensor, its names, its places) of every parameter and stored buffer that belongs to no layer."""
-    inside = {id(module) for layer in layers for module in layer.module.modules()}
-    found: dict[int, tuple[torch.Tensor, list[str], list[Place]]] = {}
-    for prefix, module in model.named_modules():
-        if id(module) in inside:
-            continue
-        stored = {name: (tensor, True) for name, tensor in module._parameters.items()}
-        for name, tensor in module._buffers.items():
-            if name not in module._non_persistent_buffers_set:
-                stored[name] = tensor, False  # type: ignore[assignment]
-        for name, (tensor, is_parameter) in stored.items():
-            if tensor is not None:
-                _, names, places = found.setdefault(id(tensor), (tensor, [], []))
-                names.append(f"{prefix}.{name}" if prefix else name)
-                places.append(Place(module, name, is_parameter))
-    return list(found.values())
 
 
 def _fill_tables(model: PreTrainedModel, device: torch.device) -> None:
@@ -506,51 +462,6 @@ def _fill_tables(model: PreTrainedModel, device: torch.device) -> None:
                     f"not compute {type(module).__name__}.{name}, which no file holds"
                 )
             module._buffers[name] = table.to(device)
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _setting(config: Any, *names: str) -> int | None:
-    """Read the first of some settings that is given. Not by attribute: some families forbid reading per-layer ones."""
-    settings = config.to_dict()
-    values = (settings.get(config.attribute_map.get(name, name)) for name in names)
-    return next((int(value) for value in values if isinstance(value, int) and value > 0), None)
-
-
-def _head_shape(config: Any) -> tuple[int, int, int]:
-    """Return (query heads, key/value heads, width of a head)."""
-    num_heads = _setting(config, "num_attention_heads") or 1
-    hidden = _setting(config, "hidden_size") or 1
-    return (
-        num_heads,
-        _setting(config, "num_key_value_heads") or num_heads,
-        _setting(config, "head_dim") or hidden // num_heads,
-    )
-
-
-def _cache_row_bytes(config: Any, layers: Sequence[DecoderLayer], dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers, from the projections' shapes or else the configuration."""
-    num_heads, num_kv_heads, head_dim = _head_shape(config)
-    per_layer = 2 * num_kv_heads * head_dim
-    if _setting(config, "kv_lora_rank"):  # the tree cache holds expanded keys and values
-        widths = [_setting(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-        per_layer = num_heads * sum(widths)
-    total = 0
-    for layer in layers:
-        rows = [packed.shape[0] for packed in layer.tensors if packed.name.endswith(("k_proj.weight", "v_proj.weight"))]
-        total += sum(rows) if len(rows) == 2 else per_layer
-    return total * dtype.itemsize
-
-
-def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Estimate the bytes that a token takes while it is computed: one layer's activations, or logits if larger."""
-    num_heads, _, head_dim = _head_shape(config)
-    hidden = _setting(config, "hidden_size") or 1
-    inner = _setting(config, "intermediate_size", "ffn_dim") or 4 * hidden
-    layer = 6 * hidden + 4 * num_heads * head_dim + 3 * inner
-    return (max(layer, 2 * (_setting(config, "vocab_size") or 1)) + 2 * hidden) * dtype.itemsize
 
 
 def _local_folder(path_or_id: str | os.PathLike[str]) -> Path:

@@ -96,16 +96,18 @@ class LayerStreamer:
             self._fill()
 
     def close(self) -> None:
-        """Stop the link, free the buffers and the host's memory. Idempotent."""
+        """Stop the link, free the buffers and the host's memory, even where the link fails. Idempotent."""
         self._closed = True
-        self.release()
-        self.link.close()
-        for source in self.sources:
-            source.close()
-        self.sources.clear()
-        self._views.clear()
-        self._transfers.clear()
-        self.buffers.clear()
+        try:
+            self.release()
+            self.link.close()
+        finally:
+            for source in self.sources:
+                source.close()
+            self.sources.clear()
+            self._views.clear()
+            self._transfers.clear()
+            self.buffers.clear()
 
     def _fill(self) -> None:
         while self._issued < self._wanted + len(self.buffers):

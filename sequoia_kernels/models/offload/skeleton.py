@@ -1,0 +1,322 @@
+"""A model without its weights: on the meta device, its layers laid out, and what everything will take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models.offload.checkpoint import Checkpoint, StoredTensor
+from sequoia_kernels.models.offload.layers import DecoderLayer, Place, find_layers
+from sequoia_kernels.models.offload.memory import MemoryPlan, parse_bytes, plan_memory
+from sequoia_kernels.models.offload.weights import MadeWeights, WeightSource
+
+__all__ = ["MAX_PREFILL_ROWS", "Skeleton"]
+
+_DEFAULT_CACHE_LEN = 4096
+# Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
+MAX_PREFILL_ROWS = 8192
+_CHUNK_ROWS = 512  # of a request, prefilled at a time
+# What CUDA's libraries take through torch's allocator: cuBLAS has a workspace for each stream, 32 MiB on Hopper.
+_CUDA_LIBRARY_BYTES = 128 << 20
+
+
+class Skeleton:
+    """A model on the meta device, its layers, and the names of its tensors at their source.
+
+    Args:
+        config: the model's configuration.
+        weights: where its weights come from.
+        dtype: dtype of the weights.
+        find_names: finds the name of each tensor at the source, by the model's own name.
+
+    Attributes:
+        model: the model; `requires_grad` is off everywhere.
+        layers: its decoder layers.
+        fixed: (tensor, its names, its places) of everything that belongs to no layer.
+        names: name of each tensor at the source, by the model's own name.
+        weights_of: for each layer the one whose weights it has.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        weights: WeightSource,
+        dtype: torch.dtype,
+        find_names: Callable[[Skeleton], dict[str, str]],
+    ) -> None:
+        self.weights, self.dtype = weights, dtype
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        self._keep_float32()
+        self.layers = find_layers(self.model)
+        self.fixed = _tensors_outside(self.model, self.layers)
+        self.weights_of: Sequence[int] = range(len(self.layers))
+        self.names = find_names(self)
+
+    @classmethod
+    def of_folder(cls, folder: Path, dtype: torch.dtype | None) -> Skeleton:
+        """Read a folder's configuration and its files' headers."""
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"load_offloaded: {folder} must hold a model that transformers knows, got: {error}"
+            ) from error
+        _check_config(config, f"load_offloaded: {folder}")
+        checkpoint = Checkpoint(folder)
+        dtype = dtype or config.dtype or _stored_dtype(checkpoint)
+        skeleton = cls(config, checkpoint, dtype, partial(_match_names, checkpoint))
+        if (folder / "generation_config.json").is_file():
+            skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
+        return skeleton
+
+    @classmethod
+    def of_config(
+        cls,
+        config: PreTrainedConfig,
+        fill: Callable[[str, torch.Tensor], None],
+        dtype: torch.dtype | None,
+        share_host_layers: bool | Sequence[int],
+    ) -> Skeleton:
+        """Take a configuration; `fill(name, tensor)` makes the weights."""
+        _check_config(config, "random_offloaded: config")
+        skeleton = cls(config, MadeWeights(fill), dtype or config.dtype or torch.get_default_dtype(), _own_names)
+        if share_host_layers is not False:
+            skeleton._share(share_host_layers)
+        return skeleton
+
+    def plan(
+        self,
+        budget: int | str | None,
+        resident_layers: int | Sequence[int] | None,
+        num_buffers: int,
+        batch_size: int,
+        max_cache_len: int | None,
+        max_rows: int,
+        on_cuda: bool,
+    ) -> MemoryPlan:
+        """Decide which layers stay on the device, and add everything up."""
+        for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_rows", max_rows)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"load_offloaded: {name} must be a positive integer, got {value!r}")
+        config = self.model.config
+        if max_cache_len is None:
+            max_cache_len = min(_DEFAULT_CACHE_LEN, _setting(config, "max_position_embeddings") or _DEFAULT_CACHE_LEN)
+        tables = [buffer for _, buffer in self.model.named_non_persistent_buffers()]
+        # The largest forward: a tree, or a prompt's chunk while the other chunks of the pass wait with a layer's input.
+        waiting = min(MAX_PREFILL_ROWS, batch_size * max_cache_len) * _waiting_bytes(config, self.dtype)
+        chunk_rows = batch_size * min(_CHUNK_ROWS, max_cache_len)
+        row_bytes = _activation_bytes(config, self.dtype)
+        workspace = max(batch_size * max_rows * row_bytes, chunk_rows * row_bytes + waiting)
+        return plan_memory(
+            [layer.num_bytes for layer in self.layers],
+            sum(_num_bytes(tensor) for tensor, _, _ in self.fixed) + sum(map(_num_bytes, tables)),
+            budget_bytes=None if budget is None else parse_bytes("device_memory_budget", budget),
+            resident_layers=resident_layers,
+            num_buffers=num_buffers,
+            kv_bytes=batch_size * max_cache_len * _cache_row_bytes(config, self.layers, self.dtype),
+            workspace_bytes=workspace + (_CUDA_LIBRARY_BYTES if on_cuda else 0),
+            weights_of=self.weights_of,
+        )
+
+    def _share(self, share_host_layers: bool | Sequence[int]) -> None:
+        """Give layers the weights of others."""
+        count = len(self.layers)
+        weights_of = [0] * count if isinstance(share_host_layers, bool) else list(share_host_layers)
+        if len(weights_of) != count or not set(weights_of) <= set(range(count)):
+            raise ValueError(
+                f"random_offloaded: share_host_layers must be a layer index for each of {count} layers, "
+                f"got {share_host_layers!r}"
+            )
+        for layer, index in zip(self.layers, weights_of):
+            if weights_of[index] != index or self.layers[index].layout != layer.layout:
+                rule = "has other shapes" if weights_of[index] == index else "has the weights of another itself"
+                raise ValueError(
+                    f"random_offloaded: share_host_layers must name layers with weights of their own and equal shapes, "
+                    f"got {index} for layer {layer.layer_idx}, which {rule}"
+                )
+            for packed, source in zip(layer.tensors, self.layers[index].tensors):
+                self.names[packed.name] = source.name
+        self.weights_of = weights_of
+
+    def _keep_float32(self) -> None:
+        """Leave in float32 what the family wants there at a lower dtype, as transformers' own loading does."""
+        plan = self.model._get_dtype_plan(self.dtype)
+        if not plan:
+            return
+        patterns = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in plan))
+        for name, parameter in self.model.named_parameters():
+            if patterns.search(name) and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.float32)
+
+
+def _check_config(config: PreTrainedConfig, where: str) -> None:
+    family = str(config.model_type)
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(f"{where} must be a decoder-only language model, got family {family}")
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation:
+        get = quantisation.get if isinstance(quantisation, dict) else partial(getattr, quantisation)
+        raise UnsupportedModelError(
+            f"load_offloaded: family {family} cannot be offloaded: its checkpoint is quantised with "
+            f"{get('quant_method', 'an unnamed method')}, whose layers keep their weights in objects of another "
+            "library and not in tensors that can be copied; load it with load_model, or offload the original"
+        )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    floats = (stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point)
+    return next(floats, torch.float32)
+
+
+def _own_names(skeleton: Skeleton) -> dict[str, str]:
+    names = [packed.name for layer in skeleton.layers for packed in layer.tensors]
+    names += [tied[0] for _, tied, _ in skeleton.fixed]
+    return {name: name for name in names}
+
+
+def _match_names(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, str]:
+    """Find every tensor of the model in the checkpoint."""
+    wanted = [([packed.name], packed.shape, packed.dtype) for layer in skeleton.layers for packed in layer.tensors]
+    wanted += [(names, tensor.shape, tensor.dtype) for tensor, names, _ in skeleton.fixed]
+    family, prefix = str(skeleton.model.config.model_type), f"{skeleton.model.base_model_prefix}."
+    transforms = get_model_conversion_mapping(skeleton.model)
+    renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
+    merging = [transform for transform in transforms if type(transform) is not WeightRenaming]
+    renamed = {_rename(name, renamings): name for name in checkpoint.tensors} | {
+        name: name for name in checkpoint.tensors
+    }
+    found: dict[str, str] = {}
+    missing = []
+    for names, shape, dtype in wanted:
+        # A tied tensor is stored under one of its names; a bare base model lacks the prefix.
+        aliases = (alias for name in names for alias in (name, name.removeprefix(prefix)))
+        alias = next((alias for alias in aliases if alias in renamed), None)
+        if alias is None:
+            missing.append(names[0])
+            continue
+        stored = renamed[alias]
+        if any(transform.rename_source_key(name)[1] for transform in merging for name in (stored, alias)):
+            raise _merges_weights(family, names[0])
+        if checkpoint.tensors[stored].shape != tuple(shape):
+            raise ValueError(
+                f"load_offloaded: {stored} must have shape {list(shape)}, as the configuration says, "
+                f"got {list(checkpoint.tensors[stored].shape)}"
+            )
+        _check_stored_dtype(stored, checkpoint.tensors[stored], dtype, family)
+        found[names[0]] = stored
+    if missing:
+        unused = checkpoint.tensors.keys() - found.values()
+        if any(transform.rename_source_key(name)[1] for transform in merging for name in unused):
+            raise _merges_weights(family, missing[0])
+        raise ValueError(
+            f"load_offloaded: {checkpoint.folder} must hold all weights of a {family} model, "
+            f"got none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    return found
+
+
+def _check_stored_dtype(name: str, stored: StoredTensor, dtype: torch.dtype, family: str) -> None:
+    """Refuse numbers that mean something else than they say: quantised ones whose configuration does not tell."""
+    floating = stored.dtype.is_floating_point and stored.dtype.itemsize > 1
+    if stored.dtype != dtype and dtype.is_floating_point and not floating:
+        raise UnsupportedModelError(
+            f"load_offloaded: family {family} cannot be offloaded: its checkpoint stores {name} as "
+            f"{str(stored.dtype).removeprefix('torch.')}, which is quantised in a way that its configuration does not "
+            "name; offload the original"
+        )
+
+
+def _rename(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name = renaming.rename_source_key(name)[0]
+    return name
+
+
+def _merges_weights(family: str, name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"load_offloaded: family {family} cannot be offloaded: transformers merges or converts its stored weights "
+        f"while loading, so {name} cannot be streamed from the file as it is"
+    )
+
+
+def _tensors_outside(
+    model: PreTrainedModel, layers: Sequence[DecoderLayer]
+) -> list[tuple[torch.Tensor, list[str], list[Place]]]:
+    """Return (tensor, its names, its places) of every parameter and stored buffer that belongs to no layer."""
+    inside = {id(module) for layer in layers for module in layer.module.modules()}
+    found: dict[int, tuple[torch.Tensor, list[str], list[Place]]] = {}
+    for prefix, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        stored = {name: (tensor, True) for name, tensor in module._parameters.items()}
+        for name, tensor in module._buffers.items():
+            if name not in module._non_persistent_buffers_set:
+                stored[name] = tensor, False  # type: ignore[assignment]
+        for name, (tensor, is_parameter) in stored.items():
+            if tensor is not None:
+                _, names, places = found.setdefault(id(tensor), (tensor, [], []))
+                names.append(f"{prefix}.{name}" if prefix else name)
+                places.append(Place(module, name, is_parameter))
+    return list(found.values())
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _waiting_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a token whose chunk waits in front of a layer: its hidden state, its residual, its rotary tables."""
+    _, _, head_dim = _head_shape(config)
+    return 2 * ((_setting(config, "hidden_size") or 1) * dtype.itemsize + head_dim * torch.float32.itemsize)
+
+
+def _setting(config: Any, *names: str) -> int | None:
+    """Read the first of some settings that is given. Not by attribute: some families forbid reading per-layer ones."""
+    settings = config.to_dict()
+    values = (settings.get(config.attribute_map.get(name, name)) for name in names)
+    return next((int(value) for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _head_shape(config: Any) -> tuple[int, int, int]:
+    """Return (query heads, key/value heads, width of a head)."""
+    num_heads = _setting(config, "num_attention_heads") or 1
+    hidden = _setting(config, "hidden_size") or 1
+    return (
+        num_heads,
+        _setting(config, "num_key_value_heads") or num_heads,
+        _setting(config, "head_dim") or hidden // num_heads,
+    )
+
+
+def _cache_row_bytes(config: Any, layers: Sequence[DecoderLayer], dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers, from the projections' shapes or else the configuration."""
+    num_heads, num_kv_heads, head_dim = _head_shape(config)
+    per_layer = 2 * num_kv_heads * head_dim
+    if _setting(config, "kv_lora_rank"):  # the tree cache holds expanded keys and values
+        widths = [_setting(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+        per_layer = num_heads * sum(widths)
+    total = 0
+    for layer in layers:
+        rows = [packed.shape[0] for packed in layer.tensors if packed.name.endswith(("k_proj.weight", "v_proj.weight"))]
+        total += sum(rows) if len(rows) == 2 else per_layer
+    return total * dtype.itemsize
+
+
+def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Estimate the bytes that a token takes while it is computed: one layer's activations, or logits if larger."""
+    num_heads, _, head_dim = _head_shape(config)
+    hidden = _setting(config, "hidden_size") or 1
+    inner = _setting(config, "intermediate_size", "ffn_dim") or 4 * hidden
+    layer = 6 * hidden + 4 * num_heads * head_dim + 3 * inner
+    return (max(layer, 2 * (_setting(config, "vocab_size") or 1)) + 2 * hidden) * dtype.itemsize

@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate
+    from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate, release_engines
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
     from sequoia_kernels.models import adapt, load_offloaded
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from sequoia_kernels.ops.warped_logsumexp import warped_logsumexp
     from sequoia_kernels.planner import (
         AcceptanceEstimate,
+        AdaptivePlan,
         HardwareProfile,
         TreePlan,
         estimate_acceptance,
         optimal_tree,
         optimal_values,
+        plan_adaptive,
         plan_tree,
     )
     from sequoia_kernels.tree import TokenTree
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AcceptanceEstimate",
+    "AdaptivePlan",
     "BackendUnavailableError",
     "GenerateOutput",
     "GenerateStats",
@@ -62,7 +65,9 @@ __all__ = [
     "measure_profile",
     "optimal_tree",
     "optimal_values",
+    "plan_adaptive",
     "plan_tree",
+    "release_engines",
     "sample_without_replacement",
     "tree_attention",
     "verify_tree",
@@ -71,7 +76,7 @@ __all__ = [
 
 # Where each public name lives. The imports above say the same to type checkers; a test compares the two.
 _ROOMS = {
-    "decoding": ["GenerateOutput", "GenerateStats", "generate"],
+    "decoding": ["GenerateOutput", "GenerateStats", "generate", "release_engines"],
     "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
     "measure": ["measure_profile"],
     "models": ["adapt", "load_offloaded"],
@@ -84,11 +89,13 @@ _ROOMS = {
     ],
     "planner": [
         "AcceptanceEstimate",
+        "AdaptivePlan",
         "HardwareProfile",
         "TreePlan",
         "estimate_acceptance",
         "optimal_tree",
         "optimal_values",
+        "plan_adaptive",
         "plan_tree",
     ],
     "tree": ["TokenTree"],

@@ -440,16 +440,23 @@ def _add_generate(commands: Any) -> None:
     _add_sampling(parser)
     parser.add_argument("--prompt", default=argparse.SUPPRESS, help="text to continue; - reads standard input")
     parser.add_argument("--new-tokens", type=_count, default=128)
-    parser.add_argument("--tree", default="auto", help="auto, none (no speculation), or a tree or plan JSON file")
-    parser.add_argument("--profile", type=Path, default=argparse.SUPPRESS, help="profile JSON for --tree auto")
-    parser.add_argument("--acceptance", type=Path, default=argparse.SUPPRESS, help="acceptance JSON for --tree auto")
+    parser.add_argument(
+        "--tree",
+        default="auto",
+        help="auto, adaptive (switches between trees as acceptance drifts), none (no speculation), or a tree or plan "
+        "JSON file",
+    )
+    parser.add_argument("--profile", type=Path, default=argparse.SUPPRESS, help="profile JSON for auto and adaptive")
+    parser.add_argument("--acceptance", type=Path, default=argparse.SUPPRESS, help="acceptance JSON for them")
+    parser.add_argument("--compile", action="store_true", help="run forwards of trees through torch.compile")
     parser.add_argument("--stop", action="append", default=[], help="string that ends the text; may be repeated")
 
 
 def _run_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     from sequoia_kernels import AcceptanceEstimate, HardwareProfile, generate
 
-    tree: Any = args.tree if args.tree == "auto" else None if args.tree == "none" else _load_tree(Path(args.tree))
+    words = {"auto": "auto", "adaptive": "adaptive", "none": None}
+    tree: Any = words[args.tree] if args.tree in words else _load_tree(Path(args.tree))
     profile = HardwareProfile.load(args.profile) if hasattr(args, "profile") else None
     acceptance = AcceptanceEstimate.load(args.acceptance) if hasattr(args, "acceptance") else None
     text = getattr(args, "prompt", DEMO_PROMPT)
@@ -463,7 +470,8 @@ def _run_generate(args: argparse.Namespace, terminal: Terminal) -> int:
     output = generate(
         pair.target, None if tree is None else pair.draft, ids, tree="auto" if tree is None else tree,
         max_new_tokens=args.new_tokens, stop_strings=args.stop, tokenizer=pair.tokenizer, profile=profile,
-        acceptance=acceptance, streamer=None if terminal.as_json else _text_streamer(pair.tokenizer), **_sampling(args),
+        acceptance=acceptance, compile=args.compile,
+        streamer=None if terminal.as_json else _text_streamer(pair.tokenizer), **_sampling(args),
     )  # fmt: skip
     stats = output.stats
     terminal.note(

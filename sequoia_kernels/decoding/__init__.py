@@ -1,8 +1,17 @@
 """The decoding loop: draft -> verify -> commit, on Hugging Face models."""
 
-from sequoia_kernels.decoding.loop import DecodingEngine, GenerateOutput, generate
+from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
+from sequoia_kernels.decoding.loop import GenerateOutput, generate
 from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.decoding.stats import GenerateStats
 
-__all__ = ["PROBE_TREE", "DecodingEngine", "GenerateOutput", "GenerateStats", "generate", "measure_overhead"]
+__all__ = [
+    "PROBE_TREE",
+    "DecodingEngine",
+    "GenerateOutput",
+    "GenerateStats",
+    "generate",
+    "measure_overhead",
+    "release_engines",
+]

@@ -13,7 +13,7 @@ import torch
 
 from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
-from sequoia_kernels.planner import TreePlan
+from sequoia_kernels.planner import AdaptivePlan, TreeFollower, TreePlan
 from sequoia_kernels.tree import TokenTree
 
 logger = logging.getLogger("sequoia_kernels")
@@ -74,7 +74,7 @@ def check_arguments(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    tree: TokenTree | TreePlan | str,
+    tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str,
     max_new_tokens: int,
     temperature: float | Sequence[float],
     top_k: int | Sequence[int] | None,
@@ -109,8 +109,11 @@ def check_arguments(
                 f"generate: draft must be on the target's device {target.device}, got {draft.device}; "
                 "move one of the models with .to(...)"
             )
-    if not isinstance(tree, (TokenTree, TreePlan)) and tree != "auto":
-        raise TypeError(f'generate: tree must be a TokenTree, a TreePlan or "auto", got {tree!r}')
+    if not isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower)) and tree not in ("auto", "adaptive"):
+        raise TypeError(
+            "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
+            f'"auto" or "adaptive", got {tree!r}'
+        )
     _check_positive("max_new_tokens", max_new_tokens)
     temperatures = _per_request(
         "temperature", temperature, batch_size, Real, lambda t: math.isfinite(t) and t >= 0, "be finite and >= 0"

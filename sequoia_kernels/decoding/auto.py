@@ -1,4 +1,4 @@
-"""tree="auto": measure what is not known yet, then take the planner's pick."""
+"""tree="auto" and "adaptive": measure what is not known yet, then take the planner's pick or picks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.measure import measure_profile
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.planner import AcceptanceEstimate, HardwareProfile, TreePlan, estimate_acceptance, plan_tree
+from sequoia_kernels.planner import (
+    AcceptanceEstimate,
+    AdaptivePlan,
+    HardwareProfile,
+    TreePlan,
+    estimate_acceptance,
+    plan_adaptive,
+    plan_tree,
+)
 from sequoia_kernels.tree import TokenTree
 
 logger = logging.getLogger("sequoia_kernels")
@@ -30,7 +38,8 @@ def choose_tree(
     profile: HardwareProfile | None,
     probe: Callable[[TokenTree], GenerateStats],
     calibrate: Callable[[HardwareProfile], HardwareProfile],
-) -> TreePlan:
+    adaptive: bool = False,
+) -> TreePlan | AdaptivePlan:
     """Plan a tree for these models, requests and machine.
 
     Args:
@@ -41,6 +50,7 @@ def choose_tree(
         profile: hardware profile; None measures the two models on their device.
         probe: generates with a tree and gives the statistics.
         calibrate: adds the loop's own overhead to a profile.
+        adaptive: plan several trees to switch between.
 
     Returns:
         The plan. What was measured is kept for as long as the target lives, for the same draft, batch size and
@@ -49,9 +59,10 @@ def choose_tree(
     context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
     memory = _known.setdefault(target.model, WeakKeyDictionary()).setdefault(draft.model, {})
     if profile is None:
-        key: tuple[object, ...] = ("profile", arguments.batch_size, context_len.bit_length())
+        modes = (target.compile_mode, draft.compile_mode)
+        key: tuple[object, ...] = ("profile", arguments.batch_size, context_len.bit_length(), modes)
         if key not in memory:
-            logger.info("tree='auto': measuring the models' forward times, once; pass profile= to skip this")
+            logger.info("measuring the models' forward times, once; pass profile= to skip this")
             memory[key] = calibrate(
                 measure_profile(target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True)
             )
@@ -60,12 +71,12 @@ def choose_tree(
         settings = (arguments.temperature, arguments.top_k, arguments.top_p)
         key = ("acceptance", repr(settings))
         if key not in memory:
-            logger.info("tree='auto': estimating the acceptance vector, once; pass acceptance= to skip this")
+            logger.info("estimating the acceptance vector, once; pass acceptance= to skip this")
             memory[key] = estimate_acceptance(probe(PROBE_TREE), temperature=max(arguments.temperature))
         acceptance = memory[key]
-    plan = plan_tree(
+    plan = (plan_adaptive if adaptive else plan_tree)(
         acceptance, profile, context_len=context_len, batch_size=arguments.batch_size, target=target, draft=draft,
         temperature=max(arguments.temperature),
     )  # fmt: skip
-    logger.info("tree='auto': %s", plan.describe())
+    logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
     return plan

@@ -38,15 +38,22 @@ class GraphedSteps:
 
     def step(self, tree: TokenTree) -> EmittedTokens:
         """Run one step. The returned tensors are overwritten by the next step of the same tree."""
-        if self.reason_off is None and tree not in self._captured:
-            self._capture(tree)
+        self.capture(tree)
         if self.reason_off is not None:
             return self.run_step(tree)
         graph, emitted = self._captured[tree]
         graph.replay()
         return emitted
 
-    def _capture(self, tree: TokenTree) -> None:
+    @property
+    def num_captured(self) -> int:
+        """Trees whose step is captured."""
+        return len(self._captured)
+
+    def capture(self, tree: TokenTree) -> None:
+        """Capture a tree's step, unless that is done or off. The state is as before afterwards."""
+        if self.reason_off is not None or tree in self._captured:
+            return
         advanced = (
             self.state.cache_lens,
             self.state.root_tokens,

@@ -6,25 +6,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 
 from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
-from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
-from sequoia_kernels.decoding.cuda_graphs import GraphedSteps, HostCopy
-from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
-from sequoia_kernels.decoding.layout import TreeLayout
-from sequoia_kernels.decoding.prefill import prefill_prompts
+from sequoia_kernels.decoding.cuda_graphs import HostCopy
+from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine
 from sequoia_kernels.decoding.probe import PROBE_TOKENS
 from sequoia_kernels.decoding.request import Request, StopStrings
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import GenerateStats, StageClock
-from sequoia_kernels.decoding.verify import verify_tokens
-from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.ops import CacheTable
-from sequoia_kernels.planner import AcceptanceEstimate, HardwareProfile, TreePlan
+from sequoia_kernels.models import adapt
+from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
 from sequoia_kernels.tree import TokenTree
 
 
@@ -45,73 +41,6 @@ class GenerateOutput:
     finish_reasons: list[str]
 
 
-class DecodingEngine:
-    """Two models, their caches and the state of one batch; `step` is one speculative step on static buffers."""
-
-    def __init__(
-        self,
-        target: TreeModel,
-        draft: TreeModel | None,
-        state: DecodingState,
-        max_cache_len: int,
-        backend: str = "auto",
-        clock: StageClock | None = None,
-        cuda_graphs: bool = True,
-    ) -> None:
-        batch_size = state.cache_lens.shape[0]
-        self.target, self.draft, self.state, self.backend = target, draft, state, backend
-        self.clock = clock or StageClock(enabled=False)
-        self.target_cache = target.new_cache(batch_size, max_cache_len)
-        self.draft_cache = draft.new_cache(batch_size, max_cache_len) if draft is not None else None
-        tensors = list(self.target_cache.tensors())
-        if self.draft_cache is not None:
-            tensors += self.draft_cache.tensors()
-        self.cache_table = CacheTable(tensors)
-        self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
-        capturable = target.device.type == "cuda" and target.capturable
-        self._graphed = GraphedSteps(self._run_step, state) if capturable and cuda_graphs else None
-
-    def prefill(self, prompts: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
-        """Commit the prompts and return each request's first token. [B] int64."""
-        with self.clock.stage("prefill"):
-            return prefill_prompts(
-                self.target,
-                self.draft,
-                self.target_cache,
-                self.draft_cache,
-                prompts,
-                prompt_lens,
-                self.state,
-                self.backend,
-            )
-
-    def step(self, tree: TokenTree) -> EmittedTokens:
-        """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
-        self._prepare(tree)  # allocates, so it must not be captured
-        return self._graphed.step(tree) if self._graphed is not None else self._run_step(tree)
-
-    def _run_step(self, tree: TokenTree) -> EmittedTokens:
-        layout, buffers = self._prepare(tree)
-        if self.draft is not None and self.draft_cache is not None:
-            grow_tree(self.draft, self.draft_cache, layout, self.state, buffers, self.clock, self.backend)
-        else:
-            buffers.tokens[:, 0].copy_(self.state.root_tokens)
-        path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
-        return commit_path(path, layout, self.state, buffers, self.cache_table, self.clock, self.backend)
-
-    def end_request(self, index: int) -> None:
-        """Stop committing for a request; its lane goes on with a cache of one row."""
-        self.state.active[index] = 0
-        self.state.cache_lens[index] = 1
-
-    def _prepare(self, tree: TokenTree) -> tuple[TreeLayout, TokenBuffers]:
-        if tree not in self._prepared:
-            layout = TreeLayout.build(tree, self.target.device)
-            batch_size = self.state.cache_lens.shape[0]
-            self._prepared[tree] = layout, TokenBuffers.allocate(layout, batch_size, self.target, self.draft)
-        return self._prepared[tree]
-
-
 @torch.inference_mode()
 def generate(
     target: Any,
@@ -119,7 +48,7 @@ def generate(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
-    tree: TokenTree | TreePlan | str = "auto",
+    tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str = "auto",
     max_new_tokens: int = 128,
     temperature: float | Sequence[float] = 0.0,
     top_k: int | Sequence[int] | None = None,
@@ -135,6 +64,7 @@ def generate(
     profile: HardwareProfile | None = None,
     backend: str = "auto",
     cuda_graphs: bool = True,
+    compile: bool | str = False,
 ) -> GenerateOutput:
     """Generate with tree speculative decoding, with exactly the target's distribution.
 
@@ -143,8 +73,11 @@ def generate(
         draft: a smaller model of the same vocabulary that proposes the tree; None decodes one token a step.
         input_ids: prompts. [B, L] int64, on the target's device.
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L].
-        tree: a `TokenTree`, a `TreePlan`, or "auto": the planner's pick for this machine, these models and these
-            sampling settings. "auto" measures what it is not given (`profile`, `acceptance`), once a pair and process.
+        tree: a `TokenTree`, a `TreePlan`, an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for
+            this machine, these models and these sampling settings; "adaptive" takes several picks and switches between
+            them as acceptance drifts. Both measure what they are not given (`profile`, `acceptance`), once a pair and
+            process. A `TreeFollower` (`plan.follow()`) given to several calls carries what it learnt from one to the
+            next.
         max_new_tokens: tokens to emit for each request, at most.
         temperature: 0 is greedy; one value, or one for each request.
         top_k: keep the k most probable tokens; None or 0 is off.
@@ -157,11 +90,14 @@ def generate(
         streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; one request only.
         max_cache_len: rows of the caches; None takes what the request needs, within the models' positions. A request
             that fills the cache ends with "cache_full".
-        acceptance: acceptance vector for tree="auto".
-        profile: hardware profile for tree="auto".
+        acceptance: acceptance vector for tree="auto" and "adaptive".
+        profile: hardware profile for them.
         backend: backend of the ops.
         cuda_graphs: on CUDA, capture each step once and replay it; models that cannot be captured fall back with one
-            logged reason.
+            logged reason. Caches and graphs stay on the GPU for the next call with batch and lengths alike;
+            `release_engines` frees them.
+        compile: run the models' forwards of trees through `torch.compile`: True or a mode, as in `adapt`. Compiling
+            takes minutes for a deep model, once a tree.
 
     Returns:
         `GenerateOutput` with sequences, statistics, new tokens and finish reasons.
@@ -188,8 +124,8 @@ def generate(
         8
     """
     started = time.perf_counter()
-    target = adapt(target)
-    draft = adapt(draft) if draft is not None else None
+    target = adapt(target, compile=compile)
+    draft = adapt(draft, compile=compile) if draft is not None else None
     arguments = check_arguments(
         target, draft, input_ids, attention_mask,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_id,
@@ -197,13 +133,13 @@ def generate(
         max_cache_len=max_cache_len, tree=tree,
     )  # fmt: skip
     if draft is None:
-        tree = TokenTree.single()
-    elif tree == "auto":
+        tree = TokenTree.single()  # whatever was asked for
+    elif tree in ("auto", "adaptive"):
         from sequoia_kernels.decoding.overhead import measure_overhead  # it decodes with this function
 
         # the probe is this function with a fixed tree, a few tokens and no way to end early
         tree = choose_tree(
-            target, draft, arguments, acceptance=acceptance, profile=profile,
+            target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive",
             calibrate=lambda measured: measure_overhead(target, draft, measured, batch_size=arguments.batch_size),
             probe=lambda probe_tree: generate(
                 target, draft, input_ids, attention_mask, tree=probe_tree, max_new_tokens=PROBE_TOKENS,
@@ -211,8 +147,12 @@ def generate(
                 max_cache_len=max_cache_len, backend=backend, cuda_graphs=cuda_graphs,
             ).stats,
         )  # fmt: skip
-    token_tree = tree.tree if isinstance(tree, TreePlan) else tree
+    if isinstance(tree, AdaptivePlan):
+        tree = tree.follow()
+    follower = tree if isinstance(tree, TreeFollower) else None
+    token_tree = tree.tree if isinstance(tree, (TreePlan, TreeFollower)) else tree
     assert isinstance(token_tree, TokenTree)  # checked above
+    trees = [token_tree] if follower is None else follower.plan.trees
 
     device = target.device
     synchronous = device.type == "cpu"
@@ -221,10 +161,12 @@ def generate(
         arguments.batch_size, device, seeds=arguments.seeds, temperature=arguments.temperature,
         top_k=arguments.top_k, top_p=arguments.top_p,
     )  # fmt: skip
-    capacity = arguments.cache_capacity(token_tree)
-    engine = DecodingEngine(
-        target, draft if token_tree.num_nodes > 1 else None, state, capacity, backend, clock, cuda_graphs
-    )
+    capacity = max(map(arguments.cache_capacity, trees))
+    speculates = any(entry.num_nodes > 1 for entry in trees)
+    engine = borrow_engine(
+        target, draft if speculates else None, state, capacity, limit=arguments.max_cache_len, backend=backend,
+        clock=clock, cuda_graphs=cuda_graphs,
+    )  # fmt: skip
     stops = StopStrings(arguments.stop_strings, tokenizer) if arguments.stop_strings else None
     requests = [Request(length, max_new_tokens, arguments.eos_token_ids, stops) for length in arguments.prompt_lens]
     stats = GenerateStats(tree=token_tree, request_steps=[0] * arguments.batch_size)
@@ -234,6 +176,9 @@ def generate(
     first_tokens = engine.prefill(
         arguments.prompts.to(device), torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device)
     )
+    if follower is not None:
+        for entry in trees:
+            engine.prepare(entry)
     decode_started = time.perf_counter()
     for index, token in enumerate(first_tokens.tolist()):
         _take(engine, requests, index, [token], streamer)
@@ -242,22 +187,26 @@ def generate(
     in_flight: deque[_Launched] = deque()
     lag = 0 if synchronous else 1
     while in_flight or any(request.finish_reason is None for request in requests):
+        if follower is not None:
+            stats.tree = token_tree = follower.tree
         step_tree = _fitting_tree(token_tree, requests, in_flight, capacity)
         if step_tree is not None:
             active = [request.finish_reason is None for request in requests]
             in_flight.append(_Launched(step_tree, active, HostCopy(engine.step(step_tree))))
             stats.num_steps += 1
+            stats.steps_by_tree[step_tree] = stats.steps_by_tree.get(step_tree, 0) + 1
         elif not in_flight:
             _end_full_requests(engine, requests, capacity)
         if in_flight and (step_tree is None or len(in_flight) > lag):
             with clock.stage("host"):
-                _read_step(engine, requests, stats, in_flight.popleft(), streamer)
+                _read_step(engine, requests, stats, in_flight.popleft(), streamer, follower)
     if streamer is not None:
         streamer.end()
     finished = time.perf_counter()
     stats.seconds, stats.decode_seconds = finished - started, finished - decode_started
     stats.new_tokens = [len(request.new_tokens) for request in requests]
     stats.stage_seconds = dict(clock.seconds)
+    return_engine(engine)
     return GenerateOutput(
         sequences=_sequences(input_ids, requests, arguments.pad_token_id),
         stats=stats,
@@ -297,15 +246,23 @@ def _end_full_requests(engine: DecodingEngine, requests: list[Request], capacity
 
 
 def _read_step(
-    engine: DecodingEngine, requests: list[Request], stats: GenerateStats, launched: _Launched, streamer: Any | None
+    engine: DecodingEngine,
+    requests: list[Request],
+    stats: GenerateStats,
+    launched: _Launched,
+    streamer: Any | None,
+    follower: TreeFollower | None,
 ) -> None:
     """Bring one step's tokens to the host: the only place where the loop waits for the device."""
     tokens, nodes, num_tokens = launched.emitted.read()
+    counts = []
     for index, was_active in enumerate(launched.active):
         if was_active and requests[index].finish_reason is None:
             stats.request_steps[index] += 1
-            stats.count_path(launched.tree, nodes[index], num_tokens[index])
+            counts.append(stats.count_path(launched.tree, nodes[index], num_tokens[index]))
             _take(engine, requests, index, tokens[index][: num_tokens[index]], streamer)
+    if follower is not None and counts:
+        follower.observe(*([sum(ranks) for ranks in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts)))
 
 
 def _take(engine: DecodingEngine, requests: list[Request], index: int, tokens: list[int], streamer: Any | None) -> None:

@@ -64,6 +64,12 @@ class DecodingState:
             top_p=None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=device),
         )
 
+    def copy_(self, other: DecodingState) -> None:
+        """Take over another state's values, in place; both are of the same batch size and filters."""
+        for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
+            if mine is not None:
+                mine.copy_(its)
+
 
 def request_seeds(seed: int, batch_size: int) -> list[int]:
     """Give every request of a batch its own seed.

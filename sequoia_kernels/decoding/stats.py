@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sequoia_kernels.tree import TokenTree
@@ -65,7 +65,8 @@ class GenerateStats:
         seconds: wall time of the call.
         decode_seconds: wall time behind the prefill.
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
-        tree: the last tree used.
+        tree: the tree asked for; with an adaptive plan the last one used.
+        steps_by_tree: steps decoded with each tree: in the order of first use.
     """
 
     num_steps: int = 0
@@ -78,6 +79,7 @@ class GenerateStats:
     decode_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     tree: TokenTree | None = None
+    steps_by_tree: dict[TokenTree, int] = field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> float:
@@ -97,8 +99,14 @@ class GenerateStats:
         forwards = self.stage_seconds.get("draft", 0.0) + self.stage_seconds.get("target", 0.0)
         return 1.0 - forwards / self.decode_seconds if self.stage_seconds and self.decode_seconds > 0 else 0.0
 
-    def count_path(self, tree: TokenTree, nodes: list[int], num_accepted: int) -> None:
-        """Count one request's accepted path: `nodes[:num_accepted]`, root first."""
+    def count_path(self, tree: TokenTree, nodes: list[int], num_accepted: int) -> tuple[list[int], list[int]]:
+        """Count one request's accepted path: `nodes[:num_accepted]`, root first.
+
+        Returns:
+            What it adds to (visited_by_rank, accepted_by_rank).
+        """
+        visited = [0] * tree.max_branching
+        accepted = [0] * tree.max_branching
         while len(self.accepted_histogram) <= num_accepted:
             self.accepted_histogram.append(0)
         self.accepted_histogram[num_accepted] += 1
@@ -108,19 +116,28 @@ class GenerateStats:
             accepted_rank = None
             if level + 1 < num_accepted:
                 accepted_rank = nodes[level + 1] - tree.first_child[node]
-            num_visited = num_children if accepted_rank is None else accepted_rank + 1
-            while len(self.visited_by_rank) < num_visited:
-                self.visited_by_rank.append(0)
-                self.accepted_by_rank.append(0)
-            for rank in range(num_visited):
-                self.visited_by_rank[rank] += 1
+            for rank in range(num_children if accepted_rank is None else accepted_rank + 1):
+                visited[rank] += 1
             if accepted_rank is not None:
-                self.accepted_by_rank[accepted_rank] += 1
+                accepted[accepted_rank] += 1
+        while visited and not visited[-1]:  # ranks that no node of this path came to
+            visited.pop()
+            accepted.pop()
+        for total, part in ((self.visited_by_rank, visited), (self.accepted_by_rank, accepted)):
+            total.extend([0] * (len(part) - len(total)))
+            for rank, count in enumerate(part):
+                total[rank] += count
+        return visited, accepted
 
     def to_dict(self) -> dict[str, Any]:
         """Give everything as plain JSON values."""
-        values = {key: value for key, value in asdict(self).items() if key != "tree"}
+        trees = ("tree", "steps_by_tree")
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in trees}
         values["tree"] = None if self.tree is None else list(self.tree.parents)
+        values["steps_by_tree"] = [
+            {"nodes": tree.num_nodes, "levels": tree.num_levels, "steps": steps}
+            for tree, steps in self.steps_by_tree.items()
+        ]
         values["tokens_per_step"] = self.tokens_per_step
         values["tokens_per_second"] = self.tokens_per_second
         values["overhead_fraction"] = self.overhead_fraction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -21,6 +21,10 @@ from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.step import TreeStep, causal_step
 
 __all__ = ["ChunkInputs", "TreeModel", "adapt"]
+
+# Modes of torch.compile that leave CUDA graphs to the decoding loop, which captures whole steps.
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+MAX_COMPILED_SHAPES = 256
 
 
 class ChunkInputs(NamedTuple):
@@ -82,7 +86,7 @@ class _AttentionSwitch:
 _plans: WeakKeyDictionary[PreTrainedModel, _ModelPlan] = WeakKeyDictionary()
 
 
-def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
+def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) -> TreeModel:
     """Make a Hugging Face decoder-only language model decode token trees.
 
     The model is used as it is: same weights, same modules, no subclass. Its attention function is exchanged while a
@@ -91,13 +95,15 @@ def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
     Args:
         model: a decoder-only `PreTrainedModel` with a language-modelling head, in evaluation mode. A `TreeModel` is
             returned as it is.
+        compile: run forwards of trees through `torch.compile`: True, or one of its modes without CUDA graphs of its
+            own ("default", "max-autotune-no-cudagraphs"). Prompts are still run as they are.
 
     Returns:
         The tree model.
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or `compile` is not such a mode or not possible for it.
         UnsupportedModelError: the family cannot decode trees; the message names it and the reason.
 
     Notes:
@@ -106,6 +112,9 @@ def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
         forwards). Forwards of one model take turns between threads; while one runs, other threads must not call the
         model itself: they would meet the tree's attention function, which raises for want of a step. Soft-caps and
         sinks are always applied; some versions of transformers drop Gemma 2's soft-cap under "sdpa" attention.
+
+        Compiling takes its time (about a minute for a deep model) for every number of rows that a step feeds, so it
+        pays for trees that are used for long.
 
     Source:
         transformers' `AttentionInterface` and `AttentionMaskInterface`.
@@ -120,8 +129,9 @@ def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
         >>> tree_model.forward(torch.tensor([[3, 4]]), cache, lens, causal_step(2)).shape
         torch.Size([1, 2, 32])
     """
+    mode = _compile_mode(compile)
     if isinstance(model, TreeModel):
-        return model
+        return model if mode in (None, model.compile_mode) else model.compiled(mode)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
@@ -151,7 +161,7 @@ def adapt(model: PreTrainedModel | TreeModel) -> TreeModel:
                 f"function and cache ({type(error).__name__}: {error})"
             ) from error
         _plans[model] = plan
-    return TreeModel(model, plan)
+    return TreeModel(model, plan, mode)
 
 
 class TreeModel:
@@ -162,16 +172,21 @@ class TreeModel:
         family: its family, such as "llama".
         eos_token_ids: ids that end a sequence, from its generation configuration.
         capturable: whether a forward may become part of a CUDA graph.
+        compile_mode: mode of `torch.compile` that forwards of trees run through, None where they are not compiled.
     """
 
     capturable = True
 
-    def __init__(self, model: PreTrainedModel, plan: _ModelPlan) -> None:
+    def __init__(self, model: PreTrainedModel, plan: _ModelPlan, compile_mode: str | None = None) -> None:
         self.model = model
         self.family = family_name(model)
         self.eos_token_ids = _eos_token_ids(model)
+        self.compile_mode = compile_mode
         self._plan = plan
         self._switch = _AttentionSwitch(model, ATTENTION_NAME)
+        self._compiled: Callable[..., Any] | None = None
+        if compile_mode is not None:
+            self._compiled = torch.compile(model.forward, mode=compile_mode, dynamic=False)
 
     def __repr__(self) -> str:
         return f"TreeModel({self.family}, {self.num_parameters:,} parameters, {self.device}, {self.dtype})"
@@ -205,6 +220,15 @@ class TreeModel:
     def dtype(self) -> torch.dtype:
         """Floating-point type of the model."""
         return self.model.dtype
+
+    def compiled(self, mode: str = "default") -> TreeModel:
+        """Give the same model with its forwards of trees compiled; see `adapt`."""
+        return TreeModel(self.model, self._plan, mode)
+
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Yield everything that a forward reads of the model: parameters and buffers."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
 
     def new_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
         """Allocate a cache for a batch of requests.
@@ -291,7 +315,9 @@ class TreeModel:
     ) -> torch.Tensor:
         """Run one checked forward; the caller holds the attention switch."""
         plan = self._plan
-        context = StepContext.create(cache.layers, step, cache_lens, cache.max_cache_len)
+        compiled = self._compiled if last_row is None else None  # prompts come in any length
+        # a row number on the host would be compiled in
+        context = StepContext.create(cache.layers, step, cache_lens, cache.max_cache_len, compiled is None)
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": (cache_lens[:, None] + step.depths).to(torch.int64),
@@ -306,7 +332,7 @@ class TreeModel:
             arguments["logits_to_keep"] = last_row
         cache.context = context
         try:
-            logits = self.model(**arguments).logits
+            logits = (self.model if compiled is None else _compiling(compiled))(**arguments).logits
         finally:
             cache.context = None
         if context.num_calls != len(plan.specs):
@@ -354,6 +380,26 @@ class TreeModel:
                     f"{cache.max_cache_len}, got {longest if shortest >= 0 else shortest}"
                 )
         _check_evaluation_mode(self.model)
+
+
+def _compile_mode(compile: bool | str) -> str | None:
+    """Return the mode of `torch.compile` that an argument asks for, None for none."""
+    if isinstance(compile, bool):
+        return "default" if compile else None
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"adapt: compile must be a bool or one of {', '.join(COMPILE_MODES)}, got {compile!r}")
+    return compile
+
+
+def _compiling(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Let each number of rows and each cache have a compiled form of its own, however many there are."""
+    from torch._dynamo import config  # a second to import, for those who compile
+
+    def run(**arguments: Any) -> Any:
+        with config.patch(recompile_limit=MAX_COMPILED_SHAPES, accumulated_recompile_limit=MAX_COMPILED_SHAPES):
+            return compiled(**arguments)
+
+    return run
 
 
 def _check_evaluation_mode(model: PreTrainedModel) -> None:

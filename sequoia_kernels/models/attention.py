@@ -54,10 +54,15 @@ class StepContext:
 
     @classmethod
     def create(
-        cls, layers: list[TreeCacheLayer], step: TreeStep, cache_lens: torch.Tensor, max_cache_len: int
+        cls,
+        layers: list[TreeCacheLayer],
+        step: TreeStep,
+        cache_lens: torch.Tensor,
+        max_cache_len: int,
+        may_read_row: bool = True,
     ) -> StepContext:
-        """Work out the rows to write, once for all layers."""
-        if step.first_node is not None and cache_lens.is_cpu and cache_lens.shape[0] == 1:
+        """Work out the rows to write, once for all layers; `first_row` only where it may be read on the host."""
+        if may_read_row and step.first_node is not None and cache_lens.is_cpu and cache_lens.shape[0] == 1:
             return cls(layers, int(cache_lens) + step.first_node, None, step.tree_mask, cache_lens)
         rows = cache_lens[:, None] + step.node_ids  # [B, N]
         if rows.shape[0] > 1:

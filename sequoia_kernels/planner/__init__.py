@@ -1,6 +1,7 @@
 """Planner: acceptance vectors, hardware profiles, and which tree to speculate with."""
 
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate, estimate_acceptance, validate_acceptance
+from sequoia_kernels.planner.adaptive import AdaptivePlan, TreeFollower, plan_adaptive, shift_acceptance
 from sequoia_kernels.planner.cost_model import CostModel
 from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
 from sequoia_kernels.planner.profile import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
@@ -8,6 +9,7 @@ from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tr
 
 __all__ = [
     "AcceptanceEstimate",
+    "AdaptivePlan",
     "CostModel",
     "DeviceFingerprint",
     "ForwardTable",
@@ -17,10 +19,13 @@ __all__ = [
     "OpPoint",
     "OptimalTrees",
     "PlanCandidate",
+    "TreeFollower",
     "TreePlan",
     "estimate_acceptance",
     "optimal_tree",
     "optimal_values",
+    "plan_adaptive",
     "plan_tree",
+    "shift_acceptance",
     "validate_acceptance",
 ]

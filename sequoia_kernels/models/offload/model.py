@@ -72,6 +72,10 @@ class OffloadedModel(TreeModel):
     ) -> None:
         self.close()
 
+    def compiled(self, mode: str = "default") -> TreeModel:
+        """Refuse: layers that come and go cannot be compiled as one forward."""
+        raise ValueError(f"adapt: compile must be False for an offloaded model, got {mode!r}; keep it resident instead")
+
     def close(self) -> None:
         """Stop copies and free the host's memory; the model cannot run any more. Idempotent."""
         self._closing()

@@ -11,7 +11,7 @@ Outputs:
 The definition itself is ``sequoia_kernels.warping``, which verify_tree shares:
     top-k   keeps x if fewer than k tokens have a larger logit
     top-p   keeps x if the tokens with a larger logit hold less than top_p of the probability that top-k left
-    log_normaliser = log sum over the kept x of exp(logit / T),   cut = the smallest kept logit, -inf if nothing is cut
+    log_normaliser = log sum over the kept x of exp(logit / T),   cut = the smallest kept logit
     A row at temperature 0 has its largest logit as both.
 """
 

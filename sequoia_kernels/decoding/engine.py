@@ -1,0 +1,228 @@
+"""One batch's models, caches and state, and the engines that stay behind for the next batch of the same shapes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
+from sequoia_kernels.decoding.cuda_graphs import GraphedSteps
+from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
+from sequoia_kernels.decoding.layout import TreeLayout
+from sequoia_kernels.decoding.prefill import prefill_prompts
+from sequoia_kernels.decoding.state import DecodingState
+from sequoia_kernels.decoding.stats import StageClock
+from sequoia_kernels.decoding.verify import verify_tokens
+from sequoia_kernels.models import TreeModel
+from sequoia_kernels.ops import CacheTable
+from sequoia_kernels.tree import TokenTree
+
+__all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine"]
+
+KEPT_ENGINES = 2  # for each target: say, one that speculates and one that does not
+SMALLEST_BUCKET = 512  # rows
+
+
+class DecodingEngine:
+    """Two models, their caches and the state of one batch; `step` is one speculative step on static buffers."""
+
+    def __init__(
+        self,
+        target: TreeModel,
+        draft: TreeModel | None,
+        state: DecodingState,
+        max_cache_len: int,
+        backend: str = "auto",
+        clock: StageClock | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        batch_size = state.cache_lens.shape[0]
+        self.target, self.draft, self.state, self.backend = target, draft, state, backend
+        self.clock = clock or StageClock(enabled=False)
+        self.target_cache = target.new_cache(batch_size, max_cache_len)
+        self.draft_cache = draft.new_cache(batch_size, max_cache_len) if draft is not None else None
+        self._tensors = list(self.target_cache.tensors())
+        if self.draft_cache is not None:
+            self._tensors += self.draft_cache.tensors()
+        self.cache_table = CacheTable(self._tensors)
+        self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
+        self._graphed = GraphedSteps(self._run_step, state) if cuda_graphs and can_capture(target, draft) else None
+
+    def prefill(self, prompts: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
+        """Commit the prompts and return each request's first token. [B] int64."""
+        with self.clock.stage("prefill"):
+            return prefill_prompts(
+                self.target,
+                self.draft,
+                self.target_cache,
+                self.draft_cache,
+                prompts,
+                prompt_lens,
+                self.state,
+                self.backend,
+            )
+
+    def prepare(self, tree: TokenTree) -> None:
+        """Allocate and, on CUDA, capture a tree's step now, so that its first one does not have to."""
+        self._prepare(tree)
+        if self._graphed is not None:
+            self._graphed.capture(tree)
+
+    def step(self, tree: TokenTree) -> EmittedTokens:
+        """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
+        self._prepare(tree)  # allocates, so it must not be captured
+        return self._graphed.step(tree) if self._graphed is not None else self._run_step(tree)
+
+    def _run_step(self, tree: TokenTree) -> EmittedTokens:
+        layout, buffers = self._prepare(tree)
+        if self.draft is not None and self.draft_cache is not None:
+            grow_tree(self.draft, self.draft_cache, layout, self.state, buffers, self.clock, self.backend)
+        else:
+            buffers.tokens[:, 0].copy_(self.state.root_tokens)
+        path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
+        return commit_path(path, layout, self.state, buffers, self.cache_table, self.clock, self.backend)
+
+    def end_request(self, index: int) -> None:
+        """Stop committing for a request; its lane goes on with a cache of one row."""
+        self.state.active[index] = 0
+        self.state.cache_lens[index] = 1
+
+    def restart(self, state: DecodingState) -> None:
+        """Begin another batch of the same shape: take over its state's values and forget the old rows."""
+        self.state.copy_(state)
+        for tensor in self._tensors:  # a masked row counts with weight 0, and 0 times a left-over inf is NaN
+            tensor.zero_()
+
+    def _prepare(self, tree: TokenTree) -> tuple[TreeLayout, TokenBuffers]:
+        if tree not in self._prepared:
+            layout = TreeLayout.build(tree, self.target.device)
+            batch_size = self.state.cache_lens.shape[0]
+            self._prepared[tree] = layout, TokenBuffers.allocate(layout, batch_size, self.target, self.draft)
+        return self._prepared[tree]
+
+
+def can_capture(target: TreeModel, draft: TreeModel | None) -> bool:
+    """Tell whether a step of these models may become a CUDA graph."""
+    return target.device.type == "cuda" and target.capturable and (draft is None or draft.capturable)
+
+
+class _Key(NamedTuple):
+    """What an engine's buffers and graphs depend on, besides its two models."""
+
+    batch_size: int
+    max_cache_len: int
+    backend: str
+    cuda_graphs: bool
+    filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
+    weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
+    compiled: tuple[Any, ...]
+
+
+class _Kept(NamedTuple):
+    draft: ref[Any] | None
+    engine: DecodingEngine
+
+
+# Engines without their models, so that they do not keep these alive: the most recently used one last.
+_kept: WeakKeyDictionary[Any, OrderedDict[_Key, _Kept]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def borrow_engine(
+    target: TreeModel,
+    draft: TreeModel | None,
+    state: DecodingState,
+    max_cache_len: int,
+    *,
+    limit: int | None,
+    backend: str,
+    clock: StageClock,
+    cuda_graphs: bool,
+) -> DecodingEngine:
+    """Give an engine for a batch: where steps are captured one that was used before, with its graphs, if it fits.
+
+    Args:
+        target: the target.
+        draft: the draft, or None.
+        state: the batch's state; the engine's own state takes over its values.
+        max_cache_len: rows that the caches need.
+        limit: rows that the models serve at most, None without a limit.
+        backend: backend of the ops.
+        clock: adds up the times of this batch.
+        cuda_graphs: whether steps are captured.
+
+    Returns:
+        The engine. Where steps are captured or compiled its caches may be longer than asked for: lengths are rounded up
+        to buckets, so that batches of about the same length share what was made for them.
+    """
+    captures = cuda_graphs and can_capture(target, draft)
+    static = captures or any(model is not None and model.compile_mode for model in (target, draft))
+    rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
+    if not captures:
+        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs)
+    key = _key(target, draft, state, rows, backend, cuda_graphs)
+    with _lock:
+        entry = _kept.get(target.model, OrderedDict()).pop(key, None)
+    if entry is None or (entry.draft() if entry.draft is not None else None) is not getattr(draft, "model", None):
+        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs)
+    engine = entry.engine
+    engine.target, engine.draft, engine.clock = target, draft, clock
+    engine.restart(state)
+    return engine
+
+
+def return_engine(engine: DecodingEngine) -> None:
+    """Keep an engine for the next batch of its shapes, where its captured steps are worth it.
+
+    The two most recently used engines of a target stay, until the target itself goes or `release_engines` is called.
+    """
+    if engine._graphed is None or not engine._graphed.num_captured:
+        return
+    target, draft = engine.target, engine.draft
+    rows = engine.target_cache.max_cache_len
+    key = _key(target, draft, engine.state, rows, engine.backend, cuda_graphs=True)
+    engine.target = engine.draft = None  # type: ignore[assignment]  # set again when it is borrowed
+    engine.clock = StageClock(enabled=False)
+    with _lock:
+        kept = _kept.setdefault(target.model, OrderedDict())
+        kept[key] = _Kept(None if draft is None else ref(draft.model), engine)
+        while len(kept) > KEPT_ENGINES:
+            kept.popitem(last=False)
+
+
+def release_engines() -> None:
+    """Free the caches and CUDA graphs that `generate` keeps on the GPU for its next call.
+
+    Example:
+        >>> release_engines()
+    """
+    with _lock:
+        _kept.clear()
+
+
+def cache_bucket(rows: int, limit: int | None) -> int:
+    """Round a cache length up, by at most a quarter above the smallest bucket, within the limit."""
+    bucket = SMALLEST_BUCKET
+    if rows > bucket:
+        unit = 1 << (rows.bit_length() - 3)
+        bucket = -(-rows // unit) * unit
+    return bucket if limit is None else max(rows, min(bucket, limit))
+
+
+def _key(
+    target: TreeModel, draft: TreeModel | None, state: DecodingState, rows: int, backend: str, cuda_graphs: bool
+) -> _Key:
+    models = [model for model in (target, draft) if model is not None]
+    return _Key(
+        state.cache_lens.shape[0],
+        rows,
+        backend,
+        cuda_graphs,
+        (state.top_k is not None, state.top_p is not None),
+        tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
+        tuple(model.compile_mode for model in models),
+    )

@@ -173,6 +173,57 @@ def _host_share(documents: Documents) -> Measured | None:
     return at_most(shares, 3.0, " % of a step")
 
 
+# ---- offloading, on any GPU with a host that holds the layers
+
+
+def _offload(documents: Documents, part: str) -> Mapping[str, Any] | None:
+    document = documents.get("offload", {})
+    if document.get("device_type") != "cuda":
+        return None
+    found: Mapping[str, Any] | None = document["parts"].get(part)
+    return found
+
+
+def _streaming_rate(documents: Documents) -> Measured | None:
+    part = _offload(documents, "stream")
+    if part is None:
+        return None
+    share = 100 * part["share_of_bandwidth"]
+    return f"{share:.1f} % of {documents['offload']['link']['host_to_device']:.1f} GB/s", share >= 90
+
+
+def _hidden_compute(documents: Documents) -> Measured | None:
+    part = _offload(documents, "stream")
+    if part is None:
+        return None
+    hidden = [entry for entry in part["forwards"] if entry["compute_ms"] < part["stream_ms"]]
+    return at_most(((entry["pass_ms"] / part["stream_ms"], f"{entry['nodes']} nodes") for entry in hidden), 1.05, "x")
+
+
+def _offload_memory(documents: Documents) -> Measured | None:
+    part = _offload(documents, "stream")
+    if part is None:
+        return None
+    peak, budget = part["peak_bytes"], part["budget_bytes"]
+    return f"{peak / 2**30:.2f} of {budget / 2**30:.2f} GiB", peak <= budget
+
+
+def _offload_speedup(documents: Documents, name: str, bound: float) -> Measured | None:
+    part = _offload(documents, "speedup")
+    if part is None:
+        return None
+    (entry,) = [entry for entry in part["trees"] if entry["name"] == name]
+    text = f"{entry['speedup']:.2f}x ({entry['nodes']} nodes, {entry['tokens_per_step']:.2f} tokens per step)"
+    return text, entry["speedup"] >= bound
+
+
+def _offload_twin(documents: Documents) -> Measured | None:
+    part = _offload(documents, "twin")
+    if part is None:
+        return None
+    return f"{sum(run['tokens'] for run in part['runs'])} tokens", all(run["equal"] for run in part["runs"])
+
+
 TARGETS = [
     Target(
         "tree_attention, Llama-3-8B heads, bf16, contexts >= 8k, up to 64 nodes",
@@ -228,6 +279,16 @@ TARGETS = [
         lambda d: at_least(ratios(compaction(d), "layer by layer", "layer by layer, known path"), 10, "x"),
     ),
     Target("captured loop: host time between steps", "none (<= 3 % of a step)", _host_share),
+    Target("offloaded: streaming against the pinned copy bandwidth", ">= 90 %", _streaming_rate),
+    Target("offloaded: forwards that are shorter than the copies", "<= 1.05x the copies alone", _hidden_compute),
+    Target("offloaded: peak device memory", "<= its budget", _offload_memory),
+    Target(
+        "offloaded 70B shape, (768, 18) at 10.30 tokens per step, over the own offloaded loop",
+        ">= 9.5x",
+        lambda d: _offload_speedup(d, "the paper's size", 9.5),
+    ),
+    Target("the same at the planner's own pick", ">= 10.33x", lambda d: _offload_speedup(d, "planned", 10.33)),
+    Target("offloaded 13B shape, own weights in every layer", "the resident twin's tokens", _offload_twin),
 ]
 
 

@@ -25,18 +25,18 @@ class GraphedSteps:
     context length. Where capture fails, the reason is logged once and steps run uncaptured from then on.
 
     Args:
-        run_step: one uncaptured step.
+        run_step: one uncaptured step, or a part of one that writes its results into buffers.
         state: the state that the step advances; restored after the warm-ups.
     """
 
-    def __init__(self, run_step: Callable[[TokenTree], EmittedTokens], state: DecodingState) -> None:
+    def __init__(self, run_step: Callable[[TokenTree], Any], state: DecodingState) -> None:
         self.run_step = run_step
         self.state = state
         self.reason_off: str | None = None
-        self._captured: dict[TokenTree, tuple[torch.cuda.CUDAGraph, EmittedTokens]] = {}
+        self._captured: dict[TokenTree, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
 
-    def step(self, tree: TokenTree) -> EmittedTokens:
+    def step(self, tree: TokenTree) -> Any:
         """Run one step. The returned tensors are overwritten by the next step of the same tree."""
         self.capture(tree)
         if self.reason_off is not None:
@@ -79,7 +79,8 @@ class GraphedSteps:
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads may go on using the device meanwhile, such as one that reads layers for an offloaded target.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 emitted = self.run_step(tree)
         except RuntimeError as error:
             torch.cuda.synchronize()

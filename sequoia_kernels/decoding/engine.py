@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
 
@@ -21,7 +23,9 @@ from sequoia_kernels.models import TreeModel
 from sequoia_kernels.ops import CacheTable
 from sequoia_kernels.tree import TokenTree
 
-__all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine"]
+__all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine", "steps_ahead"]
+
+logger = logging.getLogger("sequoia_kernels")
 
 KEPT_ENGINES = 2  # for each target: say, one that speculates and one that does not
 SMALLEST_BUCKET = 512  # rows
@@ -50,7 +54,13 @@ class DecodingEngine:
             self._tensors += self.draft_cache.tensors()
         self.cache_table = CacheTable(self._tensors)
         self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
-        self._graphed = GraphedSteps(self._run_step, state) if cuda_graphs and can_capture(target, draft) else None
+        self._graphed = self._graphed_draft = None
+        if cuda_graphs and can_capture(target, draft):
+            self._graphed = GraphedSteps(_weakly(self._run_step), state)
+        elif cuda_graphs and draft is not None and can_capture(draft, None):
+            # The target's part of a step is launched layer by layer; the draft's many forwards still are one graph.
+            self._graphed_draft = GraphedSteps(_weakly(self._grow), state)
+            _log_once(target)
 
     def prefill(self, prompts: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
         """Commit the prompts and return each request's first token. [B] int64."""
@@ -69,8 +79,9 @@ class DecodingEngine:
     def prepare(self, tree: TokenTree) -> None:
         """Allocate and, on CUDA, capture a tree's step now, so that its first one does not have to."""
         self._prepare(tree)
-        if self._graphed is not None:
-            self._graphed.capture(tree)
+        for graphed in (self._graphed, self._graphed_draft):
+            if graphed is not None:
+                graphed.capture(tree)
 
     def step(self, tree: TokenTree) -> EmittedTokens:
         """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
@@ -79,12 +90,20 @@ class DecodingEngine:
 
     def _run_step(self, tree: TokenTree) -> EmittedTokens:
         layout, buffers = self._prepare(tree)
+        if self._graphed_draft is not None:
+            self._graphed_draft.step(tree)
+        else:
+            self._grow(tree)
+        path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
+        return commit_path(path, layout, self.state, buffers, self.cache_table, self.clock, self.backend)
+
+    def _grow(self, tree: TokenTree) -> None:
+        """The draft's part of a step: fill the buffers with the tree's tokens."""
+        layout, buffers = self._prepare(tree)
         if self.draft is not None and self.draft_cache is not None:
             grow_tree(self.draft, self.draft_cache, layout, self.state, buffers, self.clock, self.backend)
         else:
             buffers.tokens[:, 0].copy_(self.state.root_tokens)
-        path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
-        return commit_path(path, layout, self.state, buffers, self.cache_table, self.clock, self.backend)
 
     def end_request(self, index: int) -> None:
         """Stop committing for a request; its lane goes on with a cache of one row."""
@@ -108,6 +127,39 @@ class DecodingEngine:
 def can_capture(target: TreeModel, draft: TreeModel | None) -> bool:
     """Tell whether a step of these models may become a CUDA graph."""
     return target.device.type == "cuda" and target.capturable and (draft is None or draft.capturable)
+
+
+def steps_ahead(target: TreeModel) -> int:
+    """How many steps the host launches before it reads the tokens of one.
+
+    On an asynchronous device one, so that it never idles. But none with a target that streams its layers: beside such a
+    pass reading costs nothing, and the pass launched behind the last token would be for nothing.
+    """
+    return 1 if target.device.type == "cuda" and target.capturable else 0
+
+
+def _weakly(method: Callable[[TokenTree], Any]) -> Callable[[TokenTree], Any]:
+    """Call a method of an object that is not kept alive by it.
+
+    An engine owns what calls it; as a cycle it would hold its caches until the garbage collector comes by.
+    """
+    weak = WeakMethod(method)
+
+    def call(tree: TokenTree) -> Any:
+        bound = weak()
+        assert bound is not None  # the caller is part of the engine
+        return bound(tree)
+
+    return call
+
+
+_logged: WeakSet[TreeModel] = WeakSet()
+
+
+def _log_once(target: TreeModel) -> None:
+    if target not in _logged:
+        _logged.add(target)
+        logger.info("CUDA graphs hold the draft's part of a step only: %r cannot be captured", target)
 
 
 class _Key(NamedTuple):

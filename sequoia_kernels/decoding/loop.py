@@ -14,7 +14,7 @@ import torch
 from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
 from sequoia_kernels.decoding.cuda_graphs import HostCopy
-from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine
+from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
 from sequoia_kernels.decoding.probe import PROBE_TOKENS
 from sequoia_kernels.decoding.request import Request, StopStrings
 from sequoia_kernels.decoding.state import DecodingState
@@ -185,7 +185,7 @@ def generate(
 
     # Steps in flight, oldest first. On an asynchronous device the host reads a step's tokens while the next one runs.
     in_flight: deque[_Launched] = deque()
-    lag = 0 if synchronous else 1
+    lag = steps_ahead(target)
     while in_flight or any(request.finish_reason is None for request in requests):
         if follower is not None:
             stats.tree = token_tree = follower.tree

@@ -1,0 +1,111 @@
+"""How the loop treats a target that streams its layers, as far as a CPU shows it: with stand-ins for CUDA graphs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from support.tiny_families import tiny_model
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import engine as engines
+from sequoia_kernels.models import OffloadedModel, random_offloaded
+
+TREE = TokenTree([-1, 0, 0, 1, 1, 3])
+PROMPT = torch.tensor([[5, 9, 11, 2]])
+OPTIONS = {"tree": TREE, "max_new_tokens": 16, "eos_token_id": ()}
+
+
+class Recorded:
+    """Stands for a captured part of a step: runs it, and counts."""
+
+    made: ClassVar[list[Recorded]] = []
+
+    def __init__(self, run_step, state):
+        self.run_step, self.num_steps = run_step, 0
+        self.num_captured = 0
+        self.made.append(self)
+
+    def step(self, tree):
+        self.num_steps += 1
+        return self.run_step(tree)
+
+    def capture(self, tree):
+        self.num_captured += 1
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """Let the engine take the CPU for a device that can capture what it does not have to stream."""
+    Recorded.made = []
+
+    def can_capture(target, draft):
+        return target.capturable and (draft is None or draft.capturable)
+
+    monkeypatch.setattr(engines, "can_capture", can_capture)
+    monkeypatch.setattr(engines, "GraphedSteps", Recorded)
+    monkeypatch.setattr(engines, "return_engine", lambda engine: None)
+    return Recorded.made
+
+
+@pytest.fixture
+def target():
+    with random_offloaded(tiny_model("llama", num_hidden_layers=4).config, resident_layers=1) as model:
+        yield model
+
+
+@pytest.fixture
+def draft():
+    return tiny_model("llama", num_hidden_layers=1)
+
+
+def test_only_the_drafts_part_is_captured_and_that_is_said_once(target, draft, on_a_device, caplog):
+    expected = generate(target, draft, PROMPT, cuda_graphs=False, **OPTIONS)
+    assert on_a_device == []
+    with caplog.at_level(logging.INFO, logger="sequoia_kernels"):
+        outputs = [generate(target, draft, PROMPT, **OPTIONS) for _ in range(2)]
+    assert [output.new_tokens for output in outputs] == [expected.new_tokens] * 2
+    assert [recorded.num_steps for recorded in on_a_device] == [output.stats.num_steps for output in outputs]
+    said = [record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage()]
+    assert said == [f"CUDA graphs hold the draft's part of a step only: {target!r} cannot be captured"]
+    assert "3 of 4 layers streamed" in said[0]
+    assert generate(target, None, PROMPT, **OPTIONS).new_tokens[0][0] == expected.new_tokens[0][0]
+    assert len(on_a_device) == 2  # plain decoding has nothing to capture
+
+
+def test_a_resident_target_is_captured_as_a_whole(draft, on_a_device):
+    with random_offloaded(tiny_model("llama", num_hidden_layers=4).config, resident_layers=4) as model:
+        stats = generate(model, draft, PROMPT, **OPTIONS).stats
+    (recorded,) = on_a_device
+    assert recorded.num_steps == stats.num_steps
+
+
+def test_caches_go_with_the_call_and_not_with_the_garbage_collector(target, draft, on_a_device, monkeypatch):
+    caches = []
+    plain = OffloadedModel.new_cache
+
+    def noted(self, batch_size, max_cache_len):
+        caches.append(weakref.ref(cache := plain(self, batch_size, max_cache_len)))
+        return cache
+
+    monkeypatch.setattr(OffloadedModel, "new_cache", noted)
+    monkeypatch.setattr(Recorded, "made", SimpleNamespace(append=lambda recorded: None))
+    gc.collect()
+    gc.disable()
+    try:
+        generate(target, draft, PROMPT, **OPTIONS)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("device", "capturable", "ahead"), [("cpu", True, 0), ("cuda", True, 1), ("cuda", False, 0), ("cpu", False, 0)]
+)
+def test_no_pass_is_launched_before_it_is_known_to_be_needed(device, capturable, ahead):
+    assert engines.steps_ahead(SimpleNamespace(device=torch.device(device), capturable=capturable)) == ahead

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from sequoia_kernels.models.offload import plan_memory
+import pytest
+from support.tiny_families import tiny_model
+
+from sequoia_kernels.models.offload import memory_plan, plan_memory
 from sequoia_kernels.models.offload.memory import format_bytes, parse_bytes, spread_layers
 
 
@@ -64,6 +67,14 @@ def test_shared_weights_take_host_memory_once_and_are_copied_every_time() -> Non
     assert (plan.streamed_bytes, plan.host_bytes) == (40, 20)
     assert "host 20 B: 4 layers, 40 B copied in every pass" in plan.describe()
     assert plan_memory([10] * 6, 7, resident_layers=2).host_bytes == 40
+
+
+def test_on_cuda_its_libraries_are_counted(tmp_path: Path) -> None:
+    tiny_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path)
+    for rows, workspaces in ((100, 5), (4096, 12)):  # a thread and its workspace for each 512 tokens of a prompt
+        plans = [memory_plan(tmp_path, device=device, max_cache_len=rows) for device in ("cpu", "cuda")]
+        assert plans[1].total_bytes - plans[0].total_bytes == workspaces << 25
+    assert plans[1].resident == ()
 
 
 def test_spread_starts_with_the_first_layer() -> None:

@@ -153,8 +153,7 @@ class CudaLink(Link):
         """Launch a copy."""
         if self._closed:
             raise _closed()
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("layers that stream from the host cannot be captured in a CUDA graph")
+        _refuse_capture()
         if source.block is not None:
             return self.launch(source.block, destination[: source.num_bytes], after)
         staged = 0 if self._reader is None else self._reader.staging_bytes
@@ -177,6 +176,7 @@ class CudaLink(Link):
 
     def wait(self, transfer: Any) -> None:
         """Let the current stream wait for the copy; the host goes on."""
+        _refuse_capture()  # CUDA would, with a message about isolation
         if isinstance(transfer, _ThreadTransfer):
             transfer.result()
             transfer = transfer.event
@@ -195,9 +195,16 @@ class CudaLink(Link):
             if self._reader is not None:
                 self._reader.close()
             # Not only the copies: buffers are freed next, and layers may be running in them on any stream.
-            torch.cuda.synchronize(self._device)
-            if self._reader is not None:
-                self._reader.free()
+            try:
+                torch.cuda.synchronize(self._device)
+            finally:
+                if self._reader is not None:
+                    self._reader.free()
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("layers that stream from the host cannot be captured in a CUDA graph")
 
 
 class _StagingReader(ThreadLink):

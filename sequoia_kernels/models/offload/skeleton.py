@@ -25,8 +25,10 @@ _DEFAULT_CACHE_LEN = 4096
 # Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
 MAX_PREFILL_ROWS = 8192
 _CHUNK_ROWS = 512  # of a request, prefilled at a time
-# What CUDA's libraries take through torch's allocator: cuBLAS has a workspace for each stream, 32 MiB on Hopper.
-_CUDA_LIBRARY_BYTES = 128 << 20
+# cuBLAS has a workspace for each thread and stream, 32 MiB on Hopper and 8 elsewhere, which torch allocates: for the
+# loop, for the stream that captures, as much again for cuBLASLt, and for each chunk of a prompt, which has a thread.
+_CUBLAS_BYTES = 32 << 20
+_CUBLAS_STREAMS = 4
 
 
 class Skeleton:
@@ -116,6 +118,7 @@ class Skeleton:
         # The largest forward: a tree, or a prompt's chunk while the other chunks of the pass wait with a layer's input.
         waiting = min(MAX_PREFILL_ROWS, batch_size * max_cache_len) * _waiting_bytes(config, self.dtype)
         chunk_rows = batch_size * min(_CHUNK_ROWS, max_cache_len)
+        num_chunks = -(-min(max_cache_len, MAX_PREFILL_ROWS // batch_size) // _CHUNK_ROWS)
         row_bytes = _activation_bytes(config, self.dtype)
         workspace = max(batch_size * max_rows * row_bytes, chunk_rows * row_bytes + waiting)
         return plan_memory(
@@ -125,7 +128,7 @@ class Skeleton:
             resident_layers=resident_layers,
             num_buffers=num_buffers,
             kv_bytes=batch_size * max_cache_len * _cache_row_bytes(config, self.layers, self.dtype),
-            workspace_bytes=workspace + (_CUDA_LIBRARY_BYTES if on_cuda else 0),
+            workspace_bytes=workspace + ((_CUBLAS_STREAMS + num_chunks) * _CUBLAS_BYTES if on_cuda else 0),
             weights_of=self.weights_of,
         )
 

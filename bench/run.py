@@ -81,6 +81,7 @@ SCRIPTS = (
         ),
         weight=3.0,
     ),
+    Script("paper_systems", "decode", takes_seconds=True, weight=6.0),
     Script(
         "tree_forward_cpu",
         "decode",

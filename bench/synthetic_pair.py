@@ -40,8 +40,8 @@ VOCAB = 32000
 POSITIONS = 4096
 RMS_EPS = 1e-5
 
-# Standard deviations. Logits: the likeliest of 32000 tokens then has a probability of .46 on average, and the entropy is
-# 2.3 nats, at temperature 1. Queries and keys: sharp attention, so that every token depends on many others and greedy
+# Standard deviations. Logits: at temperature 1 the likeliest of 32000 tokens then has a probability of .46 on average,
+# and the entropy is 2.3 nats. Queries and keys: sharp attention, so that every token depends on many others and greedy
 # text does not loop. A branch adds what is this much of the embedding's size, shared out over the draft's layers.
 LOGIT_STD = 5.5
 QUERY_STD = 1.5
@@ -132,7 +132,7 @@ PAIRS = {
     "13B/68M": PairShape(Shape(5120, 40, 40, 13824), Shape(768, 2, 12, 3072)),
     "33B/1.3B": PairShape(Shape(6656, 60, 52, 17920), Shape(2048, 24, 16, 5504)),
     "70B/7B": PairShape(Shape(8192, 80, 64, 28672, kv_heads=8), Shape(4096, 32, 32, 11008)),
-    "350M/17M": PairShape(Shape(1024, 24, 16, 2816), Shape(256, 1, 4, 1024)),
+    "350M/8M": PairShape(Shape(1024, 24, 16, 2816), Shape(128, 1, 2, 512)),
     "tiny": PairShape(Shape(128, 4, 4, 256), Shape(32, 1, 2, 64), vocab=1024),
 }
 

@@ -459,7 +459,7 @@ def finding(documents, what, wanted=""):
 def test_nothing_measured_gives_not_measured():
     for documents in ({}, {"verify_tree": {"device_type": "cpu", "cases": []}}):
         findings = targets.evaluate(documents)
-        assert len(findings) == 20
+        assert len(findings) == 24
         assert all(entry.met is None and entry.measured == "not measured" for entry in findings)
     assert "not measured" in targets.markdown(findings)
 

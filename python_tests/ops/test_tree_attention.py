@@ -480,7 +480,12 @@ def test_host_leaves_large_calls_to_threads(monkeypatch):
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert chosen(small) == chosen(large) == "host"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert chosen(small) == "host"
+    assert chosen(large) == "sdpa"  # 33 nodes of a group of heads each, behind many rows
+    assert chosen(random_tree_inputs(9, cache_lens=(900,))) == "host"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert chosen(random_tree_inputs(9, cache_lens=(900,))) == "sdpa"
     assert chosen(small) == "host"
     assert chosen(large) == "sdpa"
     assert chosen(large, softcap=2.0) == chosen(large, return_lse=True) == "host"  # the others would be slower still

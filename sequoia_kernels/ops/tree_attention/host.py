@@ -53,23 +53,30 @@ def supports(
 _ONE_THREAD_WORK = 1 << 21
 # Turning a key and reading a value costs about as much as using them for this many query rows.
 _COST_OF_A_SLOT = 6
+# Query rows of a key/value head up to which one thread of this backend is as fast as two of torch's kernel.
+_ROWS_AGAINST_TWO = 64
 
 
 def declines(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> str | None:
     """Leave to torch's kernel what its threads do faster.
 
-    On one thread this backend takes 0.3 to 0.9 of the time of torch's kernel with its mask for 1 to 256 rows behind 256
-    to 4096 slots, float32 and bfloat16 (AVX-512, torch 2.13; it is 0 to 20 % slower where float32 caches of 16 MiB and
-    more stream from memory). It runs on one thread only, while torch's kernel spreads the heads over all: from some 60
-    us of work on that wins over its fixed cost. The work is that of a full cache, since lengths are values.
+    On one thread this backend takes 0.3 to 0.9 of the time of torch's kernel with its mask for 1 to 256 rows behind
+    256 to 4096 slots, float32 and bfloat16 (AVX-512, torch 2.13; it is 0 to 20 % slower where float32 caches of 16 MiB
+    and more stream from memory). It runs on one thread only, while torch's kernel spreads the heads over all. Two
+    threads do not make up for it: up to 64 rows of a key/value head this backend takes 0.1 (one bfloat16 row) to 1.1 of
+    the time of torch's two, beyond 0.7 to 1.5 (two cores, 128 to 4096 slots). More threads win over their fixed cost
+    from some 60 us of work on. The work is that of a full cache, since lengths are values.
     """
-    if torch.get_num_threads() == 1 or sdpa.supports(q, k_cache, v_cache, *others) is not None:
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or sdpa.supports(q, k_cache, v_cache, *others) is not None:
         return None
-    rows_per_head = q.shape[1] * q.shape[2] // k_cache.shape[2] + _COST_OF_A_SLOT
+    rows_per_head = q.shape[1] * q.shape[2] // k_cache.shape[2]
+    if num_threads == 2 and rows_per_head <= _ROWS_AGAINST_TWO:
+        return None
     cache_elements = q.shape[0] * k_cache.shape[1] * k_cache.shape[2] * (q.shape[3] + v_cache.shape[3])
     return (
         "one thread is slower there than torch's kernel on all"
-        if rows_per_head * cache_elements > _ONE_THREAD_WORK
+        if (rows_per_head + _COST_OF_A_SLOT) * cache_elements > _ONE_THREAD_WORK
         else None
     )
 

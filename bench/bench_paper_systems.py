@@ -1,0 +1,685 @@
+"""The paper's systems: a target, its draft, and what speculation gives over decoding token by token.
+
+A row is a pair of models by shape, built with random weights and calibrated so that its measured acceptance gives the
+tokens per step that the paper reports for the trained pair (`synthetic_pair.py` tells how); what decodes is the
+unmodified loop. Columns of one row take turns on the same prompts:
+
+    autoregressive           our own loop without a draft, captured on a GPU: the baseline
+    tree of given size       the best tree of the paper's nodes and levels at this acceptance
+    planned tree             the planner's own pick, from measured times of this pair on this device
+    transformers generate    the same target
+    transformers assisted    the same target and draft, transformers' defaults
+
+Times are those of steady decoding: a streamer notes when tokens arrive; the prefill, the first steps (graph capture)
+and the last are left out. The autoregressive step stands beside its floor, one read of the weights at the copy
+bandwidth that is measured in the same run. Greedy output of the trees is compared with the autoregressive output: equal
+in float32; in bfloat16 the first difference must be a near-tie, see `LOSSLESS_TOLERANCE`::
+
+    python bench/bench_paper_systems.py --json out.json                      the rows that suit the device
+    python bench/bench_paper_systems.py --rows 7B 33B --device cuda --json out.json
+    python bench/bench_paper_systems.py --target PATH --draft PATH --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+import torch
+from harness import write_json
+from machine import command_line, commit, environment, measure_peaks, pick_device
+from synthetic_pair import PAIRS, Goal, PairShape, Shape, calibrate, measure_acceptance, synthetic_pair
+from synthetic_pair import teacher_forced_logits as logits_along
+
+from sequoia_kernels import TokenTree, generate, measure_profile, optimal_tree, plan_tree
+from sequoia_kernels.decoding import measure_overhead
+from sequoia_kernels.models import TreeModel, adapt, load_model
+from sequoia_kernels.planner import AcceptanceEstimate
+
+AUTOREGRESSIVE = "autoregressive"
+SIZED_TREE = "tree of given size"
+PLANNED_TREE = "planned tree"
+TRANSFORMERS = "transformers generate"
+ASSISTED = "transformers assisted"
+
+# Where greedy outputs part, both tokens' logits must lie within this share of the target's largest one: a few units in
+# the last place, since forwards of other shapes round elsewhere in every layer. In float32 outputs must be equal.
+LOSSLESS_TOLERANCE = {"float32": 0.0, "float16": 2.0**-9, "bfloat16": 2.0**-6}
+
+SAME_STEP_S = 2e-4  # tokens that arrive within this belong to one step
+FIRST_STEPS = 3  # the prefill's token, and two steps: a graph is captured in the first one
+CALIBRATION_ROWS = {"cpu": 640, "cuda": 2112}
+CONTEXT_ROWS = 64  # first rows of a calibration text, which only give context
+GOAL_ROUNDS = 2  # times that the goal is corrected by what the loop then measured
+GOAL_TOLERANCE = 0.03
+
+
+class PaperEntry(NamedTuple):
+    """What the paper reports at one temperature.
+
+    Attributes:
+        goal: tokens per step on the best tree of a size, or the first child's acceptance.
+        speedup: over its own autoregressive loop; None where the row is not the paper's.
+        earlier_speedup: that of an earlier version of the paper, if it was larger.
+    """
+
+    goal: Goal
+    speedup: float | None = None
+    earlier_speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair.
+
+    Attributes:
+        pair: name in `PAIRS`.
+        entries: by temperature.
+        device: where the row runs when no rows are asked for.
+        title: in words.
+        dtype: unless told otherwise.
+        size: nodes and levels of the sized tree where the goal names none.
+    """
+
+    pair: str
+    entries: Mapping[float, PaperEntry]
+    device: str
+    title: str
+    dtype: str = "bfloat16"
+    size: tuple[int, int | None] = (16, None)
+
+    @property
+    def shape(self) -> PairShape:
+        return PAIRS[self.pair]
+
+
+ROWS = {
+    "7B": Row(
+        "7B/68M",
+        {0.0: PaperEntry(Goal(5.08, 128, 10), 4.04), 0.6: PaperEntry(Goal(3.92, 128, 7), 3.18)},
+        "cuda",
+        "Llama2-7B / 68M, C4",
+    ),
+    "13B": Row(
+        "13B/68M",
+        {0.0: PaperEntry(Goal(4.20, 64, 9), 3.73, 3.84), 0.6: PaperEntry(Goal(3.57, 64, 7), 3.19)},
+        "cuda",
+        "Llama2-13B / 68M, C4",
+    ),
+    "33B": Row(
+        "33B/1.3B",
+        {0.0: PaperEntry(Goal(4.28, 64, 6), 2.27, 2.37), 0.6: PaperEntry(Goal(4.16, 64, 6), 2.19)},
+        "cuda",
+        "Vicuna-33B / 1.3B, C4",
+    ),
+    "350M": Row("350M/8M", {0.0: PaperEntry(Goal(0.51))}, "cpu", "350M / 8M, first child accepted with .51"),
+    "tiny": Row(
+        "tiny",
+        {0.0: PaperEntry(Goal(5.08, 128, 10)), 0.6: PaperEntry(Goal(3.92, 128, 7))},
+        "cpu",
+        "a scaled-down pair at the first row's acceptance, to exercise the script",
+        dtype="float32",
+    ),
+}
+QUICK_ROWS = ("tiny",)
+
+
+@dataclass
+class System:
+    """Two models ready to decode, and what is known of them."""
+
+    name: str
+    title: str
+    target: TreeModel
+    draft: TreeModel
+    prompts: list[torch.Tensor]
+    dtype: str
+    synthetic: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- memory
+
+
+def memory_needed(shape: PairShape, dtype: torch.dtype, rows: int, nodes: int = 512) -> int:
+    """Bytes that a pair takes to decode: weights, keys and values of both, logits of the largest tree, work space."""
+    item = dtype.itemsize
+    weights = item * (shape.target.parameters(shape.vocab) + shape.draft.parameters(shape.vocab))
+
+    def cache(part: Shape) -> int:
+        return 2 * item * part.layers * part.kv_heads * part.head_dim * (rows + nodes)
+
+    logits = nodes * shape.vocab * (2 * item + 4)
+    return weights + cache(shape.target) + cache(shape.draft) + logits + (1 << 30 if weights > 1 << 30 else 1 << 26)
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def why_not(row: Row, dtype: torch.dtype, device: torch.device, rows: int, asked: bool) -> str | None:
+    """The reason why a row does not run here, or None; rows that were asked for run wherever they fit."""
+    needed = memory_needed(row.shape, dtype, rows)
+    if row.device != device.type and not asked:
+        return "is meant for a CPU" if row.device == "cpu" else f"needs a GPU with {needed / 1e9:.1f} GB free"
+    there = memory_there(device)
+    if needed > there:
+        return f"needs {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free"
+    return None
+
+
+# ---- steady decoding
+
+
+class Arrivals:
+    """A streamer that notes when tokens arrive."""
+
+    def __init__(self) -> None:
+        self.prompt_seen = False
+        self.steps: list[list[float]] = []  # [time of the last token, number of tokens]
+
+    def put(self, tokens: torch.Tensor) -> None:
+        now = time.perf_counter()
+        if not self.prompt_seen:
+            self.prompt_seen = True
+        elif self.steps and now - self.steps[-1][0] < SAME_STEP_S:
+            self.steps[-1] = [now, self.steps[-1][1] + tokens.numel()]
+        else:
+            self.steps.append([now, tokens.numel()])
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    def steady(self) -> tuple[float, int, int]:
+        """(milliseconds, tokens, steps) behind the first steps and before the last, which may have been cut."""
+        kept = self.steps[FIRST_STEPS - 1 : -1]
+        if len(kept) < 2:
+            raise ValueError(f"Arrivals: there must be more than {FIRST_STEPS + 1} steps, got {len(self.steps)}")
+        return 1e3 * (kept[-1][0] - kept[0][0]), sum(int(count) for _, count in kept[1:]), len(kept) - 1
+
+
+class Outcome(NamedTuple):
+    """One provider on one prompt. The histogram is that of our own loop; transformers has none."""
+
+    ms: float
+    tokens: int
+    steps: int
+    new_tokens: list[int]
+    histogram: list[int]
+    outside: float  # share of the time outside the forwards, where stages are timed
+
+
+def own_loop(system: System, tree: TokenTree | None, temperature: float) -> Callable[[torch.Tensor, int, int], Outcome]:
+    """Our loop; without a tree it decodes token by token."""
+
+    def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
+        arrivals = Arrivals()
+        output = generate(
+            system.target,
+            None if tree is None else system.draft,
+            prompt,
+            tree=tree if tree is not None else "auto",
+            max_new_tokens=num_tokens,
+            temperature=temperature,
+            eos_token_id=(),
+            seed=seed,
+            streamer=arrivals,
+        )
+        stats = output.stats
+        return Outcome(
+            *arrivals.steady(), output.new_tokens[0], list(stats.accepted_histogram), stats.overhead_fraction
+        )
+
+    return run
+
+
+def transformers_loop(
+    system: System, assisted: bool, temperature: float
+) -> Callable[[torch.Tensor, int, int], Outcome]:
+    """transformers' own loops."""
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if assisted:
+        options["assistant_model"] = system.draft.model
+
+    def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
+        torch.manual_seed(seed)
+        arrivals = Arrivals()
+        output = system.target.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=0,
+            streamer=arrivals,
+            **options,
+        )
+        return Outcome(*arrivals.steady(), output[0, prompt.shape[1] :].tolist(), [], 0.0)
+
+    return run
+
+
+def mean_count(histograms: Sequence[Sequence[int]]) -> float:
+    """Mean accepted tokens per step of several runs."""
+    steps = sum(sum(histogram) for histogram in histograms)
+    return sum(count * n for histogram in histograms for count, n in enumerate(histogram)) / steps
+
+
+# ---- losslessness
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Where two outputs part, None where one begins the other."""
+    return next((index for index, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), None)
+
+
+def check_lossless(
+    system: System, plain: Sequence[Sequence[int]], others: Mapping[str, Sequence[Sequence[int]]]
+) -> dict[str, Any]:
+    """Compare greedy outputs with the autoregressive ones; a difference must begin at a near-tie of the target.
+
+    Raises:
+        AssertionError: outputs part where the target prefers one token by more than the tolerance.
+    """
+    tolerance = LOSSLESS_TOLERANCE[system.dtype]
+    facts: dict[str, Any] = {"tolerance": tolerance, "equal": 0, "compared": 0, "ties": []}
+    for name, outputs in others.items():
+        for prompt, wanted, got in zip(system.prompts, plain, outputs):
+            facts["compared"] += 1
+            where = first_difference(wanted, got)
+            if where is None:
+                facts["equal"] += 1
+                continue
+            text = torch.cat((prompt[0], torch.tensor(wanted[:where], dtype=torch.int64, device=prompt.device)))
+            logits = logits_along(system.target, text)[-1].float()
+            largest = logits.max()
+            gap = float((largest - logits[[wanted[where], got[where]]].min()) / largest.abs())
+            facts["ties"].append({"provider": name, "token": where, "gap": gap})
+            assert gap <= tolerance, (
+                f"{name} is not lossless: token {where} is {got[where]} instead of {wanted[where]}, and a logit of "
+                f"the two lies {gap:.2g} of the largest below it where {tolerance:.2g} is allowed"
+            )
+    return facts
+
+
+# ---- a row
+
+
+def build_system(
+    name: str, row: Row, dtype_name: str, device: torch.device, prompt_tokens: int, num_prompts: int
+) -> tuple[System, Any]:
+    """Build a row's synthetic pair."""
+    pair = synthetic_pair(row.shape, getattr(torch, dtype_name), device)
+    for model in (pair.target, pair.draft):
+        model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(row.shape.vocab, (1, prompt_tokens), generator=generator).to(device) for _ in range(num_prompts)
+    ]
+    return System(name, row.title, adapt(pair.target), adapt(pair.draft), prompts, dtype_name, True), pair
+
+
+def meet_goal(
+    system: System, pair: Any, row: Row, temperature: float, divergence: float | None, num_tokens: int
+) -> AcceptanceEstimate:
+    """Calibrate the pair; where the goal is a tree's tokens per step, correct it by what the loop measures."""
+    goal = row.entries[temperature].goal
+    device = system.target.device
+    generator = torch.Generator().manual_seed(2)
+    texts = [
+        torch.randint(row.shape.vocab, (CALIBRATION_ROWS[device.type],), generator=generator).to(device)
+        for _ in range(2 if device.type == "cuda" else 1)
+    ]
+    if divergence is not None:
+        pair.set_divergence(divergence)
+        return measure_acceptance(system.target, system.draft, texts, temperature)
+    wanted = goal
+    for _ in range(GOAL_ROUNDS):
+        acceptance = calibrate(pair, wanted, temperature, texts, tolerance=0.01)
+        if not goal.budget:
+            break
+        run = own_loop(system, goal.tree(acceptance), temperature)
+        reached = mean_count([run(prompt, num_tokens, 77 + n).histogram for n, prompt in enumerate(system.prompts)])
+        if abs(reached / goal.value - 1) <= GOAL_TOLERANCE:
+            break
+        wanted = wanted._replace(value=wanted.value * goal.value / reached)
+    return acceptance
+
+
+def measure_system(
+    system: System,
+    acceptance: AcceptanceEstimate,
+    temperature: float,
+    size: tuple[int, int | None],
+    num_tokens: int,
+    profile: Any,
+    copy_gb_per_s: float,
+    rivals: bool,
+) -> dict[str, Any]:
+    """Time all providers in turns and check the output."""
+    sized = optimal_tree(acceptance.vector, *size)
+    context_len = system.prompts[0].shape[1] + num_tokens // 2
+    plan = plan_tree(acceptance, profile, context_len=context_len, temperature=temperature)
+    trees = {SIZED_TREE: sized, PLANNED_TREE: plan.tree}
+    providers = {AUTOREGRESSIVE: own_loop(system, None, temperature)}
+    providers |= {name: own_loop(system, tree, temperature) for name, tree in trees.items() if tree.num_nodes > 1}
+    if rivals:
+        providers[TRANSFORMERS] = transformers_loop(system, False, temperature)
+        providers[ASSISTED] = transformers_loop(system, True, temperature)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in providers}
+    for run in providers.values():
+        run(system.prompts[0], min(num_tokens, 32 * (FIRST_STEPS + 2)), 0)
+    for index, prompt in enumerate(system.prompts):
+        for name, run in providers.items():
+            outcomes[name].append(run(prompt, num_tokens, 1000 + index))
+
+    entries = {}
+    for name, runs in outcomes.items():
+        ms, tokens, steps = (sum(values) for values in zip(*((run.ms, run.tokens, run.steps) for run in runs)))
+        entries[name] = {
+            "ms_per_token": ms / tokens,
+            "step_ms": ms / steps,
+            "steps": steps,
+            "by_prompt": [run.ms / run.tokens for run in runs],
+        }
+        if runs[0].histogram:
+            entries[name]["tokens_per_step"] = mean_count([run.histogram for run in runs])
+            entries[name]["outside_the_forwards"] = sum(run.outside for run in runs) / len(runs)
+        if name in trees:
+            tree = trees[name]
+            entries[name] |= {
+                "nodes": tree.num_nodes,
+                "levels": tree.num_levels,
+                "parents": list(tree.parents),
+                "expected_tokens_per_step": Goal(0, tree.num_nodes, tree.num_levels).of(acceptance),
+            }
+    plain = entries[AUTOREGRESSIVE]["ms_per_token"]
+    for entry in entries.values():
+        entry["speedup"] = plain / entry["ms_per_token"]
+    if PLANNED_TREE in entries:
+        entries[PLANNED_TREE]["predicted"] = {"ms_per_token": plan.ms_per_token, "step_ms": plan.step_ms}
+        entries[PLANNED_TREE]["predicted"] |= {"speedup": plan.speedup, "stages": dict(plan.stages)}
+    weight_bytes = read_bytes(system.target)
+    floor_ms = weight_bytes / (copy_gb_per_s * 1e6)
+    return {
+        "row": system.name,
+        "title": system.title,
+        "synthetic": system.synthetic,
+        "temperature": temperature,
+        "dtype": system.dtype,
+        "target_parameters": system.target.num_parameters,
+        "draft_parameters": system.draft.num_parameters,
+        "acceptance": [round(float(value), 4) for value in acceptance.vector],
+        "providers": entries,
+        "floor": {"weight_bytes": weight_bytes, "ms": floor_ms, "ratio": entries[AUTOREGRESSIVE]["step_ms"] / floor_ms},
+        "lossless": check_lossless(
+            system,
+            [run.new_tokens for run in outcomes[AUTOREGRESSIVE]],
+            {name: [run.new_tokens for run in outcomes[name]] for name in trees if name in outcomes},
+        )
+        if temperature == 0
+        else None,
+    }
+
+
+def read_bytes(target: TreeModel) -> int:
+    """Bytes of weights that one step reads: all but the table of embeddings, of which it takes a row."""
+    embedding = target.model.get_input_embeddings().weight
+    head = target.model.get_output_embeddings().weight
+    weights = {id(weight): weight for weight in target.model.parameters() if weight is not embedding or weight is head}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+def profile_of(system: System, num_tokens: int, seconds: float | None, largest: int) -> Any:
+    """Measure what the planner needs."""
+    context = system.prompts[0].shape[1]
+    counts = [count for count in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if count <= largest]
+    profile = measure_profile(
+        system.target,
+        system.draft,
+        context_lens=(context, context + num_tokens),
+        node_counts=counts,
+        seconds=seconds,
+        bandwidth=False,
+    )
+    return measure_overhead(system.target, system.draft, profile, context_len=context)
+
+
+def checkpoints(target: Path, draft: Path, options: argparse.Namespace, device: torch.device) -> System:
+    """Load two real models, with prompts from a file or, without one, held-out source files."""
+    from transformers import AutoTokenizer
+
+    from sequoia_kernels.demo import held_out_prompts
+
+    dtype_name = options.dtype or "bfloat16"
+    models = [load_model(path, getattr(torch, dtype_name), device) for path in (target, draft)]
+    for model in models:
+        model.generation_config.eos_token_id = None
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    if options.prompts_file:
+        texts = options.prompts_file.read_text(encoding="utf-8").split("\n\n\n")
+        texts = [text for text in texts if text.strip()][: options.prompts]
+    else:
+        texts = held_out_prompts(options.prompts, 8 * options.prompt_tokens)
+    ids = [tokenizer(text, return_tensors="pt").input_ids[:, : options.prompt_tokens].to(device) for text in texts]
+    title = f"{Path(target).name} / {Path(draft).name}"
+    return System("checkpoints", title, adapt(models[0]), adapt(models[1]), ids, dtype_name, False)
+
+
+def acceptance_of_checkpoints(system: System, temperature: float, num_tokens: int) -> AcceptanceEstimate:
+    """Measure the acceptance along the target's own text."""
+    texts = []
+    for index, prompt in enumerate(system.prompts):
+        options: dict[str, Any] = {"max_new_tokens": num_tokens, "temperature": temperature, "eos_token_id": ()}
+        texts.append(generate(system.target, None, prompt, seed=500 + index, **options).sequences[0])
+    skip = min(prompt.shape[1] for prompt in system.prompts)
+    return measure_acceptance(system.target, system.draft, texts, temperature, skip=skip)
+
+
+# ---- results
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The tables."""
+    rows, plain = [], []
+    for result in document["results"]:
+        providers = result["providers"]
+        paper = result.get("paper") or {}
+        reported = ""
+        if paper.get("speedup"):
+            earlier = f", {paper['earlier_speedup']}x in an earlier version" if paper.get("earlier_speedup") else ""
+            reported = f"{paper['speedup']}x ({paper['tokens_per_step']}){earlier}"
+        for name in (SIZED_TREE, PLANNED_TREE):
+            if name not in providers:
+                continue
+            entry = providers[name]
+            others = [providers[rival]["ms_per_token"] for rival in (TRANSFORMERS, ASSISTED) if rival in providers]
+            ratios = [f"{ms / entry['ms_per_token']:.2f}x" for ms in others] or ["", ""]
+            rows.append(
+                [
+                    f"{result['title']}{' (synthetic)' if result['synthetic'] else ''}",
+                    f"{result['temperature']:g}",
+                    f"{name}: {entry['nodes']} x {entry['levels']}",
+                    f"{entry['tokens_per_step']:.2f}",
+                    f"{entry['ms_per_token']:.3g}",
+                    f"{entry['speedup']:.2f}x",
+                    *ratios,
+                    reported if name == SIZED_TREE else "",
+                ]
+            )
+        lossless = result["lossless"]
+        checked = "" if lossless is None else f"{lossless['equal']} of {lossless['compared']} equal"
+        if lossless is not None and lossless["ties"]:
+            worst = max(tie["gap"] for tie in lossless["ties"])
+            checked += f", others part at ties within {worst:.2g} (allowed {lossless['tolerance']:.2g})"
+        plain.append(
+            [
+                result["title"],
+                f"{result['temperature']:g}",
+                result["dtype"],
+                f"{result['target_parameters'] / 1e6:.0f}M / {result['draft_parameters'] / 1e6:.0f}M",
+                f"{providers[AUTOREGRESSIVE]['step_ms']:.3g}",
+                f"{result['floor']['ms']:.3g}",
+                f"{result['floor']['ratio']:.2f}",
+                checked,
+            ]
+        )
+    header = ["pair", "T", "tree: nodes x levels", "tokens/step", "ms/token", "over own loop", "over transformers"]
+    parts = ["# Paper systems", report.provenance(document)]
+    if any(result["synthetic"] for result in document["results"]):
+        parts.append(
+            "Synthetic pairs: random weights in the shapes named, acceptance calibrated to a goal; see "
+            "`bench/synthetic_pair.py`."
+        )
+    parts.append(report.table([*header, "over assisted", "paper: speedup (tokens/step)"], rows, left=3))
+    header = ["pair", "T", "dtype", "parameters", "own step, ms", "weights once, ms", "ratio", "greedy output"]
+    parts.append(report.table(header, plain, left=4))
+    if document["skipped"]:
+        parts.append(
+            "Skipped: " + "; ".join(f"{entry['row']} {entry['reason']}" for entry in document["skipped"]) + "."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), help="default: those that suit the device")
+    parser.add_argument("--temperatures", type=float, nargs="+", help="default: those of the row")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(LOSSLESS_TOLERANCE), help="default: the row's")
+    parser.add_argument("--target", type=Path, help="a real target instead of the rows, with --draft")
+    parser.add_argument("--draft", type=Path)
+    parser.add_argument("--prompts-file", type=Path, help="prompts for --target, two blank lines between them")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("NODES", "LEVELS"), help="size of the tree of --target")
+    parser.add_argument("--prompts", type=int, help="default 4 on a GPU, 3 on a CPU")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, help="default 512 on a GPU, 128 on a CPU")
+    parser.add_argument("--divergence", type=float, help="take this instead of searching; see synthetic_pair.py")
+    parser.add_argument("--profile-seconds", type=float, default=15.0, help="time for the planner's measurements")
+    parser.add_argument("--seconds", type=float, help="begin no row after this time")
+    parser.add_argument("--no-rivals", action="store_true", help="leave transformers' loops out")
+    parser.add_argument("--quick", action="store_true", help=f"rows {' '.join(QUICK_ROWS)}, few tokens")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and PATH's .md beside it")
+    options = parser.parse_args(arguments)
+    if (options.target is None) != (options.draft is None):
+        parser.error("--target and --draft must be given together")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    device = pick_device(options.device)
+    options.prompts = options.prompts or (4 if device.type == "cuda" else 3)
+    options.new_tokens = options.new_tokens or (64 if options.quick else 512 if device.type == "cuda" else 128)
+    seconds = 1.5 if options.quick else options.profile_seconds
+    largest = 512 if device.type == "cuda" else 128
+    started = time.perf_counter()
+    peaks = measure_peaks(device)
+    document: dict[str, Any] = {
+        "bench": "paper_systems",
+        "command": command_line("bench_paper_systems.py", arguments),
+        "commit": commit(),
+        "environment": environment(device),
+        "device_type": device.type,
+        "peaks": peaks,
+        "quick": options.quick,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "num_prompts": options.prompts,
+        "results": [],
+        "skipped": [],
+    }
+
+    def measured(system: System, acceptance: AcceptanceEstimate, temperature: float, size: Any, extra: dict) -> None:
+        if "profile" not in system.facts:  # times do not depend on the temperature's or the weights' values
+            system.facts["profile"] = profile_of(system, options.new_tokens, seconds, largest)
+        profile = system.facts["profile"]
+        result = measure_system(
+            system, acceptance, temperature, size, options.new_tokens, profile, peaks["copy_gb_per_s"],
+            not options.no_rivals,
+        )  # fmt: skip
+        document["results"].append(result | extra)
+        print_result(document["results"][-1])
+        write(document, options.json)  # now, so that a later row that ends the process leaves this one
+
+    if options.target is not None:
+        system = checkpoints(options.target, options.draft, options, device)
+        for temperature in options.temperatures or (0.0, 0.6):
+            acceptance = acceptance_of_checkpoints(system, temperature, options.new_tokens)
+            measured(system, acceptance, temperature, tuple(options.size or (128, 10)), {"paper": None})
+    else:
+        names = options.rows or (QUICK_ROWS if options.quick else ROWS)
+        asked = bool(options.rows) or options.quick
+        for name in names:
+            row = ROWS[name]
+            dtype_name = options.dtype or row.dtype
+            reason = why_not(row, getattr(torch, dtype_name), device, options.prompt_tokens + options.new_tokens, asked)
+            if reason is None and options.seconds is not None and time.perf_counter() - started > options.seconds:
+                reason = "not begun, the time was over"
+            if reason is not None:
+                document["skipped"].append({"row": name, "reason": reason})
+                print(f"{name}: skipped, {reason}")
+                continue
+            system, pair = build_system(name, row, dtype_name, device, options.prompt_tokens, options.prompts)
+            for temperature in options.temperatures or row.entries:
+                if temperature not in row.entries:
+                    raise SystemExit(f"--temperatures: row {name} has {', '.join(map(str, row.entries))}")
+                entry = row.entries[temperature]
+                acceptance = meet_goal(system, pair, row, temperature, options.divergence, options.new_tokens)
+                size = (entry.goal.budget, entry.goal.levels) if entry.goal.budget else row.size
+                extra = {
+                    "pair": row.pair,
+                    "divergence": pair.divergence,
+                    "goal": entry.goal._asdict(),
+                    "paper": None
+                    if entry.speedup is None
+                    else {
+                        "speedup": entry.speedup,
+                        "earlier_speedup": entry.earlier_speedup,
+                        "tokens_per_step": entry.goal.value,
+                    },
+                }
+                measured(system, acceptance, temperature, size, extra)
+            del system, pair
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    write(document, options.json)
+    return 0
+
+
+def write(document: Mapping[str, Any], path: Path | None) -> None:
+    """Write the document and its tables."""
+    if path is not None:
+        write_json(path, document)
+        path.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """A row, on the terminal."""
+    label = "synthetic pair" if result["synthetic"] else "checkpoints"
+    print(f"{result['row']} ({label}), T={result['temperature']:g}, {result['dtype']}")
+    print(f"  acceptance {result['acceptance'][:5]} ...")
+    for name, entry in result["providers"].items():
+        tree = f"{entry['nodes']} x {entry['levels']}" if "nodes" in entry else ""
+        steps = f"{entry['tokens_per_step']:.2f} tokens/step" if "tokens_per_step" in entry else ""
+        print(f"  {name:26s}{tree:10s}{entry['ms_per_token']:9.3f} ms/token  {entry['speedup']:5.2f}x  {steps}")
+    print(f"  own step over one read of the weights: {result['floor']['ratio']:.2f}")
+    if result["lossless"] is not None:
+        print(f"  greedy output: {result['lossless']['equal']} of {result['lossless']['compared']} equal", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,367 @@
+"""Robustness study: tokens per step of three samplers on equal trees, and of four families of trees over the budget.
+
+Grid: temperature x top-p x tree, for drawing without replacement (ours), with replacement (SpecInfer) and top-k, all
+verified without loss (samplers.py). Budgets: 1 to 512 nodes of optimal trees, chains, independent chains and k-ary
+trees, predicted from the acceptance vector and measured. Measured is on texts that the target wrote itself, the same
+for all samplers and trees (replay.py); real loops with each sampler swapped in check that. No times are taken::
+
+    python bench/bench_robustness.py --json bench/results/cpu/robustness.json --page docs/robustness.md
+    python bench/bench_robustness.py --target PATH --draft PATH --prompts-file FILE --device cuda --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import robustness_page
+import torch
+from harness import write_json
+from machine import command_line, commit, environment, pick_device
+from replay import Estimate, acceptance_of_texts, as_row, difference, ratio, replay, write_texts
+from samplers import CUT_DRAFT, OURS, SAMPLERS, TOP_K, Sampler
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.demo import held_out_prompts, load_demo_pair
+from sequoia_kernels.models import TreeModel, adapt, load_model
+from sequoia_kernels.planner import optimal_tree
+
+VERSION = 1
+TEMPERATURES = (0.0, 0.2, 0.6, 1.0, 1.2)
+TOP_PS = (0.8, 0.9, 1.0)
+BUDGETS = tuple(2**power for power in range(10))
+BUDGET_TEMPERATURES = (0.0, 0.6, 1.0)
+NUM_RANKS = 32
+# The tree that is the same for everybody is optimal for our vector at this setting.
+TREE_SETTING = (0.6, 1.0)
+NOISE = 3.0  # standard errors; with about a hundred comparisons, two would be exceeded by chance
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run.
+
+    Attributes:
+        prompts: texts that are measured.
+        calibration_prompts: other texts, for the acceptance vectors that trees are built from.
+        prompt_tokens: tokens of each prompt, at most.
+        starts: positions of each text at which steps begin.
+        tail: positions behind them, for steps to end in.
+        temperatures, top_ps, budgets, budget_temperatures: what is measured.
+        loops: (temperature, top-p) at which real loops are run on the small tree, with each sampler.
+        loop_trees: (family, budget) of real loops at `TREE_SETTING`, with ours.
+        loop_prompts, loop_tokens: of a real loop.
+    """
+
+    prompts: int = 32
+    calibration_prompts: int = 12
+    prompt_tokens: int = 64
+    starts: int = 112
+    tail: int = 48
+    temperatures: tuple[float, ...] = TEMPERATURES
+    top_ps: tuple[float, ...] = TOP_PS
+    budgets: tuple[int, ...] = BUDGETS
+    budget_temperatures: tuple[float, ...] = BUDGET_TEMPERATURES
+    loops: tuple[tuple[float, float], ...] = ((0.2, 1.0), (0.6, 1.0), (1.0, 0.9), (1.2, 0.8))
+    loop_trees: tuple[tuple[str, int], ...] = (("optimal", 8), ("optimal", 128), ("chain", 8), ("8 chains", 32))
+    loop_prompts: int = 32
+    loop_tokens: int = 96
+
+
+QUICK = Size(
+    prompts=4,
+    calibration_prompts=4,
+    prompt_tokens=32,
+    starts=16,
+    tail=16,
+    temperatures=(0.0, 0.6),
+    top_ps=(0.9, 1.0),
+    budgets=(1, 8, 64),
+    budget_temperatures=(0.6,),
+    loops=((0.6, 1.0),),
+    loop_trees=(("optimal", 8),),
+    loop_prompts=4,
+    loop_tokens=16,
+)
+
+
+def first_nodes(tree: TokenTree, budget: int) -> TokenTree:
+    """The first nodes of a tree in breadth-first order."""
+    return TokenTree(tree.parents[:budget])
+
+
+def k_chains(num_chains: int, budget: int) -> TokenTree:
+    """Independent chains below the root, as equal in length as the budget lets them be."""
+    return first_nodes(TokenTree.k_chains(num_chains, max(1, -(-(budget - 1) // num_chains))), budget)
+
+
+def k_ary(branching: int, budget: int) -> TokenTree:
+    """The full k-ary tree, cut to the budget on its last level."""
+    num_levels = 1
+    while (branching**num_levels - 1) // (branching - 1) < budget:
+        num_levels += 1
+    return first_nodes(TokenTree.kary(branching, num_levels), budget)
+
+
+# name -> tree of a budget, given the acceptance vector
+FAMILIES: dict[str, Callable[[Sequence[float], int], TokenTree]] = {
+    "optimal": lambda vector, budget: optimal_tree(vector, budget),
+    "chain": lambda vector, budget: TokenTree.chain(budget),
+    "4 chains": lambda vector, budget: k_chains(4, budget),
+    "8 chains": lambda vector, budget: k_chains(8, budget),
+    "binary": lambda vector, budget: k_ary(2, budget),
+    "4-ary": lambda vector, budget: k_ary(4, budget),
+}
+
+
+class Study:
+    """The models, the prompts, and what was measured on the texts of each setting."""
+
+    def __init__(self, target: TreeModel, draft: TreeModel, prompts: torch.Tensor, size: Size, seed: int) -> None:
+        self.target, self.draft, self.prompts, self.size, self.seed = target, draft, prompts, size, seed
+        self._acceptance: dict[tuple[float, float], list[torch.Tensor]] = {}
+
+    def acceptance(self, temperature: float, top_p: float, sampler: Sampler = OURS) -> torch.Tensor:
+        """Acceptance of the emitted tokens on all texts of a setting. [prompts, positions, NUM_RANKS]."""
+        key = (temperature, 1.0 if temperature == 0 else top_p)  # top-p changes nothing at temperature 0
+        if key not in self._acceptance:
+            texts = write_texts(self.target, self.prompts, self.size.starts + self.size.tail, *key, self.seed)
+            samplers = (*SAMPLERS, CUT_DRAFT) if key[1] < 1 else SAMPLERS
+            self._acceptance[key] = acceptance_of_texts(
+                texts, self.target, self.draft, samplers, min(NUM_RANKS, self.target.vocab_size), self.seed
+            )
+            print(f"  T={key[0]:g}, top-p {key[1]:g}: {texts.sequences.shape[0]} texts", file=sys.stderr, flush=True)
+        return self._acceptance[key][(*SAMPLERS, CUT_DRAFT).index(sampler)]
+
+    def vector(self, temperature: float, top_p: float, sampler: Sampler = OURS) -> list[float]:
+        """Acceptance vector on the calibration texts: the mean over their positions."""
+        calibration = self.acceptance(temperature, top_p, sampler)[: self.size.calibration_prompts]
+        return calibration[:, : self.size.starts].mean(dim=(0, 1)).tolist()
+
+    def measure(
+        self, tree: TokenTree, temperature: float, top_p: float, sampler: Sampler = OURS
+    ) -> tuple[Estimate, float]:
+        """Tokens per step on the measured texts, and the share of steps that the texts' end cut short."""
+        acceptance = self.acceptance(temperature, top_p, sampler)[self.size.calibration_prompts :]
+        counts = replay(tree, acceptance, self.size.starts)
+        return ratio(counts.tokens, counts.steps), float(counts.cut.sum() / counts.steps.sum())
+
+    def run_loop(self, tree: TokenTree, temperature: float, top_p: float, sampler: Sampler = OURS) -> Estimate:
+        """Tokens per step of the real loop, with the sampler swapped in, behind the measured prompts."""
+        first = self.size.calibration_prompts
+        prompts = self.prompts[first : first + self.size.loop_prompts]
+        with sampler.in_loop() as options:
+            stats = generate(
+                self.target, self.draft, prompts, tree=tree, max_new_tokens=self.size.loop_tokens,
+                temperature=temperature, top_p=top_p, eos_token_id=(), seed=self.seed + 1, **options,
+            ).stats  # fmt: skip
+        tokens = torch.tensor(stats.new_tokens, dtype=torch.float64) - 1  # the prefill gives the first
+        steps = torch.tensor(stats.request_steps, dtype=torch.float64)
+        # The last step counts in full for the mean; the spread over requests is little changed by its being cut.
+        return ratio(tokens, steps)._replace(mean=stats.tokens_per_step)
+
+
+def equal_trees(study: Study) -> dict[str, TokenTree]:
+    """The trees that all samplers share."""
+    vector = study.vector(*TREE_SETTING)
+    return {
+        "optimal, 32 nodes": optimal_tree(vector, 32),
+        "optimal, 128 nodes": optimal_tree(vector, 128),
+        "4-ary, 85 nodes": TokenTree.kary(4, 4),
+    }
+
+
+OWN_TREE = "each its own optimal, 128 nodes"
+
+
+def verdict(change: float, se: float) -> str:
+    """What a paired difference says."""
+    if abs(change) <= NOISE * se or abs(change) < 1e-9:
+        return "level"
+    return "ahead" if change > 0 else "behind"
+
+
+def grid(study: Study) -> Iterator[dict[str, Any]]:
+    """All settings, trees and samplers."""
+    trees = equal_trees(study)
+    for temperature in study.size.temperatures:
+        for top_p in study.size.top_ps:
+            for name in (*trees, OWN_TREE):
+                found, levels = {}, {}
+                for sampler in SAMPLERS:
+                    tree = trees.get(name) or optimal_tree(study.vector(temperature, top_p, sampler), 128)
+                    found[sampler.name], _ = study.measure(tree, temperature, top_p, sampler)
+                    levels[sampler.name] = tree.num_levels
+                against = {}
+                for rival in SAMPLERS[1:]:
+                    change, se = difference(found[OURS.name], found[rival.name])
+                    against[rival.name] = {"difference": change, "se": se, "verdict": verdict(change, se)}
+                yield {
+                    "temperature": temperature,
+                    "top_p": top_p,
+                    "tree": name,
+                    "levels": levels,
+                    "tokens_per_step": {sampler: as_row(estimate) for sampler, estimate in found.items()},
+                    "ours_against": against,
+                }
+
+
+def cut_drafts(study: Study) -> Iterator[dict[str, Any]]:
+    """What ours gains where the target is cut by top-p, if the draft's unlikely tokens are moved behind the others."""
+    for temperature in study.size.temperatures:
+        for top_p in study.size.top_ps:
+            if temperature == 0 or top_p == 1:
+                continue
+            for name, tree in equal_trees(study).items():
+                found = {s: study.measure(tree, temperature, top_p, s)[0] for s in (CUT_DRAFT, OURS, TOP_K)}
+                row = {"temperature": temperature, "top_p": top_p, "tree": name, "measured": as_row(found[CUT_DRAFT])}
+                for sampler in (OURS, TOP_K):
+                    change, se = difference(found[CUT_DRAFT], found[sampler])
+                    row[f"against {sampler.name}"] = {"difference": change, "se": se, "verdict": verdict(change, se)}
+                yield row
+
+
+def budgets(study: Study) -> Iterator[dict[str, Any]]:
+    """All families over the budget, ours, no top-p."""
+    for temperature in study.size.budget_temperatures:
+        vector = study.vector(temperature, 1.0)
+        for family, build in FAMILIES.items():
+            for budget in study.size.budgets:
+                tree = build(vector, budget)
+                measured, cut = study.measure(tree, temperature, 1.0)
+                yield {
+                    "temperature": temperature,
+                    "family": family,
+                    "budget": budget,
+                    "levels": tree.num_levels,
+                    "predicted": tree.expected_tokens(vector),
+                    "measured": as_row(measured),
+                    "cut": cut,
+                }
+
+
+def loops(study: Study) -> Iterator[dict[str, Any]]:
+    """Real loops beside the replays: each sampler on the small tree, then ours on other trees."""
+    vector = study.vector(*TREE_SETTING)
+    small = optimal_tree(vector, 32)
+    runs = [(setting, "optimal", small, sampler) for setting in study.size.loops for sampler in SAMPLERS]
+    for family, budget in study.size.loop_trees:
+        runs.append((TREE_SETTING, family, FAMILIES[family](vector, budget), OURS))
+    for (temperature, top_p), family, tree, sampler in runs:
+        loop = study.run_loop(tree, temperature, top_p, sampler)
+        replayed, _ = study.measure(tree, temperature, top_p, sampler)
+        yield {
+            "temperature": temperature,
+            "top_p": top_p,
+            "sampler": sampler.name,
+            "family": family,
+            "nodes": tree.num_nodes,
+            "loop": as_row(loop),
+            "replay": as_row(replayed),
+            "standard_errors_apart": (loop.mean - replayed.mean) / max((loop.se**2 + replayed.se**2) ** 0.5, 1e-12),
+        }
+
+
+def load_pair(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any]:
+    """Target, draft and tokenizer: the demo pair, or the models at the given paths."""
+    dtype = getattr(torch, options.dtype)
+    if options.target is None:
+        return load_demo_pair(dtype, device)
+    from transformers import AutoTokenizer
+
+    models = (load_model(path, dtype, device) for path in (options.target, options.draft))
+    return (*models, AutoTokenizer.from_pretrained(options.target))
+
+
+def read_prompts(options: argparse.Namespace, tokenizer: Any, size: Size, device: torch.device) -> torch.Tensor:
+    """Prompts of one length, the calibration prompts first. [prompts, length] int64.
+
+    The demo's measured prompts come from files of their own, one each, as long as there are enough; the calibration
+    prompts from other places in them.
+    """
+    count = size.calibration_prompts + size.prompts
+    if options.prompts_file is None:
+        texts = held_out_prompts(count, 6 * size.prompt_tokens)
+    else:
+        texts = [text for text in options.prompts_file.read_text(encoding="utf-8").split("\n\n\n") if text.strip()]
+        if len(texts) < count:
+            raise SystemExit(f"--prompts-file must hold {count} prompts, parted by two empty lines, got {len(texts)}")
+    texts = texts[size.prompts : count] + texts[: size.prompts]
+    ids = [tokenizer(text, return_tensors="pt").input_ids[0, : size.prompt_tokens] for text in texts]
+    length = min(len(row) for row in ids)
+    return torch.stack([row[:length] for row in ids]).to(device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study, print its tables, write what was asked for."""
+    parser = argparse.ArgumentParser(description="Tokens per step of samplers and of tree families.")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write PATH, and tables and plots beside it")
+    parser.add_argument("--page", type=Path, metavar="PATH", help="put tables into this page, and plots beside it")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="a corner of the grid, a few seconds")
+    parser.add_argument("--target", metavar="PATH", help="target model (default: the demo pair)")
+    parser.add_argument("--draft", metavar="PATH", help="draft model")
+    parser.add_argument("--prompts-file", type=Path, help="prompts, parted by two empty lines; needed with --target")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if len({options.target is None, options.draft is None, options.prompts_file is None}) != 1:
+        parser.error("--target, --draft and --prompts-file must be given together: acceptance depends on the text")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    size = QUICK if options.quick else Size()
+    target, draft, tokenizer = load_pair(options, device)
+    prompts = read_prompts(options, tokenizer, size, device)
+    study = Study(adapt(target), adapt(draft), prompts, size, options.seed)
+    document: dict[str, Any] = {
+        "bench": "robustness",
+        "version": VERSION,
+        "command": command_line("bench_robustness.py", arguments),
+        "commit": commit(),
+        "environment": environment(device),
+        "device_type": device.type,
+        "quick": options.quick,
+        "pair": "demo pair" if options.target is None else f"{options.target} and {options.draft}",
+        "dtype": options.dtype,
+        "texts": size.prompts,
+        "calibration_texts": size.calibration_prompts,
+        "prompt_tokens": prompts.shape[1],
+        "starts": size.starts,
+        "tail": size.tail,
+        "noise": NOISE,
+        "samplers": [sampler.name for sampler in SAMPLERS],
+        "trees": {name: tree.parents for name, tree in equal_trees(study).items()},
+        "own_tree": OWN_TREE,
+        "grid": list(grid(study)),
+        "cut_drafts": list(cut_drafts(study)),
+        "budgets": list(budgets(study)),
+    }
+    document["vectors"] = [
+        {"temperature": t, "top_p": p, "sampler": s.name, "vector": [round(a, 6) for a in study.vector(t, p, s)]}
+        for t in size.temperatures
+        for p in (size.top_ps if t > 0 else (1.0,))
+        for s in SAMPLERS
+    ]
+    document["loops"] = list(loops(study))
+    text = robustness_page.markdown(document)
+    print(text)
+    if options.json:
+        write_json(options.json, document)
+        options.json.with_suffix(".md").write_text(f"## robustness\n\n{text}", encoding="utf-8")
+        robustness_page.plots(document, options.json.parent)
+    if options.page:
+        reason = robustness_page.plots(document, options.page.parent)
+        robustness_page.write_page(options.page, text, with_plots=reason is None)
+        if reason is not None:
+            print(f"no plots: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Three ways to draft the children of a node and to verify them without loss, on equal terms.
+
+    without replacement   ours: `sample_without_replacement` and `verify_tree`
+    with replacement      SpecInfer (arXiv 2305.09781): independent draws, and its multi-round verification
+    top-k                 the draft's most probable tokens, verified as deterministic proposals
+
+All three keep the target's distribution exactly. Each comes in two forms. `in_loop` puts it into the package's own
+decoding loop. `acceptance_of_emitted` says what a verification does with a token that is known to be emitted, for
+replays of a given text (replay.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sequoia_kernels.decoding import draft as draft_stage
+from sequoia_kernels.ops import SampledTokens, sample_without_replacement
+from sequoia_kernels.ops.verify_tree.reference import NodeDecisions
+from sequoia_kernels.warping import warped_probs
+
+__all__ = ["CUT_DRAFT", "SAMPLERS", "Sampler", "cut_draft"]
+
+Draw = Callable[..., SampledTokens]
+Decide = Callable[[Tensor, Tensor, Tensor, Tensor], NodeDecisions]
+
+_VERIFIER = sys.modules[NodeDecisions.__module__]
+
+
+class Sampler(NamedTuple):
+    """One way to draft and verify.
+
+    Attributes:
+        name: as in the tables.
+        draw: in place of `sample_without_replacement`, or None for ours.
+        decide: in place of the reference's `node_decisions`, or None for ours.
+        emitted: see `acceptance_of_emitted`, at temperatures above 0.
+        cuts_draft: the draft's logits go through `cut_draft` first.
+    """
+
+    name: str
+    draw: Draw | None
+    decide: Decide | None
+    emitted: Callable[[Tensor, Tensor, Tensor, int, torch.Generator], Tensor]
+    cuts_draft: bool = False
+
+    @contextmanager
+    def in_loop(self) -> Iterator[dict[str, object]]:
+        """Swap this sampler into the decoding loop; yields the options that `generate` then needs."""
+        if self.draw is None or self.decide is None:
+            yield {}
+            return
+        ours = draft_stage.sample_without_replacement, _VERIFIER.node_decisions
+        draft_stage.sample_without_replacement, _VERIFIER.node_decisions = self.draw, self.decide
+        try:
+            # only the reference asks for decisions node by node; a captured step would keep what was swapped in
+            yield {"backend": "reference", "cuda_graphs": False}
+        finally:
+            draft_stage.sample_without_replacement, _VERIFIER.node_decisions = ours
+
+    def acceptance_of_emitted(
+        self,
+        target_probs: Tensor,
+        draft_logits: Tensor,
+        temperature: float,
+        emitted: Tensor,
+        num_ranks: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Give the probability that the child of each rank was the accepted one, once it is known what was emitted.
+
+        A lossless verification emits token y with the target's probability of it, whatever the sampler. What differs
+        is how: as the accepted child of rank r, which goes on to that child's node, or from the residual, which ends
+        the step. Given y, rank r has probability P(child r is accepted and is y) / target(y), and that does not depend
+        on how many children follow.
+
+        Args:
+            target_probs: the warped target at R contexts. [R, vocab] float64.
+            draft_logits: the draft there. [R, vocab] float64.
+            temperature: of the draft.
+            emitted: token that the target emitted at each. [R] int64.
+            num_ranks: how many ranks.
+            generator: for the tokens drawn and rejected before rank r, where they matter (without replacement). One
+                draw a context, which leaves the result unbiased.
+
+        Returns:
+            [R, num_ranks] float64, each row's sum at most 1.
+        """
+        if temperature == 0:
+            return _emitted_of_top_k(target_probs, draft_logits, emitted, num_ranks, generator)
+        return self.emitted(target_probs, draft_logits / temperature, emitted, num_ranks, generator)
+
+
+# ---- in the loop
+
+
+def draw_with_replacement(
+    logits: Tensor, num_samples: int, temperature: Tensor, seeds: Tensor, offsets: Tensor, backend: str = "auto"
+) -> SampledTokens:
+    """Independent draws; at temperature 0, where they would all be the same token, the top-k as SpecInfer does."""
+    greedy = draw_top_k(logits, num_samples, temperature, seeds, offsets, backend)
+    tokens = torch.empty_like(greedy.tokens)
+    for rank in range(num_samples):  # every rank has a random stream of its own
+        drawn = sample_without_replacement(logits, 1, temperature, seeds ^ (rank << 40), offsets, backend=backend)
+        tokens[:, rank] = drawn.tokens[:, 0]
+    return SampledTokens(torch.where((temperature == 0)[:, None], greedy.tokens, tokens), greedy.log_normaliser)
+
+
+def draw_top_k(
+    logits: Tensor, num_samples: int, temperature: Tensor, seeds: Tensor, offsets: Tensor, backend: str = "auto"
+) -> SampledTokens:
+    """The most probable tokens, most probable first, ties by rising id."""
+    return sample_without_replacement(
+        logits, num_samples, torch.zeros_like(temperature), seeds, offsets, backend=backend
+    )
+
+
+def decide_with_replacement(
+    target_probs: Tensor, draft_logits: Tensor, children: Tensor, temperature: Tensor
+) -> NodeDecisions:
+    """Multi-round verification: after a rejection the residual loses the draft, and the draft stays as it was."""
+    greedy = (temperature == 0)[:, None]
+    scale = torch.where(greedy, 1.0, temperature[:, None]).to(target_probs.dtype)
+    draft = torch.softmax(draft_logits.to(target_probs.dtype) / scale, dim=-1)
+    residual_at_child, draft_at_child = (torch.zeros_like(children, dtype=draft.dtype) for _ in range(2))
+    residual = target_probs
+    for rank in range(children.shape[1]):
+        is_child = children[:, rank] >= 0
+        token = children[:, rank, None].clamp(min=0)
+        draft_at_child[:, rank] = torch.where(is_child, draft.gather(1, token)[:, 0], 0)
+        residual_at_child[:, rank] = torch.where(is_child, residual.gather(1, token)[:, 0], 0)
+        left, mass = _rejected(residual, draft)
+        residual = torch.where((is_child[:, None]) & (mass > 0), left, residual)
+    certain = decide_top_k(target_probs, draft_logits, children, temperature)
+    sampled = NodeDecisions(residual_at_child, draft_at_child, residual)
+    return NodeDecisions(*(torch.where(greedy, *pair) for pair in zip(certain, sampled)))
+
+
+def decide_top_k(target_probs: Tensor, draft_logits: Tensor, children: Tensor, temperature: Tensor) -> NodeDecisions:
+    """Deterministic proposals: accept a child with the residual's probability of it, else remove it from the residual.
+
+    Together that is: draw a token from the target, and go on if it is among the children.
+    """
+    residual_at_child, draft_at_child = (torch.zeros_like(children, dtype=target_probs.dtype) for _ in range(2))
+    residual = target_probs
+    for rank in range(children.shape[1]):
+        is_child = children[:, rank] >= 0
+        token = children[:, rank, None].clamp(min=0)
+        draft_at_child[:, rank] = is_child.to(target_probs.dtype)
+        residual_at_child[:, rank] = torch.where(is_child, residual.gather(1, token)[:, 0], 0)
+        left = residual.scatter(1, token, 0)
+        mass = left.sum(dim=1, keepdim=True)
+        residual = torch.where(is_child[:, None] & (mass > 0), left / mass.clamp(min=_TINY), residual)
+    return NodeDecisions(residual_at_child, draft_at_child, residual)
+
+
+def cut_draft(draft_logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Move the draft's unlikely tokens behind the others, where the target is cut by top-p and the draft is not.
+
+    Kept as they are: the draft's nucleus of mass (1 + top_p) / 2, wider than the target's since the two do not agree.
+    The rest is only drawn once the nucleus is used up. Draws and verification see the same changed logits, so this is
+    as lossless as any other draft.
+    """
+    settings = (torch.full((len(draft_logits),), value, device=draft_logits.device) for value in (temperature, top_p))
+    rows_temperature, rows_top_p = settings
+    kept = warped_probs(draft_logits, rows_temperature, None, (1 + rows_top_p) / 2) > 0
+    return torch.where(kept, draft_logits, draft_logits - BEHIND * temperature)
+
+
+BEHIND = 30.0  # nats: far less likely than anything that is kept, and far from where float32 gives 0
+_TINY = 1e-30
+
+
+def _rejected(residual: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
+    """normalise(max(residual - draft, 0)), and the mass it was divided by: the probability of a rejection."""
+    left = (residual - draft).clamp(min=0)
+    mass = left.sum(dim=1, keepdim=True)
+    return left / mass.clamp(min=_TINY), mass
+
+
+# ---- in a replay
+#
+# P(child r is accepted and is y) = E[reached * min(residual_r(y), draft_r(y))], the expectation over the tokens drawn
+# and rejected before; reached is the product of their rejection probabilities once they are drawn from what is
+# rejected, max(draft_r - residual_r, 0).
+
+
+def _emitted_without_replacement(
+    target_probs: Tensor, scaled_logits: Tensor, emitted: Tensor, num_ranks: int, generator: torch.Generator
+) -> Tensor:
+    token = emitted[:, None]
+    of_emitted = _probability_of(target_probs, token)
+    acceptance = torch.zeros(len(emitted), num_ranks, dtype=target_probs.dtype, device=target_probs.device)
+    residual, scaled = target_probs, scaled_logits.clone()
+    reached = torch.ones_like(of_emitted)
+    for rank in range(num_ranks):
+        draft = torch.softmax(scaled, dim=1).nan_to_num(0.0)  # 0 once every token that the draft can give was drawn
+        acceptance[:, rank, None] = reached * torch.minimum(residual, draft).gather(1, token) / of_emitted
+        excess = (draft - residual).clamp(min=0)
+        drawn = torch.multinomial(excess + _TINY, 1, generator=generator)
+        residual, mass = _rejected(residual, draft)  # the drawn token is out: the draft had more of it
+        reached = reached * torch.where(excess.sum(dim=1, keepdim=True) > 0, mass, 0)
+        scaled.scatter_(1, drawn, -torch.inf)
+    return acceptance
+
+
+def _emitted_with_replacement(
+    target_probs: Tensor, scaled_logits: Tensor, emitted: Tensor, num_ranks: int, generator: torch.Generator
+) -> Tensor:
+    token = emitted[:, None]
+    of_emitted = _probability_of(target_probs, token)
+    acceptance = torch.zeros(len(emitted), num_ranks, dtype=target_probs.dtype, device=target_probs.device)
+    draft = torch.softmax(scaled_logits, dim=1)
+    residual, reached = target_probs, torch.ones_like(of_emitted)
+    for rank in range(num_ranks):
+        acceptance[:, rank, None] = reached * torch.minimum(residual, draft).gather(1, token) / of_emitted
+        residual, mass = _rejected(residual, draft)
+        reached = reached * mass
+    return acceptance
+
+
+def _emitted_of_top_k(
+    target_probs: Tensor, scaled_logits: Tensor, emitted: Tensor, num_ranks: int, generator: torch.Generator
+) -> Tensor:
+    acceptance = torch.zeros(len(emitted), num_ranks, dtype=target_probs.dtype, device=target_probs.device)
+    # a stable sort breaks ties as the op does
+    best = scaled_logits.sort(dim=1, descending=True, stable=True).indices[:, :num_ranks]
+    acceptance[:, : best.shape[1]] = (best == emitted[:, None]).to(target_probs.dtype)
+    return acceptance
+
+
+def _probability_of(probs: Tensor, token: Tensor) -> Tensor:
+    """The emitted token's own probability; 1 where rounding left it none, which then counts as never accepted."""
+    of_token = probs.gather(1, token)
+    return torch.where(of_token > 0, of_token, 1)
+
+
+OURS = Sampler("without replacement (ours)", None, None, _emitted_without_replacement)
+WITH_REPLACEMENT = Sampler(
+    "with replacement (SpecInfer)", draw_with_replacement, decide_with_replacement, _emitted_with_replacement
+)
+TOP_K = Sampler("top-k", draw_top_k, decide_top_k, _emitted_of_top_k)
+SAMPLERS = (OURS, WITH_REPLACEMENT, TOP_K)
+CUT_DRAFT = OURS._replace(name="ours with the draft cut", cuts_draft=True)  # for replays only

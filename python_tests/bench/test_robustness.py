@@ -1,0 +1,252 @@
+"""The robustness study: its rivals are as lossless as ours, its replays agree with enumeration, and it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from support.bench_scripts import bench_script
+from support.chi_square import joint_probs, p_value, sequence_counts
+from support.enumeration import emitted_distribution, ordered_draws
+from support.speculative_steps import decode
+from support.toy_models import chain_probs, plain_probs, toy_pair
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import draft as draft_stage
+from sequoia_kernels.demo import load_demo_pair
+from sequoia_kernels.ops import sample_without_replacement, verify_tree
+from sequoia_kernels.ops.verify_tree import reference
+
+robustness = bench_script("robustness")
+page = robustness.robustness_page
+replay = importlib.import_module("replay")
+samplers = importlib.import_module("samplers")
+
+OURS, WITH_REPLACEMENT, TOP_K = samplers.SAMPLERS
+RIVALS = (WITH_REPLACEMENT, TOP_K)
+KINDS = ["unrelated", "near", "same", "draft misses tokens", "target misses tokens", "disjoint", "one-hot draft"]
+WARPS = [(0.0, None), (0.3, None), (0.6, 0.8), (1.0, None), (1.0, 0.5), (1.7, 0.9)]
+
+
+def draws_with_replacement(scaled_logits, count):
+    """Every sequence of independent draws, with its probability."""
+    probs = torch.tensor(scaled_logits, dtype=torch.float64).softmax(0).tolist()
+    support = [token for token, chance in enumerate(probs) if chance > 0]
+    return [(drawn, math.prod(probs[token] for token in drawn)) for drawn in itertools.product(support, repeat=count)]
+
+
+def draws_of_top_k(scaled_logits, count):
+    order = sorted(range(len(scaled_logits)), key=lambda token: (-scaled_logits[token], token))
+    kept = [token for token in order if scaled_logits[token] > -math.inf][:count]
+    return [(tuple(kept) + (-1,) * (count - len(kept)), 1.0)]
+
+
+DRAWS = {OURS: ordered_draws, WITH_REPLACEMENT: draws_with_replacement, TOP_K: draws_of_top_k}
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
+@pytest.mark.parametrize("parents", [[-1, 0, 0, 0], [-1, 0, 0, 1, 1], [-1, 0, 1, 2], [-1, 0, 0, 0, 0, 1]], ids=str)
+def test_the_rivals_are_lossless(monkeypatch, rival, parents):
+    """Every draw and every way to accept it, summed in float64."""
+    monkeypatch.setattr("support.enumeration.ordered_draws", DRAWS[rival])
+    monkeypatch.setattr("support.enumeration.node_decisions", rival.decide)
+    tree = TokenTree(parents)
+    for kind, (temperature, top_p) in itertools.product(KINDS, WARPS):
+        target, draft = toy_pair(kind, 3, context=2, seed=1)
+        emitted = emitted_distribution(tree, target, draft, 1, temperature, None, top_p)
+        expected = joint_probs(chain_probs(target, 1, tree.num_levels, temperature, None, top_p))
+        assert float((emitted - expected).abs().max()) <= 1e-12, (kind, temperature, top_p)
+
+
+def test_the_exact_test_fails_for_the_wrong_verifier(monkeypatch):
+    """A verification that does not suit the draws loses something. Top-k's suits all: it looks at the target alone."""
+    target, draft = toy_pair("unrelated", 3, context=2, seed=1)
+    expected = joint_probs(chain_probs(target, 1, 2, 1.0))
+    rounds = WITH_REPLACEMENT.decide
+    wrong = (draws_of_top_k, rounds), (ordered_draws, rounds), (draws_of_top_k, reference.node_decisions)
+    for draws, decide in wrong:
+        monkeypatch.setattr("support.enumeration.ordered_draws", draws)
+        monkeypatch.setattr("support.enumeration.node_decisions", decide)
+        emitted = emitted_distribution(TokenTree([-1, 0, 0]), target, draft, 1, 1.0)
+        assert float((emitted - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_swapped_loop_has_the_targets_distribution(rival, temperature):
+    """The rivals' real draws, verified by what `in_loop` swaps in."""
+    target, draft = toy_pair("unrelated", 5, context=2, seed=0)
+    tree = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
+    with rival.in_loop() as options:
+
+        def verify(*arguments, **keywords):
+            return verify_tree(*arguments, **keywords, backend=options["backend"])
+
+        sequences = decode(
+            tree, target, draft, 1, 3, 20_000, temperature, sample=draft_stage.sample_without_replacement, verify=verify
+        )
+    expected = joint_probs(chain_probs(target, 1, 3, temperature))
+    assert p_value(sequence_counts(sequences, 5), expected) > 1e-4
+
+
+def test_draws_with_replacement_are_independent():
+    logits = torch.tensor([0.5, -0.2, 1.0, 0.1])
+    drawn = WITH_REPLACEMENT.draw(logits.expand(40_000, 4), 2, torch.ones(40_000), torch.arange(40_000),
+                                  torch.zeros(40_000, dtype=torch.int64)).tokens  # fmt: skip
+    probs = logits.double().softmax(0)
+    assert p_value(sequence_counts(drawn, 4), probs[:, None] * probs) > 1e-4
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS, ids=lambda sampler: sampler.name)
+@pytest.mark.parametrize("kind", ["unrelated", "near", "target misses tokens"])
+def test_acceptance_of_an_emitted_token_is_what_enumeration_gives(sampler, kind):
+    target, draft = toy_pair(kind, 4, context=1, seed=2)
+    temperature, top_p, num_ranks, repeats = 0.7, 0.95, 3, 20_000
+    probs = plain_probs(target.table[:1], temperature, None, top_p)
+    scaled = (draft.table[0] / temperature).tolist()
+    decide = sampler.decide or reference.node_decisions
+    found = torch.zeros(4, num_ranks, dtype=torch.float64)
+    for drawn, chance in DRAWS[sampler](scaled, num_ranks):
+        decisions = decide(probs, draft.table[:1], torch.tensor([drawn]), torch.full((1,), temperature).double())
+        left = chance
+        for rank, accepted in enumerate(decisions.acceptance()[0].tolist()):
+            found[drawn[rank], rank] += left * accepted
+            left *= 1 - accepted
+    expected = found / torch.where(probs > 0, probs, 1).T
+    for token in range(4):
+        if probs[0, token] == 0:
+            continue
+        acceptance = sampler.acceptance_of_emitted(
+            probs.expand(repeats, 4), draft.table[:1].expand(repeats, 4), temperature, torch.full((repeats,), token),
+            num_ranks, torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert bool((acceptance.sum(dim=1) <= 1 + 1e-9).all()) and bool((acceptance >= 0).all())
+        # without replacement one rejected draw a context stands for the expectation: 20000 of them are near it
+        tolerance = 0.015 if sampler is OURS else 1e-12
+        assert float((acceptance.mean(dim=0) - expected[token]).abs().max()) <= tolerance
+
+
+def test_at_temperature_zero_all_samplers_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.eye(5, dtype=torch.float64)
+    logits = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    found = [s.acceptance_of_emitted(probs, logits, 0.0, torch.arange(5), 7, generator) for s in samplers.SAMPLERS]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0].sum(dim=1), torch.ones(5, dtype=torch.float64))  # everything is among the first 5
+    tokens = [s.draw(logits.float(), 3, torch.zeros(5), torch.arange(5), torch.arange(5)).tokens for s in RIVALS]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], logits.topk(3).indices)
+
+
+def test_draws_stop_where_the_drafts_tokens_end():
+    draft = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]], dtype=torch.float64)
+    target = torch.full((1, 4), 0.25, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    acceptance = OURS.acceptance_of_emitted(target, draft, 1.0, torch.tensor([1]), 4, generator)
+    assert bool(torch.isfinite(acceptance).all()) and float(acceptance[:, 2:].sum()) == 0.0
+
+
+def test_constant_acceptance_gives_the_value_of_the_tree():
+    vector = [0.5, 0.2, 0.1]
+    acceptance = torch.tensor(vector, dtype=torch.float64).expand(3, 80, 3)
+    for tree in (TokenTree.single(), TokenTree.chain(5), TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])):
+        counts = replay.replay(tree, acceptance, 60)
+        estimate = replay.ratio(counts.tokens, counts.steps)
+        assert estimate.mean == pytest.approx(tree.expected_tokens(vector), rel=1e-12)
+        assert float(counts.cut.abs().max()) == 0.0
+    assert float(replay.replay(TokenTree.chain(30), acceptance, 60).cut[0]) == pytest.approx(0, abs=1e-6)
+    assert float(replay.replay(TokenTree.chain(30), acceptance[:, :60], 60).cut[0]) > 0
+    with pytest.raises(ValueError, match="at most 3 children a node, got 4"):
+        replay.replay(TokenTree([-1, 0, 0, 0, 0]), acceptance, 60)
+
+
+def test_standard_errors_are_those_of_the_texts():
+    steps = torch.full((4,), 10.0, dtype=torch.float64)
+    first = replay.ratio(torch.tensor([20.0, 30.0, 20.0, 30.0], dtype=torch.float64), steps)
+    assert first.mean == 2.5 and first.se == pytest.approx(0.5 / math.sqrt(3))
+    second = replay.ratio(torch.tensor([18.0, 28.0, 18.0, 28.0], dtype=torch.float64), steps)
+    assert replay.difference(first, second) == pytest.approx((0.2, 0.0))
+    words = [robustness.verdict(change, 0.1) for change in (0.4, 0.2, -0.2, -0.4)]
+    assert words == ["ahead", "level", "level", "behind"] and robustness.verdict(0.0, 0.0) == "level"
+
+
+def test_a_cut_draft_keeps_its_nucleus_and_puts_the_rest_behind_in_order():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 3.0, 3.0, 3.0]], dtype=torch.float64)
+    changed = samplers.cut_draft(logits, 0.5, 0.9)  # softmax(2 x): .0158 .8650 .1171 .0021; nucleus of .95
+    assert torch.equal(changed[0, 1:3], logits[0, 1:3]) and torch.equal(changed[1], logits[1])
+    assert changed[0].argsort(descending=True).tolist() == [1, 2, 0, 3]
+    assert float(changed[0].div(0.5).softmax(0)[[0, 3]].sum()) < 1e-12
+    assert torch.equal(samplers.cut_draft(logits, 0.5, 1.0), logits)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_demo_pair()
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
+def test_a_rivals_loop_keeps_greedy_text_and_leaves_nothing_behind(pair, rival):
+    prompt = pair.tokenizer("def main(argv):\n    ", return_tensors="pt").input_ids
+    ours = draft_stage.sample_without_replacement, reference.node_decisions
+    expected = generate(pair.target, None, prompt, max_new_tokens=12).sequences
+    with rival.in_loop() as options:
+        assert reference.node_decisions is rival.decide
+        found = generate(pair.target, pair.draft, prompt, tree=TokenTree([-1, 0, 0, 1]), max_new_tokens=12, **options)
+    assert torch.equal(found.sequences, expected)
+    assert (draft_stage.sample_without_replacement, reference.node_decisions) == ours
+    assert ours[0] is sample_without_replacement
+
+
+def test_families_have_the_nodes_they_are_asked_for():
+    vector = [0.6, 0.2, 0.1]
+    for family, build in robustness.FAMILIES.items():
+        trees = [build(vector, budget) for budget in (1, 2, 7, 64)]
+        assert [tree.num_nodes for tree in trees] == [1, 2, 7, 64], family
+    assert robustness.k_chains(4, 9).widths == [1, 4, 4] and robustness.k_ary(2, 6).widths == [1, 2, 3]
+
+
+def test_a_quick_run_writes_document_page_and_plots(tmp_path, monkeypatch, capsys):
+    target = tmp_path / "docs" / "page.md"
+    target.parent.mkdir()
+    target.write_text(f"# Title\n\nbefore\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n")
+    few = {"prompts": 2, "calibration_prompts": 2, "starts": 6, "tail": 4, "budgets": (1, 4), "loops": ()}
+    small = dataclasses.replace(robustness.QUICK, **few, loop_prompts=2, loop_tokens=6)
+    monkeypatch.setattr(robustness, "QUICK", small)
+    path = tmp_path / "robustness.json"
+    assert robustness.main(["--quick", "--device", "cpu", "--json", str(path), "--page", str(target)]) == 0
+    document = json.loads(path.read_text())
+    assert document["bench"] == "robustness" and document["quick"] is True
+    assert len(document["grid"]) == 2 * 2 * 4 and len(document["budgets"]) == 6 * 2 and len(document["loops"]) == 1
+    assert [(row["temperature"], row["top_p"]) for row in document["cut_drafts"]] == [(0.6, 0.9)] * 3
+    for row in document["grid"]:
+        assert set(row["tokens_per_step"]) == {sampler.name for sampler in samplers.SAMPLERS}
+        assert all(value["mean"] >= 1 for value in row["tokens_per_step"].values())
+        if row["temperature"] == 0:
+            assert {entry["verdict"] for entry in row["ours_against"].values()} == {"level"}
+    for row in document["budgets"]:
+        assert row["budget"] > 1 or (row["predicted"] == 1 and row["measured"]["mean"] == pytest.approx(1))
+    text = target.read_text()
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith("after\n") and "old" not in text
+    assert "### Trees over the budget" in text and "--quick" in text
+    for name in (page.GRID_PLOT, page.BUDGET_PLOT):
+        assert (target.parent / name).stat().st_size > 5000
+    assert "| 0 | any |" in capsys.readouterr().out
+
+
+def test_the_page_must_have_its_marks(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("# Title\n")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        page.write_page(path, "text", with_plots=True)
+    page.write_page(tmp_path / "new.md", "![plot](p.png)\ntext", with_plots=False)
+    assert "![" not in (tmp_path / "new.md").read_text()
+
+
+def test_a_pair_of_ones_own_needs_prompts(capsys):
+    with pytest.raises(SystemExit):
+        robustness.main(["--target", "somewhere"])
+    assert "--prompts-file must be given together" in capsys.readouterr().err

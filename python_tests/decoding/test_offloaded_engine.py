@@ -10,9 +10,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from support.synthetic_profile import synthetic_profile
 from support.tiny_families import tiny_model
 
 from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import auto, overhead
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.models import OffloadedModel, random_offloaded
 
@@ -109,3 +111,42 @@ def test_caches_go_with_the_call_and_not_with_the_garbage_collector(target, draf
 )
 def test_no_pass_is_launched_before_it_is_known_to_be_needed(device, capturable, ahead):
     assert engines.steps_ahead(SimpleNamespace(device=torch.device(device), capturable=capturable)) == ahead
+
+
+def stand_in(device, capturable, max_positions):
+    return SimpleNamespace(device=torch.device(device), capturable=capturable, max_positions=max_positions)
+
+
+def test_a_streamed_target_is_timed_at_few_sizes_up_to_the_largest_trees(monkeypatch):
+    monkeypatch.setattr(overhead, "adapt", lambda model: model)
+    options = overhead.profile_options(stand_in("cuda", False, 4096), stand_in("cuda", True, 2048), 512)
+    assert options == {"node_counts": [1, 64, 256, 512, 768, 1024], "min_repeats": 2}
+    shorter = overhead.profile_options(stand_in("cuda", False, None), stand_in("cuda", True, 900), 600)
+    assert shorter["node_counts"] == [1, 64, 256, 300]
+    for resident in (stand_in("cuda", True, 4096), stand_in("cpu", False, 4096)):
+        assert overhead.profile_options(resident, None, 512) == {}
+
+
+def test_the_overhead_beside_a_streamed_pass_is_not_measured(monkeypatch):
+    monkeypatch.setattr(overhead, "adapt", lambda model: model)
+    monkeypatch.setattr(overhead, "generate", None)
+    profile = synthetic_profile().with_overhead(3.0)
+    found = overhead.measure_overhead(stand_in("cuda", False, None), stand_in("cuda", True, None), profile)
+    assert (found.step_overhead_ms, found.level_overhead_ms) == (0.0, 0.0)
+
+
+def test_auto_plans_with_the_options_that_suit_the_target(target, draft, monkeypatch):
+    """As on a GPU, with sizes that fit the tiny models."""
+    asked = []
+    monkeypatch.setattr(overhead, "_streams", lambda model: model is target)
+    monkeypatch.setattr(overhead, "STREAMED_NODE_COUNTS", (1, 4, 8))
+    measure = auto.measure_profile
+
+    def noted(*models, **options):
+        asked.append((options["node_counts"], options["min_repeats"]))
+        return measure(*models, **(options | {"seconds": 0.0, "bandwidth": False}))
+
+    monkeypatch.setattr(auto, "measure_profile", noted)
+    output = generate(target, draft, PROMPT, tree="auto", max_new_tokens=8, eos_token_id=())
+    assert asked == [([1, 4, 8], 2)]
+    assert output.stats.tree.num_nodes <= 8

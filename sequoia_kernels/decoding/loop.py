@@ -179,9 +179,8 @@ def generate(
     first_tokens = engine.prefill(
         arguments.prompts.to(device), torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device)
     )
-    if follower is not None:
-        for entry in trees:
-            engine.prepare(entry)
+    for entry in trees:
+        engine.prepare(entry)
     decode_started = time.perf_counter()
     for index, token in enumerate(first_tokens.tolist()):
         _take(engine, requests, index, [token], streamer)

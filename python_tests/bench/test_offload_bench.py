@@ -15,8 +15,8 @@ offload = bench_script("offload")
 def quick(monkeypatch):
     """Next to no tokens, and a link on which a pass takes 12 ms."""
     smaller = {"plain_steps": 2, "tree_tokens": 8, "check_tokens": 24, "rounds": 1, "profile_seconds": 0.2}
-    monkeypatch.setattr(offload, "QUICK", smaller | {"node_counts": (1, 8), "calibration_rows": 128})
-    monkeypatch.setattr(offload, "CPU", offload.CPU._replace(link_bytes_per_s=2e8, goal=offload.Goal(2.5, 8, 4)))
+    smaller |= {"node_counts": (1, 8), "calibration_rows": 128, "link_bytes_per_s": 6e8}
+    monkeypatch.setattr(offload, "QUICK_CPU", smaller | {"goal": offload.Goal(2.5, 8, 4)})
 
 
 def test_all_parts_run_to_the_end_on_a_cpu(quick, tmp_path, capsys):

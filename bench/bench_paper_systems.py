@@ -39,9 +39,9 @@ from machine import command_line, commit, environment, measure_peaks, pick_devic
 from synthetic_pair import PAIRS, Goal, PairShape, Shape, calibrate, measure_acceptance, synthetic_pair
 from synthetic_pair import teacher_forced_logits as logits_along
 
-from sequoia_kernels import TokenTree, generate, measure_profile, optimal_tree, plan_tree
+from sequoia_kernels import TokenTree, generate, measure_profile, optimal_tree, plan_tree, release_engines
 from sequoia_kernels.decoding import measure_overhead
-from sequoia_kernels.models import TreeModel, adapt, load_model
+from sequoia_kernels.models import TreeModel, adapt, load_model, pack_linear_layers
 from sequoia_kernels.planner import AcceptanceEstimate
 
 AUTOREGRESSIVE = "autoregressive"
@@ -54,9 +54,9 @@ ASSISTED = "transformers assisted"
 # the last place, since forwards of other shapes round elsewhere in every layer. In float32 outputs must be equal.
 LOSSLESS_TOLERANCE = {"float32": 0.0, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 
-SAME_STEP_S = 2e-4  # tokens that arrive within this belong to one step
+SAME_STEP_S = 5e-5  # tokens that arrive within this belong to one step
 FIRST_STEPS = 3  # the prefill's token, and two steps: a graph is captured in the first one
-CALIBRATION_ROWS = {"cpu": 640, "cuda": 2112}
+CALIBRATION_ROWS = {"cpu": 640, "cuda": 1088}
 CONTEXT_ROWS = 64  # first rows of a calibration text, which only give context
 GOAL_ROUNDS = 2  # times that the goal is corrected by what the loop then measured
 GOAL_TOLERANCE = 0.03
@@ -143,19 +143,24 @@ class System:
     prompts: list[torch.Tensor]
     dtype: str
     synthetic: bool
+    compiled: tuple[TreeModel, TreeModel] | None = None  # what our own loop decodes with, where forwards are compiled
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def compile(self) -> None:
+        """Let our own loop run compiled forwards. The planner's times stay those of the others."""
+        self.compiled = adapt(self.target, compile=True), adapt(self.draft, compile=True)
 
 
 # ---- memory
 
 
 def memory_needed(shape: PairShape, dtype: torch.dtype, rows: int, nodes: int = 512) -> int:
-    """Bytes that a pair takes to decode: weights, keys and values of both, logits of the largest tree, work space."""
+    """Bytes that a pair takes: weights; keys and values, twice (`generate` keeps engines); logits; work space."""
     item = dtype.itemsize
     weights = item * (shape.target.parameters(shape.vocab) + shape.draft.parameters(shape.vocab))
 
     def cache(part: Shape) -> int:
-        return 2 * item * part.layers * part.kv_heads * part.head_dim * (rows + nodes)
+        return 2 * 2 * item * part.layers * part.kv_heads * part.head_dim * (rows + nodes)
 
     logits = nodes * shape.vocab * (2 * item + 4)
     return weights + cache(shape.target) + cache(shape.draft) + logits + (1 << 30 if weights > 1 << 30 else 1 << 26)
@@ -222,12 +227,13 @@ class Outcome(NamedTuple):
 
 def own_loop(system: System, tree: TokenTree | None, temperature: float) -> Callable[[torch.Tensor, int, int], Outcome]:
     """Our loop; without a tree it decodes token by token."""
+    target, draft = system.compiled or (system.target, system.draft)
 
     def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
         arrivals = Arrivals()
         output = generate(
-            system.target,
-            None if tree is None else system.draft,
+            target,
+            None if tree is None else draft,
             prompt,
             tree=tree if tree is not None else "auto",
             max_new_tokens=num_tokens,
@@ -396,6 +402,7 @@ def measure_system(
         }
         if runs[0].histogram:
             entries[name]["tokens_per_step"] = mean_count([run.histogram for run in runs])
+            entries[name]["step_ms"] = ms / tokens * entries[name]["tokens_per_step"]
             entries[name]["outside_the_forwards"] = sum(run.outside for run in runs) / len(runs)
         if name in trees:
             tree = trees[name]
@@ -419,6 +426,8 @@ def measure_system(
         "synthetic": system.synthetic,
         "temperature": temperature,
         "dtype": system.dtype,
+        "compiled": system.compiled is not None,
+        "packed": "packed_layers" in system.facts,
         "target_parameters": system.target.num_parameters,
         "draft_parameters": system.draft.num_parameters,
         "acceptance": [round(float(value), 4) for value in acceptance.vector],
@@ -491,6 +500,20 @@ def acceptance_of_checkpoints(system: System, temperature: float, num_tokens: in
 # ---- results
 
 
+def describe(result: Mapping[str, Any]) -> str:
+    """A row's title, and what is not as usual."""
+    words = [
+        word
+        for word, applies in (
+            ("synthetic", result["synthetic"]),
+            ("packed weights", result["packed"]),
+            ("compiled", result["compiled"]),
+        )
+        if applies
+    ]
+    return f"{result['title']} ({', '.join(words)})" if words else str(result["title"])
+
+
 def markdown(document: Mapping[str, Any]) -> str:
     """The tables."""
     rows, plain = [], []
@@ -509,7 +532,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             ratios = [f"{ms / entry['ms_per_token']:.2f}x" for ms in others] or ["", ""]
             rows.append(
                 [
-                    f"{result['title']}{' (synthetic)' if result['synthetic'] else ''}",
+                    describe(result),
                     f"{result['temperature']:g}",
                     f"{name}: {entry['nodes']} x {entry['levels']}",
                     f"{entry['tokens_per_step']:.2f}",
@@ -526,7 +549,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             checked += f", others part at ties within {worst:.2g} (allowed {lossless['tolerance']:.2g})"
         plain.append(
             [
-                result["title"],
+                describe(result),
                 f"{result['temperature']:g}",
                 result["dtype"],
                 f"{result['target_parameters'] / 1e6:.0f}M / {result['draft_parameters'] / 1e6:.0f}M",
@@ -568,6 +591,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, help="default 512 on a GPU, 128 on a CPU")
     parser.add_argument("--divergence", type=float, help="take this instead of searching; see synthetic_pair.py")
     parser.add_argument("--profile-seconds", type=float, default=15.0, help="time for the planner's measurements")
+    parser.add_argument("--compile", action="store_true", help="our own loop's forwards through torch.compile")
+    parser.add_argument(
+        "--pack", action="store_true", help="half-precision weights in oneDNN's layout, for all loops (CPU)"
+    )
     parser.add_argument("--seconds", type=float, help="begin no row after this time")
     parser.add_argument("--no-rivals", action="store_true", help="leave transformers' loops out")
     parser.add_argument("--quick", action="store_true", help=f"rows {' '.join(QUICK_ROWS)}, few tokens")
@@ -603,6 +630,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
 
     def measured(system: System, acceptance: AcceptanceEstimate, temperature: float, size: Any, extra: dict) -> None:
+        if options.pack and "packed_layers" not in system.facts:
+            system.facts["packed_layers"] = [pack_linear_layers(model) for model in (system.target, system.draft)]
+        if options.compile and system.compiled is None:
+            system.compile()
         if "profile" not in system.facts:  # times do not depend on the temperature's or the weights' values
             system.facts["profile"] = profile_of(system, options.new_tokens, seconds, largest)
         profile = system.facts["profile"]
@@ -653,6 +684,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 }
                 measured(system, acceptance, temperature, size, extra)
             del system, pair
+            release_engines()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -30,7 +30,9 @@ _VALUE_STEPS = tl.constexpr(16)
 def exponent_scale(temperature):  # fp32
     """log2(e) / T, and 1 for a greedy row. Never 0, which would make NaN of masked logits."""
     is_greedy = temperature == 0.0
-    return tl.where(is_greedy, 1.0, tl.maximum(LOG2_E / tl.where(is_greedy, 1.0, temperature), SMALLEST_NORMAL))
+    # A statement of its own: triton 3.7's interpreter cannot pass on what a constexpr as the left operand gives.
+    scale = LOG2_E / tl.where(is_greedy, 1.0, temperature)
+    return tl.where(is_greedy, 1.0, tl.maximum(scale, SMALLEST_NORMAL))
 
 
 @triton.jit

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sequoia_kernels import triton_device, triton_streams
+from sequoia_kernels import triton_device, triton_streams, triton_warping
 
 __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 
@@ -66,7 +66,6 @@ _DRAW_WARPS = {16: 8, 128: 16}
 INTERPRETED = tl.constexpr(triton_device.INTERPRETED)
 DRAFT_TAG = triton_streams.DRAFT_TAG
 LOG2_E = tl.constexpr(1.4426950408889634)
-SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_KEY = tl.constexpr(-(2**63))
 NO_TOKEN = tl.constexpr(2**31 - 1)
@@ -247,7 +246,7 @@ def bound_keys_kernel(
         scale = 1.0
         bound, peak, mass = _lane_bounds(row_ptr, first_token, vocab, scale, seed, offset, False, TILES, LANES)
     else:
-        scale = tl.maximum(LOG2_E / temperature, SMALLEST_NORMAL)  # a scale of 0 would make NaN of masked logits
+        scale = triton_warping.exponent_scale(temperature)
         bound, peak, mass = _lane_bounds(row_ptr, first_token, vocab, scale, seed, offset, True, TILES, LANES)
 
     record = row * num_chunks + chunk
@@ -367,7 +366,7 @@ def draw_kernel(
     masses = tl.load(masses_ptr + records, mask=chunks < num_chunks, other=0.0)
     peak = tl.max(peaks, 0)
     divisor = tl.where(is_greedy, 1.0, temperature)
-    mass = tl.sum(masses * tl.exp2(_below(peaks, peak) * tl.maximum(LOG2_E / divisor, SMALLEST_NORMAL)), 0)
+    mass = tl.sum(masses * tl.exp2(_below(peaks, peak) * triton_warping.exponent_scale(temperature)), 0)
     log_normaliser = tl.where(is_greedy, peak, tl.div_rn(peak, divisor) + tl.log(mass))
     tl.store(log_normaliser_ptr + row * stride_log_normaliser_row, log_normaliser)
 

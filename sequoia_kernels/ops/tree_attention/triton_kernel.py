@@ -478,6 +478,7 @@ def tree_attention_kernel(
     HAS_SINKS: tl.constexpr,
     WRITE_LSE: tl.constexpr,
     FP8_AS_BITS: tl.constexpr,
+    STRIDES_OF_8: tl.constexpr,  # all strides of keys and values are multiples of 8
     # blocks
     KEY_SLOT_STRIDE: tl.constexpr,  # a model's layout decides it, whatever the lengths
     VALUE_SLOT_STRIDE: tl.constexpr,
@@ -491,7 +492,7 @@ def tree_attention_kernel(
     BLOCK_DIM: tl.constexpr,
     DIM_CHUNK: tl.constexpr,
     BLOCK_VALUE_DIM: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,  # >= num_words, and >= 2: triton 3.6 cannot compile a scan of one
 ):
     num_rows = num_nodes * GROUP
     num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
@@ -557,6 +558,12 @@ def tree_attention_kernel(
         score_scale *= tl.load(key_scale_ptr + kv_head)
     if VALUE_SCALED:
         output_scale *= tl.load(value_scale_ptr + kv_head)
+    if STRIDES_OF_8:
+        # Triton itself looks for multiples of 16 only; head dims such as 40 would be loaded element by element.
+        stride_key_outer = stride_key_outer // 8 * 8
+        stride_key_head = stride_key_head // 8 * 8
+        stride_value_outer = stride_value_outer // 8 * 8
+        stride_value_head = stride_value_head // 8 * 8
     key_ptr += kv_head * stride_key_head
     value_ptr += kv_head * stride_value_head
     if PAGE_SIZE > 0:
@@ -786,7 +793,7 @@ def shared_bytes(
     edge += tile.masked_slots * (block_value_dim + (block_dim if converts else 0)) * item_bytes
     words = tile.masked_stages * (tile.masked_slots // 32 + 1) * 2 * block_rows * 4
     pages = 2 * (tile.num_stages - 1) * tile.block_slots * 4 if paged else 0  # page ids, for keys and for values
-    barriers = 256 if capability >= 100 else 0
+    barriers = 1024 if capability >= 100 else 0
     query = block_rows * block_dim * item_bytes
     probabilities = block_rows * tile.block_slots * item_bytes * busy
     return max(query + probabilities + max(inner, edge + words) + pages, result) + barriers
@@ -976,6 +983,7 @@ def run(
         score_scale, exponent_scale = score_scale / softcap, softcap * _LOG2_E
 
     mask_words = tree_mask.shape[-1]
+    key_strides, value_strides = _strides(k_cache)[:3], _strides(v_cache)[:3]
     lse_strides = _strides(lse) if lse is not None else (0, 0, 0)
     with triton_device.launching_on(q.device):
         tree_attention_kernel[
@@ -984,7 +992,7 @@ def run(
             q, k_cache, v_cache, tree_mask, cache_lens, block_table, k_scale, v_scale, sinks,
             out, lse, partial_out, partial_lse,
             num_nodes, mask_words, max_slots, num_splits,
-            *_strides(q)[:3], *_strides(k_cache)[0:3:2], *_strides(v_cache)[0:3:2],
+            *_strides(q)[:3], key_strides[0], key_strides[2], value_strides[0], value_strides[2],
             num_nodes * mask_words if tree_mask.dim() == 3 else 0,
             block_table.shape[1] if block_table is not None else 0,
             sinks.stride(0) if sinks is not None else 0,
@@ -1000,6 +1008,7 @@ def run(
             HAS_SINKS=sinks is not None,
             WRITE_LSE=lse is not None,
             FP8_AS_BITS=fp8_as_bits,
+            STRIDES_OF_8=all(stride % 8 == 0 for stride in (*key_strides, *value_strides)),
             KEY_SLOT_STRIDE=k_cache.stride(1),
             VALUE_SLOT_STRIDE=v_cache.stride(1),
             GROUP=group,
@@ -1012,7 +1021,7 @@ def run(
             BLOCK_DIM=_padded_dim(head_dim),
             DIM_CHUNK=config.dim_chunk,
             BLOCK_VALUE_DIM=_padded_dim(value_dim),
-            BLOCK_WORDS=triton.next_power_of_2(mask_words),
+            BLOCK_WORDS=max(2, triton.next_power_of_2(mask_words)),
             num_warps=tile.num_warps,
             num_stages=stages(tile.num_stages),
             maxnreg=255,  # else ptxas spills a few registers for an occupancy that nobody asked for

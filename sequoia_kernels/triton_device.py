@@ -1,6 +1,6 @@
 """What the Triton backends ask of a device: can it run them, how large is it, and how to launch on it.
 
-Only ``triton_kernel.py`` files import this, so that the package itself imports without triton.
+Only ``triton_*.py`` files import this, so that the package itself imports without triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "DeviceTraits", "device_reason", "device_traits", "launching_on", "unavailable_reason"]
+__all__ = [
+    "INTERPRETED",
+    "DeviceTraits",
+    "device_reason",
+    "device_traits",
+    "launching_on",
+    "most_registers",
+    "unavailable_reason",
+]
 
 
 @triton.jit
@@ -62,6 +70,14 @@ def launching_on(device: torch.device) -> contextlib.AbstractContextManager[obje
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def most_registers(num_warps: int) -> int:
+    """Registers that a thread may have in a program of so many warps; a launch option, `maxnreg`.
+
+    For programs of which few run at a time: left alone, the assembler spills some for an occupancy that nobody needs.
+    """
+    return min(255, 65536 // (32 * num_warps))
 
 
 def unavailable_reason() -> str | None:

@@ -1,6 +1,6 @@
 """The random streams of ``rng.py`` inside Triton kernels: Philox4x32-10 words, coins and Gumbel noise.
 
-Only ``triton_kernel.py`` files import this. Words and coins equal those of ``rng.py`` bit for bit. Gumbel noise does so
+Only ``triton_*.py`` files import this. Words and coins equal those of ``rng.py`` bit for bit. Gumbel noise does so
 on a CUDA device in kernels launched with ``enable_fp_fusion=False``: both sides then take the same float32 steps and
 the same library logarithm. Elsewhere it may differ in the last place.
 """

@@ -1,6 +1,6 @@
 """Temperature, top-k and top-p inside Triton kernels: two rooms warp logits and may not import one another.
 
-Only ``triton_kernel.py`` files import this. The definition is that of ``warping.py``: top-k keeps x if fewer than k
+Only ``triton_*.py`` files import this. The definition is that of ``warping.py``: top-k keeps x if fewer than k
 tokens have a larger logit, top-p keeps x if the tokens of larger logit hold less than top_p of what top-k left. Both
 keep a row's logits down to a threshold, the cut, and the cut is the largest value v for which the logits >= v are
 enough: k of them, or a mass of top_p. That is a monotone question, so no sort is needed: `find_cut` asks it for one

@@ -24,6 +24,7 @@ from support.triton_compile import DEVICES
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention
 from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
 from sequoia_kernels.ops.tree_attention import triton_kernel as attention
+from sequoia_kernels.ops.tree_attention import triton_programs as programs
 from sequoia_kernels.ops.tree_attention.triton_kernel import LaunchConfig, TileShape
 
 H200 = DEVICES[90]
@@ -163,7 +164,7 @@ def _decode_kernel(
     values_ptr,  # [256] fp32
 ):
     codes = tl.arange(0, 256)
-    values = attention._as_type(tl.load(bytes_ptr + codes), tl.float32, True)
+    values = programs._as_type(tl.load(bytes_ptr + codes), tl.float32, True)
     tl.store(values_ptr + codes, values)
 
 

@@ -52,8 +52,8 @@ __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 
 # tuning table --------------------------------------------------------------------------------------------------------
 
-# Not run on a GPU: chosen by compiling (no spills) and by counting instructions; bench/sample_without_replacement.py
-# will time them.
+# Chosen by compiling (no spills) and by counting instructions. No device has timed these yet;
+# bench/bench_sample_without_replacement.py will.
 _MOST_LANES = 512
 _LANES_PER_WARP = 64
 _SPAN_TILES = 16

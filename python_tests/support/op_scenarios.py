@@ -1,4 +1,7 @@
-"""One realistic call of each op whose inputs can be refilled in place: for graph capture, repetition and comparison."""
+"""Realistic calls of each op whose inputs can be refilled in place: for graph capture, repetition and comparison.
+
+`SCENARIOS` has a call for each path through an op that launches other kernels or other variants of them.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,12 @@ class Scenario(NamedTuple):
     """A call with its inputs.
 
     Attributes:
+        op: whose call it is.
         make: gives the inputs for a seed, on the CPU; the same shapes for every seed, other values.
         bind: takes inputs on a device and a backend's name and returns the call, which returns what it wrote.
     """
 
+    op: str
     make: Callable[[int], Tensors]
     bind: Callable[[Tensors, str], Callable[[], list[torch.Tensor]]]
 
@@ -73,6 +78,42 @@ def _attention_inputs(seed: int) -> Tensors:
 
 def _attention(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
     return lambda: [tree_attention(*inputs.values(), backend=backend).out]
+
+
+def _paged_inputs(seed: int) -> Tensors:
+    """Plain decoding, one node a request, on pages that lie about in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
+    return {
+        "q": normal(BATCH, 1, 8, 64),
+        "k_cache": normal(BATCH * 44, 16, 2, 64),
+        "v_cache": normal(BATCH * 44, 16, 2, 64),
+        "tree_mask": torch.ones(1, 1, dtype=torch.int32),
+        "cache_lens": torch.tensor([(131 * seed) % 600, 600, 0], dtype=torch.int32),
+        "sinks": torch.randn(8, generator=generator),
+        "block_table": torch.randperm(BATCH * 44, generator=generator).view(BATCH, 44).to(torch.int32),
+    }
+
+
+def _paged_attention(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
+    *tensors, sinks, block_table = inputs.values()
+    options: dict[str, Any] = {"sinks": sinks, "block_table": block_table, "sliding_window": 100, "return_lse": True}
+    return lambda: list(tree_attention(*tensors, **options, backend=backend))
+
+
+def _float8_inputs(seed: int) -> Tensors:
+    inputs = _attention_inputs(seed)
+    for name in ("k_cache", "v_cache"):
+        inputs[name] = inputs[name].to(torch.float8_e4m3fn)
+    return {**inputs, "k_scale": torch.tensor([0.5, 2.0]), "v_scale": torch.tensor([1.5, 0.25])}
+
+
+def _float8_attention(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
+    *tensors, k_scale, v_scale = inputs.values()
+    return lambda: [tree_attention(*tensors, k_scale=k_scale, v_scale=v_scale, backend=backend).out]
 
 
 def _warping_inputs(seed: int) -> Tensors:
@@ -132,6 +173,27 @@ def _verification(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tens
     return lambda: list(verify_tree(*step, TREE, *streams, **warps, backend=backend))
 
 
+def _unwarped_inputs(seed: int) -> Tensors:
+    inputs = _verification_inputs(seed)
+    return {name: tensor for name, tensor in inputs.items() if name not in ("top_k", "top_p")}
+
+
+def _unwarped(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
+    step, streams = list(inputs.values())[:3], list(inputs.values())[3:]
+    return lambda: list(verify_tree(*step, TREE, *streams, backend=backend))
+
+
+def _single_inputs(seed: int) -> Tensors:
+    inputs = _unwarped_inputs(seed)
+    del inputs["draft_logits"]
+    return {**inputs, "tokens": inputs["tokens"][:, :1], "target_logits": inputs["target_logits"][:, :1]}
+
+
+def _single(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
+    tokens, target_logits, *streams = inputs.values()
+    return lambda: list(verify_tree(tokens, target_logits, None, TokenTree([-1]), *streams, backend=backend))
+
+
 def _compaction_inputs(seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     caches = {f"cache {layer}": torch.randn(BATCH, 90, 2, 16, generator=generator) for layer in range(4)}
@@ -154,10 +216,36 @@ def _compaction(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor
     return call
 
 
+def _paged_compaction_inputs(seed: int) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = _compaction_inputs(seed)
+    for layer in range(4):
+        inputs[f"cache {layer}"] = inputs[f"cache {layer}"].view(BATCH * 9, 10, 2, 16)
+    block_table = torch.randperm(BATCH * 9, generator=generator).view(BATCH, 9).to(torch.int32)
+    return {"block_table": block_table, **inputs}
+
+
+def _paged_compaction(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
+    block_table, *caches, accepted_nodes, num_accepted, cache_lens = inputs.values()
+    table = CacheTable(caches, paged=True)
+
+    def call() -> list[torch.Tensor]:
+        path = (accepted_nodes, num_accepted, cache_lens)
+        compact_kv_cache_(table, *path, block_table=block_table, backend=backend)
+        return [*caches, cache_lens]
+
+    return call
+
+
 SCENARIOS = {
-    "tree_attention": Scenario(_attention_inputs, _attention),
-    "warped_logsumexp": Scenario(_warping_inputs, _warping),
-    "sample_without_replacement": Scenario(_sampling_inputs, _sampling),
-    "verify_tree": Scenario(_verification_inputs, _verification),
-    "compact_kv_cache_": Scenario(_compaction_inputs, _compaction),
+    "tree_attention": Scenario("tree_attention", _attention_inputs, _attention),
+    "tree_attention, one node, paged": Scenario("tree_attention", _paged_inputs, _paged_attention),
+    "tree_attention, float8": Scenario("tree_attention", _float8_inputs, _float8_attention),
+    "warped_logsumexp": Scenario("warped_logsumexp", _warping_inputs, _warping),
+    "sample_without_replacement": Scenario("sample_without_replacement", _sampling_inputs, _sampling),
+    "verify_tree": Scenario("verify_tree", _verification_inputs, _verification),
+    "verify_tree, unwarped": Scenario("verify_tree", _unwarped_inputs, _unwarped),
+    "verify_tree, one node": Scenario("verify_tree", _single_inputs, _single),
+    "compact_kv_cache_": Scenario("compact_kv_cache_", _compaction_inputs, _compaction),
+    "compact_kv_cache_, paged": Scenario("compact_kv_cache_", _paged_compaction_inputs, _paged_compaction),
 }

@@ -1,9 +1,9 @@
 """Lint, type check and test the installed package: the whole gate in one command.
 
 Runs `ruff check`, `ruff format --check`, `mypy` on the package's source and then pytest against the package that is
-installed beside the running Python, not against the source tree. Without a CUDA device the Triton kernels are skipped,
-or interpreted with --interpreter. A failed lint step does not stop the tests; the exit code is non-zero if anything
-failed, and pytest's closing line is the last line of the output.
+installed beside the running Python, not against the source tree. Without a CUDA device Triton's interpreter runs the
+Triton kernels, unless --no-interpreter is given. A failed lint step does not stop the tests; the exit code is non-zero
+if anything failed, and pytest's closing line is the last line of the output.
 
     python python_tests/run.py                         everything, as CI does
     python python_tests/run.py --no-lint -k chain  pytest only, with pytest's own arguments behind ours
@@ -59,9 +59,9 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     lint.add_argument("--no-lint", action="store_true", help="skip ruff and mypy")
     lint.add_argument("--lint-only", action="store_true", help="stop after ruff and mypy")
     parser.add_argument(
-        "--interpreter",
+        "--no-interpreter",
         action="store_true",
-        help="run the Triton kernels in Triton's interpreter (3.9 or newer) where there is no CUDA device",
+        help="skip the Triton kernels where there is no CUDA device, instead of interpreting them",
     )
     return parser.parse_known_args(arguments)
 
@@ -128,7 +128,7 @@ def main() -> int:
         command += ["-n", options.workers]
     # What is set in the caller's environment stays as it is.
     environment = {**QUIET_ENVIRONMENT, **os.environ}
-    if options.interpreter and not has_cuda_device():
+    if not options.no_interpreter and not has_cuda_device():
         environment.setdefault("TRITON_INTERPRET", "1")
     print(f"$ pytest, testing {package}", flush=True)
     result = subprocess.run(command, cwd=ROOT, env=environment, check=False)

@@ -47,6 +47,8 @@ def _expected_draws(logits, num_samples, temperature, seeds, offsets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("vocab", "num_samples"), [(1, 1), (2, 2), (13, 4), (64, 64), (257, 128), (1031, 7)])
 def test_draws_are_the_largest_keys_in_order(backend, vocab, num_samples, dtype):
+    if not backend.at_scale and dtype == torch.float16:
+        pytest.skip("interpreted kernels run fewer cases of this grid")
     num_rows = 6
     logits = _random_logits(num_rows, vocab, dtype=dtype)
     temperature = torch.tensor([0.0, 0.1, 0.3, 0.6, 1.0, 2.5])
@@ -91,7 +93,7 @@ def test_a_row_with_too_few_tokens_ends_in_minus_one(backend):
 def test_a_draw_never_repeats_a_token_however_peaked_the_row(backend):
     logits = torch.zeros(4, 128)
     logits[:, 5] = torch.tensor([20.0, 200.0, 1e4, 6e4])
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16) if backend.at_scale else (torch.float16,):
         for temperature in (0.05, 1.0):
             tokens = backend(logits.to(dtype), 128, temperature, 3, 4).tokens
             assert tokens.sort(dim=1).values.tolist() == [list(range(128))] * 4

@@ -68,6 +68,8 @@ def test_distribution_is_that_of_transformers(temperature, top_k, top_p):
 @pytest.mark.parametrize("vocab", [1, 2, 13, 128, 1031])
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (1, None), (5, None), (None, 0.9), (11, 0.5)])
 def test_against_the_reference(backend, vocab, top_k, top_p, dtype):
+    if not backend.at_scale and (dtype == torch.float16 or vocab == 128):
+        pytest.skip("interpreted kernels run fewer cases of this grid")
     logits = random_logits(6, vocab, seed=vocab, dtype=dtype)
     temperature = torch.tensor([0.0, 1e-3, 0.1, 0.6, 1.0, 2.5])
     check(backend, logits, temperature, top_k, top_p)

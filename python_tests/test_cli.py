@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from support.tiny_models import noisy_copy, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from sequoia_kernels import AcceptanceEstimate, HardwareProfile, TokenTree, TreePlan, cli, estimate_acceptance
+from sequoia_kernels.measure import measure_microbenchmarks
 
 VOCAB = 256
 
@@ -67,6 +69,78 @@ def test_plan_from_files(files, capsys):
     assert svg.read_text().startswith("<svg")
     assert cli.main(["plan", *names]) == 0
     assert "tokens per step" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def parts(files):
+    """A profile with microbenchmarks of two models that do not exist, as paths: (profile, target, draft)."""
+    folder = files["folder"]
+    paths = []
+    for name, layers in (("big", 6), ("small", 1)):
+        config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=48, num_hidden_layers=layers,
+                             num_attention_heads=2)  # fmt: skip
+        config.save_pretrained(folder / name)
+        paths.append(folder / name)
+    options = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1}
+    profile = measure_microbenchmarks("cpu", torch.bfloat16, shapes=paths, rows=[1, 16], **options)
+    profile = dataclasses.replace(profile, bandwidth={"host_to_device": 1e-3})  # 1 MB/s
+    profile.save(folder / "parts.json")
+    return folder / "parts.json", *paths
+
+
+def test_plan_from_configs(files, parts, capsys):
+    profile, target, draft = map(str, parts)
+    names = ["plan", "--profile", profile, "--acceptance", str(files["acceptance"]), "--dtype", "bfloat16"]
+    names += ["--target-config", target, "--draft-config", f"{draft}/config.json", "--context", "64"]
+    status, plan = run_json(capsys, *names)
+    assert status == 0
+    assert plan["target"].startswith("llama-6x16-bfloat16")
+    status, offloaded = run_json(capsys, *names, "--offload", "--device-memory", "1160KB")
+    assert status == 0
+    resident = next(c for c in plan["candidates"] if c["kind"] == "no speculation")["stages"]["target"]
+    streamed = next(c for c in offloaded["candidates"] if c["kind"] == "no speculation")["stages"]["target"]
+    assert streamed > max(resident, 10)
+    assert any("streams its weights" in note for note in offloaded["notes"])
+
+
+PLAN_PARTS = {
+    "one config": (["--target-config", "TARGET"], "must be given together"),
+    "offload alone": (["--offload"], "--offload needs --target-config"),
+    "memory alone": (["--device-memory", "1GiB"], "--device-memory needs --offload"),
+    "no config": (["--target-config", "no/such", "--draft-config", "DRAFT"], "must be a local folder or config.json"),
+    "too little": (
+        ["--target-config", "TARGET", "--draft-config", "DRAFT", "--offload", "--device-memory", "1KB"],
+        "device_memory_budget must be at least",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), PLAN_PARTS.values(), ids=PLAN_PARTS.keys())
+def test_configs_that_do_not_go_together(arguments, message, files, parts, capsys):
+    profile, target, draft = map(str, parts)
+    named = [{"TARGET": target, "DRAFT": draft}.get(word, word) for word in arguments]
+    assert cli.main(["plan", "--profile", profile, "--acceptance", str(files["acceptance"]), *named]) == 2
+    assert message in capsys.readouterr().err.replace("\n", "")
+
+
+def test_profile_with_the_parts_of_other_models(pair, parts, tmp_path, capsys):
+    _, target, draft = map(str, parts)
+    names = [*pair, "--quick", "--contexts", "16", "--out", str(tmp_path / "profile.json")]
+    assert cli.main(["profile", *names, "--shapes", target]) == 2
+    assert "--shapes needs --microbenchmarks" in capsys.readouterr().err
+    seen = {}
+
+    def few(device, dtype, **options):
+        seen.update(options, device=device, dtype=dtype)
+        return measure_microbenchmarks(device, dtype, shapes=options["shapes"], rows=[1, 4], ops=False, seconds=0,
+                                       min_repeats=1)  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sequoia_kernels.measure.measure_microbenchmarks", few)
+        assert cli.main(["profile", *names, "--microbenchmarks", "--shapes", target, draft]) == 0
+    assert "of linear" in capsys.readouterr().out
+    assert (seen["quick"], seen["dtype"], len(seen["shapes"])) == (True, torch.float32, 2)
+    assert "linear" in HardwareProfile.load(tmp_path / "profile.json").ops
 
 
 def test_generate_with_a_tree_file_a_plan_file_and_none(pair, files, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -556,12 +557,38 @@ def _add_profile(commands: Any) -> None:
     parser.add_argument("--contexts", type=_counts, default="128,512", help="context lengths to measure at")
     parser.add_argument("--batch-size", type=_count, default=1)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    parser.add_argument(
+        "--microbenchmarks",
+        action="store_true",
+        help="also measure the parts of which forwards of other models can be composed (about a minute more)",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=Path,
+        nargs="+",
+        metavar="CONFIG",
+        default=argparse.SUPPRESS,
+        help="with --microbenchmarks: the shapes of these models (config.json or folder), not a grid of common ones",
+    )
     parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="write the profile to this JSON file")
 
 
 def _run_profile(args: argparse.Namespace, terminal: Terminal) -> int:
+    from sequoia_kernels.planner import ModelFingerprint
+
+    if hasattr(args, "shapes") and not args.microbenchmarks:
+        raise _BadUsage("--shapes needs --microbenchmarks")
+    shapes = [ModelFingerprint.from_config(path, args.dtype) for path in getattr(args, "shapes", ())]
     pair = _load_pair(args, terminal)
     profile = _measure(pair, args.contexts, args.batch_size, args.quick, terminal)
+    if args.microbenchmarks:
+        from sequoia_kernels.measure import measure_microbenchmarks
+
+        with terminal.progress("measuring the parts of models") as advance:
+            parts = measure_microbenchmarks(
+                pair.target.device, pair.target.dtype, shapes=shapes, quick=args.quick, progress=advance
+            )
+        profile = profile.merged(parts)
     if hasattr(args, "out"):
         profile.save(args.out)
 
@@ -576,6 +603,9 @@ def _run_profile(args: argparse.Namespace, terminal: Terminal) -> int:
             for context, row in zip(forwards.context_lens, forwards.p50_ms, strict=True):
                 table.add_row(str(context), *(f"{value:.2f}" for value in row))
             terminal.out.print(table)
+        if args.microbenchmarks:
+            counts = ", ".join(f"{len(points)} of {op}" for op, points in parts.ops.items())
+            terminal.out.print(f"parts in {args.dtype}: {counts}")
 
     terminal.result(json.loads(profile.to_json()), show)
     return 0
@@ -590,8 +620,62 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--max-budget", type=_count, default=argparse.SUPPRESS, help="largest number of nodes")
     parser.add_argument("--max-levels", type=_count, default=argparse.SUPPRESS, help="largest number of levels")
     parser.add_argument("--any-device", action="store_true", help="accept a profile of another device")
+    models = parser.add_argument_group("models (those of the profile when none is given)")
+    models.add_argument(
+        "--target-config",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="config.json or folder of the target: no weights are loaded; needs `profile --microbenchmarks`",
+    )
+    models.add_argument("--draft-config", type=Path, default=argparse.SUPPRESS, help="the same of the draft")
+    models.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=argparse.SUPPRESS,
+        help="of models given by a config (default: as the config says)",
+    )
+    models.add_argument("--offload", action="store_true", help="plan for a target that streams from host memory")
+    models.add_argument(
+        "--device-memory", metavar="SIZE", default=argparse.SUPPRESS, help="device memory for it, such as 20GiB"
+    )
     parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="write the plan to this JSON file")
     parser.add_argument("--svg", type=Path, default=argparse.SUPPRESS, help="write a picture of the tree here")
+
+
+_WORKSPACE_ROWS = 1024  # nodes of the largest tree
+
+
+def _config_models(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Read the shapes of the models that the arguments name, (None, None) without any."""
+    from sequoia_kernels.models.offload.memory import parse_bytes, plan_memory
+    from sequoia_kernels.planner import ModelFingerprint
+
+    has_target, has_draft = hasattr(args, "target_config"), hasattr(args, "draft_config")
+    if has_target != has_draft:
+        raise _BadUsage("--target-config and --draft-config must be given together")
+    if args.offload and not (has_target and hasattr(args, "device_memory")):
+        raise _BadUsage(
+            "--offload needs --target-config, --draft-config and --device-memory; "
+            "a profile measured with --offload needs none of them"
+        )
+    if hasattr(args, "device_memory") and not args.offload:
+        raise _BadUsage("--device-memory needs --offload")
+    if not has_target:
+        return None, None
+    dtype = getattr(args, "dtype", None)
+    target = ModelFingerprint.from_config(args.target_config, dtype)
+    draft = ModelFingerprint.from_config(args.draft_config, dtype)
+    if args.offload:
+        row_elements = 3 * target.vocab_size + 4 * target.hidden_size + 2 * (target.intermediate_size or 0)
+        memory = plan_memory(
+            [target.layer_bytes] * target.num_layers,
+            target.weight_bytes - target.num_layers * target.layer_bytes,
+            budget_bytes=parse_bytes("device_memory_budget", args.device_memory),
+            kv_bytes=args.batch_size * (getattr(args, "context", 4096) + _WORKSPACE_ROWS) * target.cache_row_bytes,
+            workspace_bytes=2 * args.batch_size * _WORKSPACE_ROWS * row_elements,
+        )
+        target = dataclasses.replace(target, streamed_bytes=memory.streamed_bytes)
+    return target, draft
 
 
 def _run_plan(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -601,8 +685,10 @@ def _run_plan(args: argparse.Namespace, terminal: Terminal) -> int:
     profile = HardwareProfile.load(args.profile)
     if not args.any_device:
         profile.check_device()
+    target, draft = _config_models(args)
     plan = plan_tree(
-        acceptance, profile, context_len=getattr(args, "context", None), batch_size=args.batch_size,
+        acceptance, profile, target=target, draft=draft,
+        context_len=getattr(args, "context", None), batch_size=args.batch_size,
         max_budget=getattr(args, "max_budget", None), max_levels=getattr(args, "max_levels", None),
         temperature=acceptance.temperature,
     )  # fmt: skip

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.tiny_models import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels.measure import measure_profile
-from sequoia_kernels.models import adapt
+from sequoia_kernels.models import adapt, load_offloaded
 from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
 
 FAST = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1, "bandwidth": False}
@@ -119,6 +121,21 @@ def test_quick_defaults(target, draft):
     assert table.context_lens == (128, 512)
     assert profile.forward_table(profile.draft_key).node_counts == (1, 2, 4, 8, 16)
     assert profile.bandwidth["memory_copy"] > 0
+
+
+def test_targets_that_stream_their_weights_are_measured_on_large_trees(target, tmp_path):
+    target.save_pretrained(tmp_path)
+    options = {name: value for name, value in FAST.items() if name != "min_repeats"}
+    with load_offloaded(tmp_path, resident_layers=0) as offloaded:
+        profile = measure_profile(offloaded, context_lens=[8], **options)
+        table = profile.forward_table(profile.target_key)
+        assert table.node_counts == (1, 16, 64, 128, 256, 512, 768, 1024)
+        assert table.repeats == 2
+        fingerprint = profile.models[profile.target_key]
+        assert fingerprint.streamed_bytes == offloaded.memory.streamed_bytes > 0
+        assert fingerprint == dataclasses.replace(
+            ModelFingerprint.of(target), streamed_bytes=offloaded.memory.streamed_bytes
+        )
 
 
 @pytest.mark.parametrize(

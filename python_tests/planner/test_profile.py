@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.synthetic_profile import DEVICE, DRAFT, TARGET, forward_table, synthetic_profile
 from support.tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.profile import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
@@ -37,7 +39,7 @@ def test_saved_and_loaded_is_the_same(profile, tmp_path):
 
 def test_json_is_versioned(profile):
     document = json.loads(profile.to_json())
-    assert (document["format"], document["version"]) == ("sequoia-kernels/hardware-profile", 1)
+    assert (document["format"], document["version"]) == ("sequoia-kernels/hardware-profile", 2)
     assert HardwareProfile.from_json(profile.to_json()) == profile
 
 
@@ -48,8 +50,8 @@ def test_an_empty_profile_is_a_profile():
 
 CHANGES = [
     ("format", "sequoia-kernels/tree", '"format" must be'),
-    ("version", 2, r'"version" must be 1, got 2; make the file again'),
-    ("version", None, '"version" must be 1, got None'),
+    ("version", 1, r'"version" must be 2, got 1; make the file again'),
+    ("version", None, '"version" must be 2, got None'),
     ("created", 5, r"profile\.created must be a string"),
     ("device", [], "device must be an object"),
     ("device.name", None, r"device\.name must be a string"),
@@ -62,6 +64,9 @@ CHANGES = [
     (f"models.{TARGET.key}.fingerprint.num_layers", 13, "must be named llama-13x256"),
     (f"models.{TARGET.key}.fingerprint.num_layers", True, r"num_layers must be a positive integer"),
     (f"models.{TARGET.key}.fingerprint.dtype", None, r"dtype must be a string"),
+    (f"models.{TARGET.key}.fingerprint.linears", None, r"linears must be a list of \[inputs, outputs, how many\]"),
+    (f"models.{TARGET.key}.fingerprint.linears", [[8, 8]], r"linears must be a list of \[inputs, outputs, how many\]"),
+    (f"models.{TARGET.key}.fingerprint.streamed_bytes", -1, r"streamed_bytes must be an integer >= 0"),
     (f"models.{TARGET.key}.forwards", {}, "forwards must be a list"),
     (f"models.{TARGET.key}.forwards.0.batch_size", 0, r"forwards\[0\]\.batch_size must be a positive integer"),
     (f"models.{TARGET.key}.forwards.0.node_counts", [1, 4, 2], "node_counts must be a list of increasing integers"),
@@ -184,8 +189,19 @@ def test_fingerprint_of_a_model():
     model = tiny_llama(0, vocab_size=48, num_layers=3, hidden_size=32)
     fingerprint = ModelFingerprint.of(model)
     assert fingerprint == ModelFingerprint(
-        "llama", "float32", sum(entry.numel() for entry in model.parameters()), 48, 3, 32, 64, 4, 2, 8
+        "llama",
+        "float32",
+        sum(entry.numel() for entry in model.parameters()),
+        48,
+        3,
+        32,
+        64,
+        4,
+        2,
+        8,
+        linears=((32, 16, 6), (32, 32, 6), (32, 48, 1), (32, 64, 6), (64, 32, 3)),
     )
+    assert fingerprint.layer_bytes == 4 * (2 * 32 * 16 + 2 * 32 * 32 + 3 * 32 * 64)
     assert fingerprint.cache_row_bytes == 2 * 3 * 2 * 8 * 4
     assert fingerprint.key.startswith("llama-3x32-float32-")
     assert ModelFingerprint.of(model.to(torch.bfloat16)).key != fingerprint.key
@@ -197,6 +213,70 @@ def test_fingerprint_of_a_wrapped_model_is_the_models_own():
         model=model, num_parameters=model.num_parameters(), dtype=model.dtype, vocab_size=model.config.vocab_size
     )
     assert ModelFingerprint.of(wrapped) == ModelFingerprint.of(model)
+
+
+def test_an_offloaded_model_tells_what_it_streams():
+    model = tiny_llama(0)
+    wrapped = SimpleNamespace(
+        model=model,
+        num_parameters=model.num_parameters(),
+        dtype=model.dtype,
+        vocab_size=model.config.vocab_size,
+        memory=SimpleNamespace(streamed_bytes=4096),
+    )
+    fingerprint = ModelFingerprint.of(wrapped)
+    assert fingerprint.streamed_bytes == 4096
+    assert fingerprint.key != ModelFingerprint.of(model).key
+    assert dataclasses.replace(fingerprint, streamed_bytes=0) == ModelFingerprint.of(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_llama(0).config,
+        GPT2Config(vocab_size=48, n_positions=64, n_embd=32, n_layer=2, n_head=2),
+        Qwen2Config(
+            vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_a_configuration_has_the_fingerprint_of_its_model(config, tmp_path):
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fingerprint = ModelFingerprint.of(model)
+    assert fingerprint.linears
+    assert ModelFingerprint.from_config(config, torch.bfloat16) == fingerprint
+    config.save_pretrained(tmp_path)
+    assert ModelFingerprint.from_config(tmp_path, "bfloat16") == fingerprint
+    assert ModelFingerprint.from_config(str(tmp_path / "config.json"), "bfloat16") == fingerprint
+    streaming = ModelFingerprint.from_config(config, "bfloat16", streamed_bytes=7)
+    assert streaming == dataclasses.replace(fingerprint, streamed_bytes=7)
+
+
+def test_a_large_configuration_needs_no_memory():
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    fingerprint = ModelFingerprint.from_config(config, "bfloat16")
+    assert fingerprint.num_parameters == 68_976_648_192
+    assert fingerprint.weight_bytes == 2 * fingerprint.num_parameters
+    assert fingerprint.layer_bytes == 2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+
+
+def test_what_is_no_configuration_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a local folder"):
+        ModelFingerprint.from_config(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"no": "model"}')
+    with pytest.raises(ValueError, match="must hold a transformers configuration"):
+        ModelFingerprint.from_config(tmp_path)
+    with pytest.raises(TypeError, match="must be a transformers configuration or a path, got int"):
+        ModelFingerprint.from_config(3)
+    with pytest.raises(ValueError, match="must name a floating-point torch dtype, got 'float33'"):
+        ModelFingerprint.from_config(tiny_llama(0).config, "float33")
+    with pytest.raises(ValueError, match="decoder-only language model, got clip"):
+        ModelFingerprint.from_config(CLIPConfig())
 
 
 def test_what_is_no_model_has_no_fingerprint():

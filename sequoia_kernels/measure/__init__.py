@@ -1,7 +1,8 @@
 """Microbenchmarks that write the hardware profile."""
 
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
+from sequoia_kernels.measure.microbenchmarks import measure_microbenchmarks
 from sequoia_kernels.measure.profile import measure_profile
 from sequoia_kernels.measure.timing import Timing, time_calls
 
-__all__ = ["Timing", "measure_bandwidth", "measure_profile", "time_calls"]
+__all__ = ["Timing", "measure_bandwidth", "measure_microbenchmarks", "measure_profile", "time_calls"]

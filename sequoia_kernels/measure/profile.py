@@ -16,6 +16,8 @@ from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, HardwarePro
 __all__ = ["measure_profile"]
 
 NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# An offloaded forward takes as long as copying its weights up to several hundred nodes, and takes seconds.
+OFFLOADED_NODE_COUNTS = (1, 16, 64, 128, 256, 512, 768, 1024)
 CUDA_NODE_COUNTS = (*NODE_COUNTS, 192, 256, 384, 512)
 QUICK_NODE_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -41,7 +43,7 @@ def measure_profile(
     draft_node_counts: Sequence[int] | None = None,
     batch_size: int = 1,
     seconds: float | None = None,
-    min_repeats: int = 5,
+    min_repeats: int | None = None,
     max_repeats: int = 200,
     quick: bool = False,
     bandwidth: bool = True,
@@ -61,12 +63,13 @@ def measure_profile(
         context_lens: committed tokens to time behind. 128, 512 and 2048 when None (128 and 512 if quick), as far as the
             models' positions allow.
         node_counts: tree sizes to time the target at, 1 is always among them. Up to 128 when None (64 if quick), up to
-            512 on CUDA, as far as the positions allow behind `context_lens`. Planning goes no further than the largest.
+            512 on CUDA, and a few up to 1024 for a target that streams its weights, as far as the positions allow
+            behind `context_lens`. Planning goes no further than the largest.
         draft_node_counts: level widths to time the draft at, 1 and 2 are always among them. Up to 64 when None (16 if
             quick). No more than half of the largest tree is timed: no level has more internal nodes.
         batch_size: requests in every call.
         seconds: time to spend on timing, roughly; 40 when None (9 if quick). It takes longer where `min_repeats` do.
-        min_repeats: times that every call is timed at least.
+        min_repeats: times that every call is timed at least; 5 when None, 2 for a target that streams its weights.
         max_repeats: times that every call is timed at most.
         quick: take the smaller defaults.
         bandwidth: measure the memory's bandwidth too (half a second).
@@ -107,6 +110,9 @@ def measure_profile(
             )
     device = target.device
     _check_counts([batch_size], "batch_size", 1)
+    offloaded = ModelFingerprint.of(target).streamed_bytes > 0
+    if min_repeats is None:
+        min_repeats = 2 if offloaded else 5
     if seconds is None:
         seconds = QUICK_SECONDS if quick else SECONDS
     limits = [model.max_positions for model in models.values() if model.max_positions is not None]
@@ -116,7 +122,11 @@ def measure_profile(
         asked = None if context_lens is None else _check_counts(context_lens, "context_lens", 0)[-1]
         room = min(limits) // 2 if asked is None else min(limits) - asked
     if node_counts is None:
-        tree_sizes = QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
+        tree_sizes: Sequence[int] = (
+            QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
+        )
+        if offloaded:
+            tree_sizes = OFFLOADED_NODE_COUNTS
         node_counts = [count for count in tree_sizes if room is None or count <= room]
     if draft_node_counts is None:
         widths = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS

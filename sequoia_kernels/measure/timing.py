@@ -47,6 +47,7 @@ def time_calls(
     warmup: int = 2,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
+    prepare: Mapping[Key, Callable[[], object]] | None = None,
 ) -> dict[Key, Timing]:
     """Time calls in interleaved rounds.
 
@@ -59,6 +60,7 @@ def time_calls(
         warmup: rounds at the beginning that are not counted.
         seed: of the order within the rounds.
         progress: called with the fraction done, after every call.
+        prepare: what to do before some of the calls, untimed, each time.
 
     Returns:
         Percentiles by name, in the order of `calls`.
@@ -88,6 +90,8 @@ def time_calls(
     while num_rounds < min_repeats or (num_rounds < max_repeats and time.perf_counter() - begin < seconds):
         shuffle(order)
         for index, key in enumerate(order, start=1):
+            if prepare is not None and key in prepare:
+                prepare[key]()
             milliseconds = clock(calls[key], device)
             if num_rounds >= 0:
                 samples[key].append(milliseconds)

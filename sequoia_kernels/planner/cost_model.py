@@ -12,12 +12,17 @@ One step, stage by stage (as the decoding loop runs it):
 
 Without speculation a step is target(1) + verify(1) + host.
 
+The forwards of a model that was not measured itself are composed of microbenchmarks, see `composed`; a directly
+measured forward always replaces a composed one. Where a model is offloaded, its composed forward takes the longer of
+computing and copying.
+
 Every measured time is a median, times the ratio of mean to median over all calls of its kind, read off a
 `MonotoneGrid`: more work is taken never to be faster, noise is smoothed to fit.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,60 +31,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
+from sequoia_kernels.planner.interpolation import MonotoneGrid
 from sequoia_kernels.planner.json_file import is_number
-from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
+from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
 from sequoia_kernels.tree import TokenTree
 
 __all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes"]
 
 STAGES = ("draft", "sample", "target", "verify", "commit", "host")
 ROOT_ROWS = 2  # the draft's first forward feeds the last committed token and the root
-
-
-class MonotoneGrid:
-    """Times on a grid of two sizes, monotone in both, with interpolation and stated extrapolation.
-
-    Noise is removed by isotonic regression (pool adjacent violators), first along the second axis and then along the
-    first; it is order preserving, so the second pass keeps what the first made. In between times are piecewise linear.
-    Below the first knot of an axis they stay at its value (a smaller size is not claimed to be cheaper). Above the last
-    they go on linearly with the larger of the last segment's slope and the whole axis's mean slope (a larger size is
-    not claimed to be cheaper than it was so far); an axis of one knot is constant. Each column goes on along the first
-    axis by its own slope, but not below the column before it; along the second axis all rows take the steepest row's.
-
-    Args:
-        first: knots of the first axis, increasing. [X]
-        second: knots of the second axis, increasing. [Y]
-        values: times, positive. [X, Y]
-
-    Example:
-        >>> grid = MonotoneGrid([0], [1, 2, 4], [[1.0, 3.0, 2.0]])
-        >>> [float(grid.at(0, size)) for size in (1, 2, 3, 4)]
-        [1.0, 2.5, 2.5, 2.5]
-    """
-
-    def __init__(self, first: Sequence[float], second: Sequence[float], values: ArrayLike) -> None:
-        self.first = np.asarray(first, dtype=np.float64)
-        self.second = np.asarray(second, dtype=np.float64)
-        table = np.array(values, dtype=np.float64)
-        for row in range(table.shape[0]):
-            table[row] = _isotonic(table[row])
-        for column in range(table.shape[1]):
-            table[:, column] = _isotonic(table[:, column])
-        self.values = table
-        self._first_slope = _end_slope(self.first, table)  # [Y]
-        self._second_slope = float(_end_slope(self.second, table.T).max())
-
-    def at(self, first: float, second: ArrayLike) -> NDArray[np.float64]:
-        """Give the time at one size of the first axis and one or many of the second."""
-        place = float(np.interp(first, self.first, np.arange(self.first.size)))
-        low = int(place)
-        high = min(low + 1, self.first.size - 1)
-        row = self.values[low] + (place - low) * (self.values[high] - self.values[low])
-        if first > self.first[-1]:
-            row = np.maximum.accumulate(row + (first - self.first[-1]) * self._first_slope)
-        sizes = np.asarray(second, dtype=np.float64)
-        beyond = np.maximum(sizes - self.second[-1], 0)
-        return np.asarray(np.interp(sizes, self.second, row) + beyond * self._second_slope)
 
 
 @dataclass(frozen=True)
@@ -118,11 +79,23 @@ class CostModel:
 
     Args:
         profile: the device's measured times.
-        batch_size: requests decoded together; the forwards must have been measured at it.
-        target: target model (key, fingerprint or model); the profile's own when None.
+        batch_size: requests decoded together; forwards must have been measured at it, or are composed for it.
+        target: target model: a key of the profile, a fingerprint, a model, or a transformers configuration (or the path
+            of a folder or file that has one) of a model that need not exist; the profile's own when None.
         draft: draft model, likewise. Needed only where a tree of more than one node is costed.
         temperature: 0 takes the greedy times of sampling and verification, anything else (or None) the sampled ones.
         host_ms: overhead of a step outside forwards and ops, instead of the profile's (which grows with the levels).
+        dtype: dtype of models given by a configuration; the configuration's own when None.
+        compose: compose every forward, measured or not.
+
+    Attributes:
+        target: fingerprint of the target.
+        draft: fingerprint of the draft, None without one.
+        composed: roles ("target", "draft") whose forwards are composed.
+        max_nodes: the largest tree that can be costed.
+        max_draft_rows: the widest measured level.
+        context_lens: context lengths that the target's times were measured at.
+        transfer_ms: time of copying what a forward of an offloaded target streams from the host, 0 for others.
 
     Raises:
         ProfileError: the profile lacks a model, batch size or op; the message says which and how to measure it.
@@ -137,35 +110,65 @@ class CostModel:
         draft: Any = None,
         temperature: float | None = None,
         host_ms: float | None = None,
+        dtype: Any = None,
+        compose: bool = False,
     ) -> None:
         if host_ms is not None and (not is_number(host_ms) or host_ms < 0):
             raise ValueError(f"CostModel: host_ms must be a finite time >= 0, got {host_ms!r}")
+        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
+            raise ValueError(f"CostModel: batch_size must be an integer >= 1, got {batch_size!r}")
         self.profile = profile
         self.batch_size = batch_size
-        self.target_key = profile.find_model(target, "target")
+        self.composed: list[str] = []
+        self.target = _fingerprint(profile, target, "target", dtype)
         has_draft = draft is not None or profile.draft_key is not None
-        self.draft_key = profile.find_model(draft, "draft") if has_draft else None
+        self.draft = _fingerprint(profile, draft, "draft", dtype) if has_draft else None
         self.host_override_ms = host_ms
         greedy = temperature == 0
-        self._target = self._forward_grid(self.target_key)
-        self.max_nodes = int(self._target.second[-1])  # the largest measured target forward
-        vocab = profile.models[self.target_key].vocab_size
-        self._verify = _verify_grid(profile, vocab, greedy)
-        if self.draft_key is not None:
-            self._draft = self._forward_grid(self.draft_key)
-            vocab = min(vocab, profile.models[self.draft_key].vocab_size)
+        self._target = self._forward_grid(self.target, "target", compose)
+        self.transfer_ms = transfer_ms(profile, self.target) if "target" in self.composed else 0.0
+        self.max_nodes = int(self._target.second[-1])
+        self.context_lens = tuple(int(context) for context in self._target.first)
+        self._verify = _verify_grid(profile, self.target.vocab_size, greedy)
+        if self.draft is not None:
+            self._draft = self._forward_grid(self.draft, "draft", compose)
+            self.max_draft_rows = int(self._draft.second[-1])
+            vocab = min(self.target.vocab_size, self.draft.vocab_size)
             self._sample = _sample_grid(profile, vocab, greedy)
-            row_bytes = sum(profile.models[key].cache_row_bytes for key in (self.target_key, self.draft_key))
+            row_bytes = self.target.cache_row_bytes + self.draft.cache_row_bytes
             self._compact = _compact_grid(profile, row_bytes, batch_size)
 
-    def _forward_grid(self, key: str) -> MonotoneGrid:
-        table = self.profile.forward_table(key, self.batch_size)
-        times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
-        return MonotoneGrid(table.context_lens, table.node_counts, times)
+    def _forward_grid(self, fingerprint: ModelFingerprint, role: str, compose: bool) -> MonotoneGrid:
+        key = fingerprint.key
+        if not compose and any(table.batch_size == self.batch_size for table in self.profile.forwards.get(key, ())):
+            table = self.profile.forward_table(key, self.batch_size)
+            times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
+            return MonotoneGrid(table.context_lens, table.node_counts, times)
+        if COMPOSED_OPS[0] not in self.profile.ops and not compose:
+            self.profile.find_model(key, role)
+            self.profile.forward_table(key, self.batch_size)  # says what is missing
+        reason = can_compose(self.profile, fingerprint)
+        if reason is not None:
+            raise ProfileError(
+                f"CostModel: the {role} must be a measured model or one whose forward can be composed, got {key}: "
+                f"{reason}"
+            )
+        self.composed.append(role)
+        return MonotoneGrid(*compose_forwards(self.profile, fingerprint, self.batch_size))
+
+    @property
+    def target_key(self) -> str:
+        """Key of the target."""
+        return self.target.key
+
+    @property
+    def draft_key(self) -> str | None:
+        """Key of the draft, None without one."""
+        return None if self.draft is None else self.draft.key
 
     def target_ms(self, num_nodes: ArrayLike, context_len: float) -> NDArray[np.float64]:
         """Time of a target forward over `num_nodes` tokens a request."""
-        return self._target.at(context_len, num_nodes)
+        return np.maximum(self._target.at(context_len, num_nodes), self.transfer_ms)
 
     def draft_ms(self, num_rows: ArrayLike, context_len: float) -> NDArray[np.float64]:
         """Time of a draft forward over `num_rows` tokens a request."""
@@ -229,7 +232,7 @@ class StepTimes:
         self.target: list[float] = model.target_ms(sizes, context_len).tolist()
         self.verify: list[float] = model.verify_ms(sizes).tolist()
         self.host: list[float] = model.host_ms(sizes).tolist()
-        if model.draft_key is not None:
+        if model.draft is not None:
             self.draft: list[float] = model.draft_ms(sizes, context_len).tolist()
             self.draft_root = float(model.draft_ms(ROOT_ROWS, context_len))
             self.compact: list[float] = model.compact_ms(sizes).tolist()
@@ -251,7 +254,7 @@ class StepTimes:
             )
         draft = sample = commit = 0.0
         if shape.widths:
-            if self.model.draft_key is None:
+            if self.model.draft is None:
                 raise ProfileError(
                     "CostModel.stages: the profile must have a draft model for a tree of more than one node, got none; "
                     "measure it with measure_profile(target, draft) or give draft="
@@ -273,26 +276,17 @@ class StepTimes:
         return sum(self.stages(shape).values())
 
 
-def _isotonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least-squares non-decreasing fit, by pooling adjacent violators."""
-    blocks: list[tuple[float, int]] = []  # (mean, length), means increasing
-    for value in values:
-        mean, length = float(value), 1
-        while blocks and blocks[-1][0] > mean:
-            left_mean, left_length = blocks.pop()
-            mean = (left_mean * left_length + mean * length) / (left_length + length)
-            length += left_length
-        blocks.append((mean, length))
-    return np.repeat([mean for mean, _ in blocks], [length for _, length in blocks])
-
-
-def _end_slope(knots: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Slopes along the first axis above its last knot, for each column of values."""
-    if knots.size == 1:
-        return np.zeros(values.shape[1])
-    last = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
-    mean = (values[-1] - values[0]) / (knots[-1] - knots[0])
-    return np.asarray(np.maximum(last, mean))
+def _fingerprint(profile: HardwareProfile, model: Any, role: str, dtype: Any) -> ModelFingerprint:
+    """Find out the shapes of a model, measured or not."""
+    if isinstance(model, ModelFingerprint):
+        return model
+    is_path = isinstance(model, os.PathLike) or (isinstance(model, str) and model not in profile.models)
+    if (is_path and os.path.exists(model)) or type(model).__name__.endswith("Config"):
+        return ModelFingerprint.from_config(model, dtype)
+    if model is None or isinstance(model, (str, os.PathLike)):
+        key = profile.find_model(model if model is None else os.fspath(model), role)
+        return profile.models[key]
+    return ModelFingerprint.of(model)
 
 
 def _op_points(profile: HardwareProfile, op: str, names: Sequence[str]) -> list[OpPoint]:

@@ -247,6 +247,7 @@ def plan_tree(
     temperature: float | None = None,
     host_ms: float | None = None,
     tolerance: float = 0.01,
+    dtype: Any = None,
 ) -> TreePlan:
     """Choose the tree that gives the most tokens per second on the profile's device.
 
@@ -257,14 +258,17 @@ def plan_tree(
             between measured contexts; a note says so where they had to be extrapolated.
         max_budget: largest number of nodes; the largest measured target forward when None (at most 1024).
         max_levels: largest number of levels; 32 when None.
-        batch_size: requests decoded together; the forwards must have been measured at it.
-        target: target model (key, fingerprint or model) of a profile that has several.
+        batch_size: requests decoded together; forwards must have been measured at it, or are composed for it.
+        target: target model: the key of a measured one, a fingerprint or a model; or a transformers configuration, or
+            the path of a folder or file that has one. The forwards of a model that was not measured are composed of the
+            profile's microbenchmarks. The profile's own target when None.
         draft: draft model, likewise.
         temperature: sampling temperature, which decides whether greedy or sampled times of the ops are used; the
             estimate's own when None.
         host_ms: overhead of a step outside forwards and ops, instead of the profile's.
         tolerance: take the tree with the fewest nodes among those within this fraction of the best speed. Measured
             times are not more exact than that, and a smaller tree suffers less from a wrong acceptance vector.
+        dtype: dtype of models given by a configuration; the configuration's own when None.
 
     Returns:
         The plan. No speculation is always among its candidates, and is the pick where nothing beats it.
@@ -304,14 +308,20 @@ def plan_tree(
     if not is_number(tolerance) or not 0 <= tolerance < 1:
         raise ValueError(f"{where}: tolerance must be in [0, 1), got {tolerance!r}")
     model = CostModel(
-        profile, batch_size=batch_size, target=target, draft=draft, temperature=temperature, host_ms=host_ms
+        profile,
+        batch_size=batch_size,
+        target=target,
+        draft=draft,
+        temperature=temperature,
+        host_ms=host_ms,
+        dtype=dtype,
     )
-    if model.draft_key is None:
+    if model.draft is None:
         raise ProfileError(
             f"{where}: the profile must have a draft model, got none; measure it with measure_profile(target, draft) "
             "or `sequoia-kernels profile`"
         )
-    contexts = profile.forward_table(model.target_key, batch_size).context_lens
+    contexts = model.context_lens
     if context_len is None:
         context_len = (contexts[0] + contexts[-1]) / 2
     if not is_number(context_len) or context_len < 0:
@@ -496,8 +506,11 @@ def _notes(
 ) -> Iterator[str]:
     if not contexts[0] <= context_len <= contexts[-1]:
         yield f"context {context_len:g} lies outside the measured {contexts[0]}..{contexts[-1]}: times are extrapolated"
-    assert model.draft_key is not None
-    largest = model.profile.forward_table(model.draft_key, model.batch_size).node_counts[-1]
+    for role in model.composed:
+        yield f"forwards of the {role} are composed of microbenchmarks, not measured"
+    if model.transfer_ms > 0:
+        yield f"the target streams its weights: no forward takes less than {model.transfer_ms:.1f} ms"
+    largest = model.max_draft_rows
     widest = max(StepShape.of(pick.tree).widths, default=0)
     if widest > largest:
         yield f"a draft level feeds {widest} nodes, {largest} were measured at most: its time is extrapolated"

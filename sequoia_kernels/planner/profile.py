@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,7 +30,7 @@ from sequoia_kernels.tree.json_io import write_text
 __all__ = ["DeviceFingerprint", "ForwardTable", "HardwareProfile", "ModelFingerprint", "OpPoint"]
 
 FORMAT = "sequoia-kernels/hardware-profile"
-VERSION = 1
+VERSION = 2
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -96,6 +97,9 @@ class ModelFingerprint:
         num_heads: query heads.
         num_kv_heads: key/value heads.
         head_dim: width of a head.
+        linears: the linear layers, the head among them, as (inputs, outputs, how many of them); empty where unknown.
+            A forward can be composed of microbenchmarks where they are known.
+        streamed_bytes: weights that every forward copies from the host; 0 unless the model is offloaded.
     """
 
     family: str
@@ -108,6 +112,8 @@ class ModelFingerprint:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    linears: tuple[tuple[int, int, int], ...] = ()
+    streamed_bytes: int = 0
 
     @classmethod
     def of(cls, model: Any) -> ModelFingerprint:
@@ -138,7 +144,77 @@ class ModelFingerprint:
             num_heads=num_heads,
             num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
             head_dim=int(getattr(config, "head_dim", None) or hidden_size // num_heads),
+            linears=_linear_layers(inner),
+            streamed_bytes=int(getattr(getattr(model, "memory", None), "streamed_bytes", 0)),
         )
+
+    @classmethod
+    def from_config(
+        cls, config: Any, dtype: torch.dtype | str | None = None, *, streamed_bytes: int = 0
+    ) -> ModelFingerprint:
+        """Read the fingerprint that a model of this configuration would have, without any weights.
+
+        Args:
+            config: a transformers configuration, a local model folder, or the path of a config.json.
+            dtype: of the weights, e.g. "bfloat16"; the configuration's own when None, float32 where it has none.
+            streamed_bytes: weights that every forward would copy from the host, for a model to be offloaded.
+
+        Raises:
+            TypeError: `config` or `dtype` is of the wrong type.
+            ValueError: there is no such file, it is no configuration of a decoder-only language model, or there is no
+                such dtype.
+
+        Notes:
+            Builds the model on the meta device: no weights, a second or two for a large one. Loading the same
+            configuration with weights gives an equal fingerprint.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=48, num_hidden_layers=2,
+            ...                      num_attention_heads=2)
+            >>> ModelFingerprint.from_config(config, "bfloat16").linears
+            ((16, 16, 8), (16, 32, 1), (16, 48, 4), (48, 16, 2))
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+        where = "ModelFingerprint.from_config"
+        if isinstance(config, (str, os.PathLike)):
+            path = Path(config)
+            if not path.exists():
+                raise ValueError(f"{where}: config must be a local folder or config.json, got {os.fspath(config)}")
+            try:
+                config = AutoConfig.from_pretrained(path)
+            except (OSError, ValueError, KeyError) as reason:
+                raise ValueError(f"{where}: {path} must hold a transformers configuration ({reason})") from None
+        if not isinstance(config, PretrainedConfig):
+            raise TypeError(
+                f"{where}: config must be a transformers configuration or a path, got {type(config).__name__}"
+            )
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None) or dtype
+        chosen = dtype or getattr(config, "dtype", None) or torch.float32
+        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+            raise ValueError(f"{where}: dtype must name a floating-point torch dtype, got {chosen!r}")
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        except ValueError:
+            raise ValueError(
+                f"{where}: config must be that of a decoder-only language model, got {config.model_type}"
+            ) from None
+        return dataclasses.replace(cls.of(model), streamed_bytes=streamed_bytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.num_parameters * _dtype_bytes(self.dtype)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one decoder layer's linear layers, the mean over all; 0 where they are unknown."""
+        inside = sum(inputs * outputs * count for inputs, outputs, count in self.linears)
+        head = self.hidden_size * self.vocab_size if self.linears else 0
+        return (inside - head) // self.num_layers * _dtype_bytes(self.dtype)
 
     @property
     def key(self) -> str:
@@ -444,6 +520,20 @@ class HardwareProfile:
         return _read_profile(document, f"{where}: {os.fspath(path)}")
 
 
+def _linear_layers(model: Any) -> tuple[tuple[int, int, int], ...]:
+    """Count the linear layers of a model by their shapes: torch's, and the transposed ones of GPT-2."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    found: Counter[tuple[int, int]] = Counter()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            found[module.in_features, module.out_features] += 1
+        elif type(module).__name__ == "Conv1D":
+            sizes: Any = module
+            found[int(sizes.nx), int(sizes.nf)] += 1
+    return tuple((inputs, outputs, count) for (inputs, outputs), count in sorted(found.items()))
+
+
 class _Reader:
     """Reads fields of a JSON object; a field that is missing or of the wrong kind is a ProfileError naming it."""
 
@@ -486,6 +576,16 @@ class _Reader:
 
         value = self.get(name, check, f"{num_rows} rows of {num_columns} positive times")
         return tuple(tuple(float(entry) for entry in row) for row in value)
+
+    def shapes(self, name: str) -> tuple[tuple[int, int, int], ...]:
+        def check(value: Any) -> bool:
+            return isinstance(value, list) and all(
+                isinstance(entry, list) and len(entry) == 3 and all(_is_count(size, 1) for size in entry)
+                for entry in value
+            )
+
+        value = self.get(name, check, "a list of [inputs, outputs, how many]")
+        return tuple((inputs, outputs, count) for inputs, outputs, count in value)
 
     def inside(self, name: str) -> _Reader:
         return _Reader(self.value.get(name), self.where, f"{self.path}.{name}" if self.path else name)
@@ -548,6 +648,8 @@ def _read_fingerprint(reader: _Reader) -> ModelFingerprint:
         num_heads=reader.count("num_heads"),
         num_kv_heads=reader.count("num_kv_heads"),
         head_dim=reader.count("head_dim"),
+        linears=reader.shapes("linears"),
+        streamed_bytes=reader.get("streamed_bytes", lambda value: _is_count(value, 0), "an integer >= 0"),
     )
 
 

@@ -1,0 +1,576 @@
+"""measure_microbenchmarks: times of a model's parts over their sizes, from which any model's forward is composed.
+
+Every timed call runs a part several times on different weights or caches, as the layers of a model do: what is timed is
+as cold as it is in a forward. Small models keep their weights in the processor's caches, so linear layers are timed
+over working sets of several sizes. See `planner.composed` for how the times are put together.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sequoia_kernels.measure import calls
+from sequoia_kernels.measure.graphs import captured
+from sequoia_kernels.measure.skeleton import skeleton
+from sequoia_kernels.measure.timing import Timing, time_calls
+from sequoia_kernels.models import TreeCache, adapt
+from sequoia_kernels.models.cache import LayerSpec
+from sequoia_kernels.ops import tree_attention
+from sequoia_kernels.planner import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
+from sequoia_kernels.planner.composed import layer_parts_ms
+
+__all__ = ["Microbenchmarks", "measure_microbenchmarks"]
+
+Call = Callable[[], object]
+Key = tuple[Any, ...]
+
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+CUDA_MORE_ROWS = (2048, 4096)
+MAX_OP_NODES = 1024
+
+WIDTHS = (128, 512, 1536, 4096)
+MORE_OUTPUTS = (16384,)
+CUDA_WIDTHS = (512, 2048, 4096, 8192)
+CUDA_MORE_OUTPUTS = (14336, 28672)
+WORKING_SETS = (2 << 20, 16 << 20, 128 << 20)
+CUDA_WORKING_SETS = (16 << 20, 1 << 30)
+
+HEADS = ((4, 4, 32), (4, 4, 64), (16, 16, 64), (16, 4, 64), (32, 32, 128), (32, 8, 128))
+CUDA_HEADS = ((12, 12, 64), (32, 32, 128), (32, 8, 128), (64, 8, 128))
+CONTEXT_LENS = (64, 512, 2048, 8192)
+CUDA_CONTEXT_LENS = (128, 1024, 4096, 16384, 32768)
+CACHE_POOL = 48 << 20  # bytes of caches that attention takes turns in
+CUDA_CACHE_POOL = 1 << 30
+MAX_CALLS = 24  # parts run within one timed call
+
+# hidden size, intermediate size, query heads, key/value heads, head width
+WIDTHS_OF_LAYERS = (
+    (128, 384, 4, 4, 32),
+    (768, 2048, 12, 12, 64),
+    (2048, 5632, 16, 16, 128),
+    (4096, 11008, 32, 32, 128),
+)
+CUDA_WIDTHS_OF_LAYERS = ((768, 3072, 12, 12, 64), (4096, 11008, 32, 32, 128), (8192, 28672, 64, 8, 128))
+FEW_LAYERS, MORE_LAYERS = 1, 8
+# Whole layers, to find out what a layer takes beyond its parts: the smallest, where it matters, of measured shapes.
+WHOLE_LAYER = (128, 512, 4, 4, 32)
+CUDA_WHOLE_LAYER = (512, 2048, 12, 12, 64)
+WHOLE_ROWS = 32  # at most
+WHOLE_CONTEXT = 512
+
+VOCABS = (32000, 128256)
+SAMPLE_ROWS = (1, 4, 16, 64)
+SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32)
+VERIFY_NODES = (1, 4, 16, 64, 256, 1024)
+COMPACT_CACHES = ((4, 4, 64), (32, 8, 128), (80, 8, 128))  # layers, key/value heads, head width
+COMPACT_LEVELS = (1, 2, 4, 8, 16, 32)
+TEMPERATURES = (0.0, 1.0)
+MAX_LOGITS = 1 << 24  # elements of the logits that are drawn from or verified
+CUDA_MAX_LOGITS = 1 << 28
+
+# A call that is expected to take longer is left out, and read off the curve's end.
+LONGEST_MS = 60.0
+SHORTEST_MS = 0.5  # shorter parts are run several times within a call
+
+SECONDS, QUICK_SECONDS = 60.0, 15.0
+PROGRESS_STEPS = 100
+
+
+class _Timed(NamedTuple):
+    """A call that runs a part `times` times, and what comes before it, untimed."""
+
+    call: Call
+    times: int = 1
+    prepare: Call | None = None
+    short: bool = True
+
+
+class Microbenchmarks:
+    """All timed calls, and how their times become ops of a profile.
+
+    Args:
+        device: where to measure.
+        dtype: of weights, activations and caches.
+        shapes: models whose own shapes are timed instead of the default grid.
+        quick: leave out every other size.
+        ops: also time sampling, verification and compaction, at common vocabularies.
+        rows: tokens of a forward; the default ones when None.
+
+    Attributes:
+        calls: what `time_calls` takes.
+        prepare: likewise.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        shapes: Sequence[ModelFingerprint] = (),
+        *,
+        quick: bool = False,
+        ops: bool = True,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        self.device, self.dtype, self.shapes = torch.device(device), dtype, list(shapes)
+        self.on_cuda = self.device.type == "cuda"
+        self.dtype_name = str(dtype).removeprefix("torch.")
+        self.rows = list(rows or (ROWS[::2] if quick else ROWS) + (CUDA_MORE_ROWS if self.on_cuda else ()))
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.flops_per_ms = self._rate()
+        self._timed: dict[Key, _Timed] = dict(self._linears())
+        self._timed.update(self._attention())
+        self._timed.update(self._skeletons())
+        self._timed.update(self._whole_layers())
+        if ops:
+            self._timed.update(self._ops())
+        if self.on_cuda:
+            self._timed.update(self._launches())
+        self.calls = {key: captured(timed.call, self.device) for key, timed in self._timed.items()}
+        self.prepare = {} if self.on_cuda else {key: _warm_up(timed) for key, timed in self._timed.items()}
+
+    def points(self, times: dict[Any, Timing]) -> dict[str, list[OpPoint]]:
+        """Turn the times of `calls` into points of each op."""
+        found: dict[str, list[OpPoint]] = {}
+        layers: dict[tuple[Any, ...], dict[int, Timing]] = {}
+        for key, timed in self._timed.items():
+            time = times[key]
+            op, parameters = key[0], dict(key[1])
+            if op in ("skeleton", "whole"):
+                num_layers = parameters.pop("layers")
+                layers.setdefault((op, *parameters.items()), {})[num_layers] = time
+                continue
+            found.setdefault(op, []).append(
+                OpPoint(parameters, *(value / timed.times for value in (time.p20_ms, time.p50_ms, time.p80_ms)))
+            )
+        whole: dict[int, float] = {}
+        for (op, *items), by_layers in layers.items():
+            if len(by_layers) < 2:  # many layers were too long for many rows
+                continue
+            parameters = dict(items)
+            few, more = by_layers[FEW_LAYERS], by_layers[MORE_LAYERS]
+            layer = [max((b - a) / (MORE_LAYERS - FEW_LAYERS), 1e-6) for a, b in zip(few[:3], more[:3], strict=True)]
+            if op == "whole":
+                whole[parameters["rows"]] = layer[1]
+                continue
+            layer.sort()  # differences of percentiles need not be in order
+            rest = sorted(max(a - FEW_LAYERS * layer[1], 1e-6) for a in few[:3])
+            found.setdefault("decoder_layer_rest", []).append(OpPoint(parameters, *layer))
+            model = {name: parameters[name] for name in ("rows", "hidden_size", "dtype")}
+            found.setdefault("model_rest", []).append(OpPoint(model, *rest))
+        beyond = sorted(self._beyond_parts(found, whole))
+        low, middle, high = (beyond[int(share * (len(beyond) - 1))] for share in (0.2, 0.5, 0.8))
+        found["decoder_layer_overhead"] = [OpPoint({"dtype": self.dtype_name}, low, middle, high)]
+        return found
+
+    def _beyond_parts(self, found: dict[str, list[OpPoint]], whole: dict[int, float]) -> list[float]:
+        """What a whole layer takes beyond its linear layers, attention and rest, at every number of rows."""
+        profile = HardwareProfile(DeviceFingerprint.of(self.device))
+        for op, points in found.items():
+            profile = profile.with_op(op, points)
+        rows = sorted(whole)
+        parts = layer_parts_ms(profile, self.whole_layer, WHOLE_CONTEXT, rows)
+        return [max(whole[count] - float(part), 0.0) for count, part in zip(rows, parts, strict=True)]
+
+    def slowdowns(self, times: dict[Any, Timing]) -> dict[str, float]:
+        """Mean over median of each op, pooled over its calls."""
+        pooled: dict[str, list[Timing]] = {}
+        for key in self._timed:
+            names = ("decoder_layer_rest", "model_rest") if key[0] in ("skeleton", "whole") else (key[0],)
+            for name in names:
+                pooled.setdefault(name, []).append(times[key])
+        return {
+            name: sum(time.mean_ms for time in group) / sum(time.p50_ms for time in group)
+            for name, group in pooled.items()
+        }
+
+    def _key(self, op: str, **parameters: int | float | str) -> Key:
+        return _op_key(op, **parameters, dtype=self.dtype_name)
+
+    def _random(self, num_elements: int) -> torch.Tensor:
+        return torch.randn(num_elements, generator=self.generator, device=self.device, dtype=torch.float32).to(
+            self.dtype
+        )
+
+    def _rate(self) -> float:
+        """Measure multiply-adds times two of a millisecond, roughly: to guess what a call will take."""
+        size = 4096 if self.on_cuda else 512
+        left, right = (self._random(size * size).view(size, size) for _ in range(2))
+        time = time_calls({"product": lambda: left @ right}, self.device, seconds=0.0, min_repeats=3)["product"]
+        return 2 * size**3 / time.p50_ms
+
+    def _fits(self, flops: float) -> bool:
+        return flops / self.flops_per_ms <= LONGEST_MS
+
+    def _is_short(self, flops: float) -> bool:
+        return flops / self.flops_per_ms < SHORTEST_MS
+
+    def _count(self, flops: float, num_bytes: float, most: int) -> int:
+        """How often a part is run within a call, so that the clock's own time does not matter."""
+        guess_ms = flops / self.flops_per_ms + num_bytes / 2e7 + 0.002
+        return max(1, min(most, MAX_CALLS, math.ceil(SHORTEST_MS / guess_ms)))
+
+    # ---- linear layers ----
+
+    def _linear_shapes(self) -> list[tuple[int, int]]:
+        if self.shapes:
+            return sorted({(inputs, outputs) for shape in self.shapes for inputs, outputs, _ in shape.linears})
+        widths = CUDA_WIDTHS if self.on_cuda else WIDTHS
+        outputs = (*widths, *(CUDA_MORE_OUTPUTS if self.on_cuda else MORE_OUTPUTS))
+        return [(inputs, output) for inputs in widths for output in outputs]
+
+    def _linears(self) -> Iterator[tuple[Key, _Timed]]:
+        working_sets = CUDA_WORKING_SETS if self.on_cuda else WORKING_SETS
+        shapes = self._linear_shapes()
+        item = self.dtype.itemsize
+        largest = max(inputs * outputs for inputs, outputs in shapes)
+        pool = self._random(max(working_sets[-1] // item, largest))
+        pool *= 0.02
+        widest = max(inputs for inputs, _ in shapes)
+        activations = self._random(self.rows[-1] * widest)
+        for inputs, outputs in shapes:
+            for working_set in working_sets:
+                elements = working_set // item
+                if inputs * outputs > elements and working_set != working_sets[-1]:
+                    continue
+                num_weights = max(1, elements // (inputs * outputs))
+                weights = pool[: num_weights * inputs * outputs].view(num_weights, outputs, inputs)
+                prepare = None if working_set == working_sets[-1] or self.on_cuda else pool[:elements].sum
+                for rows in self.rows:
+                    flops = 2.0 * rows * inputs * outputs
+                    if rows > 1 and not self._fits(flops):
+                        break
+                    count = self._count(flops, inputs * outputs * item, num_weights)
+                    key = self._key(
+                        "linear",
+                        rows=rows,
+                        in_features=inputs,
+                        out_features=outputs,
+                        working_set_bytes=working_set,
+                    )
+                    rotation = _Rotation(num_weights, count, fixed=self.on_cuda)
+                    yield (
+                        key,
+                        _Timed(
+                            _linear_call(activations, weights, rows, rotation), count, prepare, self._is_short(flops)
+                        ),
+                    )
+
+    # ---- attention ----
+
+    def _head_shapes(self) -> list[tuple[int, int, int]]:
+        if self.shapes:
+            return sorted({(shape.num_heads, shape.num_kv_heads, shape.head_dim) for shape in self.shapes})
+        return list(CUDA_HEADS if self.on_cuda else HEADS)
+
+    def _attention(self) -> Iterator[tuple[Key, _Timed]]:
+        contexts = CUDA_CONTEXT_LENS if self.on_cuda else CONTEXT_LENS
+        head_shapes = self._head_shapes()
+        pool_bytes = CUDA_CACHE_POOL if self.on_cuda else CACHE_POOL
+        largest = max(kv_heads * head_dim for _, kv_heads, head_dim in head_shapes)
+        num_elements = max(pool_bytes // self.dtype.itemsize, 2 * (contexts[-1] + MAX_OP_NODES) * largest)
+        pool = self._random(num_elements)
+        queries = self._random(MAX_OP_NODES * max(heads * head_dim for heads, _, head_dim in head_shapes))
+        for q_heads, kv_heads, head_dim in head_shapes:
+            for context_len in contexts:
+                for nodes in self.rows:
+                    slots = context_len + nodes
+                    # two products; half of their speed is what an attention reaches
+                    flops = 2 * 4.0 * nodes * slots * q_heads * head_dim
+                    if nodes > MAX_OP_NODES or (nodes > 1 and not self._fits(flops)):
+                        break
+                    elements = slots * kv_heads * head_dim
+                    num_caches = max(1, num_elements // (2 * elements))
+                    count = self._count(flops, 2 * elements * self.dtype.itemsize, num_caches)
+                    caches = pool[: 2 * num_caches * elements].view(num_caches, 2, 1, slots, kv_heads, head_dim)
+                    query = queries[: nodes * q_heads * head_dim].view(1, q_heads, nodes, head_dim).transpose(1, 2)
+                    key = self._key(
+                        "tree_attention",
+                        nodes=nodes,
+                        context_len=context_len,
+                        batch_size=1,
+                        q_heads=q_heads,
+                        kv_heads=kv_heads,
+                        head_dim=head_dim,
+                    )
+                    rotation = _Rotation(num_caches, count, fixed=self.on_cuda)
+                    yield (
+                        key,
+                        _Timed(
+                            self._attention_call(query, caches, context_len, rotation),
+                            count,
+                            short=self._is_short(flops),
+                        ),
+                    )
+
+    def _attention_call(self, query: torch.Tensor, caches: torch.Tensor, context_len: int, rotation: _Rotation) -> Call:
+        mask = calls.target_step(query.shape[1], self.device).tree_mask
+        lens = torch.full((1,), context_len, dtype=torch.int32, device=self.device)
+
+        def call() -> None:
+            for index in rotation.next():
+                keys, values = caches[index]
+                tree_attention(query, keys, values, mask, lens).out.contiguous()
+
+        return call
+
+    # ---- the rest of a layer and of a model ----
+
+    def _skeletons(self) -> Iterator[tuple[Key, _Timed]]:
+        found: list[tuple[int, int, int, int, int]] = list(CUDA_WIDTHS_OF_LAYERS if self.on_cuda else WIDTHS_OF_LAYERS)
+        if self.shapes:
+            found = sorted(
+                {
+                    (
+                        shape.hidden_size,
+                        shape.intermediate_size or 4 * shape.hidden_size,
+                        shape.num_heads,
+                        shape.num_kv_heads,
+                        shape.head_dim,
+                    )
+                    for shape in self.shapes
+                }
+            )
+        for hidden, intermediate, q_heads, kv_heads, head_dim in found:
+            shape = ModelFingerprint(
+                "llama", self.dtype_name, 1, 1, 1, hidden, intermediate, q_heads, kv_heads, head_dim
+            )
+            for num_layers in (FEW_LAYERS, MORE_LAYERS):
+                model = skeleton(shape, num_layers, self.device)
+                cache = model.new_cache(1, 2 * MAX_OP_NODES)
+                for rows in self.rows:
+                    # element-wise work reaches some hundredth of the multiply-adds of a product
+                    work = 300.0 * rows * (4 * hidden + intermediate)
+                    if rows > MAX_OP_NODES or (rows > 1 and not self._fits(work * num_layers)):
+                        break
+                    key = self._key(
+                        "skeleton",
+                        rows=rows,
+                        hidden_size=hidden,
+                        intermediate_size=intermediate,
+                        q_heads=q_heads,
+                        kv_heads=kv_heads,
+                        head_dim=head_dim,
+                        layers=num_layers,
+                    )
+                    step = calls.target_step(rows, self.device)
+                    call = calls.forward_call(model, cache, MAX_OP_NODES, step)
+                    yield key, _Timed(call, short=self._is_short(work))
+
+    def _whole_layers(self) -> Iterator[tuple[Key, _Timed]]:
+        """Models of one and of more real layers of a small shape, all of whose parts are timed above."""
+        shape = CUDA_WHOLE_LAYER if self.on_cuda else WHOLE_LAYER
+        hidden, intermediate, heads, kv_heads, head_dim = shape
+        if self.shapes:
+            smallest = min(self.shapes, key=lambda shape: shape.hidden_size)
+            hidden, intermediate = smallest.hidden_size, smallest.intermediate_size or 4 * smallest.hidden_size
+            heads, kv_heads, head_dim = smallest.num_heads, smallest.num_kv_heads, smallest.head_dim
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=4 * MAX_OP_NODES,
+        )
+        for num_layers in (FEW_LAYERS, MORE_LAYERS):
+            config = copy.deepcopy(config)
+            config.num_hidden_layers = num_layers
+            model = LlamaForCausalLM(config).to(self.device, self.dtype).eval()
+            fingerprint = ModelFingerprint.of(model)
+            cache = adapt(model).new_cache(1, WHOLE_CONTEXT + WHOLE_ROWS)
+            for tensor in cache.tensors():
+                tensor.normal_(generator=self.generator)
+            for rows in self.rows:
+                if rows > WHOLE_ROWS:
+                    break
+                key = self._key("whole", rows=rows, layers=num_layers)
+                step = calls.target_step(rows, self.device)
+                yield key, _Timed(calls.forward_call(adapt(model), cache, WHOLE_CONTEXT, step))
+        self.whole_layer = fingerprint
+
+    # ---- sampling, verification, compaction ----
+
+    def _ops(self) -> Iterator[tuple[Key, _Timed]]:
+        vocabs = sorted({shape.vocab_size for shape in self.shapes}) or VOCABS
+        most = CUDA_MAX_LOGITS if self.on_cuda else MAX_LOGITS
+        for vocab in vocabs:
+            for temperature in TEMPERATURES:
+                for rows in SAMPLE_ROWS:
+                    for num_samples in SAMPLE_COUNTS:
+                        if num_samples > vocab or rows * vocab > most:
+                            continue
+                        key = _op_key(
+                            "sample_without_replacement",
+                            rows=rows,
+                            num_samples=num_samples,
+                            vocab=vocab,
+                            temperature=temperature,
+                        )
+                        call = calls.sample_call(rows, num_samples, vocab, temperature, self.dtype, self.device)
+                        yield key, _Timed(call)
+                for nodes in VERIFY_NODES:
+                    if nodes * vocab > most:
+                        break
+                    key = _op_key("verify_tree", batch_size=1, nodes=nodes, vocab=vocab, temperature=temperature)
+                    call = calls.verify_call(1, nodes, vocab, temperature, (self.dtype, self.dtype), self.device)
+                    yield key, _Timed(call)
+        for num_layers, kv_heads, head_dim in COMPACT_CACHES:
+            specs = [LayerSpec(kv_heads, head_dim, head_dim, self.dtype, self.device, None)] * num_layers
+            cache = TreeCache(tuple(specs), 1, 4 * COMPACT_LEVELS[-1])
+            row_bytes = 2 * num_layers * kv_heads * head_dim * self.dtype.itemsize
+            for levels in COMPACT_LEVELS:
+                key = _op_key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=1)
+                yield key, _Timed(calls.compact_call([cache], 16, levels, 2 * COMPACT_LEVELS[-1]))
+
+    def _launches(self) -> Iterator[tuple[Key, _Timed]]:
+        """A graph of one and of many small kernels: what a kernel in a graph takes at least."""
+        for kernels in (1, 256):
+            numbers = torch.zeros(1, device=self.device)
+
+            def call(numbers: torch.Tensor = numbers, kernels: int = kernels) -> None:
+                for _ in range(kernels):
+                    numbers.add_(1)
+
+            yield _op_key("graph_launch", kernels=kernels), _Timed(call)
+
+
+def _warm_up(timed: _Timed) -> Call:
+    """What comes before a call that is short: the same once more, since in a forward other layers came before it.
+
+    Without it the first parts of a call would run code that the other calls have put out of the processor's caches.
+    """
+
+    def prepare() -> None:
+        if timed.prepare is not None:
+            timed.prepare()
+        if timed.short:
+            timed.call()
+
+    return prepare
+
+
+def _op_key(op: str, **parameters: int | float | str) -> Key:
+    return op, tuple(parameters.items())
+
+
+class _Rotation:
+    """Which of many weights or caches the next call takes: the ones that were not used for longest.
+
+    A captured call cannot choose; there `fixed` spreads the ones it takes over all.
+    """
+
+    def __init__(self, total: int, count: int, fixed: bool) -> None:
+        self.total, self.count, self.fixed = total, count, fixed
+        self.first = 0
+
+    def next(self) -> list[int]:
+        if self.fixed:
+            return [index * self.total // self.count for index in range(self.count)]
+        first, self.first = self.first, (self.first + self.count) % self.total
+        return [(first + index) % self.total for index in range(self.count)]
+
+
+def _linear_call(activations: torch.Tensor, weights: torch.Tensor, rows: int, rotation: _Rotation) -> Call:
+    inputs = weights.shape[2]
+    rows_in = activations[: rows * inputs].view(1, rows, inputs)
+
+    def call() -> None:
+        for index in rotation.next():
+            F.linear(rows_in, weights[index])
+
+    return call
+
+
+def measure_microbenchmarks(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    shapes: Sequence[Any] = (),
+    seconds: float | None = None,
+    min_repeats: int = 5,
+    max_repeats: int = 50,
+    quick: bool = False,
+    ops: bool = True,
+    rows: Sequence[int] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    seed: int = 0,
+) -> HardwareProfile:
+    """Measure the parts of which `plan_tree` composes the forwards of models that were not measured themselves.
+
+    Timed are linear layers, tree attention, and what remains of a decoder layer and of a model, over rows and shapes;
+    sampling, verification and compaction at common vocabularies; on CUDA also graph launches.
+
+    Args:
+        device: where to measure.
+        dtype: of weights and activations; times of another dtype are measured by another call, and merged.
+        shapes: models (fingerprints, configurations or their paths) whose own shapes are timed in place of the default
+            grid: fewer calls, and nothing to interpolate.
+        seconds: time to spend on timing, roughly; 60 when None (15 if quick). It takes longer where `min_repeats` do.
+        min_repeats: times that every call is timed at least.
+        max_repeats: times that every call is timed at most.
+        quick: leave out every other number of rows.
+        ops: also time sampling, verification and compaction.
+        rows: tokens of a forward to time; the default ones when None.
+        progress: called now and then with (done, total, what is being done).
+        seed: of the order of the calls.
+
+    Returns:
+        A profile that holds these ops only; `HardwareProfile.merged` adds it to another.
+
+    Raises:
+        TypeError, ValueError: as `ModelFingerprint.from_config`, for `shapes`.
+
+    Notes:
+        Takes a few hundred MiB of memory on a CPU, some GiB on CUDA. Calls that would take long on this device are left
+        out. On CUDA every call is timed as a graph replay, as in a captured decoding step.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=48, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
+        >>> profile = measure_microbenchmarks("cpu", shapes=[config], rows=[1, 4], ops=False, seconds=0, min_repeats=1)
+        >>> sorted(profile.ops)
+        ['decoder_layer_rest', 'linear', 'model_rest', 'tree_attention']
+    """
+    device = torch.device(device)
+    found = [
+        shape if isinstance(shape, ModelFingerprint) else ModelFingerprint.from_config(shape, dtype) for shape in shapes
+    ]
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else SECONDS
+    shown = -1
+    bench: Microbenchmarks | None = None
+
+    def report(fraction: float) -> None:
+        nonlocal shown
+        done = int(PROGRESS_STEPS * fraction)
+        if progress is not None and done > shown:
+            shown = done
+            progress(done, PROGRESS_STEPS, "preparing" if bench is None else f"{len(bench.calls)} parts in turn")
+
+    report(0.0)
+    with torch.inference_mode():
+        bench = Microbenchmarks(device, dtype, found, quick=quick, ops=ops, rows=rows)
+        times = time_calls(
+            bench.calls,
+            device,
+            min_repeats=min_repeats,
+            max_repeats=max_repeats,
+            seconds=seconds,
+            warmup=1,
+            seed=seed,
+            progress=report,
+            prepare=bench.prepare,
+        )
+    profile = HardwareProfile(DeviceFingerprint.of(device))
+    for name, points in bench.points(times).items():
+        profile = profile.with_op(name, points)
+    return profile.with_slowdowns(bench.slowdowns(times))

@@ -1,0 +1,103 @@
+"""A Llama without its linear layers and attention: what remains is everything else that a decoder layer does.
+
+The linear layers give rows of fixed buffers, the attention function stores the new keys and values as ever and gives
+rows of another. So a forward's time is that of norms, rotary embedding, activation, residuals, the cache's writes, and
+on a CPU of the Python around them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.models.adapter import _AttentionSwitch
+from sequoia_kernels.models.attention import find_context
+from sequoia_kernels.planner import ModelFingerprint
+
+__all__ = ["skeleton"]
+
+SKELETON_NAME = "sequoia_skeleton"
+VOCAB = 64
+MAX_ROWS = 1024
+
+
+class _FixedRows(nn.Module):
+    """In place of a linear layer: the first rows of a buffer, whatever the input."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        batch_size, num_rows = inputs.shape[:2]
+        return self.rows[: batch_size * num_rows].view(batch_size, num_rows, -1)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Store the new rows as `models.attention` does, and give fixed rows instead of attending."""
+    context = find_context(key, kwargs)
+    layer = context.layers[module.layer_idx]
+    context.num_calls += 1
+    if context.rows is None:
+        layer.keys_by_head.narrow(2, context.first_row, key.shape[2]).copy_(key)
+        layer.values_by_head.narrow(2, context.first_row, key.shape[2]).copy_(value)
+    else:
+        layer.flat_keys.index_copy_(0, context.rows, key.transpose(1, 2).flatten(0, 1))
+        layer.flat_values.index_copy_(0, context.rows, value.transpose(1, 2).flatten(0, 1))
+    batch_size, num_heads, num_rows, head_dim = query.shape
+    fixed_rows: Any = module.fixed_rows
+    rows = fixed_rows[: batch_size * num_rows]
+    return rows.view(batch_size, num_rows, num_heads, head_dim), None
+
+
+AttentionInterface.register(SKELETON_NAME, _attend)
+
+
+def skeleton(shapes: ModelFingerprint, num_layers: int, device: torch.device) -> TreeModel:
+    """Build a skeleton of a model's widths, dtype and heads, with a tiny vocabulary."""
+    dtype = getattr(torch, shapes.dtype)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=shapes.hidden_size,
+        intermediate_size=shapes.intermediate_size or 4 * shapes.hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=shapes.num_heads,
+        num_key_value_heads=shapes.num_kv_heads,
+        head_dim=shapes.head_dim,
+        max_position_embeddings=4 * MAX_ROWS,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rows(width: int) -> torch.Tensor:
+        return torch.randn(MAX_ROWS, width, generator=generator, device=device).to(dtype)
+
+    shared: dict[str, torch.Tensor] = {}  # the same projection of all layers gives the same rows
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            owner, _, name = path.rpartition(".")
+            if name not in shared:
+                shared[name] = rows(module.out_features)
+            setattr(model.get_submodule(owner), name, _FixedRows(shared[name]))
+    attended = rows(shapes.num_heads * shapes.head_dim)
+    for layer in model.model.layers:
+        layer.self_attn.fixed_rows = attended
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    tree_model = TreeModel(model, adapt(model.eval())._plan)
+    tree_model._switch = _AttentionSwitch(model, SKELETON_NAME)
+    return tree_model

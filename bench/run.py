@@ -95,6 +95,9 @@ SCRIPTS = (
     Script("robustness", "decode", weight=6.0),
     Script("tree_search", "planner", quick_options=("--repeats", "2"), takes_device=False),
     Script("plan", "planner", quick_options=("--repeats", "3", "--profile-seconds", "0.3"), takes_device=False),
+    Script("cost_model", "planner", weight=3.0),
+    Script("planner", "planner", weight=3.0),
+    Script("planner_pick", "planner", weight=3.0),
 )
 SUITES = ("ops", "decode", "planner")
 

@@ -1,0 +1,195 @@
+"""Composed forward times against measured ones, for models of which the planner is given the configuration only.
+
+Microbenchmarks and whole forwards of random weights take turns in the same shuffled rounds, so that drift and
+neighbours hit both alike; then the cost model composes the forwards from the microbenchmarks and each model's
+configuration, and medians are compared at every number of nodes::
+
+    python bench/bench_cost_model.py --threads 1 --json out.json
+
+Microbenchmarks are those of the default grid of shapes, or with --own-shapes of the models' own shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import write_json
+from machine import command_line, commit, environment, pick_device
+from report import table
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sequoia_kernels.measure import calls, time_calls
+from sequoia_kernels.measure.graphs import captured
+from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
+from sequoia_kernels.models import adapt
+from sequoia_kernels.planner import DeviceFingerprint, HardwareProfile, ModelFingerprint
+from sequoia_kernels.planner.composed import compose_forwards
+from sequoia_kernels.planner.cost_model import MonotoneGrid
+
+NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+QUICK_NODE_COUNTS = (1, 8, 64)
+QUICK_ROWS = (1, 4, 8, 16, 64)
+
+
+def llama(layers: int, hidden: int, heads: int, intermediate: int, vocab: int, kv_heads: int = 0) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        max_position_embeddings=8192,
+    )
+
+
+# name: configuration, dtype
+CPU_MODELS = {
+    "demo target 24x128": (llama(24, 128, 4, 384, 512), "float32"),
+    "134M 12x768": (llama(12, 768, 12, 2048, 32000), "float32"),
+    "374M 24x1024": (llama(24, 1024, 16, 2816, 32000), "bfloat16"),
+}
+QUICK_MODELS = {"demo target 24x128": CPU_MODELS["demo target 24x128"]}
+CUDA_MODELS = {
+    "68M 2x768": (llama(2, 768, 12, 3072, 32000), "bfloat16"),
+    "1.3B 24x2048": (llama(24, 2048, 16, 5504, 32000), "bfloat16"),
+    "Llama-2-7B 32x4096": (llama(32, 4096, 32, 11008, 32000), "bfloat16"),
+}
+
+
+def forwards(
+    configs: dict[str, LlamaConfig],
+    dtype: torch.dtype,
+    device: torch.device,
+    node_counts: tuple[int, ...],
+    context: int,
+) -> dict[Hashable, Callable[[], object]]:
+    """Build every model and its timed forwards."""
+    found: dict[Hashable, Callable[[], object]] = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        with device:
+            model = adapt(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+        cache = model.new_cache(1, context + node_counts[-1])
+        for tensor in cache.tensors():
+            tensor.normal_(generator=torch.Generator(device).manual_seed(0))
+        for count in node_counts:
+            call = calls.forward_call(model, cache, context, calls.target_step(count, device))
+            found[name, count] = captured(call, device)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and a table beside them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--context", type=int, default=512, help="committed tokens (default 512)")
+    parser.add_argument("--own-shapes", action="store_true", help="microbenchmarks of the models' own shapes")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only the models whose names begin so")
+    parser.add_argument("--quick", action="store_true", help="one small model, its own shapes, few sizes")
+    parser.add_argument("--profile", type=Path, help="also save the microbenchmarks as a profile")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    models = QUICK_MODELS if options.quick else CUDA_MODELS if device.type == "cuda" else CPU_MODELS
+    if options.models:
+        models = {name: entry for name, entry in models.items() if name.startswith(tuple(options.models))}
+    node_counts = QUICK_NODE_COUNTS if options.quick else NODE_COUNTS
+    own_shapes = options.own_shapes or options.quick
+    profile = HardwareProfile(DeviceFingerprint.of(device))
+    measured: dict[Any, Any] = {}
+    for dtype_name in dict.fromkeys(dtype for _, dtype in models.values()):
+        dtype = getattr(torch, dtype_name)
+        configs = {name: config for name, (config, wanted) in models.items() if wanted == dtype_name}
+        shapes = [ModelFingerprint.from_config(config, dtype) for config in configs.values()] if own_shapes else []
+        with torch.inference_mode():
+            bench = Microbenchmarks(device, dtype, shapes, ops=False, rows=QUICK_ROWS if options.quick else None)
+            whole = forwards(configs, dtype, device, node_counts, options.context)
+            timed = {**bench.calls, **whole}
+            times = time_calls(
+                timed,
+                device,
+                min_repeats=2 if options.quick else options.rounds,
+                max_repeats=5 if options.quick else options.rounds,
+                seconds=2 if options.quick else 0,
+                warmup=1,
+                prepare=bench.prepare,
+            )
+        for op, points in bench.points(times).items():
+            profile = profile.with_op(op, points)
+        measured.update({key: times[key] for key in whole})
+    if options.profile:
+        profile.save(options.profile)
+
+    results = []
+    for name, (config, dtype_name) in models.items():
+        fingerprint = ModelFingerprint.from_config(config, dtype_name)
+        composed = MonotoneGrid(*compose_forwards(profile, fingerprint, batch_size=1))
+        for count in node_counts:
+            time = measured[name, count]
+            predicted = float(composed.at(options.context, count))
+            results.append(
+                {
+                    "model": name,
+                    "dtype": dtype_name,
+                    "nodes": count,
+                    "composed_ms": predicted,
+                    "measured_ms": {"p20": time.p20_ms, "p50": time.p50_ms, "p80": time.p80_ms},
+                    "error": predicted / time.p50_ms - 1,
+                }
+            )
+    text = _markdown(list(models), node_counts, results)
+    print(text)
+    if options.json:
+        document = {
+            "bench": "cost_model",
+            "command": command_line("bench_cost_model.py", arguments),
+            "commit": commit(),
+            "environment": environment(device),
+            "context_len": options.context,
+            "microbenchmarks": "own shapes" if own_shapes else "default grid",
+            "rounds": options.rounds,
+            "results": results,
+        }
+        write_json(options.json, document)
+        head = f"## cost_model\n\n{document['environment']['device']['name']}, `{document['command']}`\n\n"
+        options.json.with_suffix(".md").write_text(head + text + "\n", encoding="utf-8")
+    return 0
+
+
+def _markdown(models: list[str], node_counts: tuple[int, ...], results: list[dict[str, Any]]) -> str:
+    cells = {(entry["model"], entry["nodes"]): entry for entry in results}
+    rows = []
+    for count in node_counts:
+        row = [str(count)]
+        for name in models:
+            entry = cells[name, count]
+            row += [
+                f"{entry['composed_ms']:.2f}",
+                f"{entry['measured_ms']['p50']:.2f}",
+                f"{100 * entry['error']:+.0f} %",
+            ]
+        rows.append(row)
+    header = ["nodes"] + [f"{name}: {what}" for name in models for what in ("composed ms", "measured ms", "error")]
+    lines = [table(header, rows), ""]
+    for name in models:
+        errors = [abs(entry["error"]) for entry in results if entry["model"] == name]
+        within = sum(error <= 0.15 for error in errors)
+        lines.append(
+            f"- {name}: {within} of {len(errors)} sizes within 15 %, median {100 * statistics.median(errors):.1f} %, "
+            f"largest {100 * max(errors):.1f} %"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

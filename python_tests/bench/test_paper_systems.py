@@ -74,14 +74,14 @@ def test_outputs_may_part_at_near_ties_only():
 
 def test_rows_for_a_gpu_say_what_they_need(monkeypatch):
     reason = script.why_not(script.ROWS["7B"], torch.bfloat16, CPU, 640, asked=False)
-    assert reason == "needs a GPU with 15.4 GB free"
+    assert reason == "needs a GPU with 16.0 GB free"
     monkeypatch.setattr(script, "memory_there", lambda device: 14 * 10**9)
     assert script.why_not(script.ROWS["7B"], torch.bfloat16, CPU, 640, asked=True) == (
-        "needs 15.4 GB, 14.0 GB are free"
+        "needs 16.0 GB, 14.0 GB are free"
     )
     assert script.why_not(script.ROWS["350M"], torch.bfloat16, CPU, 640, asked=False) is None
     gpu = torch.device("cuda")
-    assert script.why_not(script.ROWS["7B"], torch.bfloat16, gpu, 640, asked=False) == "needs 15.4 GB, 14.0 GB are free"
+    assert script.why_not(script.ROWS["7B"], torch.bfloat16, gpu, 640, asked=False) == "needs 16.0 GB, 14.0 GB are free"
     assert script.why_not(script.ROWS["350M"], torch.bfloat16, gpu, 640, asked=False) == "is meant for a CPU"
 
 

@@ -294,13 +294,13 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 def check_lossless(
     system: System, plain: Sequence[Sequence[int]], others: Mapping[str, Sequence[Sequence[int]]]
 ) -> dict[str, Any]:
-    """Compare greedy outputs with the autoregressive ones; a difference must begin at a near-tie of the target.
+    """Compare greedy outputs with the autoregressive ones; a difference may begin at a near-tie only.
 
-    Raises:
-        AssertionError: outputs part where the target prefers one token by more than the tolerance.
+    Returns:
+        How many are equal, where the others part and by how much of the largest logit, and "ok": within the tolerance.
     """
     tolerance = LOSSLESS_TOLERANCE[system.dtype]
-    facts: dict[str, Any] = {"tolerance": tolerance, "equal": 0, "compared": 0, "ties": []}
+    facts: dict[str, Any] = {"ok": True, "tolerance": tolerance, "equal": 0, "compared": 0, "ties": []}
     for name, outputs in others.items():
         for prompt, wanted, got in zip(system.prompts, plain, outputs):
             facts["compared"] += 1
@@ -313,10 +313,7 @@ def check_lossless(
             largest = logits.max()
             gap = float((largest - logits[[wanted[where], got[where]]].min()) / largest.abs())
             facts["ties"].append({"provider": name, "token": where, "gap": gap})
-            assert gap <= tolerance, (
-                f"{name} is not lossless: token {where} is {got[where]} instead of {wanted[where]}, and a logit of "
-                f"the two lies {gap:.2g} of the largest below it where {tolerance:.2g} is allowed"
-            )
+            facts["ok"] = facts["ok"] and gap <= tolerance
     return facts
 
 
@@ -547,6 +544,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         if lossless is not None and lossless["ties"]:
             worst = max(tie["gap"] for tie in lossless["ties"])
             checked += f", others part at ties within {worst:.2g} (allowed {lossless['tolerance']:.2g})"
+            checked += "" if lossless["ok"] else ": **not lossless**"
         plain.append(
             [
                 describe(result),
@@ -689,7 +687,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     write(document, options.json)
-    return 0
+    return 1 if any(result["lossless"] and not result["lossless"]["ok"] for result in document["results"]) else 0
 
 
 def write(document: Mapping[str, Any], path: Path | None) -> None:
@@ -710,7 +708,9 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(f"  {name:26s}{tree:10s}{entry['ms_per_token']:9.3f} ms/token  {entry['speedup']:5.2f}x  {steps}")
     print(f"  own step over one read of the weights: {result['floor']['ratio']:.2f}")
     if result["lossless"] is not None:
-        print(f"  greedy output: {result['lossless']['equal']} of {result['lossless']['compared']} equal", flush=True)
+        verdict = "others part at near-ties" if result["lossless"]["ok"] else "NOT LOSSLESS, see ties"
+        print(f"  greedy output: {result['lossless']['equal']} of {result['lossless']['compared']} equal, {verdict}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -252,7 +252,8 @@ def _paper_speedup(documents: Documents, row: str, bound: float) -> Measured | N
             text += (
                 f" at {sized['tokens_per_step']:.3g} tokens a step where {result['paper']['tokens_per_step']} are meant"
             )
-        return text, close and best["speedup"] >= bound
+        lossless = result["lossless"]["ok"]
+        return text if lossless else f"{text}, not lossless", close and lossless and best["speedup"] >= bound
     return None
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.measure import calls
-from sequoia_kernels.measure.graphs import captured
+from sequoia_kernels.measure.graphs import captured, new_memory
 from sequoia_kernels.measure.skeleton import skeleton
 from sequoia_kernels.measure.timing import Timing, time_calls
 from sequoia_kernels.models import TreeCache, adapt
@@ -132,7 +132,8 @@ class Microbenchmarks:
             self._timed.update(self._ops())
         if self.on_cuda:
             self._timed.update(self._launches())
-        self.calls = {key: captured(timed.call, self.device) for key, timed in self._timed.items()}
+        memory = new_memory(self.device)
+        self.calls = {key: captured(timed.call, self.device, memory) for key, timed in self._timed.items()}
         self.prepare = {} if self.on_cuda else {key: _warm_up(timed) for key, timed in self._timed.items()}
 
     def points(self, times: dict[Any, Timing]) -> dict[str, list[OpPoint]]:

@@ -9,6 +9,7 @@ import torch
 
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
+from sequoia_kernels.measure.graphs import captured, new_memory
 from sequoia_kernels.measure.timing import Timing, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
@@ -88,7 +89,8 @@ def measure_profile(
 
     Notes:
         Allocates caches for the longest context; the models are not changed. Other work on the device meanwhile ends up
-        in the numbers. Waits for the device after every call.
+        in the numbers. Waits for the device after every call. On CUDA every call is captured and its replay is timed,
+        as in a captured step; where that fails the reason is logged, and the call is timed with its launches.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -163,8 +165,15 @@ def measure_profile(
     with torch.inference_mode():
         found = dict(measure_bandwidth(device)) if bandwidth else {}
         plan = _Plan(models, counts, context_lens, batch_size, tree_rows)
+        memory = new_memory(device)
+        # A captured step has no launches from the host; a model that streams its weights cannot be captured.
+        uncaptured = {role for role, model in models.items() if not model.capturable}
+        timed = {
+            key: call if key[0] == "forward" and key[1] in uncaptured else captured(call, device, memory)
+            for key, call in plan.calls.items()
+        }
         times = time_calls(
-            plan.calls,
+            timed,
             device,
             min_repeats=min_repeats,
             max_repeats=max_repeats,

@@ -81,7 +81,13 @@ SCRIPTS = (
         ),
         weight=3.0,
     ),
-    Script("paper_systems", "decode", takes_seconds=True, weight=6.0),
+    Script(
+        "paper_systems",
+        "decode",
+        quick_options=("--quick", "--temperatures", "0", "--prompts", "1"),
+        takes_seconds=True,
+        weight=6.0,
+    ),
     Script(
         "tree_forward_cpu",
         "decode",

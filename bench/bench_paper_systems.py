@@ -708,8 +708,9 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(f"  {name:26s}{tree:10s}{entry['ms_per_token']:9.3f} ms/token  {entry['speedup']:5.2f}x  {steps}")
     print(f"  own step over one read of the weights: {result['floor']['ratio']:.2f}")
     if result["lossless"] is not None:
-        verdict = "others part at near-ties" if result["lossless"]["ok"] else "NOT LOSSLESS, see ties"
-        print(f"  greedy output: {result['lossless']['equal']} of {result['lossless']['compared']} equal, {verdict}")
+        lossless = result["lossless"]
+        verdict = "" if not lossless["ties"] else ", others part at near-ties" if lossless["ok"] else ", NOT LOSSLESS"
+        print(f"  greedy output: {lossless['equal']} of {lossless['compared']} equal{verdict}")
     sys.stdout.flush()
 
 

@@ -99,7 +99,7 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (128, 64): TileShape(128, 64, 8, 3, 2, 1),
         (16, 128): TileShape(64, 64, 4, 3, 3, 2),
         (32, 128): TileShape(64, 32, 4, 3, 3, 2),
-        (64, 128): TileShape(64, 64, 4, 3, 2, 2),
+        (64, 128): TileShape(64, 32, 4, 3, 2, 2),
         (128, 128): TileShape(128, 32, 8, 2, 2, 1),
         (16, 256): TileShape(32, 32, 4, 3, 2, 1),
         (32, 256): TileShape(32, 32, 8, 2, 2, 1),
@@ -173,7 +173,7 @@ def shared_bytes(
     if item_bytes == 4:  # a chunk of dims at a time, nothing in flight
         dim_chunk = _dim_chunk(block_dim, item_bytes)
         operands = (block_rows + tile.block_slots) * dim_chunk + tile.block_slots * (block_rows + block_value_dim)
-        return max(operands * item_bytes, result)
+        return max(operands * item_bytes, result) + 1024  # for reductions and scans between its warps
     converts = cache_item_bytes != item_bytes
     # From 64 rows on, Hopper and Blackwell multiply out of shared memory, and a tile's buffer is busy one turn longer.
     busy = 0 if capability >= 90 and block_rows >= 64 and not converts else 1
@@ -249,9 +249,11 @@ def _launch_config(
         # A single block of rows is bound by memory, and half the tile leaves splits less unequal.
         tile = tile._replace(block_slots=64, num_stages=3)
     if cache_item_bytes != item_bytes and block_rows >= 64:
-        # Conversion takes registers.
-        fewer = min(tile.block_slots, 64 if traits.capability >= 90 else 32)
-        tile = tile._replace(block_slots=fewer, masked_slots=32)
+        # Conversion takes registers, most of all with wide heads.
+        is_wide = widest > 128
+        fewer = min(tile.block_slots, 64 if traits.capability >= 90 and not is_wide else 32)
+        stages = 1 if is_wide else tile.masked_stages
+        tile = tile._replace(block_slots=fewer, masked_slots=32, masked_stages=stages)
 
     def needed(tile: TileShape) -> int:
         return shared_bytes(

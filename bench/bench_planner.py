@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--pair", choices=sorted(PAIRS), help="shapes (default: 350M/17M on a CPU, 7B/68M on CUDA)")
+    parser.add_argument("--pair", choices=sorted(PAIRS), help="shapes (default: 350M/8M on a CPU, 7B/68M on CUDA)")
     parser.add_argument("--profile", type=Path, help="a profile with microbenchmarks, instead of measuring")
     parser.add_argument("--acceptance", type=Path, help="JSON of an acceptance estimate (default: a typical vector)")
     parser.add_argument("--visits", type=int, default=2000, help="nodes the typical vector is as if counted over")
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
-    name = options.pair or ("tiny" if options.quick else "7B/68M" if device.type == "cuda" else "350M/17M")
+    name = options.pair or ("tiny" if options.quick else "7B/68M" if device.type == "cuda" else "350M/8M")
     pair = PAIRS[name]
     dtype = torch.bfloat16
     target, draft = (ModelFingerprint.from_config(config(shape, pair.vocab), dtype) for shape in pair[:2])

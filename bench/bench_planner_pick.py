@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     plan = plan_tree(acceptance, profile, context_len=context_len)
     trees = grid(list(acceptance.vector), options.quick)
-    trees.setdefault(plan.tree, "the pick")
+    trees.setdefault(plan.tree, "refined tree")
     seconds: dict[TokenTree, list[float]] = {tree: [0.0] * options.rounds for tree in trees}
     tokens: dict[TokenTree, list[int]] = {tree: [0] * options.rounds for tree in trees}
     for tree in trees:  # the first run of a tree builds its tensors

@@ -110,7 +110,7 @@ def cell(plan: TreePlan, batch_size: int, context_len: int) -> dict[str, Any]:
 
 
 def surface(model: CostModel, vector: tuple[float, ...], context_len: int, budgets: tuple[int, ...]) -> list[list[Any]]:
-    """Speedup of the optimal tree of every budget and number of levels; None where there is no tree of that size."""
+    """Speedup of the optimal tree of at most this many nodes and just these levels; None where there is none."""
     times = model.at_context(context_len)
     trees = OptimalTrees(list(vector), budgets[-1], LEVELS[-1])
     single_ms = times.step_ms(StepShape(1, (), ()))

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +102,20 @@ def has_cuda_device() -> bool:
     return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def interpreter_obstacle() -> str | None:
+    """Return why triton's interpreter cannot run here, None where it can."""
+    try:
+        triton, numpy = (
+            tuple(map(int, re.findall(r"\d+", importlib.metadata.version(name))[:2])) for name in ("triton", "numpy")
+        )
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"{error.name} is not installed"
+    # before 3.7 it makes Python integers of arrays with one dimension, which numpy no longer allows
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "triton before 3.7 interprets kernels with numpy before 2.4 only"
+    return None
+
+
 def run_lint() -> list[str]:
     """Run the linters on the source tree and return the commands that failed."""
     failed = []
@@ -129,7 +145,11 @@ def main() -> int:
     # What is set in the caller's environment stays as it is.
     environment = {**QUIET_ENVIRONMENT, **os.environ}
     if not options.no_interpreter and not has_cuda_device():
-        environment.setdefault("TRITON_INTERPRET", "1")
+        obstacle = interpreter_obstacle()
+        if obstacle is None:
+            environment.setdefault("TRITON_INTERPRET", "1")
+        else:
+            print(f"the Triton kernels are not interpreted: {obstacle}", flush=True)
     print(f"$ pytest, testing {package}", flush=True)
     result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     return result.returncode or (1 if failed else 0)

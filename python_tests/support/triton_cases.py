@@ -13,9 +13,12 @@ import torch
 from support.triton_compile import DEVICES, CompileCase
 
 from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
+from sequoia_kernels.ops.sample_without_replacement import triton_kernel as sampling
 from sequoia_kernels.ops.tree_attention import triton_kernel as attention
+from sequoia_kernels.ops.verify_tree import triton_kernel as verification
+from sequoia_kernels.ops.warped_logsumexp import triton_kernel as warping
 
-__all__ = ["CASES", "attention_case", "compaction_case"]
+__all__ = ["CASES", "attention_case", "compaction_case", "sampling_case", "verification_case", "warping_case"]
 
 FLOAT8 = torch.float8_e4m3fn
 ALL_BUT_SMALL = (80, 90, 100)
@@ -113,45 +116,54 @@ def attention_case(
             traits.capability,
         )
 
-    return CompileCase("tree_attention", name, launch, tuple(devices), quick, shared_bound)
+    return CompileCase("tree_attention", name, launch, tuple(devices), quick, shared_bound, "tree_attention_kernel")
 
 
 def _attention_cases() -> Iterator[CompileCase]:
     half = torch.bfloat16
     everything = {"page_size": 16, "window": 1024, "sinks": True, "lse": True}
-    # What the test suite compiles, and for which devices: (head dim, nodes, kind of case).
+    tables: tuple[tuple[str, dict[str, Any]], ...] = (("contiguous", {}), ("paged", everything))
+    # What the test suite compiles, and for which devices: (dtype, head dim, nodes, kind of table).
     quick = {
-        (128, 1, "plain"): (80, 90, 100),
-        (128, 8, "everything"): (80, 90, 100),
-        (128, 16, "plain"): (90,),
-        (128, 16, "float8"): (80, 90),
-        (128, 64, "plain"): (80, 90, 100),
-        (256, 64, "plain"): (90,),
+        ("bf16", 128, 1, "contiguous"): (80,),
+        ("bf16", 128, 8, "paged"): (90, 100),
+        ("bf16", 128, 64, "contiguous"): (80,),
+        ("bf16", 256, 64, "paged"): (90,),
+        ("fp8", 128, 16, "contiguous"): (100,),
+        ("fp32", 128, 1, "contiguous"): (80,),
     }
-    for head_dim in (64, 128, 256):
-        for num_nodes in (1, 8, 16, 32, 64):  # 4 to 256 rows: every block of rows, and several of the largest
-            small = DEVICES if head_dim == 128 else ALL_BUT_SMALL
-            for kind, options in (("plain", {}), ("everything", everything), ("float8", {"cache_dtype": FLOAT8})):
-                tested = quick.get((head_dim, num_nodes, kind), ())
-                yield attention_case(half, head_dim, num_nodes, **options, quick=tested, devices=small)
-    for num_nodes in (8, 32, 64):
-        yield attention_case(half, 128, num_nodes, softcap=50.0, window=4096)
+    dtypes: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+        "bf16": (half, {}),
+        "fp16": (torch.float16, {}),
+        "fp8": (half, {"cache_dtype": FLOAT8}),
+        "fp32": (torch.float32, {}),
+    }
+    # 4 rows to 256: every block of rows, and more than one of the largest. What float16 launches is bfloat16's.
+    nodes_of = {
+        "bf16": {32: (16,), 64: (16, 64), 128: (1, 8, 16, 32, 64), 256: (16, 32, 64)},
+        "fp16": {32: (16,), 64: (16,), 128: (16,), 256: (16,)},
+        "fp8": {32: (16,), 64: (16,), 128: (16, 64), 256: (16, 64)},
+        "fp32": {32: (8,), 64: (8,), 128: (1, 8), 256: (8,)},
+    }
+    for name, (dtype, cache) in dtypes.items():
+        for head_dim, nodes in nodes_of[name].items():
+            for table, options in tables:
+                small = DEVICES if head_dim == 128 and table == "contiguous" else ALL_BUT_SMALL
+                for num_nodes in nodes:
+                    tested = quick.get((name, head_dim, num_nodes, table), ())
+                    yield attention_case(dtype, head_dim, num_nodes, **cache, **options, quick=tested, devices=small)
+    for head_dim, value_dim in ((40, 40), (80, 80), (96, 96), (192, 128)):
+        yield attention_case(half, head_dim, 64, value_dim=value_dim)
+    yield attention_case(half, 40, 1)
+    yield attention_case(half, 128, 64, softcap=50.0, window=4096)
+    yield attention_case(torch.float32, 128, 8, **everything, softcap=50.0)
     # A grid that fills the device without splits writes the output itself.
     yield attention_case(half, 128, 512)
     yield attention_case(half, 128, 1, batch_size=64, sinks=True, lse=True)
     yield attention_case(half, 128, 1024, **everything)
-    for head_dim, value_dim in ((32, 32), (40, 40), (80, 80), (96, 96), (192, 128), (64, 128)):
-        yield attention_case(half, head_dim, 64, value_dim=value_dim)
-    yield attention_case(half, 80, 1)
     for group in (3, 32):
         yield attention_case(half, 128, 8, group=group)
-    for num_nodes in (8, 64):
-        yield attention_case(torch.float16, 128, num_nodes)
     yield attention_case(torch.float16, 128, 8, cache_dtype=FLOAT8)
-    for head_dim in (64, 128, 256):
-        tested = (80, 90) if head_dim == 128 else ()
-        yield attention_case(torch.float32, head_dim, 1, quick=tested, devices=DEVICES)
-        yield attention_case(torch.float32, head_dim, 8, **everything, softcap=50.0)
     yield attention_case(torch.float32, 128, 8, cache_dtype=FLOAT8)
 
 
@@ -173,13 +185,149 @@ def compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ..
         )
 
     name = f"{num_levels} levels" + (f", pages of {page_size}" if page_size else "")
-    return CompileCase("compact_kv_cache_", name, launch, tuple(DEVICES), quick)
+    return CompileCase("compact_kv_cache_", name, launch, quick=quick)
 
 
 def _compaction_cases() -> Iterator[CompileCase]:
     for num_levels in (1, 8, 32, 100):
-        yield compaction_case(num_levels, quick=(80, 90, 100) if num_levels == 8 else ())
+        yield compaction_case(num_levels, quick=(80, 100) if num_levels == 8 else ())
         yield compaction_case(num_levels, page_size=16)
 
 
-CASES: list[CompileCase] = [*_attention_cases(), *_compaction_cases()]
+# the ops on logits
+
+
+def warping_case(
+    dtype: torch.dtype,
+    *,
+    num_rows: int = 64,
+    vocab: int = 128256,
+    top_k: bool = False,
+    top_p: bool = False,
+    quick: tuple[int, ...] = (),
+) -> CompileCase:
+    """A call of warped_logsumexp."""
+    options = [*(["top-k"] if top_k else []), *(["top-p"] if top_p else [])]
+    name = ", ".join([NAMES[dtype], f"{num_rows} x {vocab}", *options])
+
+    def launch() -> Any:
+        return warping.run(
+            _empty(num_rows, vocab, dtype=dtype),
+            _empty(num_rows, dtype=torch.float32),
+            _empty(num_rows, dtype=torch.int32) if top_k else None,
+            _empty(num_rows, dtype=torch.float32) if top_p else None,
+            None,
+            None,
+        )
+
+    return CompileCase("warped_logsumexp", name, launch, quick=quick)
+
+
+def _warping_cases() -> Iterator[CompileCase]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tested = (80, 100) if dtype == torch.bfloat16 else ()
+        yield warping_case(dtype)
+        yield warping_case(dtype, top_k=True, top_p=True, quick=tested)
+    yield warping_case(torch.bfloat16, top_k=True)
+    yield warping_case(torch.bfloat16, top_p=True)
+    for num_rows, vocab in ((1, 32000), (1, 61)):
+        yield warping_case(torch.bfloat16, num_rows=num_rows, vocab=vocab, top_k=True, top_p=True)
+
+
+def sampling_case(
+    dtype: torch.dtype,
+    num_samples: int,
+    *,
+    num_rows: int = 64,
+    vocab: int = 128256,
+    quick: tuple[int, ...] = (),
+) -> CompileCase:
+    """A call of sample_without_replacement."""
+
+    def launch() -> Any:
+        streams = _empty(num_rows, dtype=torch.int64)
+        return sampling.run(
+            _empty(num_rows, vocab, dtype=dtype),
+            num_samples,
+            _empty(num_rows, dtype=torch.float32),
+            streams,
+            streams,
+            None,
+            None,
+        )
+
+    name = f"{NAMES[dtype]}, {num_rows} x {vocab}, k = {num_samples}"
+    return CompileCase("sample_without_replacement", name, launch, quick=quick)
+
+
+def _sampling_cases() -> Iterator[CompileCase]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for num_samples in (1, 16, 128):
+            tested = (80, 100) if dtype == torch.bfloat16 and num_samples == 16 else ()
+            yield sampling_case(dtype, num_samples, quick=tested)
+    for num_rows, vocab, num_samples in ((1, 128256, 8), (4, 32000, 4), (1, 61, 2), (1, 1, 1)):
+        yield sampling_case(torch.bfloat16, num_samples, num_rows=num_rows, vocab=vocab)
+
+
+def verification_case(
+    dtype: torch.dtype,
+    tree: str,
+    num_nodes: int,
+    num_levels: int,
+    max_branching: int,
+    *,
+    vocab: int = 128256,
+    batch_size: int = 1,
+    warped: bool = False,
+    quick: tuple[int, ...] = (),
+) -> CompileCase:
+    """A call of verify_tree; of a tree, only these numbers decide what is compiled."""
+    options = [*([f"batch {batch_size}"] if batch_size > 1 else []), *(["top-k, top-p"] if warped else [])]
+    name = ", ".join([NAMES[dtype], f"{tree} x {vocab}", *options])
+
+    def launch() -> Any:
+        logits = _empty(batch_size, num_nodes, vocab, dtype=dtype)
+        streams = _empty(batch_size, dtype=torch.int64)
+        topology = _empty(num_nodes, dtype=torch.int32)
+        return verification.run(
+            _empty(batch_size, num_nodes, dtype=torch.int64),
+            logits,
+            logits if num_nodes > 1 else None,
+            topology,
+            topology,
+            num_levels,
+            max_branching,
+            _empty(batch_size, dtype=torch.float32),
+            streams,
+            streams,
+            _empty(batch_size, dtype=torch.int32) if warped else None,
+            _empty(batch_size, dtype=torch.float32) if warped else None,
+            None,
+            None,
+            None,
+        )
+
+    return CompileCase("verify_tree", name, launch, quick=quick)
+
+
+def _verification_cases() -> Iterator[CompileCase]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tested = (90,) if dtype == torch.bfloat16 else ()
+        yield verification_case(dtype, "64 nodes, 8 children", 64, 8, 8)
+        yield verification_case(dtype, "128 nodes, 16 children", 128, 10, 16, warped=True, quick=tested)
+    half = torch.bfloat16
+    yield verification_case(half, "1024 nodes, 128 children", 1024, 20, 128)
+    yield verification_case(half, "64 nodes, 8 children", 64, 8, 8, vocab=32000, batch_size=8)
+    for warped in (False, True):
+        yield verification_case(half, "1 node", 1, 1, 0, vocab=61, warped=warped)
+        yield verification_case(half, "2 nodes, 1 child", 2, 2, 1, vocab=61, warped=warped)
+    yield verification_case(half, "6 nodes, 1 child", 6, 6, 1, vocab=32000)
+
+
+CASES: list[CompileCase] = [
+    *_attention_cases(),
+    *_warping_cases(),
+    *_sampling_cases(),
+    *_verification_cases(),
+    *_compaction_cases(),
+]

@@ -51,7 +51,8 @@ class CompileCase(NamedTuple):
     quick: tuple[int, ...] = ()
     """those of them for which the test suite compiles it"""
     shared_bound: Callable[[triton_device.DeviceTraits], int] | None = None
-    """the launch configuration's own upper bound of the shared memory, if it has one"""
+    """the launch configuration's own upper bound of the shared memory of `bounded_kernel`, if it has one"""
+    bounded_kernel: str = ""
 
 
 class Compiled(NamedTuple):
@@ -95,20 +96,32 @@ def compile_case(case: CompileCase, capability: int) -> list[Compiled]:
     kernels: list[tuple[str, Any]] = []
     with _intercepted(capability, kernels):
         case.launch()
-    return [
-        Compiled(
-            case.op,
-            case.name,
-            capability,
-            name,
-            *_registers_and_stack(kernel),
-            kernel.metadata.shared,
-            kernel.metadata.num_warps,
-            kernel.metadata.num_stages,
-            bound,
+    compiled: list[Compiled] = []
+    for kernel, name in _distinct(kernels):
+        compiled.append(
+            Compiled(
+                case.op,
+                case.name,
+                capability,
+                name,
+                *_registers_and_stack(kernel),
+                kernel.metadata.shared,
+                kernel.metadata.num_warps,
+                kernel.metadata.num_stages,
+                bound if name == case.bounded_kernel else None,
+            )
         )
-        for name, kernel in kernels
-    ]
+    return compiled
+
+
+def _distinct(kernels: list[tuple[str, Any]]) -> Iterator[tuple[Any, str]]:
+    """Each compiled kernel once; a second variant of a kernel in the same call gets a number behind its name."""
+    seen: dict[str, list[Any]] = {}
+    for name, kernel in kernels:
+        variants = seen.setdefault(name, [])
+        if all(kernel.hash != other.hash for other in variants):
+            variants.append(kernel)
+            yield kernel, name if len(variants) == 1 else f"{name}, variant {len(variants)}"
 
 
 @contextlib.contextmanager
@@ -157,13 +170,18 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="only what the test suite compiles for this device")
     parser.add_argument("--op", help="only the cases of this op")
     options = parser.parse_args(arguments if arguments is None else list(arguments))
-    compiled = [
-        kernel._asdict()
+    chosen = [
+        case
         for case in CASES
         if options.op in (None, case.op) and options.capability in (case.quick if options.quick else case.devices)
-        for kernel in compile_case(case, options.capability)
     ]
-    json.dump({"triton": triton.__version__, "kernels": compiled}, sys.stdout)
+    compiled, failures = [], []
+    for case in chosen:
+        try:
+            compiled += [kernel._asdict() for kernel in compile_case(case, options.capability)]
+        except Exception as error:  # whatever a compiler raises: the others are still to be compiled
+            failures.append(f"sm_{options.capability} {case.op} ({case.name}): {error!r}"[:500])
+    json.dump({"triton": triton.__version__, "kernels": compiled, "failures": failures}, sys.stdout)
 
 
 if __name__ == "__main__":

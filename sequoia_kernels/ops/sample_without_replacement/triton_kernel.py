@@ -475,6 +475,7 @@ def run(
             GROUP_SLOTS=triton.next_power_of_2(config.num_taken),
             SAMPLE_SLOTS=triton.next_power_of_2(num_samples),
             num_warps=config.draw_warps,
+            maxnreg=triton_device.most_registers(config.draw_warps),
             enable_fp_fusion=False,  # keys are to equal the reference's
         )  # fmt: skip
     return tokens, log_normaliser

@@ -87,7 +87,7 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (16, 128): TileShape(64, 64, 4, 3, 3, 2),
         (32, 128): TileShape(64, 32, 4, 3, 3, 2),
         (64, 128): TileShape(64, 32, 4, 3, 2, 1),
-        (128, 128): TileShape(64, 32, 8, 3, 2, 1),
+        (128, 128): TileShape(32, 32, 8, 4, 2, 1),
         (16, 256): TileShape(32, 32, 4, 3, 2, 1),
         (32, 256): TileShape(32, 32, 8, 2, 2, 1),
         (64, 256): TileShape(32, 32, 8, 2, 2, 1),

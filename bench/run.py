@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,8 @@ def run_script(script: Script, folder: Path, device_type: str, quick: bool, time
     command += ["--json", str(folder / f"{script.name}.json")]
     # A script finds its neighbours through its own folder, which this variable would hide.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    if quick and device_type == "cpu":
+        variables.setdefault("OMP_NUM_THREADS", "1")  # others run beside it
     log = folder / f"{script.name}.log"
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:
@@ -153,16 +156,21 @@ def run_suite(
     folder.mkdir(parents=True, exist_ok=True)
     deadline = None if minutes is None else time.perf_counter() + 60 * minutes
     scripts = selected(suite)
-    outcomes = []
-    for index, script in enumerate(scripts):
-        share = None
+
+    def run(index: int) -> dict[str, Any]:
+        script, share = scripts[index], None
         if deadline is not None:
             waiting = [other.weight for other in scripts[index:] if device_type in other.devices]
             share = (deadline - time.perf_counter()) * script.weight / max(sum(waiting), script.weight)
-        print(f"{script.name} ...", end=" ", flush=True)
         outcome = run_script(script, folder, device_type, quick, share)
-        print(f"{outcome['status']} ({outcome['seconds']:.1f} s) {outcome.get('reason', '')}".rstrip(), flush=True)
-        outcomes.append(outcome)
+        line = f"{script.name}: {outcome['status']} ({outcome['seconds']:.1f} s) {outcome.get('reason', '')}"
+        print(line.rstrip(), flush=True)
+        return outcome
+
+    # A quick run asks whether everything works, not how fast it is: on a CPU each core takes a script.
+    at_once = (os.cpu_count() or 1) if quick and device_type == "cpu" else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        outcomes = list(pool.map(run, range(len(scripts))))
     return write_summary(folder, device_type, outcomes, command), outcomes
 
 

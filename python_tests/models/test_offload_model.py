@@ -414,6 +414,8 @@ import torch
 from sequoia_kernels import generate
 from sequoia_kernels.models.offload import ThreadLink, model as module
 
+# a process started in the background may have inherited that the signal is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 locked = set()
 
 class Lock:

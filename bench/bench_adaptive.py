@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="two prompts, few tokens, a quick profile")
+    parser.add_argument("--quick", action="store_true", help="one prompt, few tokens, a quick profile")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:
-        args.prompts, args.new_tokens, args.temperatures = 2, 48, args.temperatures[:1]
+        args.prompts, args.new_tokens, args.temperatures = 1, 32, args.temperatures[:1]
     device = pick_device(args.device)
     pair = load_demo_pair(torch.float32, device)
     target, draft = adapt(pair.target), adapt(pair.draft)

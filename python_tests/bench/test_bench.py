@@ -554,7 +554,7 @@ def test_run_goes_to_the_end_and_says_what_was_skipped(tmp_path, monkeypatch, ca
     assert "did it" in text and "| breaks | ops | failed |" in text and "not measured" in text
     monkeypatch.setattr(run, "SCRIPTS", scripts[1:])
     assert run.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--quick", "--suite", "ops"]) == 0
-    assert "works ... ok" in capsys.readouterr().out
+    assert "works: ok" in capsys.readouterr().out
 
 
 def test_a_script_that_takes_too_long_is_ended(tmp_path, monkeypatch):

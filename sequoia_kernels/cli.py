@@ -283,18 +283,11 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 def _measure(pair: _Pair, contexts: Sequence[int], batch_size: int, quick: bool, terminal: Terminal) -> Any:
     from sequoia_kernels import measure_profile
-    from sequoia_kernels.decoding import measure_overhead, profile_options
+    from sequoia_kernels.decoding import measure_overhead
 
-    options = profile_options(pair.target, pair.draft, max(contexts))
     with terminal.progress("measuring this machine") as advance:
         profile = measure_profile(
-            pair.target,
-            pair.draft,
-            context_lens=contexts,
-            batch_size=batch_size,
-            quick=quick,
-            progress=advance,
-            **options,
+            pair.target, pair.draft, context_lens=contexts, batch_size=batch_size, quick=quick, progress=advance
         )
         return measure_overhead(pair.target, pair.draft, profile, context_len=min(contexts), batch_size=batch_size)
 

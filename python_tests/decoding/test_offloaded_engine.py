@@ -16,6 +16,7 @@ from support.tiny_families import tiny_model
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import auto, overhead
 from sequoia_kernels.decoding import engine as engines
+from sequoia_kernels.measure import profile
 from sequoia_kernels.models import OffloadedModel, random_offloaded
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 3])
@@ -117,36 +118,29 @@ def stand_in(device, capturable, max_positions):
     return SimpleNamespace(device=torch.device(device), capturable=capturable, max_positions=max_positions)
 
 
-def test_a_streamed_target_is_timed_at_few_sizes_up_to_the_largest_trees(monkeypatch):
-    monkeypatch.setattr(overhead, "adapt", lambda model: model)
-    options = overhead.profile_options(stand_in("cuda", False, 4096), stand_in("cuda", True, 2048), 512)
-    assert options == {"node_counts": [1, 64, 256, 512, 768, 1024], "min_repeats": 2}
-    shorter = overhead.profile_options(stand_in("cuda", False, None), stand_in("cuda", True, 900), 600)
-    assert shorter["node_counts"] == [1, 64, 256, 300]
-    for resident in (stand_in("cuda", True, 4096), stand_in("cpu", False, 4096)):
-        assert overhead.profile_options(resident, None, 512) == {}
-
-
 def test_the_overhead_beside_a_streamed_pass_is_not_measured(monkeypatch):
     monkeypatch.setattr(overhead, "adapt", lambda model: model)
     monkeypatch.setattr(overhead, "generate", None)
-    profile = synthetic_profile().with_overhead(3.0)
-    found = overhead.measure_overhead(stand_in("cuda", False, None), stand_in("cuda", True, None), profile)
+    before = synthetic_profile().with_overhead(3.0)
+    found = overhead.measure_overhead(stand_in("cuda", False, None), stand_in("cuda", True, None), before)
     assert (found.step_overhead_ms, found.level_overhead_ms) == (0.0, 0.0)
 
 
-def test_auto_plans_with_the_options_that_suit_the_target(target, draft, monkeypatch):
-    """As on a GPU, with sizes that fit the tiny models."""
-    asked = []
-    monkeypatch.setattr(overhead, "_streams", lambda model: model is target)
-    monkeypatch.setattr(overhead, "STREAMED_NODE_COUNTS", (1, 4, 8))
-    measure = auto.measure_profile
-
-    def noted(*models, **options):
-        asked.append((options["node_counts"], options["min_repeats"]))
-        return measure(*models, **(options | {"seconds": 0.0, "bandwidth": False}))
-
-    monkeypatch.setattr(auto, "measure_profile", noted)
-    output = generate(target, draft, PROMPT, tree="auto", max_new_tokens=8, eos_token_id=())
-    assert asked == [([1, 4, 8], 2)]
-    assert output.stats.tree.num_nodes <= 8
+def test_auto_times_a_streamed_target_at_few_sizes(monkeypatch):
+    """The profile's own defaults for such a target, with sizes that fit the tiny models and the first tree."""
+    monkeypatch.setattr(profile, "OFFLOADED_NODE_COUNTS", (1, 8, 32))
+    monkeypatch.setattr(profile, "QUICK_SECONDS", 0.0)
+    found = []
+    plan = auto.plan_tree
+    monkeypatch.setattr(
+        auto,
+        "plan_tree",
+        lambda acceptance, profile, **options: found.append(profile) or plan(acceptance, profile, **options),
+    )
+    draft = tiny_model("llama")
+    with random_offloaded(draft.config, resident_layers=0) as target:
+        output = generate(target, draft, PROMPT, tree="auto", max_new_tokens=8, eos_token_id=())
+    (measured,) = found
+    table = measured.forward_table(measured.target_key)
+    assert (table.node_counts, table.repeats) == ((1, 8, 32), 2)
+    assert output.stats.tree.num_nodes <= 32

@@ -138,6 +138,13 @@ def test_targets_that_stream_their_weights_are_measured_on_large_trees(target, t
         )
 
 
+def test_sizes_of_a_streamed_target_fit_into_the_models_positions(short, tmp_path):
+    short.save_pretrained(tmp_path)
+    with load_offloaded(tmp_path, resident_layers=0) as offloaded:
+        profile = measure_profile(offloaded, context_lens=[100], **FAST)
+        assert profile.forward_table(profile.target_key).node_counts == (1, 16, 64, 128)
+
+
 @pytest.mark.parametrize(
     ("context_lens", "contexts", "largest"), [(None, (96, 192), 64), ([200, 100], (100, 200), 48), ([254], (254,), 2)]
 )

@@ -2,7 +2,7 @@
 
 from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
 from sequoia_kernels.decoding.loop import GenerateOutput, generate
-from sequoia_kernels.decoding.overhead import measure_overhead, profile_options
+from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.decoding.stats import GenerateStats
 
@@ -13,6 +13,5 @@ __all__ = [
     "GenerateStats",
     "generate",
     "measure_overhead",
-    "profile_options",
     "release_engines",
 ]

@@ -38,7 +38,6 @@ def choose_tree(
     profile: HardwareProfile | None,
     probe: Callable[[TokenTree], GenerateStats],
     calibrate: Callable[[HardwareProfile], HardwareProfile],
-    profile_options: dict[str, Any],
     adaptive: bool = False,
 ) -> TreePlan | AdaptivePlan:
     """Plan a tree for these models, requests and machine.
@@ -51,7 +50,6 @@ def choose_tree(
         profile: hardware profile; None measures the two models on their device.
         probe: generates with a tree and gives the statistics.
         calibrate: adds the loop's own overhead to a profile.
-        profile_options: more options of `measure_profile`.
         adaptive: plan several trees to switch between.
 
     Returns:
@@ -66,11 +64,8 @@ def choose_tree(
         if key not in memory:
             logger.info("measuring the models' forward times, once; pass profile= to skip this")
             memory[key] = calibrate(
-                measure_profile(
-                    target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True,
-                    **profile_options,
-                )
-            )  # fmt: skip
+                measure_profile(target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True)
+            )
         profile = memory[key]
     if acceptance is None:
         settings = (arguments.temperature, arguments.top_k, arguments.top_p)

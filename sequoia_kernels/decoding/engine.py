@@ -168,7 +168,6 @@ class _Key(NamedTuple):
     batch_size: int
     max_cache_len: int
     backend: str
-    cuda_graphs: bool
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
     compiled: tuple[Any, ...]
@@ -216,7 +215,7 @@ def borrow_engine(
     rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
     if not captures:
         return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs)
-    key = _key(target, draft, state, rows, backend, cuda_graphs)
+    key = _key(target, draft, state, rows, backend)
     with _lock:
         entry = _kept.get(target.model, OrderedDict()).pop(key, None)
     if entry is None or (entry.draft() if entry.draft is not None else None) is not getattr(draft, "model", None):
@@ -236,7 +235,7 @@ def return_engine(engine: DecodingEngine) -> None:
         return
     target, draft = engine.target, engine.draft
     rows = engine.target_cache.max_cache_len
-    key = _key(target, draft, engine.state, rows, engine.backend, cuda_graphs=True)
+    key = _key(target, draft, engine.state, rows, engine.backend)
     engine.target = engine.draft = None  # type: ignore[assignment]  # set again when it is borrowed
     engine.clock = StageClock(enabled=False)
     with _lock:
@@ -265,15 +264,12 @@ def cache_bucket(rows: int, limit: int | None) -> int:
     return bucket if limit is None else max(rows, min(bucket, limit))
 
 
-def _key(
-    target: TreeModel, draft: TreeModel | None, state: DecodingState, rows: int, backend: str, cuda_graphs: bool
-) -> _Key:
+def _key(target: TreeModel, draft: TreeModel | None, state: DecodingState, rows: int, backend: str) -> _Key:
     models = [model for model in (target, draft) if model is not None]
     return _Key(
         state.cache_lens.shape[0],
         rows,
         backend,
-        cuda_graphs,
         (state.top_k is not None, state.top_p is not None),
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
         tuple(model.compile_mode for model in models),

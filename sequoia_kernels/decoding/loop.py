@@ -135,15 +135,12 @@ def generate(
     if draft is None:
         tree = TokenTree.single()  # whatever was asked for
     elif tree in ("auto", "adaptive"):
-        from sequoia_kernels.decoding.overhead import measure_overhead, profile_options  # decode with this function
-
-        longest = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
+        from sequoia_kernels.decoding.overhead import measure_overhead  # it decodes with this function
 
         # the probe is this function with a fixed tree, a few tokens and no way to end early
         tree = choose_tree(
             target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive",
             calibrate=lambda measured: measure_overhead(target, draft, measured, batch_size=arguments.batch_size),
-            profile_options=profile_options(target, draft, longest),
             probe=lambda probe_tree: generate(
                 target, draft, input_ids, attention_mask, tree=probe_tree, max_new_tokens=PROBE_TOKENS,
                 temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=(), seed=seed,

@@ -13,30 +13,6 @@ from sequoia_kernels.planner import CostModel, HardwareProfile
 
 NUM_TOKENS = 96
 NUM_RUNS = 3
-# Trees that a target is timed for whose forward is a pass over the host's weights: seconds each, and flat between them.
-STREAMED_NODE_COUNTS = (1, 64, 256, 512, 768, 1024)
-STREAMED_REPEATS = 2
-
-
-def profile_options(target: Any, draft: Any | None, longest_context: int) -> dict[str, Any]:
-    """Options of `measure_profile` that suit a target.
-
-    Args:
-        target: the target, a Hugging Face model or a `TreeModel`.
-        draft: the draft, likewise, or None.
-        longest_context: committed tokens that will be timed behind, at most.
-
-    Returns:
-        Nothing for a resident target. For one that streams its layers to a GPU a few sizes, up to the largest trees,
-        each timed twice: measuring takes a dozen and a half passes and not hundreds.
-    """
-    models = [adapt(model) for model in (target, draft) if model is not None]
-    if not _streams(models[0]):
-        return {}
-    limits = [model.max_positions for model in models if model.max_positions is not None]
-    largest = max(1, min([STREAMED_NODE_COUNTS[-1], *(limit - longest_context for limit in limits)]))
-    counts = sorted({count for count in STREAMED_NODE_COUNTS if count < largest} | {largest})
-    return {"node_counts": counts, "min_repeats": STREAMED_REPEATS}
 
 
 def _streams(target: TreeModel) -> bool:

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.models.adapter import _AttentionSwitch
-from sequoia_kernels.models.attention import find_context
+from sequoia_kernels.models.attention import find_context, store_rows
 from sequoia_kernels.planner import ModelFingerprint
 
 __all__ = ["skeleton"]
@@ -46,15 +45,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Store the new rows as `models.attention` does, and give fixed rows instead of attending."""
-    context = find_context(key, kwargs)
-    layer = context.layers[module.layer_idx]
-    context.num_calls += 1
-    if context.rows is None:
-        layer.keys_by_head.narrow(2, context.first_row, key.shape[2]).copy_(key)
-        layer.values_by_head.narrow(2, context.first_row, key.shape[2]).copy_(value)
-    else:
-        layer.flat_keys.index_copy_(0, context.rows, key.transpose(1, 2).flatten(0, 1))
-        layer.flat_values.index_copy_(0, context.rows, value.transpose(1, 2).flatten(0, 1))
+    store_rows(module, key, value, find_context(key, kwargs))
     batch_size, num_heads, num_rows, head_dim = query.shape
     fixed_rows: Any = module.fixed_rows
     rows = fixed_rows[: batch_size * num_rows]
@@ -98,6 +89,4 @@ def skeleton(shapes: ModelFingerprint, num_layers: int, device: torch.device) ->
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    tree_model = TreeModel(model, adapt(model.eval())._plan)
-    tree_model._switch = _AttentionSwitch(model, SKELETON_NAME)
-    return tree_model
+    return adapt(model.eval()).with_attention(SKELETON_NAME)

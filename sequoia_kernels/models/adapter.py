@@ -177,13 +177,19 @@ class TreeModel:
 
     capturable = True
 
-    def __init__(self, model: PreTrainedModel, plan: _ModelPlan, compile_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: _ModelPlan,
+        compile_mode: str | None = None,
+        attention: str = ATTENTION_NAME,
+    ) -> None:
         self.model = model
         self.family = family_name(model)
         self.eos_token_ids = _eos_token_ids(model)
         self.compile_mode = compile_mode
         self._plan = plan
-        self._switch = _AttentionSwitch(model, ATTENTION_NAME)
+        self._switch = _AttentionSwitch(model, attention)
         self._compiled: Callable[..., Any] | None = None
         if compile_mode is not None:
             self._compiled = torch.compile(model.forward, mode=compile_mode, dynamic=False)
@@ -224,6 +230,13 @@ class TreeModel:
     def compiled(self, mode: str = "default") -> TreeModel:
         """Give the same model with its forwards of trees compiled; see `adapt`."""
         return TreeModel(self.model, self._plan, mode)
+
+    def with_attention(self, name: str) -> TreeModel:
+        """Give the same model with another attention function, registered with transformers, in its forwards.
+
+        The function must store the new rows and count its calls, as `models.attention.store_rows` does.
+        """
+        return TreeModel(self.model, self._plan, self.compile_mode, name)
 
     def weights(self) -> Iterator[torch.Tensor]:
         """Yield everything that a forward reads of the model: parameters and buffers."""
@@ -332,9 +345,10 @@ class TreeModel:
             arguments["logits_to_keep"] = last_row
         cache.context = context
         try:
-            logits = (self.model if compiled is None else _compiling(compiled))(**arguments).logits
+            output = self.model(**arguments) if compiled is None else _run_compiled(compiled, arguments)
         finally:
             cache.context = None
+        logits = output.logits
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
                 f"forward: family {self.family} must call its attention function once in each of {len(plan.specs)} "
@@ -391,15 +405,12 @@ def _compile_mode(compile: bool | str) -> str | None:
     return compile
 
 
-def _compiling(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _run_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Let each number of rows and each cache have a compiled form of its own, however many there are."""
     from torch._dynamo import config  # a second to import, for those who compile
 
-    def run(**arguments: Any) -> Any:
-        with config.patch(recompile_limit=MAX_COMPILED_SHAPES, accumulated_recompile_limit=MAX_COMPILED_SHAPES):
-            return compiled(**arguments)
-
-    return run
+    with config.patch(recompile_limit=MAX_COMPILED_SHAPES, accumulated_recompile_limit=MAX_COMPILED_SHAPES):
+        return compiled(**arguments)
 
 
 def _check_evaluation_mode(model: PreTrainedModel) -> None:

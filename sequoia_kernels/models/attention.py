@@ -12,7 +12,7 @@ from sequoia_kernels.models.cache import CONTEXT_ATTRIBUTE, TreeCacheLayer
 from sequoia_kernels.models.step import TreeStep
 from sequoia_kernels.ops import tree_attention
 
-__all__ = ["ATTENTION_NAME", "CONTEXT_KWARG", "StepContext", "find_context"]
+__all__ = ["ATTENTION_NAME", "CONTEXT_KWARG", "StepContext", "find_context", "store_rows"]
 
 # Registered as an attention function but not as a mask function: the models then build no mask at all.
 ATTENTION_NAME = "sequoia_tree"
@@ -104,6 +104,29 @@ def missing_context(module: torch.nn.Module) -> UnsupportedModelError:
     )
 
 
+def store_rows(
+    module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, context: StepContext
+) -> tuple[TreeCacheLayer, StepContext]:
+    """Write a layer's new keys and values into their cache rows.
+
+    Returns:
+        The layer's cache, and the context on its device.
+    """
+    context.num_calls += 1
+    layer = context.layers[module.layer_idx]  # type: ignore[index]  # an attention module's own number
+    if key.device != context.device:
+        context = context.on(key.device)
+    if context.rows is None:
+        assert context.first_row is not None
+        num_rows = key.shape[2]
+        layer.keys_by_head.narrow(2, context.first_row, num_rows).copy_(key)
+        layer.values_by_head.narrow(2, context.first_row, num_rows).copy_(value)
+    else:
+        layer.flat_keys.index_copy_(0, context.rows, key.transpose(1, 2).flatten(0, 1))
+        layer.flat_values.index_copy_(0, context.rows, value.transpose(1, 2).flatten(0, 1))
+    return layer, context
+
+
 def tree_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,  # [B, Hq, N, D]
@@ -128,17 +151,7 @@ def tree_attention_forward(
             f"tree attention: {type(module).__name__} must be called without a mask, got one of shape "
             f"{list(attention_mask.shape)}; the family builds its own masks"
         )
-    context.num_calls += 1
-    layer = context.layers[module.layer_idx]
-    if query.device != context.device:
-        context = context.on(query.device)
-    if context.rows is None:
-        num_rows = key.shape[2]
-        layer.keys_by_head.narrow(2, context.first_row, num_rows).copy_(key)
-        layer.values_by_head.narrow(2, context.first_row, num_rows).copy_(value)
-    else:
-        layer.flat_keys.index_copy_(0, context.rows, key.transpose(1, 2).flatten(0, 1))
-        layer.flat_values.index_copy_(0, context.rows, value.transpose(1, 2).flatten(0, 1))
+    layer, context = store_rows(module, key, value, context)
     output = tree_attention(
         query.transpose(1, 2),
         layer.keys,

@@ -199,12 +199,17 @@ def test_pages(backend, given_as, page_size):
     assert lens.tolist() == [15, 28, 3]
 
 
-def test_entries_of_unused_pages_may_be_anything(backend):
+@pytest.mark.parametrize("unused", [-1, 5, 10**9])
+def test_entries_of_unused_pages_may_be_anything(backend, unused):
+    """Also those of a request that accepts nothing, even where its unused pages are ones that another request uses."""
     cache = numbered(6, 4, 1, 4)
-    block_table = int32([[3, 1, -9, 10**6]])
+    block_table = int32([[unused] * 4, [3, 5, unused, unused], [unused] * 4, [unused] * 4])
     expected = cache.clone()
-    expected[1, 0] = cache[1, 2]  # slot 4 <- slot 6
-    compact(backend, [cache], [[0, 3]], [3], block_table=block_table)
+    expected[5, 0] = cache[5, 2]  # slot 4 <- slot 6
+    lens = compact(backend, [cache], [[], [0, 3], [], []], [1, 3, 0, 16], block_table=block_table)
+    assert torch.equal(cache, expected)
+    assert lens.tolist() == [1, 5, 0, 16]
+    compact(backend, [cache], [[], []], [1, 3], num_levels=2, block_table=int32([[unused] * 4] * 2))
     assert torch.equal(cache, expected)
 
 
@@ -222,9 +227,25 @@ def test_no_caches_and_no_requests(backend):
     lens = int32([3, 4]).to(backend.device)
     backend([], int32([[0, 1], [0, 1]]).to(backend.device), int32([2, 1]).to(backend.device), lens, raw=True)
     assert lens.tolist() == [5, 5]
+    lens = int32([2**30 - 4, 0]).to(backend.device)
+    backend([], int32([[0, 1], [0, 1]]).to(backend.device), int32([2, 0]).to(backend.device), lens, raw=True)
+    assert lens.tolist() == [2**30 - 2, 0]
     empty = torch.zeros(0, 8, 1, 4, device=backend.device)
     nothing = int32([]).to(backend.device)
     backend([empty], nothing.reshape(0, 3), nothing, nothing.clone(), raw=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 1, 4), (2, 8, 0, 4), (2, 8, 1, 0)], ids=["no rows", "no heads", "no columns"])
+@pytest.mark.parametrize("paged", [False, True])
+def test_empty_caches(backend, given_as, shape, paged):
+    path = [0, 2] if shape[1] else []
+    block_table = int32([[0, -1], [1, -1]]) if paged else None
+    caches = [torch.zeros(shape), torch.zeros(shape)]
+    lens = compact(backend, caches, [path, []], [0, 0], given_as=given_as, num_levels=2, block_table=block_table)
+    assert lens.tolist() == [len(path), 0]
+    if paged:
+        lens = compact(backend, caches, [[], []], [0, 0], num_levels=2, block_table=int32([[], []]))
+        assert lens.tolist() == [0, 0]
 
 
 def test_strided_lengths_and_paths(backend):
@@ -366,6 +387,17 @@ WRONG_VALUES = [
     ({"block_table": int32([[0]])}, r"block_table must have shape \[batch, pages\] with batch 2, got \[1, 1\]"),
     ({"block_table": int32([[0], [2]])}, r"block_table must name pages from 0 to 1, got \[2\] for request 1"),
     ({"block_table": int32([[-1], [1]])}, r"block_table must name pages from 0 to 1, got \[-1\] for request 0"),
+    ({"caches": [], "num_accepted": int32([2, 4])}, "num_accepted must be from 0 to 3, got 4 for request 1"),
+    ({"caches": [], "num_accepted": int32([2, 2**31 - 1])}, "num_accepted must be from 0 to 3, got 2147483647"),
+    ({"caches": [], "num_accepted": int32([-2, 2])}, "num_accepted must be from 0 to 3, got -2 for request 0"),
+    ({"caches": [], "accepted_nodes": int32([[0, 2, 3], [3, 1, 0]])}, "accepted_nodes must be tree slots that incr"),
+    ({"caches": [], "cache_lens": int32([3, -1])}, "cache_lens must be from 0 to 1073741823, got -1 for request 1"),
+    ({"caches": [], "cache_lens": int32([2**31 - 1, 4])}, "cache_lens must be from 0 to 1073741823, got 2147483647"),
+    ({"caches": [], "cache_lens": int32([2**30 - 2, 4])}, "accepted_nodes must stay inside a cache of 1073741823"),
+    (
+        {"caches": [], "cache_lens": int32([-1, 4]), "block_table": int32([[0], [0]])},
+        "cache_lens must be from 0 to 1073741823, got -1 for request 0",
+    ),
     ({"backend": "memcpy"}, "backend must be one of auto, reference.*, got 'memcpy'"),
 ]
 

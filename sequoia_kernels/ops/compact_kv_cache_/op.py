@@ -14,6 +14,9 @@ from .cache_table import CacheTable, check_caches, max_row_bytes, num_slots, sum
 
 OP = "compact_kv_cache_"
 
+MOST_ROWS = 2**30 - 1
+"""what a length may say without caches to bound it: the Triton kernel counts in the highest bits of a length's word"""
+
 
 def compact_kv_cache_(
     caches: Sequence[Tensor] | CacheTable,
@@ -163,12 +166,12 @@ def _check_values(
     slots: int,
 ) -> None:
     """Paths increase and stay inside the cache, so every target does, too. CPU tensors only."""
-    if not caches:
-        return
     num_levels = accepted_nodes.shape[1]
-    page_size = caches[0].shape[1]
-    room = slots if block_table is None else block_table.shape[1] * page_size
-    pages = None if block_table is None else block_table.tolist()
+    room = MOST_ROWS  # without caches the lengths are all that is read and written
+    if caches:
+        room = slots if block_table is None else block_table.shape[1] * caches[0].shape[1]
+        room = min(room, torch.iinfo(torch.int32).max)  # an expanded cache may have more rows than a length can say
+    pages = None if block_table is None or not caches else block_table.tolist()
     counts, paths = num_accepted.tolist(), accepted_nodes.tolist()
     for request, (cache_len, count) in enumerate(zip(cache_lens.tolist(), counts)):
         if not 0 <= count <= num_levels:
@@ -186,6 +189,7 @@ def _check_values(
             rule = f"stay inside a cache of {room} slots with {cache_len} committed"
             checks.fail_range(OP, "accepted_nodes", rule, f"{path} for request {request}")
         if pages is not None and path:
+            page_size = caches[0].shape[1]
             rows = [cache_len + node for node in path] + list(range(cache_len, cache_len + count))
             used = sorted({pages[request][row // page_size] for row in rows})
             if used[0] < 0 or used[-1] >= slots:

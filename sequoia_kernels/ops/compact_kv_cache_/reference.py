@@ -55,30 +55,33 @@ def move_all_requests(
 ) -> None:
     """One gather and one write a cache, without reading a length on the host."""
     batch_size, num_levels = accepted_nodes.shape
-    if not caches or accepted_nodes.numel() == 0:
+    if not caches or accepted_nodes.numel() == 0 or any(0 in cache.shape[:2] for cache in caches):
         return
-    page_size = caches[0].shape[1]
-    num_slots = min(cache.shape[1] for cache in caches) if block_table is None else block_table.shape[1] * page_size
+    requests = torch.arange(batch_size, device=cache_lens.device)[:, None].expand(-1, num_levels)
     depths = torch.arange(num_levels, device=cache_lens.device)
     active = depths < num_accepted[:, None]  # [B, L]
     lens = cache_lens.long()[:, None]
-    # A pair behind the end of a path must write, too, where shapes do not depend on data. It repeats the path's first
-    # pair, which writes the same value to the same place; a request that accepts nothing rewrites a row of its own.
-    some = num_accepted[:, None] > 0
-    first_source = torch.where(some, lens + accepted_nodes[:, :1], lens.clamp(max=num_slots - 1))
-    first_target = torch.where(some, lens, lens.clamp(max=num_slots - 1))
-    sources = torch.where(active, lens + accepted_nodes, first_source)
-    targets = torch.where(active, lens + depths, first_target)
-    if block_table is None:
-        requests = torch.arange(batch_size, device=cache_lens.device)[:, None]
-        source_index, target_index = (requests, sources), (requests, targets)
-    else:
-        pages = block_table.long()
+    sources, targets = torch.where(active, lens + accepted_nodes, 0), torch.where(active, lens + depths, 0)
+    source_index, target_index = (requests, sources), (requests, targets)
+    if block_table is not None:
+        if block_table.shape[1] == 0:
+            return
+        page_size, pages = caches[0].shape[1], block_table.long()
         source_index = (pages.gather(1, sources // page_size), sources % page_size)
         target_index = (pages.gather(1, targets // page_size), targets % page_size)
+    # A pair behind the end of a path must write, too, where shapes do not depend on data, and must not look at pages
+    # that its request does not use. It repeats the first pair of all, which writes the same value to the same place; if
+    # there is none, the very first row is written to itself.
+    first = active.flatten().int().argmax().reshape(1)
+
+    def filled(index: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        fillers = [torch.where(active.any(), part.flatten().index_select(0, first), 0) for part in index]
+        return tuple(torch.where(active, part, filler) for part, filler in zip(index, fillers))
+
+    read, written = filled(source_index), filled(target_index)
     for cache in caches:
         rows = _as_indexable(cache)
-        rows[target_index] = rows[source_index]
+        rows[written] = rows[read]
 
 
 def move_request_by_request(

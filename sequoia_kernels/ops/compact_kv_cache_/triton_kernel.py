@@ -42,6 +42,7 @@ from torch import Tensor
 from sequoia_kernels import triton_device
 
 from .cache_table import ENTRY_FIELDS, cache_entries
+from .op import MOST_ROWS
 
 # tuning table --------------------------------------------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ def _launch_config(num_caches: int, num_levels: int, max_row_bytes: int, max_slo
 def _max_slots(caches: Sequence[Tensor], block_table: Tensor | None) -> int:
     """Rows that one request has room for."""
     if not caches:
-        return 2**24
+        return MOST_ROWS
     if block_table is not None:
         return block_table.shape[1] * caches[0].shape[1]
     return min(cache.shape[1] for cache in caches)

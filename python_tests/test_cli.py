@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support.tiny_models import noisy_copy, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+import sequoia_kernels
 from sequoia_kernels import AcceptanceEstimate, HardwareProfile, TokenTree, TreePlan, cli, estimate_acceptance
 from sequoia_kernels.measure import measure_microbenchmarks
 
@@ -250,3 +253,9 @@ def test_every_command_explains_itself(capsys):
             cli.main([command, "--help"])
         assert stop.value.code == 0
         assert "--json" in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "sequoia_kernels", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout == f"sequoia-kernels {sequoia_kernels.__version__}\n"

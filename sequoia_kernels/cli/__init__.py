@@ -1,0 +1,61 @@
+"""The command line: demo, generate, acceptance, profile, plan, doctor, a module each.
+
+Results go to standard output, progress and logs to standard error, so that `--json` output can be piped. Exit status:
+0 done, 1 the work failed, 2 a bad argument or file, 130 interrupted. Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from sequoia_kernels import __version__
+from sequoia_kernels.cli import acceptance, demo, doctor, generate, plan, profile
+from sequoia_kernels.cli.terminal import BadUsage, Terminal
+
+__all__ = ["main"]
+
+COMMANDS = (demo, generate, acceptance, profile, plan, doctor)  # in the order of --help
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(message)s"
+    )
+    terminal = Terminal(getattr(args, "json", False), args.quiet)
+    try:
+        return args.run(args, terminal)
+    except KeyboardInterrupt:
+        terminal.note("interrupted; nothing was left half-written")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (BadUsage, ValueError, TypeError, OSError) as error:
+        if args.traceback:
+            raise
+        terminal.problem(f"sequoia-kernels {args.command}: {error}")
+        return 2
+    except RuntimeError as error:
+        if args.traceback:
+            raise
+        terminal.problem(f"sequoia-kernels {args.command}: {error}")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sequoia-kernels",
+        description="Lossless tree speculative decoding with a tree chosen for this machine.",
+        epilog="Start with `sequoia-kernels demo`. Every command explains itself with --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"sequoia-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

@@ -1,0 +1,120 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "add_command",
+    "add_models",
+    "add_prompts",
+    "add_sampling",
+    "load_tree",
+    "positive",
+    "positives",
+    "sampling_settings",
+]
+
+
+def add_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    """Add a subcommand with the options that every one has."""
+    parser = commands.add_parser(
+        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    general = parser.add_argument_group("general")
+    general.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    general.add_argument("--quiet", action="store_true", help="no progress")
+    general.add_argument("--verbose", action="store_true", help="log backend choices and measurements")
+    general.add_argument("--traceback", action="store_true", help="show Python's traceback of an error")
+    return parser
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add what `pair.load_pair` reads."""
+    models = parser.add_argument_group("models (the demo pair when none is given)")
+    models.add_argument("--target", help="folder or hub id of the target", default=argparse.SUPPRESS)
+    models.add_argument("--draft", help="folder or hub id of the draft", default=argparse.SUPPRESS)
+    models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    models.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
+    models.add_argument("--threads", type=positive, help="CPU threads", default=argparse.SUPPRESS)
+    models.add_argument(
+        "--offload", action="store_true", help="stream the target's layers from host memory (see docs/offloading.md)"
+    )
+    models.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        default=argparse.SUPPRESS,
+        help="device memory for an offloaded target, such as 20GiB (default: 90%% of what is free)",
+    )
+    models.add_argument(
+        "--host-memory",
+        choices=("packed", "mapped"),
+        default="packed",
+        help="keep an offloaded target in memory, or stream it from its files",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add what `sampling_settings` reads."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sampling.add_argument("--top-k", type=int, default=argparse.SUPPRESS, help="keep the k most probable tokens")
+    sampling.add_argument("--top-p", type=float, default=argparse.SUPPRESS, help="keep this much probability")
+    sampling.add_argument("--seed", type=int, default=0)
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add what `pair.read_prompts` reads."""
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument(
+        "--prompts-file",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="text file with prompts (the demo pair's default: held-out files of the standard library)",
+    )
+    prompts.add_argument("--separator", default="\n\n\n", help="what separates the prompts of the file")
+    prompts.add_argument("--num-prompts", type=positive, default=8)
+    prompts.add_argument("--prompt-tokens", type=positive, default=128, help="longer prompts are cut")
+    prompts.add_argument("--new-tokens", type=positive, default=96, help="tokens generated for each prompt")
+
+
+def positive(text: str) -> int:
+    """Read an argument that is an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positives(text: str) -> list[int]:
+    """Read an argument that is a comma-separated list of them."""
+    return [positive(part) for part in text.split(",")]
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Give the sampling arguments as those of `generate`."""
+    return {
+        "temperature": args.temperature,
+        "top_k": getattr(args, "top_k", None),
+        "top_p": getattr(args, "top_p", None),
+        "seed": args.seed,
+    }
+
+
+def load_tree(path: Path) -> Any:
+    """Load a tree from a tree file or a plan file."""
+    from sequoia_kernels import TokenTree, TreePlan
+
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("format", "")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        kind = ""
+    return TreePlan.load(path) if kind.endswith("tree-plan") else TokenTree.load(path)

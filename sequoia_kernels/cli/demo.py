@@ -1,0 +1,133 @@
+"""`demo`: measure this machine, choose a tree for it, and show generation with and without."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sequoia_kernels import __version__
+from sequoia_kernels.cli.arguments import add_command, add_models, positive
+from sequoia_kernels.cli.pair import (
+    DEMO_PROMPT,
+    Pair,
+    estimate_pair,
+    load_pair,
+    measure_pair,
+    need_draft,
+    text_streamer,
+)
+from sequoia_kernels.cli.terminal import Terminal
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "demo", run, "Measure this machine, choose a tree for it, and show generation with and without."
+    )
+    add_models(parser)
+    parser.add_argument(
+        "--prompt", default=argparse.SUPPRESS, help="text to continue (default: the start of a Python function)"
+    )
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
+    parser.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument("--num-prompts", type=positive, default=4, help="held-out prompts timed besides the shown one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--svg", type=Path, default=argparse.SUPPRESS, help="write a picture of the last tree here")
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    from sequoia_kernels import plan_tree
+    from sequoia_kernels.demo import held_out_prompts
+
+    pair = load_pair(args, terminal)
+    need_draft(pair, "demo")
+    own_prompt = getattr(args, "prompt", None)
+    shown = pair.tokenizer(own_prompt or DEMO_PROMPT, return_tensors="pt").input_ids.to(pair.target.device)
+    texts = held_out_prompts(2 * args.num_prompts)
+    ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, :128].to(pair.target.device) for text in texts]
+    calibration, timed = ids[: args.num_prompts], [shown, *ids[args.num_prompts :]]
+    longest = max(x.shape[1] for x in timed)
+    profile = measure_pair(pair, (longest, longest + args.new_tokens), 1, True, terminal)
+    rows = []
+    plan = None
+    for temperature in args.temperatures:
+        sampling = {"temperature": temperature, "top_k": None, "top_p": getattr(args, "top_p", None), "seed": args.seed}
+        acceptance = estimate_pair(pair, calibration, args.new_tokens, sampling, terminal)
+        plan = plan_tree(acceptance, profile, context_len=longest + args.new_tokens / 2, temperature=temperature)
+        rows.append(_demo_row(args, pair, timed, sampling, plan, terminal))
+    assert plan is not None
+
+    def show() -> None:
+        table = Table(title="measured in this run, tokens per second of decoding")
+        for column in ("T", "nodes", "levels", "plain", "tree", "speedup", "predicted", "tokens/step"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(
+                f"{row['temperature']:g}",
+                str(row["nodes"]),
+                str(row["levels"]),
+                f"{row['autoregressive_tokens_per_second']:.0f}",
+                f"{row['speculative_tokens_per_second']:.0f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['predicted_speedup']:.2f}x",
+                f"{row['tokens_per_step']:.2f}",
+            )
+        terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
+        terminal.out.print(table)
+        for row in rows:
+            if row["temperature"] == 0:
+                same = "identical to" if row["greedy_output_identical"] else "NOT identical to"
+                terminal.out.print(f"greedy output is {same} that of plain decoding, on all {len(timed)} prompts")
+
+    if getattr(args, "svg", None):
+        plan.tree.save_svg(args.svg, plan.acceptance)
+    terminal.result({"version": __version__, "rows": rows, "plan": json.loads(plan.to_json())}, show)
+    return 0
+
+
+def _demo_row(
+    args: argparse.Namespace, pair: Pair, prompts: list[Any], sampling: dict[str, Any], plan: Any, terminal: Terminal
+) -> dict[str, Any]:
+    """Stream the first prompt's continuation, then time all prompts with and without speculation, in turn."""
+    from sequoia_kernels import generate
+
+    common = sampling | {"max_new_tokens": args.new_tokens, "eos_token_id": ()}
+    if not terminal.as_json:
+        terminal.out.rule(f"temperature {sampling['temperature']:g}")
+        terminal.out.print(plan.describe(), markup=False)
+        terminal.out.rule("the target's text, generated with the tree")
+        generate(pair.target, pair.draft, prompts[0], tree=plan, streamer=text_streamer(pair.tokenizer), **common)
+        terminal.out.rule()
+    plain, speculative, identical = [], [], True
+    with terminal.progress("timing with and without") as advance:
+        for index, ids in enumerate(prompts):
+            advance(index, len(prompts), f"prompt {index + 1}")
+            without = generate(pair.target, None, ids, **common)
+            with_tree = generate(pair.target, pair.draft, ids, tree=plan, **common)
+            identical &= without.new_tokens == with_tree.new_tokens
+            plain.append(without.stats)
+            speculative.append(with_tree.stats)
+        advance(len(prompts), len(prompts))
+
+    def rate(runs: list[Any]) -> float:
+        return sum(sum(run.new_tokens) - 1 for run in runs) / sum(run.decode_seconds for run in runs)
+
+    steps = sum(sum(run.request_steps) for run in speculative)
+    accepted = sum(run.tokens_per_step * sum(run.request_steps) for run in speculative)
+    return {
+        "temperature": sampling["temperature"],
+        "nodes": plan.tree.num_nodes,
+        "levels": plan.tree.num_levels,
+        "autoregressive_tokens_per_second": rate(plain),
+        "speculative_tokens_per_second": rate(speculative),
+        "speedup": rate(speculative) / rate(plain),
+        "predicted_speedup": plan.speedup,
+        "predicted_tokens_per_second": plan.tokens_per_second,
+        "tokens_per_step": accepted / steps if steps else 1.0,
+        "predicted_tokens_per_step": plan.tokens_per_step,
+        "greedy_output_identical": identical if sampling["temperature"] == 0 else None,
+    }

@@ -1,0 +1,75 @@
+"""`doctor`: say what is installed, which backends work here, and why others do not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from typing import Any
+
+from rich.table import Table
+
+from sequoia_kernels import __version__
+from sequoia_kernels.cli.arguments import add_command
+from sequoia_kernels.cli.terminal import Terminal
+
+
+def add(commands: Any) -> None:
+    add_command(commands, "doctor", run, "Say what is installed, which backends work here, and why others do not.")
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    import torch
+
+    from sequoia_kernels import ops  # noqa: F401  registers the backends
+    from sequoia_kernels.backends import backend_report
+
+    packages = {name: _version_of(name) for name in ("torch", "triton", "transformers", "numpy", "safetensors")}
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    modules: dict[str, str | None] = {}
+    for module in ("_host", "_cuda"):
+        try:
+            __import__(f"sequoia_kernels.{module}")
+            modules[module] = None
+        except ImportError as error:
+            modules[module] = str(error)
+    report = backend_report()
+    healthy = modules["_host"] is None and all(None in reasons.values() for reasons in report.values())
+    document = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "packages": packages,
+        "cuda_devices": devices,
+        "modules": modules,
+        "backends": report,
+        "healthy": healthy,
+    }
+
+    def show() -> None:
+        terminal.out.print(f"sequoia-kernels {__version__}, Python {platform.python_version()}, {platform.machine()}")
+        terminal.out.print(", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items()))
+        terminal.out.print("CUDA devices: " + (", ".join(devices) if devices else "none"))
+        for module, reason in modules.items():
+            terminal.out.print(f"sequoia_kernels.{module}: " + ("built" if reason is None else f"missing ({reason})"))
+        table = Table(title="backends", show_lines=False)
+        for column in ("op", "backend", "works here"):
+            table.add_column(column)
+        for op, reasons in report.items():
+            for name, reason in reasons.items():
+                table.add_row(op, name, "yes" if reason is None else f"no: {reason}")
+        terminal.out.print(table)
+        if modules["_host"] is not None:
+            terminal.out.print("Build the host module with `pip install .` from a checkout; it needs a C++17 compiler.")
+        if modules["_cuda"] is not None:
+            terminal.out.print("For the native CUDA kernels, install from source where nvcc is on the PATH.")
+
+    terminal.result(document, show)
+    return 0 if healthy else 1
+
+
+def _version_of(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

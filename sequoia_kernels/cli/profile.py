@@ -1,0 +1,74 @@
+"""`profile`: measure the models and ops on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sequoia_kernels.cli.arguments import add_command, add_models, positive, positives
+from sequoia_kernels.cli.pair import load_pair, measure_pair
+from sequoia_kernels.cli.terminal import BadUsage, Terminal
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "profile", run, "Measure the models and ops on this machine.")
+    add_models(parser)
+    parser.add_argument("--contexts", type=positives, default="128,512", help="context lengths to measure at")
+    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    parser.add_argument(
+        "--microbenchmarks",
+        action="store_true",
+        help="also measure the parts of which forwards of other models can be composed (about a minute more)",
+    )
+    parser.add_argument(
+        "--shapes",
+        type=Path,
+        nargs="+",
+        metavar="CONFIG",
+        default=argparse.SUPPRESS,
+        help="with --microbenchmarks: the shapes of these models (config.json or folder), not a grid of common ones",
+    )
+    parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="write the profile to this JSON file")
+
+
+def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    from sequoia_kernels.planner import ModelFingerprint
+
+    if hasattr(args, "shapes") and not args.microbenchmarks:
+        raise BadUsage("--shapes needs --microbenchmarks")
+    shapes = [ModelFingerprint.from_config(path, args.dtype) for path in getattr(args, "shapes", ())]
+    pair = load_pair(args, terminal)
+    profile = measure_pair(pair, args.contexts, args.batch_size, args.quick, terminal)
+    if args.microbenchmarks:
+        from sequoia_kernels.measure import measure_microbenchmarks
+
+        with terminal.progress("measuring the parts of models") as advance:
+            parts = measure_microbenchmarks(
+                pair.target.device, pair.target.dtype, shapes=shapes, quick=args.quick, progress=advance
+            )
+        profile = profile.merged(parts)
+    if hasattr(args, "out"):
+        profile.save(args.out)
+
+    def show() -> None:
+        terminal.out.print(str(profile.device), markup=False)
+        for key in profile.models:
+            forwards = profile.forward_table(key, args.batch_size)
+            table = Table(title=f"{key}: forward, ms")
+            table.add_column("context", justify="right")
+            for count in forwards.node_counts:
+                table.add_column(f"{count} rows", justify="right")
+            for context, row in zip(forwards.context_lens, forwards.p50_ms, strict=True):
+                table.add_row(str(context), *(f"{value:.2f}" for value in row))
+            terminal.out.print(table)
+        if args.microbenchmarks:
+            counts = ", ".join(f"{len(points)} of {op}" for op, points in parts.ops.items())
+            terminal.out.print(f"parts in {args.dtype}: {counts}")
+
+    terminal.result(json.loads(profile.to_json()), show)
+    return 0

@@ -1,0 +1,61 @@
+"""Where a command writes, and how it says that its arguments do not go together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+__all__ = ["BadUsage", "Terminal"]
+
+
+class BadUsage(Exception):
+    """Arguments that do not go together; shown without a traceback, exit status 2."""
+
+
+class Terminal:
+    """Where a command writes: results on standard output, everything else on standard error."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, quiet=quiet)
+
+    def result(self, document: dict[str, Any], show: Callable[[], None]) -> None:
+        """Print the JSON document with --json, else show it for people."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        else:
+            show()
+
+    def problem(self, text: str) -> None:
+        """Say why the command failed, quiet or not."""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="bold red", markup=False)
+
+    def note(self, text: str) -> None:
+        """Say something that is not a result."""
+        self.err.print(text, style="dim", markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, label: str) -> Iterator[Callable[..., None]]:
+        """Show a bar; the yielded function takes (done, total, what)."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[what]}", style="dim"),
+        )
+        with Progress(*columns, console=self.err, transient=False) as bar:
+            task = bar.add_task(label, total=None, what="")
+
+            def advance(done: int, total: int, what: str = "") -> None:
+                bar.update(task, completed=done, total=total, what=what)
+
+            yield advance

@@ -21,6 +21,7 @@ from machine import command_line, commit, environment
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.models import adapt, causal_step
+from sequoia_kernels.models.families import cache_argument
 
 
 def cpu_ms(run) -> float:
@@ -35,10 +36,11 @@ def forwards(model: LlamaForCausalLM, num_rows: int, context_len: int):
     tokens = torch.randint(model.config.vocab_size, (1, context_len + num_rows))
     prompt, rows = tokens[:, :context_len], tokens[:, context_len:]
     plain_cache = DynamicCache(config=model.config)
-    model(input_ids=prompt, past_key_values=plain_cache)
+    cached = {cache_argument(model): plain_cache}
+    model(input_ids=prompt, **cached)
 
     def plain() -> torch.Tensor:
-        return model(input_ids=rows, past_key_values=plain_cache).logits
+        return model(input_ids=rows, **cached).logits
 
     def crop() -> None:
         plain_cache.crop(-num_rows)

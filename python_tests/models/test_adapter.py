@@ -15,7 +15,7 @@ import sequoia_kernels.models.adapter as adapter
 import sequoia_kernels.models.attention as attention
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep, adapt, causal_step, prefill
-from sequoia_kernels.models.families import PROVEN_FAMILIES
+from sequoia_kernels.models.families import PROVEN_FAMILIES, cache_argument
 
 # Branches at every level but the last, single children, and a path longer than the families' window of 4.
 PARENTS = [-1, 0, 0, 0, 1, 1, 2, 4, 4, 7, 9]
@@ -285,7 +285,7 @@ def test_the_models_own_generate_refuses_a_tree_cache() -> None:
     plain = tiny_model("llama")
     cache = adapt(plain).new_cache(1, 16)
     with pytest.raises(UnsupportedModelError, match=r"must be used through TreeModel\.forward"):
-        plain.generate(torch.tensor([[1, 2]]), past_key_values=cache, max_new_tokens=2, do_sample=False)
+        plain.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False, **{cache_argument(plain): cache})
 
 
 def test_a_mask_that_reaches_the_attention_is_an_error() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from support.tiny_families import tiny_model
+from support.tiny_families import REFUSED_YET, tiny_model
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt
@@ -53,14 +54,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: from_config("FalconConfig", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
         INTERFACE,
     ),
-    "gptj": (
-        lambda: from_config("GPTJConfig", vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
-        INTERFACE,
-    ),
-    "codegen": (
-        lambda: from_config("CodeGenConfig", vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
-        INTERFACE,
-    ),
+    **{family: (partial(tiny_model, family), INTERFACE) for family in REFUSED_YET},
     "gpt_neo": (
         lambda: from_config(
             "GPTNeoConfig",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from sequoia_kernels.models.families import cache_argument
+
 
 def ancestors(parents: Sequence[int], node: int) -> list[int]:
     """Return the path from the root to a node, both included."""
@@ -45,12 +47,12 @@ def tree_logits(model: Any, prefix: Sequence[int], tokens: Sequence[int], parent
     cache = DynamicCache(config=model.config)
     if len(prefix) > 0:
         prompt = torch.tensor([list(prefix)] * len(paths))
-        model(input_ids=prompt, past_key_values=cache, use_cache=True)
+        model(input_ids=prompt, use_cache=True, **{cache_argument(model): cache})
     logits: list[torch.Tensor | None] = [None] * len(parents)
     for depth in range(longest):
         nodes = [path[min(depth, len(path) - 1)] for path in paths]  # shorter paths repeat their leaf; not looked at
         step = torch.tensor([[tokens[node]] for node in nodes])
-        scored = model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+        scored = model(input_ids=step, use_cache=True, **{cache_argument(model): cache}).logits[:, -1]
         for path, node, row in zip(paths, nodes, scored, strict=True):
             if depth < len(path):
                 logits[node] = row

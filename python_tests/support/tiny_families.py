@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 
 VOCAB = 64
 WINDOW = 4
@@ -23,6 +24,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+_OF_GPT2_KIND = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 128}
 _ALTERNATING = ["sliding_attention", "full_attention"]
 
 # family -> (configuration class, its arguments beyond the common ones, the layers' windows)
@@ -62,7 +64,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[int | None]]] = {
     ),
     "gpt_neox": ("GPTNeoXConfig", {}, [None, None]),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, [None, None]),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 128}, [None, None]),
+    "gpt2": ("GPT2Config", _OF_GPT2_KIND, [None, None]),
     "gpt_oss": (
         "GptOssConfig",
         {"head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING, **_EXPERTS},
@@ -127,15 +129,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[int | None]]] = {
     ),
     "olmo3": ("Olmo3Config", {"sliding_window": WINDOW, "layer_types": _ALTERNATING}, [WINDOW, None]),
 }
+# Families that follow transformers' attention interface since a version, and are refused before.
+_SINCE = {"codegen": "5.24", "gptj": "5.24"}
+_LATER = {
+    "codegen": ("CodeGenConfig", {**_OF_GPT2_KIND, "rotary_dim": 8}, [None, None]),
+    "gptj": ("GPTJConfig", {**_OF_GPT2_KIND, "rotary_dim": 8}, [None, None]),
+}
+REFUSED_YET = {
+    family: entry for family, entry in _LATER.items() if Version(transformers.__version__) < Version(_SINCE[family])
+}
+FAMILIES |= {family: entry for family, entry in _LATER.items() if family not in REFUSED_YET}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the configuration of a family's tiny model."""
-    name, arguments, _ = FAMILIES[family]
-    common = {"n_embd": 32} if family == "gpt2" else _COMMON
+    name, arguments, _ = {**FAMILIES, **REFUSED_YET}[family]
+    common = _COMMON
+    if "n_embd" in arguments:  # GPT-2 and its kind have names of their own
+        common = {key: _COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     merged = {**common, **arguments, **overrides}
-    if family == "gpt2":
-        merged = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, **merged}
     return getattr(transformers, name)(**merged)
 
 

@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import ATTENTION_NAME, CONTEXT_KWARG, StepContext
 from sequoia_kernels.models.cache import LayerSpec, TreeCache
-from sequoia_kernels.models.families import PROVEN_FAMILIES, check_family, family_name, position_limit
+from sequoia_kernels.models.families import (
+    PROVEN_FAMILIES,
+    cache_argument,
+    check_family,
+    family_name,
+    position_limit,
+)
 from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.step import TreeStep, causal_step
 
@@ -44,6 +50,7 @@ class _ModelPlan(NamedTuple):
     vocab_size: int
     max_positions: int | None
     takes_context: bool  # the model's forward accepts additional keyword arguments
+    cache_argument: str
     takes_logits_to_keep: bool
 
 
@@ -334,7 +341,7 @@ class TreeModel:
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": (cache_lens[:, None] + step.depths).to(torch.int64),
-            "past_key_values": cache,
+            plan.cache_argument: cache,
             "use_cache": True,
         }
         if plan.takes_context:
@@ -444,6 +451,7 @@ def _make_plan(model: PreTrainedModel) -> _ModelPlan:
         vocab_size=logits.shape[-1],
         max_positions=position_limit(model, [call.chunk for call in probe.calls if call.chunk is not None]),
         takes_context=takes_context,
+        cache_argument=cache_argument(model),
         takes_logits_to_keep="logits_to_keep" in parameters,
     )
 
@@ -455,7 +463,7 @@ def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[AttentionPr
     arguments: dict[str, Any] = {
         "input_ids": tokens,
         "position_ids": torch.arange(4, device=tokens.device)[None],
-        "past_key_values": cache,
+        cache_argument(model): cache,
         "use_cache": True,
     }
     if takes_context:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 
-__all__ = ["PROVEN_FAMILIES", "check_family", "family_name", "position_limit"]
+__all__ = ["PROVEN_FAMILIES", "cache_argument", "check_family", "family_name", "position_limit"]
 
 # Families (`config.model_type`) whose tree logits this package's tests compare with plain sequential decoding. Every
 # other family that passes the structural checks is compared with its own plain forward when it is adapted.
@@ -62,6 +62,11 @@ _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embedding", "p
 def family_name(model: PreTrainedModel) -> str:
     """Return the family's name, such as "llama"."""
     return str(model.config.model_type or type(model).__name__)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name under which the model's forward takes its cache: "cache" since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def check_family(model: PreTrainedModel) -> None:

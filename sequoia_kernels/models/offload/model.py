@@ -138,11 +138,11 @@ def _hook(module: nn.Module, position: int, streamer: LayerStreamer, lockstep: L
 
     def before(module: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
         if lockstep.inside:
-            cache = arguments.get("past_key_values")
-            context = getattr(cache, "context", None)
+            # by its type: versions of transformers differ in the argument's name
+            cache = next(value for value in (*inputs, *arguments.values()) if isinstance(value, TreeCache))
+            context = cache.context
             lockstep.barrier()
-            if cache is not None:
-                cache.context = context  # the chunks' forwards share the cache, and each has its own context
+            cache.context = context  # the chunks' forwards share the cache, and each has its own context
         streamer.acquire(position)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:

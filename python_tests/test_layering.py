@@ -27,6 +27,7 @@ SHARED = {
     "errors",
     "checks",
     "backends",
+    "guard",
     "native",
     "rng",
     "triton_device",
@@ -38,6 +39,7 @@ NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
     "checks": SHARED | {"tree"},
+    "guard": set(),
     "backends": SHARED | NATIVE,
     "native": SHARED | NATIVE,
     "rng": SHARED,

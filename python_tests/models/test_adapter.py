@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support.interrupts import interrupt_everywhere
 from support.sequential import depths, packed_mask, tree_logits
 from support.tiny_families import FAMILIES, VOCAB, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sequoia_kernels.models.adapter as adapter
 import sequoia_kernels.models.attention as attention
+import sequoia_kernels.models.cache as cache_module
+import sequoia_kernels.models.switch as switch
+from sequoia_kernels import guard
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep, adapt, causal_step, prefill
 from sequoia_kernels.models.families import PROVEN_FAMILIES, cache_argument
@@ -200,7 +205,6 @@ def test_the_attention_function_is_restored_after_an_error(monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="broken on purpose"):
             model.forward(torch.tensor([[1]]), cache, lens, causal_step(1))
     assert settings(plain) == before
-    assert cache.context is None
     model.forward(torch.tensor([[1]]), cache, lens, causal_step(1))
 
 
@@ -226,6 +230,97 @@ def test_two_threads_take_turns_on_one_model() -> None:
         thread.join()
     assert wrong == []
     assert "sequoia_tree" not in settings(plain)
+
+
+@pytest.mark.parametrize("event", ["line", "opcode"])
+def test_an_interrupt_anywhere_leaves_neither_attention_nor_lock_behind(event: str) -> None:
+    plain = tiny_model("llama")
+    before = settings(plain)
+    own = switch.AttentionSwitch(plain, attention.ATTENTION_NAME)
+
+    def check() -> None:
+        assert settings(plain) == before
+        assert not any(lock._is_owned() for lock in own._locks)
+        assert torch.is_grad_enabled()
+
+    def work() -> None:
+        own.run(lambda: settings(plain))
+        own.at_rest(lambda: settings(plain))
+
+    assert interrupt_everywhere(work, check, [switch, guard], event) > 30
+
+
+def test_an_interrupt_in_a_forward_leaves_nothing_behind() -> None:
+    plain = tiny_model("llama")
+    model, before = adapt(plain), settings(plain)
+    cache, lens = model.new_cache(1, 8), torch.zeros(1, dtype=torch.int32)
+
+    def check() -> None:
+        assert settings(plain) == before
+        assert not any(lock._is_owned() for lock in model._switch._locks)
+        assert torch.is_grad_enabled()
+        with pytest.raises(UnsupportedModelError, match=r"must be used through TreeModel\.forward"):
+            cache.update(torch.zeros(1), torch.zeros(1), 0)
+
+    step = causal_step(1)
+    work = partial(model.forward, torch.tensor([[1]]), cache, lens, step)
+    assert interrupt_everywhere(work, check, [adapter, cache_module, guard, switch, attention]) > 50
+    work()
+
+
+def test_a_forward_inside_a_forward_is_an_error_and_not_a_deadlock() -> None:
+    plain = tiny_model("llama")
+    model = adapt(plain)
+    cache, lens = model.new_cache(1, 8), torch.zeros(1, dtype=torch.int32)
+
+    def forward(*_: Any) -> None:
+        model.forward(torch.tensor([[1]]), cache, lens, causal_step(1))
+
+    handle = plain.lm_head.register_forward_pre_hook(forward)
+    with pytest.raises(RuntimeError, match="forward: the model must not be run from within a forward of its own"):
+        forward()
+    handle.remove()
+    forward()
+
+
+def test_models_that_share_layers_take_turns() -> None:
+    """A draft made of the target's first layer has its own configuration, but the layer reads the target's."""
+    target = tiny_model("llama")
+    draft = tiny_model("llama", num_hidden_layers=1)
+    draft.model.layers = target.model.layers[:1]
+    before = settings(target)
+    models = [adapt(target), adapt(draft)]
+    inside, leave = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def forward(model: TreeModel) -> None:
+        try:
+            model.forward(torch.tensor([[1]]), model.new_cache(1, 4), torch.zeros(1, dtype=torch.int32), causal_step(1))
+        except BaseException as error:
+            errors.append(error)
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        assert leave.wait(60)
+
+    for first, second in (models, models[::-1]):
+        inside.clear()
+        leave.clear()
+        handle = first.model.lm_head.register_forward_pre_hook(wait)
+        threads = [threading.Thread(target=forward, args=(model,), daemon=True) for model in (first, second)]
+        threads[0].start()
+        assert inside.wait(60)
+        threads[1].start()
+        threads[1].join(0.2)
+        assert threads[1].is_alive()  # it waits for its turn
+        leave.set()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        handle.remove()
+        assert errors == []
+        assert settings(target) == before
+    assert target.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
 
 
 class _LargestTensor(TorchDispatchMode):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from contextvars import copy_context
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import ATTENTION_NAME, CONTEXT_KWARG, StepContext
-from sequoia_kernels.models.cache import LayerSpec, TreeCache
+from sequoia_kernels.models.cache import ForwardCache, LayerSpec, TreeCache
 from sequoia_kernels.models.families import (
     PROVEN_FAMILIES,
     cache_argument,
@@ -25,6 +24,7 @@ from sequoia_kernels.models.families import (
 )
 from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.step import TreeStep, causal_step
+from sequoia_kernels.models.switch import AttentionSwitch
 
 __all__ = ["ChunkInputs", "TreeModel", "adapt"]
 
@@ -52,42 +52,6 @@ class _ModelPlan(NamedTuple):
     takes_context: bool  # the model's forward accepts additional keyword arguments
     cache_argument: str
     takes_logits_to_keep: bool
-
-
-class _AttentionSwitch:
-    """Sets the attention function of all of a model's configurations while a forward runs, and puts the old ones back.
-
-    A context manager that holds a lock: forwards of one model through tree models take turns.
-    """
-
-    # By id of the configuration, which every switch keeps alive.
-    _locks: ClassVar[WeakValueDictionary[int, Any]] = WeakValueDictionary()
-
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
-        configs = {id(model.config): model.config}
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            if hasattr(config, "_attn_implementation_internal"):
-                configs.setdefault(id(config), config)
-        self._owner = model.config
-        self._lock = self._locks.setdefault(id(self._owner), threading.Lock())
-        self._name = name
-        # The internal field, as transformers' own switch writes it: the public one recurses and checks at every call.
-        self._fields = [config.__dict__ for config in configs.values()]
-        self._saved: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._saved = [fields["_attn_implementation_internal"] for fields in self._fields]
-        for fields in self._fields:
-            fields["_attn_implementation_internal"] = self._name
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for fields, saved in zip(self._fields, self._saved, strict=True):
-            fields["_attn_implementation_internal"] = saved
-        self._lock.release()
 
 
 _plans: WeakKeyDictionary[PreTrainedModel, _ModelPlan] = WeakKeyDictionary()
@@ -196,7 +160,7 @@ class TreeModel:
         self.eos_token_ids = _eos_token_ids(model)
         self.compile_mode = compile_mode
         self._plan = plan
-        self._switch = _AttentionSwitch(model, attention)
+        self._switch = AttentionSwitch(model, attention)
         self._compiled: Callable[..., Any] | None = None
         if compile_mode is not None:
             self._compiled = torch.compile(model.forward, mode=compile_mode, dynamic=False)
@@ -307,8 +271,7 @@ class TreeModel:
             cache_lens[b] + depths[i]. No host sync on accelerators.
         """
         self._check_forward(input_ids, cache, cache_lens, step, last_row)
-        with self._switch, torch.no_grad():
-            return self._run(input_ids, cache_lens, step, last_row, cache)
+        return self._switch.run(partial(self._run, input_ids, cache_lens, step, last_row, cache))
 
     def forward_chunks(self, chunks: Sequence[ChunkInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does.
@@ -341,7 +304,7 @@ class TreeModel:
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": (cache_lens[:, None] + step.depths).to(torch.int64),
-            plan.cache_argument: cache,
+            plan.cache_argument: ForwardCache(cache.layers, context),
             "use_cache": True,
         }
         if plan.takes_context:
@@ -350,11 +313,7 @@ class TreeModel:
         keep_rows = last_row is not None and plan.takes_logits_to_keep and last_row.shape[0] <= input_ids.shape[1]
         if keep_rows:
             arguments["logits_to_keep"] = last_row
-        cache.context = context
-        try:
-            output = self.model(**arguments) if compiled is None else _run_compiled(compiled, arguments)
-        finally:
-            cache.context = None
+        output = self.model(**arguments) if compiled is None else _run_compiled(compiled, arguments)
         logits = output.logits
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
@@ -416,8 +375,11 @@ def _run_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     """Let each number of rows and each cache have a compiled form of its own, however many there are."""
     from torch._dynamo import config  # a second to import, for those who compile
 
-    with config.patch(recompile_limit=MAX_COMPILED_SHAPES, accumulated_recompile_limit=MAX_COMPILED_SHAPES):
-        return compiled(**arguments)
+    def run() -> Any:
+        with config.patch(recompile_limit=MAX_COMPILED_SHAPES, accumulated_recompile_limit=MAX_COMPILED_SHAPES):
+            return compiled(**arguments)
+
+    return copy_context().run(run)  # what an interrupt leaves set ends with the context
 
 
 def _check_evaluation_mode(model: PreTrainedModel) -> None:
@@ -458,19 +420,16 @@ def _make_plan(model: PreTrainedModel) -> _ModelPlan:
 
 def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[AttentionProbe, torch.Tensor]:
     probe = AttentionProbe()
-    cache = TreeCache((), 1, 1)
     tokens = torch.tensor([_sample_tokens(model, 4)], device=model.get_input_embeddings().weight.device)
     arguments: dict[str, Any] = {
         "input_ids": tokens,
         "position_ids": torch.arange(4, device=tokens.device)[None],
-        cache_argument(model): cache,
+        cache_argument(model): ForwardCache([], probe),
         "use_cache": True,
     }
     if takes_context:
         arguments[CONTEXT_KWARG] = probe
-    with _AttentionSwitch(model, PROBE_NAME), torch.no_grad():
-        cache.context = probe
-        return probe, model(**arguments).logits
+    return probe, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
 
 
 def _layer_specs(model: PreTrainedModel, probe: AttentionProbe) -> tuple[LayerSpec, ...]:

@@ -88,7 +88,7 @@ def find_context(key: torch.Tensor, kwargs: dict[str, Any]) -> Any:
     """Return the forward's context, or None where the family let go of it.
 
     First the keyword argument of the model call, which most families hand through to the attention function; then the
-    attribute that `TreeCache.update` left on the key tensor, which serves families that drop unknown keyword arguments
+    attribute that `ForwardCache.update` left on the key tensor, for families that drop unknown keyword arguments
     (StableLM). Families that replace the key tensor behind the cache (DeepSeek-V3) keep the keyword.
     """
     context = kwargs.get(CONTEXT_KWARG)

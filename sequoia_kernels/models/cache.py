@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from sequoia_kernels.models.attention import StepContext
     from sequoia_kernels.models.probe import AttentionProbe
 
-__all__ = ["LayerSpec", "TreeCache", "TreeCacheLayer"]
+__all__ = ["ForwardCache", "LayerSpec", "TreeCache", "TreeCacheLayer"]
 
-# The attribute under which `TreeCache.update` leaves the forward's context on the key tensor.
+# The attribute under which `ForwardCache.update` leaves the forward's context on the key tensor.
 CONTEXT_ATTRIBUTE = "_sequoia_context"
 
 
@@ -106,7 +106,6 @@ class TreeCache(Cache):
         with torch.inference_mode(False):
             super().__init__(layers=[TreeCacheLayer(spec, batch_size, max_cache_len) for spec in specs])
         self._shape = (batch_size, max_cache_len)
-        self.context: StepContext | AttentionProbe | None = None  # set by `TreeModel.forward` for its own duration
 
     @property
     def batch_size(self) -> int:
@@ -122,6 +121,24 @@ class TreeCache(Cache):
         """Return keys and values of all layers, [B, S, Hkv, D] each, in the order k0, v0, k1, v1, ...; not copies."""
         return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
 
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: a model is given a `ForwardCache`."""
+        raise UnsupportedModelError(
+            "TreeCache: the cache must be used through TreeModel.forward, got a direct call of the model; "
+            "pass the model its own cache instead"
+        )
+
+
+class ForwardCache(Cache):
+    """A cache as the model sees it during one forward, whose context it hands to the attention layers.
+
+    An object of the forward's own, so that nothing has to be taken back when the forward ends or fails.
+    """
+
+    def __init__(self, layers: list[TreeCacheLayer], context: StepContext | AttentionProbe) -> None:
+        super().__init__(layers=layers)
+        self.context = context
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,10 +147,5 @@ class TreeCache(Cache):
         The rows are stored by the attention hook and not here: some families cache a compressed form and expand it
         behind this call (DeepSeek-V3), others let a layer read what another one stored (Gemma 3n).
         """
-        if self.context is None:
-            raise UnsupportedModelError(
-                "TreeCache: the cache must be used through TreeModel.forward, got a direct call of the model; "
-                "pass the model its own cache instead"
-            )
         setattr(key_states, CONTEXT_ATTRIBUTE, self.context)
         return key_states, value_states

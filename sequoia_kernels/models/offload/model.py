@@ -122,34 +122,33 @@ class OffloadedModel(TreeModel):
         return results
 
     def _one_pass(self, chunks: Sequence[ChunkInputs], cache: TreeCache) -> list[torch.Tensor]:
-        assert self.streamer is not None
+        streamer = self.streamer
+        assert streamer is not None
         for chunk in chunks:
             self._check_forward(chunk.input_ids, cache, chunk.cache_lens, chunk.step, chunk.last_row)
-        with self._switch:
+
+        def run() -> list[torch.Tensor]:
             try:
                 return self._lockstep.run([partial(self._run, *chunk, cache) for chunk in chunks], self.device)
             finally:
-                cache.context = None
-                self.streamer.release()
+                streamer.release()
+
+        return self._switch.run(run)
 
 
 def _hook(module: nn.Module, position: int, streamer: LayerStreamer, lockstep: Lockstep) -> None:
     """Bind a layer's weights before it runs and release them behind it; the layer's own code stays as it is."""
 
-    def before(module: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
+    def before(module: nn.Module, inputs: Any) -> None:
         if lockstep.inside:
-            # by its type: versions of transformers differ in the argument's name
-            cache = next(value for value in (*inputs, *arguments.values()) if isinstance(value, TreeCache))
-            context = cache.context
             lockstep.barrier()
-            cache.context = context  # the chunks' forwards share the cache, and each has its own context
         streamer.acquire(position)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         if not lockstep.inside:  # else the next chunk wants the same layer, and `acquire` of another one releases it
             streamer.release()
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_pre_hook(before)
     module.register_forward_hook(after, always_call=True)
 
 

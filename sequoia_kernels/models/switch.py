@@ -1,0 +1,90 @@
+"""The attention function of a model while a forward runs, and the one it had before."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from sequoia_kernels.guard import guarded, release_if_owned
+
+__all__ = ["AttentionSwitch", "attention_configs"]
+
+Result = TypeVar("Result")
+
+# The internal field, as transformers' own switch writes it: the public one recurses and checks at every call.
+_FIELD = "_attn_implementation_internal"
+# By id of the configuration, for as long as that lives.
+_locks: dict[int, Any] = {}
+
+
+class AttentionSwitch:
+    """Sets the attention function of all of a model's configurations while a forward runs, and puts the old ones back.
+
+    Every configuration has a lock, so forwards take turns that would write the same one: those of one model, and those
+    of models that share layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self._name = name
+        # Everybody takes the locks in one order, so that no two wait for each other.
+        self._configs = sorted(attention_configs(model), key=id)
+        self._locks = [_lock_of(config) for config in self._configs]
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Call a function with this attention and without gradients.
+
+        Raises:
+            RuntimeError: this thread is inside of another such call for one of the configurations.
+        """
+        if any(lock._is_owned() for lock in self._locks):
+            raise RuntimeError("forward: the model must not be run from within a forward of its own, got such a call")
+        places = list(zip([config.__dict__ for config in self._configs], self._locks, strict=True))
+        saved: dict[int, Any] = {}
+        gradients = torch.is_grad_enabled()
+
+        def enter() -> None:
+            torch.set_grad_enabled(False)
+            for index, (fields, lock) in enumerate(places):
+                lock.acquire()
+                saved[index] = fields[_FIELD]
+                fields[_FIELD] = self._name
+
+        def leave() -> None:
+            torch.set_grad_enabled(gradients)
+            for index, (fields, lock) in enumerate(places):
+                if lock._is_owned():
+                    fields[_FIELD] = saved.get(index, fields[_FIELD])
+                    lock.release()
+
+        return guarded(enter, function, leave)
+
+    def at_rest(self, function: Callable[[], Result]) -> Result:
+        """Call a function while no other thread's forward has its attention in the configurations."""
+
+        def leave() -> None:
+            for lock in self._locks:
+                release_if_owned(lock)
+
+        return guarded(lambda: [lock.acquire() for lock in self._locks], function, leave)
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Return the configurations that the model's modules read their attention function from."""
+    configs = {id(model.config): model.config}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if hasattr(config, _FIELD):
+            configs.setdefault(id(config), config)
+    return list(configs.values())
+
+
+def _lock_of(config: Any) -> Any:
+    """Return the configuration's lock. One that can be asked whether this thread holds it."""
+    if id(config) not in _locks:
+        weakref.finalize(config, _locks.pop, id(config), None)
+    return _locks.setdefault(id(config), threading.RLock())

@@ -19,10 +19,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+
+from sequoia_kernels.cuda_graphs import CaptureError, capture, on_device
+from sequoia_kernels.measure.timing import device_ms, event_ms, keep_busy
 
 Call = Callable[[], Any]
 Sample = Callable[[], float]  # runs once and returns milliseconds
@@ -40,7 +44,7 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
 
 def median_ms(call: Call, device: torch.device, seconds: float) -> float:
     """Median time of one long call, by itself: for ceilings, which are not compared with others in turns."""
-    clock = _event_ms if device.type == "cuda" else _host_ms
+    clock = partial(device_ms, device=device) if device.type == "cuda" else _host_ms
     call()
     samples: list[float] = []
     began = time.perf_counter()
@@ -53,16 +57,6 @@ def _host_ms(call: Call) -> float:
     started = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - started)
-
-
-def _event_ms(call: Call) -> float:
-    """The time on the device between what was launched before and the end of the call."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
 
 
 def take_samples(
@@ -129,10 +123,6 @@ class DeviceClock:
         """Read so much that nothing of a call's inputs is left in L2."""
         torch.sum(self._filler, dim=0, out=self._sink)
 
-    def keep_busy(self) -> None:
-        """Occupy the device for some 50 microseconds without touching memory."""
-        torch.cuda._sleep(100_000)
-
     def samplers(
         self, calls: Sequence[Call], reset: Call, capturable: bool = True
     ) -> tuple[dict[str, Sample], str | None]:
@@ -154,37 +144,31 @@ class DeviceClock:
             try:
                 samplers["graph_cold"] = self._replays(calls, reset, cold=True)
                 samplers["graph_warm"] = self._replays([calls[0]] * len(calls), reset, cold=False)
-            except RuntimeError as error:
-                torch.cuda.synchronize(self.device)
-                samplers, reason = {}, f"cannot be captured: {str(error).splitlines()[0]}"
+            except CaptureError as error:
+                samplers, reason = {}, f"cannot be captured: {error}"
         samplers["eager_cold"] = lambda: self._timed(calls[0], reset, cold=True)
         samplers["eager_warm"] = lambda: self._timed(calls[0], reset, cold=False)
         return samplers, reason
 
     def _replays(self, calls: Sequence[Call], reset: Call, cold: bool) -> Sample:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):  # compiles kernels and fills the allocator
+        def run() -> None:
             for call in calls:
                 call()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+
         reset()
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        graph = capture(run, self.device, undo=reset).graph
         return lambda: self._timed(graph.replay, reset, cold) / len(calls)
 
     def _timed(self, run: Call, reset: Call, cold: bool) -> float:
-        reset()
-        # Either way the device is busy while the host records the event and launches: the first launch's way to the
-        # device is not part of the time, as it is not in a loop that launches ahead.
-        if cold:
-            self.replace_l2()
-        else:
-            self.keep_busy()
-        return _event_ms(run)
+        with on_device(self.device):
+            reset()
+            # Either way the device is busy while the host records the event and launches: the first launch's way to the
+            # device is not part of the time, as it is not in a loop that launches ahead.
+            if cold:
+                self.replace_l2()
+            else:
+                keep_busy()
+            return event_ms(run)
 
 
 def count_launches(call: Call) -> int | None:

@@ -49,6 +49,7 @@ from clocks import HEADLINE_MODES, MODES, Call, DeviceClock, count_launches, hos
 from machine import command_line, commit, environment, measure_peaks, pick_device
 
 from sequoia_kernels import backends, ops  # noqa: F401  ops registers the backends
+from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.errors import BackendUnavailableError
 
 __all__ = ["Case", "OpBench", "Provider", "Settings", "Unavailable", "main", "own_providers", "run_bench"]
@@ -344,7 +345,8 @@ def run_bench(
             document["skipped_cases"].append({"name": case.name, "reason": f"{settings.seconds:g} s were over"})
             continue
         try:
-            document["cases"].append(run_case(bench, case, settings, peaks))
+            with on_device(device):
+                document["cases"].append(run_case(bench, case, settings, peaks))
         except torch.cuda.OutOfMemoryError:
             document["skipped_cases"].append({"name": case.name, "reason": "out of device memory"})
         if device.type == "cuda":

@@ -3,7 +3,6 @@ for the packages that are compared with. The kernels and times of a device are n
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -20,116 +19,85 @@ CPU = torch.device("cpu")
 # The clock
 
 
-class FakeGraph:
-    recording = None
-
-    def __init__(self):
-        self.calls = []
-
-    def replay(self):
-        for call in self.calls:
-            call()
-
-
-class FakeEvent:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        pass
-
-    def synchronize(self):
-        pass
-
-    milliseconds = 4.0
-
-    def elapsed_time(self, end):
-        return self.milliseconds
-
-
 @pytest.fixture
-def fake_cuda(monkeypatch):
-    """Enough of torch.cuda for the clock to work with: graphs replay what was called while they were captured."""
-    log = []
-
-    @contextlib.contextmanager
-    def graph(capturing):
-        log.append("capture")
-        FakeGraph.recording = capturing
-        yield
-        FakeGraph.recording = None
-
-    for name, value in {
-        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=256),
-        "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
-        "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda device=None: None,
-        "CUDAGraph": FakeGraph,
-        "graph": graph,
-        "Event": FakeEvent,
-        "_sleep": lambda cycles: log.append("busy"),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value, raising=False)
-    return log
-
-
-def counted(log, name):
-    def call():
-        if FakeGraph.recording is not None:
-            FakeGraph.recording.calls.append(lambda: log.append(name))
-        else:
-            log.append(name)
-
-    return call
-
-
-def test_a_graph_runs_once_over_every_input_set(fake_cuda):
+def clock(fake_cuda, monkeypatch):
+    """A clock of a device whose tensors lie on the CPU; its fake is `clock.fake`."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=256))
     clock = clocks.DeviceClock(CPU)
-    clock.replace_l2 = lambda: fake_cuda.append("replace L2")
-    calls = [counted(fake_cuda, name) for name in ("first", "second")]
-    samplers, reason = clock.samplers(calls, lambda: fake_cuda.append("reset"))
+    clock.fake = fake_cuda
+    clock.replace_l2 = lambda: fake_cuda.log.append("replace L2")
+    return clock
+
+
+def counted(fake, name):
+    return lambda: fake.launch(None, lambda: fake.log.append(name))
+
+
+def test_a_graph_runs_once_over_every_input_set(clock):
+    log = clock.fake.log
+    calls = [counted(clock.fake, name) for name in ("first", "second")]
+    samplers, reason = clock.samplers(calls, lambda: log.append("reset"))
     assert reason is None and tuple(samplers) == clocks.MODES["cuda"]
     seen = {}
     for mode, sample in samplers.items():
-        fake_cuda.clear()
+        log.clear()
         assert sample() == (2.0 if "graph" in mode else 4.0)  # a replay is two calls
-        seen[mode] = list(fake_cuda)
+        seen[mode] = [line for line in log if "default" not in line]
     assert seen == {
         "graph_cold": ["reset", "replace L2", "first", "second"],
         "graph_warm": ["reset", "busy", "first", "first"],
         "eager_cold": ["reset", "replace L2", "first"],
         "eager_warm": ["reset", "busy", "first"],
     }
+    clock.fake.assert_untouched()
 
 
-def test_what_cannot_be_captured_is_timed_uncaptured(fake_cuda, monkeypatch):
-    clock = clocks.DeviceClock(CPU)
+def test_what_changes_its_inputs_is_captured_on_fresh_ones(clock):
+    """Both runs before the capture begin behind a reset, as the timed ones do."""
+    log = clock.fake.log
+    clock.samplers([counted(clock.fake, "call")], lambda: log.append("reset"))
+    runs = " ".join(line for line in log if line in ("call", "reset"))
+    assert "call call" not in runs and runs.count("call") == 5  # once to see how long it takes, twice for each graph
+
+
+def test_what_cannot_be_captured_is_timed_uncaptured(clock, monkeypatch):
+    log = clock.fake.log
 
     def waits():
-        if FakeGraph.recording is not None:
-            FakeGraph.recording = None
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        clock.fake.wait()
 
     samplers, reason = clock.samplers([waits], lambda: None)
-    assert reason == "cannot be captured: operation not permitted when stream is capturing"
+    assert reason.startswith("cannot be captured: it waits for the device at ")
     assert list(samplers) == ["eager_cold", "eager_warm"]
-    fake_cuda.clear()
+    clock.fake.assert_untouched()
+    log.clear()
     samplers, reason = clock.samplers([waits], lambda: None, capturable=False)
-    assert reason == "works on the host between launches" and "capture" not in fake_cuda
+    assert reason == "works on the host between launches" and not any("capture" in line for line in log)
     assert list(samplers) == ["eager_cold", "eager_warm"]
-    monkeypatch.setattr(FakeEvent, "milliseconds", 6.0)
-    samplers, reason = clock.samplers([counted(fake_cuda, "long")], lambda: None)
-    assert reason.startswith("takes more than 5 ms") and "capture" not in fake_cuda
+    monkeypatch.setattr(torch.cuda.Event, "milliseconds", 6.0)
+    samplers, reason = clock.samplers([counted(clock.fake, "long")], lambda: None)
+    assert reason.startswith("takes more than 5 ms") and not any("capture" in line for line in log)
 
 
-def test_a_gpu_document_and_its_table(fake_cuda, monkeypatch, tmp_path):
+def test_the_clock_works_on_its_own_device(clock):
+    """Which need not be the current one: events and the kernel that keeps the device busy go to its stream."""
+    clock.device = torch.device("cuda", 1)
+    clock.fake.log.clear()
+    clock.samplers([counted(clock.fake, "call")], lambda: None, capturable=False)[0]["eager_warm"]()
+    recorded = "record on default of cuda:1"
+    assert clock.fake.log == ["busy", recorded, "call", recorded, "wait for default of cuda:1"]
+
+
+def test_a_gpu_document_and_its_table(fake_cuda, clock, monkeypatch, tmp_path):
+    def add(case, x):
+        return lambda: (fake_cuda.launch(None, lambda: None), x + 1)[1]
+
     bench = SimpleNamespace(
         OP="verify_tree",
         CASES=[harness.Case("one", "cuda", {"size": 4}), harness.Case("other device", "cpu", {"size": 4})],
         PROVIDERS={
-            "sequoia triton": harness.Provider(lambda case, x: lambda: x + 1, ours=True),
-            "loop": harness.Provider(lambda case, x: lambda: x + 1, capturable=False, note="a loop"),
+            "sequoia triton": harness.Provider(add, ours=True),
+            "loop": harness.Provider(add, capturable=False, note="a loop"),
         },
         make_inputs=lambda case, device, seed: torch.zeros(case["size"]),
         expected=lambda case, inputs: inputs + 1,

@@ -52,6 +52,15 @@ def test_parts_travel_side_by_side_and_the_caller_waits_for_all(monkeypatch, num
     ]
 
 
+def test_copies_are_made_and_timed_on_their_own_device(fake_cuda, monkeypatch):
+    """Pinned memory and streams belong to the device that is current when they are made."""
+    seen = []
+    monkeypatch.setattr(bandwidth, "_copies", lambda *args: (seen.append(fake_cuda.current_device()), ({}, {}))[1])
+    assert measure_bandwidth("cuda:1", num_bytes=8) == {}
+    assert seen == [1]
+    fake_cuda.assert_untouched()
+
+
 @pytest.mark.gpu
 def test_a_cuda_device_has_a_link_to_the_host():
     found = measure_bandwidth("cuda", num_bytes=1 << 26, seconds=0.05)

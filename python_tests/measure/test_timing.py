@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sequoia_kernels.measure import time_calls
 from sequoia_kernels.measure import timing as timing_module
@@ -102,3 +103,13 @@ def test_bad_arguments_are_refused(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"time_calls: {name} must be"):
         time_calls({"call": lambda: None}, "cpu", **arguments)
+
+
+def test_a_device_is_busy_while_a_call_is_launched(fake_cuda):
+    """Events around a call on an idle device would also time how long the first launch takes to get there."""
+    device = torch.device("cuda", 1)
+    times = time_calls({"call": lambda: fake_cuda.log.append("call")}, device, min_repeats=1, seconds=0, warmup=0)
+    assert times["call"].p50_ms == 4.0
+    recorded = "record on default of cuda:1"
+    assert fake_cuda.log == ["synchronize cuda:1", "busy", recorded, "call", recorded, "wait for default of cuda:1"]
+    fake_cuda.assert_untouched()

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
 
+from sequoia_kernels.cuda_graphs import CaptureError, forget_refusals, refuse, refused
 from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
 from sequoia_kernels.decoding.cuda_graphs import GraphedSteps
 from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
@@ -54,7 +55,9 @@ class DecodingEngine:
             self._tensors += self.draft_cache.tensors()
         self.cache_table = CacheTable(self._tensors)
         self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
-        self._graphed = self._graphed_draft = None
+        self._graphed: GraphedSteps | None = None
+        self._graphed_draft: GraphedSteps | None = None
+        self._out_of_memory = False  # for graphs of further trees
         if cuda_graphs and can_capture(target, draft):
             self._graphed = GraphedSteps(_weakly(self._run_step), state)
         elif cuda_graphs and draft is not None and can_capture(draft, None):
@@ -79,14 +82,36 @@ class DecodingEngine:
     def prepare(self, tree: TokenTree) -> None:
         """Allocate and, on CUDA, capture a tree's step now, so that its first one does not have to."""
         self._prepare(tree)
-        for graphed in (self._graphed, self._graphed_draft):
-            if graphed is not None:
-                graphed.capture(tree)
+        self._capture(tree)
 
     def step(self, tree: TokenTree) -> EmittedTokens:
         """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
         self._prepare(tree)  # allocates, so it must not be captured
+        self._capture(tree)
         return self._graphed.step(tree) if self._graphed is not None else self._run_step(tree)
+
+    def _capture(self, tree: TokenTree) -> None:
+        """Capture a tree's step; where the target is what cannot be captured, the draft's part of it."""
+        if self._out_of_memory:
+            return
+        try:
+            for graphed in (self._graphed, self._graphed_draft):
+                if graphed is not None:
+                    graphed.capture(tree)
+        except CaptureError as error:
+            if not error.lasting:
+                self._out_of_memory = True
+                logger.warning("further trees of this call are not captured but launched kernel by kernel: %s", error)
+            elif self._graphed is None:
+                self._graphed_draft = None
+                refuse(self.draft, error)
+            else:  # one of the two models: the draft, if its part alone cannot be captured either
+                self._graphed = None
+                if self.draft is not None:
+                    self._graphed_draft = GraphedSteps(_weakly(self._grow), self.state)
+                    self._capture(tree)
+                if self.draft is None or (self._graphed_draft is not None and self._graphed_draft.num_captured):
+                    refuse(self.target, error)
 
     def _run_step(self, tree: TokenTree) -> EmittedTokens:
         layout, buffers = self._prepare(tree)
@@ -113,6 +138,7 @@ class DecodingEngine:
     def restart(self, state: DecodingState) -> None:
         """Begin another batch of the same shape: take over its state's values and forget the old rows."""
         self.state.copy_(state)
+        self._out_of_memory = False
         for tensor in self._tensors:  # a masked row counts with weight 0, and 0 times a left-over inf is NaN
             tensor.zero_()
 
@@ -126,7 +152,7 @@ class DecodingEngine:
 
 def can_capture(target: TreeModel, draft: TreeModel | None) -> bool:
     """Tell whether a step of these models may become a CUDA graph."""
-    return target.device.type == "cuda" and target.capturable and (draft is None or draft.capturable)
+    return target.device.type == "cuda" and not any(refused(model) for model in (target, draft) if model is not None)
 
 
 def steps_ahead(target: TreeModel) -> int:
@@ -248,9 +274,12 @@ def return_engine(engine: DecodingEngine) -> None:
 def release_engines() -> None:
     """Free the caches and CUDA graphs that `generate` keeps on the GPU for its next call.
 
+    Models that could not be captured are tried again by their next call.
+
     Example:
         >>> release_engines()
     """
+    forget_refusals()
     with _lock:
         _kept.clear()
 

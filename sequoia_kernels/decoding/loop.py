@@ -13,7 +13,7 @@ import torch
 
 from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
-from sequoia_kernels.decoding.cuda_graphs import HostCopy
+from sequoia_kernels.decoding.cuda_graphs import HostCopy, on_target_device
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
 from sequoia_kernels.decoding.probe import PROBE_TOKENS
 from sequoia_kernels.decoding.request import Request, StopStrings
@@ -41,6 +41,7 @@ class GenerateOutput:
     finish_reasons: list[str]
 
 
+@on_target_device
 @torch.inference_mode()
 def generate(
     target: Any,

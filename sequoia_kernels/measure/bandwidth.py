@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.measure.timing import time_calls
 
 __all__ = ["measure_bandwidth"]
@@ -39,6 +40,14 @@ def measure_bandwidth(
         num_bytes = CUDA_BYTES if device.type == "cuda" else CPU_BYTES
     if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 1:
         raise ValueError(f"measure_bandwidth: num_bytes must be a positive integer, got {num_bytes!r}")
+    with on_device(device):  # where the pinned block is registered and streams are made
+        calls, moved = _copies(device, num_bytes)
+        times = time_calls(calls, device, seconds=seconds * len(calls), min_repeats=3)
+    return {name: moved[name] / (time.p50_ms * 1e6) for name, time in times.items()}
+
+
+def _copies(device: torch.device, num_bytes: int) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """Build the copies that are timed, and the bytes that each moves."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     calls: dict[str, Callable[[], object]] = {
         "memory_copy": partial(torch.empty_like(source).copy_, source, non_blocking=True)
@@ -51,8 +60,7 @@ def measure_bandwidth(
         calls["host_to_device_two_streams"] = partial(_copy_in_parts, host, source, streams)
         calls["device_to_host"] = partial(host.copy_, source, non_blocking=True)
         moved.update(dict.fromkeys(set(calls) - {"memory_copy"}, num_bytes))
-    times = time_calls(calls, device, seconds=seconds * len(calls), min_repeats=3)
-    return {name: moved[name] / (time.p50_ms * 1e6) for name, time in times.items()}
+    return calls, moved
 
 
 def _copy_in_parts(source: torch.Tensor, destination: torch.Tensor, streams: Sequence[torch.cuda.Stream]) -> None:

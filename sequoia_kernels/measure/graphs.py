@@ -8,42 +8,38 @@ from typing import Any
 
 import torch
 
+from sequoia_kernels.cuda_graphs import CaptureError, capture, refuse, refused
+
 __all__ = ["captured", "new_memory"]
 
 logger = logging.getLogger("sequoia_kernels")
 
-_NUM_WARMUPS = 2
 
-
-def captured(call: Callable[[], object], device: torch.device, memory: Any = None) -> Callable[[], object]:
+def captured(
+    call: Callable[[], object], device: torch.device, memory: Any = None, model: Any | None = None
+) -> Callable[[], object]:
     """Capture a call in a CUDA graph and return its replay; on other devices return the call itself.
 
     Args:
         call: what to capture. Its results are thrown away.
         device: where it works.
         memory: `new_memory` of several graphs that are replayed one after the other, so that they share their memory.
+        model: the `TreeModel` whose forward the call is, None where it is none. One that cannot be captured is tried
+            once.
 
     Notes:
         Where capture fails, the reason is logged and the call is returned as it is: its time then contains launches.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or (model is not None and refused(model)):
         return call
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(_NUM_WARMUPS):
-                    call()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
-                call()
-        except RuntimeError as error:
-            torch.cuda.synchronize(device)
-            logger.warning("a call is timed uncaptured: %s", str(error).splitlines()[0])
-            return call
-    return graph.replay
+    try:
+        return capture(call, device, memory=memory).graph.replay
+    except CaptureError as error:
+        if model is not None and error.lasting:
+            refuse(model, error)
+        else:
+            logger.warning("a call is timed uncaptured: %s", error)
+        return call
 
 
 def new_memory(device: torch.device) -> Any:

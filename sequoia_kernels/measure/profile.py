@@ -167,9 +167,8 @@ def measure_profile(
         plan = _Plan(models, counts, context_lens, batch_size, tree_rows)
         memory = new_memory(device)
         # A captured step has no launches from the host; a model that streams its weights cannot be captured.
-        uncaptured = {role for role, model in models.items() if not model.capturable}
         timed = {
-            key: call if key[0] == "forward" and key[1] in uncaptured else captured(call, device, memory)
+            key: captured(call, device, memory, models[key[1]] if key[0] == "forward" else None)
             for key, call in plan.calls.items()
         }
         times = time_calls(

@@ -277,41 +277,6 @@ def test_auto_measures_and_plans(target, draft):
     assert output.stats.tree.num_nodes >= 1
 
 
-BAD_ARGUMENTS = {
-    "ids list": ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be an int64"),
-    "ids float": ({"input_ids": torch.ones(1, 3)}, TypeError, "input_ids must be an int64"),
-    "ids 1-D": ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, "input_ids must have shape"),
-    "ids empty": ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, ValueError, "at least one token"),
-    "ids range": ({"input_ids": torch.tensor([[1, 99]])}, ValueError, r"tokens in \[0, 32\), got 99"),
-    "mask shape": ({"attention_mask": torch.ones(1, 4)}, ValueError, "attention_mask must have the shape"),
-    "mask hole": ({"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "not inside a prompt"),
-    "mask empty": ({"attention_mask": torch.zeros(1, 3)}, ValueError, "keep at least one token"),
-    "tree type": ({"tree": [-1, 0]}, TypeError, "tree must be a TokenTree"),
-    "tree word": ({"tree": "best"}, TypeError, "tree must be a TokenTree"),
-    "no tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
-    "float tokens": ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an integer"),
-    "temperature": ({"temperature": -0.1}, ValueError, "temperature must be finite and >= 0, got -0.1"),
-    "temperature nan": ({"temperature": float("nan")}, ValueError, "temperature must be finite"),
-    "temperatures": ({"temperature": [1.0, 1.0]}, ValueError, "one for each of 1 requests, got 2"),
-    "top_k": ({"top_k": -1}, ValueError, "top_k must be >= 0"),
-    "top_k float": ({"top_k": 2.5}, TypeError, "top_k must be a number"),
-    "top_p zero": ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
-    "top_p above": ({"top_p": 1.1}, ValueError, r"top_p must be in \(0, 1\], got 1.1"),
-    "seed": ({"seed": -1}, ValueError, r"seed must be in \[0, 2\^63\)"),
-    "eos": ({"eos_token_id": 32}, ValueError, r"eos_token_id must hold tokens in \[0, 32\), got 32"),
-    "stop strings": ({"stop_strings": ["x"]}, ValueError, "tokenizer must be given"),
-    "empty stop": ({"stop_strings": [""], "tokenizer": object()}, ValueError, "non-empty strings"),
-    "cache": ({"max_cache_len": 0}, ValueError, "max_cache_len must be at least 1"),
-}
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
-def test_bad_arguments_are_refused_by_name(target, draft, change, error, message):
-    arguments = {"input_ids": torch.tensor([[1, 2, 3]]), "tree": TREES["two"], "max_new_tokens": 4} | change
-    with pytest.raises(error, match=message):
-        generate(target, draft, arguments.pop("input_ids"), **arguments)
-
-
 def test_streamer_takes_one_request(target, draft):
     with pytest.raises(ValueError, match="streamer must be used with one request, got 2"):
         generate(target, draft, prompts(2, 3), tree=TREES["two"], streamer=_Streamer())

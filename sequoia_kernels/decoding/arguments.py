@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from sequoia_kernels import backends
+from sequoia_kernels.checks import MIN_TEMPERATURE
+from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
 from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
-from sequoia_kernels.planner import AdaptivePlan, TreeFollower, TreePlan
+from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
 from sequoia_kernels.tree import TokenTree
-
-logger = logging.getLogger("sequoia_kernels")
-
-# Settings of a generation_config that change the distribution, and the values at which they do nothing.
-_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "min_p": (None, 0.0),
-    "typical_p": (None, 1.0),
-    "bad_words_ids": (None,),
-    "suppress_tokens": (None, []),
-    "forced_eos_token_id": (None,),
-}
 
 
 @dataclass(frozen=True)
@@ -86,6 +74,9 @@ def check_arguments(
     tokenizer: Any | None,
     streamer: Any | None,
     max_cache_len: int | None,
+    acceptance: AcceptanceEstimate | Sequence[float] | None,
+    profile: HardwareProfile | None,
+    backend: str,
 ) -> GenerationArguments:
     """Check everything that can be checked before a model runs; see `generate` for the meaning of each."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
@@ -100,7 +91,11 @@ def check_arguments(
             "move it with .to(target.device)"
         )
     batch_size = input_ids.shape[0]
-    prompts, prompt_lens = _left_aligned(input_ids, attention_mask)
+    eos_token_ids = _eos_token_ids(target, eos_token_id)
+    inferred = attention_mask is None
+    if inferred:
+        attention_mask = _inferred_mask(target, input_ids, pad_token_id, eos_token_ids)
+    prompts, prompt_lens = _left_aligned(input_ids, attention_mask, inferred)
     _check_token_range(prompts, prompt_lens, target.vocab_size)
     if draft is not None:
         check_pair(target, draft)
@@ -114,28 +109,39 @@ def check_arguments(
             "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
             f'"auto" or "adaptive", got {tree!r}'
         )
+    if acceptance is not None and not isinstance(acceptance, (AcceptanceEstimate, Sequence)):
+        raise TypeError(
+            f"generate: acceptance must be an AcceptanceEstimate or a sequence of numbers, got {_describe(acceptance)}"
+        )
+    if profile is not None and not isinstance(profile, HardwareProfile):
+        raise TypeError(f"generate: profile must be a HardwareProfile, got {_describe(profile)}")
+    names = ("auto", *backends.backend_names("verify_tree"))
+    if backend not in names:
+        raise ValueError(f"generate: backend must be one of {', '.join(names)}, got {backend!r}")
     _check_positive("max_new_tokens", max_new_tokens)
     temperatures = _per_request(
-        "temperature", temperature, batch_size, Real, lambda t: math.isfinite(t) and t >= 0, "be finite and >= 0"
-    )
-    top_ks = (
-        None
-        if top_k is None
-        else _per_request("top_k", top_k, batch_size, Integral, lambda k: k >= 0, "be >= 0 (0 is off)")
-    )
-    top_ps = (
-        None if top_p is None else _per_request("top_p", top_p, batch_size, Real, lambda p: 0 < p <= 1, "be in (0, 1]")
-    )
+        "temperature", temperature, batch_size, Real,
+        lambda t: t == 0 or _in_float32(MIN_TEMPERATURE) <= _in_float32(t) < math.inf,
+        f"be 0 or at least {MIN_TEMPERATURE} and finite in float32",
+    )  # fmt: skip
+    top_ks = top_ps = None
+    if top_k is not None:
+        top_ks = _per_request(
+            "top_k", top_k, batch_size, Integral, lambda k: 0 <= k < 1 << 31, "be in [0, 2^31), where 0 is off"
+        )
+    if top_p is not None:
+        top_ps = _per_request(
+            "top_p", top_p, batch_size, Real, lambda p: p <= 1 and _in_float32(p) > 0, "be in (0, 1] in float32"
+        )
     seeds = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
-    eos_token_ids = _eos_token_ids(target, eos_token_id)
-    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings or ())
-    if any(not isinstance(string, str) or not string for string in strings):
-        raise ValueError(f"generate: stop_strings must be non-empty strings, got {stop_strings!r}")
-    if strings and tokenizer is None:
-        raise ValueError("generate: tokenizer must be given with stop_strings, got None")
-    if streamer is not None and batch_size > 1:
-        raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
-    _warn_of_settings_not_applied(target)
+    strings = _stop_strings(stop_strings, tokenizer)
+    if streamer is not None:
+        if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+            raise TypeError(f"generate: streamer must have put(tokens) and end(), got {type(streamer).__name__}")
+        if batch_size > 1:
+            raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
+    pad = _pad_token_id(target, pad_token_id, eos_token_ids)
+    warn_of_ignored_settings(target.model, temperatures, top_k, top_p, strings)
     return GenerationArguments(
         prompts=prompts,
         prompt_lens=prompt_lens,
@@ -144,27 +150,42 @@ def check_arguments(
         top_k=top_ks,
         top_p=top_ps,
         eos_token_ids=eos_token_ids,
-        pad_token_id=_pad_token_id(target, pad_token_id, eos_token_ids),
+        pad_token_id=pad,
         seeds=request_seeds(seeds[0], batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
         stop_strings=strings,
         max_cache_len=_cache_limit(target, draft, max_cache_len, prompt_lens),
     )
 
 
-def _warn_of_settings_not_applied(target: TreeModel) -> None:
-    """Say which settings of the target's generation_config are not applied, though transformers' own loop would."""
-    config = getattr(target.model, "generation_config", None)
-    found = {name: getattr(config, name, None) for name in _NOT_APPLIED}
-    active = [f"{name}={value}" for name, value in found.items() if value not in _NOT_APPLIED[name]]
-    if active:
-        logger.warning("generate: the target's generation_config asks for %s, which is not applied", ", ".join(active))
-
-
 def _describe(value: Any) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _left_aligned(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
+def _inferred_mask(
+    target: TreeModel, input_ids: torch.Tensor, pad_token_id: int | None, eos_token_ids: frozenset[int]
+) -> torch.Tensor | None:
+    """Take pad tokens for padding, as transformers does where no mask is given; None where there are none.
+
+    A pad token that also ends sequences may be text: then it counts as such, with a warning if it stands at an end.
+    """
+    pad = _configured_pad_token_id(target) if pad_token_id is None else pad_token_id
+    is_pad = input_ids == pad if isinstance(pad, Integral) else None
+    if is_pad is None or not bool(is_pad.any()):
+        return None
+    if pad not in eos_token_ids:
+        return ~is_pad
+    if bool(is_pad[:, 0].any()) or bool(is_pad[:, -1].any()):
+        warn_once(
+            target.model,
+            f"generate: input_ids begins or ends with token {pad}, which both pads and ends sequences, and no "
+            "attention_mask is given: it counts as text of the prompt",
+        )
+    return None
+
+
+def _left_aligned(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, inferred: bool
+) -> tuple[torch.Tensor, list[int]]:
     """Shift every prompt to column 0. Returns (prompts [B, longest], lengths)."""
     batch_size, width = input_ids.shape
     if attention_mask is None:
@@ -183,6 +204,7 @@ def _left_aligned(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
         if columns[-1] - columns[0] + 1 != len(columns):
             raise ValueError(
                 f"generate: attention_mask must pad on one side or both, not inside a prompt, got a hole in row {index}"
+                + ("; it was inferred from the pad token, so give it where that is text" if inferred else "")
             )
         rows.append(input_ids[index, columns[0] : columns[-1] + 1].to(torch.int64))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
@@ -204,15 +226,32 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"generate: {name} must be at least 1, got {value}")
 
 
-def _per_request(name: str, value: Any, batch_size: int, kind: type, holds: Any, rule: str) -> list[Any]:
-    values = [value] * batch_size if isinstance(value, Real) else list(value)
+def _in_float32(value: float) -> float:
+    """Round as the ops' tensors do; what float32 cannot hold becomes infinite."""
+    try:
+        return float(torch.tensor(float(value), dtype=torch.float64).to(torch.float32))
+    except OverflowError:  # an integer beyond float64
+        return math.inf
+
+
+def _per_request(
+    name: str, value: Any, batch_size: int, kind: type, holds: Callable[[Any], bool], rule: str
+) -> list[Any]:
+    noun = "an integer" if kind is Integral else "a number"
+    if isinstance(value, Real):
+        value = [value] * batch_size
+    elif not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(
+            f"generate: {name} must be {noun} or one for each request in a sequence, got {_describe(value)}"
+        )
+    values = list(value)
     if len(values) != batch_size:
         raise ValueError(
             f"generate: {name} must be one value or one for each of {batch_size} requests, got {len(values)}"
         )
     for entry in values:
         if isinstance(entry, bool) or not isinstance(entry, kind):
-            raise TypeError(f"generate: {name} must be a number, got {entry!r}")
+            raise TypeError(f"generate: {name} must be {noun}, got {entry!r}")
         if not holds(entry):
             raise ValueError(f"generate: {name} must {rule}, got {entry}")
     return values
@@ -221,20 +260,44 @@ def _per_request(name: str, value: Any, batch_size: int, kind: type, holds: Any,
 def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
     if eos_token_id is None:
         return frozenset(target.eos_token_ids)
-    ids: list[Any] = [eos_token_id] if isinstance(eos_token_id, Integral) else list(eos_token_id)  # type: ignore[arg-type]
+    ids: Any = [eos_token_id] if isinstance(eos_token_id, Integral) else eos_token_id
+    if not isinstance(ids, Collection) or isinstance(ids, str):
+        raise TypeError(f"generate: eos_token_id must be an integer or several, got {_describe(ids)}")
     for token in ids:
-        if not isinstance(token, Integral) or not 0 <= int(token) < target.vocab_size:
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise TypeError(f"generate: eos_token_id must hold integers, got {token!r}")
+        if not 0 <= int(token) < target.vocab_size:
             raise ValueError(f"generate: eos_token_id must hold tokens in [0, {target.vocab_size}), got {token!r}")
     return frozenset(int(token) for token in ids)
 
 
 def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: frozenset[int]) -> int:
-    if pad_token_id is not None:
-        return int(pad_token_id)
+    if pad_token_id is None:
+        configured = _configured_pad_token_id(target)
+        return min(eos_token_ids, default=0) if configured is None else configured
+    if not isinstance(pad_token_id, Integral) or isinstance(pad_token_id, bool):
+        raise TypeError(f"generate: pad_token_id must be an integer, got {_describe(pad_token_id)}")
+    if not -(1 << 63) <= int(pad_token_id) < 1 << 63:
+        raise ValueError(f"generate: pad_token_id must fit into int64, got {pad_token_id}")
+    return int(pad_token_id)
+
+
+def _configured_pad_token_id(target: TreeModel) -> int | None:
     configured = getattr(getattr(target.model, "generation_config", None), "pad_token_id", None)
-    if configured is not None:
-        return int(configured)
-    return min(eos_token_ids) if eos_token_ids else 0
+    return None if configured is None else int(configured)
+
+
+def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any | None) -> tuple[str, ...]:
+    strings: Any = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
+    if not isinstance(strings, Collection) or not all(isinstance(string, str) for string in strings):
+        raise TypeError(f"generate: stop_strings must be a string or several, got {stop_strings!r}")
+    if not all(strings):
+        raise ValueError(f"generate: stop_strings must be non-empty strings, got {stop_strings!r}")
+    if strings and tokenizer is None:
+        raise ValueError("generate: tokenizer must be given with stop_strings, got None")
+    if strings and not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"generate: tokenizer must have decode(tokens), got {type(tokenizer).__name__}")
+    return tuple(strings)
 
 
 def _cache_limit(

@@ -73,14 +73,16 @@ def generate(
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
         draft: a smaller model of the same vocabulary that proposes the tree; None decodes one token a step.
         input_ids: prompts. [B, L] int64, on the target's device.
-        attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L].
+        attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
+            takes pad tokens for padding, as transformers does, unless they also end sequences.
         tree: a `TokenTree`, a `TreePlan`, an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for
             this machine, these models and these sampling settings; "adaptive" takes several picks and switches between
             them as acceptance drifts. Both measure what they are not given (`profile`, `acceptance`), once a pair and
             process. A `TreeFollower` (`plan.follow()`) given to several calls carries what it learnt from one to the
             next.
         max_new_tokens: tokens to emit for each request, at most.
-        temperature: 0 is greedy; one value, or one for each request.
+        temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. Settings of the target's
+            generation_config are not applied: a warning names, once a model, those that would change the output.
         top_k: keep the k most probable tokens; None or 0 is off.
         top_p: keep the smallest set of tokens with this probability, in (0, 1]; None is off.
         eos_token_id: ids that end a request; None takes the target's own, an empty list none at all.
@@ -131,7 +133,7 @@ def generate(
         target, draft, input_ids, attention_mask,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_id,
         pad_token_id=pad_token_id, seed=seed, stop_strings=stop_strings, tokenizer=tokenizer, streamer=streamer,
-        max_cache_len=max_cache_len, tree=tree,
+        max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile, backend=backend,
     )  # fmt: skip
     if draft is None:
         tree = TokenTree.single()  # whatever was asked for

@@ -1,0 +1,261 @@
+"""What `generate` refuses before any work, which padding it infers, and which settings of a checkpoint it names."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_models import tiny_llama
+from transformers import GenerationConfig
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import settings
+from sequoia_kernels.models import adapt
+
+TREE = TokenTree([-1, 0, 0])
+PROMPT = torch.tensor([[1, 2, 3]])
+
+
+class Untouched:
+    """Counts forwards: a refused call must not have run any."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+        model.register_forward_pre_hook(self._count)
+
+    def _count(self, *_):
+        self.calls += 1
+
+
+@pytest.fixture(scope="module")
+def target():
+    model = tiny_llama(0)
+    adapt(model)  # looks at a model once, before any arguments
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be an int64"),
+        ({"input_ids": torch.ones(1, 3)}, TypeError, "input_ids must be an int64"),
+        ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, "input_ids must have shape"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.int64)}, ValueError, "input_ids .* with at least one token"),
+        ({"input_ids": torch.tensor([[1, 99]])}, ValueError, r"input_ids must hold tokens in \[0, 32\), got 99"),
+        ({"attention_mask": torch.ones(1, 4)}, ValueError, "attention_mask must have the shape"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, ValueError, "attention_mask .* not inside a prompt"),
+        ({"attention_mask": torch.zeros(1, 3)}, ValueError, "attention_mask must keep at least one token"),
+        ({"tree": "best"}, TypeError, "tree must be a TokenTree"),
+        ({"max_cache_len": 0}, ValueError, "max_cache_len must be at least 1"),
+        ({"temperature": None}, TypeError, "temperature must be a number or one for each request in a sequence"),
+        (
+            {"temperature": torch.tensor(0.5)},
+            TypeError,
+            "temperature must be a number or .* got a tensor of torch.float",
+        ),
+        (
+            {"temperature": "1.0"},
+            TypeError,
+            "temperature must be a number or one for each request in a sequence, got str",
+        ),
+        ({"temperature": [None]}, TypeError, "temperature must be a number, got None"),
+        (
+            {"temperature": 1e-6},
+            ValueError,
+            r"temperature must be 0 or at least 1e-05 .*, got 1e-06",
+        ),
+        (
+            {"temperature": 1e39},
+            ValueError,
+            r"temperature must be 0 or at least 1e-05 .*, got 1e\+39",
+        ),
+        ({"temperature": 10**400}, ValueError, "temperature must be 0 or at least 1e-05 and finite in float32"),
+        (
+            {"temperature": float("nan")},
+            ValueError,
+            "temperature must be 0 or at least 1e-05 .*, got nan",
+        ),
+        (
+            {"temperature": -1.0},
+            ValueError,
+            "temperature must be 0 or at least 1e-05 .*, got -1.0",
+        ),
+        ({"temperature": [0.5, 0.5]}, ValueError, "temperature must be one value or one for each of 1 requests, got 2"),
+        ({"top_k": 1 << 31}, ValueError, r"top_k must be in \[0, 2\^31\), where 0 is off, got 2147483648"),
+        ({"top_k": -1}, ValueError, r"top_k must be in \[0, 2\^31\)"),
+        ({"top_k": 2.0}, TypeError, "top_k must be an integer, got 2.0"),
+        ({"top_p": 1e-50}, ValueError, r"top_p must be in \(0, 1\] in float32, got 1e-50"),
+        ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\] in float32, got 0.0"),
+        ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\] in float32, got 1.5"),
+        ({"top_p": torch.tensor([0.5])}, TypeError, "top_p must be a number or one for each request in a sequence"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"seed": None}, TypeError, "seed must be an integer or one for each request in a sequence, got NoneType"),
+        ({"seed": 1 << 63}, ValueError, r"seed must be in \[0, 2\^63\)"),
+        ({"eos_token_id": 1.5}, TypeError, "eos_token_id must be an integer or several, got float"),
+        ({"eos_token_id": "2"}, TypeError, "eos_token_id must be an integer or several, got str"),
+        ({"eos_token_id": [1.5]}, TypeError, "eos_token_id must hold integers, got 1.5"),
+        ({"eos_token_id": 99}, ValueError, r"eos_token_id must hold tokens in \[0, 32\), got 99"),
+        ({"pad_token_id": "0"}, TypeError, "pad_token_id must be an integer, got str"),
+        ({"pad_token_id": 1 << 63}, ValueError, "pad_token_id must fit into int64"),
+        ({"stop_strings": 5}, TypeError, "stop_strings must be a string or several, got 5"),
+        ({"stop_strings": ["a", 5], "tokenizer": object()}, TypeError, "stop_strings must be a string or several"),
+        ({"stop_strings": ["a", ""], "tokenizer": object()}, ValueError, "stop_strings must be non-empty strings"),
+        ({"stop_strings": "a"}, ValueError, "tokenizer must be given with stop_strings"),
+        ({"stop_strings": "a", "tokenizer": object()}, TypeError, r"tokenizer must have decode\(tokens\), got object"),
+        ({"streamer": print}, TypeError, r"streamer must have put\(tokens\) and end\(\), got builtin_function"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an integer, got float"),
+        ({"max_cache_len": True}, TypeError, "max_cache_len must be an integer, got bool"),
+        ({"backend": "metal"}, ValueError, "backend must be one of auto, .*, got 'metal'"),
+        ({"tree": [-1, 0]}, TypeError, "tree must be a TokenTree"),
+        ({"tree": "auto", "acceptance": 0.5}, TypeError, "acceptance must be an AcceptanceEstimate or a sequence"),
+        ({"tree": "auto", "profile": "profile.json"}, TypeError, "profile must be a HardwareProfile, got str"),
+    ],
+)
+def test_refused_before_any_work(target, arguments, error, message):
+    untouched = Untouched(target)
+    with pytest.raises(error, match=f"generate: {message}"):
+        generate(target, target, **{"input_ids": PROMPT, "tree": TREE, "max_new_tokens": 4, **arguments})
+    assert untouched.calls == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": 1e-5},
+        {"temperature": np.float32(1e-5)},
+        {"temperature": np.float64(0.7), "top_p": np.float32(0.5), "top_k": np.int64(3)},
+        {"temperature": [1]},
+        {"top_k": (1 << 31) - 1},
+        {"eos_token_id": (), "pad_token_id": np.int64(7), "seed": np.int64(5)},
+        {"stop_strings": ()},
+    ],
+)
+def test_the_ends_of_the_ranges_run(target, arguments):
+    assert len(generate(target, target, PROMPT, tree=TREE, max_new_tokens=3, **arguments).new_tokens[0]) == 3
+
+
+def test_padding_is_inferred_from_the_pad_token(target):
+    padded = torch.tensor([[5, 6, 7, 8], [0, 0, 3, 4], [9, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 0, 0]])
+    expected = generate(target, target, padded, mask, tree=TREE, max_new_tokens=6, pad_token_id=0)
+    assert (
+        generate(target, target, padded, tree=TREE, max_new_tokens=6, pad_token_id=0).new_tokens == expected.new_tokens
+    )
+    configured = tiny_llama(0)
+    configured.generation_config.pad_token_id = 0
+    assert generate(configured, target, padded, tree=TREE, max_new_tokens=6).new_tokens == expected.new_tokens
+    as_text = generate(target, target, padded, tree=TREE, max_new_tokens=6)  # no pad token is known
+    assert as_text.new_tokens[0] == expected.new_tokens[0]
+    assert as_text.new_tokens[1:] != expected.new_tokens[1:]
+
+
+def test_padding_equals_what_transformers_infers():
+    model = tiny_llama(0)
+    model.generation_config.pad_token_id = 0
+    padded = torch.tensor([[5, 6, 7, 8], [0, 0, 3, 4]])
+    theirs = model.generate(padded, max_new_tokens=6, do_sample=False)[:, 4:].tolist()
+    assert generate(model, model, padded, tree=TREE, max_new_tokens=6).new_tokens == theirs
+
+
+def test_a_pad_token_inside_a_prompt_without_a_mask_is_refused(target):
+    with pytest.raises(
+        ValueError, match=r"attention_mask must pad on one side or both, .* row 0; it was inferred from the pad token"
+    ):
+        generate(target, target, torch.tensor([[5, 0, 7]]), tree=TREE, pad_token_id=0)
+    whole = torch.ones(1, 3)
+    assert generate(target, target, torch.tensor([[5, 0, 7]]), whole, tree=TREE, pad_token_id=0, max_new_tokens=1)
+
+
+def test_a_pad_token_that_ends_sequences_is_text_with_a_warning(caplog):
+    model = tiny_llama(0)
+    padded = torch.tensor([[5, 6, 7], [3, 0, 0]])
+    arguments = {"tree": TREE, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": 0}
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        output = generate(model, model, padded, **arguments)
+        generate(model, model, padded, **arguments)
+    assert output.new_tokens == generate(model, model, padded, torch.ones_like(padded), **arguments).new_tokens
+    (record,) = caplog.records
+    assert "token 0, which both pads and ends sequences" in record.getMessage()
+
+
+CHANGED = {
+    "begin_suppress_tokens": [3],
+    "sequence_bias": [[[3], -1.0]],
+    "min_new_tokens": 5,
+    "min_length": 5,
+    "exponential_decay_length_penalty": [5, 1.1],
+    "num_beams": 4,
+    "guidance_scale": 1.5,
+    "watermarking_config": {"greenlist_ratio": 0.25},
+    "max_time": 10.0,
+    "epsilon_cutoff": 3e-4,
+    "eta_cutoff": 3e-4,
+    "repetition_penalty": 1.2,
+    "no_repeat_ngram_size": 3,
+    "stop_strings": ["x"],
+    "min_p": 0.1,
+}
+
+
+def test_settings_that_are_not_applied_are_named_in_one_warning(caplog):
+    model = tiny_llama(0)
+    for name, value in CHANGED.items():
+        setattr(model.generation_config, name, value)
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        for _ in range(2):
+            generate(model, model, PROMPT, tree=TREE, max_new_tokens=2)
+    (record,) = caplog.records
+    for name in CHANGED:
+        assert f"{name}=" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "not_named"),
+    [
+        ({}, ["do_sample=True", "temperature=0.6", "top_p=0.9", "top_k=50"], []),
+        ({"temperature": 0.6}, ["top_p=0.9", "top_k=50"], ["do_sample", "temperature=0.6"]),
+        ({"temperature": 0.6, "top_k": 0}, ["top_p=0.9"], ["top_k=50", "do_sample"]),
+        ({"temperature": 0.6, "top_k": 50, "top_p": 0.9}, [], ["generation_config"]),
+    ],
+)
+def test_a_checkpoint_that_asks_for_sampling(caplog, arguments, named, not_named):
+    model = tiny_llama(0)
+    for name, value in {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}.items():
+        setattr(model.generation_config, name, value)
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2, **arguments)
+    text = caplog.text
+    assert all(name in text for name in named)
+    assert not any(name in text for name in not_named)
+
+
+@pytest.mark.parametrize(
+    "config", [GenerationConfig(), GenerationConfig(num_beams=1, repetition_penalty=1.0, min_p=0.0)]
+)
+def test_a_plain_checkpoint_warns_of_nothing(caplog, config):
+    model = tiny_llama(0)
+    model.generation_config = config
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2)
+    assert not caplog.records
+
+
+# What transformers' loop reads beside the settings that `generate` names: they change no token, or have an argument.
+HARMLESS = {
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "bos_token_id", "cache_config",
+    "cache_implementation", "compile_config", "continuous_batching_config", "decoder_start_token_id", "disable_compile",
+    "do_sample", "early_stopping", "eos_token_id", "is_assistant", "length_penalty", "low_memory",
+    "max_cache_len", "max_length", "max_matching_ngram_size", "max_new_tokens", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens", "renormalize_logits", "return_dict_in_generate",
+    "speculation_type", "target_lookbehind", "temperature", "top_k", "top_p", "transformers_version", "use_cache",
+    "use_mtp",
+}  # fmt: skip
+
+
+def test_every_setting_of_transformers_is_known():
+    settings_of_transformers = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert settings_of_transformers - HARMLESS <= set(settings.IGNORED)

@@ -1,0 +1,91 @@
+"""Settings of a model's generation_config that `generate` does not apply: named once instead of dropped silently."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+__all__ = ["warn_of_ignored_settings", "warn_once"]
+
+logger = logging.getLogger("sequoia_kernels")
+
+# Settings that change which tokens transformers' own loop emits, with the values (besides None) at which they do not.
+IGNORED: dict[str, tuple[Any, ...]] = {
+    "assistant_ensemble_weight": (0, 1),
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "min_p": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "remove_invalid_values": (False,),
+    "repetition_penalty": (1,),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "top_h": (),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+# These act on drawn tokens only: in a greedy checkpoint they do nothing.
+_OF_SAMPLING: dict[str, tuple[Any, ...]] = {"temperature": (), "top_k": (0,), "top_p": (1,)}
+
+_warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(model: Any, text: str) -> None:
+    """Log a warning, once for each model and text."""
+    texts = _warned.setdefault(model, set())
+    if text not in texts:
+        texts.add(text)
+        logger.warning("%s", text)
+
+
+def warn_of_ignored_settings(
+    model: Any, temperatures: Sequence[float], top_k: Any | None, top_p: Any | None, stop_strings: Sequence[str]
+) -> None:
+    """Name, in one warning a model, what its generation_config asks for and `generate` does not do.
+
+    Args:
+        model: the target itself.
+        temperatures: the call's temperatures. A checkpoint that asks for sampling is decoded greedily where all are 0.
+        top_k: the call's argument, None where the caller left it out.
+        top_p: likewise.
+        stop_strings: the call's stop strings.
+    """
+    config = getattr(model, "generation_config", None)
+    given = {"stop_strings": bool(stop_strings), "top_k": top_k is not None, "top_p": top_p is not None}
+    ignored = dict(IGNORED)
+    if getattr(config, "do_sample", None):
+        samples = any(temperature > 0 for temperature in temperatures)
+        ignored |= {name: values for name, values in _OF_SAMPLING.items() if not (samples and name == "temperature")}
+        if not samples:
+            ignored["do_sample"] = ()
+    found = {name: getattr(config, name, None) for name in ignored if not given.get(name)}
+    active = [f"{name}={value}" for name, value in found.items() if value is not None and value not in ignored[name]]
+    if active:
+        warn_once(
+            model,
+            f"generate: the target's generation_config asks for {', '.join(sorted(active))}, which is not applied; "
+            "temperature, top_k, top_p, eos_token_id, stop_strings and max_new_tokens are arguments of generate",
+        )

@@ -10,13 +10,13 @@ same chain of rows that the plain model does; the two must give the same logits 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from harness import write_json
 from machine import command_line, commit, environment
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -101,8 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             "rounds": args.rounds,
             "results": results,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_json(args.json, document)
     return 0
 
 

@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +49,7 @@ from machine import command_line, commit, environment, measure_peaks, pick_devic
 
 from sequoia_kernels import backends, ops  # noqa: F401  ops registers the backends
 from sequoia_kernels.cuda_graphs import on_device
+from sequoia_kernels.documents import write_text
 from sequoia_kernels.errors import BackendUnavailableError
 
 __all__ = ["Case", "OpBench", "Provider", "Settings", "Unavailable", "main", "own_providers", "run_bench"]
@@ -367,11 +367,9 @@ def own_failures(document: Mapping[str, Any]) -> list[str]:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document whole or not at all."""
+    """Write a document whole or not at all; folders that are missing are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def main(bench: OpBench, arguments: Sequence[str] | None = None) -> int:
@@ -401,7 +399,7 @@ def main(bench: OpBench, arguments: Sequence[str] | None = None) -> int:
     print(table)
     if options.json:
         write_json(options.json, document)
-        options.json.with_suffix(".md").write_text(table, encoding="utf-8")
+        write_text(options.json.with_suffix(".md"), table)
         reason = report.plot(document, options.json.with_suffix(".png"))
         if reason is not None:
             print(f"no plot: {reason}")

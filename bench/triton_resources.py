@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sequoia_kernels.documents import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "python_tests"
 REPORT = ROOT / "docs" / "triton_resources.json"
@@ -103,13 +105,6 @@ def cell(values: list[Any] | None) -> str:
     return text + (" spills" if entry["stack_bytes"] else "")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
 def finding(kernels: list[dict[str, Any]], failures: list[str]) -> str:
     """What a version did with all cases, in a line."""
     spilling = [entry for entry in kernels if entry["stack_bytes"]]
@@ -158,8 +153,8 @@ def main() -> int:
             "columns": COLUMNS,
             "kernels": dict(sorted(tables.items())),
         }
-    write(REPORT, report_text(report))
-    write(REPORT.with_suffix(".md"), markdown(report))
+    write_text(REPORT, report_text(report))
+    write_text(REPORT.with_suffix(".md"), markdown(report))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     print(f"triton {version}: {finding(kernels, failures)}")

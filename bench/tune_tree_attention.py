@@ -11,7 +11,6 @@ more than 1 % stays. A configuration is timed only if its result is right. The t
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from bench_tree_attention import CASES, Inputs, expected, make_inputs, mismatch
 from clocks import DeviceClock
-from harness import Case
+from harness import Case, write_json
 from machine import command_line, commit, environment, pick_device
 
 from sequoia_kernels import triton_device
@@ -143,7 +142,7 @@ def main() -> None:
         "cases": [tune(case, device, clock) for case in cases],
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ OPS = [
 # What each room may import. A name with a dot allows that module only; every room may import itself.
 SHARED = {
     "errors",
+    "documents",
     "checks",
     "backends",
     "cuda_graphs",
@@ -39,6 +40,7 @@ SHARED = {
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
+    "documents": set(),
     "checks": SHARED | {"tree"},
     "guard": set(),
     "backends": SHARED | NATIVE,
@@ -49,9 +51,9 @@ ALLOWED = {
     "triton_streams": SHARED,
     "triton_warping": SHARED,
     "warping": SHARED,
-    "tree": {"errors"},
+    "tree": {"errors", "documents"},
     "ops": SHARED | NATIVE | {"tree"},
-    "planner": {"errors", "tree", "_host"},
+    "planner": {"errors", "documents", "tree", "_host"},
     "models": SHARED | {"tree", "ops"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.

@@ -272,6 +272,7 @@ def test_arrays_and_tensors_are_counts():
         (([10, 5], [6, 1]), ValueError, "rejected every child before"),
         (([10, 4], [6]), ValueError, "one count a rank"),
         (([-1], [0]), ValueError, ">= 0"),
+        (([2**53 + 1], [0]), ValueError, "<= 2"),
         (([1.5], [1]), TypeError, "integers"),
         (([True], [False]), TypeError, "integers"),
         (([0, 0], [0, 0]), ValueError, "at least once"),
@@ -282,6 +283,21 @@ def test_arrays_and_tensors_are_counts():
 def test_bad_counts_are_refused(runs, error, message):
     with pytest.raises(error, match=f"estimate_acceptance: .*{message}"):
         estimate_acceptance(runs)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"temperature": -1}, "temperature must be a finite number >= 0, got -1"),
+        ({"temperature": float("inf")}, "temperature must be a finite number >= 0, got inf"),
+        ({"top_k": 1.5}, "top_k must be an integer >= 0, got 1.5"),
+        ({"top_p": 0}, r"top_p must be a number in \(0, 1\], got 0"),
+        ({"target": 3}, "target must be a string, got 3"),
+    ],
+)
+def test_bad_settings_are_refused(setting, rule):
+    with pytest.raises(ValueError, match=f"estimate_acceptance: {rule}"):
+        estimate_acceptance(([10], [5]), **setting)
 
 
 @pytest.mark.parametrize("confidence", [0, 1, -0.5, 95, float("nan")])
@@ -330,23 +346,34 @@ def test_json_is_versioned(estimate):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "sequoia-kernels/tree"}, '"format" must be'),
-        ({"version": 2}, '"version" must be 1, got 2'),
-        ({"version": True}, '"version" must be 1'),
-        ({"visited": None}, '"visited" must be a list'),
-        ({"visited": []}, '"visited" must hold positive counts'),
-        ({"visited": [100, 40, 0]}, '"visited" must hold positive counts'),
+        ({"format": "sequoia-kernels/tree"}, 'must have "format": "sequoia-kernels/acceptance"'),
+        ({"version": 2}, 'must have "version": 1, got 2; upgrade'),
+        ({"version": True}, 'must have "version": 1, got true'),
+        ({"visited": None}, "visited must be a list"),
+        ({"visited": []}, "visited must be a list of positive counts"),
+        ({"visited": [100, 40, 0]}, r"visited must be a list of positive counts, got 0 at visited\[2\]"),
         ({"accepted": [60, 10]}, "one count a rank"),
         ({"accepted": [101, 10, 2]}, "at most visited"),
-        ({"accepted": [59, 10, 2]}, '"vector" must follow from'),
-        ({"vector": "x"}, '"vector" must be a list of numbers'),
-        ({"confidence": 2}, "confidence must be in"),
-        ({"confidence": "high"}, '"confidence" must be a number'),
-        ({"dispersion": 0.5}, '"dispersion" must be >= 1'),
-        ({"num_runs": 0}, '"num_runs" must be a positive count'),
-        ({"num_extrapolated": -1}, '"num_extrapolated" must be a count'),
-        ({"temperature": "warm"}, '"temperature" must be a number'),
-        ({"target": 3}, '"target" must be a string or null'),
+        ({"accepted": [59, 10, 2]}, "vector must follow from"),
+        ({"vector": "x"}, "vector must be a list of numbers"),
+        ({"confidence": 2}, r"confidence must be a number in \(0, 1\), got 2"),
+        ({"confidence": "high"}, "confidence must be a number"),
+        ({"dispersion": 0.5}, "dispersion must be a number >= 1"),
+        ({"num_runs": 0}, "num_runs must be a positive integer"),
+        ({"num_extrapolated": -1}, "num_extrapolated must be an integer >= 0"),
+        ({"temperature": "warm"}, 'temperature must be a finite number >= 0 or null, got "warm"'),
+        ({"target": 3}, "target must be a string or null, got 3"),
+        ({"temperature": -1}, "temperature must be a finite number >= 0 or null, got -1"),
+        ({"temperature": 10**400}, "temperature must be a finite number >= 0 or null, got 1000"),
+        ({"top_k": -5}, "top_k must be an integer >= 0 or null"),
+        ({"top_k": 2.5}, "top_k must be an integer >= 0 or null"),
+        ({"top_p": 7}, r"top_p must be a number in \(0, 1\] or null"),
+        ({"visited": [10**400, 40, 10]}, r"visited must be a list of positive counts, got 1000"),
+        ({"visited": [100.0, 40, 10]}, r"visited must be a list of positive counts, got 100.0 at visited\[0\]"),
+        ({"visited": [[100], 40, 10]}, r"visited must be a list of positive counts, got a list of 1"),
+        ({"accepted": [60, "10", 2]}, r'accepted must be a list of counts, got "10" at accepted\[1\]'),
+        ({"vector": [10**30, 0.1, 0.1]}, "vector must follow from"),
+        ({"num_runs": 1.5}, "num_runs must be a positive integer, got 1.5"),
     ],
 )
 def test_foreign_and_broken_files_are_refused(estimate, change, message, tmp_path):

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sequoia_kernels.demo.corpus import corpus_files, read_texts
+from sequoia_kernels.documents import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 512
@@ -275,9 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         path = out / "training.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         known[stage] = facts
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(known, indent=2) + "\n")
-        partial.replace(path)
+        write_text(path, json.dumps(known, indent=2) + "\n")
 
     training_files, held_out_files = corpus_files()
     training_texts, held_out_texts = read_texts(training_files), read_texts(held_out_files)

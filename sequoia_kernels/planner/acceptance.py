@@ -14,27 +14,35 @@ section 4.1, which measures it with a probe of many children instead.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sequoia_kernels.planner.json_file import dump_document, is_number, load_document, parse_document
-from sequoia_kernels.tree import TokenTree, check_acceptance
-from sequoia_kernels.tree.json_io import write_text
+from sequoia_kernels.documents import MAX_COUNT, Fields, Format, is_count, is_number, is_text, write_text
+from sequoia_kernels.tree import MAX_NODES, TokenTree, check_acceptance
 
 __all__ = ["AcceptanceEstimate", "estimate_acceptance", "validate_acceptance"]
 
-FORMAT = "sequoia-kernels/acceptance"
-VERSION = 1
+FORMAT = Format("sequoia-kernels/acceptance", 1)
 
 NUM_DRAWS = 4096  # draws behind every interval: their own noise moves an end by about 2 % of the width
 MIN_CELL_COUNT = 2.0  # expected acceptances and rejections of a (run, rank) cell that may speak on dispersion
 MIN_DISPERSION_FREEDOM = 4  # degrees of freedom below which dispersion is not estimated
 TAIL_RANKS = 6  # measured ranks that an extrapolated tail is fitted to
 MAX_TAIL_RATIO = 0.95  # an extrapolated tail always falls
+
+# What is kept with an estimate, if it was told: what it may be, in code and in words.
+SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: is_number(value) and value >= 0, "a finite number >= 0"),
+    "top_k": (lambda value: is_count(value, 0), "an integer >= 0"),
+    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
+    "target": (is_text, "a string"),
+    "draft": (is_text, "a string"),
+}
 
 
 def validate_acceptance(vector: Any, where: str = "validate_acceptance") -> NDArray[np.float64]:
@@ -181,7 +189,7 @@ class AcceptanceEstimate:
 
     def to_json(self) -> str:
         """Give the estimate as a JSON document. Loading derives vector and intervals from its counts again."""
-        return dump_document(
+        return FORMAT.dump(
             {
                 "vector": list(self.vector),
                 "lower": list(self.lower),
@@ -197,9 +205,7 @@ class AcceptanceEstimate:
                 "top_p": self.top_p,
                 "target": self.target,
                 "draft": self.draft,
-            },
-            FORMAT,
-            VERSION,
+            }
         )
 
     @classmethod
@@ -209,8 +215,7 @@ class AcceptanceEstimate:
         Raises:
             ValueError: the text is not such a document.
         """
-        where = "AcceptanceEstimate.from_json"
-        return cls._from_document(parse_document(text, FORMAT, VERSION, where), where)
+        return _read_estimate(FORMAT.parse(text, "AcceptanceEstimate.from_json"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimate to a JSON file, whole or not at all."""
@@ -224,62 +229,7 @@ class AcceptanceEstimate:
             OSError: the file cannot be opened.
             ValueError: the file is not an acceptance file of this version.
         """
-        where = "AcceptanceEstimate.load"
-        return cls._from_document(load_document(path, FORMAT, VERSION, where), f"{where}: {os.fspath(path)}")
-
-    @classmethod
-    def _from_document(cls, document: dict[str, Any], where: str) -> AcceptanceEstimate:
-        def number(name: str, optional: bool = False) -> Any:
-            value = document.get(name)
-            if not (is_number(value) or (optional and value is None)):
-                raise ValueError(f'{where}: "{name}" must be a number, got {value!r}')
-            return value
-
-        def name_of(role: str) -> str | None:
-            value = document.get(role)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f'{where}: "{role}" must be a string or null, got {value!r}')
-            return value
-
-        counts = []
-        for name in ("visited", "accepted"):
-            value = document.get(name)
-            if not isinstance(value, list):
-                raise ValueError(f'{where}: "{name}" must be a list of counts, got {value!r}')
-            counts.append(value)
-        if not counts[0] or 0 in counts[0]:
-            raise ValueError(f'{where}: "visited" must hold positive counts, got {counts[0]!r}')
-        num_extrapolated, num_runs = number("num_extrapolated"), number("num_runs")
-        if not isinstance(num_extrapolated, int) or not 0 <= num_extrapolated <= 65536:
-            raise ValueError(f'{where}: "num_extrapolated" must be a count, got {num_extrapolated!r}')
-        if not isinstance(num_runs, int) or num_runs < 1:
-            raise ValueError(f'{where}: "num_runs" must be a positive count, got {num_runs!r}')
-        dispersion = number("dispersion")
-        if dispersion < 1:
-            raise ValueError(f'{where}: "dispersion" must be >= 1, got {dispersion!r}')
-        visited, accepted = _check_counts(counts[0], counts[1], where)
-        estimate = _build(
-            visited,
-            accepted,
-            _check_confidence(number("confidence"), where),
-            float(dispersion),
-            num_runs,
-            len(visited) + num_extrapolated,
-            temperature=number("temperature", optional=True),
-            top_k=number("top_k", optional=True),
-            top_p=number("top_p", optional=True),
-            target=name_of("target"),
-            draft=name_of("draft"),
-        )
-        stored = document.get("vector")
-        if not isinstance(stored, list) or not all(is_number(value) for value in stored):
-            raise ValueError(f'{where}: "vector" must be a list of numbers, got {stored!r}')
-        if len(stored) != len(estimate.vector) or not np.allclose(stored, estimate.vector, rtol=1e-6, atol=1e-9):
-            raise ValueError(
-                f'{where}: "vector" must follow from "visited" and "accepted", got one that does not; '
-                "give plan_tree a plain vector if the counts are not known"
-            )
-        return estimate
+        return _read_estimate(FORMAT.load(path, "AcceptanceEstimate.load"))
 
 
 def estimate_acceptance(
@@ -351,6 +301,9 @@ def estimate_acceptance(
             )
         if value is None and told:
             settings[name] = told.pop()
+        accepts, rule = SETTINGS[name]
+        if settings[name] is not None and not accepts(settings[name]):
+            raise ValueError(f"{where}: {name} must be {rule}, got {settings[name]!r}")
     num_ranks = max(len(visited) for visited, _ in counts)
     table = np.zeros((2, len(counts), num_ranks), dtype=np.int64)
     for run, pair in enumerate(counts):
@@ -395,6 +348,35 @@ def tree_values(tree: TokenTree, vectors: NDArray[np.float64]) -> NDArray[np.flo
         rank = node - first_child[parent]
         values[node] = values[parent] * by_rank[rank] if rank < num_ranks else 0.0
     return values.sum(axis=0)
+
+
+def _read_estimate(document: Fields) -> AcceptanceEstimate:
+    counts = {
+        name: document.entries(name, partial(is_count, least=least), rule)
+        for name, least, rule in (("visited", 1, "a list of positive counts"), ("accepted", 0, "a list of counts"))
+    }
+    if not counts["visited"]:
+        raise document.refuse("visited", "be a list of positive counts")
+    visited, accepted = _check_counts(counts["visited"], counts["accepted"], document.where)
+    num_extrapolated = document.count("num_extrapolated", 0)
+    if num_extrapolated > MAX_NODES:
+        raise document.refuse("num_extrapolated", f"be at most {MAX_NODES}")
+    estimate = _build(
+        visited,
+        accepted,
+        float(document.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)")),
+        float(document.number("dispersion", lambda value: 1 <= value <= MAX_COUNT, "a number >= 1")),
+        document.count("num_runs"),
+        len(visited) + num_extrapolated,
+        **{name: document.get(name, accepts, rule, optional=True) for name, (accepts, rule) in SETTINGS.items()},
+    )
+    stored = list(map(float, document.entries("vector", is_number, "a list of numbers")))
+    if len(stored) != len(estimate.vector) or not np.allclose(stored, estimate.vector, rtol=1e-6, atol=1e-9):
+        raise document.refuse(
+            "vector", "follow from visited and accepted",
+            "one that does not; give plan_tree a plain vector if the counts are not known",
+        )  # fmt: skip
+    return estimate
 
 
 def _build(
@@ -532,8 +514,8 @@ def _check_counts(visited: Any, accepted: Any, where: str) -> tuple[tuple[int, .
         for rank, count in enumerate(counts):
             if isinstance(count, bool) or not hasattr(count, "__index__"):
                 raise TypeError(f"{where}: {name} must hold integers, got {count!r} at rank {rank}")
-            if count < 0:
-                raise ValueError(f"{where}: {name} must hold counts >= 0, got {count} at rank {rank}")
+            if not 0 <= count <= MAX_COUNT:
+                raise ValueError(f"{where}: {name} must hold counts >= 0 and <= 2**53, got {count} at rank {rank}")
         checked.append(tuple(int(count) for count in counts))
     if len(checked[0]) != len(checked[1]):
         raise ValueError(

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia_kernels.documents import is_number
 from sequoia_kernels.planner.acceptance import validate_acceptance
-from sequoia_kernels.planner.json_file import is_number
 from sequoia_kernels.planner.plan import TreePlan, plan_tree
 from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.tree import TokenTree

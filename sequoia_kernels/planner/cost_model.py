@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sequoia_kernels.documents import is_number
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
-from sequoia_kernels.planner.json_file import is_number
 from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
 from sequoia_kernels.tree import TokenTree
 

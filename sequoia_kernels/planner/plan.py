@@ -20,23 +20,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia_kernels.documents import Fields, Format, is_count, is_number, is_text, write_text
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate, validate_acceptance
 from sequoia_kernels.planner.cost_model import STAGES, CostModel, StepShape, StepTimes
-from sequoia_kernels.planner.json_file import dump_document, is_number, load_document, parse_document
 from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.planner.refine import refine_tree
 from sequoia_kernels.planner.search import OptimalTrees
-from sequoia_kernels.tree import TokenTree
-from sequoia_kernels.tree.json_io import write_text
+from sequoia_kernels.tree import TokenTree, check_acceptance
 
 __all__ = ["PlanCandidate", "TreePlan", "plan_tree"]
 
-FORMAT = "sequoia-kernels/tree-plan"
-VERSION = 1
+FORMAT = Format("sequoia-kernels/tree-plan", 1)
 
 MAX_OP_NODES = 1024  # nodes that the ops accept
 DEFAULT_MAX_LEVELS = 32
+MAX_RATIO = 1e12  # of speeds, in a plan that is read
 VALUE_ROUNDING = 1e-12  # two values nearer than this are the same
 
 
@@ -180,7 +179,7 @@ class TreePlan:
 
     def to_json(self) -> str:
         """Give the plan as a JSON document."""
-        return dump_document(
+        return FORMAT.dump(
             {
                 "kind": self.kind,
                 "parents": self.tree.parents,
@@ -203,9 +202,7 @@ class TreePlan:
                 "draft": self.draft,
                 "device": self.device,
                 "notes": list(self.notes),
-            },
-            FORMAT,
-            VERSION,
+            }
         )
 
     @classmethod
@@ -215,8 +212,7 @@ class TreePlan:
         Raises:
             ValueError: the text is not such a document.
         """
-        where = "TreePlan.from_json"
-        return _read_plan(parse_document(text, FORMAT, VERSION, where), where)
+        return _read_plan(FORMAT.parse(text, "TreePlan.from_json"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a JSON file, whole or not at all."""
@@ -230,8 +226,7 @@ class TreePlan:
             OSError: the file cannot be opened.
             ValueError: the file is not a plan of this version.
         """
-        where = "TreePlan.load"
-        return _read_plan(load_document(path, FORMAT, VERSION, where), f"{where}: {os.fspath(path)}")
+        return _read_plan(FORMAT.load(path, "TreePlan.load"))
 
 
 def plan_tree(
@@ -553,63 +548,57 @@ def _check_int(value: Any, name: str, least: int) -> int:
     return int(value)
 
 
-def _read_plan(document: dict[str, Any], where: str) -> TreePlan:
-    def field(owner: dict[str, Any], name: str, *kinds: type, optional: bool = False) -> Any:
-        value = owner.get(name)
-        good = is_number(value) if kinds == (float,) else isinstance(value, kinds)
-        if not (good or (optional and value is None)):
-            raise ValueError(f'{where}: "{name}" must be a {kinds[0].__name__}, got {value!r}')
-        return value
-
-    def numbers(owner: dict[str, Any], name: str, optional: bool = False) -> Any:
-        value = field(owner, name, list, optional=optional)
-        if value is not None and not all(map(is_number, value)):
-            raise ValueError(f'{where}: "{name}" must hold numbers, got {value!r}')
-        return value if value is None else tuple(map(float, value))
-
-    def interval(name: str) -> tuple[float, float] | None:
-        value = numbers(document, name, optional=True)
-        if value is not None and len(value) != 2:
-            raise ValueError(f'{where}: "{name}" must hold two numbers, got {value!r}')
-        return value
-
-    def stages(owner: dict[str, Any]) -> dict[str, float]:
-        value = field(owner, "stages", dict)
-        if set(value) != set(STAGES) or not all(is_number(entry) and entry >= 0 for entry in value.values()):
-            raise ValueError(f'{where}: "stages" must hold the times of {", ".join(STAGES)}, got {value!r}')
-        return {name: float(value[name]) for name in STAGES}
-
-    def tree(owner: dict[str, Any]) -> TokenTree:
-        try:
-            return TokenTree(field(owner, "parents", list))
-        except (TypeError, ValueError) as reason:
-            raise ValueError(f'{where}: "parents" must be a tree, got one that is not ({reason})') from None
-
-    candidates = []
-    for entry in field(document, "candidates", list):
-        if not isinstance(entry, dict):
-            raise ValueError(f'{where}: "candidates" must hold objects, got {entry!r}')
-        tokens, speedup = (float(field(entry, name, float)) for name in ("tokens_per_step", "speedup"))
-        candidates.append(PlanCandidate(tree(entry), tokens, stages(entry), speedup))
-    notes = field(document, "notes", list)
-    if not all(isinstance(note, str) for note in notes):
-        raise ValueError(f'{where}: "notes" must hold strings, got {notes!r}')
+def _read_plan(document: Fields) -> TreePlan:
+    acceptance = tuple(map(float, document.entries("acceptance", is_number, "a list of probabilities")))
+    check_acceptance(acceptance, document.where)
+    candidates = tuple(map(_read_candidate, document.objects("candidates")))
+    if not any(candidate.kind == "no speculation" for candidate in candidates):
+        raise document.refuse("candidates", "hold no speculation, the tree of one node")
+    pick = _read_candidate(document)
     return TreePlan(
-        tree=tree(document),
-        tokens_per_step=float(field(document, "tokens_per_step", float)),
-        tokens_per_step_interval=interval("tokens_per_step_interval"),
-        stages=stages(document),
-        speedup=float(field(document, "speedup", float)),
-        speedup_interval=interval("speedup_interval"),
-        candidates=tuple(candidates),
-        context_len=field(document, "context_len", float),
-        batch_size=field(document, "batch_size", int),
-        temperature=field(document, "temperature", float, optional=True),
-        confidence=field(document, "confidence", float, optional=True),
-        tolerance=field(document, "tolerance", float),
-        acceptance=numbers(document, "acceptance"),
-        target=field(document, "target", str),
-        draft=field(document, "draft", str, optional=True),
-        device=field(document, "device", str),
-        notes=tuple(notes),
+        tree=pick.tree,
+        tokens_per_step=pick.tokens_per_step,
+        tokens_per_step_interval=_read_interval(document, "tokens_per_step_interval"),
+        stages=pick.stages,
+        speedup=pick.speedup,
+        speedup_interval=_read_interval(document, "speedup_interval"),
+        candidates=candidates,
+        context_len=document.number("context_len", lambda value: value >= 0, "a finite number >= 0"),
+        batch_size=document.count("batch_size"),
+        temperature=document.number("temperature", lambda value: value >= 0, "a finite number >= 0", optional=True),
+        confidence=document.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)", optional=True),
+        tolerance=document.number("tolerance", lambda value: 0 <= value < 1, "a number in [0, 1)"),
+        acceptance=acceptance,
+        target=document.text("target"),
+        draft=document.text("draft", optional=True),
+        device=document.text("device"),
+        notes=tuple(document.entries("notes", is_text, "a list of strings")),
     )
+
+
+def _read_candidate(fields: Fields) -> PlanCandidate:
+    parents = fields.entries("parents", lambda value: is_count(value, -1), "a list of node numbers")
+    try:
+        tree = TokenTree(parents)
+    except ValueError as reason:
+        raise fields.refuse("parents", "be a tree", f"a list that is none: {reason}") from None
+    if tree.num_nodes > MAX_OP_NODES:
+        raise fields.refuse("parents", f"be a tree of at most {MAX_OP_NODES} nodes", f"one of {tree.num_nodes}")
+    stages = fields.inside("stages")
+    if set(stages) != set(STAGES):
+        raise fields.refuse("stages", f"hold the times of {', '.join(STAGES)}", f"those of {', '.join(stages)[:60]}")
+    times = {name: stages.time(name) for name in STAGES}
+    if not sum(times.values()) > 0:
+        raise fields.refuse("stages", "add up to more than 0 milliseconds", "0")
+    tokens = fields.number("tokens_per_step", lambda value: 1 <= value <= MAX_RATIO, "a number >= 1")
+    speedup = fields.number("speedup", lambda value: 1 / MAX_RATIO <= value <= MAX_RATIO, "a number > 0")
+    return PlanCandidate(tree, float(tokens), times, float(speedup))
+
+
+def _read_interval(document: Fields, name: str) -> tuple[float, float] | None:
+    ends = document.entries(name, lambda value: is_number(value) and value >= 0, "two numbers >= 0", optional=True)
+    if ends is None:
+        return None
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise document.refuse(name, "be two numbers, the lower one first", str(ends)[:60])
+    return float(ends[0]), float(ends[1])

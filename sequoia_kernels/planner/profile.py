@@ -15,22 +15,21 @@ import logging
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sequoia_kernels.documents import MAX_TIME_MS, Fields, Format, is_count, is_number, write_text
 from sequoia_kernels.errors import ProfileError
-from sequoia_kernels.planner.json_file import dump_document, is_number, load_document, parse_document
-from sequoia_kernels.tree.json_io import write_text
 
 __all__ = ["DeviceFingerprint", "ForwardTable", "HardwareProfile", "ModelFingerprint", "OpPoint"]
 
-FORMAT = "sequoia-kernels/hardware-profile"
-VERSION = 2
+FORMAT = Format("sequoia-kernels/hardware-profile", 2, ProfileError)
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -467,7 +466,7 @@ class HardwareProfile:
 
     def to_json(self) -> str:
         """Give the profile as a JSON document."""
-        return dump_document(
+        return FORMAT.dump(
             {
                 "created": self.created,
                 "device": dataclasses.asdict(self.device),
@@ -488,9 +487,7 @@ class HardwareProfile:
                 "mean_over_median": dict(self.mean_over_median),
                 "bandwidth_gb_per_s": dict(self.bandwidth),
                 "settings": dict(self.settings),
-            },
-            FORMAT,
-            VERSION,
+            }
         )
 
     @classmethod
@@ -500,8 +497,7 @@ class HardwareProfile:
         Raises:
             ProfileError: the text is no profile of this version; the message names the field.
         """
-        where = "HardwareProfile.from_json"
-        return _read_profile(parse_document(text, FORMAT, VERSION, where, ProfileError), where)
+        return _read_profile(FORMAT.parse(text, "HardwareProfile.from_json"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile to a JSON file, whole or not at all."""
@@ -515,9 +511,7 @@ class HardwareProfile:
             OSError: the file cannot be opened.
             ProfileError: the file is no profile of this version; the message names the field.
         """
-        where = "HardwareProfile.load"
-        document = load_document(path, FORMAT, VERSION, where, ProfileError)
-        return _read_profile(document, f"{where}: {os.fspath(path)}")
+        return _read_profile(FORMAT.load(path, "HardwareProfile.load"))
 
 
 def _linear_layers(model: Any) -> tuple[tuple[int, int, int], ...]:
@@ -534,85 +528,24 @@ def _linear_layers(model: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple((inputs, outputs, count) for (inputs, outputs), count in sorted(found.items()))
 
 
-class _Reader:
-    """Reads fields of a JSON object; a field that is missing or of the wrong kind is a ProfileError naming it."""
-
-    def __init__(self, value: Any, where: str, path: str) -> None:
-        if not isinstance(value, dict):
-            raise ProfileError(f"{where}: {path} must be an object, got {value!r}")
-        self.value, self.where, self.path = value, where, path
-
-    def get(self, name: str, check: Callable[[Any], bool], rule: str, optional: bool = False) -> Any:
-        value = self.value.get(name)
-        if (value is None and not optional) or (value is not None and not check(value)):
-            raise ProfileError(f"{self.where}: {self.path}.{name} must be {rule}, got {value!r}")
-        return value
-
-    def text(self, name: str, optional: bool = False) -> Any:
-        return self.get(name, lambda value: isinstance(value, str), "a string", optional)
-
-    def count(self, name: str, optional: bool = False) -> Any:
-        return self.get(name, lambda value: _is_count(value, 1), "a positive integer", optional)
-
-    def time(self, name: str) -> float:
-        return float(self.get(name, lambda value: is_number(value) and value >= 0, "a finite number >= 0"))
-
-    def ratio(self, name: str) -> float:
-        return float(self.get(name, lambda value: is_number(value) and value > 0, "a finite number > 0"))
-
-    def counts(self, name: str, least: int) -> tuple[int, ...]:
-        def check(value: Any) -> bool:
-            is_list = isinstance(value, list) and bool(value) and all(_is_count(entry, least) for entry in value)
-            return is_list and all(left < right for left, right in pairwise(value))
-
-        return tuple(self.get(name, check, f"a list of increasing integers >= {least}"))
-
-    def table(self, name: str, num_rows: int, num_columns: int) -> tuple[tuple[float, ...], ...]:
-        def check(value: Any) -> bool:
-            if not isinstance(value, list) or len(value) != num_rows:
-                return False
-            rows = [row for row in value if isinstance(row, list) and len(row) == num_columns]
-            return len(rows) == num_rows and all(is_number(entry) and entry > 0 for row in rows for entry in row)
-
-        value = self.get(name, check, f"{num_rows} rows of {num_columns} positive times")
-        return tuple(tuple(float(entry) for entry in row) for row in value)
-
-    def shapes(self, name: str) -> tuple[tuple[int, int, int], ...]:
-        def check(value: Any) -> bool:
-            return isinstance(value, list) and all(
-                isinstance(entry, list) and len(entry) == 3 and all(_is_count(size, 1) for size in entry)
-                for entry in value
-            )
-
-        value = self.get(name, check, "a list of [inputs, outputs, how many]")
-        return tuple((inputs, outputs, count) for inputs, outputs, count in value)
-
-    def inside(self, name: str) -> _Reader:
-        return _Reader(self.value.get(name), self.where, f"{self.path}.{name}" if self.path else name)
-
-    def list(self, name: str) -> list[_Reader]:
-        value = self.get(name, lambda value: isinstance(value, list), "a list")
-        return [_Reader(entry, self.where, f"{self.path}.{name}[{index}]") for index, entry in enumerate(value)]
-
-
-def _read_profile(document: dict[str, Any], where: str) -> HardwareProfile:
-    top = _Reader(document, where, "profile")
-    device = top.inside("device")
-    models: dict[str, ModelFingerprint] = {}
+def _read_profile(document: Fields) -> HardwareProfile:
+    device, models = document.inside("device"), document.inside("models")
+    fingerprints: dict[str, ModelFingerprint] = {}
     forwards: dict[str, tuple[ForwardTable, ...]] = {}
-    for key in top.inside("models").value:
-        entry = top.inside("models").inside(key)
-        fingerprint = _read_fingerprint(entry.inside("fingerprint"))
-        if fingerprint.key != key:
-            raise ProfileError(f"{where}: {entry.path} must be named {fingerprint.key} by its fingerprint, got {key}")
-        models[key] = fingerprint
-        forwards[key] = tuple(_read_forwards(table) for table in entry.list("forwards"))
-    ops = {name: tuple(map(_read_point, top.inside("ops").list(name))) for name in top.inside("ops").value}
-    overhead, bandwidth = top.inside("overhead"), top.inside("bandwidth_gb_per_s")
-    ratios = top.inside("mean_over_median")
-    for role in ("target", "draft"):
-        if document.get(role) is not None and document[role] not in models:
-            raise ProfileError(f"{where}: profile.{role} must be one of its models, got {document[role]!r}")
+    for key in models:
+        entry = models.inside(key)
+        fingerprints[key] = _read_fingerprint(entry.inside("fingerprint"))
+        if fingerprints[key].key != key:
+            raise models.refuse(key, f"be named {fingerprints[key].key} by its fingerprint", "another name")
+        forwards[key] = tuple(map(_read_forwards, entry.objects("forwards")))
+        if not _are_increasing([table.batch_size for table in forwards[key]]):
+            raise entry.refuse("forwards", "be tables of increasing batch_size", "others")
+    ops, overhead, bandwidth = (document.inside(name) for name in ("ops", "overhead", "bandwidth_gb_per_s"))
+    ratios = document.inside("mean_over_median")
+    roles = {
+        role: document.get(role, lambda key: isinstance(key, str) and key in models, "one of its models", optional=True)
+        for role in ("target", "draft")
+    }
     return HardwareProfile(
         device=DeviceFingerprint(
             type=device.text("type"),
@@ -622,60 +555,83 @@ def _read_profile(document: dict[str, Any], where: str) -> HardwareProfile:
             compute_capability=device.text("compute_capability", optional=True),
             torch_version=device.text("torch_version"),
         ),
-        models=models,
+        models=fingerprints,
         forwards=forwards,
-        ops=ops,
-        target_key=top.text("target", optional=True),
-        draft_key=top.text("draft", optional=True),
+        ops={name: tuple(map(_read_point, ops.objects(name))) for name in ops},
+        target_key=roles["target"],
+        draft_key=roles["draft"],
         step_overhead_ms=overhead.time("step_ms"),
         level_overhead_ms=overhead.time("level_ms"),
-        mean_over_median={name: ratios.ratio(name) for name in ratios.value},
-        bandwidth={name: bandwidth.time(name) for name in bandwidth.value},
-        settings=dict(top.inside("settings").value),
-        created=top.text("created"),
+        mean_over_median={
+            name: float(ratios.number(name, lambda value: 1e-12 <= value <= 1e12, "a number > 0")) for name in ratios
+        },
+        bandwidth={
+            name: float(bandwidth.number(name, lambda value: 0 <= value <= 1e12, "a number >= 0")) for name in bandwidth
+        },
+        settings=dict(document.inside("settings").value),
+        created=document.text("created"),
     )
 
 
-def _read_fingerprint(reader: _Reader) -> ModelFingerprint:
+def _read_fingerprint(fields: Fields) -> ModelFingerprint:
     return ModelFingerprint(
-        family=reader.text("family"),
-        dtype=reader.text("dtype"),
-        num_parameters=reader.count("num_parameters"),
-        vocab_size=reader.count("vocab_size"),
-        num_layers=reader.count("num_layers"),
-        hidden_size=reader.count("hidden_size"),
-        intermediate_size=reader.count("intermediate_size", optional=True),
-        num_heads=reader.count("num_heads"),
-        num_kv_heads=reader.count("num_kv_heads"),
-        head_dim=reader.count("head_dim"),
-        linears=reader.shapes("linears"),
-        streamed_bytes=reader.get("streamed_bytes", lambda value: _is_count(value, 0), "an integer >= 0"),
+        family=fields.text("family"),
+        dtype=fields.text("dtype"),
+        num_parameters=fields.count("num_parameters"),
+        vocab_size=fields.count("vocab_size"),
+        num_layers=fields.count("num_layers"),
+        hidden_size=fields.count("hidden_size"),
+        intermediate_size=fields.count("intermediate_size", optional=True),
+        num_heads=fields.count("num_heads"),
+        num_kv_heads=fields.count("num_kv_heads"),
+        head_dim=fields.count("head_dim"),
+        linears=tuple(map(tuple, fields.entries("linears", _is_linear, "a list of [inputs, outputs, how many]"))),
+        streamed_bytes=fields.count("streamed_bytes", 0),
     )
 
 
-def _read_forwards(reader: _Reader) -> ForwardTable:
-    context_lens, node_counts = reader.counts("context_lens", 0), reader.counts("node_counts", 1)
-    shape = len(context_lens), len(node_counts)
+def _read_forwards(fields: Fields) -> ForwardTable:
+    sizes = {}
+    for name, least in (("context_lens", 0), ("node_counts", 1)):
+        rule = f"a list of increasing integers >= {least}"
+        sizes[name] = tuple(fields.entries(name, partial(is_count, least=least), rule))
+        if not sizes[name] or not _are_increasing(sizes[name]):
+            raise fields.refuse(name, f"be {rule}")
+    num_rows, num_columns = map(len, sizes.values())
+
+    def table(name: str) -> tuple[tuple[float, ...], ...]:
+        rule = f"{num_rows} rows of {num_columns} positive times"
+        rows = fields.entries(name, lambda row: isinstance(row, list) and len(row) == num_columns, rule)
+        if len(rows) != num_rows:
+            raise fields.refuse(name, f"be {rule}")
+        for row in rows:
+            if not all(is_number(entry) and 0 < entry <= MAX_TIME_MS for entry in row):
+                raise fields.refuse(name, f"be {rule}", "entries that are none")
+        return tuple(tuple(map(float, row)) for row in rows)
+
     return ForwardTable(
-        batch_size=reader.count("batch_size"),
-        context_lens=context_lens,
-        node_counts=node_counts,
-        p20_ms=reader.table("p20_ms", *shape),
-        p50_ms=reader.table("p50_ms", *shape),
-        p80_ms=reader.table("p80_ms", *shape),
-        repeats=reader.count("repeats"),
+        batch_size=fields.count("batch_size"),
+        **sizes,
+        p20_ms=table("p20_ms"),
+        p50_ms=table("p50_ms"),
+        p80_ms=table("p80_ms"),
+        repeats=fields.count("repeats"),
     )
 
 
-def _read_point(reader: _Reader) -> OpPoint:
-    parameters = reader.inside("parameters")
-    for name in parameters.value:
+def _read_point(fields: Fields) -> OpPoint:
+    parameters = fields.inside("parameters")
+    for name in parameters:
         parameters.get(name, lambda value: is_number(value) or isinstance(value, str), "a number or a string")
-    return OpPoint(parameters.value, reader.time("p20_ms"), reader.time("p50_ms"), reader.time("p80_ms"))
+    return OpPoint(parameters.value, fields.time("p20_ms"), fields.time("p50_ms"), fields.time("p80_ms"))
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_linear(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 3 and all(is_count(size, 1) for size in entry)
+
+
+def _are_increasing(values: Sequence[int]) -> bool:
+    return all(left < right for left, right in pairwise(values))
 
 
 def _dtype_bytes(name: str) -> int:

@@ -12,13 +12,23 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from sequoia_kernels.tree import drawing, growmap, json_io
+from sequoia_kernels.documents import Fields, Format, is_count, write_bytes, write_text
+from sequoia_kernels.errors import TreeFormatError
+from sequoia_kernels.tree import drawing, growmap
 from sequoia_kernels.tree.acceptance_vector import check_acceptance
 
 __all__ = ["MAX_NODES", "TokenTree", "TreeTensors"]
 
 # The ops take up to 1024 nodes; planning and drawing may look further.
 MAX_NODES = 65536
+
+FORMAT = Format(
+    "sequoia-kernels/tree",
+    1,
+    TreeFormatError,
+    hint="; TokenTree.from_growmap tells how to import a .pt grow map",
+)
+FIELDS = ("format", "version", "parents")
 
 
 class TreeTensors(NamedTuple):
@@ -367,7 +377,7 @@ class TokenTree:
 
     def to_json(self) -> str:
         """Return the tree as a JSON document: {"format": "sequoia-kernels/tree", "version": 1, "parents": [...]}."""
-        return json_io.dump_tree(self._parents)
+        return FORMAT.dump({"parents": self._parents}, indent=None)
 
     @classmethod
     def from_json(cls, text: str) -> TokenTree:
@@ -377,13 +387,11 @@ class TokenTree:
             TypeError: text is not a string.
             TreeFormatError: the text is not such a document, of a later version, or not a valid tree.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"TokenTree.from_json: text must be a str, got {type(text).__name__}")
-        return cls._parse(text, "TokenTree.from_json: text")
+        return cls._read(FORMAT.parse(text, "TokenTree.from_json"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tree as JSON. The file appears whole or not at all."""
-        json_io.write_text(path, self.to_json())
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenTree:
@@ -393,7 +401,7 @@ class TokenTree:
             OSError: the file cannot be opened.
             TreeFormatError: the file is not such a document; the message names it and the rule.
         """
-        return cls._parse(json_io.read_text(path), f"TokenTree.load: {os.fspath(path)}")
+        return cls._read(FORMAT.load(path, "TokenTree.load"))
 
     # ---- drawings ----
 
@@ -425,7 +433,7 @@ class TokenTree:
 
     def save_svg(self, path: str | os.PathLike[str], acceptance: Sequence[float] | None = None) -> None:
         """Write `to_svg(acceptance)` to a file, whole or not at all."""
-        json_io.write_text(path, self.to_svg(acceptance))
+        write_text(path, self.to_svg(acceptance))
 
     def save_png(
         self, path: str | os.PathLike[str], acceptance: Sequence[float] | None = None, *, scale: float = 2.0
@@ -444,7 +452,7 @@ class TokenTree:
         values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.save_png"))
         if not 0.0 < scale <= 16.0:
             raise ValueError(f"TokenTree.save_png: scale must be in (0, 16], got {scale}")
-        json_io.write_bytes(path, drawing.render_png(drawing.make_picture(self, values), scale))
+        write_bytes(path, drawing.render_png(drawing.make_picture(self, values), scale))
 
     # ---- inside ----
 
@@ -486,12 +494,15 @@ class TokenTree:
         return index
 
     @classmethod
-    def _parse(cls, text: str, where: str) -> TokenTree:
-        parents = json_io.parse_tree(text, where)
+    def _read(cls, document: Fields) -> TokenTree:
+        for name in document:
+            if name not in FIELDS:
+                raise document.refuse(name, f"not be there beside {', '.join(FIELDS)}", "an unknown field")
+        parents = document.entries("parents", lambda value: is_count(value, -1), "a list of node numbers")
         try:
             return cls(parents)
         except ValueError as reason:
-            raise json_io.TreeFormatError(f"{where} must hold a valid tree, got: {reason}") from None
+            raise document.refuse("parents", "be a tree", f"a list that is none: {reason}") from None
 
 
 def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:

@@ -72,49 +72,57 @@ def with_fields(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must be a tree in JSON, got text that is not: Expecting value"),
-        (GOOD[:-1], "must be a tree in JSON, got text that is not"),
-        (GOOD + "x", "must be a tree in JSON, got text that is not: Extra data"),
-        ("[" * 100_000, "must be a tree in JSON, got brackets nested too deeply"),
-        ("9" * 5000, "must be a tree in JSON, got text that is not|must be a JSON object"),
+        ("", "the document must be JSON, got text that is not: Expecting value"),
+        (GOOD[:-1], "the document must be JSON, got text that is not"),
+        (GOOD + "x", "the document must be JSON, got text that is not: Extra data"),
+        ("[" * 100_000, "the document must be JSON, got brackets nested too deeply"),
+        ("9" * 5000, "the document must be JSON, got text that is not|must be a JSON object"),
         ("[-1, 0]", "must be a JSON object, got a list"),
         ("null", "must be a JSON object, got null"),
-        (with_fields(format=None), 'must have "format": "sequoia-kernels/tree", got no such field'),
-        (with_fields(format="sequoia-kernels/profile"), "got 'sequoia-kernels/profile'"),
-        (with_fields(version=None), 'must have a "version" of at least 1, got no such field'),
-        (with_fields(version=0), 'must have a "version" of at least 1, got 0'),
-        (with_fields(version="1"), "must have a \"version\" of at least 1, got '1'"),
-        (with_fields(version=True), 'must have a "version" of at least 1, got True'),
-        (with_fields(version=2), 'must have a "version" of at most 1, got 2; upgrade sequoia-kernels to read it'),
-        (with_fields(parents=None), 'must have a "parents" field, got none'),
-        (with_fields(parents={"0": -1}), 'must have a list as "parents", got an object'),
-        (with_fields(parents="-1"), 'must have a list as "parents", got a string'),
-        (with_fields(parents=[-1, 0.0]), r'must have integers in "parents", got the number 0.0 at parents\[1\]'),
-        (with_fields(parents=[-1, "0"]), r'must have integers in "parents", got a string at parents\[1\]'),
-        (with_fields(parents=[-1, False]), r'must have integers in "parents", got a boolean at parents\[1\]'),
-        (with_fields(parents=[-1, [0]]), r'must have integers in "parents", got a list at parents\[1\]'),
-        (GOOD.replace("[-1, 0, 0, 1]", "[-1, NaN]"), r'must have integers in "parents", got the number nan'),
-        (GOOD.replace('"version": 1', '"version": 1, "version": 1'), "the field 'version' appears twice"),
-        (with_fields(masks=[1]), "must have no fields but format, version, parents, got 'masks'"),
-        (with_fields(parents=[]), "must hold a valid tree, got: TokenTree: parents must have at least the root's"),
-        (with_fields(parents=[-1, 0, 1, 0]), "must hold a valid tree, got: TokenTree: parents must keep siblings"),
+        (with_fields(format=None), 'must have "format": "sequoia-kernels/tree", got nothing'),
+        (with_fields(format="sequoia-kernels/profile"), 'got "sequoia-kernels/profile"'),
+        (with_fields(version=None), 'must have "version": 1, got nothing; make the file again'),
+        (with_fields(version=0), 'must have "version": 1, got 0; make the file again'),
+        (with_fields(version="1"), 'must have "version": 1, got "1"; make the file again'),
+        (with_fields(version=True), 'must have "version": 1, got true; make the file again'),
+        (with_fields(version=2), 'must have "version": 1, got 2; upgrade sequoia-kernels to read it'),
+        (with_fields(parents=None), "parents must be a list of node numbers, got nothing"),
+        (with_fields(parents={"0": -1}), "parents must be a list of node numbers, got an object"),
+        (with_fields(parents="-1"), 'parents must be a list of node numbers, got "-1"'),
+        (with_fields(parents=[-1, 0.0]), r"parents must be a list of node numbers, got 0.0 at parents\[1\]"),
+        (with_fields(parents=[-1, "0"]), r'parents must be a list of node numbers, got "0" at parents\[1\]'),
+        (with_fields(parents=[-1, False]), r"parents must be a list of node numbers, got false at parents\[1\]"),
+        (with_fields(parents=[-1, [0]]), r"parents must be a list of node numbers, got a list of 1 at parents\[1\]"),
+        (GOOD.replace("[-1, 0, 0, 1]", "[-1, NaN]"), "NaN is not a JSON number"),
+        (GOOD.replace('"version": 1', '"version": 1, "version": 1'), 'the field "version" appears twice'),
+        (with_fields(masks=[1]), "masks must not be there beside format, version, parents, got an unknown field"),
+        (
+            with_fields(parents=[]),
+            "be a tree, got a list that is none: TokenTree: parents must have at least the root's",
+        ),
+        (
+            with_fields(parents=[-1, 0, 1, 0]),
+            "be a tree, got a list that is none: TokenTree: parents must keep siblings",
+        ),
     ],
 )
 def test_malformed_documents_are_refused(tmp_path, text, message):
     with pytest.raises(TreeFormatError, match=message) as caught:
         TokenTree.from_json(text)
-    assert str(caught.value).startswith("TokenTree.from_json: text must ")
+    assert str(caught.value).startswith("TokenTree.from_json: ")
     path = tmp_path / "broken.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TreeFormatError, match=message) as caught:
         TokenTree.load(path)
-    assert str(caught.value).startswith(f"TokenTree.load: {path} must ")
+    assert str(caught.value).startswith(f"TokenTree.load: {path}: ")
 
 
 def test_binary_files_are_refused(tmp_path):
     path = tmp_path / "growmap.pt"
     path.write_bytes(b"PK\x03\x04\x80\xff")
-    with pytest.raises(TreeFormatError, match=r"growmap.pt must be JSON text, got bytes that are not UTF-8; .*growmap"):
+    with pytest.raises(
+        TreeFormatError, match=r"growmap.pt: the document must be JSON text, got bytes that .*; .*growmap"
+    ):
         TokenTree.load(path)
 
 

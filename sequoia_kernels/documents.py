@@ -1,0 +1,339 @@
+"""Documents: how every tree, plan, profile and acceptance file is read, and how every file is written.
+
+A document is a JSON object that says its format and version. `Format` writes and parses it, `Fields` reads its fields
+one by one: what is missing, repeated, of the wrong kind or out of range raises the format's error, in one line that
+names the field. `write_text` and `write_bytes` write a file whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "MAX_COUNT",
+    "MAX_TIME_MS",
+    "Fields",
+    "Format",
+    "check_writable",
+    "is_count",
+    "is_number",
+    "is_text",
+    "read_text",
+    "write_bytes",
+    "write_text",
+]
+
+MAX_COUNT = 2**53  # exact as a float64, and a thousand of them add up in an int64
+MAX_TIME_MS = 1e12  # 30 years: sums and ratios of times stay finite
+MAX_SHOWN = 60  # characters of a value that a message shows
+
+_MISSING = object()
+
+
+def is_number(value: object) -> bool:
+    """Tell a finite number that a float64 can hold from everything else; true and false are no numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: object, least: int = 0) -> bool:
+    """Tell an integer in least..MAX_COUNT from everything else; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT
+
+
+def is_text(value: object) -> bool:
+    """Tell a string."""
+    return isinstance(value, str)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of document.
+
+    Attributes:
+        name: what its "format" field says.
+        version: what its "version" field says.
+        error: raised for a text that is no such document.
+        hint: ends the message for a file that is no text at all.
+    """
+
+    name: str
+    version: int
+    error: type[ValueError] = ValueError
+    hint: str = ""
+
+    def dump(self, fields: Mapping[str, Any], indent: int | None = 1) -> str:
+        """Give the JSON text of a document, format and version first. NaN and infinity are refused by `json`."""
+        document = {"format": self.name, "version": self.version, **fields}
+        return json.dumps(document, indent=indent, allow_nan=False) + "\n"
+
+    def parse(self, text: str, where: str) -> Fields:
+        """Read a document that `dump` wrote.
+
+        Args:
+            text: the JSON text.
+            where: function, and file if any, named in the messages.
+
+        Raises:
+            TypeError: text is not a string.
+            ValueError: it is no JSON object, a field appears twice, or it is of another format or version; the class
+                is `error`.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"{where}: text must be a str, got {type(text).__name__}")
+        try:
+            value = json.loads(
+                text, object_pairs_hook=_unique_fields, parse_constant=_refuse_number, parse_float=_finite
+            )
+        except RecursionError:
+            raise self.error(f"{where}: the document must be JSON, got brackets nested too deeply") from None
+        except ValueError as reason:
+            raise self.error(f"{where}: the document must be JSON, got text that is not: {reason}") from None
+        if not isinstance(value, dict):
+            raise self.error(f"{where}: the document must be a JSON object, got {_shown(value)}")
+        name, version = value.get("format", _MISSING), value.get("version", _MISSING)
+        if name != self.name:
+            raise self.error(f'{where}: the document must have "format": "{self.name}", got {_shown(name)}')
+        if version != self.version or isinstance(version, (bool, float)):
+            later = is_count(version) and version > self.version
+            fix = "upgrade sequoia-kernels to read it" if later else "make the file again with this sequoia-kernels"
+            raise self.error(f'{where}: the document must have "version": {self.version}, got {_shown(version)}; {fix}')
+        return Fields(value, where, self.error)
+
+    def load(self, path: str | os.PathLike[str], where: str) -> Fields:
+        """Read a document from a file. One that cannot be opened raises the ordinary OSError, which names it."""
+        where = f"{where}: {os.fspath(path)}"
+        try:
+            text = read_text(path)
+        except UnicodeDecodeError:
+            raise self.error(
+                f"{where}: the document must be JSON text, got bytes that are not UTF-8{self.hint}"
+            ) from None
+        return self.parse(text, where)
+
+
+class Fields:
+    """The fields of one JSON object.
+
+    Args:
+        value: the object.
+        where: function, and file if any, named in the messages.
+        error: raised for a field that breaks its rule.
+        path: way from the document to this object, e.g. "models.llama.forwards[0]"; empty for the document itself.
+    """
+
+    def __init__(self, value: Any, where: str, error: type[ValueError], path: str = "") -> None:
+        self.where, self.error, self.path = where, error, path
+        if not isinstance(value, dict):
+            raise error(f"{where}: {path} must be an object, got {_shown(value)}")
+        self.value: dict[str, Any] = value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.value)
+
+    def refuse(self, name: str, rule: str, actual: str | None = None) -> ValueError:
+        """Give the error that names a field, its rule, and what is there instead."""
+        actual = _shown(self.value.get(name, _MISSING)) if actual is None else actual
+        return self.error(f"{self.where}: {self._path_of(name)} must {rule}, got {actual}")
+
+    def get(self, name: str, accepts: Callable[[Any], bool], rule: str, optional: bool = False) -> Any:
+        """Give a field's value if it is accepted; where optional, None also for one that is null or missing."""
+        value = self.value.get(name)
+        if (value is None and not optional) or (value is not None and not accepts(value)):
+            raise self.refuse(name, f"be {rule} or null" if optional else f"be {rule}")
+        return value
+
+    def text(self, name: str, optional: bool = False) -> Any:
+        """Give a string."""
+        return self.get(name, is_text, "a string", optional)
+
+    def count(self, name: str, least: int = 1, optional: bool = False) -> Any:
+        """Give an integer of at least this."""
+        rule = "a positive integer" if least == 1 else f"an integer >= {least}"
+        return self.get(name, lambda value: is_count(value, least), rule, optional)
+
+    def number(
+        self,
+        name: str,
+        accepts: Callable[[Any], bool] = is_number,
+        rule: str = "a finite number",
+        optional: bool = False,
+    ) -> Any:
+        """Give a number as it stands there, an integer or a float."""
+        return self.get(name, lambda value: is_number(value) and accepts(value), rule, optional)
+
+    def time(self, name: str) -> float:
+        """Give a time in milliseconds."""
+        return float(self.number(name, lambda value: 0 <= value <= MAX_TIME_MS, "a finite number >= 0 of milliseconds"))
+
+    def entries(self, name: str, accepts: Callable[[Any], bool], rule: str, optional: bool = False) -> Any:
+        """Give a list, each of whose entries is accepted; the rule is that of the whole list."""
+        value = self.get(name, lambda value: isinstance(value, list), rule, optional)
+        for index, entry in enumerate(value or ()):
+            if not accepts(entry):
+                raise self.refuse(name, f"be {rule}", f"{_shown(entry)} at {name}[{index}]")
+        return value
+
+    def inside(self, name: str) -> Fields:
+        """Give the fields of an object in this one."""
+        return Fields(self.value.get(name, _MISSING), self.where, self.error, self._path_of(name))
+
+    def objects(self, name: str) -> list[Fields]:
+        """Give the fields of each object of a list."""
+        value = self.get(name, lambda value: isinstance(value, list), "a list of objects")
+        path = self._path_of(name)
+        return [Fields(entry, self.where, self.error, f"{path}[{index}]") for index, entry in enumerate(value)]
+
+    def _path_of(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Give a file's text. Raises the ordinary OSError, or UnicodeDecodeError for bytes that are not UTF-8."""
+    return Path(path).read_bytes().decode("utf-8")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    A regular file appears, or is replaced, at once: readers see the old content or the new one, and of several writers
+    one wins. It keeps its mode and, where the system allows it, its owner and group; a name that links to it goes on
+    doing so. A device, a pipe, or a file that is this process's own output is written to and not replaced.
+
+    Args:
+        path: file to write; links are followed.
+        data: its new content.
+
+    Raises:
+        OSError: the file cannot be written; the error names it, and its old content is untouched.
+    """
+    path = Path(path)
+    present = _stat(path)
+    if present is not None and not _is_replaced(present):
+        with _open_through(path, present) as file:
+            file.write(data)
+        return
+    with _new_file_beside(path, present) as (name, descriptor), open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+        os.replace(name, os.path.realpath(path))
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the OSError that writing this file would raise, and leave everything as it is: for work that takes long."""
+    path = Path(path)
+    present = _stat(path)
+    if present is None or _is_replaced(present):
+        with _new_file_beside(path, present) as (_, descriptor):
+            os.close(descriptor)
+    elif stat.S_ISDIR(present.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _is_output(descriptor: int, present: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), present)
+    except OSError:  # closed
+        return False
+
+
+def _is_replaced(present: os.stat_result) -> bool:
+    """Tell whether a new file takes the place of this one: a regular one that nothing is being printed to."""
+    return stat.S_ISREG(present.st_mode) and not any(_is_output(descriptor, present) for descriptor in (1, 2))
+
+
+def _open_through(path: Path, present: os.stat_result) -> Any:
+    """Open what is written to as it is; our own output through the open file, behind what was printed before."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if _is_output(descriptor, present):
+            stream.flush()
+            return open(descriptor, "wb", closefd=False)
+    return open(path, "wb")
+
+
+@contextlib.contextmanager
+def _new_file_beside(path: Path, present: os.stat_result | None) -> Iterator[tuple[str, int]]:
+    """Open a new file in the folder of the file that a path leads to; if it still has its own name then, it is removed.
+
+    The name is random and must be new, so nobody can lay a link there beforehand, and writers do not share it.
+
+    Args:
+        path: the file to be replaced or made.
+        present: what is there now; its mode, owner and group are taken over.
+    """
+    name = os.path.join(os.path.dirname(os.path.realpath(path)), f".{secrets.token_hex(8)}.part")
+    try:
+        if present is not None:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # what may not be written is not replaced either
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(name, flags, 0o666 if present is None else 0o600)
+        if present is not None:
+            kept = (
+                (os.fchown, -1, present.st_gid),
+                (os.fchown, present.st_uid, -1),
+                (os.fchmod, stat.S_IMODE(present.st_mode)),
+            )
+            for change, *values in kept:
+                with contextlib.suppress(OSError):  # only root may give files away; some file systems keep no modes
+                    change(descriptor, *values)
+        yield name, descriptor
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None  # not the name that nobody knows
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the field {_shown(name)} appears twice")
+        fields[name] = value
+    return fields
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text[:MAX_SHOWN]} is not a JSON number that a float64 can hold")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _shown(value: Any) -> str:
+    """Name a JSON value in a message: short, however long or deep it is."""
+    if value is _MISSING:
+        return "nothing"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
@@ -11,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.interrupts import interrupt_everywhere
 
-from sequoia_kernels import cuda_graphs
+from sequoia_kernels import cuda_graphs, guard
 from sequoia_kernels.cuda_graphs import CaptureError, capture
 
 OTHER = torch.device("cuda", 1)  # not the current one
@@ -258,15 +260,30 @@ def test_the_callers_own_debug_mode_stays(fake_cuda):
     assert fake_cuda.sync_mode == 2
 
 
-def test_a_warm_up_may_capture_and_a_capture_may_not(fake_cuda):
+@pytest.mark.parametrize("run", RUNS)
+def test_a_call_that_is_captured_cannot_capture(fake_cuda, run):
     inner = Counter(fake_cuda)
-    outer = Counter(fake_cuda, first=lambda: capture(inner, OTHER))
-    capture(outer, OTHER)
-    assert (inner.runs, outer.runs) == (3, 3)
-    with pytest.raises(CaptureError, match="capturing already"):
-        capture(Counter(fake_cuda, captured=lambda: capture(inner, OTHER)), OTHER)
-    assert inner.runs == 3
+    with pytest.raises(CaptureError, match="under way already") as caught:
+        capture(Counter(fake_cuda, **{run: lambda: capture(inner, OTHER)}), OTHER)
+    assert inner.runs == 0 and not caught.value.lasting
     fake_cuda.assert_untouched()
+
+
+@pytest.mark.parametrize("event", ["line", "opcode"])
+@pytest.mark.parametrize("invalid", [False, True])
+def test_an_interrupt_at_any_line_leaves_nothing_behind(fake_cuda, invalid, event):
+    show = warnings.showwarning
+
+    def work():
+        call = Counter(fake_cuda, captured=fake_cuda.wait if invalid else list)
+        with contextlib.suppress(CaptureError):
+            capture(call, OTHER)
+
+    def check():
+        fake_cuda.assert_untouched()
+        assert warnings.showwarning is show
+
+    assert interrupt_everywhere(work, check, [cuda_graphs, guard], event) > 50
 
 
 def test_what_is_asked_of_the_driver(monkeypatch):

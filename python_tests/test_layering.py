@@ -44,7 +44,7 @@ ALLOWED = {
     "checks": SHARED | {"tree"},
     "guard": set(),
     "backends": SHARED | NATIVE,
-    "cuda_graphs": set(),
+    "cuda_graphs": {"guard"},
     "native": SHARED | NATIVE,
     "rng": SHARED,
     "triton_device": SHARED,

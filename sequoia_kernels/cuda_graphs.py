@@ -13,18 +13,20 @@ import functools
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+
+from sequoia_kernels.guard import guarded, release_if_owned
 
 __all__ = ["CaptureError", "Captured", "capture", "forget_refusals", "on_device", "refuse", "refused"]
 
 logger = logging.getLogger("sequoia_kernels")
 
 # One capture at a time in the process: all captures of a device use one stream, and what another thread launched on it
-# meanwhile would be captured, too. Reentrant, since a warm-up may capture a part of its own.
+# meanwhile would be captured, too.
 _lock = threading.RLock()
 
 _WAITS = "called a synchronizing CUDA operation"  # torch's words
@@ -79,71 +81,121 @@ def capture(
         Waits for the device. Afterwards the thread's device and stream are those from before, also after an error.
         Other threads may go on using the device, but captures come one after the other.
     """
-    with _lock, on_device(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise CaptureError("the caller is capturing already", lasting=False)
-        caller = torch.cuda.current_stream()
-        stream = _capture_stream(torch.cuda.current_device())
-        stream.wait_stream(caller)
+    work = _Capture(call, device, memory, undo)
+    return guarded(work.enter, work.run, work.leave)
+
+
+class _Capture:
+    """One capture. The thread's device and stream are set for it, and put back by `leave` wherever it ended."""
+
+    def __init__(
+        self, call: Callable[[], object], device: torch.device, memory: Any, undo: Callable[[], object]
+    ) -> None:
+        if _lock._is_owned() or torch.cuda.is_current_stream_capturing():  # type: ignore[attr-defined]
+            raise CaptureError("a capture is under way already", lasting=False)
+        self.call, self.memory, self.undo = call, memory or torch.cuda.graph_pool_handle(), undo
+        self.driver = _driver()
+        self.device_before = torch.cuda.current_device()
+        self.device = self.device_before if device.index is None else device.index
+        self.stream = _capture_stream(self.device)
+        self.caller = torch.cuda.current_stream(self.stream.device)
+        self.mode_before = torch.cuda.get_sync_debug_mode()
+        self.waits: list[str] = []
+        self.warnings = warnings.catch_warnings()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def enter(self) -> None:
+        _lock.acquire()
+        torch.cuda.set_device(self.device)
+        self.stream.wait_stream(self.caller)
+        torch.cuda.set_stream(self.stream)
+
+    def leave(self) -> None:
+        if not _lock._is_owned():  # type: ignore[attr-defined]
+            return
+        if self.graph is not None:
+            _end(self.graph, self.stream, self.driver)
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(self.caller)
+        self.caller.wait_stream(self.stream)
+        torch.cuda.set_device(self.device_before)
+        release_if_owned(_lock)
+
+    def run(self) -> Captured:
         try:
-            with torch.cuda.stream(stream):
-                try:
-                    _warm_up(call, undo)
-                    return _record(call, stream, memory or torch.cuda.graph_pool_handle())
-                except BaseException as error:
-                    undo()
-                    if isinstance(error, torch.cuda.OutOfMemoryError):
-                        raise CaptureError(_first_line(error), lasting=False) from error
-                    raise
+            self.warm_up()
+            return self.record()
+        except BaseException as error:
+            self.undo()
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise CaptureError(_first_line(error), lasting=False) from error
+            raise
+
+    def warm_up(self) -> None:
+        """Run the call twice: the first time it may compile and fill caches, the second time it must not wait."""
+        self.call()
+        self.undo()
+        guarded(self.listen, self.call, self.stop_listening)
+        self.undo()
+        if self.waits:
+            raise CaptureError(f"it waits for the device at {self.waits[0]}")
+
+    def listen(self) -> None:
+        """Note the places in which this thread waits for the device, as "file:line".
+
+        torch tells of them in all threads of the process alike. It could raise an error there, but other threads may
+        wait; so it is asked to warn, and of the warnings those of this thread are kept.
+        """
+        thread = threading.get_ident()
+        self.warnings.__enter__()
+        show = warnings.showwarning
+
+        def keep(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+            if _WAITS not in str(message):
+                show(message, category, filename, lineno, *rest)
+            elif threading.get_ident() == thread:
+                self.waits.append(f"{filename}:{lineno}")
+
+        warnings.showwarning = keep  # type: ignore[assignment]
+        warnings.filterwarnings("always", message=_WAITS)
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def stop_listening(self) -> None:
+        torch.cuda.set_sync_debug_mode(self.mode_before)
+        with contextlib.suppress(RuntimeError):  # it was not entered yet
+            self.warnings.__exit__(None, None, None)
+
+    def record(self) -> Captured:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the warm-ups took goes to the graph
+        graph = self.graph = torch.cuda.CUDAGraph(keep_graph=True)  # kept to count what it holds
+        failure: BaseException | None = None
+        result = None
+        try:
+            # Other threads may do meanwhile what a capture must not, such as reading an offloaded target's layers.
+            graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")
+            result = self.call()
+        except BaseException as error:
+            failure = error
+        try:
+            valid = _end(graph, self.stream, self.driver)
+            if failure is None:
+                if not valid:
+                    raise CaptureError("the capture became invalid by something that no graph can hold")
+                if self.driver.num_nodes(graph.raw_cuda_graph()) == 0:
+                    raise CaptureError("it launched nothing on the device, so that replays would do nothing")
+                graph.instantiate()
+                return Captured(graph, result)
+        except RuntimeError as error:
+            failure = failure or error  # what came first is the reason
+        try:
+            graph.reset()
+            if isinstance(failure, CaptureError) or not isinstance(failure, Exception):
+                raise failure
+            reason = _first_line(failure)
+            raise CaptureError(reason, lasting="out of memory" not in reason) from failure
         finally:
-            caller.wait_stream(stream)
-
-
-def _warm_up(call: Callable[[], object], undo: Callable[[], object]) -> None:
-    """Run a call twice: the first time it may compile and fill caches, the second time it must not wait."""
-    call()
-    undo()
-    with _waiting_places() as places:
-        call()
-    undo()
-    if places:
-        raise CaptureError(f"it waits for the device at {places[0]}")
-
-
-def _record(call: Callable[[], object], stream: torch.cuda.Stream, memory: Any) -> Captured:
-    """Capture a call on the current stream, which is `stream`."""
-    driver = _driver()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # what the warm-ups took goes to the graph
-    graph = torch.cuda.CUDAGraph(keep_graph=True)  # kept to count what it holds
-    failure: BaseException | None = None
-    result = None
-    try:
-        # Other threads may do meanwhile what a capture must not, such as one that reads layers for an offloaded target.
-        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
-        result = call()
-    except BaseException as error:
-        failure = error
-    try:
-        valid = _end(graph, stream, driver)
-        if failure is None:
-            if not valid:
-                raise CaptureError("the capture became invalid by something that no graph can hold")
-            if driver.num_nodes(graph.raw_cuda_graph()) == 0:
-                raise CaptureError("it launched nothing on the device, so that replays would do nothing")
-            graph.instantiate()
-    except RuntimeError as error:
-        failure = failure or error  # what came first is the reason
-    if failure is None:
-        return Captured(graph, result)
-    graph.reset()
-    try:
-        if isinstance(failure, CaptureError) or not isinstance(failure, Exception):
-            raise failure
-        reason = _first_line(failure)
-        raise CaptureError(reason, lasting="out of memory" not in reason) from failure
-    finally:
-        failure = None  # it holds this frame, which would hold it: what was allocated would stay for a while
+            failure = None  # it holds this frame, which would hold it: what was allocated would stay for a while
 
 
 def _end(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, driver: _Driver) -> bool:
@@ -161,34 +213,6 @@ def _end(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, driver: _Driver
         warnings.filterwarnings("ignore", message=_IS_EMPTY)
         graph.capture_end()
     return status != _INVALIDATED
-
-
-@contextlib.contextmanager
-def _waiting_places() -> Iterator[list[str]]:
-    """Give the list of the places in which this thread waited for the device, "file:line".
-
-    torch tells of them in all threads of the process alike. It could raise an error there, but other threads may wait;
-    so it is asked to warn, and of the warnings those of this thread are kept.
-    """
-    places: list[str] = []
-    thread = threading.get_ident()
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def keep(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-            if _WAITS not in str(message):
-                show(message, category, filename, lineno, *rest)
-            elif threading.get_ident() == thread:
-                places.append(f"{filename}:{lineno}")
-
-        warnings.showwarning = keep  # type: ignore[assignment]
-        warnings.filterwarnings("always", message=_WAITS)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield places
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
 
 
 @functools.cache

@@ -77,6 +77,14 @@ class FakeCuda:
             finally:
                 self.local.streams = {**self.local.streams, stream.device.index: before}
 
+    def set_device(self, device):
+        self.local.device = self.index(device)
+
+    def set_stream(self, stream):
+        """Make a stream, and its device, the current one."""
+        self.local.device = stream.device.index
+        self.local.streams = {**getattr(self.local, "streams", {}), stream.device.index: stream}
+
     def new_stream(self, device=None):
         stream = Stream(self, torch.device("cuda", self.index(device)), "side stream")
         self.streams[stream.cuda_stream] = stream
@@ -120,6 +128,7 @@ class FakeCuda:
         assert [self.current_stream(index) for index in range(2)] == list(self.default.values())
         assert all(stream.status == NONE for stream in self.streams.values())
         assert not self.pools and not self.generators_capturing
+        assert not cuda_graphs._lock._is_owned()
 
 
 class Graph:
@@ -211,8 +220,8 @@ class Event:
 def install(monkeypatch):
     """Put a stand-in in the place of torch.cuda and give it."""
     fake = FakeCuda()
-    names = ("current_device", "current_stream", "device", "stream", "synchronize", "is_current_stream_capturing")
-    for name in (*names, "set_sync_debug_mode"):
+    names = ("current_device", "set_device", "device", "current_stream", "set_stream", "stream", "synchronize")
+    for name in (*names, "is_current_stream_capturing", "set_sync_debug_mode"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: fake.sync_mode)
     monkeypatch.setattr(torch.cuda, "Stream", fake.new_stream)

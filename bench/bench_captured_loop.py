@@ -30,6 +30,7 @@ from workloads import step_tree
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import DecodingEngine
+from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.models import TreeModel, adapt
 
@@ -87,11 +88,16 @@ def loop_ms(
 
 @torch.inference_mode()
 def device_ms(
-    target: TreeModel, draft: TreeModel | None, tree: TokenTree, prompt: torch.Tensor, steps: int, rounds: int
+    target: TreeModel,
+    draft: TreeModel | None,
+    tree: TokenTree,
+    prompt: torch.Tensor,
+    steps: int,
+    rounds: int,
+    capacity: int,
 ) -> float:
     """Milliseconds of a step when the host launches `steps` of them and reads nothing."""
     device = target.device
-    capacity = prompt.shape[1] + (steps * rounds + 4) * tree.num_levels + tree.num_nodes
     state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
     engine = DecodingEngine(target, draft, state, capacity)
     lens = torch.tensor([prompt.shape[1]], dtype=torch.int32, device=device)
@@ -110,6 +116,11 @@ def device_ms(
     return statistics.median(times)
 
 
+def cache_rows(tree: TokenTree, steps: int) -> int:
+    """Rows that `steps` steps behind a few warm-ups need at most, however many tokens each of them accepts."""
+    return engines.cache_bucket(PROMPT_TOKENS + (steps + 12) * tree.num_levels + tree.num_nodes, None)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -122,14 +133,22 @@ def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any
     cases = [("tree", step_tree(count), draft) for count in NODE_COUNTS[device.type]]
     cases.append(("plain", TokenTree.single(), None))
     results = []
+    smallest = engines.SMALLEST_BUCKET
     for kind, tree, drafter in cases:
-        loop = loop_ms(target, drafter, tree, prompt, steps, rounds)
-        alone = device_ms(target, drafter, tree, prompt, steps, rounds)
+        # Caches of one size for all runs, short and long, in `generate` and without it: strides and the attention's
+        # split of the prefix follow from it.
+        rows = engines.SMALLEST_BUCKET = cache_rows(tree, steps)
+        try:
+            loop = loop_ms(target, drafter, tree, prompt, steps, rounds)
+            alone = device_ms(target, drafter, tree, prompt, steps, rounds, rows)
+        finally:
+            engines.SMALLEST_BUCKET = smallest
         results.append(
             {
                 "kind": kind,
                 "nodes": tree.num_nodes,
                 "levels": tree.num_levels,
+                "cache_rows": rows,
                 "loop_ms": loop,
                 "device_ms": alone,
                 "host_share": 1 - alone / loop,

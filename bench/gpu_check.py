@@ -6,6 +6,7 @@ Stages, each with a limit of its own; one that fails does not stop the next:
 
     doctor      what is installed, and which backend runs
     tests       the op, decoding, model and GPU tests, with kernels compiled and not interpreted
+    kernels     bench/sanitize.py in several processes: every kernel is compiled once, for the stages behind it
     memcheck    compute-sanitizer on bench/sanitize.py: out-of-bounds and misaligned accesses
     racecheck   the same for races in shared memory
     bench       bench/run.py --suite all --device cuda
@@ -32,8 +33,11 @@ from harness import write_json
 from machine import ROOT, command_line, commit, environment
 
 SANITIZER_FOUND = 97  # exit status that compute-sanitizer is told to give for a finding
+SANITIZE = (sys.executable, str(ROOT / "bench" / "sanitize.py"))
+ONE_ALLOCATION_A_TENSOR = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 TEST_PATHS = (
     *("python_tests/gpu", "python_tests/ops", "python_tests/test_known_defects.py", "python_tests/test_lossless.py"),
+    "python_tests/test_cuda_graphs.py",
     *("python_tests/decoding", "python_tests/models", "python_tests/measure"),
 )
 
@@ -63,10 +67,10 @@ def sanitizer_stage(tool: str, weight: float) -> Stage:
     program = shutil.which("compute-sanitizer") or _toolkit_program("compute-sanitizer")
     command = [
         *(program or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND)),
-        *("--target-processes", "all", sys.executable, str(ROOT / "bench" / "sanitize.py")),
+        *("--target-processes", "all", *SANITIZE),
     ]
     skip = None if program else "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
-    return Stage(tool, weight, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, skip)
+    return Stage(tool, weight, command, ONE_ALLOCATION_A_TENSOR, skip)
 
 
 def _toolkit_program(name: str) -> str | None:
@@ -83,8 +87,9 @@ def stages(out: Path, workers: int) -> list[Stage]:
     return [
         Stage("doctor", 0.3, [sys.executable, "-c", doctor], {}),
         Stage("tests", 4.0, [sys.executable, *tests], {}),
-        sanitizer_stage("memcheck", 1.0),
-        sanitizer_stage("racecheck", 1.0),
+        Stage("kernels", 1.0, [*SANITIZE, "--processes", str(workers)], ONE_ALLOCATION_A_TENSOR),
+        sanitizer_stage("memcheck", 1.5),
+        sanitizer_stage("racecheck", 1.5),
         Stage("bench", 4.0, [sys.executable, *bench, "--minutes", "MINUTES"], {}),
     ]
 

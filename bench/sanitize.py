@@ -1,7 +1,11 @@
 """Run every CUDA and Triton kernel of the package once, on small inputs with awkward sizes: food for compute-sanitizer.
 
+    python bench/sanitize.py --processes 8
     compute-sanitizer --tool memcheck python bench/sanitize.py
     compute-sanitizer --tool racecheck python bench/sanitize.py
+
+The first command lets Triton compile its hundred kernels side by side and keep them in its cache. Under the sanitizer
+they would be compiled one after the other, and slowly.
 
 Inputs are made and results are checked on the CPU, so that the package's kernels are all that the sanitizer sees on the
 device. Exit status 1 if a result is wrong, 2 where there is no CUDA device. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every
@@ -11,8 +15,10 @@ tensor is an allocation of its own, and a read one element behind it is found.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -171,10 +177,28 @@ def outputs(exercise: Exercise, backend: str, device: torch.device) -> list[torc
     return [tensor.cpu() for tensor in result if tensor is not None]
 
 
-def run(device: torch.device, names: Sequence[str] = GPU_BACKENDS) -> list[str]:
-    """Run all exercises on the named backends and return what was wrong."""
+class Part(NamedTuple):
+    """One of several equal shares of the exercises."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read "0/4", the first of four."""
+        part = cls(*map(int, text.split("/")))
+        if not 0 <= part.index < part.count:
+            raise ValueError(text)
+        return part
+
+
+ALL = Part(0, 1)
+
+
+def run(device: torch.device, names: Sequence[str] = GPU_BACKENDS, part: Part = ALL) -> list[str]:
+    """Run a part of the exercises on the named backends and return what was wrong."""
     problems = []
-    for exercise in exercises():
+    for exercise in islice(exercises(), part.index, None, part.count):
         wanted = outputs(exercise, "reference", torch.device("cpu"))
         for name in names:
             if name not in backends.backend_names(exercise.op):
@@ -209,11 +233,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu needs TRITON_INTERPRET=1")
     parser.add_argument("--backends", nargs="+", default=list(GPU_BACKENDS), metavar="NAME")
+    parser.add_argument("--part", type=Part.parse, default=ALL, metavar="I/N", help="the I-th of N shares only")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the work out among N processes")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("sanitize: torch sees no CUDA device on this machine; nothing was run", file=sys.stderr)
         return 2
-    problems = run(torch.device(options.device), options.backends)
+    if options.processes > 1:
+        command = [sys.executable, __file__, "--device", options.device, "--backends", *options.backends]
+        parts = [[*command, "--part", f"{index}/{options.processes}"] for index in range(options.processes)]
+        codes = [process.wait() for process in [subprocess.Popen(part) for part in parts]]
+        return 1 if any(codes) else 0
+    problems = run(torch.device(options.device), options.backends, options.part)
     for problem in problems:
         print(f"WRONG {problem}", file=sys.stderr)
     return 1 if problems else 0

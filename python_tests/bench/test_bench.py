@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -440,6 +441,28 @@ def test_plan_and_loop_scripts_run(tmp_path):
     assert all(math.isfinite(entry["loop_ms"]) and entry["device_ms"] > 0 for entry in results)
 
 
+def test_the_loop_and_its_steps_alone_work_on_caches_of_one_size(monkeypatch):
+    """Compared in pairs of engines: of a short and of a long run of `generate`, and of the steps by themselves."""
+    loop = bench_script("captured_loop")
+    engines = loop.engines
+    monkeypatch.setattr(engines, "can_capture", lambda target, draft: True)  # caches come in buckets then
+    monkeypatch.setattr(
+        engines, "GraphedSteps", lambda run, state: SimpleNamespace(step=run, capture=lambda tree: None, num_captured=0)
+    )
+    rows = []
+    plain = engines.DecodingEngine.__init__
+
+    def noted(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        rows.append(self.target_cache.max_cache_len)
+
+    monkeypatch.setattr(engines.DecodingEngine, "__init__", noted)
+    results = loop.measure(CPU, steps=60, rounds=1)
+    of_tree, of_plain = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert [set(of_tree), set(of_plain)] == [{entry["cache_rows"]} for entry in results]
+    assert results[0]["cache_rows"] > engines.SMALLEST_BUCKET == results[1]["cache_rows"]
+
+
 # Targets
 
 
@@ -606,13 +629,16 @@ def test_a_stage_has_its_own_limit(tmp_path):
 
 def test_the_stages_run_what_the_document_says(tmp_path):
     planned = {stage.name: stage for stage in gpu_check.stages(tmp_path, workers=3)}
-    assert list(planned) == ["doctor", "tests", "memcheck", "racecheck", "bench"]
+    assert list(planned) == ["doctor", "tests", "kernels", "memcheck", "racecheck", "bench"]
     assert "--no-lint" in planned["tests"].command and "3" in planned["tests"].command
     for path in gpu_check.TEST_PATHS:
         assert (BENCH.parent / path).exists()
     for tool in ("memcheck", "racecheck"):
         assert planned[tool].command[1:3] == ["--tool", tool]
-        assert planned[tool].variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        # what was compiled without the sanitizer, side by side, is what it runs: the same calls on the same tensors
+        assert planned[tool].command[-2:] == planned["kernels"].command[:2]
+        assert planned[tool].variables == planned["kernels"].variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert planned["kernels"].command[2:] == ["--processes", "3"]
     assert "MINUTES" in planned["bench"].command
 
 
@@ -644,6 +670,28 @@ def test_sanitize_exercises_every_op_and_finds_wrong_results(monkeypatch, capsys
     assert sanitize._mismatch(wanted[:0], wanted, few[0]).startswith("shape")
     assert "off by inf" in sanitize._mismatch(wanted * math.nan, wanted, few[0])
     assert "compact_kv_cache_ on reference: paged" in capsys.readouterr().out
+
+
+def test_sanitize_shares_its_work_out(monkeypatch):
+    def started(command):
+        begun.append(sanitize.Part.parse(command[command.index("--part") + 1]))
+        assert command[:4] == [sys.executable, sanitize.__file__, "--device", "cpu"]
+        return SimpleNamespace(wait=lambda: code)
+
+    monkeypatch.setattr(sanitize.subprocess, "Popen", started)
+    for code in (0, 1, -9):
+        begun = []
+        assert sanitize.main(["--device", "cpu", "--processes", "3"]) == (code != 0)
+        assert begun == [(0, 3), (1, 3), (2, 3)]
+    seen = []
+    monkeypatch.setattr(sanitize, "exercises", lambda: iter(range(8)))
+    monkeypatch.setattr(sanitize, "outputs", lambda exercise, *rest: seen.append(exercise) or [])
+    for part in begun:
+        assert sanitize.run(CPU, [], part) == []
+    assert sorted(seen) == list(range(8))
+    for text in ("3/3", "-1/3", "1", "a/b"):
+        with pytest.raises((ValueError, TypeError)):
+            sanitize.Part.parse(text)
 
 
 def test_the_scripts_start_from_the_shell(tmp_path):

@@ -13,7 +13,9 @@ import torch
 from support.op_scenarios import SCENARIOS, on_device, refill
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, backends, generate
+from sequoia_kernels import TokenTree, backends, generate, release_engines
+from sequoia_kernels.cuda_graphs import capture
+from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import sample_without_replacement, verify_tree
 
@@ -68,24 +70,11 @@ def assert_same_bits(got, wanted):
         torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
 
 
-def captured(call):
-    """Warm a call up beside the stream, as capture asks for, and capture it. Returns (graph, outputs)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
-    return graph, outputs
-
-
 @pytest.mark.parametrize(("scenario", "backend"), device_calls())
 def test_replays_follow_the_inputs(scenario, backend):
     """A graph is captured once; replays on other logits, lengths and streams give what fresh calls give."""
     inputs = on_device(SCENARIOS[scenario].make(0), "cuda")
-    graph, outputs = captured(bound(scenario, inputs, backend))
+    graph, outputs = capture(bound(scenario, inputs, backend), torch.device("cuda"))
     for seed in (1, 2, 0):
         refill(inputs, SCENARIOS[scenario].make(seed))
         graph.replay()
@@ -181,9 +170,12 @@ def test_the_captured_loop_equals_the_uncaptured_one(pair, tree, temperature, ca
         draft = None
     else:
         options["tree"] = TREES[tree]
+    release_engines()
     with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
         graphed, launched = (generate(target, draft, prompts, cuda_graphs=on, **options) for on in (True, False))
-    assert not [record for record in caplog.records if "capture is off" in record.getMessage()]
+    assert not [record for record in caplog.records if "captur" in record.getMessage()]
+    (kept,) = engines._kept[target].values()
+    assert kept.engine._graphed.num_captured == 1
     assert graphed.new_tokens == launched.new_tokens
     assert graphed.finish_reasons == launched.finish_reasons == ["length"] * 3
     assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram

@@ -283,9 +283,7 @@ def test_graph_replay_follows_lengths_on_the_device(backend):
     table = CacheTable([on_device])
     nodes, counts, lens = int32([[0, 2, 5]]).cuda(), int32([3]).cuda(), int32([4]).cuda()
     backend(table, nodes, counts, lens, raw=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        compact_kv_cache_(table, nodes, counts, lens, backend=backend.name)
+    graph, _ = capture(lambda: compact_kv_cache_(table, nodes, counts, lens, backend=backend.name), lens.device)
     on_device.copy_(cache)
     lens.fill_(9)
     graph.replay()

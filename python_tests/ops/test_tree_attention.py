@@ -377,9 +377,7 @@ def test_graph_replay_follows_lengths_on_the_device(backend):
         pytest.skip("graphs are captured on CUDA devices")
     inputs = AttentionInputs(*(tensor.cuda() for tensor in random_tree_inputs(cache_lens=(21, 5))))
     attend(backend, *inputs, raw=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = tree_attention(*inputs, backend=backend.name)
+    graph, result = capture(lambda: tree_attention(*inputs, backend=backend.name), inputs.q.device)
     for cache_lens in ([21, 5], [3, 30]):
         inputs.cache_lens.copy_(torch.tensor(cache_lens))
         graph.replay()

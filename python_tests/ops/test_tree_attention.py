@@ -16,6 +16,7 @@ from support.packed_masks import CHAIN, FULL, RANDOM, SHAPES, STAR, pack, pack_t
 from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
 
 from sequoia_kernels import backends
+from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import TreeAttentionOutput, tree_attention
 

@@ -97,8 +97,8 @@ def generate(
         profile: hardware profile for them.
         backend: backend of the ops.
         cuda_graphs: on CUDA, capture each step once and replay it; models that cannot be captured fall back with one
-            logged reason. Caches and graphs stay on the GPU for the next call with batch and lengths alike;
-            `release_engines` frees them.
+            logged reason, the draft's part of a step still being captured where it can. Caches and graphs stay on the
+            GPU for the next call with batch and lengths alike; `release_engines` frees them.
         compile: run the models' forwards of trees through `torch.compile`: True or a mode, as in `adapt`. Compiling
             takes minutes for a deep model, once a tree.
 

@@ -32,7 +32,9 @@ def test_bonus_token_is_emitted_behind_the_accepted_ones_not_over_them():
     )
     cache = torch.arange(2 * 10, dtype=torch.float32).view(2, 10, 1, 1)
     before = cache.clone()
-    emitted = commit_path(path, layout, state, buffers, CacheTable([cache]), StageClock(enabled=False))
+    emitted = commit_path(
+        path, layout, state, buffers, [(CacheTable([cache]), state.cache_lens)], StageClock(enabled=False)
+    )
     assert emitted.tokens.tolist() == [[12, 14, 99], [98, -1, -1]]
     assert emitted.num_tokens.tolist() == [3, 1]
     assert state.last_tokens.tolist() == [14, 20]

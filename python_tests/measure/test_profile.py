@@ -9,7 +9,7 @@ import torch
 from support.tiny_models import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sequoia_kernels.measure import measure_profile
+from sequoia_kernels.measure import calls, measure_profile
 from sequoia_kernels.models import adapt, load_offloaded
 from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
 
@@ -138,26 +138,31 @@ def test_targets_that_stream_their_weights_are_measured_on_large_trees(target, t
         )
 
 
-def test_sizes_of_a_streamed_target_fit_into_the_models_positions(short, tmp_path):
-    short.save_pretrained(tmp_path)
-    with load_offloaded(tmp_path, resident_layers=0) as offloaded:
-        profile = measure_profile(offloaded, context_lens=[100], **FAST)
-        assert profile.forward_table(profile.target_key).node_counts == (1, 16, 64, 128)
-
-
-@pytest.mark.parametrize(
-    ("context_lens", "contexts", "largest"), [(None, (96, 192), 64), ([200, 100], (100, 200), 48), ([254], (254,), 2)]
-)
-def test_defaults_fit_into_the_models_positions(short, draft, context_lens, contexts, largest):
+@pytest.mark.parametrize(("context_lens", "contexts"), [(None, (127, 255)), ([200, 100], (100, 200)), ([255], (255,))])
+def test_every_tree_is_timed_behind_every_context_that_the_target_serves(short, draft, context_lens, contexts):
     profile = measure_profile(short, draft, context_lens=context_lens, quick=True, **FAST)
     table = profile.forward_table(profile.target_key)
-    assert table.context_lens == contexts
-    assert table.node_counts[-1] == largest
+    assert (table.context_lens, table.node_counts[-1]) == (contexts, 64)
 
 
-def test_contexts_beyond_the_models_positions_are_refused(short, draft):
-    with pytest.raises(ValueError, match="must leave room for 16 tree rows in 256 positions, got 250"):
-        measure_profile(draft, short, context_lens=[250], node_counts=[16], draft_node_counts=[], **FAST)
+def test_contexts_beyond_the_targets_positions_are_refused(short, draft):
+    with pytest.raises(ValueError, match="context_lens must be below the target's 256 positions, got 256"):
+        measure_profile(short, draft, context_lens=[100, 256], **FAST)
+
+
+def test_a_draft_is_timed_within_its_own_positions(short, draft, monkeypatch):
+    seen = {}
+    plain = calls.forward_call
+
+    def noted(model, caches, context_len, step):
+        seen.setdefault(model.family, set()).add(context_len)
+        return plain(model, caches, context_len, step)
+
+    monkeypatch.setattr(calls, "forward_call", noted)
+    options = {"node_counts": [4], "draft_node_counts": [2], **FAST}
+    profile = measure_profile(draft, short, context_lens=[100, 1000], **options)
+    assert seen == {"llama": {100, 1000}, "gpt2": {100, 255}}
+    assert profile.forward_table(profile.draft_key).context_lens == (100, 1000)
 
 
 def test_nothing_of_the_callers_is_changed(target, draft):

@@ -507,11 +507,53 @@ def test_bad_cache_sizes(batch_size: int, max_cache_len: int) -> None:
         adapt(tiny_model("llama")).new_cache(batch_size, max_cache_len)
 
 
-@pytest.mark.parametrize(("family", "limit"), [("opt", 128), ("gpt2", 128), ("llama4_text", 39)])
-def test_a_cache_beyond_the_models_positions_is_refused(family: str, limit: int) -> None:
-    model = adapt(tiny_model(family))
-    assert model.new_cache(1, limit).max_cache_len == limit
-    with pytest.raises(
-        ValueError, match=f"max_cache_len must be at most {limit}, the positions that this {family} model"
-    ):
-        model.new_cache(1, limit + 1)
+LONGROPE = {
+    "rope_parameters": {
+        "rope_theta": 10000.0,
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+    },
+    "original_max_position_embeddings": 32,
+}
+LIMITED = [("opt", 128, {}), ("gpt2", 128, {}), ("llama4_text", 39, {}), ("phi3", 32, LONGROPE)]
+
+
+@pytest.mark.parametrize(("family", "limit", "overrides"), LIMITED)
+def test_no_token_is_committed_beyond_the_models_positions(family: str, limit: int, overrides: dict[str, Any]) -> None:
+    model = adapt(tiny_model(family, **overrides))
+    assert (model.max_positions, model.trained_positions) == (limit, limit)
+    cache = model.new_cache(1, limit + 8)
+    with pytest.raises(ValueError, match=f"cache_lens must be below the {limit} positions that this {family} model"):
+        model.forward(torch.tensor([[1]]), cache, int32(limit), causal_step(1))
+    with pytest.raises(ValueError, match=f"prefill: input_ids must fit the model's {limit} positions, got {limit + 1}"):
+        prefill(model, cache, torch.ones(1, limit + 1, dtype=torch.int64), torch.tensor([limit + 1]))
+
+
+@pytest.mark.parametrize(("family", "limit", "overrides"), LIMITED)
+def test_nodes_beyond_the_models_positions_do_not_disturb_those_before(
+    family: str, limit: int, overrides: dict[str, Any]
+) -> None:
+    model = adapt(tiny_model(family, **overrides))
+    cache = model.new_cache(1, limit + 8)
+    prompt = torch.arange(limit - 2)[None] % 7
+    prefill(model, cache, prompt, torch.tensor([limit - 2]))
+    within = model.forward(torch.tensor([[3, 5]]), cache, int32(limit - 2), causal_step(2))
+    beyond = model.forward(torch.tensor([[3, 5, 2, 6, 4]]), cache, int32(limit - 2), causal_step(5))
+    torch.testing.assert_close(beyond[:, :2], within)
+    assert bool(torch.isfinite(beyond).all())
+    expected = model.model(input_ids=torch.cat((prompt, torch.tensor([[3, 5]])), dim=1)).logits[:, -2:]
+    torch.testing.assert_close(within, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_can_be_fed_and_predicts_is_known() -> None:
+    plain = tiny_model("llama")
+    model = adapt(plain)
+    assert (model.num_embeddings, model.vocab_size, model.logits_dtype) == (64, 64, torch.float32)
+    hidden_size = plain.config.hidden_size
+    plain.set_input_embeddings(torch.nn.Embedding(48, hidden_size))
+    plain.set_output_embeddings(torch.nn.Linear(hidden_size, 80, bias=False, dtype=torch.float64))
+    plain.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+    model = adapt(plain)
+    assert (model.num_embeddings, model.vocab_size, model.logits_dtype) == (48, 80, torch.float64)

@@ -26,7 +26,8 @@ class GenerationArguments:
     Attributes:
         prompts: prompts without padding on the left, zeros on the right. [B, longest] int64.
         prompt_lens: tokens of each prompt. [B]
-        max_cache_len: the caller's or the models' limit on cache rows, None without one.
+        max_cache_len: tokens that a request may commit, prompt included: the caller's limit or the target's positions,
+            None without one.
     """
 
     prompts: torch.Tensor
@@ -46,13 +47,10 @@ class GenerationArguments:
         """Number of requests."""
         return len(self.prompt_lens)
 
-    def cache_capacity(self, tree: TokenTree) -> int:
-        """Rows that the caches need for these requests with this tree, within the limit.
-
-        Behind the last token that is wanted there must be room for one whole tree, for what the last step accepts
-        beyond the end, and for the step that an asynchronous device may already be running then.
-        """
-        wanted = max(self.prompt_lens) + self.max_new_tokens + tree.num_nodes + 2 * tree.num_levels
+    @property
+    def longest(self) -> int:
+        """Tokens that a request commits at most."""
+        wanted = max(self.prompt_lens) + self.max_new_tokens - 1
         return wanted if self.max_cache_len is None else min(wanted, self.max_cache_len)
 
 
@@ -96,7 +94,7 @@ def check_arguments(
     if inferred:
         attention_mask = _inferred_mask(target, input_ids, pad_token_id, eos_token_ids)
     prompts, prompt_lens = _left_aligned(input_ids, attention_mask, inferred)
-    _check_token_range(prompts, prompt_lens, target.vocab_size)
+    _check_token_range(prompts, target.num_embeddings)
     if draft is not None:
         check_pair(target, draft)
         if draft.device != target.device:
@@ -153,7 +151,7 @@ def check_arguments(
         pad_token_id=pad,
         seeds=request_seeds(seeds[0], batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
         stop_strings=strings,
-        max_cache_len=_cache_limit(target, draft, max_cache_len, prompt_lens),
+        max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
     )
 
 
@@ -210,11 +208,11 @@ def _left_aligned(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
 
-def _check_token_range(prompts: torch.Tensor, prompt_lens: list[int], vocab_size: int) -> None:
+def _check_token_range(prompts: torch.Tensor, num_embeddings: int) -> None:
     lowest, highest = int(prompts.min()), int(prompts.max())
-    if lowest < 0 or highest >= vocab_size:
+    if lowest < 0 or highest >= num_embeddings:
         raise ValueError(
-            f"generate: input_ids must hold tokens in [0, {vocab_size}), got {lowest if lowest < 0 else highest}; "
+            f"generate: input_ids must hold tokens in [0, {num_embeddings}), got {lowest if lowest < 0 else highest}; "
             "was it made by another model's tokenizer?"
         )
 
@@ -300,15 +298,12 @@ def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any | Non
     return tuple(strings)
 
 
-def _cache_limit(
-    target: TreeModel, draft: TreeModel | None, max_cache_len: int | None, prompt_lens: list[int]
-) -> int | None:
+def _cache_limit(target: TreeModel, max_cache_len: int | None, prompt_lens: list[int]) -> int | None:
     if max_cache_len is not None:
         _check_positive("max_cache_len", max_cache_len)
     limits = {
         "max_cache_len": max_cache_len,
         "the target's positions": target.max_positions,
-        "the draft's positions": draft.max_positions if draft is not None else None,
     }
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if not given:

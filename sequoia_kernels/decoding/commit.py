@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,13 +33,14 @@ def commit_path(
     layout: TreeLayout,
     state: DecodingState,
     buffers: TokenBuffers,
-    caches: CacheTable,
+    caches: Sequence[tuple[CacheTable, torch.Tensor]],
     clock: StageClock,
     backend: str = "auto",
 ) -> EmittedTokens:
     """Move the accepted rows behind the committed prefix and advance the state in place.
 
-    The emitted tokens are gathered before anything is overwritten. No host sync.
+    Each table of caches comes with the lengths of the state that count its rows. The emitted tokens are gathered before
+    anything is overwritten. No host sync.
     """
     with clock.stage("commit"):
         num_accepted = path.num_accepted * state.active
@@ -46,7 +48,8 @@ def commit_path(
         if num_nodes == 1:  # plain decoding: the root's row is in place already
             tokens = path.next_token[:, None]
             last_tokens = buffers.tokens[:, 0]
-            state.cache_lens += num_accepted
+            for _, cache_lens in caches:
+                cache_lens += num_accepted
         else:
             path_tokens = buffers.tokens.gather(1, path.nodes.clamp(min=0).to(torch.int64))
             end = (path.num_accepted - 1).to(torch.int64)[:, None]
@@ -54,7 +57,8 @@ def commit_path(
             tokens = torch.full_like(path_tokens, -1)
             tokens[:, :-1] = torch.where(path.nodes[:, 1:] >= 0, path_tokens[:, 1:], -1)
             tokens.scatter_(1, end, path.next_token[:, None])
-            compact_kv_cache_(caches, path.nodes, num_accepted, state.cache_lens, backend=backend)
+            for table, cache_lens in caches:
+                compact_kv_cache_(table, path.nodes, num_accepted, cache_lens, backend=backend)
         state.last_tokens.copy_(last_tokens)
         state.root_tokens.copy_(path.next_token)
         state.offsets += num_nodes

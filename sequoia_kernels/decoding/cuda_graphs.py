@@ -57,8 +57,7 @@ class GraphedSteps:
         """
         if tree in self._captured:
             return
-        state = self.state
-        advanced = (state.cache_lens, state.root_tokens, state.last_tokens, state.offsets)
+        advanced = self.state.advancing()
         before = [tensor.clone() for tensor in advanced]
 
         def restore() -> None:  # what else a step writes lies behind the committed rows
@@ -66,7 +65,7 @@ class GraphedSteps:
                 tensor.copy_(value)
 
         self._captured[tree] = capture(
-            lambda: self.run_step(tree), state.cache_lens.device, memory=self._memory, undo=restore
+            lambda: self.run_step(tree), self.state.cache_lens.device, memory=self._memory, undo=restore
         )
 
 

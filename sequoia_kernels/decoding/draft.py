@@ -20,11 +20,13 @@ class TokenBuffers:
     Attributes:
         tokens: token of every node. [B, N] int64.
         draft_logits: the draft's logits at every internal node, as wide as the target's; tokens that the draft does not
-            know hold -inf, rows of leaves are never read. [B, N, vocab], the draft's dtype. None without a draft.
+            know hold -inf, rows of leaves are never read. [B, N, vocab], the dtype of its logits. None without a draft.
+        draft_lacks_tokens: whether the draft may meet tokens of the target that it has no embedding of.
     """
 
     tokens: torch.Tensor
     draft_logits: torch.Tensor | None
+    draft_lacks_tokens: bool = False
 
     @classmethod
     def allocate(cls, layout: TreeLayout, batch_size: int, target: TreeModel, draft: TreeModel | None) -> TokenBuffers:
@@ -34,7 +36,11 @@ class TokenBuffers:
         if draft is None or layout.root_level is None:
             return cls(tokens, None)
         shape = (batch_size, num_nodes, target.vocab_size)
-        return cls(tokens, torch.full(shape, -torch.inf, dtype=draft.dtype, device=target.device))
+        return cls(
+            tokens,
+            torch.full(shape, -torch.inf, dtype=draft.logits_dtype, device=target.device),
+            draft.num_embeddings < max(target.num_embeddings, target.vocab_size),
+        )
 
 
 def grow_tree(
@@ -48,19 +54,24 @@ def grow_tree(
 ) -> None:
     """Fill the buffers with a tree of tokens drawn from the draft, level by level; leaves are never fed.
 
-    Mutates the buffers and the draft's cache rows behind the committed ones. No host sync.
+    A token that the draft has no embedding of is fed as the last one that it has: what grows behind it is a worse
+    guess, and verified like any other. Mutates the buffers and the draft's cache rows behind the committed ones. No
+    host sync.
     """
     buffers.tokens[:, 0].copy_(state.root_tokens)
     if layout.root_level is None:
         return
     with clock.stage("draft"):
         fed = torch.stack((state.last_tokens, state.root_tokens), dim=1)
-        logits = draft.forward(fed, cache, state.cache_lens - 1, layout.root_step)[:, 1:]
+        if buffers.draft_lacks_tokens:
+            fed.clamp_(max=draft.num_embeddings - 1)
+        logits = draft.forward(fed, cache, state.draft_lens - 1, layout.root_step)[:, 1:]
     _draw_children(layout.root_level, logits, state, buffers, clock, backend)
     for level in layout.levels:
         with clock.stage("draft"):
             fed = buffers.tokens.index_select(1, level.nodes)
-            logits = draft.forward(fed.clamp_(min=0), cache, state.cache_lens, level.step)
+            fed.clamp_(0, draft.num_embeddings - 1)  # one that could not be drawn is -1
+            logits = draft.forward(fed, cache, state.draft_lens, level.step)
         _draw_children(level, logits, state, buffers, clock, backend)
 
 
@@ -76,12 +87,13 @@ def _draw_children(
     with clock.stage("sample"):
         batch_size, width, _ = logits.shape
         vocab = min(logits.shape[2], buffers.draft_logits.shape[2])
-        logits = logits[:, :, :vocab]
+        # drawn from the very numbers that are kept for the verification
+        logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
         if level.step.first_node is not None:
             kept = buffers.draft_logits.narrow(1, level.step.first_node, width).narrow(2, 0, vocab)
             kept.copy_(logits)
         else:
-            buffers.draft_logits[:, :, :vocab].index_copy_(1, level.nodes, logits.to(buffers.draft_logits.dtype))
+            buffers.draft_logits[:, :, :vocab].index_copy_(1, level.nodes, logits)
         offsets = (state.offsets[:, None] + level.nodes).flatten()
         drawn = sample_without_replacement(
             logits.flatten(0, 1),

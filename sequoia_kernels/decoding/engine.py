@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
@@ -16,7 +16,7 @@ from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
 from sequoia_kernels.decoding.cuda_graphs import GraphedSteps
 from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
 from sequoia_kernels.decoding.layout import TreeLayout
-from sequoia_kernels.decoding.prefill import prefill_prompts
+from sequoia_kernels.decoding.prefill import prefill_draft, prefill_prompts
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import StageClock
 from sequoia_kernels.decoding.verify import verify_tokens
@@ -44,16 +44,21 @@ class DecodingEngine:
         backend: str = "auto",
         clock: StageClock | None = None,
         cuda_graphs: bool = True,
+        draft_cache_len: int | None = None,
     ) -> None:
         batch_size = state.cache_lens.shape[0]
         self.target, self.draft, self.state, self.backend = target, draft, state, backend
         self.clock = clock or StageClock(enabled=False)
         self.target_cache = target.new_cache(batch_size, max_cache_len)
-        self.draft_cache = draft.new_cache(batch_size, max_cache_len) if draft is not None else None
-        self._tensors = list(self.target_cache.tensors())
-        if self.draft_cache is not None:
-            self._tensors += self.draft_cache.tensors()
-        self.cache_table = CacheTable(self._tensors)
+        self.draft_cache = draft.new_cache(batch_size, draft_cache_len or max_cache_len) if draft is not None else None
+        target_tensors = self.target_cache.tensors()
+        draft_tensors = [] if self.draft_cache is None else self.draft_cache.tensors()
+        self._tensors = target_tensors + draft_tensors
+        if draft_tensors and state.has_own_draft_lens:
+            parts = [(target_tensors, state.cache_lens), (draft_tensors, state.draft_lens)]
+        else:
+            parts = [(self._tensors, state.cache_lens)]
+        self.cache_tables = [(CacheTable(tensors), cache_lens) for tensors, cache_lens in parts]
         self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
@@ -65,19 +70,36 @@ class DecodingEngine:
             self._graphed_draft = GraphedSteps(_weakly(self._grow), state)
             _log_once(target)
 
-    def prefill(self, prompts: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
-        """Commit the prompts and return each request's first token. [B] int64."""
+    def prefill(
+        self, prompts: torch.Tensor, prompt_lens: torch.Tensor, draft_tokens: Sequence[list[int]] | None = None
+    ) -> torch.Tensor:
+        """Commit the prompts and return each request's first token. [B] int64.
+
+        The draft is given `draft_tokens` where it cannot hold every prompt.
+        """
         with self.clock.stage("prefill"):
-            return prefill_prompts(
-                self.target,
-                self.draft,
-                self.target_cache,
-                self.draft_cache,
-                prompts,
-                prompt_lens,
-                self.state,
-                self.backend,
+            first_tokens = prefill_prompts(
+                self.target, self.target_cache, prompts, prompt_lens, self.state, self.backend
             )
+            if self.draft is not None and self.draft_cache is not None:
+                lanes = list(range(len(prompts)))
+                if draft_tokens is not None:
+                    self._prefill_draft(lanes, draft_tokens)
+                else:
+                    prefill_draft(self.draft, self.draft_cache, lanes, prompts, prompt_lens, self.state)
+            return first_tokens
+
+    def restart_draft(self, lanes: list[int], tokens: Sequence[list[int]]) -> None:
+        """Let the draft's context of some requests consist of these tokens, the last ones that were committed."""
+        with self.clock.stage("draft"):
+            self._prefill_draft(lanes, tokens)
+
+    def _prefill_draft(self, lanes: list[int], tokens: Sequence[list[int]]) -> None:
+        assert self.draft is not None and self.draft_cache is not None  # whoever has tokens for a draft has a draft
+        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in tokens], batch_first=True)
+        lens = torch.tensor([len(row) for row in tokens], dtype=torch.int32)
+        device = self.draft.device
+        prefill_draft(self.draft, self.draft_cache, lanes, rows.to(device), lens.to(device), self.state)
 
     def prepare(self, tree: TokenTree) -> None:
         """Allocate and, on CUDA, capture a tree's step now, so that its first one does not have to."""
@@ -120,7 +142,7 @@ class DecodingEngine:
         else:
             self._grow(tree)
         path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
-        return commit_path(path, layout, self.state, buffers, self.cache_table, self.clock, self.backend)
+        return commit_path(path, layout, self.state, buffers, self.cache_tables, self.clock, self.backend)
 
     def _grow(self, tree: TokenTree) -> None:
         """The draft's part of a step: fill the buffers with the tree's tokens."""
@@ -131,9 +153,10 @@ class DecodingEngine:
             buffers.tokens[:, 0].copy_(self.state.root_tokens)
 
     def end_request(self, index: int) -> None:
-        """Stop committing for a request; its lane goes on with a cache of one row."""
+        """Stop committing for a request; its lane goes on with caches of one row."""
         self.state.active[index] = 0
         self.state.cache_lens[index] = 1
+        self.state.draft_lens[index] = 1
 
     def restart(self, state: DecodingState) -> None:
         """Begin another batch of the same shape: take over its state's values and forget the old rows."""
@@ -193,6 +216,7 @@ class _Key(NamedTuple):
 
     batch_size: int
     max_cache_len: int
+    draft_cache_len: int | None  # where the draft has lengths of its own
     backend: str
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
@@ -219,6 +243,7 @@ def borrow_engine(
     backend: str,
     clock: StageClock,
     cuda_graphs: bool,
+    draft_cache_len: int | None = None,
 ) -> DecodingEngine:
     """Give an engine for a batch: where steps are captured one that was used before, with its graphs, if it fits.
 
@@ -227,10 +252,11 @@ def borrow_engine(
         draft: the draft, or None.
         state: the batch's state; the engine's own state takes over its values.
         max_cache_len: rows that the caches need.
-        limit: rows that the models serve at most, None without a limit.
+        limit: rows that the caches need at most, whatever the length of the requests; None without a limit.
         backend: backend of the ops.
         clock: adds up the times of this batch.
         cuda_graphs: whether steps are captured.
+        draft_cache_len: rows that the draft's cache needs, where the draft has lengths of its own in the state.
 
     Returns:
         The engine. Where steps are captured or compiled its caches may be longer than asked for: lengths are rounded up
@@ -239,13 +265,14 @@ def borrow_engine(
     captures = cuda_graphs and can_capture(target, draft)
     static = captures or any(model is not None and model.compile_mode for model in (target, draft))
     rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
+    draft_rows = cache_bucket(draft_cache_len, None) if static and draft_cache_len is not None else draft_cache_len
     if not captures:
-        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs)
-    key = _key(target, draft, state, rows, backend)
+        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
+    key = _key(target, draft, state, rows, draft_rows, backend)
     with _lock:
         entry = _kept.get(target.model, OrderedDict()).pop(key, None)
     if entry is None or (entry.draft() if entry.draft is not None else None) is not getattr(draft, "model", None):
-        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs)
+        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
     engine = entry.engine
     engine.target, engine.draft, engine.clock = target, draft, clock
     engine.restart(state)
@@ -261,7 +288,9 @@ def return_engine(engine: DecodingEngine) -> None:
         return
     target, draft = engine.target, engine.draft
     rows = engine.target_cache.max_cache_len
-    key = _key(target, draft, engine.state, rows, engine.backend)
+    cache = engine.draft_cache if engine.state.has_own_draft_lens else None
+    draft_rows = None if cache is None else cache.max_cache_len
+    key = _key(target, draft, engine.state, rows, draft_rows, engine.backend)
     engine.target = engine.draft = None  # type: ignore[assignment]  # set again when it is borrowed
     engine.clock = StageClock(enabled=False)
     with _lock:
@@ -293,11 +322,19 @@ def cache_bucket(rows: int, limit: int | None) -> int:
     return bucket if limit is None else max(rows, min(bucket, limit))
 
 
-def _key(target: TreeModel, draft: TreeModel | None, state: DecodingState, rows: int, backend: str) -> _Key:
+def _key(
+    target: TreeModel,
+    draft: TreeModel | None,
+    state: DecodingState,
+    rows: int,
+    draft_rows: int | None,
+    backend: str,
+) -> _Key:
     models = [model for model in (target, draft) if model is not None]
     return _Key(
         state.cache_lens.shape[0],
         rows,
+        draft_rows,
         backend,
         (state.top_k is not None, state.top_p is not None),
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),

@@ -14,6 +14,7 @@ import torch
 from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
 from sequoia_kernels.decoding.cuda_graphs import HostCopy, on_target_device
+from sequoia_kernels.decoding.draft_context import DraftContext
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
 from sequoia_kernels.decoding.probe import PROBE_TOKENS
 from sequoia_kernels.decoding.request import Request, StopStrings
@@ -91,8 +92,10 @@ def generate(
         stop_strings: strings that end a request with the token that completes them; needs `tokenizer`.
         tokenizer: decodes the generated tokens for `stop_strings`.
         streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; one request only.
-        max_cache_len: rows of the caches; None takes what the request needs, within the models' positions. A request
-            that fills the cache ends with "cache_full".
+        max_cache_len: tokens that a request may hold in the target's cache, prompt included and the newest one left
+            out, and positions of the target at most. A request that reaches this ends with "cache_full". The cache has
+            rows for a tree more. The draft's positions limit nothing: where they are used up, it goes on with the
+            newest tokens of a request (`stats.draft_restarts`).
         acceptance: acceptance vector for tree="auto" and "adaptive".
         profile: hardware profile for them.
         backend: backend of the ops.
@@ -112,8 +115,10 @@ def generate(
 
     Notes:
         Inputs are not mutated. With equal seeds the output is reproducible on one device and tree; at temperature 0 it
-        equals the target's greedy output up to floating-point ties. A request's tokens depend on its own seed, not on
-        the batch around it, up to floating-point differences between batch shapes.
+        equals the target's greedy output up to floating-point ties. With a fixed tree a request's tokens depend on its
+        own seed, not on the batch around it, up to floating-point differences between batch shapes; the words and
+        adaptive plans choose one tree for all requests, and at a temperature above 0 the tree decides which of the
+        equally distributed outputs comes. Tokens that the draft has no embedding of are fed to it as another one.
 
     Source:
         Sequoia (arXiv 2402.12374).
@@ -158,56 +163,48 @@ def generate(
     trees = [token_tree] if follower is None else follower.plan.trees
 
     device = target.device
-    synchronous = device.type == "cpu"
-    clock = StageClock(enabled=synchronous)
+    clock = StageClock(enabled=device.type == "cpu")
+    speculates = any(entry.num_nodes > 1 for entry in trees)
+    draft = draft if speculates else None
+    lag = steps_ahead(target)
+    num_levels = max(entry.num_levels for entry in trees)
+    # Behind a request's last token there is room for one whole tree, for what the last step accepts beyond the end, and
+    # for the step that an asynchronous device may already be running then. So no tree ever has to shrink.
+    room = max(entry.num_nodes for entry in trees) + 2 * num_levels
+    context = None if draft is None else DraftContext.where_needed(draft, arguments, num_levels, lag)
     state = DecodingState.create(
         arguments.batch_size, device, seeds=arguments.seeds, temperature=arguments.temperature,
-        top_k=arguments.top_k, top_p=arguments.top_p,
+        top_k=arguments.top_k, top_p=arguments.top_p, own_draft_lens=context is not None,
     )  # fmt: skip
-    capacity = max(map(arguments.cache_capacity, trees))
-    speculates = any(entry.num_nodes > 1 for entry in trees)
     engine = borrow_engine(
-        target, draft if speculates else None, state, capacity, limit=arguments.max_cache_len, backend=backend,
-        clock=clock, cuda_graphs=cuda_graphs,
+        target, draft, state, arguments.longest + room,
+        limit=None if arguments.max_cache_len is None else arguments.max_cache_len + room, backend=backend,
+        clock=clock, cuda_graphs=cuda_graphs, draft_cache_len=None if context is None else context.positions + room,
     )  # fmt: skip
     stops = StopStrings(arguments.stop_strings, tokenizer) if arguments.stop_strings else None
-    requests = [Request(length, max_new_tokens, arguments.eos_token_ids, stops) for length in arguments.prompt_lens]
+    requests = [
+        Request(prompt[:length], max_new_tokens, arguments.max_cache_len, arguments.eos_token_ids, stops)
+        for prompt, length in zip(arguments.prompts.tolist(), arguments.prompt_lens, strict=True)
+    ]
     stats = GenerateStats(tree=token_tree, request_steps=[0] * arguments.batch_size)
+    loop = DecodingLoop(engine, requests, stats, streamer, follower, context, lag)
 
     if streamer is not None:
         streamer.put(input_ids.cpu())
     first_tokens = engine.prefill(
-        arguments.prompts.to(device), torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device)
+        arguments.prompts.to(device),
+        torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device),
+        None if context is None else [context.tokens(index, request) for index, request in enumerate(requests)],
     )
     for entry in trees:
         engine.prepare(entry)
     decode_started = time.perf_counter()
-    for index, token in enumerate(first_tokens.tolist()):
-        _take(engine, requests, index, [token], streamer)
-
-    # Steps in flight, oldest first. On an asynchronous device the host reads a step's tokens while the next one runs.
-    in_flight: deque[_Launched] = deque()
-    lag = steps_ahead(target)
-    while in_flight or any(request.finish_reason is None for request in requests):
-        if follower is not None:
-            stats.tree = token_tree = follower.tree
-        step_tree = _fitting_tree(token_tree, requests, in_flight, capacity)
-        if step_tree is not None:
-            active = [request.finish_reason is None for request in requests]
-            in_flight.append(_Launched(step_tree, active, HostCopy(engine.step(step_tree))))
-            stats.num_steps += 1
-            stats.steps_by_tree[step_tree] = stats.steps_by_tree.get(step_tree, 0) + 1
-        elif not in_flight:
-            _end_full_requests(engine, requests, capacity)
-        if in_flight and (step_tree is None or len(in_flight) > lag):
-            with clock.stage("host"):
-                _read_step(engine, requests, stats, in_flight.popleft(), streamer, follower)
-    if streamer is not None:
-        streamer.end()
+    loop.run(first_tokens.tolist(), token_tree)
     finished = time.perf_counter()
     stats.seconds, stats.decode_seconds = finished - started, finished - decode_started
     stats.new_tokens = [len(request.new_tokens) for request in requests]
     stats.stage_seconds = dict(clock.seconds)
+    stats.draft_restarts = 0 if context is None else context.num_restarts
     return_engine(engine)
     return GenerateOutput(
         sequences=_sequences(input_ids, requests, arguments.pad_token_id),
@@ -223,57 +220,95 @@ class _Launched(NamedTuple):
     emitted: HostCopy
 
 
-def _fitting_tree(
-    tree: TokenTree, requests: list[Request], in_flight: deque[_Launched], capacity: int
-) -> TokenTree | None:
-    """Shrink the tree to the rows that every active request has left; None where there is none, or nobody is active.
+class DecodingLoop:
+    """Steps of an engine whose prompts are committed, until every request has ended.
 
-    Steps in flight may each commit as many rows as their trees have levels. The nodes kept are the first ones in
-    breadth-first order, so parents are kept with their children; sizes are powers of two, so that few shapes appear.
+    Args:
+        engine: the engine.
+        requests: its requests; takes the tokens.
+        stats: takes the counts.
+        streamer: takes the tokens of the only request, and their end.
+        follower: chooses the tree of each step; None decodes with one tree throughout.
+        context: keeps the draft within its positions; None where it needs no care.
+        lag: steps that are launched before the tokens of one are read. On an asynchronous device the host reads a
+            step's tokens while the next one runs.
     """
-    committed = [request.committed_len for request in requests if request.finish_reason is None]
-    if not committed:
-        return None
-    room = capacity - max(committed) - sum(launched.tree.num_levels for launched in in_flight)
-    if room >= tree.num_nodes:
-        return tree
-    return TokenTree(tree.parents[: 1 << (room.bit_length() - 1)]) if room > 0 else None
 
+    def __init__(
+        self,
+        engine: DecodingEngine,
+        requests: list[Request],
+        stats: GenerateStats,
+        streamer: Any | None,
+        follower: TreeFollower | None,
+        context: DraftContext | None,
+        lag: int,
+    ) -> None:
+        self.engine, self.requests, self.stats = engine, requests, stats
+        self.streamer, self.follower, self.context, self.lag = streamer, follower, context, lag
+        self.in_flight: deque[_Launched] = deque()  # oldest first
 
-def _end_full_requests(engine: DecodingEngine, requests: list[Request], capacity: int) -> None:
-    for index, request in enumerate(requests):
-        if request.finish_reason is None and request.committed_len >= capacity:
-            request.finish_reason = "cache_full"
-            engine.end_request(index)
+    def run(self, first_tokens: list[int], tree: TokenTree) -> None:
+        """Take the prefill's tokens and decode behind them."""
+        for index, token in enumerate(first_tokens):
+            self._take(index, [token])
+        while any(request.is_active for request in self.requests):
+            if self.follower is not None:
+                self.stats.tree = tree = self.follower.tree
+            if self._restart_drafts():
+                continue  # what was in flight may have ended the last request, or changed the tree
+            self._launch(tree)
+            self._read(self.lag)
+        self._read(0)
+        if self.streamer is not None:
+            self.streamer.end()
 
+    def _launch(self, tree: TokenTree) -> None:
+        active = [request.is_active for request in self.requests]
+        self.in_flight.append(_Launched(tree, active, HostCopy(self.engine.step(tree))))
+        self.stats.num_steps += 1
+        self.stats.steps_by_tree[tree] = self.stats.steps_by_tree.get(tree, 0) + 1
 
-def _read_step(
-    engine: DecodingEngine,
-    requests: list[Request],
-    stats: GenerateStats,
-    launched: _Launched,
-    streamer: Any | None,
-    follower: TreeFollower | None,
-) -> None:
-    """Bring one step's tokens to the host: the only place where the loop waits for the device."""
-    tokens, nodes, num_tokens = launched.emitted.read()
-    counts = []
-    for index, was_active in enumerate(launched.active):
-        if was_active and requests[index].finish_reason is None:
-            stats.request_steps[index] += 1
-            counts.append(stats.count_path(launched.tree, nodes[index], num_tokens[index]))
-            _take(engine, requests, index, tokens[index][: num_tokens[index]], streamer)
-    if follower is not None and counts:
-        follower.observe(*([sum(ranks) for ranks in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts)))
+    def _read(self, num_left: int) -> None:
+        """Bring the tokens of all steps but the newest to the host: the only place where the loop waits."""
+        while len(self.in_flight) > num_left:
+            with self.engine.clock.stage("host"):
+                self._read_step(self.in_flight.popleft())
 
+    def _read_step(self, launched: _Launched) -> None:
+        tokens, nodes, num_tokens = launched.emitted.read()
+        step = self.stats.num_steps - 1 - len(self.in_flight)
+        counts = []
+        for index, was_active in enumerate(launched.active):
+            if was_active and self.requests[index].is_active:
+                self.stats.request_steps[index] += 1
+                counts.append(self.stats.count_path(launched.tree, nodes[index], num_tokens[index]))
+                self._take(index, tokens[index][: num_tokens[index]])
+                if self.context is not None:
+                    self.context.note(index, self.requests[index], step)
+        if self.follower is not None and counts:
+            ranks = ([sum(rank) for rank in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts))
+            self.follower.observe(*ranks)
 
-def _take(engine: DecodingEngine, requests: list[Request], index: int, tokens: list[int], streamer: Any | None) -> None:
-    taken = requests[index].extend(tokens)
-    if streamer is not None:
-        for token in taken:
-            streamer.put(torch.tensor([token]))
-    if requests[index].finish_reason is not None:
-        engine.end_request(index)
+    def _take(self, index: int, tokens: list[int]) -> None:
+        request = self.requests[index]
+        taken = request.extend(tokens)
+        if self.streamer is not None:
+            for token in taken:
+                self.streamer.put(torch.tensor([token]))
+        if not request.is_active:
+            self.engine.end_request(index)
+
+    def _restart_drafts(self) -> bool:
+        """Restart the draft's contexts that are due before the next step. Returns whether there were any."""
+        due = [] if self.context is None else self.context.due(self.requests, self.stats.num_steps)
+        if self.context is None or not due:
+            return False
+        self._read(0)  # their newest tokens
+        due = [index for index in due if self.requests[index].is_active]
+        if due:
+            self.engine.restart_draft(due, [self.context.tokens(index, self.requests[index]) for index in due])
+        return True
 
 
 def _sequences(input_ids: torch.Tensor, requests: list[Request], pad_token_id: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ def measure_overhead(
     overheads = []
     for run in range(NUM_RUNS + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)
-        prompts = torch.randint(0, target.vocab_size, (batch_size, context_len), generator=generator)
+        prompts = torch.randint(0, target.num_embeddings, (batch_size, context_len), generator=generator)
         stats = generate(
             target, draft, prompts.to(target.device), tree=PROBE_TREE, max_new_tokens=NUM_TOKENS, temperature=1.0,
             eos_token_id=(), seed=run,

@@ -25,25 +25,48 @@ class StopStrings:
 class Request:
     """One request of a batch as the host sees it.
 
+    Args:
+        prompt: its prompt.
+        max_new_tokens: tokens to emit at most.
+        max_len: tokens that it may commit, prompt included; None without a limit. The newest token is not committed.
+        eos_token_ids: tokens that end it.
+        stop_strings: strings that end it.
+
     Attributes:
         new_tokens: tokens emitted so far.
         finish_reason: None while decoding, then "eos", "length", "stop_string" or "cache_full".
     """
 
     def __init__(
-        self, prompt_len: int, max_new_tokens: int, eos_token_ids: Collection[int], stop_strings: StopStrings | None
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        max_len: int | None,
+        eos_token_ids: Collection[int],
+        stop_strings: StopStrings | None,
     ) -> None:
-        self.prompt_len = prompt_len
+        self.prompt = prompt
         self.max_new_tokens = max_new_tokens
+        self.max_len = max_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.stop_strings = stop_strings
         self.new_tokens: list[int] = []
         self.finish_reason: str | None = None
 
     @property
+    def is_active(self) -> bool:
+        """Whether it still decodes."""
+        return self.finish_reason is None
+
+    @property
     def committed_len(self) -> int:
-        """Rows of the caches that hold this request's tokens: all but the newest token."""
-        return self.prompt_len + len(self.new_tokens) - 1
+        """Rows of the target's cache that hold this request's tokens: all but the newest token."""
+        return len(self.prompt) + len(self.new_tokens) - 1
+
+    @property
+    def committed(self) -> list[int]:
+        """Tokens of those rows."""
+        return self.prompt + self.new_tokens[:-1]
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
         """Take the tokens of one step up to the end of the request. Returns those that were taken."""
@@ -59,4 +82,6 @@ class Request:
                 self.finish_reason = "stop_string"
             elif len(self.new_tokens) >= self.max_new_tokens:
                 self.finish_reason = "length"
+            elif self.max_len is not None and self.committed_len >= self.max_len:
+                self.finish_reason = "cache_full"
         return taken

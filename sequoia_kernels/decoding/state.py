@@ -15,7 +15,9 @@ class DecodingState:
     """Per-request tensors that a step reads and advances. B requests.
 
     Attributes:
-        cache_lens: committed tokens in both caches. [B] int32.
+        cache_lens: committed tokens, which the target's cache holds. [B] int32.
+        draft_lens: how many of them the draft's cache holds, the newest ones. [B] int32. `cache_lens` itself, except
+            where the draft cannot hold all that the requests may need.
         root_tokens: the last emitted token, whose keys and values are not in the cache yet. [B] int64.
         last_tokens: the committed token before it, at cache row cache_lens - 1. [B] int64.
         active: 1 while the request decodes, 0 once it has ended; an ended request commits nothing. [B] int32.
@@ -27,6 +29,7 @@ class DecodingState:
     """
 
     cache_lens: torch.Tensor
+    draft_lens: torch.Tensor
     root_tokens: torch.Tensor
     last_tokens: torch.Tensor
     active: torch.Tensor
@@ -46,14 +49,17 @@ class DecodingState:
         temperature: Sequence[float],
         top_k: Sequence[int] | None,
         top_p: Sequence[float] | None,
+        own_draft_lens: bool = False,
     ) -> DecodingState:
         """Create the state of requests that have committed nothing yet."""
 
         def tokens() -> torch.Tensor:
             return torch.zeros(batch_size, dtype=torch.int64, device=device)
 
+        cache_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         return cls(
-            cache_lens=torch.zeros(batch_size, dtype=torch.int32, device=device),
+            cache_lens=cache_lens,
+            draft_lens=cache_lens.clone() if own_draft_lens else cache_lens,
             root_tokens=tokens(),
             last_tokens=tokens(),
             active=torch.ones(batch_size, dtype=torch.int32, device=device),
@@ -64,8 +70,17 @@ class DecodingState:
             top_p=None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=device),
         )
 
+    @property
+    def has_own_draft_lens(self) -> bool:
+        """Whether the draft's cache may hold fewer tokens than the target's."""
+        return self.draft_lens is not self.cache_lens
+
+    def advancing(self) -> list[torch.Tensor]:
+        """Give the tensors that a step changes."""
+        return [self.cache_lens, self.draft_lens, self.root_tokens, self.last_tokens, self.offsets]
+
     def copy_(self, other: DecodingState) -> None:
-        """Take over another state's values, in place; both are of the same batch size and filters."""
+        """Take over another state's values, in place; both have the same batch size, filters and kind of lengths."""
         for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
             if mine is not None:
                 mine.copy_(its)

@@ -67,6 +67,7 @@ class GenerateStats:
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
         tree: the tree asked for; with an adaptive plan the last one used.
         steps_by_tree: steps decoded with each tree: in the order of first use.
+        draft_restarts: how often the draft had used up its positions and went on with a request's newest tokens only.
     """
 
     num_steps: int = 0
@@ -80,6 +81,7 @@ class GenerateStats:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     tree: TokenTree | None = None
     steps_by_tree: dict[TokenTree, int] = field(default_factory=dict)
+    draft_restarts: int = 0
 
     @property
     def tokens_per_step(self) -> float:

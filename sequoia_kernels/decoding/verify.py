@@ -24,8 +24,10 @@ def verify_tokens(
     Mutates the target's cache rows behind the committed ones. No host sync.
     """
     with clock.stage("target"):
-        # a token that could not be drawn is -1: it is fed as token 0 and never accepted
-        logits = target.forward(buffers.tokens.clamp(min=0), cache, state.cache_lens, layout.target_step)
+        # A token that could not be drawn is -1: it is fed as token 0 and never accepted. One that the target has no
+        # embedding of is fed as the last one that it has.
+        fed = buffers.tokens.clamp(0, target.num_embeddings - 1)
+        logits = target.forward(fed, cache, state.cache_lens, layout.target_step)
     with clock.stage("verify"):
         return verify_tree(
             buffers.tokens,

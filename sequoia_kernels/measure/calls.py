@@ -57,7 +57,7 @@ def forward_call(model: TreeModel, caches: TreeCache, context_len: int, step: Tr
     batch_size = caches.layers[0].keys.shape[0]
     num_rows = step.node_ids.shape[0]
     generator = torch.Generator().manual_seed(num_rows)
-    input_ids = torch.randint(model.vocab_size, (batch_size, num_rows), generator=generator).to(model.device)
+    input_ids = torch.randint(model.num_embeddings, (batch_size, num_rows), generator=generator).to(model.device)
     cache_lens = torch.full((batch_size,), context_len, dtype=torch.int32, device=model.device)
     return lambda: model.forward(input_ids, caches, cache_lens, step)
 

@@ -62,10 +62,10 @@ def measure_profile(
         target: the target model: a Hugging Face causal language model or a `TreeModel`.
         draft: the draft model, likewise, on the same device. Without it only plain decoding can be planned.
         context_lens: committed tokens to time behind. 128, 512 and 2048 when None (128 and 512 if quick), as far as the
-            models' positions allow.
+            target's positions allow. A draft with fewer positions is timed with those: it sees no more in decoding.
         node_counts: tree sizes to time the target at, 1 is always among them. Up to 128 when None (64 if quick), up to
-            512 on CUDA, and a few up to 1024 for a target that streams its weights, as far as the positions allow
-            behind `context_lens`. Planning goes no further than the largest.
+            512 on CUDA, and a few up to 1024 for a target that streams its weights. Planning goes no further than the
+            largest.
         draft_node_counts: level widths to time the draft at, 1 and 2 are always among them. Up to 64 when None (16 if
             quick). No more than half of the largest tree is timed: no level has more internal nodes.
         batch_size: requests in every call.
@@ -83,7 +83,7 @@ def measure_profile(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an argument is out of range, a context does not fit the models' positions, or the models are on
+        ValueError: an argument is out of range, a context does not fit the target's positions, or the models are on
             different devices.
         UnsupportedModelError: a model cannot be adapted.
 
@@ -117,22 +117,12 @@ def measure_profile(
         min_repeats = 2 if offloaded else 5
     if seconds is None:
         seconds = QUICK_SECONDS if quick else SECONDS
-    limits = [model.max_positions for model in models.values() if model.max_positions is not None]
-    # rows for the default trees: what is left behind the longest context asked for, half where none was
-    room = None
-    if limits:
-        asked = None if context_lens is None else _check_counts(context_lens, "context_lens", 0)[-1]
-        room = min(limits) // 2 if asked is None else min(limits) - asked
     if node_counts is None:
-        tree_sizes: Sequence[int] = (
-            QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
-        )
+        node_counts = QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
         if offloaded:
-            tree_sizes = OFFLOADED_NODE_COUNTS
-        node_counts = [count for count in tree_sizes if room is None or count <= room]
+            node_counts = OFFLOADED_NODE_COUNTS
     if draft_node_counts is None:
-        widths = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS
-        draft_node_counts = [count for count in widths if room is None or calls.draft_tree_rows(count) <= room]
+        draft_node_counts = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS
     node_counts = _check_counts(node_counts, "node_counts", 1, MAX_OP_NODES, always=(1,))
     # no level of a tree has more internal nodes than half of the tree's nodes
     widest = max(2, node_counts[-1] // 2)
@@ -140,14 +130,13 @@ def measure_profile(
     draft_node_counts = [count for count in draft_node_counts if count <= widest] if draft is not None else []
     counts = {"target": node_counts, "draft": draft_node_counts}
     tree_rows = max([node_counts[-1], *(calls.draft_tree_rows(count) for count in draft_node_counts)])
-    longest = min(limits) - tree_rows if limits else None
+    longest = None if target.max_positions is None else target.max_positions - 1  # the root has a position too
     if context_lens is None:
         context_lens = _default_contexts(QUICK_CONTEXT_LENS if quick else CONTEXT_LENS, longest)
     context_lens = _check_counts(context_lens, "context_lens", 0)
     if longest is not None and context_lens[-1] > longest:
         raise ValueError(
-            f"{where}: context_lens must leave room for {tree_rows} tree rows in {min(limits)} positions, got "
-            f"{context_lens[-1]}; measure shorter contexts or smaller trees"
+            f"{where}: context_lens must be below the target's {target.max_positions} positions, got {context_lens[-1]}"
         )
 
     shown = -1
@@ -211,7 +200,10 @@ class _Plan:
             for count in counts[role]:
                 step = make_step(count, model.device)
                 for context_len in context_lens:
-                    call = calls.forward_call(model, caches[role], context_len, step)
+                    seen = context_len
+                    if role == "draft" and model.trained_positions is not None:
+                        seen = min(context_len, model.trained_positions - 1)
+                    call = calls.forward_call(model, caches[role], seen, step)
                     self.calls["forward", role, context_len, count] = call
         self._add_ops(models)
         if "draft" in models:
@@ -224,7 +216,7 @@ class _Plan:
     def _add_ops(self, models: dict[str, TreeModel]) -> None:
         target = models["target"]
         draft = models.get("draft", target)
-        dtypes = (target.dtype, draft.dtype)
+        dtypes = (target.logits_dtype, draft.logits_dtype)
         for temperature in TEMPERATURES:
             for count in self.counts["target"]:
                 key = _key(
@@ -251,7 +243,7 @@ class _Plan:
                         temperature=temperature,
                     )
                     self.calls[key] = calls.sample_call(
-                        rows, num_samples, vocab, temperature, draft.dtype, target.device
+                        rows, num_samples, vocab, temperature, draft.logits_dtype, target.device
                     )
 
     def fill(

@@ -48,6 +48,8 @@ class _ModelPlan(NamedTuple):
     fingerprint: tuple[Any, ...]
     specs: tuple[LayerSpec, ...]
     vocab_size: int
+    num_embeddings: int
+    logits_dtype: torch.dtype
     max_positions: int | None
     takes_context: bool  # the model's forward accepts additional keyword arguments
     cache_argument: str
@@ -179,14 +181,31 @@ class TreeModel:
         return self._plan.vocab_size
 
     @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model can be fed, which may be more or fewer than it can predict: ids from 0 on."""
+        return self._plan.num_embeddings
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Floating-point type of the logits: not the model's where it keeps or computes its head in another one."""
+        return self._plan.logits_dtype
+
+    @property
     def num_layers(self) -> int:
         """Number of attention layers."""
         return len(self._plan.specs)
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model serves exactly, None without a limit; caches cannot be longer."""
+        """Positions that the model serves exactly, None without a limit; no more tokens can be committed."""
         return self._plan.max_positions
+
+    @property
+    def trained_positions(self) -> int | None:
+        """Positions that the model was made for, None where nothing says so: `max_positions` or fewer."""
+        config = self.model.config.get_text_config(decoder=True)
+        limits = (self.max_positions, getattr(config, "max_position_embeddings", None))
+        return min((limit for limit in limits if limit), default=None)
 
     @property
     def device(self) -> torch.device:
@@ -219,22 +238,18 @@ class TreeModel:
 
         Args:
             batch_size: requests.
-            max_cache_len: rows of each request: committed tokens and the tree behind them.
+            max_cache_len: rows of each request: committed tokens and the tree behind them. Where the model has
+                `max_positions`, rows beyond those serve trees only.
 
         Returns:
             The cache, filled with zeros.
 
         Raises:
-            ValueError: a size is not positive, or the rows exceed the model's positions.
+            ValueError: a size is not positive.
         """
         if batch_size < 1 or max_cache_len < 1:
             raise ValueError(
                 f"new_cache: batch_size and max_cache_len must be at least 1, got {batch_size} and {max_cache_len}"
-            )
-        if self.max_positions is not None and max_cache_len > self.max_positions:
-            raise ValueError(
-                f"new_cache: max_cache_len must be at most {self.max_positions}, the positions that this {self.family} "
-                f"model serves exactly, got {max_cache_len}"
             )
         if self._plan.fingerprint != _fingerprint(self.model):  # moved, cast or resized since it was adapted
             self._plan = adapt(self.model)._plan
@@ -262,13 +277,14 @@ class TreeModel:
             Logits. [B, N, vocab_size], or [B, 1, vocab_size] with `last_row`, in the dtype of the model's head.
 
         Raises:
-            ValueError: shapes do not fit together, the cache is too short (checked for CPU tensors), or the model is in
-                training mode.
+            ValueError: shapes do not fit together, the cache is too short or the committed tokens take up all of the
+                model's positions (both checked for CPU tensors), or the model is in training mode.
             UnsupportedModelError: the attention function was not called once a layer.
 
         Notes:
             Writes cache rows cache_lens[b] + node_ids[i], nothing else; `cache_lens` is not advanced. Positions are
-            cache_lens[b] + depths[i]. No host sync on accelerators.
+            cache_lens[b] + depths[i]. Nodes that would lie beyond `max_positions` are fed at the last position: what
+            they score means nothing, and no token that it decides may be kept. No host sync on accelerators.
         """
         self._check_forward(input_ids, cache, cache_lens, step, last_row)
         return self._switch.run(partial(self._run, input_ids, cache_lens, step, last_row, cache))
@@ -301,9 +317,12 @@ class TreeModel:
         compiled = self._compiled if last_row is None else None  # prompts come in any length
         # a row number on the host would be compiled in
         context = StepContext.create(cache.layers, step, cache_lens, cache.max_cache_len, compiled is None)
+        position_ids = (cache_lens[:, None] + step.depths).to(torch.int64)
+        if plan.max_positions is not None:
+            position_ids = position_ids.clamp_(max=plan.max_positions - 1)
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
-            "position_ids": (cache_lens[:, None] + step.depths).to(torch.int64),
+            "position_ids": position_ids,
             plan.cache_argument: ForwardCache(cache.layers, context),
             "use_cache": True,
         }
@@ -359,6 +378,11 @@ class TreeModel:
                     f"forward: cache_lens must leave room for {step.num_tree_rows} tree rows in a cache of "
                     f"{cache.max_cache_len}, got {longest if shortest >= 0 else shortest}"
                 )
+            if self.max_positions is not None and longest >= self.max_positions:
+                raise ValueError(
+                    f"forward: cache_lens must be below the {self.max_positions} positions that this {self.family} "
+                    f"model serves exactly, got {longest}"
+                )
         _check_evaluation_mode(self.model)
 
 
@@ -411,6 +435,8 @@ def _make_plan(model: PreTrainedModel) -> _ModelPlan:
         fingerprint=_fingerprint(model),
         specs=_layer_specs(model, probe),
         vocab_size=logits.shape[-1],
+        num_embeddings=model.get_input_embeddings().weight.shape[0],
+        logits_dtype=logits.dtype,
         max_positions=position_limit(model, [call.chunk for call in probe.calls if call.chunk is not None]),
         takes_context=takes_context,
         cache_argument=cache_argument(model),

@@ -27,8 +27,8 @@ def prefill(model: TreeModel, cache: TreeCache, input_ids: torch.Tensor, prompt_
         Logits of each request's last prompt token. [B, 1, vocab_size].
 
     Raises:
-        ValueError: shapes do not fit together, the cache is shorter than L, or (checked for CPU tensors) a length is
-            not in 1..L.
+        ValueError: shapes do not fit together, the cache is shorter than L, the model has fewer positions, or (checked
+            for CPU tensors) a length is not in 1..L.
 
     Notes:
         Mutates the cache: all of rows [0, L). Rows past a prompt's end hold keys and values of the padding; nothing
@@ -50,6 +50,10 @@ def prefill(model: TreeModel, cache: TreeCache, input_ids: torch.Tensor, prompt_
     batch_size, length = input_ids.shape
     if length > cache.max_cache_len:
         raise ValueError(f"prefill: input_ids must fit the cache of {cache.max_cache_len} rows, got {length} tokens")
+    if model.max_positions is not None and length > model.max_positions:
+        raise ValueError(
+            f"prefill: input_ids must fit the model's {model.max_positions} positions, got {length} tokens"
+        )
     if prompt_lens.shape != (batch_size,):
         raise ValueError(
             f"prefill: prompt_lens must have shape [batch] = [{batch_size}], got {list(prompt_lens.shape)}"

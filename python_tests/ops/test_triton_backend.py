@@ -6,6 +6,7 @@ rows already cross their borders. Where there is no GPU, triton interprets the k
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -16,16 +17,21 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 from support.attention import attention_inputs, poison_unseen
+from support.launch_memory import LaunchMemory
 from support.op_backends import op_backends
 from support.packed_masks import CHAIN, RANDOM, STAR, pack_tree, tree_parents
 from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
 from support.triton_compile import DEVICES
 
+from sequoia_kernels import TokenTree, triton_device
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention
 from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
+from sequoia_kernels.ops.sample_without_replacement import triton_kernel as sampling
 from sequoia_kernels.ops.tree_attention import triton_kernel as attention
 from sequoia_kernels.ops.tree_attention import triton_programs as programs
 from sequoia_kernels.ops.tree_attention.triton_kernel import LaunchConfig, TileShape
+from sequoia_kernels.ops.verify_tree import triton_kernel as verification
+from sequoia_kernels.ops.warped_logsumexp import triton_kernel as warping
 
 H200 = DEVICES[90]
 HALF, SINGLE = 2, 4
@@ -227,3 +233,64 @@ def test_many_programs_and_long_paths(device, num_levels, row_shape):
     assert torch.equal(lens, expected_lens)
     for cache, moved in zip(caches, expected):
         assert torch.equal(cache, moved)
+
+
+# All ops: what the programs of a launch share
+
+
+def attend_in_splits(generator):
+    inputs = attention_inputs(pack_tree(tree_parents(RANDOM, 9)), [37, 31], num_slots=64, heads=(4, 2))
+    attend(torch.device("cpu"), inputs, launch_config(16, 32, 32, 2))
+
+
+def warp(generator):
+    logits, cuts = torch.randn(2, 40, generator=generator), (torch.tensor([3, 9]).int(), torch.tensor([1, 0.9]))
+    config = warping.LaunchConfig(16, 3, 1, 32, 1, candidates=8)
+    warping.run(logits, torch.tensor([0.0, 1.0]), *cuts, None, None, config)
+
+
+def sample(generator):
+    logits, streams = torch.randn(2, 300, generator=generator), torch.arange(2)
+    config = sampling._launch_config(2, 300, 4, H200)
+    assert config.num_chunks > 1
+    sampling.run(logits, 4, torch.tensor([0.0, 1.0]), streams, streams, None, None)
+
+
+def verify(generator, warped=True):
+    """A greedy request and one whose children mostly fail; the last two ranks of the root share a launch."""
+    target_logits, tokens = torch.randn(2, 7, 40, generator=generator), torch.arange(7).expand(2, 7).contiguous()
+    draft_logits = target_logits + torch.randn(2, 7, 40, generator=generator)
+    draft_logits[..., :7] += 4.0  # drawn far more often than the target would
+    tree, streams = TokenTree([-1, 0, 0, 0, 0, 1, 1]).tensors(), torch.arange(2)
+    cuts = (torch.tensor([0, 30]).int(), torch.tensor([1, 0.9])) if warped else (None, None)
+    config = verification.LaunchConfig(32, 2, 1, 64, 1, rank_launches=2, candidates=8)
+    verification.run(
+        tokens, target_logits, draft_logits, tree.first_child, tree.num_children, 3, 4,
+        torch.tensor([0.0, 1.0]), streams, streams, *cuts, None, None, None, config,
+    )  # fmt: skip
+
+
+def compact(generator):
+    caches = [torch.randn(2, 20, 8, 64, generator=generator) for _ in range(3)]
+    path, counts = torch.tensor([[0, 2, 5], [0, 1, 3]]).int(), torch.tensor([3, 2]).int()
+    compact_kv_cache_(caches, path, counts, torch.tensor([3, 6]).int(), backend="triton")
+
+
+CALLS = {
+    "tree_attention": attend_in_splits,
+    "warped_logsumexp": warp,
+    "sample_without_replacement": sample,
+    "verify_tree": verify,
+    "verify_tree, unwarped": functools.partial(verify, warped=False),
+    "compact_kv_cache_": compact,
+}
+
+
+@pytest.mark.skipif(not triton_device.INTERPRETED, reason="only the interpreter tells what a program reads and writes")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_program_hangs_on_another_one_or_reads_what_nobody_wrote(monkeypatch, call):
+    """The interpreter runs the programs one by one; a GPU runs them in any order and at the same time."""
+    with LaunchMemory(monkeypatch) as memory:
+        call(torch.Generator().manual_seed(3))
+    assert memory.num_launches > 0
+    assert (memory.conflicts, memory.unwritten) == ([], [])

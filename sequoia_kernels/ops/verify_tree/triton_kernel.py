@@ -26,7 +26,8 @@ Parallel plan: what one program owns
        (every program for itself, a few cached loads) and finds the chunk's best token of the residual there. Only this
        one node's noise is ever needed.
     6. `finish_kernel`, a program a request: the best of the chunks.
-    The order of every sum is fixed, there are no atomics and no waiting programs: results repeat bit for bit.
+    The order of every sum is fixed, there are no atomics, no waiting programs, and none that read what others of their
+    launch write: results repeat bit for bit.
 
 Memory: bytes read and written
     Target and draft rows of nodes with children once from memory, and once more from L2 for each rejection after which
@@ -191,9 +192,10 @@ def run(
         3 * request_nodes, request_nodes, request_nodes, 2 * request_nodes, request_nodes, 4 * batch_size * num_chunks,
         request_nodes * config.candidates if is_warped else 0,
     )  # fmt: skip
-    best_tokens, is_drawn, decisions, key_tokens = _workspace(
-        target_logits, torch.int32, records, request_nodes, request_nodes, 3 * batch_size * num_chunks
-    )
+    best_tokens, is_drawn, decisions, next_ranks, key_tokens = _workspace(
+        target_logits, torch.int32,
+        records, request_nodes, request_nodes, 2 * request_nodes, 3 * batch_size * num_chunks,
+    )  # fmt: skip
 
     def stride(tensor: Tensor | None, dim: int = 0) -> int:
         """0 for dimensions of one element, whose strides are arbitrary and would compile more variants."""
@@ -212,7 +214,7 @@ def run(
         node_chunks_kernel[(num_chunks, num_nodes, batch_size)](
             tokens, target_logits, draft_logits, first_child, num_children, temperature,
             target_peaks, target_masses, target_lowest, draft_peaks, draft_masses, best_tokens,
-            child_target, child_draft, is_drawn, decisions,
+            child_target, child_draft, is_drawn, decisions, next_ranks,
             vocab, num_nodes, num_chunks,
             *row_strides,
             WARPED=is_warped,
@@ -240,8 +242,8 @@ def run(
             decide_kernel[(num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
                 tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
                 target_peaks, target_masses, warped, draft_peaks, draft_masses, best_tokens, child_target, child_draft,
-                is_drawn, decisions, log_ratio, sums,
-                last_ratio,
+                is_drawn, next_ranks, log_ratio, sums,
+                decisions, last_ratio,
                 vocab, num_nodes, num_chunks, rank,
                 *row_strides, stride(seeds), stride(offsets),
                 WARPED=is_warped,

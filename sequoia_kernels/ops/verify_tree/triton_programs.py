@@ -226,6 +226,7 @@ def node_chunks_kernel(
     child_draft_ptr,  # [batch, num_nodes] fp32
     is_drawn_ptr,  # [batch, num_nodes] int32
     decisions_ptr,  # [batch, num_nodes] int32
+    next_ranks_ptr,  # [2, batch, num_nodes] int32
     # sizes
     vocab,
     num_nodes,
@@ -250,6 +251,8 @@ def node_chunks_kernel(
     num_children = tl.load(num_children_ptr + node)
     if chunk == 0:
         tl.store(decisions_ptr + request_node, tl.where(num_children > 0, PENDING, NONE_ACCEPTED))
+        tl.store(next_ranks_ptr + request_node, 0)
+        tl.store(next_ranks_ptr + tl.num_programs(2).to(tl.int64) * num_nodes + request_node, 0)
     if not WARPED:
         if num_children == 0:
             return
@@ -370,13 +373,14 @@ def decide_kernel(
     best_tokens_ptr,  # int32, read if FIRST, at temperature 0
     child_target_ptr,  # [batch, num_nodes] fp32 contiguous, as all below
     child_draft_ptr,
-    # inputs and outputs: ranks take turns between the two halves of log_ratio and sums
-    is_drawn_ptr,  # [batch, num_nodes] int32
-    decisions_ptr,  # [batch, num_nodes] int32
+    # inputs and outputs; no program reads what another one of its launch writes: ranks take turns with the halves
+    is_drawn_ptr,  # [batch, num_nodes] int32: read of the ranks before, written of this one
+    next_ranks_ptr,  # [2, batch, num_nodes] int32: the rank that comes next, if the node is pending
     log_ratio_ptr,  # [2, batch, num_nodes] fp32
     sums_ptr,  # [2, batch, num_nodes, num_chunks, 2] fp32: masses of residual and target outside the children
-    # outputs
-    last_ratio_ptr,  # [batch, num_nodes] fp32, of decided nodes
+    # outputs, of nodes decided here
+    decisions_ptr,  # [batch, num_nodes] int32
+    last_ratio_ptr,  # [batch, num_nodes] fp32
     # sizes
     vocab,
     num_nodes,
@@ -406,9 +410,12 @@ def decide_kernel(
     if node < 0:
         return
     request_node = batch * num_nodes + node
-    # The first program of a node may already have written its decision. Then there is nothing left to do here either.
-    if tl.load(decisions_ptr + request_node) != PENDING:
-        return
+    num_request_nodes = tl.num_programs(2).to(tl.int64) * num_nodes
+    old_half = (rank + 1) % 2 * num_request_nodes
+    new_half = rank % 2 * num_request_nodes
+    if not FIRST:
+        if tl.load(next_ranks_ptr + old_half + request_node) != rank:
+            return
 
     num_children = tl.load(num_children_ptr + node)
     first_child = tl.load(first_child_ptr + node)
@@ -440,16 +447,13 @@ def decide_kernel(
     child_target = tl.load(child_target_ptr + child_nodes, mask=is_child, other=float("-inf"))
     child_draft = tl.load(child_draft_ptr + child_nodes, mask=is_child, other=float("-inf"))
     is_tested = children == rank
-    num_request_nodes = tl.num_programs(2).to(tl.int64) * num_nodes
     if FIRST:
         is_left = is_child
         log_ratio = tl.full([], float("-inf"), tl.float32)
         outside_residual = 0.0
         outside_target = 0.0
     else:
-        # The first program of the node marks the tested child while others still read: here it is left in any case.
-        is_left = (tl.load(is_drawn_ptr + child_nodes, mask=is_child, other=0) == 0) | is_tested
-        old_half = (rank - 1) % 2 * num_request_nodes
+        is_left = tl.load(is_drawn_ptr + child_nodes, mask=children < rank, other=0) == 0
         log_ratio = tl.load(log_ratio_ptr + old_half + request_node)
         chunks = tl.arange(0, BLOCK_CHUNKS)
         sum_ptrs = sums_ptr + ((old_half + request_node) * num_chunks + chunks) * 2
@@ -469,10 +473,10 @@ def decide_kernel(
     decision = tl.where(rank + 1 == num_children, NONE_ACCEPTED, PENDING)
     decision = tl.where(is_exhausted, TARGET_LEFT, decision)
     decision = tl.where(is_accepted, first_child + rank, decision)
-    new_half = rank % 2 * num_request_nodes
     if chunk == 0:
         tl.store(is_drawn_ptr + child_nodes, tl.where(is_draw, 1, 0) + tl.zeros_like(children), mask=is_tested)
         if decision == PENDING:
+            tl.store(next_ranks_ptr + new_half + request_node, rank + 1)
             tl.store(log_ratio_ptr + new_half + request_node, log_ratio)
         else:
             tl.store(last_ratio_ptr + request_node, log_ratio)
@@ -778,7 +782,9 @@ def finish_kernel(
     for choice in tl.static_range(3):
         keys = tl.load(key_ptrs + choice * num_chunks, mask=is_chunk, other=float("-inf")) + below
         key = tl.max(keys, 0)
-        key_tokens = tl.load(key_token_ptrs + choice * num_chunks, mask=is_chunk & (keys == key), other=NO_TOKEN)
+        # Where no chunk has a key, none has a token either: of greedy rows only the first choice is written.
+        has_token = is_chunk & (keys == key) & (keys > float("-inf"))
+        key_tokens = tl.load(key_token_ptrs + choice * num_chunks, mask=has_token, other=NO_TOKEN)
         is_first = (best_token == NO_TOKEN) & (key > float("-inf"))
         best_token = tl.where(is_first, tl.min(key_tokens, 0), best_token)
     tl.store(next_token_ptr + batch * stride_next_token_batch, best_token.to(tl.int64))

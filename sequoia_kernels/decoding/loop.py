@@ -43,7 +43,7 @@ class GenerateOutput:
 
 
 @on_target_device
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     target: Any,
     draft: Any | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from functools import cached_property, partial
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
@@ -20,11 +22,13 @@ from sequoia_kernels.models.families import (
     cache_argument,
     check_family,
     family_name,
+    foreign_code,
     position_limit,
 )
+from sequoia_kernels.models.fingerprint import forward_state
 from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.step import TreeStep, causal_step
-from sequoia_kernels.models.switch import AttentionSwitch
+from sequoia_kernels.models.switch import AttentionSwitch, each_module
 
 __all__ = ["ChunkInputs", "TreeModel", "adapt"]
 
@@ -56,7 +60,12 @@ class _ModelPlan(NamedTuple):
     takes_logits_to_keep: bool
 
 
-_plans: WeakKeyDictionary[PreTrainedModel, _ModelPlan] = WeakKeyDictionary()
+# By what the model's forward depended on: adapters may be exchanged for every request.
+_plans: WeakKeyDictionary[PreTrainedModel, OrderedDict[Any, _ModelPlan]] = WeakKeyDictionary()
+_KEPT_PLANS = 8
+
+# What a forward may raise that meets an attention function or a cache which it was not written for.
+_FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) -> TreeModel:
@@ -104,37 +113,41 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
     """
     mode = _compile_mode(compile)
     if isinstance(model, TreeModel):
+        model.refresh()
         return model if mode in (None, model.compile_mode) else model.compiled(mode)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
             "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
         )
+    return TreeModel(model, _plan_of(model), mode)
+
+
+def _plan_of(model: PreTrainedModel) -> _ModelPlan:
+    """Return the plan of a model as it is now: one that was made before, where nothing has changed since."""
     _check_evaluation_mode(model)
-    plan = _plans.get(model)
-    if plan is None or plan.fingerprint != _fingerprint(model):
+    state = forward_state(model)
+    plans = _plans.setdefault(model, OrderedDict())
+    plan = plans.get(state)
+    if plan is None:
         check_family(model)
         try:
-            plan = _make_plan(model)
-            if family_name(model) not in PROVEN_FAMILIES:
-                _check_against_plain_forward(TreeModel(model, plan))
+            plan = _make_plan(model, state)
+            foreign = foreign_code(model)
+            if foreign is not None or family_name(model) not in PROVEN_FAMILIES:
+                _check_against_plain_forward(TreeModel(model, plan), foreign)
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _FAILURES as error:
+            _check_own_forward(model)  # the reason may be another one
             raise UnsupportedModelError(
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
                 f"function and cache ({type(error).__name__}: {error})"
             ) from error
-        _plans[model] = plan
-    return TreeModel(model, plan, mode)
+        plans[state] = plan
+        while len(plans) > _KEPT_PLANS:
+            plans.popitem(last=False)
+    return plan
 
 
 class TreeModel:
@@ -143,7 +156,6 @@ class TreeModel:
     Attributes:
         model: the model itself, unchanged.
         family: its family, such as "llama".
-        eos_token_ids: ids that end a sequence, from its generation configuration.
         capturable: whether a forward may become part of a CUDA graph.
         compile_mode: mode of `torch.compile` that forwards of trees run through, None where they are not compiled.
     """
@@ -159,21 +171,56 @@ class TreeModel:
     ) -> None:
         self.model = model
         self.family = family_name(model)
-        self.eos_token_ids = _eos_token_ids(model)
         self.compile_mode = compile_mode
+        self._attention = attention
+        if any(weight.is_meta for weight in self.weights()):
+            self.capturable = False  # hooks bring the weights
+        self._use(plan)
+
+    def _use(self, plan: _ModelPlan) -> None:
         self._plan = plan
-        self._switch = AttentionSwitch(model, attention)
+        self._switch = AttentionSwitch(self.model, self._attention)
         self._compiled: Callable[..., Any] | None = None
-        if compile_mode is not None:
-            self._compiled = torch.compile(model.forward, mode=compile_mode, dynamic=False)
+        if self.compile_mode is not None:
+            self._compiled = torch.compile(self.model.forward, mode=self.compile_mode, dynamic=False)
+
+    def refresh(self) -> None:
+        """Notice what was changed in the model since: moved, cast, resized, other layers, settings or adapters.
+
+        `adapt`, `new_cache` and so `generate` do this. A cache belongs to the model as it was when the cache was made.
+
+        Raises:
+            ValueError: the model is in training mode.
+            UnsupportedModelError: it cannot decode trees any more.
+        """
+        if self._plan.fingerprint != self.forward_state():
+            self._use(_plan_of(self.model))
+        _check_evaluation_mode(self.model)
+
+    def forward_state(self) -> tuple[Any, ...]:
+        """Describe what a forward depends on besides inputs and numbers in weights: equal while nothing has changed."""
+        return forward_state(self.model)
 
     def __repr__(self) -> str:
         return f"TreeModel({self.family}, {self.num_parameters:,} parameters, {self.device}, {self.dtype})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the model, which is adapted again."""
+        return _restored, (self.model, self.compile_mode, self._attention)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence, from the model's generation configuration as it is now."""
+        return _eos_token_ids(self.model)
+
     @cached_property
     def num_parameters(self) -> int:
-        """Number of parameters, tied ones counted once."""
-        return int(self.model.num_parameters())
+        """Number of parameters, tied ones counted once and quantised ones as what they stand for."""
+        count = int(self.model.num_parameters())
+        for module in each_module(self.model):
+            if hasattr(module, "in_features") and next(module.parameters(), None) is None:
+                count += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+        return count
 
     @property
     def vocab_size(self) -> int:
@@ -210,7 +257,7 @@ class TreeModel:
     @property
     def device(self) -> torch.device:
         """Device of the model's inputs."""
-        return self.model.get_input_embeddings().weight.device
+        return _input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,8 +298,7 @@ class TreeModel:
             raise ValueError(
                 f"new_cache: batch_size and max_cache_len must be at least 1, got {batch_size} and {max_cache_len}"
             )
-        if self._plan.fingerprint != _fingerprint(self.model):  # moved, cast or resized since it was adapted
-            self._plan = adapt(self.model)._plan
+        self.refresh()
         return TreeCache(self._plan.specs, batch_size, max_cache_len)
 
     def forward(
@@ -337,7 +383,7 @@ class TreeModel:
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
                 f"forward: family {self.family} must call its attention function once in each of {len(plan.specs)} "
-                f"layers, got {context.num_calls} calls"
+                f"layers, got {context.num_calls} calls; where the model was changed, make a new cache"
             )
         if last_row is None:
             return logits
@@ -406,9 +452,47 @@ def _run_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     return copy_context().run(run)  # what an interrupt leaves set ends with the context
 
 
+def _restored(model: PreTrainedModel, compile_mode: str | None, attention: str) -> TreeModel:
+    return TreeModel(model, _plan_of(model), compile_mode, attention)
+
+
 def _check_evaluation_mode(model: PreTrainedModel) -> None:
-    if model.training:
-        raise ValueError("adapt: model must be in evaluation mode, got training mode; call model.eval()")
+    """Refuse dropout anywhere: adapters that are added later begin in training mode, whatever the model is in."""
+    # A list of layers has no forward, and one that was cut is in training mode.
+    if any(module.training and type(module).forward is not nn.Module.forward for module in each_module(model)):
+        name = next(
+            name
+            for name, module in model.named_modules()
+            if module.training and type(module).forward is not nn.Module.forward
+        )
+        where = f" in {name}" if name else ""
+        raise ValueError(f"adapt: model must be in evaluation mode, got training mode{where}; call model.eval()")
+
+
+def _check_own_forward(model: PreTrainedModel) -> None:
+    """Say so where the model's own forward fails as well, which then has nothing to do with trees."""
+    tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens)
+    except _FAILURES as error:
+        because = "" if model.config.return_dict else "; set config.return_dict to True"
+        raise UnsupportedModelError(
+            f"adapt: model must run by itself, got {type(error).__name__} in its own forward: {error}{because}"
+        ) from error
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device of the model's inputs, also where hooks (accelerate's) bring the weights there."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    if device.type == "meta":
+        for module in (embedding, model):
+            hook = module.__dict__.get("_hf_hook")
+            for entry in getattr(hook, "hooks", (hook,)):
+                if (execution := getattr(entry, "execution_device", None)) is not None:
+                    return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
+    return device
 
 
 def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
@@ -420,19 +504,13 @@ def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
 
 
-def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Return what a plan depends on and a caller may change behind our back."""
-    weight = model.get_input_embeddings().weight
-    return weight.device, weight.dtype, tuple(weight.shape), model.dtype
-
-
-def _make_plan(model: PreTrainedModel) -> _ModelPlan:
+def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
     """Run a few tokens through the model and record how its layers attend."""
     parameters = inspect.signature(model.forward).parameters
     takes_context = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
     probe, logits = _run_probe(model, takes_context)
     return _ModelPlan(
-        fingerprint=_fingerprint(model),
+        fingerprint=state,
         specs=_layer_specs(model, probe),
         vocab_size=logits.shape[-1],
         num_embeddings=model.get_input_embeddings().weight.shape[0],
@@ -446,7 +524,7 @@ def _make_plan(model: PreTrainedModel) -> _ModelPlan:
 
 def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[AttentionProbe, torch.Tensor]:
     probe = AttentionProbe()
-    tokens = torch.tensor([_sample_tokens(model, 4)], device=model.get_input_embeddings().weight.device)
+    tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     arguments: dict[str, Any] = {
         "input_ids": tokens,
         "position_ids": torch.arange(4, device=tokens.device)[None],
@@ -464,7 +542,10 @@ def _layer_specs(model: PreTrainedModel, probe: AttentionProbe) -> tuple[LayerSp
         if call.problem is not None:
             raise UnsupportedModelError(f"{refusal}{call.problem} ({call.module})")
     called = [call.layer_idx for call in probe.calls]
+    # Layers that were cut off after loading may still be counted in the configuration, or still be there but not run.
+    present = {number for module in each_module(model) if (number := getattr(module, "layer_idx", None)) is not None}
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    num_layers = min(num_layers, len(present) or num_layers)
     if sorted(called, key=str) != sorted(range(num_layers), key=str):
         raise UnsupportedModelError(
             f"{refusal}its attention function must run once in each of {num_layers} layers, got calls from {called}"
@@ -485,8 +566,8 @@ _CHECK_MASK = (0b00001, 0b00011, 0b00101, 0b01011, 0b10101)
 _CHECK_DEPTHS = (0, 1, 1, 2, 2)
 
 
-def _check_against_plain_forward(tree_model: TreeModel) -> None:
-    """Refuse a family whose logits along a small tree differ from those of its own forward on each path."""
+def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> None:
+    """Refuse a model whose logits along a small tree differ from those of its own forward on each path."""
     model, device = tree_model.model, tree_model.device
     num_nodes = len(_CHECK_DEPTHS)
     tokens = _sample_tokens(model, _CHECK_PREFIX + num_nodes)
@@ -513,4 +594,5 @@ def _check_against_plain_forward(tree_model: TreeModel) -> None:
         raise UnsupportedModelError(
             f"adapt: family {tree_model.family} cannot decode trees: its logits along a small tree differ from its own "
             f"forward by {error:.2g}, more than {allowed:.2g}"
+            + (f"; {foreign} is not transformers' own" if foreign is not None else "")
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models.switch import ATTENTION_FIELD, attention_configs, each_module
 
-__all__ = ["PROVEN_FAMILIES", "cache_argument", "check_family", "family_name", "position_limit"]
+__all__ = ["PROVEN_FAMILIES", "cache_argument", "check_family", "family_name", "foreign_code", "position_limit"]
 
 # Families (`config.model_type`) whose tree logits this package's tests compare with plain sequential decoding. Every
 # other family that passes the structural checks is compared with its own plain forward when it is adapted.
@@ -56,7 +59,9 @@ _REASONS = {
 }
 _TREE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _STATE_LAYER_TYPES = ("linear", "mamba", "conv", "recurrent", "hybrid", "ssm")
-_POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embedding", "position_embeddings"})
+_POSITION_TABLES = frozenset(
+    {"wpe", "embed_positions", "position_embedding", "position_embeddings", "positions_embed", "pos_encoding"}
+)
 
 
 def family_name(model: PreTrainedModel) -> str:
@@ -104,6 +109,35 @@ def _refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
+def foreign_code(model: PreTrainedModel) -> str | None:
+    """Name code in a model that is not transformers' own and could mix tokens in another way; None where there is none.
+
+    An attention function that the user registered, or a forward that was put into the place of a module's own. Not
+    those that stand for a linear layer (adapters, quantisers) and see one row at a time, and not accelerate's hooks.
+    """
+    for config in attention_configs(model):
+        name = getattr(config, ATTENTION_FIELD)
+        if not _is_own(ALL_ATTENTION_FUNCTIONS.get(name)):
+            return f"attention function {name!r}"
+    classes = set()
+    for module in each_module(model):
+        kind = type(module)
+        if hasattr(module, "in_features"):
+            continue
+        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+            return f"the forward of a {kind.__name__}"
+        if kind not in classes:
+            classes.add(kind)
+            eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+            if not (_is_own(kind) and _is_own(kind.forward) and _is_own(eager)):
+                return f"the forward of {kind.__name__}"
+    return None
+
+
+def _is_own(code: Any) -> bool:
+    return code is None or str(getattr(code, "__module__", None)).partition(".")[0] in ("torch", "transformers")
+
+
 def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:
     """Return how many positions the model serves exactly under tree decoding; None where nothing limits them.
 
@@ -119,9 +153,13 @@ def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:
     """
     config = model.config
     limits = list(chunks)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
-            limits.append(module.num_embeddings - int(getattr(module, "offset", 0)))
+    for module in each_module(model):
+        for name in _POSITION_TABLES:
+            table = getattr(module, name, None)
+            if isinstance(table, torch.nn.Embedding):
+                limits.append(table.num_embeddings - int(getattr(table, "offset", 0)))
+            elif isinstance(table, torch.Tensor) and table.ndim == 2:  # sines, one row a position
+                limits.append(table.shape[0])
     for rope in _rope_parameters(config):
         kind = rope.get("rope_type", "default")
         if kind == "longrope":

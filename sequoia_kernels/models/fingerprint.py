@@ -1,0 +1,127 @@
+"""What a forward depends on apart from the numbers in the weights: what a plan or a captured graph holds on to.
+
+Nothing in here knows adapter libraries or quantisers by name. A module computes by its class, by functions put into its
+place, by hooks, and by what its plain attributes say, such as which adapters are active and how they are scaled.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sequoia_kernels.models.switch import ATTENTION_FIELD, AttentionSwitch, each_module
+
+__all__ = ["forward_state"]
+
+# Attributes of every module: its children and weights, which are looked at by themselves, and hooks that do not belong
+# to a forward.
+_BOOKKEEPING = frozenset(nn.Module().__dict__)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_WEIGHTS = ("_parameters", "_buffers")
+_SCALARS = frozenset((bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None)))
+_NO_ATTENTION = ""
+
+
+def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Describe what a forward of a model depends on besides its inputs and the numbers in its weights.
+
+    Args:
+        model: the model.
+
+    Returns:
+        A hashable value that is equal as long as nothing has changed: configurations, attention functions, modules with
+        their forwards, hooks and attributes, shapes, dtypes and devices of weights, autocast. Keeps nothing of the
+        model alive.
+
+    Notes:
+        Waits for forwards of the model that other threads run through tree models.
+    """
+    return AttentionSwitch(model, _NO_ATTENTION).at_rest(lambda: _describe(model))
+
+
+class _Same:
+    """Stands for an object: equal as long as that lives, and to nothing that comes to lie at its address later."""
+
+    __slots__ = ("_hash", "_reference")
+
+    def __init__(self, value: Any) -> None:
+        self._reference, self._hash = weakref.ref(value), id(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        value = self._reference()
+        return value is not None and isinstance(other, _Same) and other._reference() is value
+
+
+def _describe(model: PreTrainedModel) -> tuple[Any, ...]:
+    seen: dict[int, Any] = {}
+    configs: list[Any] = []
+    classes: dict[type, Any] = {}
+    parts: list[Any] = []
+    for module in each_module(model):
+        _describe_module(module, parts, seen, configs, classes)
+    for config in configs:  # grows while configurations inside of configurations are met
+        parts.append(_value(vars(config), seen, configs))
+    names = {vars(config).get(ATTENTION_FIELD) for config in configs}
+    return (
+        *parts,
+        *classes.items(),
+        *(_value(ALL_ATTENTION_FUNCTIONS.get(name), seen, configs) for name in sorted(names, key=str)),
+        *(tuple(getattr(nn.modules.module, f"_global{name}")) for name in _HOOKS),
+        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+    )
+
+
+def _describe_module(
+    module: nn.Module, parts: list[Any], seen: dict[int, Any], configs: list[Any], classes: dict[type, Any]
+) -> None:
+    kind = type(module)
+    if kind not in classes:
+        classes[kind] = _Same(kind.forward)
+    parts.append(kind)
+    for name, value in module.__dict__.items():
+        if name not in _BOOKKEEPING:
+            parts += name, value if type(value) in _SCALARS else _value(value, seen, configs)
+        elif name in _HOOKS and value:
+            parts += name, *value  # ids of handles, which are never given twice
+        elif name in _WEIGHTS:
+            for weight, tensor in value.items():
+                if tensor is not None:
+                    parts += weight, tensor.shape, tensor.dtype, tensor.device
+
+
+def _value(value: Any, seen: dict[int, Any], configs: list[Any]) -> Any:
+    """Return something hashable that tells the value from another one. Collects the configurations it meets."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if id(value) in seen:
+        return seen[id(value)]
+    if issubclass(kind, dict):
+        return tuple((_value(key, seen, configs), _value(entry, seen, configs)) for key, entry in value.items())
+    if issubclass(kind, (list, tuple)):
+        return tuple(_value(entry, seen, configs) for entry in value)
+    if issubclass(kind, (set, frozenset)):
+        return frozenset(_value(entry, seen, configs) for entry in value)
+    if issubclass(kind, PreTrainedConfig):
+        configs.append(value)
+    try:
+        same = seen[id(value)] = _Same(value)
+    except TypeError:  # no weak references: numbers of other libraries, slices and the like are values themselves
+        return value if _is_hashable(value) else object()
+    return same
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

@@ -8,10 +8,12 @@ import weakref
 
 import pytest
 import torch
+from support.adapters import add_adapters
+from support.interrupts import interrupt_everywhere
 from support.synthetic_profile import synthetic_profile
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, adapt, generate, plan_adaptive, release_engines
+from sequoia_kernels import TokenTree, adapt, generate, guard, plan_adaptive, release_engines
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.engine import cache_bucket
 
@@ -102,6 +104,62 @@ def test_what_a_graph_would_not_fit_makes_a_new_engine(pair, kept_engines):
         target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.flip(0).contiguous())
     generate(target, draft, prompt(9), **OPTIONS)
     assert len(kept_engines) == before + 1
+
+
+@pytest.mark.parametrize("adapted", [0, 1])
+def test_a_captured_engine_is_not_used_for_another_forward(pair, kept_engines, adapted):
+    """Whatever a graph has in it and a caller may change: adapters, scaling, hooks, forwards, settings."""
+    adapter = [add_adapters(model)[0] for model in pair][adapted]
+    for model in pair:
+        model.eval()
+    mlp = pair[adapted].model.layers[0].mlp
+    generate(*pair, prompt(9), **OPTIONS)
+    for change in (
+        lambda: adapter.active.__setitem__(0, "b"),
+        lambda: adapter.active.clear(),
+        lambda: adapter.active.append("a"),
+        lambda: adapter.scaling.update(a=0.5),
+        adapter.merge,
+        lambda: mlp.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda: setattr(mlp, "forward", lambda hidden: hidden),
+        lambda: setattr(pair[adapted].config, "sliding_window", 4),
+    ):
+        before = len(kept_engines)
+        change()
+        text = generate(*pair, prompt(9), **OPTIONS).new_tokens
+        assert len(kept_engines) == before + 1
+        assert generate(*pair, prompt(9), **OPTIONS).new_tokens == text
+        assert len(kept_engines) == before + 1
+        assert text == generate(pair[0], None, prompt(9), **OPTIONS).new_tokens
+
+
+def test_a_model_that_is_changed_while_an_engine_runs_gets_another_one(pair, kept_engines):
+    class Changes:
+        def put(self, tokens):
+            pair[0].config.sliding_window = 100
+
+        def end(self):
+            pass
+
+    generate(*pair, prompt(9), **OPTIONS, streamer=Changes())
+    generate(*pair, prompt(9), **OPTIONS)
+    assert len(kept_engines) == 2
+
+
+def test_an_interrupt_anywhere_leaves_the_engines_unlocked(pair, kept_engines):
+    generate(*pair, prompt(9), **OPTIONS)
+    [made] = kept_engines
+    target, draft = map(adapt, pair)
+
+    def work():
+        made.target, made.draft = target, draft
+        engines.return_engine(made)
+        engines.release_engines()
+
+    def check():
+        assert not engines._lock._is_owned()
+
+    assert interrupt_everywhere(work, check, [engines, guard], "opcode") > 50
 
 
 def test_engines_keep_neither_model_alive_and_go_with_their_target(pair, kept_engines):

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
@@ -20,6 +20,7 @@ from sequoia_kernels.decoding.prefill import prefill_draft, prefill_prompts
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import StageClock
 from sequoia_kernels.decoding.verify import verify_tokens
+from sequoia_kernels.guard import guarded, release_if_owned
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.ops import CacheTable
 from sequoia_kernels.tree import TokenTree
@@ -27,6 +28,8 @@ from sequoia_kernels.tree import TokenTree
 __all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine", "steps_ahead"]
 
 logger = logging.getLogger("sequoia_kernels")
+
+Result = TypeVar("Result")
 
 KEPT_ENGINES = 2  # for each target: say, one that speculates and one that does not
 SMALLEST_BUCKET = 512  # rows
@@ -48,6 +51,7 @@ class DecodingEngine:
     ) -> None:
         batch_size = state.cache_lens.shape[0]
         self.target, self.draft, self.state, self.backend = target, draft, state, backend
+        self.key: _Key | None = None  # where it may be kept for later batches
         self.clock = clock or StageClock(enabled=False)
         self.target_cache = target.new_cache(batch_size, max_cache_len)
         self.draft_cache = draft.new_cache(batch_size, draft_cache_len or max_cache_len) if draft is not None else None
@@ -212,7 +216,7 @@ def _log_once(target: TreeModel) -> None:
 
 
 class _Key(NamedTuple):
-    """What an engine's buffers and graphs depend on, besides its two models."""
+    """What an engine's buffers and graphs depend on."""
 
     batch_size: int
     max_cache_len: int
@@ -220,7 +224,9 @@ class _Key(NamedTuple):
     backend: str
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
-    compiled: tuple[Any, ...]
+    forwards: tuple[
+        Any, ...
+    ]  # what the models' forwards do: their modules, settings, adapters, hooks; how they compile
 
 
 class _Kept(NamedTuple):
@@ -230,7 +236,11 @@ class _Kept(NamedTuple):
 
 # Engines without their models, so that they do not keep these alive: the most recently used one last.
 _kept: WeakKeyDictionary[Any, OrderedDict[_Key, _Kept]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+def _locked(work: Callable[[], Result]) -> Result:
+    return guarded(_lock.acquire, work, lambda: release_if_owned(_lock))
 
 
 def borrow_engine(
@@ -269,10 +279,11 @@ def borrow_engine(
     if not captures:
         return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
     key = _key(target, draft, state, rows, draft_rows, backend)
-    with _lock:
-        entry = _kept.get(target.model, OrderedDict()).pop(key, None)
+    entry = _locked(lambda: _kept.get(target.model, OrderedDict()).pop(key, None))
     if entry is None or (entry.draft() if entry.draft is not None else None) is not getattr(draft, "model", None):
-        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
+        engine = DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
+        engine.key = key  # of now: what changes while it runs is not in its graphs
+        return engine
     engine = entry.engine
     engine.target, engine.draft, engine.clock = target, draft, clock
     engine.restart(state)
@@ -286,18 +297,18 @@ def return_engine(engine: DecodingEngine) -> None:
     """
     if engine._graphed is None or not engine._graphed.num_captured:
         return
-    target, draft = engine.target, engine.draft
-    rows = engine.target_cache.max_cache_len
-    cache = engine.draft_cache if engine.state.has_own_draft_lens else None
-    draft_rows = None if cache is None else cache.max_cache_len
-    key = _key(target, draft, engine.state, rows, draft_rows, engine.backend)
+    target, draft, key = engine.target, engine.draft, engine.key
+    assert key is not None  # it captures
     engine.target = engine.draft = None  # type: ignore[assignment]  # set again when it is borrowed
     engine.clock = StageClock(enabled=False)
-    with _lock:
+
+    def keep() -> None:
         kept = _kept.setdefault(target.model, OrderedDict())
         kept[key] = _Kept(None if draft is None else ref(draft.model), engine)
         while len(kept) > KEPT_ENGINES:
             kept.popitem(last=False)
+
+    _locked(keep)
 
 
 def release_engines() -> None:
@@ -309,8 +320,7 @@ def release_engines() -> None:
         >>> release_engines()
     """
     forget_refusals()
-    with _lock:
-        _kept.clear()
+    _locked(_kept.clear)
 
 
 def cache_bucket(rows: int, limit: int | None) -> int:
@@ -338,5 +348,5 @@ def _key(
         backend,
         (state.top_k is not None, state.top_p is not None),
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
-        tuple(model.compile_mode for model in models),
+        tuple((model.compile_mode, model.forward_state()) for model in models),
     )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import gc
 import threading
 import warnings
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.interrupts import interrupt_everywhere
 
-from sequoia_kernels import cuda_graphs, guard
+from sequoia_kernels import cuda_graphs, guard, ops
 from sequoia_kernels.cuda_graphs import CaptureError, capture
 
 OTHER = torch.device("cuda", 1)  # not the current one
@@ -342,8 +344,12 @@ class Model:
     capturable = True
     dtype = torch.float32
 
-    def __init__(self):
+    def __init__(self, devices=()):
         self.model = torch.nn.Module()
+        self.devices = devices
+
+    def weights(self):
+        return [SimpleNamespace(device=torch.device(device), is_cuda=device != "cpu") for device in self.devices]
 
     def __repr__(self):
         return "a model"
@@ -368,3 +374,44 @@ def test_a_refused_model_is_remembered_by_its_dtype_and_not_kept_alive(caplog):
     del model, again
     gc.collect()
     assert not cuda_graphs._refused
+
+
+def test_a_model_on_several_devices_is_not_tried(caplog):
+    """A graph would hold one device's part, and its replays would leave the rest as it was."""
+    assert not cuda_graphs.refused(Model(["cuda:1", "cuda:1", "cpu"]))
+    spread = Model(["cuda:0", "cuda:1"])
+    assert cuda_graphs.refused(spread) and cuda_graphs.refused(spread)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "its weights lie on several devices, and a graph belongs to one"
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(ops.__file__).parent.glob("*/triton_kernel.py")), ids=lambda p: p.parent.name
+)
+def test_triton_launches_on_the_device_of_its_tensors(path):
+    """Left alone, Triton launches on the current device."""
+
+    def launches(node):
+        """The calls `kernel[grid](...)` in a function, but not those within `with launching_on(...)`."""
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.With) and "launching_on(" in ast.unparse(child.items[0]):
+                continue
+            if isinstance(child, ast.Call) and isinstance(child.func, ast.Subscript):
+                yield ast.unparse(child.func)
+            yield from launches(child)
+
+    (run,) = (
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name == "run"
+    )
+    assert list(launches(run)) == [] and "launching_on(" in ast.unparse(run)
+
+
+def test_launching_on_a_device_makes_it_the_current_one(fake_cuda):
+    triton_device = pytest.importorskip("sequoia_kernels.triton_device")
+    for device, index in (("cuda:1", 1), ("cuda:0", 0), ("cpu", 0)):
+        with triton_device.launching_on(torch.device(device)):
+            assert torch.cuda.current_device() == index
+        assert torch.cuda.current_device() == 0

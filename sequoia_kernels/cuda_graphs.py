@@ -276,8 +276,14 @@ def refuse(model: Any, reason: CaptureError) -> None:
 
 
 def refused(model: Any) -> bool:
-    """Tell whether a `TreeModel` is known to be impossible to capture, so that nobody tries again."""
-    return not model.capturable or _refused.get(model.model) == model.dtype
+    """Tell whether a `TreeModel` is known to be impossible to capture, so that nobody tries."""
+    if not model.capturable:
+        return True
+    known = _refused.get(model.model) == model.dtype
+    if not known and len({weight.device for weight in model.weights() if weight.is_cuda}) > 1:
+        refuse(model, CaptureError("its weights lie on several devices, and a graph belongs to one"))
+        return True
+    return known
 
 
 def forget_refusals() -> None:

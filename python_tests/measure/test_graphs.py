@@ -17,6 +17,7 @@ class Model:
 
     def __init__(self, capturable=True):
         self.model, self.capturable = torch.nn.Module(), capturable
+        self.weights = self.model.parameters
 
 
 def test_without_a_gpu_a_call_stays_as_it_is():

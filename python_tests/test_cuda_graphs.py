@@ -178,6 +178,16 @@ def test_a_capture_that_became_invalid_without_an_error_is_not_taken_for_a_graph
     fake_cuda.assert_untouched()
 
 
+def test_the_reason_stays_if_the_driver_fails_too(fake_cuda, monkeypatch):
+    driver = cuda_graphs._driver()
+    driver.exchange_capture = lambda stream: raising(RuntimeError("the driver's"))()
+    monkeypatch.setattr(cuda_graphs, "_driver", lambda: driver)
+    with pytest.raises(CaptureError, match="operation not permitted"):
+        capture(Counter(fake_cuda, captured=fake_cuda.wait), OTHER)
+    assert fake_cuda.current_stream(1) is fake_cuda.default[1] and fake_cuda.current_device() == 0
+    assert not cuda_graphs._lock._is_owned()
+
+
 @pytest.mark.parametrize("message", ["out of memory", "no such kernel"])
 def test_a_graph_that_cannot_be_instantiated(fake_cuda, monkeypatch, message):
     monkeypatch.setattr(torch.cuda.CUDAGraph, "instantiate", lambda graph: raising(RuntimeError(message))())

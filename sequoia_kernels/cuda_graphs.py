@@ -96,8 +96,7 @@ class _Capture:
         self.call, self.memory, self.undo = call, memory or torch.cuda.graph_pool_handle(), undo
         self.driver = _driver()
         self.device_before = torch.cuda.current_device()
-        self.device = self.device_before if device.index is None else device.index
-        self.stream = _capture_stream(self.device)
+        self.stream = _capture_stream(self.device_before if device.index is None else device.index)
         self.caller = torch.cuda.current_stream(self.stream.device)
         self.mode_before = torch.cuda.get_sync_debug_mode()
         self.waits: list[str] = []
@@ -106,18 +105,18 @@ class _Capture:
 
     def enter(self) -> None:
         _lock.acquire()
-        torch.cuda.set_device(self.device)
         self.stream.wait_stream(self.caller)
-        torch.cuda.set_stream(self.stream)
+        torch.cuda.set_stream(self.stream)  # which makes its device the current one
 
     def leave(self) -> None:
         if not _lock._is_owned():  # type: ignore[attr-defined]
             return
-        if self.graph is not None:
-            _end(self.graph, self.stream, self.driver)
-        torch.cuda.set_device(self.device)
+        with contextlib.suppress(RuntimeError):  # of a stream whose capture cannot be ended, as `record` has said
+            if self.graph is not None:
+                _end(self.graph, self.stream, self.driver)
         torch.cuda.set_stream(self.caller)
-        self.caller.wait_stream(self.stream)
+        with contextlib.suppress(RuntimeError):
+            self.caller.wait_stream(self.stream)
         torch.cuda.set_device(self.device_before)
         release_if_owned(_lock)
 

@@ -30,7 +30,8 @@ class Stream:
         return f"{self.name} of {self.device}"
 
     def wait_stream(self, other):
-        assert self.status == other.status == NONE, "a stream that is being captured cannot be waited for"
+        if self.status != NONE or other.status != NONE:
+            raise RuntimeError("a stream that is being captured cannot be waited for")
         self.fake.log.append(f"{self} waits for {other}")
 
 

@@ -181,6 +181,19 @@ def test_a_pad_token_that_ends_sequences_is_text_with_a_warning(caplog):
     assert "token 0, which both pads and ends sequences" in record.getMessage()
 
 
+def test_past_the_trained_positions_it_goes_on_with_a_warning(caplog):
+    model = tiny_llama(0, max_positions=16)
+    prompt = torch.arange(12)[None] % 32
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        generate(model, model, prompt, tree=TREE, max_new_tokens=4)
+        assert not caplog.records
+        for _ in range(2):
+            output = generate(model, model, prompt, tree=TREE, max_new_tokens=8)
+    (record,) = caplog.records
+    assert "more than the 16 positions that the target was made for" in record.getMessage()
+    assert output.finish_reasons == ["length"]
+
+
 CHANGED = {
     "begin_suppress_tokens": [3],
     "sequence_bias": [[[3], -1.0]],

@@ -140,7 +140,7 @@ def check_arguments(
             raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
     pad = _pad_token_id(target, pad_token_id, eos_token_ids)
     warn_of_ignored_settings(target.model, temperatures, top_k, top_p, strings)
-    return GenerationArguments(
+    arguments = GenerationArguments(
         prompts=prompts,
         prompt_lens=prompt_lens,
         max_new_tokens=int(max_new_tokens),
@@ -153,10 +153,22 @@ def check_arguments(
         stop_strings=strings,
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
     )
+    _warn_of_positions(target, arguments.longest)
+    return arguments
 
 
 def _describe(value: Any) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _warn_of_positions(target: TreeModel, num_tokens: int) -> None:
+    trained = target.trained_positions
+    if trained is not None and num_tokens > trained:
+        warn_once(
+            target.model,
+            f"generate: prompt and max_new_tokens come to more than the {trained} positions that the target was made "
+            "for (max_position_embeddings): it goes on behind them, but what it says there may be worse",
+        )
 
 
 def _inferred_mask(

@@ -89,8 +89,9 @@ def generate(
         eos_token_id: ids that end a request; None takes the target's own, an empty list none at all.
         pad_token_id: fills `sequences` behind shorter requests; None takes the target's pad or first EOS id, or 0.
         seed: one integer (requests get seeds mixed from it), or one for each request.
-        stop_strings: strings that end a request with the token that completes them; needs `tokenizer`.
-        tokenizer: decodes the generated tokens for `stop_strings`.
+        stop_strings: strings that end a request with the token that completes them; needs `tokenizer`. As in
+            transformers one may begin in the prompt, and the token may go on behind it.
+        tokenizer: decodes the tokens for `stop_strings`.
         streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; one request only.
         max_cache_len: tokens that a request may hold in the target's cache, prompt included and the newest one left
             out, and positions of the target at most. A request that reaches this ends with "cache_full". The cache has

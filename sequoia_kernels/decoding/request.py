@@ -7,7 +7,10 @@ from typing import Any
 
 
 class StopStrings:
-    """Tells whether the newest token completed one of the stop strings in the generated text (not in the prompt)."""
+    """Tells whether the newest token completed one of the stop strings.
+
+    As in transformers a string may begin in the prompt, and the token that completes it may go on behind it.
+    """
 
     def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
         self.strings = tuple(strings)
@@ -16,10 +19,14 @@ class StopStrings:
         # gives decoders that look at neighbouring tokens some context
         self.num_tail_tokens = max(len(string.encode()) for string in self.strings) + 8
 
-    def completed_by(self, new_tokens: list[int]) -> bool:
-        """Return whether a stop string ends in the last of the tokens."""
-        tail = self.tokenizer.decode(new_tokens[-self.num_tail_tokens :], skip_special_tokens=False)
-        return any(string in tail for string in self.strings)
+    def completed_by(self, tail: list[int]) -> bool:
+        """Return whether a stop string ends in the last of the tokens, of which `num_tail_tokens` are enough."""
+        before, text = (self.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in (tail[:-1], tail))
+        # a token may change the text before it, such as a character whose bytes it completes
+        stable = next(
+            (at for at, (old, new) in enumerate(zip(before, text)) if old != new), min(len(before), len(text))
+        )
+        return any(string in text[max(0, stable - len(string) + 1) :] for string in self.strings)
 
 
 class Request:
@@ -68,6 +75,11 @@ class Request:
         """Tokens of those rows."""
         return self.prompt + self.new_tokens[:-1]
 
+    def _tail(self, stop_strings: StopStrings) -> list[int]:
+        tail = self.new_tokens[-stop_strings.num_tail_tokens :]
+        missing = stop_strings.num_tail_tokens - len(tail)
+        return self.prompt[-missing:] + tail if missing else tail
+
     def extend(self, tokens: Sequence[int]) -> list[int]:
         """Take the tokens of one step up to the end of the request. Returns those that were taken."""
         taken: list[int] = []
@@ -78,7 +90,7 @@ class Request:
             taken.append(token)
             if token in self.eos_token_ids:
                 self.finish_reason = "eos"
-            elif self.stop_strings is not None and self.stop_strings.completed_by(self.new_tokens):
+            elif self.stop_strings is not None and self.stop_strings.completed_by(self._tail(self.stop_strings)):
                 self.finish_reason = "stop_string"
             elif len(self.new_tokens) >= self.max_new_tokens:
                 self.finish_reason = "length"

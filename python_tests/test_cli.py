@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,21 @@ import pytest
 import torch
 from support.tiny_models import noisy_copy, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import sequoia_kernels
-from sequoia_kernels import AcceptanceEstimate, HardwareProfile, TokenTree, TreePlan, cli, estimate_acceptance
+from sequoia_kernels import (
+    AcceptanceEstimate,
+    HardwareProfile,
+    TokenTree,
+    TreePlan,
+    cli,
+    estimate_acceptance,
+    generate,
+)
 from sequoia_kernels.measure import measure_microbenchmarks
+from sequoia_kernels.models import load_model
+from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, ModelFingerprint
 
 VOCAB = 256
 
@@ -86,7 +97,11 @@ def parts(files):
         paths.append(folder / name)
     options = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1}
     profile = measure_microbenchmarks("cpu", torch.bfloat16, shapes=paths, rows=[1, 16], **options)
-    profile = dataclasses.replace(profile, bandwidth={"host_to_device": 1e-3})  # 1 MB/s
+    ops = {  # every part takes a microsecond, however loaded this machine is
+        op: tuple(dataclasses.replace(point, p20_ms=1e-3, p50_ms=1e-3, p80_ms=1e-3) for point in points)
+        for op, points in profile.ops.items()
+    }
+    profile = dataclasses.replace(profile, ops=ops, mean_over_median={}, bandwidth={"host_to_device": 1e-3})  # 1 MB/s
     profile.save(folder / "parts.json")
     return folder / "parts.json", *paths
 
@@ -102,7 +117,7 @@ def test_plan_from_configs(files, parts, capsys):
     assert status == 0
     resident = next(c for c in plan["candidates"] if c["kind"] == "no speculation")["stages"]["target"]
     streamed = next(c for c in offloaded["candidates"] if c["kind"] == "no speculation")["stages"]["target"]
-    assert streamed > max(resident, 10)
+    assert resident < 1 < 10 < streamed
     assert any("streams its weights" in note for note in offloaded["notes"])
 
 
@@ -182,9 +197,12 @@ def test_doctor_lists_backends_and_reasons(capsys):
     status, report = run_json(capsys, "doctor")
     assert status == 0
     assert report["healthy"]
-    assert report["backends"]["verify_tree"]["reference"] is None
+    assert report["backends"]["verify_tree"]["reference"] == {"works": True, "reason": None}
+    assert report["modules"]["_host"] == {"works": True, "reason": None}
+    entries = [entry for backends in report["backends"].values() for entry in backends.values()]
+    assert all(entry["works"] == (entry["reason"] is None) for entry in entries)
     if not torch.cuda.is_available():
-        assert any(reason for reasons in report["backends"].values() for reason in reasons.values())
+        assert not all(entry["works"] for entry in entries)
     assert cli.main(["doctor"]) == 0
     assert "tree_attention" in capsys.readouterr().out
 
@@ -259,3 +277,181 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "sequoia_kernels", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout == f"sequoia-kernels {sequoia_kernels.__version__}\n"
+
+
+# ---- what is refused before models are loaded ----
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The models that were loaded; loading one fails."""
+    seen = []
+
+    def load(path, *arguments, **options):
+        seen.append(path)
+        raise RuntimeError("loaded")
+
+    monkeypatch.setattr("sequoia_kernels.models.load_model", load)
+    return seen
+
+
+def error_of(capsys, call):
+    """What a call says on standard error, in one line; it must end with status 2."""
+    capsys.readouterr()
+    assert cli.main(call) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["profile", "acceptance"])
+def test_out_is_checked_before_models_are_loaded(command, pair, files, loads, tmp_path, capsys):
+    call = [command, *pair] + (["--prompts-file", str(files["prompts"])] if command == "acceptance" else [])
+    assert "Is a directory" in error_of(capsys, [*call, "--out", str(tmp_path)])
+    assert "No such file or directory" in error_of(capsys, [*call, "--out", str(tmp_path / "missing" / "file")])
+    assert loads == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_checked_before_models_are_loaded(pair, loads, tmp_path, capsys):
+    assert "Is a directory" in error_of(capsys, ["demo", *pair, "--svg", str(tmp_path)])
+    assert loads == []
+
+
+def test_prompts_and_drafts_are_missed_before_models_are_loaded(pair, loads, tmp_path, capsys):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for arguments, message in (
+        ([], "--prompts-file must be given"),
+        (["--prompts-file", str(tmp_path / "none")], "No such file"),
+        (["--prompts-file", str(tmp_path / "binary")], "must be text in UTF-8"),
+    ):
+        assert message in error_of(capsys, ["acceptance", *pair, *arguments])
+    for command in ("acceptance", "demo"):
+        assert f"{command} needs a draft model; give --draft" in error_of(capsys, [command, *pair[:2]])
+    assert loads == []
+
+
+TREES = {
+    "null": ("null", "must be a tree or plan file: .*got null"),
+    "list": ("[-1, 0]", "must be a tree or plan file: .*got a list of 2"),
+    "number": ('{"format": 5}', "must be a tree or plan file: .*got 5"),
+    "format object": ('{"format": {"ends": "tree-plan"}}', "must be a tree or plan file: .*got an object"),
+    "no format": ("{}", "must be a tree or plan file: .*got nothing"),
+    "deep": ("[" * 100_000, "must be a tree or plan file: .*nested too deeply"),
+    "empty plan": ('{"format": "sequoia-kernels/tree-plan", "version": 1}', "acceptance must be a list"),
+    "bytes": (b"\x80\x81", "must be a tree or plan file: .*utf-8"),
+    "large": (TokenTree.kary(2, 11).to_json(), "must have at most 1024 nodes, got 2047"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), TREES.values(), ids=TREES.keys())
+def test_what_is_no_tree_is_refused_before_models_are_loaded(text, message, pair, loads, tmp_path, capsys):
+    path = tmp_path / "tree.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for command in (["generate", "--prompt", "x"], ["acceptance"]):
+        error = error_of(capsys, [command[0], *pair, *command[1:], "--tree", str(path)])
+        assert re.search(f"--tree {path} {message}" if message.startswith("must") else message, error), error
+    assert loads == []
+
+
+def test_a_name_that_is_no_folder_is_asked_of_the_hub_once(loads, monkeypatch, capsys):
+    asked = []
+
+    def unreachable(name, **options):
+        asked.append(name)
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    error = error_of(capsys, ["generate", "--target", "nope", "--prompt", "x"])
+    assert "there is no folder nope; asking the hub" in error
+    assert "--target must be a folder or the name of a model on the hub, got nope: there is no such folder" in error
+    assert "the network is down" in error
+    assert asked == ["nope"]
+    assert "no such folder" in error_of(capsys, ["generate", "--target", "./nope/x/y", "--prompt", "x"])
+    assert loads == []
+
+
+def test_the_draft_is_asked_for_as_well(pair, loads, capsys):
+    error = error_of(capsys, ["generate", *pair[:2], "--draft", "./nope", "--prompt", "x"])
+    assert "--draft must be a folder or the name of a model on the hub, got ./nope: there is no such folder" in error
+    assert loads == []
+
+
+# ---- defaults ----
+
+
+@pytest.fixture(scope="module")
+def bfloat16_pair(tmp_path_factory, pair):
+    folder = tmp_path_factory.mktemp("bfloat16")
+    for role, source in (("target", pair[1]), ("draft", pair[3])):
+        load_model(source, torch.bfloat16).save_pretrained(folder / role)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder / role)
+    return ["--target", str(folder / "target"), "--draft", str(folder / "draft")]
+
+
+def test_models_are_measured_in_the_dtype_that_they_are_stored_in(bfloat16_pair, files, tmp_path, capsys):
+    """What a profile without --dtype holds fits what is loaded, and planned from a configuration, without one."""
+    path = tmp_path / "profile.json"
+    assert cli.main(["profile", *bfloat16_pair, "--quick", "--contexts", "16", "--out", str(path)]) == 0
+    assert "computing in bfloat16, as stored" in capsys.readouterr().err
+    profile = HardwareProfile.load(path)
+    assert {model.dtype for model in profile.models.values()} == {"bfloat16"}
+    target, draft = (load_model(folder) for folder in bfloat16_pair[1::2])
+    prompt = torch.tensor([[1, 2, 3]])
+    estimate = AcceptanceEstimate.load(files["acceptance"])
+    generate(target, draft, prompt, max_new_tokens=4, tree="auto", profile=profile, acceptance=estimate)
+    names = ["--profile", str(path), "--acceptance", str(files["acceptance"])]
+    configs = ["--target-config", bfloat16_pair[1], "--draft-config", bfloat16_pair[3]]
+    assert cli.main(["plan", *names, *configs]) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", *names, *configs, "--dtype", "float32"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "that is the same model in bfloat16: measure it with `sequoia-kernels profile --dtype float32`" in error
+
+
+def test_dtype_converts(bfloat16_pair, capsys):
+    call = ["generate", *bfloat16_pair, "--prompt", "x", "--new-tokens", "2", "--tree", "none", "--dtype", "float32"]
+    assert cli.main(call) == 0
+    error = capsys.readouterr().err
+    assert "computing in float32" in error and "as stored" not in error
+
+
+def test_prompts_are_counted_and_separators_have_escapes(pair, files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["acceptance", "--help"])
+    assert r"(default: \n\n\n)" in " ".join(capsys.readouterr().out.split())
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\ttwo\t\tthree\\four", encoding="utf-8")
+    call = ["acceptance", *pair[:4], "--prompts-file", str(path), "--new-tokens", "2"]
+    for separator, said in (
+        (r"\n\n\n", "1 of 1 prompts"),
+        (r"\t", "3 of 3 prompts"),
+        ("\t", "3 of 3 prompts"),
+        (r"\\", "2 of 2 prompts"),
+        (r"\t\t", "2 of 2 prompts"),
+    ):
+        assert cli.main([*call, "--separator", separator]) == 0
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*call, "--separator", r"\t", "--num-prompts", "2"]) == 0
+    assert "2 of 3 prompts" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        cli.main([*call, "--separator", ""])
+    assert "must hold at least one character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
+def test_the_profile_is_readable(terminal, pair, tmp_path, capsys, monkeypatch):
+    """Every time stands whole in a line of its own, at 80 columns as in a file."""
+    monkeypatch.setenv("COLUMNS", "80")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", "1")
+    path = tmp_path / "profile.json"
+    table = ForwardTable(1, (128, 512), tuple(range(1, 25)), *[((1234.56,) * 24, (4321.12,) * 24)] * 3, 1)
+    fingerprint = ModelFingerprint("a-family-of-models", "bfloat16", 10, 10, 10, 4096, None, 10, 10, 10)
+    profile = HardwareProfile(DeviceFingerprint.of("cpu")).with_forwards(fingerprint, table)
+    monkeypatch.setattr("sequoia_kernels.cli.profile.measure_pair", lambda *arguments: profile)
+    assert cli.main(["profile", *pair, "--out", str(path)]) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    rows = [line for line in text.splitlines() if "1234.56" in line]
+    assert [int(re.search(r"\d+", line)[0]) for line in rows] == list(range(1, 25))
+    assert all("4321.12" in line for line in rows)
+    assert all(len(line) <= 80 for line in rows)

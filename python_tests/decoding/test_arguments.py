@@ -110,6 +110,7 @@ def target():
         ({"max_cache_len": True}, TypeError, "max_cache_len must be an integer, got bool"),
         ({"backend": "metal"}, ValueError, "backend must be one of auto, .*, got 'metal'"),
         ({"tree": [-1, 0]}, TypeError, "tree must be a TokenTree"),
+        ({"tree": TokenTree.kary(2, 11)}, ValueError, "tree must have at most 1024 nodes, got 2047"),
         ({"tree": "auto", "acceptance": 0.5}, TypeError, "acceptance must be an AcceptanceEstimate or a sequence"),
         ({"tree": "auto", "profile": "profile.json"}, TypeError, "profile must be a HardwareProfile, got str"),
     ],

@@ -40,7 +40,7 @@ def test_every_step_to_a_plan_takes_an_offloaded_target(
     monkeypatch.setattr(sequoia_kernels, "measure_profile", short)
     monkeypatch.setattr("sequoia_kernels.decoding.overhead.NUM_TOKENS", 4)
     models = ["--target", str(PAIR / "target"), "--draft", str(PAIR / "draft"), "--device", "cpu", "--quiet"]
-    models += ["--offload", "--device-memory", "66MiB"]
+    models += ["--dtype", "float32", "--offload", "--device-memory", "66MiB"]
     (tmp_path / "prompts.txt").write_text("def main(argument):\n    return argument + 1\n", encoding="utf-8")
     files = {name: str(tmp_path / f"{name}.json") for name in ("profile", "acceptance", "plan")}
     prompts = ["--prompts-file", str(tmp_path / "prompts.txt"), "--new-tokens", "8"]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from sequoia_kernels import __version__
 from sequoia_kernels.cli import acceptance, demo, doctor, generate, plan, profile
 from sequoia_kernels.cli.terminal import BadUsage, Terminal
+from sequoia_kernels.documents import check_writable
 
 __all__ = ["main"]
 
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     terminal = Terminal(getattr(args, "json", False), args.quiet)
     try:
+        for option in ("out", "svg"):
+            if hasattr(args, option):
+                check_writable(getattr(args, option))  # before minutes of work
         return args.run(args, terminal)
     except KeyboardInterrupt:
         terminal.note("interrupted; nothing was left half-written")

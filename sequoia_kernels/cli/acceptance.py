@@ -17,7 +17,7 @@ from sequoia_kernels.cli.arguments import (
     load_tree,
     sampling_settings,
 )
-from sequoia_kernels.cli.pair import estimate_pair, load_pair, need_draft, read_prompts
+from sequoia_kernels.cli.pair import encode_prompts, estimate_pair, load_pair, need_draft, read_prompts
 from sequoia_kernels.cli.terminal import Terminal
 
 
@@ -33,10 +33,12 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    need_draft(args)
     tree = load_tree(args.tree) if hasattr(args, "tree") else None
+    texts = read_prompts(args, terminal)
     pair = load_pair(args, terminal)
-    need_draft(pair, "acceptance")
-    estimate = estimate_pair(pair, read_prompts(args, pair), args.new_tokens, sampling_settings(args), terminal, tree)
+    prompts = encode_prompts(texts, pair, args.prompt_tokens)
+    estimate = estimate_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
     if hasattr(args, "out"):
         estimate.save(args.out)
 
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 str(estimate.visited_by_rank[rank]),
                 str(estimate.accepted_by_rank[rank]),
             )
-        terminal.out.print(table)
+        terminal.table(table)
 
     terminal.result(json.loads(estimate.to_json()), show)
     return 0

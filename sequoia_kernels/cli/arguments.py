@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sequoia_kernels.cli.terminal import BadUsage
+from sequoia_kernels.documents import read_text
+
 __all__ = [
+    "DTYPES",
     "add_command",
     "add_models",
     "add_prompts",
@@ -17,7 +21,11 @@ __all__ = [
     "positive",
     "positives",
     "sampling_settings",
+    "separator",
 ]
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
@@ -39,7 +47,12 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models (the demo pair when none is given)")
     models.add_argument("--target", help="folder or hub id of the target", default=argparse.SUPPRESS)
     models.add_argument("--draft", help="folder or hub id of the draft", default=argparse.SUPPRESS)
-    models.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    models.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=argparse.SUPPRESS,
+        help="dtype to compute in (default: the one that each model is stored in; float32 for the demo pair)",
+    )
     models.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
     models.add_argument("--threads", type=positive, help="CPU threads", default=argparse.SUPPRESS)
     models.add_argument(
@@ -77,8 +90,13 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="text file with prompts (the demo pair's default: held-out files of the standard library)",
     )
-    prompts.add_argument("--separator", default="\n\n\n", help="what separates the prompts of the file")
-    prompts.add_argument("--num-prompts", type=positive, default=8)
+    prompts.add_argument(
+        "--separator",
+        type=separator,
+        default=r"\n\n\n",
+        help=r"what stands between two prompts of the file; \n, \r, \t and \\ are line feed, return, tab and backslash",
+    )
+    prompts.add_argument("--num-prompts", type=positive, default=8, help="read at most so many")
     prompts.add_argument("--prompt-tokens", type=positive, default=128, help="longer prompts are cut")
     prompts.add_argument("--new-tokens", type=positive, default=96, help="tokens generated for each prompt")
 
@@ -99,6 +117,13 @@ def positives(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def separator(text: str) -> str:
+    """Read an argument that separates texts, its escapes resolved."""
+    if not text:
+        raise argparse.ArgumentTypeError("must hold at least one character, got none")
+    return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}.get(match[1], "\\"), text)
+
+
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Give the sampling arguments as those of `generate`."""
     return {
@@ -110,11 +135,23 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_tree(path: Path) -> Any:
-    """Load a tree from a tree file or a plan file."""
+    """Load a tree from a tree file or a plan file, one that the ops accept.
+
+    Raises:
+        OSError: the file cannot be opened.
+        BadUsage: it is neither, or too large.
+    """
     from sequoia_kernels import TokenTree, TreePlan
+    from sequoia_kernels.planner.plan import FORMAT as PLAN
+    from sequoia_kernels.planner.plan import MAX_OP_NODES
 
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("format", "")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        kind = ""
-    return TreePlan.load(path) if kind.endswith("tree-plan") else TokenTree.load(path)
+        text = read_text(path)  # once: it may be a pipe
+        if PLAN.name in text:
+            return TreePlan.from_json(text)
+        tree = TokenTree.from_json(text)
+    except ValueError as error:
+        raise BadUsage(f"--tree {path} must be a tree or plan file: {error}") from None
+    if tree.num_nodes > MAX_OP_NODES:
+        raise BadUsage(f"--tree {path} must have at most {MAX_OP_NODES} nodes, got {tree.num_nodes}")
+    return tree

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from sequoia_kernels import plan_tree
     from sequoia_kernels.demo import held_out_prompts
 
+    need_draft(args)
     pair = load_pair(args, terminal)
-    need_draft(pair, "demo")
     own_prompt = getattr(args, "prompt", None)
     shown = pair.tokenizer(own_prompt or DEMO_PROMPT, return_tensors="pt").input_ids.to(pair.target.device)
     texts = held_out_prompts(2 * args.num_prompts)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 f"{row['tokens_per_step']:.2f}",
             )
         terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
-        terminal.out.print(table)
+        terminal.table(table)
         for row in rows:
             if row["temperature"] == 0:
                 same = "identical to" if row["greedy_output_identical"] else "NOT identical to"

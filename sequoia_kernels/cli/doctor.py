@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -39,8 +40,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         "python": platform.python_version(),
         "packages": packages,
         "cuda_devices": devices,
-        "modules": modules,
-        "backends": report,
+        "modules": _verdicts(modules),
+        "backends": {op: _verdicts(reasons) for op, reasons in report.items()},
         "healthy": healthy,
     }
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         for op, reasons in report.items():
             for name, reason in reasons.items():
                 table.add_row(op, name, "yes" if reason is None else f"no: {reason}")
-        terminal.out.print(table)
+        terminal.table(table)
         if modules["_host"] is not None:
             terminal.out.print("Build the host module with `pip install .` from a checkout; it needs a C++17 compiler.")
         if modules["_cuda"] is not None:
@@ -64,6 +65,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     terminal.result(document, show)
     return 0 if healthy else 1
+
+
+def _verdicts(reasons: Mapping[str, str | None]) -> dict[str, dict[str, Any]]:
+    return {name: {"works": reason is None, "reason": reason} for name, reason in reasons.items()}
 
 
 def _version_of(package: str) -> str | None:

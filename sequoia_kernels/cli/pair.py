@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sequoia_kernels.cli.terminal import BadUsage, Terminal
+from sequoia_kernels.documents import read_text
 
 __all__ = [
     "DEMO_PROMPT",
     "Pair",
+    "encode_prompts",
     "estimate_pair",
     "load_pair",
     "measure_pair",
@@ -20,6 +23,7 @@ __all__ = [
     "text_streamer",
 ]
 
+HUB_SECONDS = 10.0
 
 DEMO_PROMPT = '''def read_config(path, encoding="utf-8"):
     """Read the configuration file and return a dictionary.
@@ -30,6 +34,8 @@ DEMO_PROMPT = '''def read_config(path, encoding="utf-8"):
 
 
 class Pair(NamedTuple):
+    """Both models and the target's tokenizer."""
+
     target: Any
     draft: Any | None
     tokenizer: Any
@@ -49,7 +55,7 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadUsage(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype) if hasattr(args, "dtype") else None
     target, draft = getattr(args, "target", None), getattr(args, "draft", None)
     budget = getattr(args, "device_memory", None)
     if target is None and draft is not None:
@@ -61,9 +67,11 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
     if target is None:
         from sequoia_kernels.demo import load_demo_pair
 
-        return Pair(*load_demo_pair(dtype, device))
+        return Pair(*load_demo_pair(dtype or torch.float32, device))
     from sequoia_kernels.models import check_pair, load_model, load_offloaded
 
+    target = _find_model("--target", target, terminal)
+    draft = None if draft is None else _find_model("--draft", draft, terminal)
     terminal.note(f"loading {target}" + (f" and {draft}" if draft else ""))
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
     # The draft first: the default budget of an offloaded target is a share of what is free.
@@ -76,36 +84,72 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
         terminal.note(target_model.memory.describe())
     else:
         target_model = load_model(target, dtype, device)
+    dtypes = [str(model.dtype).removeprefix("torch.") for model in (target_model, draft_model) if model is not None]
+    terminal.note(f"computing in {' and '.join(dict.fromkeys(dtypes))}" + (", as stored" if dtype is None else ""))
     if draft_model is None:
         return Pair(target_model, None, tokenizer)
     check_pair(target_model, draft_model, tokenizer, transformers.AutoTokenizer.from_pretrained(draft))
     return Pair(target_model, draft_model, tokenizer)
 
 
-def need_draft(pair: Pair, command: str) -> None:
-    if pair.draft is None:
-        raise BadUsage(f"{command} needs a draft model; give --draft")
+def _find_model(option: str, name: str, terminal: Terminal) -> str:
+    """Give the name for transformers, or refuse it at once: loading would ask a hub out of reach for a minute."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if Path(name).expanduser().is_dir():
+        return os.path.expanduser(name)
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            return name
+        terminal.note(f"{option}: there is no folder {name}; asking the hub for a model of this name")
+        huggingface_hub.model_info(name, timeout=HUB_SECONDS)
+    except Exception as error:  # no connection, offline, no such name: classes of several libraries
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return name  # the hub answers, if not this question: let the loading ask
+        reason = str(error).strip().partition("\n")[0]
+        raise BadUsage(
+            f"{option} must be a folder or the name of a model on the hub, got {name}: there is no such folder, "
+            f"and the hub did not know it or was not reached ({reason})"
+        ) from error
+    return name
 
 
-def read_prompts(args: argparse.Namespace, pair: Pair) -> list[Any]:
+def need_draft(args: argparse.Namespace) -> None:
+    """Refuse a target without a draft, for commands that need both."""
+    if hasattr(args, "target") and not hasattr(args, "draft"):
+        raise BadUsage(f"{args.command} needs a draft model; give --draft")
+
+
+def read_prompts(args: argparse.Namespace, terminal: Terminal) -> list[str]:
     """Read the prompts of --prompts-file, or take held-out files of the standard library for the demo pair."""
     path = getattr(args, "prompts_file", None)
     if path is not None:
-        texts = [text.strip("\n") for text in Path(path).read_text(encoding="utf-8").split(args.separator)]
-        texts = [text for text in texts if text.strip()][: args.num_prompts]
+        try:
+            pieces = read_text(path).split(args.separator)
+        except UnicodeDecodeError:
+            raise BadUsage(f"--prompts-file {path} must be text in UTF-8") from None
+        texts = [text.strip("\n") for text in pieces if text.strip()]
         if not texts:
             raise BadUsage(f"--prompts-file {path} holds no prompt")
-    elif getattr(args, "target", None) is None:
-        from sequoia_kernels.demo import held_out_prompts
-
-        texts = held_out_prompts(args.num_prompts)
-    else:
+        used = min(len(texts), args.num_prompts)
+        terminal.note(f"{used} of {len(texts)} prompts read from {path}, separated by {args.separator!r}")
+        return texts[:used]
+    if hasattr(args, "target"):
         raise BadUsage("--prompts-file must be given with --target: acceptance depends on the text")
+    from sequoia_kernels.demo import held_out_prompts
+
+    return held_out_prompts(args.num_prompts)
+
+
+def encode_prompts(texts: Sequence[str], pair: Pair, most: int) -> list[Any]:
+    """Encode prompts, each [1, at most so many tokens], on the target's device."""
     encoded = [pair.tokenizer(text, return_tensors="pt").input_ids for text in texts]
-    return [ids[:, : args.prompt_tokens].to(pair.target.device) for ids in encoded]
+    return [ids[:, :most].to(pair.target.device) for ids in encoded]
 
 
 def measure_pair(pair: Pair, contexts: Sequence[int], batch_size: int, quick: bool, terminal: Terminal) -> Any:
+    """Measure the profile of a pair, the loop's overhead included."""
     from sequoia_kernels import measure_profile
     from sequoia_kernels.decoding import measure_overhead
 
@@ -119,6 +163,7 @@ def measure_pair(pair: Pair, contexts: Sequence[int], batch_size: int, quick: bo
 def estimate_pair(
     pair: Pair, prompts: Sequence[Any], new_tokens: int, sampling: dict[str, Any], terminal: Terminal, tree: Any = None
 ) -> Any:
+    """Estimate the acceptance of a pair from continuations of the prompts."""
     from sequoia_kernels import estimate_acceptance, generate
     from sequoia_kernels.decoding import PROBE_TREE
 
@@ -138,6 +183,7 @@ def estimate_pair(
 
 
 def text_streamer(tokenizer: Any) -> Any:
+    """Give what prints a text while it is generated."""
     from transformers import TextStreamer
 
     return TextStreamer(tokenizer, skip_prompt=False)

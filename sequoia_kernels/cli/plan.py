@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sequoia_kernels.cli.arguments import add_command, positive
+from sequoia_kernels.cli.arguments import DTYPES, add_command, positive
 from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     models.add_argument("--draft-config", type=Path, default=argparse.SUPPRESS, help="the same of the draft")
     models.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default=argparse.SUPPRESS,
         help="of models given by a config (default: as the config says)",
     )

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     if hasattr(args, "shapes") and not args.microbenchmarks:
         raise BadUsage("--shapes needs --microbenchmarks")
-    shapes = [ModelFingerprint.from_config(path, args.dtype) for path in getattr(args, "shapes", ())]
+    shapes = [ModelFingerprint.from_config(path) for path in getattr(args, "shapes", ())]
     pair = load_pair(args, terminal)
     profile = measure_pair(pair, args.contexts, args.batch_size, args.quick, terminal)
     if args.microbenchmarks:
@@ -60,15 +60,14 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         for key in profile.models:
             forwards = profile.forward_table(key, args.batch_size)
             table = Table(title=f"{key}: forward, ms")
-            table.add_column("context", justify="right")
-            for count in forwards.node_counts:
-                table.add_column(f"{count} rows", justify="right")
-            for context, row in zip(forwards.context_lens, forwards.p50_ms, strict=True):
-                table.add_row(str(context), *(f"{value:.2f}" for value in row))
-            terminal.out.print(table)
+            for column in ("rows", *(f"context {context}" for context in forwards.context_lens)):
+                table.add_column(column, justify="right")
+            for count, *times in zip(forwards.node_counts, *forwards.p50_ms):
+                table.add_row(str(count), *(f"{value:.2f}" for value in times))
+            terminal.table(table)
         if args.microbenchmarks:
             counts = ", ".join(f"{len(points)} of {op}" for op, points in parts.ops.items())
-            terminal.out.print(f"parts in {args.dtype}: {counts}")
+            terminal.out.print(f"parts in {str(pair.target.dtype).removeprefix('torch.')}: {counts}")
 
     terminal.result(json.loads(profile.to_json()), show)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 __all__ = ["BadUsage", "Terminal"]
 
@@ -40,6 +41,12 @@ class Terminal:
     def note(self, text: str) -> None:
         """Say something that is not a result."""
         self.err.print(text, style="dim", markup=False)
+
+    def table(self, table: Table) -> None:
+        """Show a table: in a terminal folded to its width, but within no word; elsewhere as wide as it is."""
+        measured = self.out.measure(table, options=self.out.options.update(width=100_000))
+        width = max(self.out.width, measured.minimum) if self.out.is_terminal else measured.maximum
+        Console(highlight=False, width=width).print(table)
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:

@@ -15,6 +15,7 @@ from sequoia_kernels.checks import MIN_TEMPERATURE
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
 from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
+from sequoia_kernels.models.step import MAX_STEP_ROWS
 from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
 from sequoia_kernels.tree import TokenTree
 
@@ -107,6 +108,9 @@ def check_arguments(
             "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
             f'"auto" or "adaptive", got {tree!r}'
         )
+    size = max((entry.num_nodes for entry in _trees(tree)), default=0)
+    if size > MAX_STEP_ROWS:
+        raise ValueError(f"generate: tree must have at most {MAX_STEP_ROWS} nodes, got {size}")
     if acceptance is not None and not isinstance(acceptance, (AcceptanceEstimate, Sequence)):
         raise TypeError(
             f"generate: acceptance must be an AcceptanceEstimate or a sequence of numbers, got {_describe(acceptance)}"
@@ -279,6 +283,15 @@ def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) 
         if not 0 <= int(token) < target.vocab_size:
             raise ValueError(f"generate: eos_token_id must hold tokens in [0, {target.vocab_size}), got {token!r}")
     return frozenset(int(token) for token in ids)
+
+
+def _trees(tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str) -> list[TokenTree]:
+    """The trees that may be decoded with; none yet for a word."""
+    if isinstance(tree, TreeFollower):
+        tree = tree.plan
+    if isinstance(tree, AdaptivePlan):
+        return tree.trees
+    return [tree.tree] if isinstance(tree, TreePlan) else [tree] if isinstance(tree, TokenTree) else []
 
 
 def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: frozenset[int]) -> int:

@@ -40,7 +40,6 @@ from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, O
 __all__ = ["COMPOSED_OPS", "can_compose", "compose_forwards", "layer_parts_ms", "transfer_ms"]
 
 COMPOSED_OPS = ("linear", "tree_attention", "decoder_layer_rest", "model_rest", "decoder_layer_overhead")
-FIX = "measure them with `sequoia-kernels profile --microbenchmarks`"
 
 # Weights outside of the linear layers and the embedding, as a share of all, above which a model is not composed.
 MAX_UNKNOWN_SHARE = 0.05
@@ -53,7 +52,10 @@ def can_compose(profile: HardwareProfile, fingerprint: ModelFingerprint) -> str 
     """Say why a model's forward cannot be composed from a profile, None where it can."""
     missing = [op for op in COMPOSED_OPS if not _points(profile, op, fingerprint.dtype)]
     if missing:
-        return f"the profile holds no {fingerprint.dtype} times of {', '.join(missing)}; {FIX}"
+        return (
+            f"the profile holds no {fingerprint.dtype} times of {', '.join(missing)}; "
+            f"measure them with `sequoia-kernels profile --microbenchmarks --dtype {fingerprint.dtype}`"
+        )
     if not fingerprint.linears:
         return "its linear layers are not known; take the fingerprint from the model or its configuration"
     known = sum(inputs * outputs * count for inputs, outputs, count in fingerprint.linears)

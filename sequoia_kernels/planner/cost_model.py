@@ -145,7 +145,7 @@ class CostModel:
             times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
             return MonotoneGrid(table.context_lens, table.node_counts, times)
         if COMPOSED_OPS[0] not in self.profile.ops and not compose:
-            self.profile.find_model(key, role)
+            self.profile.find_model(fingerprint, role)
             self.profile.forward_table(key, self.batch_size)  # says what is missing
         reason = can_compose(self.profile, fingerprint)
         if reason is not None:

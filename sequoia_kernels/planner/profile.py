@@ -349,6 +349,7 @@ class HardwareProfile:
         Raises:
             ProfileError: the profile has no forward times of it.
         """
+        fingerprint = None
         if model is None:
             key = self.target_key if role == "target" else self.draft_key
             if key is None:
@@ -360,12 +361,20 @@ class HardwareProfile:
         elif isinstance(model, str):
             key = model
         else:
-            key = (model if isinstance(model, ModelFingerprint) else ModelFingerprint.of(model)).key
+            fingerprint = model if isinstance(model, ModelFingerprint) else ModelFingerprint.of(model)
+            key = fingerprint.key
         if key not in self.forwards:
             known = ", ".join(self.forwards) or "none"
+            fix = "measure it with measure_profile or `sequoia-kernels profile`"
+            if fingerprint is not None:
+                for other, found in self.models.items():
+                    if other in self.forwards and dataclasses.replace(found, dtype=fingerprint.dtype) == fingerprint:
+                        fix = (
+                            f"that is the same model in {found.dtype}: measure it with "
+                            f"`sequoia-kernels profile --dtype {fingerprint.dtype}`, or use it in {found.dtype}"
+                        )
             raise ProfileError(
-                f"HardwareProfile.find_model: the {role} must be a measured model, got {key}, measured: {known}; "
-                "measure it with measure_profile or `sequoia-kernels profile`"
+                f"HardwareProfile.find_model: the {role} must be a measured model, got {key}, measured: {known}; {fix}"
             )
         return key
 

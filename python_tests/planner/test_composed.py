@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner import CostModel, HardwareProfile, ModelFingerprint, OpPoint, plan_tree
-from sequoia_kernels.planner.composed import can_compose, compose_forwards, layer_parts_ms, transfer_ms
+from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose, compose_forwards, layer_parts_ms, transfer_ms
 from sequoia_kernels.planner.cost_model import StepShape
 from sequoia_kernels.tree import TokenTree
 
@@ -358,3 +358,20 @@ def test_points_without_their_sizes_are_refused():
     )
     with pytest.raises(ProfileError, match="must have the parameter in_features"):
         CostModel(broken, target=llama(), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("value", [None, "", "x", 0, -3, 0.5, 1e-320, 10**30, True], ids=repr)
+@pytest.mark.filterwarnings("error")
+def test_sizes_that_are_none_are_refused(value):
+    """A parameter of a microbenchmark that no measurement writes: told, not crashed, wherever it is read."""
+    profile = microbenchmarks(widths=(64, 256))
+    target, draft = (ModelFingerprint.from_config(llama(layers=layers), "bfloat16") for layers in (3, 1))
+    sizes = {(op, name) for op in COMPOSED_OPS for name in profile.ops[op][0].parameters if name != "dtype"}
+    for op, name in sorted(sizes):
+        first, *others = profile.ops[op]
+        parameters = {**first.parameters, name: value}
+        if value is None:
+            del parameters[name]
+        broken = {**profile.ops, op: (dataclasses.replace(first, parameters=parameters), *others)}
+        with pytest.raises(ProfileError, match=f"must have the parameter {name}, a positive integer, got"):
+            plan_tree(ACCEPTANCE, dataclasses.replace(profile, ops=broken), target=target, draft=draft, max_budget=4)

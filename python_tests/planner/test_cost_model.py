@@ -212,3 +212,10 @@ def test_a_missing_model_is_refused():
         CostModel(synthetic_profile(), draft=dataclasses.replace(DRAFT, num_layers=2))
     with pytest.raises(ProfileError, match="batch_size must be a measured one"):
         CostModel(synthetic_profile(), batch_size=3)
+
+
+def test_forwards_of_more_rows_than_any_tree_has_nodes_take_no_memory():
+    profile = synthetic_profile(lambda nodes, context: 1.0, node_counts=[1, 2**50], draft_counts=[1, 2**50])
+    model = CostModel(profile)
+    assert (model.max_nodes, model.max_draft_rows) == (65536, 65536)
+    assert model.step_ms(TokenTree.chain(3), 128) > 1

@@ -33,6 +33,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia_kernels.documents import is_count
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.interpolation import isotonic
 from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
@@ -90,8 +91,8 @@ def compose_forwards(
         raise ProfileError(f"CostModel: the forward of {fingerprint.key} must be measured or composed: {reason}")
     dtype = fingerprint.dtype
     linear, attention, layer, model, beyond = (_points(profile, op, dtype) for op in COMPOSED_OPS)
-    node_counts = tuple(sorted({int(point.parameters["nodes"]) for point in attention}))
-    contexts = tuple(sorted({int(point.parameters["context_len"]) for point in attention}))
+    node_counts = tuple(sorted({_size(point.parameters, "nodes") for point in attention}))
+    contexts = tuple(sorted({_size(point.parameters, "context_len") for point in attention}))
     rows = batch_size * np.asarray(node_counts, dtype=np.float64)
     scale = {op: profile.mean_over_median.get(op, 1.0) for op in COMPOSED_OPS}
 
@@ -145,11 +146,13 @@ def _points(profile: HardwareProfile, op: str, dtype: str) -> list[OpPoint]:
     return [point for point in profile.ops.get(op, ()) if point.parameters.get("dtype") == dtype]
 
 
-def _size(point: OpPoint, name: str) -> int:
-    value = point.parameters.get(name)
-    if not isinstance(value, (int, float)):
-        raise ProfileError(f"CostModel: microbenchmarks must have the parameter {name}, got {dict(point.parameters)}")
-    return int(value)
+def _size(parameters: Mapping[str, float | int | str], name: str) -> int:
+    value = parameters.get(name)
+    if not isinstance(value, int) or not is_count(value, 1):
+        raise ProfileError(
+            f"CostModel: microbenchmarks must have the parameter {name}, a positive integer, got {dict(parameters)}"
+        )
+    return value
 
 
 def _along(curve: Curve, sizes: Array) -> Array:
@@ -186,7 +189,7 @@ def _linears_ms(points: list[OpPoint], fingerprint: ModelFingerprint, rows: Arra
     curves: dict[tuple[int, int], dict[int, dict[int, float]]] = {}  # shape -> working set -> rows -> ms
     for point in points:
         inputs, outputs, working_set, count = (
-            _size(point, name) for name in ("in_features", "out_features", "working_set_bytes", "rows")
+            _size(point.parameters, name) for name in ("in_features", "out_features", "working_set_bytes", "rows")
         )
         curves.setdefault((inputs, outputs), {}).setdefault(working_set, {})[count] = point.p50_ms
     # The largest working set is measured for every shape.
@@ -240,23 +243,23 @@ def _attention_ms(
     group = fingerprint.num_heads / fingerprint.num_kv_heads
 
     def distance(point: OpPoint) -> float:
-        width = _size(point, "head_dim")
-        own = _size(point, "q_heads") / _size(point, "kv_heads")
+        width = _size(point.parameters, "head_dim")
+        own = _size(point.parameters, "q_heads") / _size(point.parameters, "kv_heads")
         return abs(float(np.log(width / fingerprint.head_dim))) + abs(float(np.log(own / group)))
 
     nearest = min(map(distance, points))
     points = [point for point in points if distance(point) <= nearest + 1e-9]
-    width = _size(points[0], "head_dim")
-    points = [point for point in points if _size(point, "head_dim") == width]
+    width = _size(points[0].parameters, "head_dim")
+    points = [point for point in points if _size(point.parameters, "head_dim") == width]
     by_heads: dict[int, dict[int, Curve]] = {}  # key/value heads of all requests -> context -> nodes -> ms
     for point in points:
-        heads = _size(point, "batch_size") * _size(point, "kv_heads")
-        table = by_heads.setdefault(heads, {}).setdefault(_size(point, "context_len"), {})
+        heads = _size(point.parameters, "batch_size") * _size(point.parameters, "kv_heads")
+        table = by_heads.setdefault(heads, {}).setdefault(_size(point.parameters, "context_len"), {})
         assert isinstance(table, dict)
-        table[_size(point, "nodes")] = point.p50_ms
+        table[_size(point.parameters, "nodes")] = point.p50_ms
     sizes = sorted(by_heads)
     wanted = batch_size * fingerprint.num_kv_heads
-    own_group = _size(points[0], "q_heads") / _size(points[0], "kv_heads")
+    own_group = _size(points[0].parameters, "q_heads") / _size(points[0].parameters, "kv_heads")
     factor = fingerprint.head_dim / width * max(1.0, group / own_group)
     return factor * sum(
         (share * _at_context(by_heads[sizes[index]], context_len, nodes) for index, share in _between(wanted, sizes)),
@@ -277,20 +280,20 @@ def _at_context(curves: Mapping[int, Curve], context_len: int, nodes: Array) -> 
 def _layer_elements(parameters: Mapping[str, float | int | str]) -> float:
     """Elements of one row that pass through the element-wise work of a decoder layer, weighted by how often."""
     hidden, intermediate, q_heads, kv_heads, head_dim = (
-        float(parameters[name]) for name in ("hidden_size", "intermediate_size", "q_heads", "kv_heads", "head_dim")
+        _size(parameters, name) for name in ("hidden_size", "intermediate_size", "q_heads", "kv_heads", "head_dim")
     )
     return 4 * hidden + 2 * intermediate + 2 * (q_heads + 2 * kv_heads) * head_dim
 
 
 def _model_elements(parameters: Mapping[str, float | int | str]) -> float:
-    return float(parameters["hidden_size"])
+    return _size(parameters, "hidden_size")
 
 
 def _rest_ms(points: Iterable[OpPoint], elements: object, fingerprint: ModelFingerprint, rows: Array) -> Array:
     assert callable(elements)
     curves: dict[float, dict[int, float]] = {}
     for point in points:
-        curves.setdefault(elements(point.parameters), {})[_size(point, "rows")] = point.p50_ms
+        curves.setdefault(elements(point.parameters), {})[_size(point.parameters, "rows")] = point.p50_ms
     sizes = sorted(curves)
     wanted = elements(
         {

@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sequoia_kernels.documents import is_number
+from sequoia_kernels.documents import is_count, is_number
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
 from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import MAX_NODES, TokenTree
 
 __all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes"]
 
@@ -127,12 +127,12 @@ class CostModel:
         greedy = temperature == 0
         self._target = self._forward_grid(self.target, "target", compose)
         self.transfer_ms = transfer_ms(profile, self.target) if "target" in self.composed else 0.0
-        self.max_nodes = int(self._target.second[-1])
+        self.max_nodes = min(int(self._target.second[-1]), MAX_NODES)  # no tree is larger
         self.context_lens = tuple(int(context) for context in self._target.first)
         self._verify = _verify_grid(profile, self.target.vocab_size, greedy)
         if self.draft is not None:
             self._draft = self._forward_grid(self.draft, "draft", compose)
-            self.max_draft_rows = int(self._draft.second[-1])
+            self.max_draft_rows = min(int(self._draft.second[-1]), MAX_NODES)
             vocab = min(self.target.vocab_size, self.draft.vocab_size)
             self._sample = _sample_grid(profile, vocab, greedy)
             row_bytes = self.target.cache_row_bytes + self.draft.cache_row_bytes
@@ -298,10 +298,11 @@ def _op_points(profile: HardwareProfile, op: str, names: Sequence[str]) -> list[
         )
     for point in points:
         for name in names:
-            if not is_number(point.parameters.get(name)):
+            value = point.parameters.get(name)
+            if not (is_number(value) if name == "temperature" else is_count(value, 1)):
                 raise ProfileError(
                     f"CostModel: times of {op} must have the parameters {', '.join(names)}, "
-                    f"got {dict(point.parameters)}"
+                    f"sizes as positive integers, got {dict(point.parameters)}"
                 )
     return points
 

@@ -104,6 +104,16 @@ def test_float32_arithmetic_moves_no_probability_by_more_than_its_rounding(kind)
         assert error <= 3e-7, (tree, warp, error)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_temperatures_are_exact(temperature, dtype):
+    # Logits that differ in their last places only, in the draft also far below its peak: there the enumeration itself
+    # has exponents of 8e6, which are 1e-9 apart in float64.
+    for tree in ("star", "binary"):
+        error = _exact_error(TREES[tree], "close", 3, (temperature, None, None), dtype=dtype)
+        assert error <= (3e-7 if dtype == torch.float32 else 1e-10), (tree, error)
+
+
 def test_a_vocabulary_of_one_token_is_exact():
     assert _exact_error([-1, 0, 0, 1], "unrelated", 1, (1.0, None, None)) == 0.0
 
@@ -192,6 +202,12 @@ def test_joint_sequences_have_the_targets_distribution(backend, temperature):
     assert p_value(counts, expected) > 1e-4
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-4])
+def test_joint_sequences_at_small_temperatures(backend, temperature):
+    counts, expected = _decode_counts(backend, MIXED, "close", (temperature, None, None), batch_size=50_000)
+    assert p_value(counts, expected) > 1e-4
+
+
 @pytest.mark.parametrize("warp", [(1.0, 3, None), (1.0, None, 0.7), (0.6, 4, 0.9), (1.0, 1, None)])
 def test_joint_sequences_with_top_k_and_top_p(backend, warp):
     counts, expected = _decode_counts(backend, MIXED, "unrelated", warp, vocab=7)
@@ -218,12 +234,14 @@ def test_greedy_sequences_are_the_targets_arg_maxima(backend):
 
 def test_drawn_children_have_the_distribution_of_draws_without_replacement(backend):
     generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(6, generator=generator, dtype=torch.float64).float() * 1.5
-    for temperature in (0.3, 1.0, 2.0):
+    ordinary = torch.randn(6, generator=generator, dtype=torch.float64).float() * 1.5
+    close = 20 + torch.tensor([4e7, 0, 0, 1, 2, -1]) * 2.0**-19  # but for one, units in the last place
+    cases = [(ordinary, temperature) for temperature in (0.3, 1.0, 2.0)] + [(close, 1e-5), (close, 1e-4)]
+    for logits, temperature in cases:
         sample = backend.bound_to("sample_without_replacement")
         drawn = sample(logits.expand(40_000, 6), 3, temperature, torch.arange(40_000), 11)
         expected = torch.zeros(6, 6, 6, dtype=torch.float64)
-        scaled = logits.double() / float(torch.tensor(temperature))
+        scaled = (logits.double() - logits.max()) / float(torch.tensor(temperature))
         for tokens, chance in ordered_draws(scaled.tolist(), 3):
             expected[tokens] = chance
         assert abs(float(expected.sum()) - 1) < 1e-12

@@ -6,7 +6,7 @@
 //             leaves only those that can enter the current best k, about k ln(vocab / k) of them, to take logarithms
 //             for. A stretch that could not enter with the largest noise there is costs no random words at all.
 // Memory      reads each row once; scratch of one row.
-// Numerics    keys in float32 (float64 for float64 logits) as in the reference; the bounds drop no key that counts.
+// Numerics    keys in float64 as in the reference; the bounds, in the type of the row, drop no key that counts.
 // Source      Gumbel top-k, see sequoia_kernels/ops/sample_without_replacement/reference.py.
 
 #include <algorithm>
@@ -24,18 +24,17 @@ namespace sequoia {
 namespace {
 
 // The best k so far in falling order; of equal keys the earlier one stays in front.
-template <class Real>
 class BestKeys {
   public:
-    BestKeys(std::int64_t capacity, Real* keys, std::int64_t* tokens)
+    BestKeys(std::int64_t capacity, double* keys, std::int64_t* tokens)
         : capacity_(capacity), keys_(keys), tokens_(tokens) {}
 
     // What a new key must exceed. -inf at first, so that a token of key -inf never enters.
-    Real threshold() const {
-        return size_ < capacity_ ? -std::numeric_limits<Real>::infinity() : keys_[capacity_ - 1];
+    double threshold() const {
+        return size_ < capacity_ ? -std::numeric_limits<double>::infinity() : keys_[capacity_ - 1];
     }
 
-    void insert(Real key, std::int64_t token) {
+    void insert(double key, std::int64_t token) {
         std::int64_t place = size_ < capacity_ ? size_++ : capacity_ - 1;
         for (; place > 0 && keys_[place - 1] < key; --place) {
             keys_[place] = keys_[place - 1];
@@ -50,7 +49,7 @@ class BestKeys {
   private:
     std::int64_t capacity_;
     std::int64_t size_ = 0;
-    Real* keys_;            // [capacity]
+    double* keys_;          // [capacity]
     std::int64_t* tokens_;  // [capacity]
 };
 
@@ -60,30 +59,36 @@ struct NoiseStream {
 };
 
 template <class Real>
-SEQUOIA_INLINE bool any_above(const Real* values, Real bound) {
+SEQUOIA_INLINE bool any_above(const Real* values, double bound) {
+    const Real rounded = static_cast<Real>(bound);
     int above = 0;
-    for (std::int64_t i = 0; i < STRETCH; ++i) above |= values[i] > bound;
+    for (std::int64_t i = 0; i < STRETCH; ++i) above |= values[i] > rounded;
     return above != 0;
 }
 
 template <class Real>
-SEQUOIA_INLINE void best_logits(const Real* logits, std::int64_t vocab, BestKeys<Real>& best) {
+SEQUOIA_INLINE void best_logits(const Real* logits, std::int64_t vocab, BestKeys& best) {
     for (std::int64_t first = 0; first < vocab; first += STRETCH) {
         if (!any_above(logits + first, best.threshold())) continue;
         for (std::int64_t i = first; i < first + STRETCH; ++i) {
-            if (logits[i] > best.threshold()) best.insert(logits[i], i);
+            const double key = static_cast<double>(logits[i]);
+            if (key > best.threshold()) best.insert(key, i);
         }
     }
 }
 
 template <class Real>
 SEQUOIA_INLINE void best_keys(const Real* logits, std::int64_t vocab, Real temperature, NoiseStream stream,
-                              BestKeys<Real>& best) {
+                              BestKeys& best) {
+    // What rounding can take from the bound of a key: that of the quotient, of the sum with the noise (the two bounds of
+    // which have room for themselves), and of the threshold it meets.
+    constexpr Real ROUNDING = 4 * std::numeric_limits<Real>::epsilon();
     for (std::int64_t first = 0; first < vocab; first += STRETCH) {
         Real scaled[STRETCH];
         Real bounds[STRETCH];
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            scaled[i] = logits[first + i] / temperature;
+            const Real quotient = logits[first + i] / temperature;
+            scaled[i] = quotient * (quotient < 0 ? 1 - ROUNDING : 1 + ROUNDING);
             bounds[i] = scaled[i] + static_cast<Real>(LARGEST_GUMBEL);
         }
         if (!any_above(bounds, best.threshold())) continue;
@@ -96,8 +101,9 @@ SEQUOIA_INLINE void best_keys(const Real* logits, std::int64_t vocab, Real tempe
         if (!any_above(bounds, best.threshold())) continue;
 
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            if (!(bounds[i] > best.threshold())) continue;
-            const Real key = scaled[i] + static_cast<Real>(gumbel(words[i]));
+            if (!(bounds[i] > static_cast<Real>(best.threshold()))) continue;
+            const double key = static_cast<double>(logits[first + i]) / static_cast<double>(temperature) +
+                               static_cast<double>(gumbel(words[i]));
             if (key > best.threshold()) best.insert(key, first + i);
         }
     }
@@ -105,32 +111,32 @@ SEQUOIA_INLINE void best_keys(const Real* logits, std::int64_t vocab, Real tempe
 
 }  // namespace
 
-SEQUOIA_CLONES void best_logits_float(const float* logits, std::int64_t vocab, BestKeys<float>* best) {
+SEQUOIA_CLONES void best_logits_float(const float* logits, std::int64_t vocab, BestKeys* best) {
     best_logits(logits, vocab, *best);
 }
 
-SEQUOIA_CLONES void best_logits_double(const double* logits, std::int64_t vocab, BestKeys<double>* best) {
+SEQUOIA_CLONES void best_logits_double(const double* logits, std::int64_t vocab, BestKeys* best) {
     best_logits(logits, vocab, *best);
 }
 
 SEQUOIA_CLONES void best_keys_float(const float* logits, std::int64_t vocab, float temperature, NoiseStream stream,
-                                    BestKeys<float>* best) {
+                                    BestKeys* best) {
     best_keys(logits, vocab, temperature, stream, *best);
 }
 
 SEQUOIA_CLONES void best_keys_double(const double* logits, std::int64_t vocab, double temperature, NoiseStream stream,
-                                     BestKeys<double>* best) {
+                                     BestKeys* best) {
     best_keys(logits, vocab, temperature, stream, *best);
 }
 
 namespace {
 
-void select(const float* logits, std::int64_t vocab, float temperature, NoiseStream stream, BestKeys<float>& best) {
+void select(const float* logits, std::int64_t vocab, float temperature, NoiseStream stream, BestKeys& best) {
     temperature == 0 ? best_logits_float(logits, vocab, &best)
                      : best_keys_float(logits, vocab, temperature, stream, &best);
 }
 
-void select(const double* logits, std::int64_t vocab, double temperature, NoiseStream stream, BestKeys<double>& best) {
+void select(const double* logits, std::int64_t vocab, double temperature, NoiseStream stream, BestKeys& best) {
     temperature == 0 ? best_logits_double(logits, vocab, &best)
                      : best_keys_double(logits, vocab, temperature, stream, &best);
 }
@@ -138,15 +144,16 @@ void select(const double* logits, std::int64_t vocab, double temperature, NoiseS
 template <class Real>
 void sample_rows(const LogitRows& logits, std::int64_t num_rows, std::int64_t num_samples, const float* temperatures,
                  const std::int64_t* seeds, const std::int64_t* offsets, std::int64_t* tokens, Real* log_normalisers) {
-    static thread_local Scratch<Real> row_scratch, key_scratch;
+    static thread_local Scratch<Real> row_scratch;
+    static thread_local Scratch<double> key_scratch;
     const std::int64_t room = (logits.vocab + STRETCH - 1) / STRETCH * STRETCH;
     Real* const row = row_scratch.reserve(room);
-    Real* const keys = key_scratch.reserve(num_samples);
+    double* const keys = key_scratch.reserve(num_samples);
     std::fill(row + logits.vocab, row + room, -std::numeric_limits<Real>::infinity());
     for (std::int64_t r = 0; r < num_rows; ++r) {
         const Real peak = load_row(logits.row(r), logits.type, logits.vocab, row);
         const Real temperature = static_cast<Real>(temperatures[r]);
-        BestKeys<Real> best(num_samples, keys, tokens + r * num_samples);
+        BestKeys best(num_samples, keys, tokens + r * num_samples);
         const NoiseStream stream{static_cast<std::uint64_t>(seeds[r]), static_cast<std::uint64_t>(offsets[r])};
         select(row, logits.vocab, temperature, stream, best);
         std::fill(tokens + r * num_samples + best.size(), tokens + (r + 1) * num_samples, std::int64_t{-1});

@@ -31,13 +31,12 @@ def _random_logits(num_rows, vocab, seed=0, dtype=torch.float32):
 
 def _expected_draws(logits, num_samples, temperature, seeds, offsets):
     """Draws row by row: sort (key, token) pairs in Python."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     noise = token_gumbel(seeds, offsets, logits.shape[1], DRAFT_TAG)
     rows = []
     for row in range(len(logits)):
-        keys = logits[row].to(dtype)
+        keys = logits[row].double()
         if temperature[row] > 0:
-            keys = keys / temperature[row].to(dtype) + noise[row].to(dtype)
+            keys = keys / temperature[row].double() + noise[row].double()
         ranked = sorted((-key, token) for token, key in enumerate(keys.tolist()) if key > -INF)
         drawn = [token for _, token in ranked[:num_samples]]
         rows.append(drawn + [-1] * (num_samples - len(drawn)))
@@ -57,6 +56,18 @@ def test_draws_are_the_largest_keys_in_order(backend, vocab, num_samples, dtype)
     drawn = backend(logits, num_samples, temperature, seeds, offsets)
     assert drawn.tokens.dtype == torch.int64
     assert torch.equal(drawn.tokens, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_temperatures_leave_the_noise_as_it_is(backend, dtype):
+    """Logits that differ by a few units in the last place or not at all, at the peak and far below it."""
+    num_rows = 512 if backend.at_scale else 24
+    logits = 20 + torch.randint(4, (num_rows, 6), generator=torch.Generator().manual_seed(0)) * 2.0**-19
+    logits = torch.cat([logits, logits - 9, torch.full((num_rows, 1), 100.0)], dim=1).to(dtype)
+    temperature = torch.tensor([1e-5, 1e-4]).repeat(num_rows // 2)
+    seeds, offsets = torch.arange(num_rows), torch.full((num_rows,), 3)
+    expected = _expected_draws(logits, 9, temperature, seeds, offsets)
+    assert torch.equal(backend(logits, 9, temperature, seeds, offsets).tokens, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

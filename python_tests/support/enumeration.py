@@ -26,7 +26,8 @@ def ordered_draws(scaled_logits: list[float], count: int) -> list[tuple[tuple[in
         probability = 1.0
         for place, token in enumerate(drawn):
             left = [scaled_logits[other] for other in support if other not in drawn[:place]]
-            probability /= sum(math.exp(logit - scaled_logits[token]) for logit in left)
+            weights = [math.exp(logit - max(left)) for logit in left]
+            probability *= math.exp(scaled_logits[token] - max(left)) / sum(weights)
         draws.append((drawn + (-1,) * (count - len(drawn)), probability))
     return draws
 

@@ -60,6 +60,9 @@ def toy_pair(kind: str, vocab: int, context: int, seed: int) -> tuple[TableModel
         target.table = target.table.masked_fill(in_draft, -torch.inf)
     elif kind == "tied":  # few distinct logits, so that arg-maxima and cuts meet ties
         target.table, draft.table = target.table.round(), draft.table.round()
+    elif kind == "close":  # units in the last place of float32, and in the draft a token far above in every other row
+        target.table, draft.table = (20 + (model.table * 8).round() * 2.0**-19 for model in (target, draft))
+        draft.table = torch.where((ids == rows // 2 % vocab) & (rows % 2 == 1), 100.0, draft.table)
     else:
         raise ValueError(f"unknown kind {kind}")
     return target, draft

@@ -68,8 +68,10 @@ def sample_without_replacement(
 
     Notes:
         Mutates only `out`. No host sync unless `debug`; can be captured in a CUDA graph. The same inputs give the same
-        draws on every run. Arithmetic is float32 (float64 for float64 logits): a logit that overflows to -inf when
-        divided by T counts as masked.
+        draws on every run. What is compared to draw a token is float64, so small temperatures do not round the noise
+        away. The normaliser is float32 (float64 for float64 logits), and so large at small temperatures that
+        probabilities are better taken from differences to the largest logit. A logit that overflows to -inf in that
+        type when divided by T counts as masked.
 
     Source:
         Gumbel-top-k (arXiv 1903.06059, section 2.3) in place of the sequential draws of Sequoia (arXiv 2402.12374),

@@ -2,8 +2,10 @@
 
 Computes: key(x) = logit(x) / T + gumbel(x), with independent standard Gumbel noise for every token; the tokens with the
     k largest keys, in falling order, are k draws without replacement from softmax(logit / T) in draw order.
-Numerics: float32, or float64 for float64 logits (the noise stays float32). Only logits are compared, never probability
-    mass that is left over, so no draw runs out by cancellation however peaked the row is.
+Numerics: keys are float64 with noise in float32: at a small temperature logit / T is large, and in float32 its rounding
+    would be as large as the noise, also among tokens far below the peak, which later draws choose from. Only keys are
+    compared, never probability mass that is left over, so no draw runs out by cancellation however peaked the row is.
+    The log-normaliser is float32, or float64 for float64 logits; so is the question which logits overflow to -inf.
 Inputs, in order: logits [R, vocab], num_samples int, temperature [R] f32, seeds [R] i64, offsets [R] i64.
 Outputs, in order: tokens [R, num_samples] i64, log_normaliser [R] f32 (f64 for float64 logits).
 Source: the Gumbel-top-k construction (Kool, van Hoof, Welling 2019, arXiv 1903.06059, section 2.3; Vieira 2014).
@@ -57,9 +59,9 @@ def sample_rows(
     logits = logits.to(compute_dtype(logits.dtype))
     greedy = (temperature == 0)[:, None]
     scale = torch.where(temperature == 0, 1.0, temperature).to(logits.dtype)[:, None]
-    scaled = logits / scale
-    noise = token_gumbel(seeds, offsets, vocab, DRAFT_TAG).to(logits.dtype)
-    keys = torch.where(greedy, logits, scaled + noise)
+    noise = token_gumbel(seeds, offsets, vocab, DRAFT_TAG)
+    keys = (logits.double() / scale.double() + noise.double()).masked_fill(logits / scale == -torch.inf, -torch.inf)
+    keys = torch.where(greedy, logits.double(), keys)
 
     num_drawn = min(num_samples, vocab)
     # A stable sort keeps equal keys in token order, which topk does not promise.

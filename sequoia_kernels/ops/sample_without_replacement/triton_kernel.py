@@ -23,12 +23,14 @@ Memory: bytes read and written
 Numerics
     The bound is -log2 of u + u^2 / 2 <= -log(1 - u) by the hardware's approximate logarithm, so it needs one logarithm
     where the key needs two precise ones; a margin that covers the rounding is added when bounds meet keys. Exact keys
-    take the reference's float32 steps (IEEE division, library logarithm, no fused multiply-add) and equal it bit for
-    bit on a CUDA device. Sums of exponentials are relative to a running maximum of the lane.
+    take the reference's steps (noise in float32 by the library logarithm, without fused multiply-adds; quotient and sum
+    in float64, or small temperatures would round the noise away) and equal it bit for bit on a CUDA device. Sums of
+    exponentials are relative to a running maximum of the lane.
     Instructions a token of `bound_keys_kernel`, counted in its sm_90 code: about 30, of which Philox takes 11 and the
     special-function unit 2.25 (logarithm, exponential, and a rescaling for every fourth token). 64 x 128256 tokens at
     full issue rate of 132 multiprocessors are about 8 us, so this kernel is bound by arithmetic, at twice the read.
-    `draw_kernel` is bound by latency: k + k / 4 + 2 and then k rounds of a block-wide maximum, 4 to 5 us for k = 16.
+    `draw_kernel` is bound by latency: k + k / 4 + 2 rounds of a block-wide maximum, then k of a maximum and a minimum,
+    6 to 8 us for k = 16; a candidate costs one float64 division, some 1400 a row.
     All this is counted, not measured: not run on a GPU.
 
 Source
@@ -67,7 +69,7 @@ INTERPRETED = tl.constexpr(triton_device.INTERPRETED)
 DRAFT_TAG = triton_streams.DRAFT_TAG
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-NO_KEY = tl.constexpr(-(2**63))
+NO_BOUND = tl.constexpr(-(2**63))
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -166,46 +168,64 @@ def _lane_bounds(
 
 
 @triton.jit
-def _packed(key, ident):  # fp32, int32 not negative -> int64
-    """One integer that orders by falling key, then by rising ident; NO_KEY for a key of -inf."""
-    bits = tl.where(key == 0.0, 0.0, key).to(tl.int32, bitcast=True)  # -0.0 and 0.0 tie
+def _packed(bound, group):  # fp32, int32 not negative -> int64
+    """One integer that orders by falling bound, then by rising group; NO_BOUND for a bound of -inf."""
+    bits = bound.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (ordered.to(tl.int64) << 32) | (ident ^ NO_TOKEN).to(tl.int64)
-    return tl.where(key == float("-inf"), NO_KEY, packed)
+    packed = (ordered.to(tl.int64) << 32) | (group ^ NO_TOKEN).to(tl.int64)
+    return tl.where(bound == float("-inf"), NO_BOUND, packed)
 
 
 @triton.jit
-def _unpacked_key(packed):
+def _unpacked_bound(packed):
     ordered = (packed >> 32).to(tl.int32)
-    key = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return tl.where(packed == NO_KEY, float("-inf"), key)
+    bound = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(packed == NO_BOUND, float("-inf"), bound)
 
 
 @triton.jit
-def _unpacked_ident(packed):  # of anything but NO_KEY
+def _unpacked_group(packed):  # of anything but NO_BOUND
     return (packed & 0x7FFFFFFF).to(tl.int32) ^ NO_TOKEN
 
 
 @triton.jit
-def _largest(packed, count, SLOTS: tl.constexpr):
-    """The `count` largest entries in falling order, [SLOTS] padded with NO_KEY. Entries differ but for NO_KEY."""
+def _largest_bounds(packed, count, SLOTS: tl.constexpr):
+    """The `count` largest entries in falling order, [SLOTS] padded with NO_BOUND. Entries differ but for NO_BOUND."""
     slots = tl.arange(0, SLOTS)
-    largest = tl.full([SLOTS], NO_KEY, tl.int64)
+    largest = tl.full([SLOTS], NO_BOUND, tl.int64)
     for place in range(count):
         top = tl.max(packed, 0)
         largest = tl.where(slots == place, top, largest)
-        packed = tl.where(packed == top, NO_KEY, packed)
+        packed = tl.where(packed == top, NO_BOUND, packed)
     return largest
 
 
 @triton.jit
-def _exact_key(logit, word, temperature):
-    """The key of the reference, in its order of rounding."""
+def _exact_key(row_ptr, token, is_read, word, temperature):
+    """The key of the reference, in its order of rounding. fp64; -inf for what is not read or masked."""
+    logit = tl.load(row_ptr + token, mask=is_read, other=float("-inf")).to(tl.float32)
     if temperature == 0.0:
-        key = logit
+        key = logit.to(tl.float64)
     else:
-        key = tl.div_rn(logit, temperature + tl.zeros_like(logit)) + triton_streams.gumbel(word)
+        divisor = temperature + tl.zeros_like(logit)
+        key = logit.to(tl.float64) / divisor.to(tl.float64) + triton_streams.gumbel(word).to(tl.float64)
+        key = tl.where(tl.div_rn(logit, divisor) == float("-inf"), float("-inf"), key)
     return key
+
+
+@triton.jit
+def _largest_keys(keys, tokens, count, SLOTS: tl.constexpr):
+    """The `count` largest keys in falling order, of equal ones the lower token first, and their tokens."""
+    slots = tl.arange(0, SLOTS)
+    largest = tl.full([SLOTS], float("-inf"), tl.float64)
+    largest_tokens = tl.full([SLOTS], NO_TOKEN, tl.int32)
+    for place in range(count):
+        top = tl.max(keys, 0)
+        token = tl.min(tl.where((keys == top) & (keys > float("-inf")), tokens, NO_TOKEN), 0)
+        largest = tl.where(slots == place, top, largest)
+        largest_tokens = tl.where(slots == place, token, largest_tokens)
+        keys = tl.where(tokens == token, float("-inf"), keys)
+    return largest, largest_tokens
 
 
 # kernels -------------------------------------------------------------------------------------------------------------
@@ -305,58 +325,59 @@ def draw_kernel(
         chunks = groups // LANES * CHUNKS_PER_SPAN + part
         bound_ptrs = bounds_ptr + (row * num_chunks + chunks) * LANES + groups % LANES
         bound = tl.maximum(bound, tl.load(bound_ptrs, mask=chunks < num_chunks, other=float("-inf")))
-    left = _packed(bound, groups)
+    left = _packed(tl.where(bound == 0.0, 0.0, bound), groups)  # -0.0 and 0.0 tie
 
-    drawn = tl.full([SAMPLE_SLOTS], NO_KEY, tl.int64)
+    drawn = tl.full([SAMPLE_SLOTS], float("-inf"), tl.float64)
+    drawn_tokens = tl.full([SAMPLE_SLOTS], NO_TOKEN, tl.int32)
+    samples = tl.arange(0, SAMPLE_SLOTS)
     is_first_round = True
     unfinished = True
     while unfinished:
         if GROUP_SLOTS == BLOCK_GROUPS:
             taken = left
-            left = tl.full([BLOCK_GROUPS], NO_KEY, tl.int64)
+            left = tl.full([BLOCK_GROUPS], NO_BOUND, tl.int64)
         else:
-            taken = _largest(left, num_taken, GROUP_SLOTS)
+            taken = _largest_bounds(left, num_taken, GROUP_SLOTS)
             last_taken = tl.min(tl.where(tl.arange(0, GROUP_SLOTS) < num_taken, taken, 2**63 - 1), 0)
-            left = tl.where(left >= last_taken, NO_KEY, left)
-        group = _unpacked_ident(taken)
-        is_group = taken != NO_KEY
+            left = tl.where(left >= last_taken, NO_BOUND, left)
+        group = _unpacked_group(taken)
+        is_group = taken != NO_BOUND
         group = tl.where(is_group, group, 0)
         tiles = group[:, None] // LANES * SPAN_TILES + tl.arange(0, SPAN_TILES)[None, :]
         blocks = tl.reshape(tiles * LANES + group[:, None] % LANES, [GROUP_SLOTS * SPAN_TILES])
         is_block = tl.reshape(is_group[:, None] & (tiles >= 0), [GROUP_SLOTS * SPAN_TILES])
         words = triton_streams.stream_words(seed, offset, DRAFT_TAG, blocks)
-        token = blocks * 4
-        logit = tl.load(row_ptr + token, mask=is_block & (token < vocab), other=float("-inf")).to(tl.float32)
-        packed_0 = _packed(_exact_key(logit, words[0], temperature), token)
-        token = blocks * 4 + 1
-        logit = tl.load(row_ptr + token, mask=is_block & (token < vocab), other=float("-inf")).to(tl.float32)
-        packed_1 = _packed(_exact_key(logit, words[1], temperature), token)
-        token = blocks * 4 + 2
-        logit = tl.load(row_ptr + token, mask=is_block & (token < vocab), other=float("-inf")).to(tl.float32)
-        packed_2 = _packed(_exact_key(logit, words[2], temperature), token)
-        token = blocks * 4 + 3
-        logit = tl.load(row_ptr + token, mask=is_block & (token < vocab), other=float("-inf")).to(tl.float32)
-        packed_3 = _packed(_exact_key(logit, words[3], temperature), token)
-        candidates = tl.reshape(
-            tl.join(tl.join(packed_0, packed_1), tl.join(packed_2, packed_3)), [GROUP_SLOTS * SPAN_TILES * 4]
+        token_0 = blocks * 4
+        token_1 = blocks * 4 + 1
+        token_2 = blocks * 4 + 2
+        token_3 = blocks * 4 + 3
+        key_0 = _exact_key(row_ptr, token_0, is_block & (token_0 < vocab), words[0], temperature)
+        key_1 = _exact_key(row_ptr, token_1, is_block & (token_1 < vocab), words[1], temperature)
+        key_2 = _exact_key(row_ptr, token_2, is_block & (token_2 < vocab), words[2], temperature)
+        key_3 = _exact_key(row_ptr, token_3, is_block & (token_3 < vocab), words[3], temperature)
+        keys = tl.reshape(tl.join(tl.join(key_0, key_1), tl.join(key_2, key_3)), [GROUP_SLOTS * SPAN_TILES * 4])
+        tokens = tl.reshape(
+            tl.join(tl.join(token_0, token_1), tl.join(token_2, token_3)), [GROUP_SLOTS * SPAN_TILES * 4]
         )
-        found = _largest(candidates, num_samples, SAMPLE_SLOTS)
+        found, found_tokens = _largest_keys(keys, tokens, num_samples, SAMPLE_SLOTS)
         if is_first_round:
             drawn = found
+            drawn_tokens = found_tokens
         else:
-            drawn = _largest(tl.reshape(tl.join(drawn, found), [SAMPLE_SLOTS * 2]), num_samples, SAMPLE_SLOTS)
+            both_keys = tl.reshape(tl.join(drawn, found), [SAMPLE_SLOTS * 2])
+            both_tokens = tl.reshape(tl.join(drawn_tokens, found_tokens), [SAMPLE_SLOTS * 2])
+            drawn, drawn_tokens = _largest_keys(both_keys, both_tokens, num_samples, SAMPLE_SLOTS)
         is_first_round = False
 
         # Whoever is left out can be drawn only if its bound reaches the last key drawn, or if too few were drawn.
-        best_left = tl.maximum(_unpacked_key(tl.max(left, 0)), LOWEST)
-        last_drawn = tl.min(tl.where(tl.arange(0, SAMPLE_SLOTS) < num_samples, drawn, 2**63 - 1), 0)
-        last_key = _unpacked_key(last_drawn) * tl.where(is_greedy, 1.0, LOG2_E)
+        best_left = tl.maximum(_unpacked_bound(tl.max(left, 0)), LOWEST)
+        last_key = tl.min(tl.where(samples < num_samples, drawn, float("inf")), 0)
+        last_key = last_key * tl.where(is_greedy, 1.0, LOG2_E)
         unfinished = (best_left > LOWEST) & (best_left + _margin(best_left) >= last_key)
 
-    samples = tl.arange(0, SAMPLE_SLOTS)
     tl.store(
         tokens_ptr + row * stride_tokens_row + samples.to(tl.int64) * stride_tokens_sample,
-        tl.where(drawn == NO_KEY, -1, _unpacked_ident(drawn)).to(tl.int64),
+        tl.where(drawn == float("-inf"), -1, drawn_tokens).to(tl.int64),
         mask=samples < num_samples,
     )
 

@@ -92,8 +92,6 @@ def node_decisions(
     scale = torch.where(temperature == 0, 1.0, temperature).to(dtype)[:, None]
     vocab_ids = torch.arange(target_probs.shape[1], device=target_probs.device)
     draft_logits = draft_logits.to(dtype)
-    # Only differences to the row's peak are divided by T: logit / T itself is too coarse at small temperatures.
-    scaled = (draft_logits - _finite_peak(draft_logits)) / scale
 
     residual = target_probs
     drawn = torch.zeros_like(target_probs, dtype=torch.bool)
@@ -101,7 +99,7 @@ def node_decisions(
     draft_at_child = torch.zeros_like(residual_at_child)
     for rank in range(children.shape[1]):
         is_child = children[:, rank, None] == vocab_ids  # [R, vocab], at most one per row
-        draft = torch.where(greedy, is_child.to(dtype), _softmax(scaled.masked_fill(drawn, -torch.inf)))
+        draft = torch.where(greedy, is_child.to(dtype), _softmax(draft_logits.masked_fill(drawn, -torch.inf), scale))
         draft_of_child = draft.masked_fill(~is_child, 0).sum(dim=-1)
         is_draw = draft_of_child > 0
         draft_at_child[:, rank] = draft_of_child
@@ -189,15 +187,15 @@ def _residual_after_rejection(
     return torch.where(left_mass > 0, left / _nonzero(left_mass), empty_residual)
 
 
-def _softmax(scaled_logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension that gives zeros, not NaN, for a row of all -inf."""
-    weights = torch.exp(scaled_logits - _finite_peak(scaled_logits))
-    return weights / _nonzero(weights.sum(dim=-1, keepdim=True))
+def _softmax(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Softmax of logits / T over the last dimension that gives zeros, not NaN, for a row of all -inf.
 
-
-def _finite_peak(logits: torch.Tensor) -> torch.Tensor:
+    Only differences to the largest logit that is left are divided by T: logit / T itself, and differences to a peak far
+    above, are too coarse at small temperatures.
+    """
     peak = logits.amax(dim=-1, keepdim=True)
-    return torch.where(peak == -torch.inf, 0, peak)
+    weights = torch.exp((logits - torch.where(peak == -torch.inf, 0, peak)) / temperature)
+    return weights / _nonzero(weights.sum(dim=-1, keepdim=True))
 
 
 def _nonzero(mass: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,8 @@ def warped_logsumexp(
 
     Notes:
         Mutates ``out`` only. No host sync (without ``debug``); can be captured in a CUDA graph; deterministic.
+        The log-normaliser is logit / T in size: at T = 1e-5 and logits of 20 that is 2e6, which float32 holds to 0.1
+        only. Cuts and draws do not depend on it; probabilities at such temperatures want float64 logits.
         Tokens of equal logits stay or go together: top-k keeps x if fewer than k tokens have a larger logit, top-p if
         the tokens of larger logit hold less than ``top_p``. transformers breaks ties within top-p by sort order.
 

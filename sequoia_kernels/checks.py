@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "FINITE",
     "FLOAT_DTYPES",
     "MIN_TEMPERATURE",
+    "TEMPERATURE",
+    "TOP_P",
+    "Rule",
     "check_device",
     "check_dtype",
     "check_logits",
+    "check_memory",
+    "check_options",
     "check_out",
     "check_rows",
     "check_shape",
@@ -29,8 +36,10 @@ __all__ = [
     "check_tensors",
     "check_top_p_values",
     "fail_range",
+    "real_number",
     "row_values",
     "shape_text",
+    "whole_number",
 ]
 
 FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -105,8 +114,68 @@ def check_out(
     check_device(op, name, tensor, device)
 
 
+def check_options(op: str, backend: Any, **flags: Any) -> None:
+    """Raise TypeError unless the backend is named by a string and every flag is a bool."""
+    if not isinstance(backend, str):
+        raise TypeError(f"{op}: backend must be a string, got {type(backend).__name__}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+class Rule(NamedTuple):
+    """What the values of an argument must obey."""
+
+    text: str
+    """as in ``<arg> must <text>``"""
+    holds: Callable[[float], bool]
+
+
+FINITE = Rule("be finite", math.isfinite)
+TEMPERATURE = Rule(
+    f"be 0 or a finite number of at least {MIN_TEMPERATURE}",
+    lambda value: value == 0.0 or _TEMPERATURE_FLOOR <= value < math.inf,
+)
+TOP_P = Rule("be in (0, 1]", lambda value: 0.0 < value <= 1.0)
+
+
+def real_number(op: str, name: str, value: Any, rule: Rule, kind: str = "a number") -> Any:
+    """Check a number and return it as a float, NumPy's numbers, integers and fractions included."""
+    if type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool)):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer or fraction beyond float64, perhaps of thousands of digits
+            fail_range(op, name, "fit into float32", "a number beyond float64")
+        if not rule.holds(number):
+            fail_range(op, name, rule.text, number)
+        return number
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # traced: there is no value yet
+        return value
+    raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
+
+
+def whole_number(op: str, name: str, value: Any, dtype: torch.dtype, kind: str = "an integer") -> Any:
+    """Check an integer and return it as an int, NumPy's included."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number, limits = int(value), torch.iinfo(dtype)
+        if not limits.min <= number <= limits.max:
+            shown = number if number.bit_length() <= 128 else f"an integer of {number.bit_length()} bits"
+            fail_range(op, name, f"fit into {_dtype_text(dtype)}", shown)
+        return number
+    if isinstance(value, torch.SymInt):
+        return value
+    raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
+
+
 def row_values(
-    op: str, name: str, value: Any, num_rows: int, dtype: torch.dtype, device: torch.device, legend: str = "rows"
+    op: str,
+    name: str,
+    value: Any,
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    legend: str = "rows",
+    rule: Rule = FINITE,
 ) -> Tensor:
     """Turn a per-row argument into a tensor: a Python number is repeated, a tensor must fit exactly.
 
@@ -118,13 +187,14 @@ def row_values(
         dtype: what the op takes.
         device: where the op runs.
         legend: word for the rows in messages.
+        rule: what a number must obey that is no integer, on any device. Values in tensors are left to the caller.
 
     Returns:
         [num_rows] of ``dtype``.
 
     Raises:
         TypeError: neither a tensor of that dtype nor a number of that kind.
-        ValueError: wrong shape or device, or an integer that does not fit the dtype.
+        ValueError: wrong shape or device, or a number that breaks the rule or does not fit the dtype.
     """
     if isinstance(value, Tensor):
         check_dtype(op, name, value, dtype)
@@ -132,31 +202,90 @@ def row_values(
         check_device(op, name, value, device)
         return value
     number: float | int
-    if dtype.is_floating_point and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)  # NumPy's scalars included
-    elif not dtype.is_floating_point and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        number = int(value)
+    if dtype.is_floating_point:
+        number = real_number(op, name, value, rule, f"a number or a tensor [{legend}]")
+        # What rounds to 0, or to a subnormal number that a GPU may take for 0, does not fit either.
+        limits = torch.finfo(dtype)
+        if number != 0 and not limits.tiny <= abs(number) <= limits.max:
+            fail_range(op, name, f"fit into {_dtype_text(dtype)}", number)
     else:
-        kind = "a number" if dtype.is_floating_point else "an integer"
-        raise TypeError(f"{op}: {name} must be {kind} or a tensor [{legend}], got {type(value).__name__}")
-    limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    if not limits.min <= number <= limits.max and math.isfinite(number):
-        fail_range(op, name, f"fit into {_dtype_text(dtype)}", value)
+        number = whole_number(op, name, value, dtype, f"an integer or a tensor [{legend}]")
     return torch.full((num_rows,), number, dtype=dtype, device=device)
 
 
 def check_temperature_values(op: str, temperature: Tensor) -> None:
     """Raise ValueError unless every temperature is 0 or at least ``MIN_TEMPERATURE``. Reads values."""
-    for value in temperature.tolist():
-        if value != 0.0 and not _TEMPERATURE_FLOOR <= value < math.inf:
-            fail_range(op, "temperature", f"be 0 or a finite number of at least {MIN_TEMPERATURE}", value)
+    _check_values(op, "temperature", temperature, TEMPERATURE)
 
 
 def check_top_p_values(op: str, top_p: Tensor) -> None:
     """Raise ValueError unless every top_p is in (0, 1]. Reads values."""
-    for value in top_p.tolist():
-        if not 0.0 < value <= 1.0:
-            fail_range(op, "top_p", "be in (0, 1]", value)
+    _check_values(op, "top_p", top_p, TOP_P)
+
+
+def _check_values(op: str, name: str, values: Tensor, rule: Rule) -> None:
+    for value in values.tolist():
+        if not rule.holds(value):
+            fail_range(op, name, rule.text, value)
+
+
+def check_memory(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError if an element of an output lies where another element, of it or of another tensor, lies.
+
+    Strided buffers may interleave. One look at each tensor, as long as their ranges of addresses do not meet.
+    """
+    spans = []
+    for is_output, tensors in ((True, outputs), (False, inputs)):
+        for name, tensor in tensors.items():
+            if tensor is None or tensor.numel() == 0:
+                continue
+            if is_output and not _is_unfolded(tensor):
+                fail_range(
+                    op, name, "have memory of its own for each element", f"strides {shape_text(tensor.stride())}"
+                )
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            start = tensor.data_ptr()
+            spans.append((start, start + (reach + 1) * tensor.element_size(), is_output, name, tensor))
+    spans.sort(key=lambda span: span[0])
+    open_spans: list[tuple[int, int, bool, str, Tensor]] = []
+    for span in spans:
+        open_spans = [other for other in open_spans if other[1] > span[0]]
+        for other in open_spans:
+            if (span[2] or other[2]) and _share_memory(span[4], other[4]):
+                output, second = (span, other) if span[2] else (other, span)
+                fail_range(op, output[3], f"share no memory with {second[3]}", "buffers that overlap")
+        open_spans.append(span)
+
+
+def _is_unfolded(tensor: Tensor) -> bool:
+    """Whether each dimension steps over all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+class _Layout:
+    """Where a tensor's elements lie, for NumPy, which looks at addresses only: they may be those of a GPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), True),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"|V{size}",
+        }
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    try:
+        return np.shares_memory(np.asarray(_Layout(first)), np.asarray(_Layout(second)), max_work=10**6)  # type: ignore[arg-type]
+    except RuntimeError:  # too hard to tell: layouts that nothing here makes
+        return True
 
 
 def check_logits(op: str, name: str, logits: Tensor) -> None:

@@ -100,20 +100,6 @@ std::int64_t rows_of(std::string_view packed, std::int64_t num_words) {
     return static_cast<std::int64_t>(packed.size()) / row_bytes;
 }
 
-// Tree slots that a mask can see: its highest bit set in any row, plus 1.
-std::int64_t tree_mask_slots(std::string_view packed, std::int64_t num_words) {
-    const PackedMask mask{packed.data(), num_words};
-    const std::int64_t num_rows = rows_of(packed, num_words);
-    for (std::int64_t index = num_words; index-- > 0;) {
-        std::uint32_t any = 0;
-        for (std::int64_t row = 0; row < num_rows; ++row) any |= mask.word(row, index);
-        for (int bit = WORD_BITS; bit-- > 0;) {
-            if ((any >> bit & 1u) != 0) return index * WORD_BITS + bit + 1;
-        }
-    }
-    return 0;
-}
-
 std::pair<bool, bool> expand_tree_mask(std::string_view packed,  // [B or 1, N, num_words] int32
                                        std::int64_t num_words, std::int64_t num_rows,
                                        const std::vector<std::int64_t>& cache_lens,  // [B]
@@ -155,6 +141,4 @@ void bind_expand_tree_mask(py::module_& module) {
                py::arg("type"), py::arg("num_slots"),
                "Expand a packed tree mask to the dense mask of attention libraries; see expand_tree_mask.cpp. Returns "
                "(every row sees every slot, a request has a slot that none of its rows sees).");
-    module.def("tree_mask_slots", &sequoia::tree_mask_slots, py::arg("packed"), py::arg("num_words"),
-               "Count the tree slots that a packed mask can see: its highest bit set, plus 1.");
 }

@@ -92,12 +92,11 @@ int lowest_bit(std::uint32_t word) {
     return index;
 }
 
-// Tree slots that the mask can see: its highest bit set in any row, plus 1.
-std::int64_t num_tree_slots(const Call& call) {
-    const std::int64_t total_rows = call.num_rows() * (call.mask_per_request ? call.batch_size() : 1);
+// Tree slots that a request can see: the highest bit set in any row of its mask, plus 1.
+std::int64_t num_tree_slots(const Call& call, std::int64_t b) {
     for (std::int64_t index = call.num_words; index-- > 0;) {
         std::uint32_t any = 0;
-        for (std::int64_t row = 0; row < total_rows; ++row) any |= call.tree_mask[row * call.num_words + index];
+        for (std::int64_t row = 0; row < call.num_rows(); ++row) any |= call.mask_row(b, row)[index];
         for (int bit = WORD_BITS; bit-- > 0;) {
             if ((any >> bit & 1u) != 0) return index * WORD_BITS + bit + 1;
         }
@@ -107,10 +106,11 @@ std::int64_t num_tree_slots(const Call& call) {
 
 // Whether every cache row that a request may look at exists: the same rule as in op.py, which words the refusal.
 bool values_valid(const Call& call) {
-    const std::int64_t tree_slots = num_tree_slots(call);
+    std::int64_t tree_slots = num_tree_slots(call, 0);
     const std::int64_t block_len = call.keys.shape[1];
     const std::int64_t num_slots = call.block_table == nullptr ? block_len : call.max_pages * block_len;
     for (std::int64_t b = 0; b < call.batch_size(); ++b) {
+        if (call.mask_per_request && b > 0) tree_slots = num_tree_slots(call, b);
         const std::int64_t num_used = call.cache_lens[b] + tree_slots;
         if (call.cache_lens[b] < 0 || num_used > num_slots) return false;
         if (call.block_table == nullptr) continue;
@@ -432,8 +432,11 @@ SEQUOIA_INLINE std::pair<float, float> softmax_row(const Call& call, const Colum
     float peak = sink;
     for (int lane = 0; lane < W; ++lane) peak = peaks[lane] > peak ? peaks[lane] : peak;
     if (peak == MINUS_INFINITY) {
-        std::fill_n(scores, stride, 0.0f);
-        return {peak, 0.0f};
+        // Nothing is seen, or what is seen is NaN, which no comparison above let through.
+        const bool any_nan = std::any_of(scores, scores + stride, [](float score) { return score != score; });
+        const float weight = any_nan ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+        std::fill_n(scores, stride, weight);
+        return {any_nan ? weight : peak, weight};
     }
     for (std::int64_t c = 0; c < stride; ++c) scores[c] = exp_nonpositive(scores[c] - peak);
     Float<W> sums = {};
@@ -550,7 +553,7 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
         work.sums[r] = sum;
         if (call.lse != nullptr) {
             call.lse[(block.request * call.num_rows() + node_of(r)) * num_q_heads + head_of(r)] =
-                sum > 0.0f ? peak + std::log(sum) : peak;
+                sum == 0.0f ? peak : peak + std::log(sum);
         }
     }
 
@@ -584,7 +587,7 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
         Element* const target =
             static_cast<Element*>(call.out) +
             ((block.request * call.num_rows() + node_of(r)) * num_q_heads + head_of(r)) * value_dim;
-        const float factor = work.sums[r] > 0.0f ? 1.0f / work.sums[r] : 0.0f;
+        const float factor = work.sums[r] == 0.0f ? 0.0f : 1.0f / work.sums[r];  // NaN stays visible
         const float* const row = mixed + r * padded_value_dim;
         for (std::int64_t d = 0; d < value_dim; ++d) narrow(row[d] * factor, target + d);
     }

@@ -25,6 +25,7 @@ from sequoia_kernels.ops import (
     verify_tree,
     warped_logsumexp,
 )
+from sequoia_kernels.ops.tree_attention.op import num_tree_slots
 
 _host = pytest.importorskip("sequoia_kernels._host", reason="the C++ module sequoia_kernels._host is not built")
 
@@ -333,7 +334,7 @@ def test_dense_masks_show_each_row_its_slots(cache_lens, window):
         pack([[0], [0]]),
     ]
     for mask in masks:
-        num_slots = max(cache_lens) + _host.tree_mask_slots(mask.numpy().tobytes(), mask.shape[-1])
+        num_slots = max(cache_lens) + max(num_tree_slots(mask.numpy(), len(cache_lens)))
         for dtype, code in [*ELEMENT_TYPES.items(), (torch.bool, BOOLEAN)]:
             out, flags, expected = _expanded(mask, cache_lens, window, num_slots, code, dtype)
             wanted = torch.zeros(out.shape, dtype=dtype).masked_fill_(~expected, -math.inf)
@@ -342,8 +343,11 @@ def test_dense_masks_show_each_row_its_slots(cache_lens, window):
 
 
 @pytest.mark.parametrize("rows, expected", [([[]], 0), ([[0]], 1), ([[0, 31], [2]], 32), ([[0], [0, 32]], 33)])
-def test_tree_mask_slots_finds_the_highest_bit(rows, expected):
-    assert _host.tree_mask_slots(pack(rows, num_words=3).numpy().tobytes(), 3) == expected
+def test_tree_slots_end_at_the_highest_bit(rows, expected):
+    mask = pack(rows, num_words=3)
+    assert num_tree_slots(mask.numpy(), 2) == [expected, expected]
+    of_each = torch.stack([torch.zeros_like(mask), mask])
+    assert num_tree_slots(of_each.numpy(), 2) == [0, expected]
 
 
 def test_masks_of_a_wrong_size_are_refused():

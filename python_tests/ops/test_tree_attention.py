@@ -290,15 +290,65 @@ def test_paged_equals_contiguous(backend, page_size, dtype):
     inputs = random_tree_inputs(cache_lens=(21, 0, 44), dtype=dtype)
     k_pages, block_table = paged(inputs.k_cache, page_size)
     v_pages, _ = paged(inputs.v_cache, page_size)
-    # Entries behind the last row in use may be anything.
-    used_pages = -(-(44 + 9) // page_size)
-    block_table[:, used_pages:] = -5
+    # Entries behind a request's last row in use may be anything.
+    for request, cache_len in enumerate(inputs.cache_lens.tolist()):
+        unused = block_table[request, -(-(cache_len + 9) // page_size) :]
+        unused[:] = torch.tensor([10**9, -1])[torch.arange(len(unused)) % 2]
     for options in ({}, {"sliding_window": 7, "softcap": 2.0}):
         expected = reference(inputs, **options).out
         pages = inputs._replace(k_cache=k_pages, v_cache=v_pages)
         with Unchanged(*pages, block_table):
             result = attend(backend, *pages, block_table=block_table, **options)
         assert_close(result.out, expected, ATTENTION, dtype)
+
+
+@pytest.mark.parametrize("unused", [-1, 10**9])
+def test_a_request_uses_the_pages_of_its_own_tree_only(backend, unused):
+    """Trees of different sizes, each ending at the last row of a page; the other requests' pages do not exist here."""
+    trees = [tree_parents(RANDOM, num_nodes, seed=num_nodes) for num_nodes in (1, 33, 9, 40)]
+    masks = torch.stack([pack_tree(parents, nodes=[0, len(parents) - 1], num_words=2) for parents in trees])
+    cache_lens = [7, 7, 0, 24]
+    inputs = attention_inputs(masks, cache_lens, num_slots=64)
+    k_pages, block_table = paged(inputs.k_cache, 8)
+    v_pages, _ = paged(inputs.v_cache, 8)
+    for request, (cache_len, parents) in enumerate(zip(cache_lens, trees)):
+        block_table[request, -(-(cache_len + len(parents)) // 8) :] = unused
+    for options in ({}, {"sliding_window": 5}):
+        result = attend(backend, *inputs._replace(k_cache=k_pages, v_cache=v_pages), block_table=block_table, **options)
+        assert_close(result.out, reference(inputs, **options).out, ATTENTION, torch.float32)
+
+
+def test_a_request_is_as_long_as_its_own_tree_asks_for(backend):
+    """The last request has room for one row, and its tree has one; another one's has forty."""
+    masks = torch.stack([pack_tree(tree_parents(RANDOM, 40, seed=3), nodes=[39]), pack([[0]], num_words=2)])
+    check(backend, attention_inputs(masks, [2, 49], num_slots=50))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [1e-18, 300.0, 1e6, 1e18])
+def test_narrow_and_wide_softcaps(backend, softcap, dtype):
+    check(backend, random_tree_inputs(dtype=dtype), softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_rows_of_nan_stay_nan_and_among_themselves(backend, softcap, with_sinks):
+    """A query of NaN makes its own output and log-sum-exp NaN, unless its row sees nothing."""
+    mask = pack([[0], [0, 1], [0, 2], []], num_words=1)
+    inputs = attention_inputs(mask, [9, 0], num_slots=12)
+    sinks = torch.tensor([0.0, 5.0, -3.0, -INF]) if with_sinks else None
+    expected = reference(inputs, softcap=softcap, sinks=sinks)
+    inputs.q[:, 1] = NAN
+    inputs.q[0, 2, 3] = NAN
+    inputs.q[1, 3] = NAN  # sees nothing
+    want_lse = backend.name != "sdpa"
+    result = attend(backend, *inputs, softcap=softcap, sinks=sinks, return_lse=want_lse)
+    for buffer in (expected.out, expected.lse):
+        buffer[:, 1] = NAN
+        buffer[0, 2, 3] = NAN
+    torch.testing.assert_close(result.out.double(), expected.out, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if want_lse:
+        torch.testing.assert_close(result.lse.double(), expected.lse, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -633,6 +683,16 @@ def refused(**changes):
         ({"v_scale": "0.5"}, "v_scale must be a number or a tensor"),
         ({"out": torch.empty(GOOD.q.shape, dtype=torch.float64)}, "out must have dtype float32, got float64"),
         ({"out": (1, 2)}, "out must be a tensor, got int"),
+        ({"scale": "1"}, "scale must be a number, got str"),
+        ({"scale": True}, "scale must be a number, got bool"),
+        ({"softcap": [1.0]}, "softcap must be a number, got list"),
+        ({"softcap": torch.tensor(1.0)}, "softcap must be a number, got Tensor"),
+        ({"sliding_window": 3.0}, "sliding_window must be an integer, got float"),
+        ({"sliding_window": True}, "sliding_window must be an integer, got bool"),
+        ({"sinks": [0.0] * 4}, "sinks must be a tensor, got list"),
+        ({"block_table": [[0]]}, "block_table must be a tensor, got list"),
+        ({"return_lse": 1}, "return_lse must be a bool, got int"),
+        ({"backend": None}, "backend must be a string, got NoneType"),
         ({"out": torch.empty(GOOD.q.shape), "return_lse": True}, "out must be a TreeAttentionOutput of two tensors"),
     ],
 )
@@ -661,11 +721,29 @@ def test_wrong_types(changes, message):
         ({"cache_lens": GOOD.cache_lens - 6}, r"cache_lens must not be negative, got \[15, -1\]"),
         ({"cache_lens": GOOD.cache_lens + 30}, "cache_lens must leave room for 9 tree rows in a cache of 56 slots"),
         ({"cache_lens": GOOD.cache_lens.to("meta")}, "cache_lens must be on cpu, got meta"),
-        ({"scale": NAN}, "scale must be finite, got nan"),
-        ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
-        ({"softcap": -1.0}, "softcap must be positive and finite"),
-        ({"softcap": NAN}, "softcap must be positive and finite"),
+        ({"q": GOOD.q[:, :, :0]}, r"q must have at least one head and one dimension, got \[2, 9, 0, 32\]"),
+        ({"q": GOOD.q[..., :0], "k_cache": GOOD.k_cache[..., :0]}, "q must have at least one head and one dimension"),
+        ({"q": GOOD.q[:0, :, :0], "cache_lens": GOOD.cache_lens[:0]}, "k_cache must have shape"),
+        (
+            {"k_cache": GOOD.k_cache[:, :, :0], "v_cache": GOOD.v_cache[:, :, :0]},
+            "k_cache must have a number of kv heads",
+        ),
+        (
+            {"k_cache": GOOD.k_cache[:, :0], "v_cache": GOOD.v_cache[:, :0]},
+            "v_cache must have at least one slot and one",
+        ),
+        ({"v_cache": GOOD.v_cache[..., :0]}, "v_cache must have at least one slot and one dimension"),
+        ({"scale": NAN}, "scale must be from -1e18 to 1e18, got nan"),
+        ({"scale": 1e39}, "scale must be from -1e18 to 1e18, got 1e"),
+        ({"scale": 10**400}, "scale must fit into float32, got a number beyond float64"),
+        ({"softcap": 0.0}, "softcap must be from 1e-18 to 1e18, got 0.0"),
+        ({"softcap": -1.0}, "softcap must be from 1e-18 to 1e18"),
+        ({"softcap": NAN}, "softcap must be from 1e-18 to 1e18"),
+        ({"softcap": 1e39}, "softcap must be from 1e-18 to 1e18, got 1e"),
+        ({"softcap": 1e-46}, "softcap must be from 1e-18 to 1e18, got 1e-46"),
         ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ({"sliding_window": 2**63}, "sliding_window must fit into int64, got 9223372036854775808"),
+        ({"sliding_window": -(10**5000)}, "sliding_window must fit into int64, got an integer of 16610 bits"),
         ({"sinks": torch.zeros(2)}, r"sinks must have shape \[q heads\] = \[4\], got \[2\]"),
         ({"block_table": PAGE_TABLE, "k_cache": PAGES}, "v_cache must have shape"),
         (
@@ -702,3 +780,22 @@ def test_a_refused_call_leaves_the_buffers_as_they_were(backend):
             backend(*arguments, **options, return_lse=True, out=buffers, raw=True)
     out.check_untouched()
     lse.check_untouched()
+
+
+def test_buffers_that_share_memory_are_refused(backend):
+    inputs = AttentionInputs(*(tensor.to(backend.device) for tensor in GOOD))
+    storage = torch.zeros(2, 9, 4, 33, device=backend.device)
+    lse = torch.zeros(2, 9, 4, device=backend.device)
+    cases = [
+        (TreeAttentionOutput(storage[..., :32], storage[..., 31]), "out.* must share no memory with out"),
+        (TreeAttentionOutput(inputs.q, lse), "out must share no memory with q"),
+        (TreeAttentionOutput(inputs.k_cache[:, 3:12, :1].expand(2, 9, 4, 32), lse), "out must have memory of its own"),
+        (TreeAttentionOutput(storage[..., :32], inputs.v_cache[:, :9, :, 0].repeat(1, 1, 2)), None),
+        (TreeAttentionOutput(storage[..., :32], storage[..., 32]), None),  # side by side
+    ]
+    for buffers, message in cases:
+        if message is None:
+            backend(*inputs, return_lse=True, out=buffers, raw=True)
+            continue
+        with Unchanged(*inputs, storage), pytest.raises(ValueError, match=f"^tree_attention: {message}"):
+            backend(*inputs, return_lse=True, out=buffers, raw=True)

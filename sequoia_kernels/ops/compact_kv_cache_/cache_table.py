@@ -36,7 +36,7 @@ class CacheTable:
 
     Raises:
         TypeError: something is not a tensor.
-        ValueError: a wrong shape, layout or device, or caches that disagree on B or on the page size.
+        ValueError: a wrong shape, layout or device, caches that disagree on B or on the page size or share memory.
 
     Example:
         >>> table = CacheTable([torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2, 4)])
@@ -47,9 +47,14 @@ class CacheTable:
     __slots__ = ("address_sum", "caches", "entries", "max_row_bytes", "num_slots", "paged")
 
     def __init__(self, caches: Sequence[Tensor], *, paged: bool = False) -> None:
+        if not isinstance(caches, (list, tuple)):
+            raise TypeError(f"CacheTable: caches must be a list of tensors, got {type(caches).__name__}")
+        if not isinstance(paged, bool):
+            raise TypeError(f"CacheTable: paged must be a bool, got {type(paged).__name__}")
         self.caches = tuple(caches)
         self.paged = paged
         check_caches("CacheTable", self.caches, paged)
+        checks.check_memory("CacheTable", named(self.caches), {})
         self.entries = cache_entries(self.caches, paged)
         self.address_sum = sum_of_addresses(self.caches)
         self.max_row_bytes = max_row_bytes(self.caches)
@@ -75,6 +80,11 @@ def check_caches(op: str, caches: Sequence[Tensor], paged: bool) -> None:
         if cache.shape[shared_dim] != caches[0].shape[shared_dim]:
             rule = f"have the {'page size' if paged else 'batch'} {caches[0].shape[shared_dim]} of caches[0]"
             checks.fail_range(op, name, rule, checks.shape_text(cache.shape))
+
+
+def named(caches: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """The caches by the names that messages give them."""
+    return {f"caches[{index}]": cache for index, cache in enumerate(caches)}
 
 
 def cache_entries(caches: Sequence[Tensor], paged: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sequoia_kernels import backends, checks
 
-from .cache_table import CacheTable, check_caches, max_row_bytes, num_slots, sum_of_addresses
+from .cache_table import CacheTable, check_caches, max_row_bytes, named, num_slots, sum_of_addresses
 
 OP = "compact_kv_cache_"
 
@@ -47,8 +47,9 @@ def compact_kv_cache_(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, layout or device; on CPU tensors also paths that do not increase, counts outside
-            0..L, and rows or pages outside the cache. Nothing has been written then.
+        ValueError: a wrong shape, layout or device, or what is written shares memory with another argument; on CPU
+            tensors also paths that do not increase, counts outside 0..L, and rows or pages outside the cache. Nothing
+            has been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
@@ -67,7 +68,10 @@ def compact_kv_cache_(
         ([0.0, 1.0, 2.0, 4.0, 4.0, 5.0], [4])
     """
     checks.check_tensors(OP, accepted_nodes=accepted_nodes, num_accepted=num_accepted, cache_lens=cache_lens)
+    checks.check_options(OP, backend)
     paged = block_table is not None
+    if paged:
+        checks.check_tensor(OP, "block_table", block_table)
     if isinstance(caches, CacheTable):
         if caches.paged != paged:
             kind = "CacheTable(..., paged=True) with" if paged else "CacheTable(..., paged=False) without"
@@ -98,6 +102,11 @@ def _run(
     if entries is not None and sum_of_addresses(caches) != address_sum:
         entries = None
     _check_structure(caches, accepted_nodes, num_accepted, cache_lens, block_table, entries)
+    written: dict[str, Tensor | None] = {"cache_lens": cache_lens}
+    if entries is None:
+        written |= named(caches)  # a table's were looked at when it was built
+    given = {"accepted_nodes": accepted_nodes, "num_accepted": num_accepted, "block_table": block_table}
+    checks.check_memory(OP, written, given)
     if entries is None:
         paged = block_table is not None
         row_bytes, slots = max_row_bytes(caches), num_slots(caches, paged)

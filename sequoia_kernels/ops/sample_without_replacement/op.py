@@ -53,7 +53,8 @@ def sample_without_replacement(
             float32.
         seeds: the request's random stream. Integer, or [R] int64.
         offsets: position in that stream. A pair of seed and offset must not be used twice. Integer, or [R] int64.
-        out: buffers to write into instead of new ones, of the shapes and dtypes of SampledTokens, strided at will.
+        out: buffers to write into instead of new ones, of the shapes and dtypes of SampledTokens, strided at will. They
+            share no memory with one another or an input.
         backend: name of a backend, or "auto".
         debug: check values on a GPU too, which waits for it.
 
@@ -84,10 +85,12 @@ def sample_without_replacement(
     """
     checks.check_tensor(_OP, "logits", logits)
     checks.check_rows(_OP, "logits", logits, "rows, vocab")
-    if not isinstance(num_samples, (int, torch.SymInt)) or isinstance(num_samples, bool):
-        raise TypeError(f"{_OP}: num_samples must be an integer, got {type(num_samples).__name__}")
+    checks.check_options(_OP, backend, debug=debug)
+    num_samples = checks.whole_number(_OP, "num_samples", num_samples, torch.int64)
     num_rows, device = logits.shape[0], logits.device
-    temperature = checks.row_values(_OP, "temperature", temperature, num_rows, torch.float32, device)
+    temperature = checks.row_values(
+        _OP, "temperature", temperature, num_rows, torch.float32, device, rule=checks.TEMPERATURE
+    )
     seeds = checks.row_values(_OP, "seeds", seeds, num_rows, torch.int64, device)
     offsets = checks.row_values(_OP, "offsets", offsets, num_rows, torch.int64, device)
     inputs = (logits, num_samples, temperature, seeds, offsets, debug, backend)
@@ -114,6 +117,12 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     inputs = (logits, num_samples, temperature, seeds, offsets)
     _check_structure(*inputs, tokens, log_normaliser)
+    if tokens is not None:
+        checks.check_memory(
+            _OP,
+            {"out.tokens": tokens, "out.log_normaliser": log_normaliser},
+            {"logits": logits, "temperature": temperature, "seeds": seeds, "offsets": offsets},
+        )
     chosen = backends.choose(_OP, backend, logits.device.type, inputs)
     if debug or (logits.is_cpu and not chosen.checks_values):
         checks.check_temperature_values(_OP, temperature)

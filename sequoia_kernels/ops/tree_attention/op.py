@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,10 @@ OP = "tree_attention"
 
 MAX_ROWS = 1024
 """query rows of one call; a longer prompt comes in chunks"""
+
+# Their quotient, times 2^8 for some float8 caches, is still a float32.
+_SCALE = checks.Rule("be from -1e18 to 1e18", lambda value: -1e18 <= value <= 1e18)
+_SOFTCAP = checks.Rule("be from 1e-18 to 1e18", lambda value: 1e-18 <= value <= 1e18)
 
 
 class TreeAttentionOutput(NamedTuple):
@@ -61,8 +64,8 @@ def tree_attention(
         tree_mask: which tree slots a row sees: bit j % 32 of word j // 32. [N, W], or [B, N, W] for a tree a request;
             int32, contiguous, W from 1 to 32.
         cache_lens: committed rows of each request. [B], int32, contiguous.
-        scale: factor of q . k; None means D ** -0.5.
-        softcap: c > 0 turns a score into c * tanh(score / c); None is off.
+        scale: factor of q . k, at most 1e18 in size; None means D ** -0.5.
+        softcap: c from 1e-18 to 1e18 turns a score into c * tanh(score / c); None is off.
         sliding_window: w >= 1; a row sees what lies less than w positions back, itself included. By depth, not by slot.
             None is off.
         sinks: a logit a query head that joins the softmax's denominator and nothing else. [Hq], float32 or dtype of q.
@@ -71,7 +74,8 @@ def tree_attention(
         k_scale: what a float8 key is multiplied by. A number or [Hkv] float32; float8 caches only.
         v_scale: likewise for values.
         return_lse: also return the log-sum-exp.
-        out: buffer for the output, or a TreeAttentionOutput of both buffers.
+        out: buffer for the output, or a TreeAttentionOutput of both buffers. They share no memory with one another or
+            an input.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -102,9 +106,19 @@ def tree_attention(
     direct = backends.runs_directly(*tensors)
     if not direct:
         checks.check_tensors(OP, q=q, k_cache=k_cache, v_cache=v_cache, tree_mask=tree_mask, cache_lens=cache_lens)
+    checks.check_options(OP, backend, return_lse=return_lse)
     if scale is None:
         checks.check_rows(OP, "q", q, "batch, nodes, q heads, head dim")
-        scale = q.shape[3] ** -0.5
+        scale = max(q.shape[3], 1) ** -0.5
+    else:
+        scale = checks.real_number(OP, "scale", scale, _SCALE)
+    if softcap is not None:
+        softcap = checks.real_number(OP, "softcap", softcap, _SOFTCAP)
+    if sliding_window is not None:
+        sliding_window = checks.whole_number(OP, "sliding_window", sliding_window, torch.int64)
+    for name, tensor in (("sinks", sinks), ("block_table", block_table)):
+        if tensor is not None:
+            checks.check_tensor(OP, name, tensor)
     if k_scale is not None:
         k_scale = _head_scales("k_scale", k_scale, k_cache)
     if v_scale is not None:
@@ -112,17 +126,13 @@ def tree_attention(
     inputs = (*tensors, scale, softcap, sliding_window, sinks, block_table)
     if out is None:
         # A decoding step of a small model comes here once a layer, and torch's dispatcher would cost it more than the
-        # attention. It is left out where it has nothing to do; it also vouches for the types of the other arguments.
+        # attention. It is left out where it has nothing to do.
         if (
             direct
-            and type(scale) is float
-            and (softcap is None or type(softcap) is float)
-            and (sliding_window is None or type(sliding_window) is int)
             and (sinks is None or backends.runs_directly(sinks))
             and block_table is None
             and k_scale is None
             and v_scale is None
-            and type(backend) is str
         ):
             result = _dispatch(*inputs, None, None, backend, return_lse=return_lse, out=None, lse=None)
             return TreeAttentionOutput._make(result)
@@ -203,6 +213,10 @@ def _dispatch(
         _check_inputs(*inputs[:-1])
     if out is not None:
         _check_outputs(q, v_cache, out, lse)
+        given: dict[str, Tensor | None] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "tree_mask": tree_mask}
+        given |= {"cache_lens": cache_lens, "sinks": sinks, "block_table": block_table}
+        given |= {"k_scale": k_scale, "v_scale": v_scale}
+        checks.check_memory(OP, {"out": out, "out.lse": lse}, given)
     if chosen is None:
         if q.shape[0] == 0:
             return _new_outputs(q, v_cache, return_lse) if out is None else (out, lse)
@@ -293,11 +307,14 @@ def _check_inputs(
         checks.check_shape(OP, "k_cache", k_cache, expected, legend)
     if v_cache.shape[:3] != k_cache.shape[:3]:
         checks.check_shape(OP, "v_cache", v_cache, (*k_cache.shape[:3], v_cache.shape[3]), legend)
+    if num_q_heads == 0 or head_dim == 0:
+        checks.fail_range(OP, "q", "have at least one head and one dimension", checks.shape_text(q.shape))
     if num_kv_heads == 0 or num_q_heads % num_kv_heads:
         rule = f"have a number of kv heads that divides q's {num_q_heads} heads"
         checks.fail_range(OP, "k_cache", rule, num_kv_heads)
-    if num_blocks * block_len * head_dim * v_cache.shape[3] == 0 and batch_size:
-        checks.fail_range(OP, "k_cache and v_cache", "have at least one slot and one dimension", k_cache.shape)
+    if v_cache.numel() == 0 and (batch_size or v_cache.shape[3] == 0):
+        rule = "have at least one slot and one dimension"
+        checks.fail_range(OP, "v_cache", rule, checks.shape_text(v_cache.shape))
 
     if tree_mask.dtype is not torch.int32:
         checks.check_dtype(OP, "tree_mask", tree_mask, torch.int32)
@@ -319,10 +336,10 @@ def _check_inputs(
         for name, tensor in others.items():
             checks.check_device(OP, name, tensor, device)
 
-    if not math.isfinite(scale):
-        checks.fail_range(OP, "scale", "be finite", scale)
-    if softcap is not None and not 0 < softcap < math.inf:
-        checks.fail_range(OP, "softcap", "be positive and finite", softcap)
+    if not _SCALE.holds(scale):
+        checks.fail_range(OP, "scale", _SCALE.text, scale)
+    if softcap is not None and not _SOFTCAP.holds(softcap):
+        checks.fail_range(OP, "softcap", _SOFTCAP.text, softcap)
     if sliding_window is not None and sliding_window < 1:
         checks.fail_range(OP, "sliding_window", "be at least 1", sliding_window)
     if sinks is not None:
@@ -354,32 +371,30 @@ def _check_outputs(q: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None) 
 
 def check_values(k_cache: Tensor, tree_mask: Tensor, cache_lens: Tensor, block_table: Tensor | None) -> None:
     """Every row that a request may look at lies inside the cache. CPU tensors only."""
-    lens = cache_lens.tolist()
-    longest = max(lens)
-    num_slots = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
+    lens, page_size = cache_lens.tolist(), k_cache.shape[1]
+    num_slots = page_size if block_table is None else block_table.shape[1] * page_size
     if min(lens) < 0:
         checks.fail_range(OP, "cache_lens", "not be negative", lens)
     # Usually there is room for every slot that the mask can name, and its bits need not be read.
-    if (
-        longest + 32 * tree_mask.shape[-1] > num_slots
-        and longest + (tree_slots := num_tree_slots(tree_mask)) > num_slots
-    ):
-        rule = f"leave room for {tree_slots} tree rows in a cache of {num_slots} slots"
-        checks.fail_range(OP, "cache_lens", rule, lens)
-    if block_table is not None:
-        page_size = k_cache.shape[1]
-        tree_slots = num_tree_slots(tree_mask)
-        for cache_len, pages in zip(lens, block_table.tolist()):
-            used = pages[: -(-(cache_len + tree_slots) // page_size)]
-            if used and not (min(used) >= 0 and max(used) < k_cache.shape[0]):
-                checks.fail_range(OP, "block_table", f"name pages from 0 to {k_cache.shape[0] - 1}", used)
+    if block_table is None and max(lens) + 32 * tree_mask.shape[-1] <= num_slots:
+        return
+    tree_slots = num_tree_slots(tree_mask.numpy(), len(lens))
+    pages = None if block_table is None else block_table.tolist()
+    for request, (cache_len, count) in enumerate(zip(lens, tree_slots)):
+        if cache_len + count > num_slots:
+            rule = f"leave room for {count} tree rows in a cache of {num_slots} slots"
+            checks.fail_range(OP, "cache_lens", rule, f"{cache_len} for request {request}")
+        used = [] if pages is None else pages[request][: -(-(cache_len + count) // page_size)]
+        if used and not (min(used) >= 0 and max(used) < k_cache.shape[0]):
+            rule = f"name pages from 0 to {k_cache.shape[0] - 1}"
+            checks.fail_range(OP, "block_table", rule, f"{used} for request {request}")
 
 
-def num_tree_slots(tree_mask: Tensor) -> int:
-    """One more than the highest tree slot that any row of a CPU mask names."""
-    words = np.bitwise_or.reduce(tree_mask.numpy().reshape(-1, tree_mask.shape[-1]), axis=0)
-    used = [index for index, word in enumerate(words.tolist()) if word]
-    return 32 * used[-1] + (words.tolist()[used[-1]] & 0xFFFFFFFF).bit_length() if used else 0
+def num_tree_slots(words: np.ndarray, batch_size: int) -> list[int]:
+    """One more than the highest tree slot that any row of each request's mask names. words: [N, W] or [B, N, W]."""
+    unions = np.bitwise_or.reduce(words, axis=-2).reshape(-1, words.shape[-1])
+    slots = [int.from_bytes(union.astype("<i4").tobytes(), "little").bit_length() for union in unions]
+    return slots if words.ndim == 3 else slots * batch_size
 
 
 backends.register_room(OP, package=__package__)

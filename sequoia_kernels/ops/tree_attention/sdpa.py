@@ -7,7 +7,8 @@ On other devices the lengths are not known without a sync, so the mask covers th
 sees are blanked in a copy: a path for checks, not for speed.
 
 Numerics: as torch's kernel. It multiplies rows that nobody sees by a weight of zero, which would let NaN out of
-uninitialised cache rows; on a CPU a result that is not finite is therefore computed again from blanked copies.
+uninitialised cache rows; on a CPU a result that is not finite is therefore computed again from blanked copies. A query
+of NaN whose row sees nothing would give NaN, too; such rows are set to 0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,9 +97,11 @@ def run(
         num_slots, additive, has_unseen_slots = masks(tree_mask.numpy().tobytes(), shape, lens, sliding_window, q.dtype)
         k_cache, v_cache = k_cache[:, :num_slots], v_cache[:, :num_slots]
         result = _attend(q, k_cache, v_cache, additive, scale)
-        if has_unseen_slots and not math.isfinite(float(result.sum())):
+        if additive is not None and not math.isfinite(float(result.sum())):
             visible = visible_slots(tree_mask, cache_lens, num_slots, sliding_window)
-            result = _attend(q, *_blanked(k_cache, v_cache, visible), additive, scale)
+            if has_unseen_slots:
+                result = _attend(q, *_blanked(k_cache, v_cache, visible), additive, scale)
+            result = result.masked_fill(~visible.any(dim=-1)[:, :, None, None], 0)
     else:
         visible = visible_slots(tree_mask, cache_lens, k_cache.shape[1], sliding_window)
         additive = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
@@ -141,18 +145,17 @@ def dense_mask(
         dtype: of the additive mask.
     """
     num_rows, num_words = shape[-2:]
-    longest = max(cache_lens)
-    if len(shape) == 2 and min(cache_lens) == longest:
+    if len(shape) == 2 and min(cache_lens) == max(cache_lens):
         cache_lens = cache_lens[:1]  # one mask for all requests
+    words = np.frombuffer(packed, dtype=np.int32).reshape(shape)
+    tree_slots = num_tree_slots(words, len(cache_lens))
+    # the kernel wants a slot to look at, even if nobody sees it
+    num_slots = max(1, *(cache_len + count for cache_len, count in zip(cache_lens, tree_slots)))
     if _host is None:
-        words = torch.frombuffer(bytearray(packed), dtype=torch.int32).reshape(shape)
-        # the kernel wants a slot to look at, even if nobody sees it
-        num_slots = max(longest + num_tree_slots(words), 1)
-        visible = visible_slots(words, torch.tensor(cache_lens), num_slots, sliding_window)
+        visible = visible_slots(torch.from_numpy(words.copy()), torch.tensor(cache_lens), num_slots, sliding_window)
         all_seen, has_unseen_slots = bool(visible.all()), not bool(visible.any(dim=1).all())
         additive = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
     else:
-        num_slots = max(longest + _host.tree_mask_slots(packed, num_words), 1)
         additive = torch.empty((len(cache_lens), 1, num_rows, num_slots), dtype=dtype)
         all_seen, has_unseen_slots = _host.expand_tree_mask(
             packed,

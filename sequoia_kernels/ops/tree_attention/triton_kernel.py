@@ -376,7 +376,10 @@ def run(
     # The exponent's scale must be positive, since it also multiplies maxima; what may not be goes into the scores.
     prescaled = softcap is not None or fp8 or scale <= 0
     exponent_scale = _LOG2_E if prescaled else scale * _LOG2_E
+    softcap_kind = 0
     if softcap is not None:
+        # The fast tanh errs by 1e-7 of the soft-cap, which a wide one makes felt.
+        softcap_kind = 2 if q.dtype == torch.float32 or softcap > 100 else 1
         score_scale, exponent_scale = score_scale / softcap, softcap * _LOG2_E
 
     mask_words = tree_mask.shape[-1]
@@ -394,12 +397,12 @@ def run(
             block_table.shape[1] if block_table is not None else 0,
             sinks.stride(0) if sinks is not None else 0,
             *_strides(out), *lse_strides,
-            score_scale, exponent_scale, output_scale, sliding_window or 0,
+            score_scale, exponent_scale, output_scale, min(sliding_window or 0, 2**31 - 1),
             SPLIT=num_splits > 1,
             PAGE_SIZE=k_cache.shape[1] if block_table is not None else 0,
             SLIDING=sliding_window is not None,
             PRESCALED=prescaled,
-            SOFTCAP=softcap is not None,
+            SOFTCAP=softcap_kind,
             KEY_SCALED=k_scale is not None,
             VALUE_SCALED=v_scale is not None,
             HAS_SINKS=sinks is not None,

@@ -33,6 +33,13 @@ def _popcount(words):  # int32; every shift is masked, so the sign bit may trave
 
 
 @triton.jit
+def _bit_length(words):  # uint32; 0 of 0
+    for step in tl.static_range(5):
+        words |= words >> (1 << step)
+    return _popcount(words.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _nth_set_bit(words, rank):  # index of the set bit with `rank` set bits below it, by halving
     index = tl.zeros_like(words)
     for step in tl.static_range(5):
@@ -256,8 +263,8 @@ def _attend_tile(
     )  # fmt: skip
     if PRESCALED:
         scores *= score_scale
-    if SOFTCAP:
-        scores = _tanh(scores, dtype == tl.float32)
+    if SOFTCAP > 0:
+        scores = _tanh(scores, SOFTCAP == 2)
     if MASKED:
         is_visible, is_seen = _tile_visibility(
             tile_start, mask_row_ptrs, row_is_real, first_visible, cache_len, num_words,
@@ -355,7 +362,7 @@ def tree_attention_kernel(
     PAGE_SIZE: tl.constexpr,  # 0 if the cache is not paged
     SLIDING: tl.constexpr,
     PRESCALED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    SOFTCAP: tl.constexpr,  # 0: none, 1: fast, 2: precise near 0
     KEY_SCALED: tl.constexpr,
     VALUE_SCALED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -401,7 +408,9 @@ def tree_attention_kernel(
         mask=row_is_real[:, None] & (word_ids[None, :] < num_words),
         other=0,
     )
-    tree_end = tl.max(tl.max(tl.where(words != 0, (word_ids[None, :] + 1) * 32, 0), 1), 0)
+    # Up to the highest bit: the slots behind it may lie on pages that do not exist.
+    word_ends = word_ids * 32 + _bit_length(tl.reduce(words, 0, _bitwise_or).to(tl.uint32, bitcast=True))
+    tree_end = tl.max(tl.where(word_ends > word_ids * 32, word_ends, 0), 0)
     end_slot = tl.minimum(cache_len + tree_end, max_slots)
     num_tiles = tl.cdiv(end_slot, BLOCK_SLOTS)
     first_tile = 0

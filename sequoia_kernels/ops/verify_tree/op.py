@@ -66,7 +66,8 @@ def verify_tree(
         top_k: the target is cut to its most probable tokens first; below 1 or from vocab on is off. Integer, or [B]
             int32.
         top_p: then to the smallest set of most probable tokens that holds this mass. Number, or [B] float32. In (0, 1].
-        out: buffers to write into instead of new ones, of the shapes and dtypes of VerifiedPath, strided at will.
+        out: buffers to write into instead of new ones, of the shapes and dtypes of VerifiedPath, strided at will. They
+            share no memory with one another or an input.
         backend: name of a backend, or "auto".
         debug: check values on a GPU too, which waits for it.
 
@@ -104,14 +105,17 @@ def verify_tree(
     checks.check_tensor(_OP, "target_logits", target_logits)
     if draft_logits is not None:
         checks.check_tensor(_OP, "draft_logits", draft_logits)
+    checks.check_options(_OP, backend, debug=debug)
     batch_size, device = tokens.shape[0], tokens.device
-    temperature = checks.row_values(_OP, "temperature", temperature, batch_size, torch.float32, device, "batch")
+    temperature = checks.row_values(
+        _OP, "temperature", temperature, batch_size, torch.float32, device, "batch", checks.TEMPERATURE
+    )
     seeds = checks.row_values(_OP, "seeds", seeds, batch_size, torch.int64, device, "batch")
     offsets = checks.row_values(_OP, "offsets", offsets, batch_size, torch.int64, device, "batch")
     if top_k is not None:
         top_k = checks.row_values(_OP, "top_k", top_k, batch_size, torch.int32, device, "batch")
     if top_p is not None:
-        top_p = checks.row_values(_OP, "top_p", top_p, batch_size, torch.float32, device, "batch")
+        top_p = checks.row_values(_OP, "top_p", top_p, batch_size, torch.float32, device, "batch", checks.TOP_P)
     if tree.num_nodes > MAX_NODES:
         checks.fail_range(_OP, "tree", f"have at most {MAX_NODES} nodes", tree.num_nodes)
     topology = tree.tensors(device)
@@ -176,6 +180,12 @@ def _run(
     )
     outputs = (nodes, num_accepted, next_token)
     _check_structure(*inputs, *outputs)
+    if nodes is not None:
+        given = {"tokens": tokens, "target_logits": target_logits, "draft_logits": draft_logits}
+        given |= {"first_child": first_child, "num_children": num_children, "temperature": temperature}
+        given |= {"seeds": seeds, "offsets": offsets, "top_k": top_k, "top_p": top_p}
+        buffers = {f"out.{name}": buffer for name, buffer in zip(VerifiedPath._fields, outputs)}
+        checks.check_memory(_OP, buffers, given)
     chosen = backends.choose(_OP, backend, tokens.device.type, inputs)
     if debug or (tokens.is_cpu and not chosen.checks_values):
         _check_values(tokens, target_logits, draft_logits, num_children, temperature, top_p)

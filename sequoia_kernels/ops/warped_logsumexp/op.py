@@ -43,7 +43,7 @@ def warped_logsumexp(
             logit.
         top_k: a number or [R] int32; tokens to keep. None, 0 or less, and V or more keep all.
         top_p: a number or [R] float32, in (0, 1]; probability to keep. None and 1 keep all.
-        out: buffers to write, of the shape and dtype of the result.
+        out: buffers to write, of the shape and dtype of the result; they share no memory with one another or an input.
         backend: "auto" or a backend's name.
         debug: check values on devices other than the CPU, too, which syncs with the host.
 
@@ -76,12 +76,15 @@ def warped_logsumexp(
     """
     checks.check_tensor(OP, "logits", logits)
     checks.check_rows(OP, "logits", logits, "rows, vocab")
+    checks.check_options(OP, backend, debug=debug)
     num_rows, device = logits.shape[0], logits.device
-    temperature = checks.row_values(OP, "temperature", temperature, num_rows, torch.float32, device)
+    temperature = checks.row_values(
+        OP, "temperature", temperature, num_rows, torch.float32, device, rule=checks.TEMPERATURE
+    )
     if top_k is not None:
         top_k = checks.row_values(OP, "top_k", top_k, num_rows, torch.int32, device)
     if top_p is not None:
-        top_p = checks.row_values(OP, "top_p", top_p, num_rows, torch.float32, device)
+        top_p = checks.row_values(OP, "top_p", top_p, num_rows, torch.float32, device, rule=checks.TOP_P)
     if out is None:
         return WarpedNormaliser(*_operator(logits, temperature, top_k, top_p, debug, backend))
     if not isinstance(out, tuple) or len(out) != 2:
@@ -107,6 +110,12 @@ def _run(
     cut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_structure(logits, temperature, top_k, top_p, log_normaliser, cut)
+    if log_normaliser is not None:
+        checks.check_memory(
+            OP,
+            {"out.log_normaliser": log_normaliser, "out.cut": cut},
+            {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+        )
     on_cpu = logits.is_cpu
     inputs = (logits, temperature, top_k, top_p)
     chosen = backends.choose(OP, backend, "cpu" if on_cpu else logits.device.type, inputs)

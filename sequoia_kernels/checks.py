@@ -252,7 +252,7 @@ def check_memory(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[
         open_spans = [other for other in open_spans if other[1] > span[0]]
         for other in open_spans:
             if (span[2] or other[2]) and _share_memory(span[4], other[4]):
-                output, second = (span, other) if span[2] else (other, span)
+                output, second = (other, span) if other[2] else (span, other)
                 fail_range(op, output[3], f"share no memory with {second[3]}", "buffers that overlap")
         open_spans.append(span)
 

@@ -354,9 +354,15 @@ WRONG_TYPES = [
     ({"num_accepted": torch.zeros(2)}, "num_accepted must have dtype int32, got float32"),
     ({"cache_lens": torch.zeros(2, dtype=torch.int64)}, "cache_lens must have dtype int32, got int64"),
     ({"block_table": torch.zeros(2, 3, dtype=torch.int64)}, "block_table must have dtype int32, got int64"),
+    ({"block_table": [[0], [1]]}, "block_table must be a tensor, got list"),
+    ({"backend": b"host"}, "backend must be a string, got bytes"),
 ]
 
+OVERLAPPING = torch.zeros(2, 12, 2, 6)
+
 WRONG_VALUES = [
+    ({"caches": [OVERLAPPING[..., :4], OVERLAPPING[..., 3:]]}, r"caches\[0\] must share no memory with caches\[1\]"),
+    ({"caches": [torch.zeros(1, 12, 2, 4).expand(2, 12, 2, 4)]}, r"caches\[0\] must have memory of its own for each"),
     ({"caches": [torch.zeros(2, 12, 8)]}, r"caches\[0\] must have shape \[batch, slots, heads, head dim\], got"),
     (
         {"caches": [torch.zeros(1, 12, 2, 4)]},
@@ -422,9 +428,25 @@ def test_wrong_values_leave_everything_as_it_was(backend, given_as, changes, mes
         compact_kv_cache_(**arguments)
 
 
+def test_lengths_that_share_memory_are_refused(backend):
+    arguments = {name: value for name, value in good().items() if name != "caches"}
+    caches = [cache.to(backend.device) for cache in good()["caches"]]
+    for name in ("accepted_nodes", "num_accepted", "block_table"):
+        moved = {other: value.to(backend.device) for other, value in arguments.items()}
+        moved["block_table"] = int32([[0], [1]]).to(backend.device) if name == "block_table" else None
+        moved["cache_lens"] = moved[name] if name == "num_accepted" else moved[name][:, 0]
+        with (
+            Unchanged(*caches, *moved.values()),
+            pytest.raises(ValueError, match="cache_lens must share no memory with"),
+        ):
+            backend(caches, **moved, raw=True)
+
+
 @pytest.mark.parametrize(
     ("caches", "paged", "message"),
     [
+        ([OVERLAPPING[..., :4], OVERLAPPING[..., 3:]], False, r"caches\[0\] must share no memory with caches\[1\]"),
+        ([OVERLAPPING, OVERLAPPING], True, "must share no memory with"),
         ([torch.zeros(2, 12, 8)], False, r"CacheTable: caches\[0\] must have shape \[batch, slots, heads, head dim\]"),
         ([torch.zeros(2, 12, 2, 4), torch.zeros(3, 12, 2, 4)], False, "must have the batch 2 of caches"),
         ([torch.zeros(2, 12, 2, 4), torch.zeros(2, 11, 2, 4)], True, "must have the page size 12 of caches"),
@@ -433,6 +455,16 @@ def test_wrong_values_leave_everything_as_it_was(backend, given_as, changes, mes
 def test_cache_table_refuses(caches, paged, message):
     with pytest.raises(ValueError, match=message):
         CacheTable(caches, paged=paged)
+
+
+def test_cache_table_refuses_wrong_types():
+    for arguments, message in (
+        ({"caches": OVERLAPPING}, "caches must be a list of tensors, got Tensor"),
+        ({"caches": None}, "caches must be a list of tensors, got NoneType"),
+        ({"caches": [OVERLAPPING], "paged": 1}, "paged must be a bool, got int"),
+    ):
+        with pytest.raises(TypeError, match=f"^CacheTable: {message}"):
+            CacheTable(**arguments)
 
 
 def test_a_table_of_the_other_kind_is_refused():

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from support.buffers import Unchanged
 from support.op_backends import op_backends
 from support.operators import check_fake_matches_real
 from support.tolerances import LOG_NORMALISER, assert_close
@@ -161,6 +162,21 @@ def test_out_is_written_and_nothing_beside_it(backend):
     assert bool((tokens[:, [0, 1, 6, 7]] == -77).all()) and bool((normalisers[:, 0] == -77).all())
 
 
+def test_buffers_that_share_memory_are_refused(backend):
+    device = backend.device
+    logits, seeds = _random_logits(3, 30).to(device), torch.arange(12, device=device).reshape(3, 4)
+    tokens, normalisers = torch.full((3, 4), -77, device=device), torch.full((3, 2), -77.0, device=device)
+    for out, message in (
+        ((tokens, tokens.view(torch.float32)[:, 3]), "out.tokens must share no memory with out.log_normaliser"),
+        ((tokens, logits[:, 7]), "out.log_normaliser must share no memory with logits"),
+        ((seeds, normalisers[:, 0]), "out.tokens must share no memory with seeds"),
+        ((tokens, normalisers[:1, 0].expand(3)), "out.log_normaliser must have memory of its own for each element"),
+        ((tokens[:1].expand(3, 4), normalisers[:, 0]), "out.tokens must have memory of its own for each element"),
+    ):
+        with Unchanged(logits, seeds, tokens, normalisers), pytest.raises(ValueError, match=message):
+            backend(logits, 4, 0.9, seeds[:, 1], 2, out=out, raw=True)
+
+
 def test_inputs_are_not_changed(backend):
     inputs = [
         tensor.to(backend.device)
@@ -213,9 +229,13 @@ LOGITS = torch.zeros(2, 5)
         (ValueError, r"logits must have at least one token, got \[2, 0\]", {"logits": LOGITS[:, :0]}),
         (TypeError, "num_samples must be an integer, got float", {"num_samples": 2.0}),
         (TypeError, "num_samples must be an integer, got bool", {"num_samples": True}),
+        (ValueError, "num_samples must fit into int64, got an integer of 1329 bits", {"num_samples": 10**400}),
         (ValueError, r"num_samples must be in 1..128, got 0", {"num_samples": 0}),
         (ValueError, r"num_samples must be in 1..128, got 129", {"num_samples": 129}),
         (TypeError, "temperature must be a number or a tensor", {"temperature": "hot"}),
+        (ValueError, "temperature must fit into float32, got 1e[+]39", {"temperature": 1e39}),
+        (ValueError, "temperature must fit into float32, got a number beyond float64", {"temperature": 10**400}),
+        (ValueError, "temperature must be 0 or a finite number of at least 1e-05, got 1e-46", {"temperature": 1e-46}),
         (TypeError, "temperature must have dtype float32, got float64", {"temperature": torch.ones(2).double()}),
         (ValueError, r"temperature must have shape \[rows\] = \[2\], got \[3\]", {"temperature": torch.ones(3)}),
         (TypeError, "seeds must be an integer or a tensor", {"seeds": 1.5}),
@@ -233,6 +253,8 @@ LOGITS = torch.zeros(2, 5)
             {"out": (torch.zeros(2, 3).long(), torch.zeros(2).double())},
         ),
         (ValueError, "backend must be one of auto, .*, got 'fastest'", {"backend": "fastest"}),
+        (TypeError, "backend must be a string, got int", {"backend": 3}),
+        (TypeError, "debug must be a bool, got str", {"debug": "yes"}),
     ],
 )
 def test_bad_arguments_are_refused_by_name(error, message, changes):

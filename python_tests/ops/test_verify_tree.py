@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from support.buffers import Unchanged
 from support.op_backends import op_backends
 from support.operators import check_fake_matches_real
 from support.plain_verifier import plain_verify
@@ -348,6 +349,21 @@ def test_out_is_written_and_nothing_beside_it(backend):
     assert bool((num_accepted[1::2] == -77).all()) and bool((next_token[:, 0] == -77).all())
 
 
+def test_buffers_that_share_memory_are_refused(backend):
+    inputs = [tensor.to(backend.device) for tensor in _random_step(MIXED, 3, 9)]
+    seeds = torch.arange(3, device=backend.device)
+    numbers = torch.full((3, 5), -77, dtype=torch.int32, device=backend.device)
+    next_token = torch.full((3,), -77, device=backend.device)
+    for out, message in (
+        ((numbers[:, :4], numbers[:, 3], next_token), "out.nodes must share no memory with out.num_accepted"),
+        ((numbers[:, :4], numbers[:, 4], seeds), "out.next_token must share no memory with seeds"),
+        ((numbers[:, :4], numbers[:, 4], inputs[0][:, 5]), "out.next_token must share no memory with tokens"),
+        ((numbers[:1, :4].expand(3, 4), numbers[:, 4], next_token), "out.nodes must have memory of its own"),
+    ):
+        with Unchanged(*inputs, seeds, numbers, next_token), pytest.raises(ValueError, match=message):
+            backend(*inputs, MIXED, 1.0, seeds, 2, out=out, raw=True)
+
+
 def test_inputs_are_not_changed(backend):
     inputs = [tensor.to(backend.device) for tensor in _random_step(MIXED, 3, 9)]
     streams = [tensor.to(backend.device) for tensor in (torch.ones(3), torch.arange(3), torch.arange(3))]
@@ -475,6 +491,12 @@ def _arguments(changes):
             "out.next_token must have dtype int64",
             {"out": (torch.zeros(2, 2).int(), torch.zeros(2).int(), torch.zeros(2).int())},
         ),
+        (ValueError, "temperature must fit into float32, got 1e[+]39", {"temperature": 1e39}),
+        (ValueError, "temperature must be 0 or a finite number of at least 1e-05, got 1e-46", {"temperature": 1e-46}),
+        (ValueError, "top_p must fit into float32, got 1e-50", {"top_p": 1e-50}),
+        (ValueError, "top_k must fit into int32, got an integer of 1329 bits", {"top_k": 10**400}),
+        (TypeError, "backend must be a string, got NoneType", {"backend": None}),
+        (TypeError, "debug must be a bool, got int", {"debug": 1}),
         (ValueError, "backend must be one of auto, .*, got 'fastest'", {"backend": "fastest"}),
     ],
 )

@@ -223,8 +223,24 @@ def spoiled(value):
     return logits
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-4])
+def test_cuts_at_small_temperatures(backend, temperature):
+    """Logits that differ in their last places: 2e6 when divided by T, where float32 has steps of 0.1."""
+    logits = 20 + torch.tensor([[0, 1, 2, 3, 8, 12], [5, 5, 5, 1, 1, -4e7]]) * 2.0**-19
+    for top_p in (0.3, 0.6, 0.9):
+        check(backend, logits, temperature, None, top_p)
+    result = warped_logsumexp(logits.double(), temperature, None, 0.9, backend="reference")
+    scaled = (logits.double() - logits.double().amax(dim=1, keepdim=True)) / torch.tensor(temperature).double()
+    kept = logits >= result.cut[:, None]
+    expected = scaled.masked_fill(~kept, -INF).softmax(dim=1)
+    torch.testing.assert_close(
+        probabilities(logits, torch.tensor(temperature).item(), result), expected, rtol=0, atol=1e-8
+    )
+
+
 ONLY_MASKED = random_logits(3, 31)
 ONLY_MASKED[2] = -INF
+SHARED = torch.ones(4)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +254,8 @@ ONLY_MASKED[2] = -INF
         ({"top_k": 1.5}, r"top_k must be an integer or a tensor \[rows\], got float"),
         ({"top_k": torch.ones(3, dtype=torch.int64)}, "top_k must have dtype int32, got int64"),
         ({"top_p": "x"}, "top_p must be a number"),
+        ({"backend": 1}, "backend must be a string, got int"),
+        ({"debug": None}, "debug must be a bool, got NoneType"),
         ({"out": torch.empty(3)}, "out must be a WarpedNormaliser, got Tensor"),
         ({"out": (torch.empty(3), None)}, "out.cut must be a tensor, got NoneType"),
         ({"out": (torch.empty(3), torch.empty(3).double())}, "out.cut must have dtype float32, got float64"),
@@ -261,6 +279,19 @@ def test_wrong_types(backend, changes, message):
         ({"temperature": torch.tensor([1.0, NAN, 1.0])}, "temperature must be 0 or a finite number"),
         ({"temperature": INF}, "temperature must be 0 or a finite number"),
         ({"temperature": 1e-6}, "temperature must be 0 or a finite number"),
+        ({"temperature": 1e-46}, "temperature must be 0 or a finite number of at least 1e-05, got 1e-46"),
+        ({"temperature": 1e39}, "temperature must fit into float32, got 1e[+]39"),
+        ({"top_p": 1e-50}, "top_p must fit into float32, got 1e-50"),
+        (
+            {"out": (SHARED[1:], SHARED[:3])},
+            "out.cut must share no memory with out.log_normaliser|out.log_normaliser must",
+        ),
+        (
+            {"logits": SHARED[None].expand(3, 4), "out": (SHARED[:3], torch.empty(3))},
+            "out.log_normaliser must share no",
+        ),
+        ({"top_p": SHARED[:3], "out": (torch.empty(3), SHARED[:3])}, "out.cut must share no memory with top_p"),
+        ({"out": (torch.empty(3), SHARED[:1].expand(3))}, "out.cut must have memory of its own for each element"),
         ({"top_k": 2**31}, "top_k must fit into int32, got 2147483648"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": torch.tensor([0.5, 1.5, 1.0])}, r"top_p must be in \(0, 1\], got 1.5"),
@@ -277,7 +308,7 @@ def test_wrong_values(backend, changes, message):
         pytest.skip("values are checked on CPU tensors only")
     out = WarpedNormaliser(torch.full((3,), -77.0), torch.full((3,), -77.0))
     arguments = {**GOOD, "out": out, "backend": backend.name, **changes}
-    with pytest.raises(ValueError, match=f"^warped_logsumexp: {message}"):
+    with Unchanged(SHARED), pytest.raises(ValueError, match=f"^warped_logsumexp: ({message})"):
         warped_logsumexp(**arguments)
     assert (out.log_normaliser == -77).all() and (out.cut == -77).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported anywhere: a test process computes with one thread, so that parallel workers do not fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,15 @@ import pytest
 import torch
 
 import sequoia_kernels
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measurements_of_this_run_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what the tests measure out of the user's cache folder, in their subprocesses too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SEQUOIA_CACHE", raising=False)
+        patch.setenv("SEQUOIA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -266,7 +266,7 @@ def test_interruption_leaves_no_file(pair, files, monkeypatch, capsys):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("demo", "generate", "acceptance", "profile", "plan", "doctor"):
+    for command in ("demo", "generate", "acceptance", "profile", "plan", "cache", "doctor"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0

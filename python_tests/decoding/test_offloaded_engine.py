@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import weakref
@@ -129,14 +130,8 @@ def test_the_overhead_beside_a_streamed_pass_is_not_measured(monkeypatch):
 def test_auto_times_a_streamed_target_at_few_sizes(monkeypatch):
     """The profile's own defaults for such a target, with sizes that fit the tiny models and the first tree."""
     monkeypatch.setattr(profile, "OFFLOADED_NODE_COUNTS", (1, 8, 32))
-    monkeypatch.setattr(profile, "QUICK_SECONDS", 0.0)
-    found = []
-    plan = auto.plan_tree
-    monkeypatch.setattr(
-        auto,
-        "plan_tree",
-        lambda acceptance, profile, **options: found.append(profile) or plan(acceptance, profile, **options),
-    )
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.0)
+    found = noted_profiles(monkeypatch)
     draft = tiny_model("llama")
     with random_offloaded(draft.config, resident_layers=0) as target:
         output = generate(target, draft, PROMPT, tree="auto", max_new_tokens=8, eos_token_id=())
@@ -144,3 +139,38 @@ def test_auto_times_a_streamed_target_at_few_sizes(monkeypatch):
     table = measured.forward_table(measured.target_key)
     assert (table.node_counts, table.repeats) == ((1, 8, 32), 2)
     assert output.stats.tree.num_nodes <= 32
+
+
+@pytest.mark.parametrize(("rows", "largest"), [(60, 32), (40, 8), (18, None)])
+def test_auto_stays_within_the_targets_memory(rows, largest, monkeypatch):
+    """A prompt of 4 and 8 new tokens take 11 rows of the budget; the rest is for trees."""
+    monkeypatch.setattr(profile, "OFFLOADED_NODE_COUNTS", (1, 8, 32, 128))
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.0)
+    found = noted_profiles(monkeypatch)
+    draft = tiny_model("llama")
+    with random_offloaded(draft.config, resident_layers=0) as target:
+        memory = target.memory
+        row_bytes = sum(tensor.nbytes for tensor in target.new_cache(1, 1).tensors())
+        budget = memory.weight_bytes + memory.workspace_bytes + rows * row_bytes
+        target.memory = dataclasses.replace(memory, budget_bytes=budget)
+        assert target.max_cache_rows(1) == rows
+        assert target.max_cache_rows(2) == rows // 2
+        with pytest.raises(ValueError, match="must fit"):
+            target.new_cache(1, rows + 1)
+        for _ in range(3):
+            output = generate(target, draft, PROMPT, tree="auto", max_new_tokens=8, eos_token_id=())
+        plain = generate(target, None, PROMPT, max_new_tokens=8, eos_token_id=())
+    assert output.new_tokens == plain.new_tokens
+    sizes = [measured.forward_table(measured.target_key).node_counts[-1] for measured in found]
+    assert sizes == ([] if largest is None else [largest])
+
+
+def noted_profiles(monkeypatch):
+    """The profiles that auto measures, in a process that knows none."""
+    monkeypatch.setenv("SEQUOIA_CACHE", "0")
+    monkeypatch.setattr(auto, "_profiles", type(auto._profiles)())
+    monkeypatch.setattr(auto, "_pairs", type(auto._pairs)())
+    found = []
+    measure = auto._measure
+    monkeypatch.setattr(auto, "_measure", lambda *arguments: found.append(measure(*arguments)) or found[-1])
+    return found

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.synthetic_profile import DEVICE, DRAFT, TARGET, forward_table, synthetic_profile
 
 from sequoia_kernels.errors import ProfileError
-from sequoia_kernels.planner.cost_model import STAGES, CostModel, MonotoneGrid, StepShape
+from sequoia_kernels.planner import plan_tree
+from sequoia_kernels.planner.cost_model import STAGES, CostModel, MonotoneGrid, StepShape, brackets
 from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
 from sequoia_kernels.tree import TokenTree
 
@@ -156,6 +157,42 @@ def test_batches_draw_and_verify_more_rows():
     assert stages["sample"] == pytest.approx(
         sum(0.02 + 0.001 * 4 * rows + 0.0005 * samples for rows, samples in ((1, 3), (2, 2), (2, 2)))
     )
+
+
+def test_a_batch_between_two_measured_ones_is_interpolated():
+    def measured(batch_size, node_counts):
+        return synthetic_profile(
+            lambda nodes, context: 4.0 + 0.1 * batch_size * nodes + 0.001 * context,
+            lambda rows, context: 0.5 + 0.01 * batch_size * rows,
+            batch_size=batch_size,
+            node_counts=node_counts,
+        )
+
+    profile = measured(2, (1, 2, 4, 8, 16, 32)).merged(measured(6, (1, 4, 16)))
+    model = CostModel(profile, batch_size=4)
+    assert model.interpolated == ["target", "draft"]
+    assert model.max_nodes == 16  # as far as both go
+    for nodes in (1, 3, 16):
+        assert model.target_ms(nodes, 200) == pytest.approx(4.0 + 0.1 * 4 * nodes + 0.2)
+        assert model.draft_ms(nodes, 200) == pytest.approx(0.5 + 0.01 * 4 * nodes)
+    assert CostModel(profile, batch_size=2).interpolated == []
+    notes = plan_tree([0.6, 0.1], profile, batch_size=4, context_len=200).notes
+    assert "forwards of the target are interpolated between measured batch sizes" in notes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "expected"),
+    [
+        ([1, 2, 4, 8], 3, (2, 4)),
+        ([1, 4], 2, (1, 4)),
+        ([1, 8], 2, None),  # too far apart
+        ([2, 4], 1, None),
+        ([2, 4], 5, None),
+        ([], 1, None),
+    ],
+)
+def test_batch_sizes_to_interpolate_between(sizes, batch_size, expected):
+    assert brackets(sizes, batch_size) == expected
 
 
 def test_op_times_of_another_vocabulary_are_scaled_up_only():

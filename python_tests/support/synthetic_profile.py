@@ -40,11 +40,13 @@ def synthetic_profile(
     verify_ms: Callable[[float], float] = lambda nodes: 0.05 + 0.001 * nodes,
     compact_ms: Callable[[float], float] = lambda levels: 0.01 + 0.001 * levels,
     greedy_factor: float = 1.0,
+    target: ModelFingerprint = TARGET,
+    draft: ModelFingerprint = DRAFT,
 ) -> HardwareProfile:
     """A profile whose times are the given formulas; sampling and verification at T=0 take `greedy_factor` of theirs."""
-    profile = HardwareProfile(DEVICE, target_key=TARGET.key, draft_key=DRAFT.key)
-    profile = profile.with_forwards(TARGET, forward_table(target_ms, node_counts, context_lens, batch_size))
-    profile = profile.with_forwards(DRAFT, forward_table(draft_ms, draft_counts, context_lens, batch_size))
+    profile = HardwareProfile(DEVICE, target_key=target.key, draft_key=draft.key)
+    profile = profile.with_forwards(target, forward_table(target_ms, node_counts, context_lens, batch_size))
+    profile = profile.with_forwards(draft, forward_table(draft_ms, draft_counts, context_lens, batch_size))
 
     def point(value: float, **parameters: float) -> OpPoint:
         return OpPoint(parameters, 0.9 * value, value, 1.1 * value)
@@ -71,7 +73,7 @@ def synthetic_profile(
             for nodes in node_counts
         ],
     )
-    row_bytes = TARGET.cache_row_bytes + DRAFT.cache_row_bytes
+    row_bytes = target.cache_row_bytes + draft.cache_row_bytes
     return profile.with_op(
         "compact_kv_cache_",
         [

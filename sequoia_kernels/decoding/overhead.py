@@ -10,9 +10,7 @@ from sequoia_kernels.decoding.loop import generate
 from sequoia_kernels.decoding.probe import PROBE_TREE
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import CostModel, HardwareProfile
-
-NUM_TOKENS = 96
-NUM_RUNS = 3
+from sequoia_kernels.tree import TokenTree
 
 
 def _streams(target: TreeModel) -> bool:
@@ -20,7 +18,14 @@ def _streams(target: TreeModel) -> bool:
 
 
 def measure_overhead(
-    target: Any, draft: Any | None, profile: HardwareProfile, *, context_len: int = 64, batch_size: int = 1
+    target: Any,
+    draft: Any | None,
+    profile: HardwareProfile,
+    *,
+    context_len: int = 64,
+    batch_size: int = 1,
+    num_tokens: int = 96,
+    num_runs: int = 3,
 ) -> HardwareProfile:
     """Run the loop on random tokens and give the profile with what its steps took beyond the profile's own times.
 
@@ -28,11 +33,13 @@ def measure_overhead(
         target: the target, a Hugging Face model or a `TreeModel`.
         draft: the draft, likewise; None measures plain decoding.
         profile: times of the two models on this device.
-        context_len: tokens of the random prompts.
+        context_len: tokens of the random prompts; half of the target's positions at most.
         batch_size: requests decoded together.
+        num_tokens: tokens of each run, as far as the target's positions go.
+        num_runs: runs behind one that warms up.
 
     Returns:
-        The profile with `step_overhead_ms` and `level_overhead_ms` set. The median run of three counts. The draft's
+        The profile with `step_overhead_ms` and `level_overhead_ms` set. The median run counts. The draft's
         draws that take longer than the op alone are charged to the levels, the rest to the step. Where stages cannot
         be timed apart (CUDA), the whole difference is charged to the step.
 
@@ -51,16 +58,20 @@ def measure_overhead(
         draft=draft,
         temperature=1.0 if draft is not None else None,
     )
+    if target.max_positions is not None:
+        context_len = min(context_len, max(target.max_positions // 2, 1))
+        num_tokens = min(num_tokens, target.max_positions - context_len)
+    tree = TokenTree(PROBE_TREE.parents[: cost.max_nodes])  # no larger than what was measured
     overheads = []
-    for run in range(NUM_RUNS + 1):  # the first one warms up
+    for run in range(num_runs + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)
         prompts = torch.randint(0, target.num_embeddings, (batch_size, context_len), generator=generator)
         stats = generate(
-            target, draft, prompts.to(target.device), tree=PROBE_TREE, max_new_tokens=NUM_TOKENS, temperature=1.0,
+            target, draft, prompts.to(target.device), tree=tree, max_new_tokens=num_tokens, temperature=1.0,
             eos_token_id=(), seed=run,
         ).stats  # fmt: skip
         assert stats.tree is not None
-        known = cost.stages(stats.tree, context_len + NUM_TOKENS / 2)
+        known = cost.stages(stats.tree, context_len + num_tokens / 2)
         step_ms = 1e3 * stats.decode_seconds / stats.num_steps
         num_draws = stats.tree.num_levels - 1
         if not stats.stage_seconds:
@@ -71,5 +82,5 @@ def measure_overhead(
         outside = step_ms - measured["target"] - measured.get("draft", 0.0) - measured.get("sample", 0.0)
         rest = max(0.0, outside - known["verify"] - known["commit"])
         overheads.append((rest, draws / num_draws if num_draws else 0.0))
-    step_ms, level_ms = sorted(overheads[1:])[NUM_RUNS // 2]
+    step_ms, level_ms = sorted(overheads[1:])[num_runs // 2]
     return profile.with_overhead(step_ms, level_ms)

@@ -14,7 +14,7 @@ from sequoia_kernels.measure.timing import Timing, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
 
-__all__ = ["measure_profile"]
+__all__ = ["affordable_node_counts", "measure_profile"]
 
 NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # An offloaded forward takes as long as copying its weights up to several hundred nodes, and takes seconds.
@@ -26,10 +26,15 @@ QUICK_DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16)
 CONTEXT_LENS = (128, 512, 2048)
 QUICK_CONTEXT_LENS = (128, 512)
 SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32)
+QUICK_SAMPLE_COUNTS = (1, 4, 16)
 COMPACT_LEVELS = (1, 2, 4, 8, 16, 32)
+QUICK_COMPACT_LEVELS = (1, 8, 32)
 TEMPERATURES = (0.0, 1.0)  # greedy and sampled: the ops take different ways
 SECONDS, QUICK_SECONDS = 40.0, 9.0
 MAX_OP_NODES = 1024  # rows that the ops accept
+
+LEAST_NODE_COUNTS = 4  # sizes that are timed whatever they take
+CALLS_A_SIZE = 6  # calls that timing a size takes, its share of the draft's and the ops' times included
 
 Progress = Callable[[int, int, str], None]
 PROGRESS_STEPS = 100
@@ -153,7 +158,7 @@ def measure_profile(
     profile = HardwareProfile(DeviceFingerprint.of(device))
     with torch.inference_mode():
         found = dict(measure_bandwidth(device)) if bandwidth else {}
-        plan = _Plan(models, counts, context_lens, batch_size, tree_rows)
+        plan = _Plan(models, counts, context_lens, batch_size, tree_rows, quick)
         memory = new_memory(device)
         # A captured step has no launches from the host; a model that streams its weights cannot be captured.
         timed = {
@@ -173,6 +178,49 @@ def measure_profile(
     return plan.fill(profile, times, found, {"seconds": seconds, "quick": quick, "seed": seed})
 
 
+def affordable_node_counts(
+    target: TreeModel,
+    context_len: int,
+    batch_size: int,
+    *,
+    least_seconds: float,
+    num_forwards: float = 0.0,
+    max_nodes: int | None = None,
+) -> tuple[list[int], float]:
+    """Find out which tree sizes there is time to measure.
+
+    Args:
+        target: the target. One that streams its weights is not timed: its own few sizes are given.
+        context_len: committed tokens to time behind.
+        batch_size: requests in every call.
+        least_seconds: time that measuring may take.
+        num_forwards: it may also take as long as so many forwards of one node, where that is more.
+        max_nodes: largest size.
+
+    Returns:
+        Sizes for `measure_profile`, and the time that measuring may take, in seconds.
+    """
+    streamed = ModelFingerprint.of(target).streamed_bytes > 0
+    choices: Sequence[int] = OFFLOADED_NODE_COUNTS if streamed else QUICK_NODE_COUNTS
+    sizes = [size for size in choices if max_nodes is None or size <= max(max_nodes, 1)]
+    if streamed:
+        return sizes, least_seconds
+    counts: list[int] = []
+    budget, spent = least_seconds, 0.0
+    with torch.inference_mode():
+        cache = target.new_cache(batch_size, context_len + sizes[-1])
+        for count in sizes:
+            call = calls.forward_call(target, cache, context_len, calls.target_step(count, target.device))
+            times = time_calls({count: call}, target.device, min_repeats=1, max_repeats=1, warmup=1)
+            spent += times[count].p50_ms / 1e3
+            if not counts:
+                budget = max(budget, num_forwards * spent)
+            elif len(counts) >= LEAST_NODE_COUNTS and CALLS_A_SIZE * spent > budget:
+                break
+            counts.append(count)
+    return counts, budget
+
+
 class _Plan:
     """All calls of a measurement, by what they measure, and how their times become a profile."""
 
@@ -183,7 +231,9 @@ class _Plan:
         context_lens: list[int],
         batch_size: int,
         tree_rows: int,
+        quick: bool,
     ) -> None:
+        self.sample_counts = QUICK_SAMPLE_COUNTS if quick else SAMPLE_COUNTS
         self.counts, self.context_lens, self.batch_size = counts, context_lens, batch_size
         self.fingerprints = {role: ModelFingerprint.of(model) for role, model in models.items()}
         # two models of the same shapes share one table, the target's
@@ -208,7 +258,7 @@ class _Plan:
         self._add_ops(models)
         if "draft" in models:
             row_bytes = sum(fingerprint.cache_row_bytes for fingerprint in self.fingerprints.values())
-            for levels in COMPACT_LEVELS:
+            for levels in QUICK_COMPACT_LEVELS if quick else COMPACT_LEVELS:
                 if levels <= tree_rows:
                     key = _key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=batch_size)
                     self.calls[key] = calls.compact_call(list(caches.values()), context_lens[0], levels, tree_rows)
@@ -231,7 +281,7 @@ class _Plan:
                 )
             vocab = min(target.vocab_size, draft.vocab_size)
             for count in self.counts["draft"]:
-                for num_samples in SAMPLE_COUNTS:
+                for num_samples in self.sample_counts:
                     if num_samples > vocab:
                         continue
                     rows = self.batch_size * count
@@ -278,16 +328,11 @@ class _Plan:
                 points.setdefault(name, []).append(OpPoint(dict(parameters), time.p20_ms, time.p50_ms, time.p80_ms))
         for name, entries in points.items():
             profile = profile.with_op(name, entries)
-        # pooled over all calls of a kind: whether an interruption hits one short call is chance
-        pooled: dict[str, list[Timing]] = {}
-        for (kind, name, *_), time in times.items():
-            pooled.setdefault(name if kind == "op" else self.fingerprints[name].key, []).append(time)
-        profile = profile.with_slowdowns(
-            {
-                name: sum(time.mean_ms for time in group) / sum(time.p50_ms for time in group)
-                for name, group in pooled.items()
-            }
-        )
+        # One ratio for all kinds of calls: what interruptions add is in proportion to the time that a call takes, but
+        # whether one of them hits the few short calls of a kind is chance.
+        slowdown = sum(time.mean_ms for time in times.values()) / sum(time.p50_ms for time in times.values())
+        names = {name if kind == "op" else self.fingerprints[name].key for kind, name, *_ in times}
+        profile = profile.with_slowdowns(dict.fromkeys(sorted(names), slowdown))
         keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}
         return profile.with_measurement(keys["target"], keys.get("draft"), bandwidth, settings)
 

@@ -280,6 +280,10 @@ class TreeModel:
         yield from self.model.parameters()
         yield from self.model.buffers()
 
+    def max_cache_rows(self, batch_size: int) -> int | None:
+        """Rows that the caches of a batch may have, None where nothing but the memory limits them."""
+        return None
+
     def new_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
         """Allocate a cache for a batch of requests.
 

@@ -1,14 +1,22 @@
 """Planner: acceptance vectors, hardware profiles, and which tree to speculate with."""
 
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate, estimate_acceptance, validate_acceptance
-from sequoia_kernels.planner.adaptive import AdaptivePlan, TreeFollower, plan_adaptive, shift_acceptance
+from sequoia_kernels.planner.adaptive import (
+    AdaptivePlan,
+    TreeFollower,
+    plan_adaptive,
+    plan_from_evidence,
+    shift_acceptance,
+)
 from sequoia_kernels.planner.cost_model import CostModel
+from sequoia_kernels.planner.evidence import AcceptanceEvidence
 from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
 from sequoia_kernels.planner.profile import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
 from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tree, optimal_values
 
 __all__ = [
     "AcceptanceEstimate",
+    "AcceptanceEvidence",
     "AdaptivePlan",
     "CostModel",
     "DeviceFingerprint",
@@ -25,6 +33,7 @@ __all__ = [
     "optimal_tree",
     "optimal_values",
     "plan_adaptive",
+    "plan_from_evidence",
     "plan_tree",
     "shift_acceptance",
     "validate_acceptance",

@@ -9,10 +9,14 @@ fitted to the accepted and rejected children of the recent steps, each step coun
 The trees are the planner's picks for a ladder of shifts, so each is the best one for some acceptance. A step's time
 does not depend on acceptance: the fastest tree at the estimated shift is the one with the most expected tokens per
 millisecond there, and it is taken over when it beats the current one by the margin (hysteresis).
+
+`plan_from_evidence` makes such a plan of what a pair's calls have shown so far. There the ladder is as wide as the
+shift is uncertain, and not to speculate is among the choices: for good, as the draft never sees those tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,15 +26,20 @@ from numpy.typing import NDArray
 
 from sequoia_kernels.documents import is_number
 from sequoia_kernels.planner.acceptance import validate_acceptance
-from sequoia_kernels.planner.plan import TreePlan, plan_tree
+from sequoia_kernels.planner.evidence import REQUEST_SPREAD, AcceptanceEvidence
+from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
 from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.tree import TokenTree
 
-__all__ = ["AdaptivePlan", "TreeFollower", "plan_adaptive", "shift_acceptance"]
+__all__ = ["AdaptivePlan", "TreeFollower", "plan_adaptive", "plan_from_evidence", "shift_acceptance"]
 
 DEFAULT_SHIFTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+EVIDENCE_SHIFTS = (-1.0, 0.0, 1.0)  # in standard deviations of the shift
+EVIDENCE_MARGIN, EVIDENCE_PATIENCE = 0.04, 6
 LARGEST_SHIFT = 4.0
 GRID = np.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, 65)
+NORMAL_PLACES = np.array([-1, 0, 1]) * math.sqrt(3)  # Gauss-Hermite: exact up to the fifth power
+NORMAL_WEIGHTS = np.array([1, 4, 1]) / 6
 NEWTON_STEPS = 4
 LEAST_CHANCE = 1e-6
 
@@ -58,12 +67,14 @@ class AdaptivePlan:
     """A few trees to switch between while decoding; made by `plan_adaptive`, given to `generate` as its tree.
 
     Attributes:
-        plans: the planner's picks for different acceptance, for lower acceptance first; all speculate.
+        plans: the planner's picks for different acceptance, for lower acceptance first. All speculate, but the first
+            one of `plan_from_evidence`; a follower that came to it stays there.
         start: index of the plan to begin with, the one for the acceptance as given.
         acceptance: that acceptance vector. [ranks] float64.
         half_life: steps after which what was seen counts half.
         margin: a tree takes over when it is predicted to be faster than the current one by this fraction.
         patience: steps that a tree decodes at least.
+        spread: standard deviation of the shift before anything was seen, in logits.
     """
 
     plans: tuple[TreePlan, ...]
@@ -72,6 +83,7 @@ class AdaptivePlan:
     half_life: float = 24.0
     margin: float = 0.08
     patience: int = 8
+    spread: float = 1.0
 
     @property
     def trees(self) -> list[TokenTree]:
@@ -149,22 +161,32 @@ class TreeFollower:
         self._tried[:ranks] += tried[:ranks]
         self._accepted[:ranks] += accepted[:ranks]
         self._since += 1
-        if self._since < self.plan.patience or len(self.plan.plans) == 1:
+        if self._since < self.plan.patience or len(self.plan.plans) == 1 or self.tree.num_nodes == 1:
             return
         self.shift = self._fit()
-        speeds = [float(np.interp(self.shift, GRID, row)) for row in self._speeds]
-        best = int(np.argmax(speeds))
-        if best != self._index and speeds[best] > (1 + self.plan.margin) * speeds[self._index]:
+        best, gain = self.fastest(self.shift)
+        margin = self.plan.margin if self.plan.plans[best].tree.num_nodes > 1 else 0.0  # slower than plain: not at all
+        if best != self._index and gain > 1 + margin:
             self._index, self._since = best, 0
             self.num_switches += 1
 
+    def fastest(self, shift: float, spread: float = 0.0) -> tuple[int, float]:
+        """Give the index of the fastest plan at a shift, and its speed over the current one's.
+
+        With a spread, over requests whose shifts are normally distributed around it: by what they take together.
+        """
+        places, weights = shift + spread * NORMAL_PLACES, NORMAL_WEIGHTS
+        speeds = [1 / float(weights @ (1 / np.interp(places, GRID, row))) for row in self._speeds]
+        best = int(np.argmax(speeds))
+        return best, speeds[best] / speeds[self._index]
+
     def _fit(self) -> float:
-        """The shift of the largest posterior under a standard normal prior; concave, so Newton's steps find it."""
-        shift = self.shift
+        """The shift of the largest posterior under a normal prior; concave, so Newton's steps find it."""
+        shift, precision = self.shift, self.plan.spread**-2
         for _ in range(NEWTON_STEPS):
             chances = 1 / (1 + np.exp(-(self._logits + shift)))
-            gradient = float((self._accepted - self._tried * chances).sum()) - shift
-            curvature = float((self._tried * chances * (1 - chances)).sum()) + 1.0
+            gradient = float((self._accepted - self._tried * chances).sum()) - precision * shift
+            curvature = float((self._tried * chances * (1 - chances)).sum()) + precision
             shift = min(max(shift + gradient / curvature, -LARGEST_SHIFT), LARGEST_SHIFT)
         return shift
 
@@ -238,20 +260,59 @@ def plan_adaptive(
     return AdaptivePlan(tuple(plans), start, vector, float(half_life), float(margin), int(patience))
 
 
+def plan_from_evidence(
+    evidence: AcceptanceEvidence, profile: HardwareProfile, *, explore: bool = True, **settings: Any
+) -> AdaptivePlan:
+    """Choose a few trees for what is known of a pair, to go on learning with.
+
+    Args:
+        evidence: what the pair's calls have shown; nothing at first.
+        profile: the device's measured times.
+        explore: where not to speculate seems fastest, but the evidence leaves room for doubt, begin with the cheapest
+            tree all the same: nothing would ever be learnt otherwise. The follower stops soon if nothing comes of it.
+        settings: further arguments of `plan_tree`.
+
+    Returns:
+        The plan. It holds one tree of a single node where speculation is as good as ruled out.
+
+    Raises:
+        As `plan_tree`.
+    """
+    vector = evidence.vector
+    spread = float(np.hypot(evidence.spread, REQUEST_SPREAD))
+    plans: list[TreePlan] = []
+    for shift in EVIDENCE_SHIFTS:
+        plan = plan_tree(shift_acceptance(vector, shift * spread), profile, **settings)
+        if not plans:
+            plans.append(_with(plan, plan.no_speculation))
+        speculating = _speculating(plan)
+        if speculating is not None and plans[-1].tree != speculating.tree:
+            plans.append(speculating)
+    found = AdaptivePlan(tuple(plans), 0, vector, math.inf, EVIDENCE_MARGIN, EVIDENCE_PATIENCE, spread)
+    follower = found.follow()
+    start, _ = follower.fastest(0.0, spread)
+    if start == 0 and explore and follower.fastest(spread)[0] > 0:
+        start = min(range(1, len(plans)), key=lambda index: plans[index].step_ms)
+    return replace(found, start=start) if start > 0 else replace(found, plans=found.plans[:1])
+
+
 def _speculating(plan: TreePlan) -> TreePlan | None:
     """The plan, or one with its fastest speculating candidate where it would rather not speculate; None without any."""
     if plan.tree.num_nodes > 1:
         return plan
     rival = next((candidate for candidate in plan.candidates if candidate.kind != "no speculation"), None)
-    if rival is None:
-        return None
+    return None if rival is None else _with(plan, rival)
+
+
+def _with(plan: TreePlan, candidate: PlanCandidate) -> TreePlan:
+    """The plan with another candidate as its pick."""
     return replace(
         plan,
-        tree=rival.tree,
-        tokens_per_step=rival.tokens_per_step,
+        tree=candidate.tree,
+        tokens_per_step=candidate.tokens_per_step,
         tokens_per_step_interval=None,
-        stages=rival.stages,
-        speedup=rival.speedup,
+        stages=candidate.stages,
+        speedup=candidate.speedup,
         speedup_interval=None,
     )
 

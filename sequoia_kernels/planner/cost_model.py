@@ -37,9 +37,10 @@ from sequoia_kernels.planner.interpolation import MonotoneGrid
 from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
 from sequoia_kernels.tree import MAX_NODES, TokenTree
 
-__all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes"]
+__all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes", "brackets"]
 
 STAGES = ("draft", "sample", "target", "verify", "commit", "host")
+WIDEST_BRACKET = 4  # times are interpolated between batch sizes that differ by at most this factor
 ROOT_ROWS = 2  # the draft's first forward feeds the last committed token and the root
 
 
@@ -79,7 +80,8 @@ class CostModel:
 
     Args:
         profile: the device's measured times.
-        batch_size: requests decoded together; forwards must have been measured at it, or are composed for it.
+        batch_size: requests decoded together; forwards must have been measured at it, or at a smaller and a larger one
+            that differ by at most a factor of four, or are composed for it.
         target: target model: a key of the profile, a fingerprint, a model, or a transformers configuration (or the path
             of a folder or file that has one) of a model that need not exist; the profile's own when None.
         draft: draft model, likewise. Needed only where a tree of more than one node is costed.
@@ -92,6 +94,7 @@ class CostModel:
         target: fingerprint of the target.
         draft: fingerprint of the draft, None without one.
         composed: roles ("target", "draft") whose forwards are composed.
+        interpolated: roles whose forwards are read between two measured batch sizes.
         max_nodes: the largest tree that can be costed.
         max_draft_rows: the widest measured level.
         context_lens: context lengths that the target's times were measured at.
@@ -120,6 +123,7 @@ class CostModel:
         self.profile = profile
         self.batch_size = batch_size
         self.composed: list[str] = []
+        self.interpolated: list[str] = []
         self.target = _fingerprint(profile, target, "target", dtype)
         has_draft = draft is not None or profile.draft_key is not None
         self.draft = _fingerprint(profile, draft, "draft", dtype) if has_draft else None
@@ -140,10 +144,13 @@ class CostModel:
 
     def _forward_grid(self, fingerprint: ModelFingerprint, role: str, compose: bool) -> MonotoneGrid:
         key = fingerprint.key
-        if not compose and any(table.batch_size == self.batch_size for table in self.profile.forwards.get(key, ())):
-            table = self.profile.forward_table(key, self.batch_size)
-            times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
-            return MonotoneGrid(table.context_lens, table.node_counts, times)
+        sizes = [table.batch_size for table in self.profile.forwards.get(key, ())]
+        if not compose and self.batch_size in sizes:
+            return self._measured_grid(key, self.batch_size)
+        bracket = brackets(sizes, self.batch_size)
+        if not compose and bracket is not None:
+            self.interpolated.append(role)
+            return _between([self._measured_grid(key, size) for size in bracket], bracket, self.batch_size)
         if COMPOSED_OPS[0] not in self.profile.ops and not compose:
             self.profile.find_model(fingerprint, role)
             self.profile.forward_table(key, self.batch_size)  # says what is missing
@@ -155,6 +162,11 @@ class CostModel:
             )
         self.composed.append(role)
         return MonotoneGrid(*compose_forwards(self.profile, fingerprint, self.batch_size))
+
+    def _measured_grid(self, key: str, batch_size: int) -> MonotoneGrid:
+        table = self.profile.forward_table(key, batch_size)
+        times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
+        return MonotoneGrid(table.context_lens, table.node_counts, times)
 
     @property
     def target_key(self) -> str:
@@ -274,6 +286,26 @@ class StepTimes:
     def step_ms(self, shape: StepShape) -> float:
         """Give the milliseconds of one step."""
         return sum(self.stages(shape).values())
+
+
+def brackets(sizes: Sequence[int], batch_size: int) -> tuple[int, int] | None:
+    """Give the nearest smaller and larger size to interpolate a batch size between, None where there are none."""
+    low = max((size for size in sizes if size < batch_size), default=0)
+    high = min((size for size in sizes if size > batch_size), default=0)
+    return (low, high) if low > 0 and 0 < high <= WIDEST_BRACKET * low else None
+
+
+def _between(grids: Sequence[MonotoneGrid], sizes: tuple[int, int], batch_size: int) -> MonotoneGrid:
+    """The times of a batch size between those of two others: on a line, as far as both were measured."""
+    (first, second), (low, high) = grids, sizes
+    contexts = sorted({*first.first, *second.first})
+    largest = min(first.second[-1], second.second[-1])
+    counts = [count for count in sorted({*first.second, *second.second}) if count <= largest]
+    weight = (batch_size - low) / (high - low)
+    return MonotoneGrid(
+        contexts, counts,
+        [(1 - weight) * first.at(context, counts) + weight * second.at(context, counts) for context in contexts],
+    )  # fmt: skip
 
 
 def _fingerprint(profile: HardwareProfile, model: Any, role: str, dtype: Any) -> ModelFingerprint:

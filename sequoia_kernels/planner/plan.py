@@ -253,7 +253,8 @@ def plan_tree(
             between measured contexts; a note says so where they had to be extrapolated.
         max_budget: largest number of nodes; the largest measured target forward when None (at most 1024).
         max_levels: largest number of levels; 32 when None.
-        batch_size: requests decoded together; forwards must have been measured at it, or are composed for it.
+        batch_size: requests decoded together; forwards must have been measured at it, or at a smaller and a larger one
+            that differ by at most a factor of four, or are composed for it.
         target: target model: the key of a measured one, a fingerprint or a model; or a transformers configuration, or
             the path of a folder or file that has one. The forwards of a model that was not measured are composed of the
             profile's microbenchmarks. The profile's own target when None.
@@ -503,6 +504,8 @@ def _notes(
         yield f"context {context_len:g} lies outside the measured {contexts[0]}..{contexts[-1]}: times are extrapolated"
     for role in model.composed:
         yield f"forwards of the {role} are composed of microbenchmarks, not measured"
+    for role in model.interpolated:
+        yield f"forwards of the {role} are interpolated between measured batch sizes"
     if model.transfer_ms > 0:
         yield f"the target streams its weights: no forward takes less than {model.transfer_ms:.1f} ms"
     largest = model.max_draft_rows

@@ -281,9 +281,10 @@ class HardwareProfile:
         draft_key: model taken as the draft when none is named.
         step_overhead_ms: time of one decoding step outside the forwards and ops.
         level_overhead_ms: the same for each forward of the draft.
-        mean_over_median: mean time over median time, pooled over all calls of a model (by key) or an op (by name); 1
-            where there is none. A step's mean time is the sum of its parts' means, not of their medians: on a busy
-            machine an interruption hits few of the short calls, but costs many times what they take.
+        mean_over_median: mean time over median time of the calls of a model (by key) or an op (by name), 1 where there
+            is none; one measurement pools all of its calls. A step's mean time is the sum of its parts' means, not of
+            their medians: on a busy machine an interruption hits few of the short calls, but costs many times what
+            they take.
         bandwidth: measured bandwidths in GB/s (1e9 bytes), by name.
         settings: how the measurement was made, for the reader.
         created: when, ISO 8601 in UTC.

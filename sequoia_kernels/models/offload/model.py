@@ -80,6 +80,20 @@ class OffloadedModel(TreeModel):
         """Stop copies and free the host's memory; the model cannot run any more. Idempotent."""
         self._closing()
 
+    def max_cache_rows(self, batch_size: int) -> int | None:
+        """Rows that the caches of a batch may have within the memory budget, None without one."""
+        if self.memory.budget_bytes is None:
+            return None
+        return max(self._cache_room() // (batch_size * self._row_bytes()), 0)
+
+    def _cache_room(self) -> int:
+        return (self.memory.budget_bytes or 0) - self.memory.weight_bytes - self.memory.workspace_bytes
+
+    def _row_bytes(self) -> int:
+        return sum(
+            spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in self._plan.specs
+        )
+
     def new_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
         """Allocate a cache; as `TreeModel.new_cache`, and refused where it would exceed the memory budget.
 
@@ -87,11 +101,7 @@ class OffloadedModel(TreeModel):
             ValueError: as there, or the budget has no room for the cache.
         """
         if batch_size >= 1 and max_cache_len >= 1 and self.memory.budget_bytes is not None:
-            row_bytes = sum(
-                spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in self._plan.specs
-            )
-            needed = batch_size * max_cache_len * row_bytes
-            room = self.memory.budget_bytes - self.memory.weight_bytes - self.memory.workspace_bytes
+            needed, room = batch_size * max_cache_len * self._row_bytes(), self._cache_room()
             if needed > room:
                 raise ValueError(
                     f"new_cache: batch_size x max_cache_len = {batch_size} x {max_cache_len} must fit the "

@@ -227,13 +227,15 @@ def test_it_is_planned_anew_when_the_evidence_has_grown(target, draft, measured,
 
 
 def test_a_hopeless_draft_is_left_alone_in_the_end(target, draft, measured):
-    hopeless = noisy_copy(draft, 50.0)
+    hopeless = noisy_copy(draft, 0.0)
+    with torch.no_grad():
+        hopeless.lm_head.weight.neg_()  # it proposes what the target would say last
     steps = []
     for index in range(12):
         stats = generate(target, hopeless, prompt(9 + index), eos_token_id=(), max_new_tokens=64).stats
         steps.append(sum(count for tree, count in stats.steps_by_tree.items() if tree.num_nodes > 1))
-    assert 0 < steps[0] < 64
-    assert steps[-1] < steps[0]
+    assert 0 < steps[0] < 32
+    assert steps[-1] < 16
 
 
 # Positions

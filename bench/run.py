@@ -99,6 +99,7 @@ SCRIPTS = (
     ),
     Script("offload", "decode", takes_seconds=True, weight=4.0),
     Script("adaptive", "planner", quick_options=("--quick",)),
+    Script("auto", "planner", quick_options=("--quick",), weight=2.0),
     Script("robustness", "decode", weight=6.0),
     Script("tree_search", "planner", quick_options=("--repeats", "2"), takes_device=False),
     Script("plan", "planner", quick_options=("--repeats", "3", "--profile-seconds", "0.3"), takes_device=False),

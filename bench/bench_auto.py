@@ -1,0 +1,156 @@
+"""tree="auto" from sixteen different first prompts on the demo pair: what the first call costs, and what it leads to.
+
+Each first prompt meets a process that knows nothing: its call measures the pair and learns from its own text. Then all
+prompts are decoded without speculation, with the tree planned from every prompt's counts, with each tree that a first
+call led to (held fast), and with the plans that it led to (the loop goes on moving between their trees), in turn. A pick
+from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all::
+
+    python bench/bench_auto.py --threads 1 --json bench/results/cpu/auto.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import write_json
+from machine import command_line, commit, environment, pick_device
+
+from sequoia_kernels import estimate_acceptance, generate, plan_tree
+from sequoia_kernels.decoding import auto
+from sequoia_kernels.demo import held_out_prompts, load_demo_pair
+from sequoia_kernels.models import adapt
+
+
+def forget() -> None:
+    """Make this process one that knows nothing of the pair."""
+    auto._profiles.clear()
+    auto._pairs.clear()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help="three prompts, few tokens, one temperature")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.quick:
+        args.prompts, args.new_tokens, args.temperatures = 3, 24, args.temperatures[:1]
+    os.environ["SEQUOIA_CACHE_DIR"] = tempfile.mkdtemp()  # the user's own measurements are neither read nor changed
+    os.environ["SEQUOIA_CACHE"] = "0"
+    logging.getLogger("sequoia_kernels").setLevel(logging.ERROR)
+    device = pick_device(args.device)
+    pair = load_demo_pair(torch.float32, device)
+    target, draft = adapt(pair.target), adapt(pair.draft)
+    texts = held_out_prompts(args.prompts, 4 * args.prompt_tokens)
+    prompts = [pair.tokenizer(x, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(device) for x in texts]
+
+    results = []
+    for temperature in args.temperatures:
+        common = {"max_new_tokens": args.new_tokens, "temperature": temperature, "eos_token_id": ()}
+        generate(target, None, prompts[0], **common | {"max_new_tokens": 16})  # warm-up
+        firsts, runs, plans = [], [], {}
+        for index, prompt in enumerate(prompts):
+            forget()
+            begin = time.perf_counter()
+            stats = generate(target, draft, prompt, seed=index, **common).stats
+            seconds = time.perf_counter() - begin
+            again = generate(target, draft, prompt, seed=index, tree=next(iter(stats.steps_by_tree)), **common).stats
+            plain = generate(target, None, prompt, seed=index, **common).stats
+            runs.append(stats)
+            (kept,) = auto._pairs.values()
+            (profile,) = auto._profiles.values()
+            plans[index] = auto.plan_from_evidence(
+                kept.evidence, profile, context_len=args.prompt_tokens + args.new_tokens // 2, temperature=temperature,
+                max_levels=auto.LEAST_LEVELS + int(kept.evidence.visited[0] / auto.VISITS_PER_LEVEL),
+            )  # fmt: skip
+            pick = plans[index].plans[plans[index].start]
+            firsts.append(
+                {
+                    "first_child_accepted": stats.accepted_by_rank[0] / stats.visited_by_rank[0],
+                    "estimate": float(kept.evidence.vector[0]),
+                    "pick": {"nodes": pick.tree.num_nodes, "levels": pick.tree.num_levels},
+                    "call_seconds": seconds,
+                    "measuring_seconds": seconds - stats.decode_seconds - (plain.seconds - plain.decode_seconds),
+                    "decode_seconds": stats.decode_seconds,
+                    "first_tree_throughout_seconds": again.decode_seconds,
+                    "plain_decode_seconds": plain.decode_seconds,
+                }
+            )
+        everything = plan_tree(
+            estimate_acceptance(runs), profile, context_len=args.prompt_tokens + args.new_tokens // 2,
+            temperature=temperature,
+        )  # fmt: skip
+        picks = {plan.plans[plan.start].tree for plan in plans.values()}
+        providers = {"plain": None, "all prompts": everything.tree}
+        providers |= {
+            f"pick {tree.num_nodes} x {tree.num_levels} {hash(tree)}": tree for tree in sorted(picks, key=str)
+        }
+        providers |= {f"plans of first prompt {index}": plan for index, plan in plans.items()}
+        seconds_of = dict.fromkeys(providers, 0.0)
+        steps_of, tokens_of = dict.fromkeys(providers, 0), dict.fromkeys(providers, 0)
+        for index, prompt in enumerate(prompts):
+            for name, tree in providers.items():
+                model = None if tree is None else draft
+                options = {} if tree is None else {"tree": tree}
+                stats = generate(target, model, prompt, seed=100 + index, **options, **common).stats
+                seconds_of[name] += stats.decode_seconds
+                steps_of[name] += stats.num_steps
+                tokens_of[name] += stats.new_tokens[0] - 1
+        rate = {name: tokens_of[name] / seconds_of[name] for name in providers}
+        for index, first in enumerate(firsts):
+            pick = plans[index].plans[plans[index].start].tree
+            held = rate[f"pick {pick.num_nodes} x {pick.num_levels} {hash(pick)}"]
+            moving = rate[f"plans of first prompt {index}"]
+            first["pick_over_plain"], first["pick_over_all"] = held / rate["plain"], held / rate["all prompts"]
+            first["plans_over_plain"], first["plans_over_all"] = moving / rate["plain"], moving / rate["all prompts"]
+            first["first_call_over_plain"] = first["plain_decode_seconds"] / first["decode_seconds"]
+        keys = [key for key in firsts[0] if key.endswith(("_plain", "_all"))]
+        row = {
+            "temperature": temperature,
+            "prompts": args.prompts,
+            "plain_tokens_per_second": rate["plain"],
+            "all_prompts_tokens_per_second": rate["all prompts"],
+            "all_prompts_pick": {"nodes": everything.tree.num_nodes, "levels": everything.tree.num_levels},
+            "worst": {key: min(first[key] for first in firsts) for key in keys},
+            "largest_measuring_seconds": max(first["measuring_seconds"] for first in firsts),
+            "first_prompts": firsts,
+        }
+        results.append(row)
+        print(f"T={temperature:g}, {args.prompts} first prompts; plain {rate['plain']:.1f} tokens/s, the pick from all")
+        print(f"  prompts ({everything.tree.num_nodes} x {everything.tree.num_levels}) {rate['all prompts']:.1f}")
+        accepted = [first["first_child_accepted"] for first in firsts]
+        print(f"  first child accepted in {min(accepted):.2f} to {max(accepted):.2f} of its visits")
+        for key, value in row["worst"].items():
+            print(f"  worst {key.replace('_', ' ')}: {value:.2f}x")
+        print(f"  measuring took at most {row['largest_measuring_seconds']:.1f} s", flush=True)
+    if args.json:
+        write_json(
+            args.json,
+            {
+                "bench": "auto",
+                "command": command_line("bench_auto.py", argv),
+                "commit": commit(),
+                "environment": environment(device),
+                "new_tokens": args.new_tokens,
+                "results": results,
+            },
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

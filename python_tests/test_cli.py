@@ -437,6 +437,26 @@ def test_prompts_are_counted_and_separators_have_escapes(pair, files, tmp_path, 
     assert "must hold at least one character" in capsys.readouterr().err
 
 
+def test_prompts_may_hold_tokens_that_the_draft_lacks(pair, tmp_path, capsys):
+    """A chat model's target has a few tokens more than its draft; every command takes a prompt with them."""
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    tiny_llama(0, vocab_size=VOCAB + 2).save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    (tmp_path / "prompts.txt").write_text("<|user|>one<|end|>", encoding="utf-8")
+    models = ["--target", str(tmp_path / "target"), *pair[2:]]
+    prompts = ["--prompts-file", str(tmp_path / "prompts.txt"), "--new-tokens", "8"]
+    assert cli.main(["profile", *models, "--quick", "--contexts", "16"]) == 0
+    assert cli.main(["acceptance", *models, *prompts]) == 0
+    prompt = ["--prompt", "<|user|>one<|end|>", "--new-tokens", "8"]
+    TokenTree.chain(4).save(tmp_path / "tree.json")
+    status, speculated = run_json(capsys, "generate", *models, *prompt, "--tree", str(tmp_path / "tree.json"))
+    assert status == 0
+    status, plain = run_json(capsys, "generate", *models, *prompt, "--tree", "none")
+    assert status == 0
+    assert speculated["tokens"] == plain["tokens"]
+
+
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
 def test_the_profile_is_readable(terminal, pair, tmp_path, capsys, monkeypatch):
     """Every time stands whole in a line of its own, at 80 columns as in a file."""

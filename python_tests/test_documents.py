@@ -13,9 +13,18 @@ import sys
 import threading
 
 import pytest
+from support.interrupts import interrupt_everywhere
 from support.synthetic_profile import synthetic_profile
 
-from sequoia_kernels import AcceptanceEstimate, HardwareProfile, TokenTree, TreePlan, estimate_acceptance, plan_tree
+from sequoia_kernels import (
+    AcceptanceEstimate,
+    HardwareProfile,
+    TokenTree,
+    TreePlan,
+    documents,
+    estimate_acceptance,
+    plan_tree,
+)
 from sequoia_kernels.documents import MAX_COUNT, Format, check_writable, is_count, is_number, write_bytes, write_text
 from sequoia_kernels.errors import ProfileError, TreeFormatError
 
@@ -184,6 +193,25 @@ def test_a_failure_names_the_file_and_leaves_it(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("event", ["line", "opcode"])
+def test_an_interrupt_at_any_place_leaves_one_whole_file(tmp_path, event):
+    path = tmp_path / "file"
+    seen = set()
+
+    def work():
+        path.write_text("old")
+        path.chmod(0o600)
+        write_text(path, "new")
+
+    def check():
+        seen.add(path.read_text())
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert os.listdir(tmp_path) == ["file"]
+
+    assert interrupt_everywhere(work, check, [documents], event) > 30
+    assert seen == {"old", "new"}
 
 
 def test_many_writers_and_a_reader_see_whole_files(tmp_path):

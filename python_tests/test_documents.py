@@ -27,6 +27,7 @@ from sequoia_kernels import (
 )
 from sequoia_kernels.documents import MAX_COUNT, Format, check_writable, is_count, is_number, write_bytes, write_text
 from sequoia_kernels.errors import ProfileError, TreeFormatError
+from sequoia_kernels.planner.evidence import AcceptanceEvidence
 
 # ---- writing ----
 
@@ -332,6 +333,14 @@ def use_estimate(estimate):
     estimate_acceptance([estimate, estimate])
 
 
+def use_evidence(found):
+    evidence, key = found
+    assert AcceptanceEvidence.from_json(evidence.to_json(key)) == found
+    evidence = evidence.with_run([30, 5], [25, 1])
+    assert 0 < evidence.vector[0] < 1 and sum(evidence.vector) <= 1 + 1e-9
+    assert evidence.spread > 0
+
+
 def use_profile(profile):
     assert HardwareProfile.from_json(profile.to_json()) == profile
     profile.merged(profile)
@@ -340,17 +349,29 @@ def use_profile(profile):
 
 
 DOCUMENTS = {
-    "tree": (TokenTree([-1, 0, 0, 1]), TreeFormatError, use_tree),
-    "plan": (plan_tree(estimate_acceptance(([200, 80], [120, 20])), synthetic_profile()), ValueError, use_plan),
+    "tree": (TokenTree([-1, 0, 0, 1]).to_json(), TokenTree.from_json, TreeFormatError, use_tree),
+    "plan": (
+        plan_tree(estimate_acceptance(([200, 80], [120, 20])), synthetic_profile()).to_json(),
+        TreePlan.from_json,
+        ValueError,
+        use_plan,
+    ),
     "acceptance": (
         estimate_acceptance(
             [{"visited_by_rank": [100, 40, 30], "accepted_by_rank": [60, 10, 2]}] * 3,
             temperature=0.8, top_k=5, top_p=0.9, target="big", draft="small", extrapolate_to=5,
-        ),
+        ).to_json(),
+        AcceptanceEstimate.from_json,
         ValueError,
         use_estimate,
     ),
-    "profile": (synthetic_profile(), ProfileError, use_profile),
+    "profile": (synthetic_profile().to_json(), HardwareProfile.from_json, ProfileError, use_profile),
+    "evidence": (
+        AcceptanceEvidence().with_run([60, 20, 5], [40, 9, 1]).to_json({"target": "big"}),
+        AcceptanceEvidence.from_json,
+        ValueError,
+        use_evidence,
+    ),
 }  # fmt: skip
 
 
@@ -393,15 +414,14 @@ def changed(document, random_state):
 @pytest.mark.parametrize("kind", DOCUMENTS)
 @pytest.mark.filterwarnings("error")
 def test_a_changed_document_loads_or_is_refused(kind, tmp_path):
-    original, error, use = DOCUMENTS[kind]
-    reader = type(original)
-    document = json.loads(original.to_json())
+    original, read, error, use = DOCUMENTS[kind]
+    document = json.loads(original)
     random_state = random.Random(kind)
     loaded = 0
     for _ in range(600):
         text = changed(document, random_state)
         try:
-            value = reader.from_json(text)
+            value = read(text)
         except error as refusal:
             assert type(refusal) is error
             assert len(str(refusal)) < 400

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequoia_kernels.documents import Format, is_number
+from sequoia_kernels.documents import MAX_COUNT, Format, is_number
 
 __all__ = ["REQUEST_SPREAD", "AcceptanceEvidence"]
 
@@ -112,7 +112,7 @@ class AcceptanceEvidence:
         fields = FORMAT.parse(text, where)
 
         def counts(name: str) -> tuple[float, ...]:
-            found = fields.entries(name, lambda count: is_number(count) and count >= 0, "a list of counts")
+            found = fields.entries(name, lambda count: is_number(count) and 0 <= count <= MAX_COUNT, "a list of counts")
             return tuple(map(float, found))
 
         visited, accepted = counts("visited"), counts("accepted")

@@ -133,6 +133,9 @@ def run_stage(stage: Stage, limit_seconds: float, folder: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             end_group(process)
             status, detail = "out of time", last_line(log)
+        except BaseException:  # Ctrl-C reaches this process only: the stage has a session of its own
+            end_group(process)
+            raise
     return Outcome(stage.name, status, time.perf_counter() - started, limit_seconds, detail, text, str(log))
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.processes import run_process
 
 import sequoia_kernels
 
@@ -167,7 +168,7 @@ def _configure(build: Path, mode: str, nvcc: Path) -> subprocess.CompletedProces
         f"-DSEQUOIA_CUDA={mode}",
     ]
     environment = {**os.environ, "CUDACXX": str(nvcc)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run_process(command, env=environment, check=False)
 
 
 @pytest.fixture
@@ -204,8 +205,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(outdir), str(REPOSITORY)]
     # An unoptimised build: what lies where is of interest here, and it compiles in a third of the time.
     environment = {**os.environ, "SEQUOIA_CUDA": "0", "CMAKE_BUILD_TYPE": "Debug", "PYTHONSAFEPATH": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    run_process(command, env=environment)
     return next(outdir.glob("*.tar.gz")), next(outdir.glob("*.whl"))
 
 
@@ -258,7 +258,7 @@ def test_wheel_imports_without_any_dependency(distributions: tuple[Path, Path], 
         "import sys; sys.path.append(sys.argv[1]); from sequoia_kernels import _host; sys.stdout.write(_host.__file__)"
     )
     command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = run_process(command)
     assert Path(result.stdout).parent == tmp_path / "sequoia_kernels"
 
 

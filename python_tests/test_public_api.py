@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import doctest
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.processes import run_process
 
 import sequoia_kernels
 
@@ -70,8 +70,7 @@ def test_dir_lists_the_public_names() -> None:
 
 def _loaded_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; sys.stdout.write(' '.join(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
+    return set(run_process([sys.executable, "-c", code]).stdout.split())
 
 
 def test_import_loads_no_heavy_package() -> None:

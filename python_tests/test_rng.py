@@ -1,7 +1,5 @@
 """The Philox streams: known answers, agreement of torch, NumPy, Triton and C++, and the maps from words."""
 
-import os
-import subprocess
 import sys
 import textwrap
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from support import philox as oracle
+from support.processes import python_environment, run_process
 
 from sequoia_kernels import rng
 
@@ -136,16 +135,7 @@ def test_triton_generator_is_the_same():
         words = rng.philox4x32(tuple(counters.unbind(1)), (seeds & mask, (seeds >> 32) & mask))
         assert torch.equal(out & mask, torch.stack(words, 1)), (out, words)
     """)
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", program], check=False, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert process.returncode == 0, process.stderr
+    run_process([sys.executable, "-c", program], env=python_environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
 
 
 def test_cpp_generator_is_the_same():

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,6 +25,7 @@ from support.bench_scripts import (
     targets,
     workloads,
 )
+from support.processes import run_process
 
 from sequoia_kernels import TokenTree
 from sequoia_kernels.errors import BackendUnavailableError
@@ -697,7 +697,4 @@ def test_sanitize_shares_its_work_out(monkeypatch):
 def test_the_scripts_start_from_the_shell(tmp_path):
     """As a user starts them: a process of its own, the package installed or on PYTHONPATH."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    result = subprocess.run(
-        [sys.executable, str(BENCH / "run.py"), "--help"], capture_output=True, text=True, env=variables, check=False
-    )
-    assert result.returncode == 0 and "--suite" in result.stdout, result.stderr
+    assert "--suite" in run_process([sys.executable, BENCH / "run.py", "--help"], env=variables).stdout

@@ -39,7 +39,7 @@ def numbered_layers(count, width, device):
     weights = MadeWeights(lambda name, tensor: tensor.fill_(int(name.split(".")[1])))
     lock = CudaPageLock() if on_cuda(device) else None
     names = {packed.name: packed.name for layer in layers for packed in layer.tensors}
-    return layers, [PackedLayer(layer, weights, names, lock) for layer in layers]
+    return layers, [PackedLayer(layer, lock).load(weights, names) for layer in layers]
 
 
 def link_to(device, staging_bytes=0):

@@ -149,8 +149,8 @@ def test_forgetting_swallows_the_error_that_the_next_launch_finds(monkeypatch: p
 
 def test_staging_blocks_are_locked_all_or_none(runtime: _Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "_forget_cuda_error", lambda: None)
-    assert [block.numel() for block in _locked_blocks(5000, 2, host_memory.CudaPageLock())] == [5000, 5000]
-    runtime.registered.clear()
+    assert [block.num_bytes for block in _locked_blocks(5000, 2, host_memory.CudaPageLock())] == [5000, 5000]
+    assert runtime.registered == {}  # dropped
     message = r"the host must have 15.62 KiB of memory that can be page-locked for staging, got 7.81 KiB \(cudaHost"
     with pytest.raises(RuntimeError, match=message):
         _locked_blocks(8000, 2, host_memory.CudaPageLock())

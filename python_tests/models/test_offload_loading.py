@@ -251,7 +251,7 @@ class _PageLock:
         self.locked.add(block.data_ptr())
 
     def unlock(self, block: torch.Tensor) -> None:
-        self.locked.remove(block.data_ptr())
+        self.locked.discard(block.data_ptr())
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import threading
 import weakref
@@ -14,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import python_environment, run_process
 from support.tiny_families import tiny_model
 
-import sequoia_kernels
 from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.models import TreeModel, TreeStep, load_model, prefill
 from sequoia_kernels.models.offload import (
@@ -290,7 +288,7 @@ with load_offloaded(warm) as model:
 found = {}
 for host_memory in ("mapped", "packed"):
     start, peak, stop = anonymous(), [0], threading.Event()
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # must not keep a failed script alive
     watcher.start()
     with load_offloaded(folder, host_memory=host_memory, resident_layers=2, max_cache_len=rows, max_rows=1) as model:
         loaded = max(peak) - start
@@ -316,12 +314,10 @@ def test_peak_memory_of_the_process(llama: Path, tmp_path: Path, rows: int, hidd
     folder = saved(tmp_path, shard="20MB", max_position_embeddings=rows, **shapes)
     # What the C library and MKL keep for themselves is no part of the accounting.
     quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MKL_DISABLE_FAST_MM": "1"}
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(sequoia_kernels.__file__).parents[1]), *sys.path[1:]])
-    result = subprocess.run(
-        [sys.executable, "-c", _PEAK_SCRIPT, str(llama), str(folder), str(rows)],
-        capture_output=True, text=True, env=environment, check=True,
-    )  # fmt: skip
+    result = run_process(
+        [sys.executable, "-c", _PEAK_SCRIPT, llama, folder, str(rows)],
+        env=python_environment(**quiet, OMP_NUM_THREADS="1"),
+    )
     slack = 5 << 20  # Python objects; less than two of the large layers
     for host_memory, (total, weights, streamed, loaded, peak, left) in json.loads(result.stdout).items():
         on_host = streamed if host_memory == "packed" else 0
@@ -346,7 +342,7 @@ def test_closing_frees_the_host_memory_and_ends_the_thread(llama: Path) -> None:
     model.close()
     model.close()
     gc.collect()
-    assert not link._worker.is_alive()
+    assert not link._worker.is_alive
     assert [block() for block in blocks] == [None] * LAYERS
     with pytest.raises(RuntimeError, match="the model must be open, got a closed one"):
         run(model)
@@ -358,7 +354,7 @@ def test_dropping_the_model_closes_it(llama: Path) -> None:
     link = model.streamer.link
     del model
     gc.collect()
-    assert not link._worker.is_alive()  # type: ignore[attr-defined]
+    assert not link._worker.is_alive  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -390,7 +386,7 @@ def test_interrupting_generation_in_a_with_statement_frees_everything(llama: Pat
         generate(model, None, prompt, max_new_tokens=8, streamer=Streamer())
     assert model.streamer is not None
     assert model.streamer.sources == []
-    assert not model.streamer.link._worker.is_alive()  # type: ignore[attr-defined]
+    assert not model.streamer.link._worker.is_alive  # type: ignore[attr-defined]
 
 
 def test_memory_is_freed_even_if_the_link_fails(llama: Path) -> None:
@@ -444,12 +440,9 @@ with module.load_offloaded(folder, link=ThreadLink(latency_s=0.0)) as model:
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_ctrl_c_ends_a_run_that_waits_for_a_copy_and_unlocks_the_memory(tmp_path: Path, stage: str) -> None:
     folder = saved(tmp_path, max_position_embeddings=4096)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(sequoia_kernels.__file__).parents[1]), *sys.path[1:]])
-    result = subprocess.run(
-        [sys.executable, "-c", _INTERRUPT_SCRIPT, str(folder), stage],
-        capture_output=True, text=True, env=environment, check=True, timeout=50,
-    )  # fmt: skip
+    result = run_process(
+        [sys.executable, "-c", _INTERRUPT_SCRIPT, folder, stage], env=python_environment(OMP_NUM_THREADS="1")
+    )
     assert result.stdout == "0 locked, threads []"
 
 

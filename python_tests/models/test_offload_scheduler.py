@@ -132,7 +132,7 @@ def test_closing_does_not_wait_for_a_slow_copy() -> None:
     _, streamer = build(3, 2, link)
     streamer.close()
     streamer.close()
-    assert not link._worker.is_alive()
+    assert not link._worker.is_alive
     assert streamer.buffers == []
     assert streamer.sources == []
     with pytest.raises(RuntimeError, match="the model must be open, got a closed one"):

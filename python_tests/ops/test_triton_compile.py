@@ -9,12 +9,12 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from support.processes import run_process
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -32,9 +32,7 @@ def run_compiler(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(TESTS), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return run_process([sys.executable, *arguments], env=environment).stdout
 
 
 def defects(kernels):

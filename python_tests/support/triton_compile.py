@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from support.processes import run_process
 from triton.backends.compiler import GPUTarget
 
 from sequoia_kernels import triton_device
@@ -154,7 +154,7 @@ def _registers_and_stack(kernel: Any) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        usage = run_process([tool, "-res-usage", cubin]).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump told no registers: {usage}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-__all__ = ["CudaPageLock", "PageLock", "allocate_block", "available_host_bytes"]
+from sequoia_kernels.models.offload.threads import run_shielded
+
+__all__ = ["CudaPageLock", "HostBlock", "PageLock", "allocate_block", "available_host_bytes", "close_all"]
 
 _REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -20,6 +23,13 @@ _CGROUP_FILES = {
 }
 
 
+class Closeable(Protocol):
+    """What can be closed; idempotent."""
+
+    def close(self) -> None:
+        """Let go of memory."""
+
+
 class PageLock(Protocol):
     """Locks host memory for direct copies by a device."""
 
@@ -27,7 +37,7 @@ class PageLock(Protocol):
         """Lock a block's pages; RuntimeError where that fails."""
 
     def unlock(self, block: torch.Tensor) -> None:
-        """Unlock them."""
+        """Unlock them; nothing happens where they are not locked."""
 
 
 class CudaPageLock:
@@ -68,6 +78,56 @@ def allocate_block(num_bytes: int) -> torch.Tensor:
         with contextlib.suppress(OSError):  # a kernel built without them
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+class HostBlock:
+    """A block of host memory, page-locked or not; unlocked and given back when it is closed or dropped.
+
+    Args:
+        num_bytes: its size.
+        page_lock: locks the block, None leaves it pageable.
+
+    Attributes:
+        content: the memory, while there is some. [num_bytes] uint8.
+    """
+
+    def __init__(self, num_bytes: int, page_lock: PageLock | None) -> None:
+        self.num_bytes = num_bytes
+        self.content: torch.Tensor | None = None
+        self._page_lock = page_lock
+
+    def allocate(self) -> torch.Tensor:
+        """Allocate the memory, lock it and return it; apart from the constructor, so that its owner can close it.
+
+        Raises:
+            RuntimeError, OSError, MemoryError: there is not so much memory, or it cannot be locked.
+        """
+        self.content = allocate_block(self.num_bytes)
+        if self._page_lock is not None:
+            self._page_lock.lock(self.content)
+        return self.content
+
+    def close(self) -> None:
+        """Unlock and free the block. Idempotent."""
+        if self.content is not None:
+            if self._page_lock is not None:
+                self._page_lock.unlock(self.content)
+            self.content = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def close_all(blocks: Iterable[Closeable]) -> None:
+    """Close blocks, or layers that have them, whatever interrupts that; what did is raised then."""
+    found = list(blocks)
+
+    def close() -> None:
+        for block in found:
+            block.close()
+
+    if found:
+        run_shielded(close, "sequoia-close")
 
 
 def available_host_bytes() -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sequoia_kernels.models.offload.host_memory import PageLock, allocate_block, available_host_bytes
+from sequoia_kernels.models.offload.host_memory import HostBlock, PageLock, available_host_bytes, close_all
 from sequoia_kernels.models.offload.layers import DecoderLayer
 from sequoia_kernels.models.offload.memory import format_bytes
 from sequoia_kernels.models.offload.weights import WeightSource
@@ -20,11 +20,14 @@ class HostLayer(ABC):
 
     Attributes:
         num_bytes: size of the layer's block.
-        block: the block itself where it is in memory as a whole. [num_bytes] uint8.
     """
 
     num_bytes: int
-    block: torch.Tensor | None = None
+
+    @property
+    def block(self) -> torch.Tensor | None:
+        """The block itself where it is in memory as a whole. [num_bytes] uint8."""
+        return None
 
     @abstractmethod
     def write_into(self, destination: torch.Tensor) -> None:
@@ -44,28 +47,25 @@ class PackedLayer(HostLayer):
 
     Args:
         layer: the layer.
-        weights: where its weights come from.
-        names: name of each tensor there.
         page_lock: locks the block, None leaves it pageable.
     """
 
-    def __init__(
-        self, layer: DecoderLayer, weights: WeightSource, names: Mapping[str, str], page_lock: PageLock | None
-    ) -> None:
+    def __init__(self, layer: DecoderLayer, page_lock: PageLock | None) -> None:
         self.num_bytes = layer.num_bytes
-        self._page_lock: PageLock | None = None
-        block = allocate_block(layer.num_bytes)
-        if page_lock is not None:
-            page_lock.lock(block)
-            self._page_lock = page_lock
-        self.block = block
-        try:
-            load_layer(layer, weights, names, block)
-        except BaseException:
-            self.close()
-            raise
-        for packed in layer.tensors:
+        self._layer = layer
+        self._block = HostBlock(layer.num_bytes, page_lock)
+
+    def load(self, weights: WeightSource, names: Mapping[str, str]) -> PackedLayer:
+        """Allocate the block and fill it from where the weights are, by the name of each tensor there."""
+        load_layer(self._layer, weights, names, self._block.allocate())
+        for packed in self._layer.tensors:
             weights.forget(names[packed.name])
+        return self
+
+    @property
+    def block(self) -> torch.Tensor | None:
+        """The block, while it is open. [num_bytes] uint8."""
+        return self._block.content
 
     def write_into(self, destination: torch.Tensor) -> None:
         """Write the block."""
@@ -78,13 +78,7 @@ class PackedLayer(HostLayer):
 
     def close(self) -> None:
         """Unlock and free the block. Idempotent."""
-        block, self.block = self.block, None
-        lock, self._page_lock = self._page_lock, None
-        if block is not None and lock is not None:
-            lock.unlock(block)
-
-    def __del__(self) -> None:
-        self.close()
+        self._block.close()
 
 
 class MappedLayer(HostLayer):
@@ -133,14 +127,14 @@ def pack_layers(
             f"load_offloaded: the host must have {format_bytes(needed)} of free memory for {len(distinct)} layers, "
             f"got {format_bytes(available)}; {advice}"
         )
-    blocks: dict[tuple[str, ...], HostLayer] = {}
+    blocks = {key: PackedLayer(layer, page_lock) for key, layer in distinct.items()}
+    done = 0
     try:
-        for key, layer in distinct.items():
-            blocks[key] = PackedLayer(layer, weights, names, page_lock)
+        for block in blocks.values():
+            block.load(weights, names)
+            done += block.num_bytes
     except BaseException as error:
-        done = sum(source.num_bytes for source in blocks.values())
-        for source in blocks.values():
-            source.close()
+        close_all(blocks.values())
         if isinstance(error, (RuntimeError, OSError, MemoryError)):
             kind = "memory" if page_lock is None else "memory that can be page-locked"
             raise RuntimeError(

@@ -7,16 +7,16 @@ A link starts copies in the order in which they are asked for, never waits in `c
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 
-from sequoia_kernels.models.offload.host_memory import CudaPageLock, PageLock, allocate_block
+from sequoia_kernels.models.offload.host_memory import CudaPageLock, HostBlock, PageLock, close_all
 from sequoia_kernels.models.offload.host_weights import HostLayer
 from sequoia_kernels.models.offload.memory import format_bytes
+from sequoia_kernels.models.offload.threads import Signal, Task
 
 __all__ = ["CudaLink", "Link", "SimulatedLink", "ThreadLink", "VirtualClock"]
 
@@ -45,6 +45,9 @@ class Link(ABC):
         """Mark the point that the computation has been told to reach."""
         return None
 
+    def recover(self) -> None:  # noqa: B027
+        """Put right what a call that broke off may have left in the calling thread; copies keep their order."""
+
     @abstractmethod
     def close(self) -> None:
         """Drop copies that have not begun, finish the one that has, release threads and memory. Idempotent."""
@@ -57,7 +60,7 @@ def _closed() -> RuntimeError:
 class _ThreadTransfer:
     def __init__(self, source: HostLayer, destination: torch.Tensor, after: Any) -> None:
         self.source, self.destination, self.after = source, destination, after
-        self.done = threading.Event()
+        self.done = Signal()
         self.error: BaseException | None = None
         self.event: Any = None
 
@@ -86,14 +89,15 @@ class ThreadLink(Link):
         _check_rates("ThreadLink", bandwidth_bytes_per_s, latency_s)
         self._bandwidth, self._latency = bandwidth_bytes_per_s, latency_s
         self._jobs: queue.SimpleQueue[_ThreadTransfer | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._worker = threading.Thread(target=self._run, name="sequoia-weights", daemon=True)
-        self._worker.start()
+        self._stop = Signal()
+        self._worker = Task(self._run, "sequoia-weights")
 
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> _ThreadTransfer:
-        """Queue a copy."""
-        if self._stop.is_set():
+        """Queue a copy; the first one starts the thread."""
+        if self._stop.is_set:
             raise _closed()
+        if not self._worker.begun:
+            self._worker.start()
         transfer = _ThreadTransfer(source, destination, after)
         self._jobs.put(transfer)
         return transfer
@@ -106,12 +110,11 @@ class ThreadLink(Link):
         """Stop the worker; copies that wait in the queue fail."""
         self._stop.set()
         self._jobs.put(None)
-        if self._worker is not threading.current_thread():
-            self._worker.join()
+        self._worker.end()
 
     def _run(self) -> None:
         while (transfer := self._jobs.get()) is not None:
-            if self._stop.is_set():
+            if self._stop.is_set:
                 transfer.finish(_closed())
                 continue
             started = time.perf_counter()
@@ -144,16 +147,18 @@ class CudaLink(Link):
     def __init__(self, device: torch.device, staging_bytes: int = 0) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._outer_stream: torch.cuda.Stream | None = None
         self._closed = False
         self._reader: _StagingReader | None = None
         if staging_bytes:
-            self._reader = _StagingReader(self, _locked_blocks(staging_bytes, 2, CudaPageLock()), CudaPageLock())
+            self._reader = _StagingReader(self, _locked_blocks(staging_bytes, 2, CudaPageLock()))
 
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
         """Launch a copy."""
         if self._closed:
             raise _closed()
         _refuse_capture()
+        self._outer_stream = torch.cuda.current_stream(self._device)
         if source.block is not None:
             return self.launch(source.block, destination[: source.num_bytes], after)
         staged = 0 if self._reader is None else self._reader.staging_bytes
@@ -188,6 +193,11 @@ class CudaLink(Link):
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def recover(self) -> None:
+        """Leave the stream of the copies where an interrupted launch has stayed on it."""
+        if self._outer_stream is not None and torch.cuda.current_stream(self._device) == self._stream:
+            torch.cuda.set_stream(self._outer_stream)
+
     def close(self) -> None:
         """Wait for running copies, so that their memory may be freed."""
         if not self._closed:
@@ -210,9 +220,9 @@ def _refuse_capture() -> None:
 class _StagingReader(ThreadLink):
     """Reads layers into page-locked staging blocks and launches their copies."""
 
-    def __init__(self, link: CudaLink, blocks: list[torch.Tensor], page_lock: PageLock) -> None:
-        self._link, self._blocks, self._page_lock = link, blocks, page_lock
-        self.staging_bytes = blocks[0].numel()
+    def __init__(self, link: CudaLink, blocks: list[HostBlock]) -> None:
+        self._link, self._blocks = link, blocks
+        self.staging_bytes = blocks[0].num_bytes
         self._copied: list[torch.cuda.Event | None] = [None] * len(blocks)  # until then a block is being read
         self._turn = 0
         super().__init__()
@@ -222,8 +232,9 @@ class _StagingReader(ThreadLink):
         copied = self._copied[turn]
         if copied is not None:
             copied.synchronize()
-        num_bytes = transfer.source.num_bytes
-        block = self._blocks[turn][:num_bytes]
+        num_bytes, content = transfer.source.num_bytes, self._blocks[turn].content
+        assert content is not None
+        block = content[:num_bytes]
         with torch.cuda.device(self._link._device):
             transfer.source.write_into(block)
             transfer.event = self._link.launch(block, transfer.destination[:num_bytes], transfer.after)
@@ -231,25 +242,26 @@ class _StagingReader(ThreadLink):
 
     def free(self) -> None:
         """Unlock and free the staging blocks; the reader and its copies have ended."""
-        while self._blocks:
-            self._page_lock.unlock(self._blocks.pop())
+        for block in self._blocks:
+            block.close()
 
 
-def _locked_blocks(num_bytes: int, count: int, page_lock: PageLock) -> list[torch.Tensor]:
+def _locked_blocks(num_bytes: int, count: int, page_lock: PageLock) -> list[HostBlock]:
     """Allocate blocks and lock their pages; all or nothing."""
-    blocks: list[torch.Tensor] = []
+    blocks = [HostBlock(num_bytes, page_lock) for _ in range(count)]
+    done = 0
     try:
-        for _ in range(count):
-            block = allocate_block(num_bytes)
-            page_lock.lock(block)
-            blocks.append(block)
-    except (RuntimeError, OSError, MemoryError) as error:
         for block in blocks:
-            page_lock.unlock(block)
-        raise RuntimeError(
-            f"load_offloaded: the host must have {format_bytes(count * num_bytes)} of memory that can be page-locked "
-            f"for staging, got {format_bytes(len(blocks) * num_bytes)} ({error})"
-        ) from error
+            block.allocate()
+            done += num_bytes
+    except BaseException as error:
+        close_all(blocks)
+        if isinstance(error, (RuntimeError, OSError, MemoryError)):
+            raise RuntimeError(
+                f"load_offloaded: the host must have {format_bytes(count * num_bytes)} of memory that can be "
+                f"page-locked for staging, got {format_bytes(done)} ({error})"
+            ) from error
+        raise
     return blocks
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
+
+from sequoia_kernels.models.offload.threads import Task
 
 __all__ = ["Lockstep"]
 
@@ -20,30 +23,29 @@ Result = TypeVar("Result")
 
 
 class _Aborted(Exception):
-    """Another forward failed."""
+    """The forwards are given up."""
 
 
 class Lockstep:
     """Runs functions in turns. `barrier`, called inside one of them, lets each of the others come that far first."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._turn = 0
-        self._waiting: list[int] = []  # members that are not done, in order
-        self._aborted = False
         self._member = threading.local()
+        self._round: _Round[Any] | None = None
 
     @property
     def inside(self) -> bool:
         """Whether the calling thread is one of those that take turns."""
-        return getattr(self._member, "index", None) is not None
+        return getattr(self._member, "barrier", None) is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no function runs."""
+        return self._round is None
 
     def barrier(self) -> None:
         """Hand over to the next member and return at this one's next turn."""
-        index: int = self._member.index
-        with self._condition:
-            self._pass_on(index)
-            self._wait_for_turn(index)
+        self._member.barrier()
 
     def run(self, functions: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
         """Run all functions in lockstep.
@@ -56,64 +58,93 @@ class Lockstep:
             Their results.
 
         Raises:
-            BaseException: the first error that one of them raised; the others are abandoned at their next turn.
+            BaseException: the first error that one of them raised; the others are abandoned at their next turn. Or
+                what interrupted the caller; none of them runs any more then.
         """
-        results: dict[int, Result] = {}
-        errors: list[BaseException] = []
-        inference = torch.is_inference_mode_enabled()
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._turn, self._waiting, self._aborted = 0, list(range(len(functions))), False
-
-        def member(index: int) -> None:
-            self._member.index = index
-            try:
-                # Gradient and inference modes and the current stream belong to a thread.
-                with torch.inference_mode(inference), torch.no_grad(), torch.cuda.stream(stream):
-                    with self._condition:
-                        self._wait_for_turn(index)
-                    results[index] = functions[index]()
-            except _Aborted:
-                pass
-            except BaseException as error:
-                errors.append(error)
-                self._abort()
-            finally:
-                with self._condition:
-                    if index in self._waiting:
-                        self._pass_on(index)
-                        self._waiting.remove(index)
-                    self._condition.notify_all()
-
-        threads = [
-            threading.Thread(target=member, args=(index,), name=f"sequoia-chunk-{index}", daemon=True)
-            for index in range(len(functions))
-        ]
+        self.end()
+        turns = self._round = _Round(functions, device, self._member)
         try:
-            for thread in threads:
+            turns.task.start()
+            turns.task.wait()
+        finally:
+            self.end()
+        return turns.results()
+
+    def end(self) -> None:
+        """Give up what an interrupted `run` has left, and return when nobody is inside a function any more."""
+        if self._round is not None:
+            self._round.aborted = True
+            self._round.task.end()
+            self._round = None
+
+
+class _Round(Generic[Result]):
+    """One run. Nothing but its own threads, which no interrupt reaches, uses its condition."""
+
+    def __init__(
+        self, functions: Sequence[Callable[[], Result]], device: torch.device, member: threading.local
+    ) -> None:
+        self.aborted = False  # set by anybody, seen at the next turn
+        self.task = Task(self._run_all, "sequoia-chunk-0")
+        self._functions, self._member = functions, member
+        self._condition = threading.Condition()
+        self._turn = 0
+        self._waiting = list(range(len(functions)))  # members that are not done, in order
+        self._results: dict[int, Result] = {}
+        self._errors: list[BaseException] = []
+        # Gradient and inference modes and the current stream belong to a thread.
+        self._inference = torch.is_inference_mode_enabled()
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def results(self) -> list[Result]:
+        """Return what the functions have returned, or raise what one of them has raised."""
+        for error in (*self._errors, self.task.error):
+            if error is not None:
+                raise error
+        return [self._results[index] for index in range(len(self._functions))]
+
+    def _run_all(self) -> None:
+        threads: list[threading.Thread] = []
+        try:
+            for index in self._waiting[1:]:
+                thread = threading.Thread(
+                    target=self._run_one, args=(index,), name=f"sequoia-chunk-{index}", daemon=True
+                )
                 thread.start()
-            self._wait_for_all()
-        except BaseException:  # Ctrl-C arrives in the main thread
-            self._abort()
-            with self._condition:
-                self._waiting = [index for index in self._waiting if threads[index].ident is not None]
-            self._wait_for_all()  # nobody may be inside the model when its memory is freed
+                threads.append(thread)
+        except BaseException:
+            self.aborted = True
             raise
         finally:
+            self._run_one(0)
             for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if errors:
-            raise errors[0]
-        return [results[index] for index in range(len(functions))]
+                thread.join()
 
-    def _wait_for_all(self) -> None:
-        """Wait until every member is done. Not by `join`: interrupted, it may take a running thread for ended."""
+    def _run_one(self, index: int) -> None:
+        self._member.barrier = partial(self._barrier, index)
+        try:
+            with torch.inference_mode(self._inference), torch.no_grad(), torch.cuda.stream(self._stream):
+                with self._condition:
+                    self._wait_for_turn(index)
+                self._results[index] = self._functions[index]()
+        except _Aborted:
+            pass
+        except BaseException as error:
+            self._errors.append(error)
+            self.aborted = True
+        finally:
+            with self._condition:
+                self._pass_on(index)
+                self._waiting.remove(index)
+
+    def _barrier(self, index: int) -> None:
         with self._condition:
-            self._condition.wait_for(lambda: not self._waiting)
+            self._pass_on(index)
+            self._wait_for_turn(index)
 
     def _wait_for_turn(self, index: int) -> None:
-        self._condition.wait_for(lambda: self._aborted or self._turn == index)
-        if self._aborted:
+        self._condition.wait_for(lambda: self.aborted or self._turn == index)
+        if self.aborted:
             raise _Aborted
 
     def _pass_on(self, index: int) -> None:
@@ -121,8 +152,3 @@ class Lockstep:
         place = self._waiting.index(index)
         self._turn = self._waiting[(place + 1) % len(self._waiting)]
         self._condition.notify_all()
-
-    def _abort(self) -> None:
-        with self._condition:
-            self._aborted = True
-            self._condition.notify_all()

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import ChunkInputs, TreeModel, adapt
 from sequoia_kernels.models.cache import TreeCache
-from sequoia_kernels.models.offload.host_memory import CudaPageLock, PageLock
+from sequoia_kernels.models.offload.host_memory import CudaPageLock, PageLock, close_all
 from sequoia_kernels.models.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
 from sequoia_kernels.models.offload.layers import DecoderLayer
 from sequoia_kernels.models.offload.link import CudaLink, Link, ThreadLink
@@ -25,7 +25,9 @@ from sequoia_kernels.models.offload.lockstep import Lockstep
 from sequoia_kernels.models.offload.memory import MemoryPlan, format_bytes
 from sequoia_kernels.models.offload.scheduler import LayerStreamer
 from sequoia_kernels.models.offload.skeleton import MAX_PREFILL_ROWS, Skeleton
+from sequoia_kernels.models.offload.threads import run_shielded
 from sequoia_kernels.models.offload.weights import WeightSource, normal_weights
+from sequoia_kernels.models.step import TreeStep
 
 __all__ = ["OffloadedModel", "load_offloaded", "memory_plan", "random_offloaded"]
 
@@ -51,15 +53,11 @@ class OffloadedModel(TreeModel):
         self.streamer = streamer
         self.capturable = streamer is None  # a graph would replay the copies, but not the order they were planned in
         self._lockstep = Lockstep()
-        self._closing = weakref.finalize(self, _close, streamer, weights)
-        try:
-            if streamer is not None:
-                for position, layer in enumerate(streamer.layers):
-                    _hook(layer.module, position, streamer, self._lockstep)
-            super().__init__(model, adapt(model)._plan)
-        except BaseException:
-            self.close()
-            raise
+        self._closing = weakref.finalize(self, _close, self._lockstep, streamer, weights)
+        if streamer is not None:
+            for position, layer in enumerate(streamer.layers):
+                _hook(layer.module, position, streamer, self._lockstep)
+        super().__init__(model, adapt(model)._plan)
 
     def __repr__(self) -> str:
         return f"Offloaded{super().__repr__()[:-1]}, {len(self.memory.streamed)} of {self.num_layers} layers streamed)"
@@ -77,8 +75,12 @@ class OffloadedModel(TreeModel):
         raise ValueError(f"adapt: compile must be False for an offloaded model, got {mode!r}; keep it resident instead")
 
     def close(self) -> None:
-        """Stop copies and free the host's memory; the model cannot run any more. Idempotent."""
-        self._closing()
+        """Stop copies and free the host's memory; the model cannot run any more. Idempotent.
+
+        Once begun it ends, whatever interrupts it; what did is raised then.
+        """
+        if self._closing.alive:
+            run_shielded(self._closing, "sequoia-close")
 
     def max_cache_rows(self, batch_size: int) -> int | None:
         """Rows that the caches of a batch may have within the memory budget, None without one."""
@@ -109,6 +111,21 @@ class OffloadedModel(TreeModel):
                     "model with these batch_size and max_cache_len, so that fewer layers stay on the device"
                 )
         return super().new_cache(batch_size, max_cache_len)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        *,
+        last_row: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Score N nodes; as `TreeModel.forward`."""
+        try:
+            return super().forward(input_ids, cache, cache_lens, step, last_row=last_row)
+        finally:
+            self._release()
 
     def forward_chunks(
         self, chunks: Sequence[ChunkInputs], cache: TreeCache, *, max_rows: int = MAX_PREFILL_ROWS
@@ -141,9 +158,14 @@ class OffloadedModel(TreeModel):
             try:
                 return self._lockstep.run([partial(self._run, *chunk, cache) for chunk in chunks], self.device)
             finally:
-                streamer.release()
+                self._release()
 
         return self._switch.run(run)
+
+    def _release(self) -> None:
+        """Unbind what a forward that broke off has left bound, unless it still runs: then its end comes first."""
+        if self.streamer is not None and self._lockstep.idle:
+            self.streamer.release()
 
 
 def _hook(module: nn.Module, position: int, streamer: LayerStreamer, lockstep: Lockstep) -> None:
@@ -152,6 +174,8 @@ def _hook(module: nn.Module, position: int, streamer: LayerStreamer, lockstep: L
     def before(module: nn.Module, inputs: Any) -> None:
         if lockstep.inside:
             lockstep.barrier()
+        else:
+            lockstep.end()
         streamer.acquire(position)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -162,8 +186,9 @@ def _hook(module: nn.Module, position: int, streamer: LayerStreamer, lockstep: L
     module.register_forward_hook(after, always_call=True)
 
 
-def _close(streamer: LayerStreamer | None, weights: WeightSource) -> None:
+def _close(lockstep: Lockstep, streamer: LayerStreamer | None, weights: WeightSource) -> None:
     try:
+        lockstep.end()
         if streamer is not None:
             streamer.close()
     finally:
@@ -382,17 +407,18 @@ def _open(
     host_memory: str,
 ) -> OffloadedModel:
     """Plan, load and wrap up; whatever fails leaves nothing open."""
+    streamer = None
     try:
         plan = skeleton.plan(budget, resident_layers, *reserves, device.type == "cuda")
         if device.type == "cuda":
             _check_free(plan, _free_device_bytes(device))
         streamer = _load(skeleton, plan, device, link, host_memory)
+        if host_memory == "packed" or streamer is None:
+            skeleton.weights.close()
+        return OffloadedModel(skeleton.model, plan, streamer, skeleton.weights)
     except BaseException:
-        skeleton.weights.close()
+        run_shielded(partial(_close, Lockstep(), streamer, skeleton.weights), "sequoia-close")
         raise
-    if host_memory == "packed" or streamer is None:
-        skeleton.weights.close()
-    return OffloadedModel(skeleton.model, plan, streamer, skeleton.weights)
 
 
 def _page_lock(device: torch.device) -> PageLock | None:
@@ -433,8 +459,7 @@ def _load(
     except BaseException:
         if own_link is not None:
             own_link.close()
-        for source in sources:
-            source.close()
+        close_all(sources)
         raise
 
 

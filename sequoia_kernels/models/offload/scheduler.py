@@ -22,6 +22,9 @@ class LayerStreamer:
     passes is computed. Layers may also be asked for out of order (a pass that broke off, a caller that skips layers):
     the ring then starts again at the layer that is wanted.
 
+    An interrupt or an error may break off a change of the ring at any step. `_changing` says so, and the next call puts
+    the ring into a state that does not depend on the old one.
+
     Args:
         layers: the streamed layers in the order in which they run. [S]
         sources: their weights on the host. [S]
@@ -61,45 +64,47 @@ class LayerStreamer:
         self._transfers: list[Any] = [None] * num_buffers
         self._wanted = self._issued = 0  # positions: the next one to run, the next one to copy
         self._held: int | None = None  # the layer that is bound
-        self._closed = False
-        self._fill()
+        self._changing = self._closed = False
 
     def acquire(self, layer: int) -> None:
         """Bind a layer's weights; what is computed from now on may use them. No-op where it is bound already."""
         if self._closed:
             raise RuntimeError("OffloadedModel: the model must be open, got a closed one; load it again")
-        if self._held == layer:
+        if self._held == layer and not self._changing:
             return
         self.release()
+        self._changing = True
         num_layers = len(self.layers)
         if self._wanted % num_layers != layer:
             self._restart_at(layer)
         self._fill()
         buffer = self._wanted % len(self.buffers)
-        try:
-            self.link.wait(self._transfers[buffer])
-        except BaseException:
-            self._restart_at(layer)  # a failed copy must not be found again
-            raise
+        self.link.wait(self._transfers[buffer])
         self.layers[layer].bind(self._views[layer][buffer])
         self._held = layer
+        self._changing = False
 
     def release(self) -> None:
         """Unbind the bound layer, if any, and let its buffer be overwritten once it has run."""
+        if self._closed:
+            return
+        if self._changing:
+            self._reset()
         if self._held is None:
             return
+        self._changing = True
         self.layers[self._held].unbind()
         self._held = None
         self._released[self._wanted % len(self.buffers)] = self.link.mark()
         self._wanted += 1
-        if not self._closed:
-            self._fill()
+        self._fill()
+        self._changing = False
 
     def close(self) -> None:
         """Stop the link, free the buffers and the host's memory, even where the link fails. Idempotent."""
         self._closed = True
+        self._unbind_all()
         try:
-            self.release()
             self.link.close()
         finally:
             for source in self.sources:
@@ -108,6 +113,19 @@ class LayerStreamer:
             self._views.clear()
             self._transfers.clear()
             self.buffers.clear()
+
+    def _reset(self) -> None:
+        """Start the ring anew. The link is in order, so copies under way are overwritten by those that follow."""
+        self.link.recover()
+        self._unbind_all()
+        self._released = [self.link.mark()] * len(self.buffers)
+        self._wanted = self._issued = 0
+        self._changing = False
+
+    def _unbind_all(self) -> None:
+        for layer in self.layers:
+            layer.unbind()
+        self._held = None
 
     def _fill(self) -> None:
         while self._issued < self._wanted + len(self.buffers):

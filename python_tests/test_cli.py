@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from support.processes import run_process
 from support.tiny_models import noisy_copy, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -275,8 +275,7 @@ def test_every_command_explains_itself(capsys):
 
 def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "sequoia_kernels", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert result.stdout == f"sequoia-kernels {sequoia_kernels.__version__}\n"
+    assert run_process(command).stdout == f"sequoia-kernels {sequoia_kernels.__version__}\n"
 
 
 # ---- what is refused before models are loaded ----

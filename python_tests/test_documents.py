@@ -14,6 +14,7 @@ import threading
 
 import pytest
 from support.interrupts import interrupt_everywhere
+from support.processes import run_process
 from support.synthetic_profile import synthetic_profile
 
 from sequoia_kernels import (
@@ -124,10 +125,8 @@ def test_standard_output_takes_a_document_in_its_turn(tmp_path, to_file):
     )
     path = tmp_path / "out"
     with open(path, "w") as file:
-        result = subprocess.run(
-            [sys.executable, "-c", script], stdout=file if to_file else subprocess.PIPE, timeout=300, check=True
-        )
-    assert (path.read_bytes() if to_file else result.stdout) == b"before\ndocument\nafter\n"
+        result = run_process([sys.executable, "-c", script], stdout=file if to_file else subprocess.PIPE)
+    assert (path.read_text() if to_file else result.stdout) == "before\ndocument\nafter\n"
 
 
 def test_a_folder_is_refused(tmp_path):

@@ -5,11 +5,10 @@ Skipped without a CUDA device; written without one. Each script fails by an erro
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.processes import python_environment, run_process
 
 pytestmark = pytest.mark.gpu
 
@@ -194,12 +193,4 @@ for _ in range(3):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_failed_capture_leaves_nothing_behind(script):
     code = START + SCRIPTS[script] + "\ncheck_that_all_is_well()\n"
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],  # where `support` lies
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    run_process([sys.executable, "-c", code], env=python_environment(), timeout=SECONDS)

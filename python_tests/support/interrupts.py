@@ -9,18 +9,23 @@ from typing import Any
 
 
 def interrupt_everywhere(
-    work: Callable[[], Any], check: Callable[[], Any], modules: Iterable[ModuleType], event: str = "line"
+    work: Callable[[], Any],
+    check: Callable[[], Any],
+    modules: Iterable[ModuleType],
+    event: str = "line",
+    stride: int = 1,
 ) -> int:
-    """Run `work` again and again, a KeyboardInterrupt one place later each time, and `check` behind every run.
+    """Run `work` again and again, a KeyboardInterrupt later each time, and `check` behind every run.
 
     Args:
         work: what is interrupted; what it does must be the same each time.
         check: what must hold whether it was interrupted or not.
         modules: in whose code the interrupts arrive.
         event: "line" or "opcode", before every one of which an interrupt may arrive.
+        stride: how many places later it arrives each time.
 
     Returns:
-        The number of places.
+        The number of places, rounded up to the stride.
     """
     files = {module.__file__ for module in modules}
     places = 0
@@ -51,4 +56,4 @@ def interrupt_everywhere(
         check()
         if not interrupted:
             return places
-        places += 1
+        places += stride

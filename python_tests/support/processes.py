@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import sequoia_kernels
 
@@ -39,6 +40,7 @@ def run_process(
     *,
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
+    stdout: int | IO[Any] = subprocess.PIPE,
     check: bool = True,
     timeout: float = LIMIT_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
@@ -48,6 +50,7 @@ def run_process(
         command: the program and its arguments.
         env: its environment, None for this one.
         cwd: its folder.
+        stdout: where its output goes instead of into the result.
         check: fail where its status is not 0, and show its output.
         timeout: seconds after which it is killed with whatever it has started.
 
@@ -60,7 +63,7 @@ def run_process(
         words = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *words]
     process = subprocess.Popen(
         words, env=env, cwd=cwd, text=True, errors="replace", stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        stdout=stdout, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -69,5 +72,5 @@ def run_process(
         process.communicate()
         raise
     status = process.returncode
-    assert not check or status == 0, f"{words[-1]} ended with {status}:\n{output[-5000:]}\n{errors[-5000:]}"
+    assert not check or status == 0, f"{words[-1]} ended with {status}:\n{(output or '')[-5000:]}\n{errors[-5000:]}"
     return subprocess.CompletedProcess(list(command), status, output, errors)

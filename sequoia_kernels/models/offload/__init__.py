@@ -3,7 +3,8 @@
 `checkpoint` reads safetensors files (`weights` names what else they may come from), `layers` finds and lays out a
 model's decoder layers, `skeleton` matches the two and adds everything up, `memory` decides which layers stay on the
 device, `host_weights` keeps the others in `host_memory`, `link` copies them, `scheduler` orders the copies, `lockstep`
-runs a long prompt in one pass over the weights, and `model` makes a tree model of it all.
+runs a long prompt in one pass over the weights, and `model` makes a tree model of it all. `threads` keeps Ctrl-C from
+breaking what runs beside the main thread.
 """
 
 from sequoia_kernels.models.offload.link import CudaLink, Link, SimulatedLink, ThreadLink, VirtualClock

@@ -91,9 +91,10 @@ class HostBlock:
         content: the memory, while there is some. [num_bytes] uint8.
     """
 
+    content: torch.Tensor | None = None
+
     def __init__(self, num_bytes: int, page_lock: PageLock | None) -> None:
         self.num_bytes = num_bytes
-        self.content: torch.Tensor | None = None
         self._page_lock = page_lock
 
     def allocate(self) -> torch.Tensor:

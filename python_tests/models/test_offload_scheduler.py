@@ -76,6 +76,7 @@ def test_what_is_computed_between_passes_hides_the_first_layers() -> None:
     clock = VirtualClock()
     link = SimulatedLink(BANDWIDTH, clock=clock)
     layers, streamer = build(4, 2, link)
+    run_pass(layers, streamer, clock, 0.0)
     copy_s = layers[0].num_bytes / BANDWIDTH
     clock.advance(10 * copy_s)  # the draft grows a tree
     stalled = link.stalled_s

@@ -132,10 +132,11 @@ def run_shielded(function: Callable[[], None], name: str) -> None:
         task.wait()
 
     _persist(run)
+    error, task.error = task.error, None  # the thread that started it may know the task for a moment longer
     if not task.begun:
         function()
-    elif task.error is not None:
-        raise task.error
+    elif error is not None:
+        raise error
 
 
 def _persist(step: Callable[[], None]) -> None:

@@ -1,9 +1,9 @@
 """tree="auto" from sixteen different first prompts on the demo pair: what the first call costs, and what it leads to.
 
-Each first prompt meets a process that knows nothing: its call measures the pair and learns from its own text. Then all
-prompts are decoded without speculation, with the tree planned from every prompt's counts, with each tree that a first
-call led to (held fast), and with the plans that it led to (the loop goes on moving between their trees), in turn. A pick
-from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all::
+Each first prompt meets a process that knows nothing: its call measures the pair and learns from its own text. Then
+all prompts are decoded in turn: without speculation, with the tree planned from every prompt's counts, with each tree
+that a first call led to (held fast), and with the plans that it led to (the loop goes on moving between their trees).
+A pick from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all::
 
     python bench/bench_auto.py --threads 1 --json bench/results/cpu/auto.json
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -62,12 +63,10 @@ def padded(prompts):
 
 
 @pytest.mark.parametrize("tree", [TREE, TokenTree.chain(2), TokenTree.chain(40)], ids=["tree", "chain", "too deep"])
-@pytest.mark.parametrize("prompt_len", [1, 10, 31, 32, 50])
-def test_greedy_output_goes_on_beyond_the_drafts_positions(target, draft, table_draft, lag, prompt_len, tree):
-    expected = generate(target, None, prompt(prompt_len), max_new_tokens=60)
-    for model in (draft, table_draft):
-        output = generate(target, model, prompt(prompt_len), tree=tree, max_new_tokens=60)
-        assert output.new_tokens == expected.new_tokens
+def test_greedy_output_goes_on_beyond_the_drafts_positions(target, draft, table_draft, lag, tree):
+    for model, prompt_len in itertools.product((draft, table_draft), (1, 31, 32, 50)):
+        output = generate(target, model, prompt(prompt_len), tree=tree, max_new_tokens=40)
+        assert output.new_tokens == generate(target, None, prompt(prompt_len), max_new_tokens=40).new_tokens
         assert output.finish_reasons == ["length"]
         assert output.stats.draft_restarts >= 1
 
@@ -114,13 +113,13 @@ def test_the_draft_is_fed_its_own_positions_only(target, table_draft, lag, monke
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_request_has_the_same_contexts_alone_and_among_others(target, draft, lag, temperature):
-    lengths = (10, 1, 50, 28, 31, 33, 3)
+    lengths = (10, 1, 50, 28, 32)
     prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
-    options = {"tree": TREE, "max_new_tokens": 60, "temperature": temperature}
-    together = generate(target, draft, *padded(prompts), seed=range(7), **options)
+    options = {"tree": TREE, "max_new_tokens": 50, "temperature": temperature}
+    together = generate(target, draft, *padded(prompts), seed=range(5), **options)
     alone = [generate(target, draft, ids, seed=seed, **options) for seed, ids in enumerate(prompts)]
     assert together.new_tokens == [output.new_tokens[0] for output in alone]
-    assert together.stats.draft_restarts == sum(output.stats.draft_restarts for output in alone) > 20
+    assert together.stats.draft_restarts == sum(output.stats.draft_restarts for output in alone) > 10
     # not the output alone: the draft guessed as well as it does for each of them
     for name in ("accepted_histogram", "visited_by_rank", "accepted_by_rank"):
         counts = [getattr(output.stats, name) for output in alone]
@@ -144,9 +143,9 @@ def test_the_cache_of_the_draft_is_as_short_as_its_positions(target, draft):
     sizes = {}
     plain = TreeModel.new_cache
 
-    def noted(self, batch_size, max_cache_len):
+    def noted(self, batch_size, max_cache_len, **options):
         sizes.setdefault(self.model is draft, max_cache_len)
-        return plain(self, batch_size, max_cache_len)
+        return plain(self, batch_size, max_cache_len, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TreeModel, "new_cache", noted)

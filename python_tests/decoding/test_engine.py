@@ -74,6 +74,19 @@ def test_a_second_call_uses_the_first_ones_engine_and_gives_the_same(pair, kept_
     assert len(kept_engines) == 2
 
 
+def test_a_draft_beyond_its_positions_starts_anew_in_a_kept_engine(pair, kept_engines):
+    options = {**OPTIONS, "temperature": 0.9, "max_new_tokens": 80}
+    draft = copy.deepcopy(pair[1])
+    draft.config.max_position_embeddings = 32
+    first = [generate(pair[0], draft, prompt(length), seed=length, **options) for length in (9, 40)]
+    again = [generate(pair[0], draft, prompt(length), seed=length, **options) for length in (9, 40)]
+    assert len(kept_engines) == 1
+    for old, new in zip(first, again, strict=True):
+        assert new.new_tokens == old.new_tokens
+        assert new.stats.accepted_histogram == old.stats.accepted_histogram
+        assert new.stats.draft_restarts == old.stats.draft_restarts > 0
+
+
 def test_rows_left_over_from_an_earlier_call_do_no_harm(pair, kept_engines):
     clean = generate(*pair, prompt(9), **OPTIONS).new_tokens
     for tensor in kept_engines[0]._tensors:
@@ -91,6 +104,7 @@ def test_what_a_graph_would_not_fit_makes_a_new_engine(pair, kept_engines):
         {"max_new_tokens": 600},
         {"backend": "reference"},
         {"draft": copy.deepcopy(draft)},
+        {"max_new_tokens": 300},  # beyond the draft's positions
     ):
         arguments = {"draft": draft, "input_ids": prompt(9), **OPTIONS, **change}
         before = len(kept_engines)

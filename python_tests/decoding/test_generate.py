@@ -8,6 +8,7 @@ from support.tiny_models import noisy_copy, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import loop
 
 TREES = {
     "chain": TokenTree.chain(4),
@@ -148,26 +149,53 @@ def test_prompt_that_fills_the_cache_gets_one_token(target, draft):
         generate(target, draft, prompt, tree=TREES["mixed"], max_cache_len=9)
 
 
-def test_learned_positions_limit_the_cache():
+def position_table(num_positions: int, vocab_size: int = 32) -> GPT2LMHeadModel:
+    """A model whose table of positions ends."""
     torch.manual_seed(0)
-    target = GPT2LMHeadModel(
-        GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=None, eos_token_id=None)
-    ).eval()
+    config = GPT2Config(
+        vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=num_positions, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_learned_positions_limit_the_cache():
+    target = position_table(24)
     prompt = prompts(1, 10)
     output = generate(target, noisy_copy(target, 0.5), prompt, tree=TREES["mixed"], max_new_tokens=100)
     assert output.finish_reasons == ["cache_full"]
     assert output.new_tokens[0] == greedy(target, prompt[0], 15)
 
 
-def test_a_draft_with_a_padded_head_is_allowed(target):
-    padded = tiny_llama(3, vocab_size=40, num_layers=1)
-    narrower = tiny_llama(3, vocab_size=32, num_layers=1)
-    prompt = prompts(1, 6)
-    expected = greedy(target, prompt[0], 16)
-    assert generate(target, padded, prompt, tree=TREES["mixed"], max_new_tokens=16).new_tokens[0] == expected
-    wide = tiny_llama(0, vocab_size=40)
-    output = generate(wide, narrower, prompt, tree=TREES["mixed"], max_new_tokens=16)
-    assert output.new_tokens[0] == greedy(wide, prompt[0], 16)
+@pytest.mark.parametrize("limited_by", ["max_cache_len", "positions"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_requests_tokens_do_not_depend_on_how_full_the_cache_is_for_others(
+    target, draft, limited_by, lag, monkeypatch
+):
+    monkeypatch.setattr(loop, "steps_ahead", lambda target: lag)
+    arguments = {"tree": TREES["mixed"], "max_new_tokens": 30, "temperature": 0.9}
+    model = target
+    if limited_by == "positions":
+        model, draft = position_table(24), noisy_copy(position_table(24), 0.5)
+    else:
+        arguments["max_cache_len"] = 24
+    lengths = [1, 5, 9, 14, 19, 22, 23, 24]
+    ids, mask = torch.zeros(8, 24, dtype=torch.int64), torch.zeros(8, 24, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length], mask[row, :length] = prompts(1, length, seed=row)[0], 1
+    alone = [
+        generate(model, draft, ids[row : row + 1, :length], seed=row, **arguments) for row, length in enumerate(lengths)
+    ]
+    together = generate(model, draft, ids, mask, seed=range(8), **arguments)
+    assert together.new_tokens == [output.new_tokens[0] for output in alone]
+    assert together.finish_reasons == ["cache_full"] * 8
+    assert [len(tokens) for tokens in together.new_tokens] == [25 - length for length in lengths]
+    # and the limit cuts a request's text off, but does not change it
+    if limited_by == "max_cache_len":
+        unlimited = generate(model, draft, ids, mask, seed=range(8), **{**arguments, "max_cache_len": 200})
+        assert [
+            row[: len(cut)] for row, cut in zip(unlimited.new_tokens, together.new_tokens, strict=True)
+        ] == together.new_tokens
 
 
 def test_equal_seeds_repeat_and_other_seeds_differ(target, draft):

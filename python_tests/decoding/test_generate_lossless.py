@@ -6,8 +6,10 @@ import pytest
 import torch
 from scipy import stats
 from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import loop
 
 VOCAB, LENGTH, NUM_REQUESTS = 5, 4, 6000
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
@@ -41,11 +43,17 @@ def test_joint_distribution(settings, kind):
         "draft = target": target,
         "no draft": None,
     }[kind]
+    assert p_value(target, draft, settings) > 1e-4
+
+
+def p_value(target, draft, settings, seed: int = 1000, **options) -> float:
+    """Chi-square test of the first tokens behind a prompt, against the product of the target's own probabilities."""
     prompt = torch.tensor([2, 0, 4])
     output = generate(
-        target, draft, prompt.repeat(NUM_REQUESTS, 1), tree=TREE, max_new_tokens=LENGTH,
-        seed=range(1000, 1000 + NUM_REQUESTS), **settings,
+        target, draft, prompt.repeat(NUM_REQUESTS, 1), seed=range(seed, seed + NUM_REQUESTS),
+        **{"tree": TREE, "max_new_tokens": LENGTH, **settings, **options},
     )  # fmt: skip
+    assert {len(tokens) for tokens in output.new_tokens} == {LENGTH}
     codes = torch.tensor(output.new_tokens) @ torch.tensor([VOCAB**power for power in reversed(range(LENGTH))])
     counts = torch.bincount(codes, minlength=VOCAB**LENGTH).double()
     expected = sequence_probabilities(target, prompt, LENGTH, warp(**settings)) * NUM_REQUESTS
@@ -54,4 +62,59 @@ def test_joint_distribution(settings, kind):
     observed = torch.cat((counts[common], counts[~common].sum()[None]))
     wanted = torch.cat((expected[common], expected[~common].sum()[None]))
     kept = wanted > 0
-    assert stats.chisquare(observed[kept].numpy(), wanted[kept].numpy()).pvalue > 1e-4
+    return stats.chisquare(observed[kept].numpy(), wanted[kept].numpy()).pvalue
+
+
+class Float32Head(torch.nn.Module):
+    """A head that computes and returns float32 logits, far enough from 0 that bfloat16 would round them away."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.float() @ self.weight.float().t() - 100.0
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_a_draft_whose_logits_are_wider_than_its_weights(temperature):
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    draft = tiny_llama(8, vocab_size=VOCAB, sharpness=8.0).bfloat16()
+    draft.lm_head = Float32Head(draft.lm_head.weight)
+    assert draft.dtype == torch.bfloat16
+    assert p_value(target, draft, {"temperature": temperature}) > 1e-4
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("limited_by", ["max_cache_len", "target's positions", "draft's positions", "both tables"])
+def test_joint_distribution_up_to_a_limit(limited_by, lag, monkeypatch):
+    """The limit falls inside of the tree, so that some of its nodes are scored at positions that mean nothing."""
+    monkeypatch.setattr(loop, "steps_ahead", lambda target: lag)
+    table, draft_table = (position_table(num_positions, seed) for num_positions, seed in ((6, 3), (5, 4)))
+    llama = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    target, draft, options = {
+        "max_cache_len": (llama, noisy_copy(llama, 0.4), {"max_cache_len": 6, "max_new_tokens": 50}),
+        "target's positions": (table, noisy_copy(table, 0.4), {"max_new_tokens": 50}),
+        "draft's positions": (llama, draft_table, {}),
+        "both tables": (table, draft_table, {"max_new_tokens": 50}),
+    }[limited_by]
+    assert p_value(target, draft, {"temperature": 1.0}, **options) > 1e-4
+
+
+def position_table(num_positions: int, seed: int) -> GPT2LMHeadModel:
+    """A model whose table of positions ends."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=num_positions, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (5, 8), (3, 5)], ids=lambda sizes: f"{sizes[0]} fed, {sizes[1]} predicted")
+def test_drafts_of_other_vocabularies(sizes):
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0, num_layers=3)
+    draft = tiny_llama(8, vocab_size=sizes[0], num_layers=1)
+    draft.lm_head = torch.nn.Linear(draft.config.hidden_size, sizes[1], bias=False).requires_grad_(False)
+    draft.lm_head.weight.mul_(5.0)
+    assert p_value(target, draft.eval(), {"temperature": 1.0}) > 1e-4

@@ -93,8 +93,8 @@ def test_caches_go_with_the_call_and_not_with_the_garbage_collector(target, draf
     caches = []
     plain = OffloadedModel.new_cache
 
-    def noted(self, batch_size, max_cache_len):
-        caches.append(weakref.ref(cache := plain(self, batch_size, max_cache_len)))
+    def noted(self, *args, **options):
+        caches.append(weakref.ref(cache := plain(self, *args, **options)))
         return cache
 
     monkeypatch.setattr(OffloadedModel, "new_cache", noted)

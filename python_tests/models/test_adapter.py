@@ -527,9 +527,12 @@ LIMITED = [("opt", 128, {}), ("gpt2", 128, {}), ("llama4_text", 39, {}), ("phi3"
 def test_no_token_is_committed_beyond_the_models_positions(family: str, limit: int, overrides: dict[str, Any]) -> None:
     model = adapt(tiny_model(family, **overrides))
     assert (model.max_positions, model.trained_positions) == (limit, limit)
-    cache = model.new_cache(1, limit + 8)
-    with pytest.raises(ValueError, match=f"cache_lens must be below the {limit} positions that this {family} model"):
-        model.forward(torch.tensor([[1]]), cache, int32(limit), causal_step(1))
+    assert model.new_cache(1, limit).max_cache_len == limit
+    with pytest.raises(
+        ValueError, match=f"max_cache_len must be at most {limit}, the positions that this {family} model"
+    ):
+        model.new_cache(1, limit + 1)
+    cache = model.new_cache(1, limit + 8, beyond_positions=True)
     with pytest.raises(ValueError, match=f"prefill: input_ids must fit the model's {limit} positions, got {limit + 1}"):
         prefill(model, cache, torch.ones(1, limit + 1, dtype=torch.int64), torch.tensor([limit + 1]))
 
@@ -539,7 +542,7 @@ def test_nodes_beyond_the_models_positions_do_not_disturb_those_before(
     family: str, limit: int, overrides: dict[str, Any]
 ) -> None:
     model = adapt(tiny_model(family, **overrides))
-    cache = model.new_cache(1, limit + 8)
+    cache = model.new_cache(1, limit + 8, beyond_positions=True)
     prompt = torch.arange(limit - 2)[None] % 7
     prefill(model, cache, prompt, torch.tensor([limit - 2]))
     within = model.forward(torch.tensor([[3, 5]]), cache, int32(limit - 2), causal_step(2))

@@ -53,8 +53,11 @@ class DecodingEngine:
         self.target, self.draft, self.state, self.backend = target, draft, state, backend
         self.key: _Key | None = None  # where it may be kept for later batches
         self.clock = clock or StageClock(enabled=False)
-        self.target_cache = target.new_cache(batch_size, max_cache_len)
-        self.draft_cache = draft.new_cache(batch_size, draft_cache_len or max_cache_len) if draft is not None else None
+        self.target_cache = target.new_cache(batch_size, max_cache_len, beyond_positions=True)
+        self.draft_cache = None
+        if draft is not None:
+            rows = draft_cache_len or max_cache_len
+            self.draft_cache = draft.new_cache(batch_size, rows, beyond_positions=True)
         target_tensors = self.target_cache.tensors()
         draft_tensors = [] if self.draft_cache is None else self.draft_cache.tensors()
         self._tensors = target_tensors + draft_tensors

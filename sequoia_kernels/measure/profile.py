@@ -240,7 +240,8 @@ class _Plan:
         self.roles = [
             role for role in models if role == "target" or self.fingerprints[role] != self.fingerprints["target"]
         ]
-        caches = {role: model.new_cache(batch_size, context_lens[-1] + tree_rows) for role, model in models.items()}
+        rows = context_lens[-1] + tree_rows
+        caches = {role: model.new_cache(batch_size, rows, beyond_positions=True) for role, model in models.items()}
         for cache in caches.values():
             for tensor in cache.tensors():  # attention over zeros would be a softmax over equal scores
                 tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))

@@ -244,7 +244,7 @@ class TreeModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model serves exactly, None without a limit; no more tokens can be committed."""
+        """Positions that the model serves exactly, None without a limit; caches cannot hold more tokens."""
         return self._plan.max_positions
 
     @property
@@ -284,25 +284,31 @@ class TreeModel:
         """Rows that the caches of a batch may have, None where nothing but the memory limits them."""
         return None
 
-    def new_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
+    def new_cache(self, batch_size: int, max_cache_len: int, *, beyond_positions: bool = False) -> TreeCache:
         """Allocate a cache for a batch of requests.
 
         Args:
             batch_size: requests.
-            max_cache_len: rows of each request: committed tokens and the tree behind them. Where the model has
-                `max_positions`, rows beyond those serve trees only.
+            max_cache_len: rows of each request: committed tokens and the tree behind them.
+            beyond_positions: allow more rows than the model has positions. Those serve trees only, which so need not
+                shrink where the positions end: no more than `max_positions` tokens may be committed.
 
         Returns:
             The cache, filled with zeros.
 
         Raises:
-            ValueError: a size is not positive.
+            ValueError: a size is not positive, or the rows exceed the model's positions.
         """
         if batch_size < 1 or max_cache_len < 1:
             raise ValueError(
                 f"new_cache: batch_size and max_cache_len must be at least 1, got {batch_size} and {max_cache_len}"
             )
         self.refresh()
+        if self.max_positions is not None and max_cache_len > self.max_positions and not beyond_positions:
+            raise ValueError(
+                f"new_cache: max_cache_len must be at most {self.max_positions}, the positions that this {self.family} "
+                f"model serves exactly, got {max_cache_len}"
+            )
         return TreeCache(self._plan.specs, batch_size, max_cache_len)
 
     def forward(
@@ -327,8 +333,8 @@ class TreeModel:
             Logits. [B, N, vocab_size], or [B, 1, vocab_size] with `last_row`, in the dtype of the model's head.
 
         Raises:
-            ValueError: shapes do not fit together, the cache is too short or the committed tokens take up all of the
-                model's positions (both checked for CPU tensors), or the model is in training mode.
+            ValueError: shapes do not fit together, the cache is too short (checked for CPU tensors), or the model is in
+                training mode.
             UnsupportedModelError: the attention function was not called once a layer.
 
         Notes:
@@ -427,11 +433,6 @@ class TreeModel:
                 raise ValueError(
                     f"forward: cache_lens must leave room for {step.num_tree_rows} tree rows in a cache of "
                     f"{cache.max_cache_len}, got {longest if shortest >= 0 else shortest}"
-                )
-            if self.max_positions is not None and longest >= self.max_positions:
-                raise ValueError(
-                    f"forward: cache_lens must be below the {self.max_positions} positions that this {self.family} "
-                    f"model serves exactly, got {longest}"
                 )
         _check_evaluation_mode(self.model)
 

@@ -96,7 +96,7 @@ class OffloadedModel(TreeModel):
             spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in self._plan.specs
         )
 
-    def new_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
+    def new_cache(self, batch_size: int, max_cache_len: int, *, beyond_positions: bool = False) -> TreeCache:
         """Allocate a cache; as `TreeModel.new_cache`, and refused where it would exceed the memory budget.
 
         Raises:
@@ -110,7 +110,7 @@ class OffloadedModel(TreeModel):
                     f"{format_bytes(room)} that device_memory_budget leaves, got {format_bytes(needed)}; load the "
                     "model with these batch_size and max_cache_len, so that fewer layers stay on the device"
                 )
-        return super().new_cache(batch_size, max_cache_len)
+        return super().new_cache(batch_size, max_cache_len, beyond_positions=beyond_positions)
 
     def forward(
         self,

@@ -184,7 +184,7 @@ def test_the_captured_loop_equals_the_uncaptured_one(pair, tree, temperature, ca
 
 @pytest.mark.gpu
 def test_requests_of_a_captured_batch_end_on_their_own(pair):
-    """Tokens are read one step late; none behind an end must get through, and the tree shrinks at the cache's end."""
+    """Tokens are read one step late; none behind an end must get through, and one tree serves up to the cache's end."""
     target, draft = pair
     prompts = torch.randint(61, (4, 9), generator=torch.Generator().manual_seed(2)).cuda()
     options = {"tree": TREES["tree"], "temperature": 0.8, "seed": 6, "max_new_tokens": 60}
@@ -199,6 +199,26 @@ def test_requests_of_a_captured_batch_end_on_their_own(pair):
         for tokens, reason in zip(graphed.new_tokens, graphed.finish_reasons):
             assert stop not in tokens[:-1]
             assert (tokens[-1] == stop) == (reason == "eos")
+        assert list(graphed.stats.steps_by_tree) == [TREES["tree"]]
+
+
+@pytest.mark.gpu
+def test_a_captured_draft_goes_on_beyond_its_positions(pair):
+    """Its context is filled again between two replays; a request's tokens are the same alone and among others."""
+    target, draft = pair
+    draft = noisy_copy(draft, 0.0).cuda()
+    draft.config.max_position_embeddings = 48
+    prompts = torch.randint(61, (3, 60), generator=torch.Generator().manual_seed(2)).cuda()
+    mask = torch.ones_like(prompts)
+    mask[0, 5:], mask[1, 40:] = 0, 0
+    options = {"tree": TREES["tree"], "temperature": 0.8, "max_new_tokens": 90, "eos_token_id": ()}
+    graphed, launched = (
+        generate(target, draft, prompts, mask, seed=[3, 4, 5], cuda_graphs=on, **options) for on in (True, False)
+    )
+    assert graphed.stats.draft_restarts == launched.stats.draft_restarts > 3
+    assert graphed.new_tokens == launched.new_tokens
+    assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
+    assert list(graphed.stats.steps_by_tree) == [TREES["tree"]]
 
 
 # What of the above can be checked without a device

@@ -249,7 +249,7 @@ class DecodingLoop:
         while any(request.is_active for request in self.requests):
             if self.follower is not None:
                 self.stats.tree = tree = self.follower.tree
-            if self._restart_drafts():
+            if tree.num_nodes > 1 and self._restart_drafts():
                 continue  # what was in flight may have ended the last request, or changed the tree
             self._launch(tree)
             self._read(self.lag)

@@ -13,6 +13,7 @@ from support.tiny_families import REFUSED_YET, tiny_model
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt
+from sequoia_kernels.models.families import position_limit
 
 STATE = "recurrent state instead of keys and values"
 INTERFACE = "does not follow transformers' attention interface"
@@ -179,3 +180,22 @@ def test_rotary_embeddings_that_change_with_length_limit_positions(
     parameters = {"rope_theta": 10000.0, **rope}
     extra = {"original_max_position_embeddings": 32} if family == "phi3" else {}
     assert adapt(tiny_model(family, rope_parameters=parameters, **extra)).max_positions == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("CTRLConfig", {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 32}),  # sines in a buffer
+        ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 32}),
+        ("CodeGenConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 32}),
+        ("OPTConfig", {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                       "max_position_embeddings": 32, "word_embed_proj_dim": 32}),
+    ],
+)  # fmt: skip
+def test_a_table_of_positions_ends(name: str, fields: dict[str, Any]) -> None:
+    model = from_config(name, vocab_size=64, **fields)
+    assert position_limit(model, []) == 32
+    tokens = torch.ones(1, 32, dtype=torch.int64)
+    model(tokens)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.ones(1, 33, dtype=torch.int64))

@@ -170,6 +170,18 @@ def test_dropout_in_a_submodule_is_refused() -> None:
     assert our_tokens(plain) == own_tokens(plain)
 
 
+def test_torchs_layers_without_dropout_may_be_in_training_mode() -> None:
+    """As whatever resizes, cuts or quantises a model leaves them."""
+    plain = tiny_model("llama")
+    wanted = own_tokens(plain)
+    plain.lm_head.training = plain.model.layers.training = plain.model.embed_tokens.training = True
+    assert our_tokens(plain) == wanted
+    for kind in (torch.nn.Dropout(0.1), torch.nn.BatchNorm1d(2), torch.nn.MultiheadAttention(4, 2)):
+        plain.lm_head.add_module("more", kind)
+        with pytest.raises(ValueError, match=r"got training mode in lm_head\.more"):
+            adapt(plain)
+
+
 # Attention functions and forwards that are not transformers' own
 
 
@@ -268,6 +280,12 @@ def test_models_that_cannot_run_in_inference_mode() -> None:
         layer.mlp.up_proj = CountsVersions(layer.mlp.up_proj)
     plain.eval()
     assert our_tokens(plain) == wanted
+    assert not adapt(plain)._plan.inference_mode
+    assert adapt(tiny_model("llama"))._plan.inference_mode
+    with torch.inference_mode():  # the caller's own
+        assert our_tokens(plain) == wanted
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
 
 
 class BringsWeights:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_families import tiny_model
 
+from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, check_pair, load_model
 
@@ -111,10 +112,39 @@ def test_a_draft_larger_than_its_target() -> None:
         check_pair(target, draft)
 
 
+class PackedLinear(torch.nn.Module):
+    """A quantised layer as torch's dynamic quantisation makes them: its numbers are in no parameter."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.packed = [layer.weight.detach(), layer.bias]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, *self.packed)
+
+
+def test_a_quantised_target_is_as_large_as_what_it_stands_for() -> None:
+    target, draft = tiny_model("llama"), tiny_model("llama")
+    wanted = adapt(target).num_parameters
+    for name, module in list(target.named_modules()):
+        if type(module) is torch.nn.Linear:
+            target.set_submodule(name, PackedLinear(module))
+    assert sum(parameter.numel() for parameter in target.parameters()) < wanted / 2
+    target.eval()
+    assert adapt(target).num_parameters == wanted
+    assert check_pair(target, draft) == 64
+
+
 def test_heads_that_padding_cannot_explain() -> None:
     target, draft = tiny_model("llama", vocab_size=2000), tiny_model("llama")
     with pytest.raises(ValueError, match=r"must share the target's vocabulary of 2000 tokens, got 64"):
         check_pair(target, draft)
+    resized = tiny_model("llama")
+    resized.resize_token_embeddings(2000)  # as the message says
+    with pytest.raises(ValueError, match=r"give both heads one size with draft\.resize_token_embeddings"):
+        generate(target, draft, torch.tensor([[1, 2]]), max_new_tokens=1)
+    assert len(generate(target, resized, torch.tensor([[1, 2]]), tree=TokenTree([-1, 0]), max_new_tokens=1).new_tokens)
     tokens = [f"t{index}" for index in range(2000)]
     assert check_pair(target, draft, Tokenizer(tokens), Tokenizer(tokens[:64])) == 64
 

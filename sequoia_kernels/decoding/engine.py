@@ -298,10 +298,9 @@ def return_engine(engine: DecodingEngine) -> None:
 
     The two most recently used engines of a target stay, until the target itself goes or `release_engines` is called.
     """
-    if engine._graphed is None or not engine._graphed.num_captured:
-        return
     target, draft, key = engine.target, engine.draft, engine.key
-    assert key is not None  # it captures
+    if key is None or engine._graphed is None or not engine._graphed.num_captured:
+        return
     engine.target = engine.draft = None  # type: ignore[assignment]  # set again when it is borrowed
     engine.clock = StageClock(enabled=False)
 

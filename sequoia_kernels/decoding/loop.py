@@ -42,7 +42,7 @@ class GenerateOutput:
 
 
 @on_target_device
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     target: Any,
     draft: Any | None,

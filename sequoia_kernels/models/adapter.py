@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from contextvars import copy_context
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -55,6 +56,7 @@ class _ModelPlan(NamedTuple):
     num_embeddings: int
     logits_dtype: torch.dtype
     max_positions: int | None
+    inference_mode: bool  # the model's forward runs in torch's inference mode
     takes_context: bool  # the model's forward accepts additional keyword arguments
     cache_argument: str
     takes_logits_to_keep: bool
@@ -388,7 +390,8 @@ class TreeModel:
         keep_rows = last_row is not None and plan.takes_logits_to_keep and last_row.shape[0] <= input_ids.shape[1]
         if keep_rows:
             arguments["logits_to_keep"] = last_row
-        output = self.model(**arguments) if compiled is None else _run_compiled(compiled, arguments)
+        with nullcontext() if plan.inference_mode else torch.inference_mode(False), torch.no_grad():
+            output = self.model(**arguments) if compiled is None else _run_compiled(compiled, arguments)
         logits = output.logits
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
@@ -463,22 +466,36 @@ def _restored(model: PreTrainedModel, compile_mode: str | None, attention: str) 
 
 def _check_evaluation_mode(model: PreTrainedModel) -> None:
     """Refuse dropout anywhere: adapters that are added later begin in training mode, whatever the model is in."""
-    # A list of layers has no forward, and one that was cut is in training mode.
-    if any(module.training and type(module).forward is not nn.Module.forward for module in each_module(model)):
-        name = next(
-            name
-            for name, module in model.named_modules()
-            if module.training and type(module).forward is not nn.Module.forward
-        )
+    if any(module.training and _heeds_mode(module) for module in each_module(model)):
+        name = next(name for name, module in model.named_modules() if module.training and _heeds_mode(module))
         where = f" in {name}" if name else ""
         raise ValueError(f"adapt: model must be in evaluation mode, got training mode{where}; call model.eval()")
+
+
+def _heeds_mode(module: nn.Module) -> bool:
+    """Tell whether a module may compute something else in training mode.
+
+    Of torch's own only those that ask: linear layers, lists and quantised layers begin in training mode wherever a
+    model is cut, resized or quantised.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("torch."):
+        return kind.forward is not nn.Module.forward
+    return _asks_for_mode(kind)  # type: ignore[arg-type]  # a class is hashable, whatever its objects are
+
+
+@cache
+def _asks_for_mode(kind: Any) -> bool:
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    codes = [getattr(method, "__code__", None) for parent in own for method in vars(parent).values()]
+    return any("training" in code.co_names for code in codes if code is not None)
 
 
 def _check_own_forward(model: PreTrainedModel) -> None:
     """Say so where the model's own forward fails as well, which then has nothing to do with trees."""
     tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             model(input_ids=tokens)
     except _FAILURES as error:
         because = "" if model.config.return_dict else "; set config.return_dict to True"
@@ -513,7 +530,16 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
     """Run a few tokens through the model and record how its layers attend."""
     parameters = inspect.signature(model.forward).parameters
     takes_context = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
-    probe, logits = _run_probe(model, takes_context)
+    try:
+        with torch.inference_mode():
+            probe, logits = _run_probe(model, takes_context)
+        inference_mode = True
+    except RuntimeError as error:
+        if "inference tensor" not in str(error).lower():
+            raise
+        with torch.inference_mode(False):
+            probe, logits = _run_probe(model, takes_context)
+        inference_mode = False
     return _ModelPlan(
         fingerprint=state,
         specs=_layer_specs(model, probe),
@@ -521,6 +547,7 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
         num_embeddings=model.get_input_embeddings().weight.shape[0],
         logits_dtype=logits.dtype,
         max_positions=position_limit(model, [call.chunk for call in probe.calls if call.chunk is not None]),
+        inference_mode=inference_mode,
         takes_context=takes_context,
         cache_argument=cache_argument(model),
         takes_logits_to_keep="logits_to_keep" in parameters,
@@ -578,7 +605,7 @@ def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> 
     tokens = _sample_tokens(model, _CHECK_PREFIX + num_nodes)
     prefix, nodes = tokens[:_CHECK_PREFIX], tokens[_CHECK_PREFIX:]
     paths = torch.tensor([prefix + [nodes[node] for node in path] for path in _CHECK_PATHS], device=device)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         plain = model(input_ids=paths, use_cache=False).logits[:, _CHECK_PREFIX:].double()
 
     def column(values: tuple[int, ...] | range) -> torch.Tensor:

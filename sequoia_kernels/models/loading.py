@@ -153,7 +153,8 @@ def check_pair(
         if difference > _MAX_PADDING:
             raise ValueError(
                 f"check_pair: draft must share the target's vocabulary of {target.vocab_size} tokens, "
-                f"got {draft.vocab_size}, which is not a matter of padding; pass both tokenizers if it is"
+                f"got {draft.vocab_size}, which is not a matter of padding; where it is (check_pair compares what two "
+                "tokenizers hold), give both heads one size with draft.resize_token_embeddings"
             )
         return common
     of_target, of_draft = _tokens_by_id(target_tokenizer), _tokens_by_id(draft_tokenizer)

@@ -8,6 +8,7 @@ same operators.)
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.models.adapter import TreeModel
 
 __all__ = ["pack_linear_layers", "unpack_linear_layers"]
+
+logger = logging.getLogger("sequoia_kernels")
 
 _WHERE = "pack_linear_layers"
 
@@ -39,10 +42,17 @@ def pack_linear_layers(model: PreTrainedModel | TreeModel) -> int:
 
     Notes:
         Mutates the model: linear layers get a `forward` of their own, which serves every caller, transformers'
-        `generate` included; `unpack_linear_layers` takes it back. The weights stay where they are, so they take their
-        memory twice. A weight that is assigned or written in place is packed again at the next call; writes through
-        `.data` are not seen. Calls that need gradients, or whose input has another dtype, take torch's own way.
-        Products may differ from torch's in the last bit.
+        `generate` included; `unpack_linear_layers` takes it back. The weights stay, so they take their memory twice;
+        those that lie in a mapped file are brought into memory of their own.
+
+        A layer whose weight is exchanged, moved, cast or written, in whatever way (in place, through `.data` as
+        adapters are merged, in inference mode, through numpy), takes torch's own way from its next call on, and so do
+        copies of the model; one warning says so. Call this function again to pack them again. Whatever asks torch for a
+        weight's address counts as a writer, saving included. What torch cannot notice are writes through an array or
+        address that was taken before packing.
+
+        Calls that need gradients, or whose input has another dtype, take torch's own way as well. Products may differ
+        from torch's in the last bit.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,28 +71,37 @@ def pack_linear_layers(model: PreTrainedModel | TreeModel) -> int:
     for dtype in {layer.weight.dtype for layer in layers}:
         if (reason := _unavailable_reason(dtype)) is not None:
             raise BackendUnavailableError(f"{_WHERE}: {reason}")
+    warned: list[bool] = []
     for layer in layers:
-        if not isinstance(layer.__dict__.get("forward"), _PackedForward):
-            layer.__dict__["forward"] = _PackedForward(layer)
+        forward = layer.__dict__.get("forward")
+        if not isinstance(forward, _PackedForward) or forward.current() is None:
+            layer.__dict__["forward"] = _PackedForward(layer, warned)
     return len(layers)
 
 
 def unpack_linear_layers(model: PreTrainedModel | TreeModel) -> None:
     """Undo `pack_linear_layers`: free the copies and give the layers their own forward back."""
-    for layer in _linear_layers(model):
-        if isinstance(layer.__dict__.get("forward"), _PackedForward):
-            del layer.__dict__["forward"]
+    for module in _plain_model(model).modules():
+        if isinstance(module.__dict__.get("forward"), _PackedForward):
+            del module.__dict__["forward"]
 
 
-def _linear_layers(model: Any) -> list[nn.Linear]:
+def _plain_model(model: Any) -> PreTrainedModel:
     module = model.model if isinstance(model, TreeModel) else model
     if not isinstance(module, PreTrainedModel):
         raise TypeError(f"{_WHERE}: model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    # subclasses may compute something else, and a layer may have been given a forward by somebody else
+    return module
+
+
+def _linear_layers(model: Any) -> list[nn.Linear]:
+    # Subclasses may compute something else, their weights (quantised or distributed ones) hold something else, and a
+    # layer may have been given a forward by somebody else.
     return [
         layer
-        for layer in module.modules()
-        if type(layer) is nn.Linear and isinstance(layer.__dict__.get("forward"), (type(None), _PackedForward))
+        for layer in _plain_model(model).modules()
+        if type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and isinstance(layer.__dict__.get("forward"), (type(None), _PackedForward))
     ]
 
 
@@ -90,52 +109,80 @@ _SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_m
 
 
 def _unavailable_reason(dtype: torch.dtype) -> str | None:
-    operators = torch.ops.mkldnn
+    operators = _operators()
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
     for name in ("_reorder_linear_weight", "_linear_pointwise", _SUPPORTED[dtype]):
         if not hasattr(operators, name):
             return f"this torch has no operator mkldnn::{name}"
+    if not hasattr(torch, "_lazy_clone") or not hasattr(torch._C, "_data_address"):
+        return "this torch has no lazy clones, which notice when a weight is written"
     if not getattr(operators, _SUPPORTED[dtype])():
         return f"oneDNN has no fast {dtype} products on this CPU"
     return None
 
 
 class _PackedForward:
-    """The forward of one linear layer."""
+    """The forward of one linear layer.
 
-    __slots__ = ("layer", "packed", "state")
+    A lazy clone shares the weight's memory until either of them is written, by whomever and however: the writer gets
+    memory of its own first. So while the weight lies where the clone does, what was packed is what it holds.
+    """
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-        self.packed: torch.Tensor | None = None
-        self.state: tuple[int, torch.dtype, int] | None = None
-        self._pack()
+    __slots__ = ("__weakref__", "clone", "layer", "packed", "warned")
+
+    def __init__(self, layer: nn.Linear, warned: list[bool]) -> None:
+        self.layer, self.warned = layer, warned
+        weight = layer.weight
+        self.clone: torch.Tensor | None
+        self.packed: torch.Tensor | None
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self.clone = torch._lazy_clone(weight.detach())
+            except RuntimeError:  # only memory of torch's own can be shared like this
+                weight.data = weight.detach().clone()
+                self.clone = torch._lazy_clone(weight.detach())
+            # A copy, since packing asks for the address of what it reads as a writer does.
+            contiguous = weight.detach().clone(memory_format=torch.contiguous_format)
+            self.packed = _operators()._reorder_linear_weight(contiguous, None)
 
     def __getstate__(self) -> tuple[nn.Linear]:
         return (self.layer,)  # what is packed can neither be copied nor stored
 
     def __setstate__(self, state: tuple[nn.Linear]) -> None:
         (self.layer,) = state
-        self.packed, self.state = None, None
+        self.clone = self.packed = None
 
-    def _pack(self) -> None:
-        weight = self.layer.weight
-        self.state = _state(weight)
-        with torch.inference_mode(False), torch.no_grad():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    def current(self) -> torch.Tensor | None:
+        """Return what was packed, None if it is not what the layer's weight holds. Then it is given up."""
+        weight, clone, packed = self.layer.weight, self.clone, self.packed
+        if packed is None or clone is None:
+            return None
+        if type(weight) is nn.Parameter and _place(weight) == _place(clone):
+            return packed
+        self.clone = self.packed = None
+        if not self.warned:
+            self.warned.append(True)
+            logger.warning(
+                "%s: packed weights were changed, their layers multiply as torch does; pack the model again", _WHERE
+            )
+        return None
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer, weight = self.layer, self.layer.weight
+        packed = self.current()
         needs_gradients = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        if needs_gradients or input.dtype != weight.dtype or weight.dtype not in _SUPPORTED or not weight.is_cpu:
+        if packed is None or needs_gradients or input.dtype != weight.dtype:
             return F.linear(input, weight, layer.bias)
-        if _state(weight) != self.state:
-            self._pack()
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self.packed, layer.bias, "none", [], "")
+        product: torch.Tensor = _operators()._linear_pointwise(input, packed, layer.bias, "none", [], "")
         return product
 
 
-def _state(weight: torch.Tensor) -> tuple[int, torch.dtype, int]:
-    """What changes when a weight is moved, cast or written in place; tensors of inference mode do not count writes."""
-    return weight.data_ptr(), weight.dtype, -1 if weight.is_inference() else weight._version
+def _place(tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
+    """Return where and how a tensor lies. `data_ptr` would count as a writer."""
+    address = torch._C._data_address(tensor)  # type: ignore[attr-defined]
+    return address, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _operators() -> Any:
+    return torch.ops.mkldnn

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import sys
 import threading
 import weakref
@@ -346,6 +348,13 @@ def test_closing_frees_the_host_memory_and_ends_the_thread(llama: Path) -> None:
     assert [block() for block in blocks] == [None] * LAYERS
     with pytest.raises(RuntimeError, match="the model must be open, got a closed one"):
         run(model)
+
+
+def test_copies_are_refused(llama: Path) -> None:
+    with load_offloaded(llama, resident_layers=1) as model:
+        for attempt in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(TypeError, match="OffloadedModel: the model must be loaded again"):
+                attempt(model)
 
 
 def test_dropping_the_model_closes_it(llama: Path) -> None:

@@ -78,7 +78,7 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
 
     Args:
         model: a decoder-only `PreTrainedModel` with a language-modelling head, in evaluation mode. A `TreeModel` is
-            returned as it is.
+            returned as it is, after a look at what was changed in its model.
         compile: run forwards of trees through `torch.compile`: True, or one of its modes without CUDA graphs of its
             own ("default", "max-autotune-no-cudagraphs"). Prompts are still run as they are.
 
@@ -87,15 +87,18 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: the model is in training mode, or `compile` is not such a mode or not possible for it.
-        UnsupportedModelError: the family cannot decode trees; the message names it and the reason.
+        ValueError: the model or a module in it is in training mode, or `compile` is not such a mode or not possible.
+        UnsupportedModelError: the model cannot decode trees; the message names the family and the reason, or the error
+            of its own forward where that fails.
 
     Notes:
-        A forward of four tokens, once a model, finds every layer's shape and attention window. Families that the
-        package's tests do not cover are also compared with their own plain forward on a small tree (three more short
-        forwards). Forwards of one model take turns between threads; while one runs, other threads must not call the
-        model itself: they would meet the tree's attention function, which raises for want of a step. Soft-caps and
-        sinks are always applied; some versions of transformers drop Gemma 2's soft-cap under "sdpa" attention.
+        A forward of four tokens, once a model and whenever something has changed that its forward depends on, finds
+        every layer's shape and attention window. Families that the package's tests do not cover, and models with an
+        attention function or a forward that is not transformers' own, are also compared with their own plain forward
+        on a small tree (three more short forwards). Forwards of one model, and of models that share layers, take turns
+        between threads; while one runs, other threads must not call the model itself: they would meet the tree's
+        attention function, which raises for want of a step. Soft-caps and sinks are always applied; some versions of
+        transformers drop Gemma 2's soft-cap under "sdpa" attention.
 
         Compiling takes its time (about a minute for a deep model) for every number of rows that a step feeds, so it
         pays for trees that are used for long.
@@ -246,7 +249,12 @@ class TreeModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model serves exactly, None without a limit; caches cannot hold more tokens."""
+        """Positions that the model serves exactly, None without a limit; caches cannot hold more tokens.
+
+        Where a table of positions ends, or another rule begins that cached keys would not follow. What a configuration
+        gives as `max_position_embeddings` is no such limit: rotary embeddings go on, with text that was not trained
+        for. See `trained_positions`.
+        """
         return self._plan.max_positions
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -61,6 +61,10 @@ class OffloadedModel(TreeModel):
 
     def __repr__(self) -> str:
         return f"Offloaded{super().__repr__()[:-1]}, {len(self.memory.streamed)} of {self.num_layers} layers streamed)"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: what streams the layers cannot be copied."""
+        raise TypeError("OffloadedModel: the model must be loaded again, got an attempt to copy or pickle it")
 
     def __enter__(self) -> OffloadedModel:
         return self

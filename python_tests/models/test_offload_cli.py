@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import sequoia_kernels
 import sequoia_kernels.demo
 from sequoia_kernels import TokenTree, cli
+from sequoia_kernels.decoding import measure_overhead
 
 PAIR = Path(sequoia_kernels.demo.__file__).parent / "pair"
 
@@ -38,7 +40,8 @@ def test_every_step_to_a_plan_takes_an_offloaded_target(
         return measure(target, draft, **(options | {"node_counts": [1, 8, 24], "seconds": 0.0, "min_repeats": 1}))
 
     monkeypatch.setattr(sequoia_kernels, "measure_profile", short)
-    monkeypatch.setattr("sequoia_kernels.decoding.overhead.NUM_TOKENS", 4)
+    brief = partial(measure_overhead, num_tokens=4, num_runs=1)
+    monkeypatch.setattr("sequoia_kernels.decoding.measure_overhead", brief)
     models = ["--target", str(PAIR / "target"), "--draft", str(PAIR / "draft"), "--device", "cpu", "--quiet"]
     models += ["--dtype", "float32", "--offload", "--device-memory", "66MiB"]
     (tmp_path / "prompts.txt").write_text("def main(argument):\n    return argument + 1\n", encoding="utf-8")

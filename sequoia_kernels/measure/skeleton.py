@@ -73,7 +73,9 @@ def skeleton(shapes: ModelFingerprint, num_layers: int, device: torch.device) ->
     generator = torch.Generator(device).manual_seed(0)
 
     def rows(width: int) -> torch.Tensor:
-        return torch.randn(MAX_ROWS, width, generator=generator, device=device).to(dtype)
+        # All the same: whichever rows a forward is given, it computes what any other one would, as `adapt` checks.
+        row = torch.randn(1, width, generator=generator, device=device).to(dtype)
+        return row.repeat(MAX_ROWS, 1)
 
     shared: dict[str, torch.Tensor] = {}  # the same projection of all layers gives the same rows
     for path, module in list(model.named_modules()):

@@ -75,7 +75,7 @@ def forwards(
     for name, config in configs.items():
         torch.manual_seed(0)
         with device:
-            model = adapt(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+            model = adapt(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval())
         cache = model.new_cache(1, context + node_counts[-1])
         for tensor in cache.tensors():
             tensor.normal_(generator=torch.Generator(device).manual_seed(0))

@@ -473,7 +473,7 @@ def checkpoints(target: Path, draft: Path, options: argparse.Namespace, device: 
     models = [load_model(path, getattr(torch, dtype_name), device) for path in (target, draft)]
     for model in models:
         model.generation_config.eos_token_id = None
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     if options.prompts_file:
         texts = options.prompts_file.read_text(encoding="utf-8").split("\n\n\n")
         texts = [text for text in texts if text.strip()][: options.prompts]

@@ -274,7 +274,7 @@ def load_pair(options: argparse.Namespace, device: torch.device) -> tuple[Any, A
     from transformers import AutoTokenizer
 
     models = (load_model(path, dtype, device) for path in (options.target, options.draft))
-    return (*models, AutoTokenizer.from_pretrained(options.target))
+    return (*models, AutoTokenizer.from_pretrained(options.target, trust_remote_code=False))
 
 
 def read_prompts(options: argparse.Namespace, tokenizer: Any, size: Size, device: torch.device) -> torch.Tensor:

@@ -73,7 +73,7 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
     target = _find_model("--target", target, terminal)
     draft = None if draft is None else _find_model("--draft", draft, terminal)
     terminal.note(f"loading {target}" + (f" and {draft}" if draft else ""))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     # The draft first: the default budget of an offloaded target is a share of what is free.
     draft_model = load_model(draft, dtype, device) if draft is not None else None
     target_model: Any
@@ -88,7 +88,8 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
     terminal.note(f"computing in {' and '.join(dict.fromkeys(dtypes))}" + (", as stored" if dtype is None else ""))
     if draft_model is None:
         return Pair(target_model, None, tokenizer)
-    check_pair(target_model, draft_model, tokenizer, transformers.AutoTokenizer.from_pretrained(draft))
+    draft_tokenizer = transformers.AutoTokenizer.from_pretrained(draft, trust_remote_code=False)
+    check_pair(target_model, draft_model, tokenizer, draft_tokenizer)
     return Pair(target_model, draft_model, tokenizer)
 
 

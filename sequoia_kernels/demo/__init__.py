@@ -53,7 +53,7 @@ def load_demo_pair(dtype: torch.dtype = torch.float32, device: torch.device | st
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     models = [
-        AutoModelForCausalLM.from_pretrained(folder / role, dtype=dtype).to(device).eval()
+        AutoModelForCausalLM.from_pretrained(folder / role, dtype=dtype, trust_remote_code=False).to(device).eval()
         for role in ("target", "draft")
     ]
-    return DemoPair(models[0], models[1], AutoTokenizer.from_pretrained(folder / "target"))
+    return DemoPair(models[0], models[1], AutoTokenizer.from_pretrained(folder / "target", trust_remote_code=False))

@@ -239,7 +239,7 @@ def save_model(model, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None
 def load_model(folder: Path, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
 def main(argv: list[str] | None = None) -> int:

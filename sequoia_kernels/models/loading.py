@@ -40,7 +40,8 @@ def load_model(
 
     Notes:
         Uses `AutoModelForCausalLM.from_pretrained`; the hub's cache, tokens and offline mode work as usual. Weights
-        that the files lack are an error and not, as in transformers, initialised at random.
+        that the files lack are an error and not, as in transformers, initialised at random. Code that comes with a
+        model is not run.
 
     Example:
         >>> import tempfile
@@ -68,10 +69,10 @@ def load_model(
             f"load_model: path_or_id must be an existing folder or a hub id, got {name!r}: no such folder"
         )
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise _unreadable(name, local, error) from error
-    except ValueError as error:
+    except Exception as error:  # transformers checks few of a configuration's values itself
         raise ValueError(f"load_model: {name} must hold a model that transformers knows: {error}") from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
@@ -80,8 +81,9 @@ def load_model(
         )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
-        )
+            name, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     except OSError as error:
         raise _unreadable(name, local, error) from error
     except torch.OutOfMemoryError:

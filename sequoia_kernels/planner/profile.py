@@ -182,8 +182,8 @@ class ModelFingerprint:
             if not path.exists():
                 raise ValueError(f"{where}: config must be a local folder or config.json, got {os.fspath(config)}")
             try:
-                config = AutoConfig.from_pretrained(path)
-            except (OSError, ValueError, KeyError) as reason:
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            except Exception as reason:  # transformers checks few of a configuration's values itself
                 raise ValueError(f"{where}: {path} must hold a transformers configuration ({reason})") from None
         if not isinstance(config, PretrainedConfig):
             raise TypeError(
@@ -196,7 +196,7 @@ class ModelFingerprint:
             raise ValueError(f"{where}: dtype must name a floating-point torch dtype, got {chosen!r}")
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+                model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
         except ValueError:
             raise ValueError(
                 f"{where}: config must be that of a decoder-only language model, got {config.model_type}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import struct
 import warnings
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _LENGTH_BYTES = 8  # little-endian length of the JSON header in front of the data
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+_MAX_COUNT = (1 << 64) - 1  # of elements and bytes: the format's own limit, too
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,10 +56,12 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: there are no safetensors files, or a shard that the index names is missing.
-        ValueError: a file is truncated or no safetensors file, or lacks a tensor that the index places in it.
+        ValueError: a file is truncated or no safetensors file, or lacks a tensor that the index places in it, or the
+            index names files outside of the folder.
 
     Notes:
-        Only headers are read here, of all files, so damage is found before the first weight is loaded.
+        Only headers are read here, of all files, so damage is found before the first weight is loaded. What the format
+        demands is checked: every byte of a file belongs to exactly one tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,12 +81,17 @@ class Checkpoint:
 
     def _read_index(self, index: Path) -> None:
         try:
-            shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            shard_of = _parse_json(index.read_bytes())["weight_map"]
+            if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+                raise ValueError("weight_map does not name a file for each tensor")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"load_offloaded: {index} must be a safetensors index, got: {error!r}") from error
         for shard in sorted(set(shard_of.values())):
             path = self.folder / shard
-            if not path.is_file():
+            place = PureWindowsPath(shard)  # which knows the separators and the roots of all systems
+            if place.anchor or ".." in place.parts:
+                raise ValueError(f"load_offloaded: {index} must name files inside its folder, got {shard!r}")
+            if not os.path.isfile(path):
                 missing = sum(place == shard for place in shard_of.values())
                 raise FileNotFoundError(
                     f"load_offloaded: {self.folder} must hold all shards of its index, got no {shard}, which has "
@@ -132,20 +139,25 @@ class Checkpoint:
         return self._maps[path]
 
     def _bytes(self, stored: StoredTensor) -> torch.Tensor:
-        return self._mapping(stored.path)[1][stored.start : stored.start + stored.num_bytes]
+        mapping, content = self._mapping(stored.path)
+        end = stored.start + stored.num_bytes
+        size = mapping.size()  # what the file has now: touching a page behind its end would kill the process
+        if size < end:
+            raise _truncated(stored.path, end, size)
+        return content[stored.start : end]
 
     def _advise(self, name: str, advice: str) -> None:
         stored = self.tensors[name]
         mapping, _ = self._mapping(stored.path)
-        if not hasattr(mapping, "madvise") or not hasattr(mmap, advice):
+        if not hasattr(mapping, "madvise") or not hasattr(mmap, advice) or not stored.num_bytes:
             return
         first = stored.start - stored.start % mmap.PAGESIZE
         mapping.madvise(getattr(mmap, advice), first, stored.start + stored.num_bytes - first)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = os.path.getsize(path)
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(_LENGTH_BYTES)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else 0
         if not 2 <= length <= _MAX_HEADER_BYTES:
@@ -155,24 +167,83 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     if len(text) < length:
         raise _truncated(path, data_start, size)
     try:
-        header: dict[str, Any] = json.loads(text)
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
-            start, end = (data_start + int(offset) for offset in entry["data_offsets"])
-            dtype = _DTYPES.get(entry["dtype"])
-            shape = tuple(int(extent) for extent in entry["shape"])
-            if dtype is None:
-                raise ValueError(f"dtype {entry['dtype']} of {name} is not known")
-            if end - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {end - start} bytes, which do not fit its shape")
-            found[name] = StoredTensor(path, start, end - start, dtype, shape)
-    except (ValueError, KeyError, TypeError) as error:
+        found = _parse_header(path, text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"load_offloaded: {path} must be a safetensors file, got: {error}") from error
-    needed = max((stored.start + stored.num_bytes for stored in found.values()), default=data_start)
-    if needed > size:
-        raise _truncated(path, needed, size)
+    end = max((stored.start + stored.num_bytes for stored in found.values()), default=data_start)
+    if end > size:
+        raise _truncated(path, end, size)
+    if end < size:
+        raise ValueError(
+            f"load_offloaded: {path} must be a safetensors file, got {size - end} bytes behind its last tensor"
+        )
     return found
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, StoredTensor]:
+    """Read where the tensors lie; together they cover everything behind the header, and no byte twice."""
+    header = _parse_json(text)
+    if not text.startswith(b"{"):
+        raise ValueError("a header that is no object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is not text")
+    data_start = _LENGTH_BYTES + len(text)
+    found = {name: _parse_entry(path, data_start, name, entry) for name, entry in header.items()}
+    end = data_start
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if stored.start != end:
+            raise ValueError(f"{_short(name)} begins at byte {stored.start - data_start}, not at {end - data_start}")
+        end += stored.num_bytes
+    return found
+
+
+def _parse_entry(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    shape: Any
+    offsets: Any
+    shape, offsets, stored_as = (fields.get(field) for field in ("shape", "data_offsets", "dtype"))
+    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and isinstance(stored_as, str)):
+        raise ValueError(f"no dtype, shape and data_offsets of {_short(name)}")
+    dtype = _DTYPES.get(stored_as)
+    if dtype is None:
+        raise ValueError(f"dtype {_short(stored_as)} of {_short(name)} is not known")
+    start, end = offsets
+    num_bytes = dtype.itemsize
+    for extent in shape:
+        num_bytes *= extent
+        if num_bytes > _MAX_COUNT:
+            raise ValueError(f"a shape of {_short(name)} that no file can hold")
+    if end - start != num_bytes:
+        raise ValueError(f"{_short(name)} has {end - start} bytes, which do not fit its shape")
+    return StoredTensor(path, data_start + start, num_bytes, dtype, tuple(shape))
+
+
+def _are_counts(values: Any) -> bool:
+    # not by isinstance: a bool is an int as well
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _parse_json(text: bytes) -> Any:
+    """Parse UTF-8 JSON in which no object has a key twice; raises ValueError or RecursionError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key that is there twice")
+        for string in (*found, *(value for value in found.values() if isinstance(value, str))):
+            string.encode()  # escapes may make text that is none
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"the number {constant}")
+
+    return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
 
 
 def _truncated(path: Path, needed: int, size: int) -> ValueError:

@@ -226,7 +226,7 @@ def load_offloaded(
         num_buffers: device buffers that streamed layers take turns in; 2 overlap copies with compute.
         link: does the copies; None takes CUDA streams, or a thread on a CPU.
         host_memory: "packed" keeps streamed layers in memory, page-locked for CUDA; "mapped" leaves them in
-            memory-mapped files and reads ahead, for hosts that are smaller than the model.
+            memory-mapped files, which must not change, and reads ahead, for hosts that are smaller than the model.
         batch_size: requests to reserve keys and values for.
         max_cache_len: rows of each of them; None takes 4096, or the model's positions where they are fewer.
         max_rows: tokens of the largest forward, to reserve activations for: nodes of the tree, at least 512.
@@ -237,7 +237,8 @@ def load_offloaded(
     Raises:
         TypeError: an argument has the wrong type.
         FileNotFoundError: the folder, its files or a shard are missing.
-        ValueError: a file is truncated or lacks weights, or the budget is too small; the message says what it must be.
+        ValueError: a file is damaged, truncated or lacks weights, or the budget is too small; the message says what it
+            must be.
         UnsupportedModelError: the model cannot be offloaded or cannot decode trees; the message names the reason.
         RuntimeError: the host has too little memory, or too little that can be page-locked, or the device has too
             little free.

@@ -56,8 +56,13 @@ class Skeleton:
         find_names: Callable[[Skeleton], dict[str, str]],
     ) -> None:
         self.weights, self.dtype = weights, dtype
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:
+            raise ValueError(
+                f"load_offloaded: the configuration must make a {config.model_type} model, got: {error!r}"
+            ) from error
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self._keep_float32()
         self.layers = find_layers(self.model)
@@ -69,8 +74,8 @@ class Skeleton:
     def of_folder(cls, folder: Path, dtype: torch.dtype | None) -> Skeleton:
         """Read a folder's configuration and its files' headers."""
         try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # transformers checks few of a configuration's values itself
             raise ValueError(
                 f"load_offloaded: {folder} must hold a model that transformers knows, got: {error}"
             ) from error
@@ -79,7 +84,12 @@ class Skeleton:
         dtype = dtype or config.dtype or _stored_dtype(checkpoint)
         skeleton = cls(config, checkpoint, dtype, partial(_match_names, checkpoint))
         if (folder / "generation_config.json").is_file():
-            skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
+            try:
+                skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:
+                raise ValueError(
+                    f"load_offloaded: {folder} must hold a generation_config.json that can be read, got: {error}"
+                ) from error
         return skeleton
 
     @classmethod

@@ -561,5 +561,5 @@ def test_what_a_model_can_be_fed_and_predicts_is_known() -> None:
     plain.set_input_embeddings(torch.nn.Embedding(48, hidden_size))
     plain.set_output_embeddings(torch.nn.Linear(hidden_size, 80, bias=False, dtype=torch.float64))
     plain.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
-    model = adapt(plain)
+    model = adapt(plain.eval())
     assert (model.num_embeddings, model.vocab_size, model.logits_dtype) == (48, 80, torch.float64)

@@ -275,7 +275,7 @@ def _cuda_module() -> Any:
 
 def _compaction_arguments(**changes: int) -> dict[str, int]:
     names = re.findall(r"(\w+): (?:int|typing)", _cuda_module().compact_kv_cache.__doc__)
-    return {**dict.fromkeys(names, 0), "num_levels": 4, "batch_size": 1, **changes}
+    return {**dict.fromkeys(names, 0), "num_levels": 4, "num_slices": 1, "batch_size": 1, **changes}
 
 
 def test_cuda_module_tells_what_it_was_built_for() -> None:
@@ -300,6 +300,12 @@ def test_cuda_launch_without_a_driver_says_so() -> None:
         ({"num_levels": 0}, r"num_levels must be in \[1, 64\], got 0"),
         ({"num_caches": 65536}, r"num_caches must be in \[0, 65535\], got 65536"),
         ({"batch_size": 65536}, r"batch_size must be in \[0, 65535\], got 65536"),
+        ({"num_slices": 0}, r"num_slices must be in \[1, 65535\], got 0"),
+        ({"length_bits": 31}, r"length_bits must be in \[0, 30\], got 31"),
+        (
+            {"length_bits": 29, "num_caches": 4},
+            r"length_bits must leave bits to count num_slices \* num",
+        ),
         ({"block_table": 64}, r"page_size must be at least 1, got 0"),
     ],
 )

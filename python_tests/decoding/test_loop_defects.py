@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import logging
@@ -11,9 +12,10 @@ import torch
 from scipy import stats
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, generate
+from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.decoding.commit import commit_path
 from sequoia_kernels.decoding.draft import TokenBuffers
+from sequoia_kernels.decoding.engine import DecodingEngine
 from sequoia_kernels.decoding.layout import TreeLayout
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import StageClock
@@ -33,7 +35,7 @@ def test_bonus_token_is_emitted_behind_the_accepted_ones_not_over_them():
     cache = torch.arange(2 * 10, dtype=torch.float32).view(2, 10, 1, 1)
     before = cache.clone()
     emitted = commit_path(
-        path, layout, state, buffers, [(CacheTable([cache]), state.cache_lens)], StageClock(enabled=False)
+        path, layout, state, buffers, [([CacheTable([cache])], state.cache_lens)], StageClock(enabled=False)
     )
     assert emitted.tokens.tolist() == [[12, 14, 99], [98, -1, -1]]
     assert emitted.num_tokens.tolist() == [3, 1]
@@ -42,6 +44,29 @@ def test_bonus_token_is_emitted_behind_the_accepted_ones_not_over_them():
     assert state.cache_lens.tolist() == [6, 4]
     assert cache[0, 3:6].flatten().tolist() == before[0, [3, 5, 7]].flatten().tolist()
     assert torch.equal(cache[1], before[1])
+
+
+def test_a_target_on_two_devices_commits_all_its_caches_and_advances_once(monkeypatch):
+    """The meta device stands in for the second one."""
+    target = adapt(tiny_llama(0, vocab_size=20))
+    first, second = target._plan.specs
+    specs = (first, second._replace(device=torch.device("meta")))
+    monkeypatch.setattr(target, "_plan", target._plan._replace(specs=specs))
+    state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
+    engine = DecodingEngine(target, None, state, 16)
+    ((tables, cache_lens),) = engine.cache_tables
+    assert [table.entries.device.type for table in tables] == ["cpu", "meta"]
+
+    op = importlib.import_module("sequoia_kernels.ops.compact_kv_cache_.op")
+    monkeypatch.setattr(op, "_operator", op._run)  # torch's dispatcher would only check shapes, as meta tensors ask for
+    keys = engine.target_cache.layers[0].keys.copy_(torch.arange(16.0).view(1, 16, 1, 1))
+    cache_lens.fill_(3)
+    layout = TreeLayout.build(TokenTree([-1, 0, 0, 1, 2]), "cpu")
+    path = VerifiedPath(torch.tensor([[0, 2, 4]]).int(), torch.tensor([3]).int(), torch.tensor([9]))
+    buffers = TokenBuffers(torch.arange(5)[None], None)
+    commit_path(path, layout, state, buffers, engine.cache_tables, StageClock(enabled=False), "reference")
+    assert state.cache_lens.tolist() == [6]
+    assert keys[0, :, 0, 0].tolist() == [0, 1, 2, 3, 5, 7, *range(6, 16)]
 
 
 class _Bigrams(torch.nn.Module):

@@ -13,6 +13,7 @@ from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.measure import measure_bandwidth, time_calls
 from sequoia_kernels.measure.graphs import captured
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +81,47 @@ def test_captured_calls_and_times():
 
 def test_bandwidth():
     assert all(value > 0 for value in measure_bandwidth(OTHER, num_bytes=1 << 26, seconds=0.05).values())
+
+
+def test_compaction_of_caches_on_two_devices():
+    caches = [torch.randn(2, 20, 2, 8), torch.randn(2, 20, 2, 8)]
+    path, counts = torch.tensor([[0, 2, 5], [1, 3, -1]]).int(), torch.tensor([3, 2]).int()
+    expected, lens = [cache.clone() for cache in caches], torch.tensor([4, 9]).int()
+    compact_kv_cache_(expected, path, counts, lens)
+    for name in ("reference", "triton", "cuda"):
+        if backends.unavailable_reason("compact_kv_cache_", name):
+            continue
+        for home, other in (("cuda:0", OTHER), (OTHER, "cuda:0")):
+            moved = [caches[0].to(home), caches[1].to(other)]
+            moved_lens = torch.tensor([4, 9]).int().to(home)
+            tables = CacheTable.by_device(moved)
+            compact_kv_cache_(tables, path.to(home), counts.to(home), moved_lens, backend=name)
+            assert moved_lens.tolist() == lens.tolist()
+            for cache, want in zip(moved, expected):
+                assert torch.equal(cache.cpu(), want)
+
+
+def spread(model):
+    """Give a Llama on cuda:0 whose second layer lies on the other device, as accelerate spreads one."""
+
+    def moved_to(device, value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return tuple(moved_to(device, item) for item in value) if isinstance(value, tuple) else value
+
+    def before(layer, args, kwargs):
+        return moved_to(OTHER, args), {name: moved_to(OTHER, value) for name, value in kwargs.items()}
+
+    layer = model.to("cuda:0").model.layers[1].to(OTHER)
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(lambda layer, args, output: moved_to("cuda:0", output))
+    return model
+
+
+def test_generation_with_a_target_on_two_devices():
+    target = tiny_llama(0, vocab_size=61)
+    draft = noisy_copy(target, 0.5).to("cuda:0")
+    prompts = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(1)).to("cuda:0")
+    options = {"tree": TREE, "max_new_tokens": 40, "temperature": 0.8, "eos_token_id": (), "seed": 5}
+    on_one = generate(target.to("cuda:0"), draft, prompts, **options).new_tokens
+    assert generate(spread(target), draft, prompts, **options).new_tokens == on_one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from support.buffers import Unchanged
 from support.op_backends import op_backends
 
+from sequoia_kernels import backends
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_
 from sequoia_kernels.ops.compact_kv_cache_ import reference as reference_backend
@@ -51,6 +53,17 @@ def expected_cache(cache, paths, cache_lens):
     for request, (path, cache_len) in enumerate(zip(paths, cache_lens)):
         for depth, node in enumerate(path):
             after[request, cache_len + depth] = cache[request, cache_len + node]
+    return after
+
+
+def expected_pages(cache, block_table, paths, cache_lens):
+    after, page_size = cache.clone(), cache.shape[1]
+    for request, (path, cache_len) in enumerate(zip(paths, cache_lens)):
+        for depth, node in enumerate(path):
+            source, target = cache_len + node, cache_len + depth
+            after[block_table[request, target // page_size], target % page_size] = cache[
+                block_table[request, source // page_size], source % page_size
+            ]
     return after
 
 
@@ -184,20 +197,93 @@ def test_pages(backend, given_as, page_size):
     block_table = order[: batch_size * pages_each].reshape(batch_size, pages_each).to(torch.int32)
     paths, cache_lens = [[0, 3, 4, 9], [], [0, 1, 5]], [11, 28, 0]
     caches = [numbered(num_pages, page_size, 2, head_dim, start=head_dim) for head_dim in (8, 3)]
-    expected = []
-    for cache in caches:
-        after = cache.clone()
-        for request, (path, cache_len) in enumerate(zip(paths, cache_lens)):
-            for depth, node in enumerate(path):
-                source, target = cache_len + node, cache_len + depth
-                after[block_table[request, target // page_size], target % page_size] = cache[
-                    block_table[request, source // page_size], source % page_size
-                ]
-        expected.append(after)
+    expected = [expected_pages(cache, block_table, paths, cache_lens) for cache in caches]
     lens = compact(backend, caches, paths, cache_lens, given_as=given_as, block_table=block_table)
     for cache, want in zip(caches, expected):
         assert torch.equal(cache, want)
     assert lens.tolist() == [15, 28, 3]
+
+
+def paged_pair():
+    """Caches of a target and a draft in pages of other sizes and other orders, and one without pages."""
+    target, draft, plain = numbered(8, 7, 2, 8), numbered(14, 3, 1, 5, start=7), numbered(2, 21, 2, 4, start=3)
+    pages = [int32([[5, 2, 0], [1, 7, 3]]), int32([[9, 0, 4, 13, 2, 7, 6], [1, 12, 3, 8, 5, 10, 11]]), None]
+    return [target, draft, plain], pages
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0), (0, 0)])
+def test_caches_with_block_tables_of_their_own(backend, order):
+    """All of them start from the lengths as they were, and these advance once."""
+    paths, cache_lens = [[0, 3, 4, 9], [2, 5]], [11, 4]
+    nodes, counts = (tensor.to(backend.device) for tensor in padded(paths))
+    (*caches, plain), (*pages, _) = paged_pair()
+    expected = [expected_pages(cache, table, paths, cache_lens) for cache, table in zip(caches, pages)]
+    expected.append(expected_cache(plain, paths, cache_lens))
+    moved = [paged_pair()[0][index].to(backend.device) for index in order]
+    tables = [CacheTable([cache], paged=index < 2) for index, cache in zip(order, moved)]
+    pages = [None if index == 2 else pages[index].to(backend.device) for index in order]
+    lens = int32(cache_lens).to(backend.device)
+    backend(tables, nodes, counts, lens, block_table=pages, raw=True)
+    assert lens.tolist() == [15, 6]
+    for index, cache in zip(order, moved):
+        assert torch.equal(cache.cpu(), expected[index])
+
+
+def test_nothing_is_written_if_any_of_several_tables_is_refused(backend):
+    if backend.device.type != "cpu":
+        pytest.skip("values are checked on CPU tensors only")
+    caches, pages = paged_pair()
+    pages[1][1, 2] = 14  # row 6 of the second request, a page that does not exist
+    tables = [CacheTable([cache], paged=index < 2) for index, cache in enumerate(caches)]
+    nodes, counts = padded([[0, 3, 4, 9], [2, 5]])
+    lens = int32([11, 4])
+    with Unchanged(*caches, lens):
+        with pytest.raises(ValueError, match=r"block_table must name pages from 0 to 13, got \[8, 12, 14\]"):
+            backend(tables, nodes, counts, lens, block_table=pages, raw=True)
+        with pytest.raises(ValueError, match=r"caches\[2\] must be a CacheTable\(..., paged=True\) with a block_table"):
+            backend(tables, nodes, counts, lens, block_table=[*pages[:2], pages[0]], raw=True)
+        with pytest.raises(ValueError, match="block_table must have one for each of 3 CacheTables, got 2"):
+            backend(tables, nodes, counts, lens, block_table=pages[:2], raw=True)
+        with pytest.raises(ValueError, match=r"block_table\[1\] must have shape \[batch, pages\] with batch 2, got"):
+            backend(tables, nodes, counts, lens, block_table=[pages[0], pages[1][:1], None], raw=True)
+        with pytest.raises(ValueError, match=r"caches\[1\].caches\[0\] must have the batch 2 of accepted_nodes"):
+            backend([tables[2], CacheTable([torch.zeros(3, 21, 1, 4)])], nodes, counts, lens, raw=True)
+        with pytest.raises(ValueError, match="caches must be in one of the tables only"):
+            backend([tables[2], CacheTable([caches[2]])], nodes, counts, lens, raw=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1,), (1, 1)])
+def test_caches_on_another_device_than_the_lengths(order, monkeypatch):
+    """The meta device stands in for a second one. It computes nothing, so look at what its backend is given."""
+    op = importlib.import_module("sequoia_kernels.ops.compact_kv_cache_.op")
+    monkeypatch.setattr(op, "_operator", op._run)  # torch's dispatcher would only check shapes, as meta tensors ask for
+    caches = [numbered(2, 12, 2, 4), numbered(2, 12, 2, 4).to("meta")]
+    tables = [CacheTable([caches[index]]) for index in order]
+    expected = expected_cache(caches[0], [[0, 2], [1, 3]], [3, 4]) if 0 in order else caches[0].clone()
+    seen, run = [], reference_backend.run
+
+    def noted(group, *inputs):
+        seen.append((len(group), *{tensor.device.type for tensor in [*group, *inputs[:3]]}, inputs[-1]))
+        run(group, *inputs)
+
+    monkeypatch.setattr(backends._load("compact_kv_cache_", "reference"), "run", noted)
+    lens = int32([3, 4])
+    compact_kv_cache_(tables, *padded([[0, 2], [1, 3]]), lens, backend="reference")
+    assert seen == [(1, "meta", False)] * order.count(1) + [(order.count(0), "cpu", True)]
+    assert torch.equal(caches[0], expected) and lens.tolist() == [5, 6]
+    lens = int32([3, 11])
+    with Unchanged(caches[0], lens), pytest.raises(ValueError, match="must stay inside a cache of 12 slots with 11"):
+        compact_kv_cache_(tables, *padded([[0, 2], [1, 3]]), lens, backend="reference")
+
+
+def test_tables_by_device():
+    on_cpu, elsewhere = torch.zeros(1, 8, 2, 4), torch.zeros(1, 6, 2, 4, device="meta")
+    tables = CacheTable.by_device([on_cpu, elsewhere, on_cpu.clone(), elsewhere.clone()])
+    assert repr(tables) == "[CacheTable(2 caches, 8 slots), CacheTable(2 caches, 6 slots)]"
+    assert [table.entries.device.type for table in tables] == ["cpu", "meta"]
+    assert CacheTable.by_device([]) == []
+    with pytest.raises(TypeError, match=r"CacheTable: caches\[1\] must be a tensor, got NoneType"):
+        CacheTable.by_device([on_cpu, None])
 
 
 @pytest.mark.parametrize("unused", [-1, 5, 10**9])
@@ -313,9 +399,25 @@ def test_operator(name):
     caches = [numbered(2, 12, 2, 4), numbered(2, 12, 2, 4, start=5)]
     nodes, counts = padded([[0, 2], [1, 3]])
     operator = torch.ops.sequoia.compact_kv_cache_.default
-    torch.library.opcheck(operator, (caches, nodes, counts, int32([3, 4]), None, None, 0, 0, 0, name))
-    block_table = int32([[0], [1]])
-    torch.library.opcheck(operator, (caches, nodes, counts, int32([3, 4]), block_table, None, 0, 0, 0, name))
+    for block_tables, sizes in (([None], [2]), ([int32([[0], [1]])], [2]), ([int32([[0], [1]]), None], [1, 1])):
+        entries = [None] * len(sizes)
+        arguments = (caches, nodes, counts, int32([3, 4]), block_tables, entries, sizes, [0, 0, 0] * len(sizes), name)
+        torch.library.opcheck(operator, arguments)
+
+
+def test_compiled_function_with_several_tables():
+    (target, draft, _), pages = paged_pair()
+    paths = [[0, 3, 4, 9], [2, 5]]
+    expected = [expected_pages(target, pages[0], paths, [11, 4]), expected_pages(draft, pages[1], paths, [11, 4])]
+    tables, lens = [CacheTable([target], paged=True), CacheTable([draft], paged=True)], int32([11, 4])
+
+    def commit(nodes, counts, lens):
+        compact_kv_cache_(tables, nodes, counts, lens, block_table=pages[:2])
+        return lens * 2
+
+    doubled = torch.compile(commit, backend="aot_eager", fullgraph=True)(*padded(paths), lens)
+    assert torch.equal(target, expected[0]) and torch.equal(draft, expected[1])
+    assert lens.tolist() == [15, 6] and doubled.tolist() == [30, 12]
 
 
 @pytest.mark.parametrize("as_table", [False, True])
@@ -347,7 +449,10 @@ def good():
 
 
 WRONG_TYPES = [
-    ({"caches": torch.zeros(2, 12, 2, 4)}, "caches must be a list of tensors or a CacheTable, got Tensor"),
+    (
+        {"caches": torch.zeros(2, 12, 2, 4)},
+        "caches must be a list of tensors, a CacheTable or a list of them, got Tensor",
+    ),
     ({"caches": [None]}, r"caches\[0\] must be a tensor, got NoneType"),
     ({"accepted_nodes": [[0]]}, "accepted_nodes must be a tensor, got list"),
     ({"accepted_nodes": torch.zeros(2, 3, dtype=torch.int64)}, "accepted_nodes must have dtype int32, got int64"),
@@ -356,6 +461,9 @@ WRONG_TYPES = [
     ({"block_table": torch.zeros(2, 3, dtype=torch.int64)}, "block_table must have dtype int32, got int64"),
     ({"block_table": [[0], [1]]}, "block_table must be a tensor, got list"),
     ({"backend": b"host"}, "backend must be a string, got bytes"),
+    ({"caches": [CacheTable([]), torch.zeros(1)]}, r"caches\[0\] must be a tensor, got CacheTable"),
+    ({"caches": [CacheTable([])], "block_table": int32([[0], [1]])}, "block_table must be a list with one for each of"),
+    ({"caches": [CacheTable([])] * 2, "block_table": [None, 3]}, r"block_table\[1\] must be a tensor, got int"),
 ]
 
 OVERLAPPING = torch.zeros(2, 12, 2, 6)

@@ -214,7 +214,7 @@ def test_the_length_and_the_count_of_programs_share_a_word():
 def test_a_cache_too_long_to_share_the_word_is_refused_with_a_reason():
     cache = torch.zeros(1, 1, 1, 1).expand(1, 2**30, 1, 1)
     path, count = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    reason = compaction.supports([cache], path, count, count, None, None, 4)
+    reason = compaction.supports([cache], path, count, count, None, None, 4, 2**30, True)
     assert reason == "takes up to 2**30 slots times caches"
 
 

@@ -180,9 +180,8 @@ def compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ..
         lens = _empty(batch_size, dtype=torch.int32)
         block_table = _empty(batch_size, num_slots // page_size, dtype=torch.int32) if page_size else None
         entries = _empty(num_caches, 7, dtype=torch.int64)
-        compaction.run(
-            caches, _empty(batch_size, num_levels, dtype=torch.int32), lens, lens, block_table, entries, 8 * 128 * 2
-        )
+        path = _empty(batch_size, num_levels, dtype=torch.int32)
+        compaction.run(caches, path, lens, lens, block_table, entries, 8 * 128 * 2, num_slots, True)
 
     name = f"{num_levels} levels" + (f", pages of {page_size}" if page_size else "")
     return CompileCase("compact_kv_cache_", name, launch, quick=quick)

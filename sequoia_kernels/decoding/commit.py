@@ -33,14 +33,14 @@ def commit_path(
     layout: TreeLayout,
     state: DecodingState,
     buffers: TokenBuffers,
-    caches: Sequence[tuple[CacheTable, torch.Tensor]],
+    caches: Sequence[tuple[Sequence[CacheTable], torch.Tensor]],
     clock: StageClock,
     backend: str = "auto",
 ) -> EmittedTokens:
     """Move the accepted rows behind the committed prefix and advance the state in place.
 
-    Each table of caches comes with the lengths of the state that count its rows. The emitted tokens are gathered before
-    anything is overwritten. No host sync.
+    Each group of caches, with a table for every device, comes with the lengths of the state that count its rows. The
+    emitted tokens are gathered before anything is overwritten. No host sync.
     """
     with clock.stage("commit"):
         num_accepted = path.num_accepted * state.active
@@ -57,8 +57,8 @@ def commit_path(
             tokens = torch.full_like(path_tokens, -1)
             tokens[:, :-1] = torch.where(path.nodes[:, 1:] >= 0, path_tokens[:, 1:], -1)
             tokens.scatter_(1, end, path.next_token[:, None])
-            for table, cache_lens in caches:
-                compact_kv_cache_(table, path.nodes, num_accepted, cache_lens, backend=backend)
+            for tables, cache_lens in caches:
+                compact_kv_cache_(tables, path.nodes, num_accepted, cache_lens, backend=backend)
         state.last_tokens.copy_(last_tokens)
         state.root_tokens.copy_(path.next_token)
         state.offsets += num_nodes

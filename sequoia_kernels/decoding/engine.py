@@ -65,7 +65,7 @@ class DecodingEngine:
             parts = [(target_tensors, state.cache_lens), (draft_tensors, state.draft_lens)]
         else:
             parts = [(self._tensors, state.cache_lens)]
-        self.cache_tables = [(CacheTable(tensors), cache_lens) for tensors, cache_lens in parts]
+        self.cache_tables = [(CacheTable.by_device(tensors), cache_lens) for tensors, cache_lens in parts]
         self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None

@@ -103,7 +103,7 @@ def compact_call(caches: Sequence[TreeCache], context_len: int, num_levels: int,
     """
     tensors = [tensor for entry in caches for tensor in entry.tensors()]
     batch_size, device = tensors[0].shape[0], tensors[0].device
-    table = CacheTable(tensors)
+    tables = CacheTable.by_device(tensors)
     nodes = [level * (num_tree_rows - 1) // max(num_levels - 1, 1) for level in range(num_levels)]
     accepted_nodes = torch.tensor(nodes, dtype=torch.int32, device=device).repeat(batch_size, 1)
     num_accepted = torch.full((batch_size,), num_levels, dtype=torch.int32, device=device)
@@ -112,7 +112,7 @@ def compact_call(caches: Sequence[TreeCache], context_len: int, num_levels: int,
 
     def call() -> None:
         cache_lens.copy_(committed)
-        compact_kv_cache_(table, accepted_nodes, num_accepted, cache_lens)
+        compact_kv_cache_(tables, accepted_nodes, num_accepted, cache_lens)
 
     return call
 

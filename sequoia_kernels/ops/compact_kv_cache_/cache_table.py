@@ -60,6 +60,27 @@ class CacheTable:
         self.max_row_bytes = max_row_bytes(self.caches)
         self.num_slots = num_slots(self.caches, paged)
 
+    @classmethod
+    def by_device(cls, caches: Sequence[Tensor], *, paged: bool = False) -> list[CacheTable]:
+        """Make one table for each device that caches lie on, for a model that is spread over several.
+
+        Args:
+            caches: as for one table, but on any devices.
+            paged: as for one table.
+
+        Returns:
+            The tables, in the order in which the devices appear; ``compact_kv_cache_`` takes them all in one call.
+
+        Example:
+            >>> CacheTable.by_device([torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 2, 4)])
+            [CacheTable(2 caches, 8 slots)]
+        """
+        groups: dict[torch.device, list[Tensor]] = {}
+        for index, cache in enumerate(caches):
+            checks.check_tensor("CacheTable", f"caches[{index}]", cache)
+            groups.setdefault(cache.device, []).append(cache)
+        return [cls(group, paged=paged) for group in groups.values()]
+
     def __len__(self) -> int:
         return len(self.caches)
 
@@ -112,3 +133,25 @@ def max_row_bytes(caches: Sequence[Tensor]) -> int:
 def num_slots(caches: Sequence[Tensor], paged: bool) -> int:
     """The smallest number of slots (pages, if paged) of a cache."""
     return min((cache.shape[0 if paged else 1] for cache in caches), default=0)
+
+
+def length_bits(num_caches: int, num_slices: int, max_slots: int) -> tuple[int, int] | None:
+    """Choose how many programs share a cache, and how many bits of a length's word stay the length's own.
+
+    A kernel that moves the rows and advances the lengths in one launch counts in the bits above a length the programs
+    that have read it; the last one writes the new length.
+
+    Args:
+        num_caches: caches of the launch.
+        num_slices: programs that may share the columns of a cache, if there are bits to count them.
+        max_slots: rows that a request has room for: its largest length.
+
+    Returns:
+        (programs that share a cache, low bits of the word that hold the length), or None if no word of 31 bits can hold
+        both a length and the number of programs.
+    """
+    for slices in (num_slices, 1):  # one slice does with the fewest programs; each of them then takes all columns
+        bits = 31 - (slices * max(num_caches, 1)).bit_length()
+        if max_slots.bit_length() <= bits:
+            return slices, bits
+    return None

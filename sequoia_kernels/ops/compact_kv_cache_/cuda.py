@@ -1,13 +1,13 @@
 """compact_kv_cache_ in CUDA; see csrc/cuda/compact_kv_cache.cu. Inputs as in reference.py.
 
-One launch moves K and V of all layers, a second one of a few threads advances the lengths. The kernel has been
-compiled, and its source was run thread by thread on a CPU; it has not run on a GPU.
+One launch moves K and V of all layers and advances the lengths, as in Triton: what it spares is Triton itself, its
+compilation and its launcher's time on the host. Which of the two is faster on a device has not been measured; this
+kernel has been compiled and not run on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 
 import torch
@@ -15,27 +15,38 @@ from torch import Tensor
 
 from sequoia_kernels import _cuda
 
-from .cache_table import cache_entries
+from .cache_table import cache_entries, length_bits
 
 MAX_LEVELS = 64  # rows that one thread holds in registers
 MAX_GRID = 65535  # caches and requests are grid dimensions y and z
+THREADS = 128  # of a block, as in the kernel's file
 
 
 def unavailable() -> str | None:
     """Tell why no CUDA device can be used, or None."""
-    if torch.cuda.is_available():
-        return None
-    return _cuda.unavailable_reason() or f"torch {torch.__version__} sees no CUDA device"
+    # The module brings a runtime of its own: the driver may be too old for it, and good enough for torch's.
+    reason = _cuda.unavailable_reason()
+    if reason is None and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} sees no CUDA device"
+    if reason is None:  # asking costs a device some memory, so first the one that is in use anyway
+        current, count = torch.cuda.current_device(), torch.cuda.device_count()
+        reasons = map(_device_reason, sorted(range(count), key=lambda index: index != current))
+        first = next(reasons)
+        reason = None if first is None or None in reasons else first
+    return reason
 
 
 @functools.cache
-def _device_reason(device: torch.device) -> str | None:
+def _device_reason(index: int) -> str | None:
     """Tell why this build has no code for a device, or None."""
-    major, minor = torch.cuda.get_device_capability(device)
-    oldest = min(int(number) for number in re.findall(r"\b\d+", _cuda.architectures))
-    if 10 * major + minor >= oldest:
-        return None
-    return f"was built for architectures {_cuda.architectures}, this device is sm_{major}{minor}"
+    reason = _cuda.device_reason(index)
+    return None if reason is None else f"built for {_cuda.architectures}; {torch.cuda.get_device_name(index)}: {reason}"
+
+
+def _launch_config(num_caches: int, num_levels: int, max_row_bytes: int, max_slots: int) -> tuple[int, int] | None:
+    """Choose blocks that share a cache, and the bits of a length's word; None if no word can hold both."""
+    slice_bytes = (16 if num_levels <= 32 else 8) * THREADS  # one column a thread at the usual width
+    return length_bits(num_caches, min(max(1, -(-max_row_bytes // slice_bytes)), 65535), max_slots)
 
 
 def supports(
@@ -46,6 +57,8 @@ def supports(
     block_table: Tensor | None,
     entries: Tensor | None,
     max_row_bytes: int,
+    max_slots: int,
+    advance: bool,
 ) -> str | None:
     """Return None if the kernel takes this call, else the reason why not."""
     if not cache_lens.is_cuda:
@@ -55,9 +68,11 @@ def supports(
         return f"takes up to {MAX_LEVELS} levels"
     if max(len(caches), batch_size) > MAX_GRID:
         return f"takes up to {MAX_GRID} caches and requests"
+    if _launch_config(len(caches), num_levels, max_row_bytes, max_slots) is None:
+        return "takes up to 2**30 slots times caches"
     if entries is None and torch.cuda.is_current_stream_capturing():
         return "needs a CacheTable while a CUDA graph is captured"
-    return _device_reason(cache_lens.device)
+    return _device_reason(cache_lens.device.index)
 
 
 def run(
@@ -68,11 +83,15 @@ def run(
     block_table: Tensor | None,
     entries: Tensor | None,
     max_row_bytes: int,
+    max_slots: int,
+    advance: bool,
 ) -> None:
-    """Launch the moves and the advance of the lengths on the current stream."""
+    """Move the rows and advance the lengths in one launch on the current stream."""
     batch_size, num_levels = accepted_nodes.shape
     if batch_size == 0 or num_levels == 0:
         return
+    config = _launch_config(len(caches), num_levels, max_row_bytes, max_slots)
+    assert config is not None  # supports() has asked
     if entries is None:
         entries = cache_entries(caches, paged=block_table is not None)
     paged = block_table is not None and len(caches) > 0
@@ -81,7 +100,7 @@ def run(
         stream=torch.cuda.current_stream(cache_lens.device).cuda_stream,
         cache_table=entries.data_ptr(),
         num_caches=len(caches),
-        max_row_bytes=max_row_bytes,
+        num_slices=config[0],
         accepted_nodes=accepted_nodes.data_ptr(),
         stride_nodes_request=accepted_nodes.stride(0),
         stride_nodes_level=accepted_nodes.stride(1),
@@ -90,6 +109,7 @@ def run(
         stride_num_accepted=num_accepted.stride(0),
         cache_lens=cache_lens.data_ptr(),
         stride_cache_lens=cache_lens.stride(0),
+        length_bits=config[1] if advance else 0,
         batch_size=batch_size,
         block_table=block_table.data_ptr() if block_table is not None and paged else 0,
         stride_table_request=block_table.stride(0) if block_table is not None else 0,

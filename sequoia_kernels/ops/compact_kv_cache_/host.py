@@ -31,11 +31,15 @@ def run(
     block_table: Tensor | None,
     entries: Tensor | None,
     max_row_bytes: int,
+    max_slots: int,
+    advance: bool,
 ) -> None:
     """Move the rows and advance the lengths."""
     paged = block_table is not None and len(caches) > 0
     if entries is None:
         entries = cache_entries(caches, paged)
+    if not advance:
+        cache_lens = cache_lens.clone()  # what the module advances
     table_strides = block_table.stride() if block_table is not None else (0, 0)
     _host.compact_kv_cache(
         entries.data_ptr(),

@@ -9,11 +9,13 @@ Inputs (of ``supports`` and ``run``, in this order):
     entries         [num_caches, 7] int64 on the caches' device: ``CacheTable.entries``; None if the caller gave a list
                     of tensors, and then ``cache_table.cache_entries`` makes it
     max_row_bytes   int, bytes of the widest row
+    max_slots       int, rows that a request has room for
+    advance         bool, whether the lengths advance: they do with the last of the launches of one call
 Outputs: none, ``run`` returns None.
 
 Definition, for every cache and request b, all reads before all writes:
     row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]   for d < num_accepted[b]
-and then cache_lens[b] <- cache_lens[b] + num_accepted[b]. Nothing else changes.
+and then, with advance, cache_lens[b] <- cache_lens[b] + num_accepted[b]. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ def run(
     block_table: Tensor | None,
     entries: Tensor | None,
     max_row_bytes: int,
+    max_slots: int,
+    advance: bool,
 ) -> None:
     """Move the rows and advance the lengths."""
     if cache_lens.is_cpu and block_table is None:
         move_request_by_request(caches, accepted_nodes, num_accepted, cache_lens)
     else:
         move_all_requests(caches, accepted_nodes, num_accepted, cache_lens, block_table)
-    cache_lens += num_accepted
+    if advance:
+        cache_lens += num_accepted
 
 
 def move_all_requests(

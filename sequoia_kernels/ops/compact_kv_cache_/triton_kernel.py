@@ -2,7 +2,7 @@
 
 Computes
     row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]  for every cache, request b, d < num_accepted[b]
-    and then cache_lens[b] += num_accepted[b]
+    and then, if the lengths are to advance, cache_lens[b] += num_accepted[b]
 
 Parallel plan: what one program owns
     `compact_kv_cache_kernel`, grid (column slices, caches, requests): some columns of one request's rows in one cache,
@@ -41,8 +41,7 @@ from torch import Tensor
 
 from sequoia_kernels import triton_device
 
-from .cache_table import ENTRY_FIELDS, cache_entries
-from .op import MOST_ROWS
+from .cache_table import ENTRY_FIELDS, cache_entries, length_bits
 
 # tuning table --------------------------------------------------------------------------------------------------------
 
@@ -161,19 +160,22 @@ def compact_kv_cache_kernel(
     HAS_CACHES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # 0 if the caches are not paged
     # blocks
-    LENGTH_BITS: tl.constexpr,
+    LENGTH_BITS: tl.constexpr,  # 0 if the lengths do not advance
     BLOCK_LEVELS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     cache = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     num_accepted = tl.load(num_accepted_ptr + batch * stride_num_accepted)
-    # The only read of the length. Relaxed: nothing but this word passes between programs.
     length_ptr = cache_lens_ptr + batch * stride_cache_lens
-    word = tl.atomic_add(length_ptr, 1 << LENGTH_BITS, sem="relaxed")
-    cache_len = word & ((1 << LENGTH_BITS) - 1)
-    if (word >> LENGTH_BITS) == tl.num_programs(0) * tl.num_programs(1) - 1:
-        tl.store(length_ptr, cache_len + num_accepted)
+    if LENGTH_BITS == 0:
+        cache_len = tl.load(length_ptr)
+    else:
+        # The only read of the length. Relaxed: nothing but this word passes between programs.
+        word = tl.atomic_add(length_ptr, 1 << LENGTH_BITS, sem="relaxed")
+        cache_len = word & ((1 << LENGTH_BITS) - 1)
+        if (word >> LENGTH_BITS) == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.store(length_ptr, cache_len + num_accepted)
 
     if HAS_CACHES:
         entry_ptr = entries_ptr + cache.to(tl.int64) * ENTRY_SIZE
@@ -227,21 +229,8 @@ def _launch_config(num_caches: int, num_levels: int, max_row_bytes: int, max_slo
     block_levels = min(triton.next_power_of_2(max(num_levels, 1)), _MAX_BLOCK_LEVELS)
     block_columns = min(_TILE_WORDS // block_levels, 256)
     num_slices = min(max(1, triton.cdiv(max_row_bytes, block_columns * _WORD_BYTES)), 65535)
-    # One slice does with the fewest programs; each of them then takes all columns in turn.
-    for slices in (num_slices, 1):
-        length_bits = 31 - (slices * max(num_caches, 1)).bit_length()
-        if max_slots.bit_length() <= length_bits:
-            return LaunchConfig(slices, length_bits, block_levels, block_columns)
-    return None
-
-
-def _max_slots(caches: Sequence[Tensor], block_table: Tensor | None) -> int:
-    """Rows that one request has room for."""
-    if not caches:
-        return MOST_ROWS
-    if block_table is not None:
-        return block_table.shape[1] * caches[0].shape[1]
-    return min(cache.shape[1] for cache in caches)
+    word = length_bits(num_caches, num_slices, max_slots)
+    return None if word is None else LaunchConfig(*word, block_levels, block_columns)
 
 
 def unavailable() -> str | None:
@@ -257,11 +246,13 @@ def supports(
     block_table: Tensor | None,
     entries: Tensor | None,
     max_row_bytes: int,
+    max_slots: int,
+    advance: bool,
 ) -> str | None:
     """Whether the kernel can run this call."""
     if max(len(caches), accepted_nodes.shape[0]) > 65535:
         return "takes up to 65535 caches and requests"
-    config = _launch_config(len(caches), accepted_nodes.shape[1], max_row_bytes, _max_slots(caches, block_table))
+    config = _launch_config(len(caches), accepted_nodes.shape[1], max_row_bytes, max_slots)
     if config is None:
         return "takes up to 2**30 slots times caches"
     if entries is None and cache_lens.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -277,12 +268,13 @@ def run(
     block_table: Tensor | None,
     entries: Tensor | None,
     max_row_bytes: int,
+    max_slots: int,
+    advance: bool,
 ) -> None:
     """Move the rows and advance the lengths, in one launch."""
     batch_size, num_levels = accepted_nodes.shape
     if batch_size == 0 or num_levels == 0:
         return
-    max_slots = _max_slots(caches, block_table)
     config = _launch_config(len(caches), num_levels, max_row_bytes, max_slots)
     if config is None:
         raise ValueError("compact_kv_cache_: caches must have up to 2**30 slots times caches; see supports()")
@@ -299,7 +291,7 @@ def run(
             block_table.stride(1) if block_table is not None else 0,
             HAS_CACHES=len(caches) > 0,
             PAGE_SIZE=caches[0].shape[1] if paged else 0,
-            LENGTH_BITS=config.length_bits,
+            LENGTH_BITS=config.length_bits if advance else 0,
             BLOCK_LEVELS=config.block_levels,
             BLOCK_COLUMNS=config.block_columns,
             num_warps=_NUM_WARPS,

@@ -210,7 +210,8 @@ def _exact_key(row_ptr, token, is_read, word, temperature):
         divisor = temperature + tl.zeros_like(logit)
         key = logit.to(tl.float64) / divisor.to(tl.float64) + triton_streams.gumbel(word).to(tl.float64)
         key = tl.where(tl.div_rn(logit, divisor) == float("-inf"), float("-inf"), key)
-    return key
+    # Nobody checks values on a device: a NaN is drawn first, as in the reference, and is a token of the vocabulary.
+    return tl.where(key == key, key, float("inf"))
 
 
 @triton.jit

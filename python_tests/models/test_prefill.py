@@ -52,9 +52,10 @@ def test_last_logits_of_ragged_prompts(family: str, keeps_logits: bool, chunk_ro
 def test_one_prompt_keeps_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_model("llama")
     model = adapt(plain)
+    cache = model.new_cache(1, 40)
     rows = []
     plain.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(tuple(inputs[0].shape)))
-    logits = prefill(model, model.new_cache(1, 40), torch.arange(40)[None], torch.tensor([40]))
+    logits = prefill(model, cache, torch.arange(40)[None], torch.tensor([40]))
     assert rows == [(1, 1, 32)]
     torch.testing.assert_close(logits[0, 0], last_logits(plain, list(range(40))), rtol=0, atol=TOLERANCE)
 

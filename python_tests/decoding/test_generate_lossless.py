@@ -80,7 +80,7 @@ class Float32Head(torch.nn.Module):
 def test_a_draft_whose_logits_are_wider_than_its_weights(temperature):
     target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
     draft = tiny_llama(8, vocab_size=VOCAB, sharpness=8.0).bfloat16()
-    draft.lm_head = Float32Head(draft.lm_head.weight)
+    draft.lm_head = Float32Head(draft.lm_head.weight).eval()
     assert draft.dtype == torch.bfloat16
     assert p_value(target, draft, {"temperature": temperature}) > 1e-4
 

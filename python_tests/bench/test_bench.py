@@ -627,6 +627,23 @@ def test_a_stage_has_its_own_limit(tmp_path):
     assert gpu_check.exit_status([outcome]) == 1
 
 
+def test_an_interrupted_stage_is_ended(tmp_path, monkeypatch):
+    """Ctrl-C on a terminal does not reach it: it has a session of its own."""
+    ended = []
+
+    class Interrupted(gpu_check.subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout == 100.0:
+                raise KeyboardInterrupt
+            ended.append(code := super().wait(timeout))
+            return code
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.run_stage(python_stage("hangs", "import time; time.sleep(3600)"), 100.0, tmp_path)
+    assert ended and ended[0] < 0
+
+
 def test_the_stages_run_what_the_document_says(tmp_path):
     planned = {stage.name: stage for stage in gpu_check.stages(tmp_path, workers=3)}
     assert list(planned) == ["doctor", "tests", "kernels", "memcheck", "racecheck", "bench"]

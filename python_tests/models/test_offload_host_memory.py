@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +139,30 @@ def test_a_failed_registration_leaves_no_error_behind(runtime: _Runtime, monkeyp
     assert len(forgotten) == 1
     host_memory.CudaPageLock().unlock(host_memory.allocate_block(1))  # registered by nobody
     assert len(forgotten) == 2
+
+
+def test_pages_are_locked_and_unlocked_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing runs in a thread of its own, whose current device is the machine's first."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *arguments: seen.append(current[-1]) or 0,
+        cudaHostUnregister=lambda *arguments: seen.append(current[-1]) or 1,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(host_memory, "_forget_cuda_error", lambda: seen.append(current[-1]))
+    block = host_memory.HostBlock(5000, host_memory.CudaPageLock(torch.device("cuda", 1)))
+    block.allocate()
+    host_memory.close_all([block])
+    assert seen == [1, 1, 1]
+    assert block.content is None
 
 
 def test_forgetting_swallows_the_error_that_the_next_launch_finds(monkeypatch: pytest.MonkeyPatch) -> None:

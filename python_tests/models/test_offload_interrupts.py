@@ -141,6 +141,9 @@ def test_without_threads_to_be_had_a_task_says_so_and_the_shield_does_without(mo
             assert done == [2]
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 Lockstep().run([lambda: done.append(3)], CPU)
+            [layer] = decoder_layers(1)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                ThreadLink().copy(MemoryLayer(layer), torch.empty(layer.num_bytes, dtype=torch.uint8), None)
             done.clear()
 
 

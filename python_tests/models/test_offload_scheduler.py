@@ -163,6 +163,20 @@ def test_closing_wakes_whoever_waits_for_a_copy() -> None:
         link.copy(MemoryLayer(layers[0]), buffers[0], None)
 
 
+def test_a_link_may_be_closed_in_its_own_thread() -> None:
+    """As the garbage collector does that finds the model there."""
+    link = ThreadLink()
+    layers = decoder_layers(1)
+
+    class Last(MemoryLayer):
+        def write_into(self, destination: torch.Tensor) -> None:
+            link.close()
+
+    link.wait(link.copy(Last(layers[0]), torch.empty(layers[0].num_bytes, dtype=torch.uint8), None))
+    link.close()
+    assert not link._worker.is_alive
+
+
 def test_a_failed_copy_is_reported_where_its_layer_is_wanted_and_can_be_repeated(thread_link: ThreadLink) -> None:
     layers = decoder_layers(4)
     sources = [MemoryLayer(layer) for layer in layers]

@@ -45,19 +45,31 @@ class CudaPageLock:
 
     torch's own pinned allocator rounds sizes up to powers of two (a 1.7 GB layer would take 2.1 GB) and keeps what is
     freed; registering exactly the block's pages does neither.
+
+    Args:
+        device: current while it works: a thread that has not chosen one would set up the first device of the machine.
+            None leaves the thread's choice.
     """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
 
     def lock(self, block: torch.Tensor) -> None:
         """Lock a block's pages."""
-        status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), _REGISTER_PORTABLE)
-        if int(status) != 0:
-            _forget_cuda_error()
-            raise RuntimeError(f"cudaHostRegister failed with error {int(status)}")
+        with self._on_device():
+            status = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), _REGISTER_PORTABLE)
+            if int(status) != 0:
+                _forget_cuda_error()
+                raise RuntimeError(f"cudaHostRegister failed with error {int(status)}")
 
     def unlock(self, block: torch.Tensor) -> None:
         """Unlock them."""
-        if int(torch.cuda.cudart().cudaHostUnregister(block.data_ptr())) != 0:
-            _forget_cuda_error()
+        with self._on_device():
+            if int(torch.cuda.cudart().cudaHostUnregister(block.data_ptr())) != 0:
+                _forget_cuda_error()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._device is None else torch.cuda.device(self._device)
 
 
 def _forget_cuda_error() -> None:

@@ -98,6 +98,8 @@ class ThreadLink(Link):
             raise _closed()
         if not self._worker.begun:
             self._worker.start()
+            if self._worker.error is not None:
+                raise self._worker.error
         transfer = _ThreadTransfer(source, destination, after)
         self._jobs.put(transfer)
         return transfer
@@ -151,7 +153,7 @@ class CudaLink(Link):
         self._closed = False
         self._reader: _StagingReader | None = None
         if staging_bytes:
-            self._reader = _StagingReader(self, _locked_blocks(staging_bytes, 2, CudaPageLock()))
+            self._reader = _StagingReader(self, _locked_blocks(staging_bytes, 2, CudaPageLock(device)))
 
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
         """Launch a copy."""

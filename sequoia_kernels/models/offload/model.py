@@ -428,7 +428,7 @@ def _open(
 
 def _page_lock(device: torch.device) -> PageLock | None:
     """What locks host memory for this device."""
-    return CudaPageLock() if device.type == "cuda" else None
+    return CudaPageLock(device) if device.type == "cuda" else None
 
 
 def _load(

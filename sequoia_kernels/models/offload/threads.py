@@ -57,13 +57,13 @@ class Task:
         self.error: BaseException | None = None
         self._function: Callable[[], None] | None = function  # until it has run, so that nothing is kept alive
         self._name = name
-        self._ended = Signal()
+        self._launched, self._ended = Signal(), Signal()
         self._first: dict[str, object] = {}  # `setdefault` decides in one step who comes first
         self._thread: threading.Thread | None = None
 
     @property
     def begun(self) -> bool:
-        """Whether the function runs or has run; False for a while after `start`."""
+        """Whether the function runs or has run."""
         return self._thread is not None
 
     @property
@@ -72,18 +72,21 @@ class Task:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the thread, unless it was started or has been ended."""
+        """Start the thread, unless it was started or has been ended; without one, `error` says so."""
         # Not by `Thread.start`, which waits under a lock for the new thread to lock it as well.
         try:
-            _thread.start_new_thread(self._start_thread, ())
+            _thread.start_new_thread(self._launch, ())
         except RuntimeError as error:  # the system has no more threads
             self._fail(error)
+        else:
+            self._launched.wait()
 
     def wait(self) -> None:
-        """Wait until the function has returned and its thread is gone; the task has been started."""
-        self._ended.wait()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        """Wait until the function of a started task has returned and its thread is gone, unless this is that thread."""
+        if self._thread is not threading.current_thread():
+            self._ended.wait()
+            if self._thread is not None:
+                self._thread.join()
 
     def end(self) -> None:
         """Wait as `wait`, and see that a task that has not begun never will.
@@ -96,16 +99,16 @@ class Task:
         if self._first.setdefault("first", self) is not self:
             self.wait()
 
-    def _start_thread(self) -> None:
+    def _launch(self) -> None:
         token = object()
-        if self._first.setdefault("first", token) is not token:
-            return
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            self._thread = None
-            self._fail(error)
+        if self._first.setdefault("first", token) is token:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                self._thread = None
+                self._fail(error)
+        self._launched.set()
 
     def _fail(self, error: BaseException) -> None:
         self.error = error

@@ -208,7 +208,7 @@ def affordable_node_counts(
     counts: list[int] = []
     budget, spent = least_seconds, 0.0
     with torch.inference_mode():
-        cache = target.new_cache(batch_size, context_len + sizes[-1])
+        cache = target.new_cache(batch_size, context_len + sizes[-1], beyond_positions=True)
         for count in sizes:
             call = calls.forward_call(target, cache, context_len, calls.target_step(count, target.device))
             times = time_calls({count: call}, target.device, min_repeats=1, max_repeats=1, warmup=1)

@@ -3,6 +3,7 @@
 Environment:
     SEQUOIA_CUDA        0, 1 or auto (default): build `sequoia_kernels._cuda` never, always, or where nvcc works.
     SEQUOIA_CUDA_ARCHS  architectures in CMake's notation, separated by spaces, commas or semicolons.
+    SEQUOIA_SANITIZE    1: build `sequoia_kernels._host` with sanitizers; see python_tests/sanitize.py.
     CXX, CUDACXX        compilers, as CMake reads them.
     CMAKE_BUILD_PARALLEL_LEVEL  number of parallel compile jobs.
 
@@ -121,6 +122,7 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self) -> None:
         compiler = find_compiler()
+        sanitize = os.environ.get("SEQUOIA_SANITIZE", "0") == "1"
         cmake = find_tool("cmake")
         ninja = find_tool("ninja")
         options = [
@@ -128,10 +130,12 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={find_pybind11()}",
             *cuda_options(),
+            f"-DSEQUOIA_SANITIZE={'ON' if sanitize else 'OFF'}",
         ]
         # One directory per interpreter. A change of tools (build isolation makes new paths each time) starts afresh,
         # since a CMake cache full of paths that are gone fails in ways that are hard to read.
-        work = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        kind = "sanitized" if sanitize else "cmake"
+        work = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         seen = [
             os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH")
         ]

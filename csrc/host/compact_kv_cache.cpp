@@ -90,6 +90,7 @@ void compact_kv_cache(std::uintptr_t table_ptr,           // [num_caches, 7] int
             if (node != d) moves.push_back({cache_len + node, cache_len + d});
         }
         for (std::int64_t index = 0; index < num_caches && !moves.empty(); ++index) {
+            if (caches[index].num_heads * caches[index].head_bytes == 0) continue;  // no bytes, perhaps no address
             for (const Move& move : moves) {
                 copy_row(caches[index], row_address(caches[index], table, b, move.source_slot),
                          row_address(caches[index], table, b, move.target_slot));

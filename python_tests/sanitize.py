@@ -1,0 +1,61 @@
+"""Run the ops' tests on the C++ module built with address and undefined-behaviour sanitizers.
+
+    python python_tests/sanitize.py [pytest arguments]
+
+Builds ``sequoia_kernels._host`` with ``SEQUOIA_SANITIZE=1`` into ``build/`` beside the installed one, which stays as it
+is, and runs the tests of the "host" backend against it, with all of torch's and NumPy's memory under the address
+sanitizer's eyes. A read or write outside of a tensor, also one that does no harm, and every overflow, shift or
+conversion that C++ leaves undefined ends the run with a report. Needs gcc on Linux, and what builds the package without
+isolation: cmake, ninja, pybind11, setuptools.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+LIBRARY = ROOT / "build" / "sanitized-lib"
+LIMIT_S = 900
+"""of the build, and of the tests"""
+
+
+def runtime(compiler: list[str], name: str) -> str:
+    """Path of a library of the compiler's, which must be in the process before any other."""
+    found = subprocess.run(
+        [*compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.strip()
+    if not os.path.isabs(found):
+        raise SystemExit(f"sanitize.py: {shlex.join(compiler)} has no {name}; install it, or set CXX to a gcc that has")
+    return os.path.realpath(found)
+
+
+def main() -> int:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    preloaded = [runtime(compiler, name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]
+    build = os.environ | {"SEQUOIA_SANITIZE": "1", "SEQUOIA_CUDA": "0", "CXX": shlex.join(compiler)}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(LIBRARY)]
+    subprocess.run(command, cwd=ROOT, env=build, check=True, timeout=LIMIT_S)
+    module = next(LIBRARY.glob("sequoia_kernels/_host.*"))
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preloaded),
+        # Python never frees all it has; other libraries' names may collide; a huge request is a MemoryError.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "SEQUOIA_SANITIZED_HOST": str(module),
+    }
+    # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
+    chosen = sys.argv[1:] or ["python_tests/ops", "-k", "host", "-n", "2", "-m", "not slow"]
+    arguments = ["-q", "--capture=sys", "-p", "no:faulthandler", "-p", "no:cacheprovider", "-p", "support.sanitized_host", *chosen]
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment, check=False, timeout=LIMIT_S
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,7 +50,17 @@ def main() -> int:
     }
     # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
     chosen = sys.argv[1:] or ["python_tests/ops", "-k", "host", "-n", "2", "-m", "not slow"]
-    arguments = ["-q", "--capture=sys", "-p", "no:faulthandler", "-p", "no:cacheprovider", "-p", "support.sanitized_host", *chosen]
+    arguments = [
+        "-q",
+        "--capture=sys",
+        "-p",
+        "no:faulthandler",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "support.sanitized_host",
+        *chosen,
+    ]
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment, check=False, timeout=LIMIT_S

@@ -26,9 +26,7 @@ def prefill_prompts(
     logits = prefill(target, cache, prompts, prompt_lens)  # [B, 1, vocab]
     last_tokens = prompts.gather(1, (prompt_lens.to(torch.int64) - 1)[:, None])
     path = verify_tree(
-        torch.zeros_like(
-            last_tokens
-        ),  # the root's own token decides nothing, and need not be one that can be predicted
+        torch.zeros_like(last_tokens),  # the root's own token decides nothing, and may be one that is never predicted
         logits,
         None,
         TokenTree.single(),

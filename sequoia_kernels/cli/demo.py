@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     def show() -> None:
         terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
-        table = Table(title=f"predicted, and measured in this run on {len(timed)} prompts")
+        table = Table(title=f"predicted from the acceptance on {len(timed)} prompts, and measured on the same ones")
         for column in ("T", "tree", "", "tokens/step", "ms/step", "plain ms", "tokens/s", "speedup"):
             table.add_column(column, justify="right")
         for row in rows:

@@ -1,6 +1,6 @@
 """tree="auto" and "adaptive": measure the times that are not known yet, plan, and learn acceptance from every call.
 
-Times are measured once a pair, machine and range of contexts, in about three seconds or a twentieth of the call.
+Times are measured once a pair, machine and range of contexts, within three seconds or a twentieth of the call.
 Acceptance is not measured at all: the first call begins with that of a middling draft and goes on with what its own
 steps show, and so does every later call; see `planner.evidence`. Both are kept on disk, see `planner.store`.
 """

@@ -283,6 +283,24 @@ def test_a_forward_inside_a_forward_is_an_error_and_not_a_deadlock() -> None:
     forward()
 
 
+def test_a_model_is_compared_with_its_own_forward_while_no_other_thread_decodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread's forward would leave its attention in the configurations, which the own forward reads."""
+    plain = tiny_model("llama")
+    own = switch.AttentionSwitch(plain, attention.ATTENTION_NAME)
+    held: list[bool] = []
+
+    def note(*_: Any) -> None:
+        held.append(all(lock._is_owned() for lock in own._locks))
+
+    plain.register_forward_pre_hook(note)
+    monkeypatch.setattr(adapter, "PROVEN_FAMILIES", frozenset())
+    adapt(plain)
+    assert len(held) >= 4  # the probe, the own forward, and the tree's two
+    assert all(held)
+
+
 def test_models_that_share_layers_take_turns() -> None:
     """A draft made of the target's first layer has its own configuration, but the layer reads the target's."""
     target = tiny_model("llama")

@@ -503,13 +503,18 @@ def _check_own_forward(model: PreTrainedModel) -> None:
     """Say so where the model's own forward fails as well, which then has nothing to do with trees."""
     tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            model(input_ids=tokens)
+        _run_by_itself(model, input_ids=tokens)
     except _FAILURES as error:
         because = "" if model.config.return_dict else "; set config.return_dict to True"
         raise UnsupportedModelError(
             f"adapt: model must run by itself, got {type(error).__name__} in its own forward: {error}{because}"
         ) from error
+
+
+def _run_by_itself(model: PreTrainedModel, **arguments: Any) -> Any:
+    """Run the model's own forward, while no other thread has the tree's attention in its configurations."""
+    with torch.inference_mode(False), torch.no_grad():
+        return AttentionSwitch(model, ATTENTION_NAME).at_rest(lambda: model(**arguments))
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
@@ -613,8 +618,7 @@ def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> 
     tokens = _sample_tokens(model, _CHECK_PREFIX + num_nodes)
     prefix, nodes = tokens[:_CHECK_PREFIX], tokens[_CHECK_PREFIX:]
     paths = torch.tensor([prefix + [nodes[node] for node in path] for path in _CHECK_PATHS], device=device)
-    with torch.inference_mode(False), torch.no_grad():
-        plain = model(input_ids=paths, use_cache=False).logits[:, _CHECK_PREFIX:].double()
+    plain = _run_by_itself(model, input_ids=paths, use_cache=False).logits[:, _CHECK_PREFIX:].double()
 
     def column(values: tuple[int, ...] | range) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

@@ -176,10 +176,13 @@ def test_torchs_layers_without_dropout_may_be_in_training_mode() -> None:
     wanted = own_tokens(plain)
     plain.lm_head.training = plain.model.layers.training = plain.model.embed_tokens.training = True
     assert our_tokens(plain) == wanted
+    model = adapt(plain)
+    cache, lens = model.new_cache(1, 4), torch.zeros(1, dtype=torch.int32)
     for kind in (torch.nn.Dropout(0.1), torch.nn.BatchNorm1d(2), torch.nn.MultiheadAttention(4, 2)):
-        plain.lm_head.add_module("more", kind)
-        with pytest.raises(ValueError, match=r"got training mode in lm_head\.more"):
-            adapt(plain)
+        plain.lm_head.add_module("more", kind)  # below one that had none, or in the place of another one
+        for call in (lambda: adapt(plain), lambda: model.forward(torch.tensor([[1]]), cache, lens, causal_step(1))):
+            with pytest.raises(ValueError, match=r"got training mode in lm_head\.more"):
+                call()
 
 
 # Attention functions and forwards that are not transformers' own

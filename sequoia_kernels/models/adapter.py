@@ -7,17 +7,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import ATTENTION_NAME, CONTEXT_KWARG, StepContext
 from sequoia_kernels.models.cache import ForwardCache, LayerSpec, TreeCache
+from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
     PROVEN_FAMILIES,
     cache_argument,
@@ -130,7 +130,7 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
 
 def _plan_of(model: PreTrainedModel) -> _ModelPlan:
     """Return the plan of a model as it is now: one that was made before, where nothing has changed since."""
-    _check_evaluation_mode(model)
+    EvaluationCheck(model).check()
     state = forward_state(model)
     plans = _plans.setdefault(model, OrderedDict())
     plan = plans.get(state)
@@ -185,6 +185,7 @@ class TreeModel:
     def _use(self, plan: _ModelPlan) -> None:
         self._plan = plan
         self._switch = AttentionSwitch(self.model, self._attention)
+        self._evaluation = EvaluationCheck(self.model)
         self._compiled: Callable[..., Any] | None = None
         if self.compile_mode is not None:
             self._compiled = torch.compile(self.model.forward, mode=self.compile_mode, dynamic=False)
@@ -200,7 +201,7 @@ class TreeModel:
         """
         if self._plan.fingerprint != self.forward_state():
             self._use(_plan_of(self.model))
-        _check_evaluation_mode(self.model)
+        self._evaluation.check()
 
     def forward_state(self) -> tuple[Any, ...]:
         """Describe what a forward depends on besides inputs and numbers in weights: equal while nothing has changed."""
@@ -445,7 +446,7 @@ class TreeModel:
                     f"forward: cache_lens must leave room for {step.num_tree_rows} tree rows in a cache of "
                     f"{cache.max_cache_len}, got {longest if shortest >= 0 else shortest}"
                 )
-        _check_evaluation_mode(self.model)
+        self._evaluation.check()
 
 
 def _compile_mode(compile: bool | str) -> str | None:
@@ -470,33 +471,6 @@ def _run_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
 
 def _restored(model: PreTrainedModel, compile_mode: str | None, attention: str) -> TreeModel:
     return TreeModel(model, _plan_of(model), compile_mode, attention)
-
-
-def _check_evaluation_mode(model: PreTrainedModel) -> None:
-    """Refuse dropout anywhere: adapters that are added later begin in training mode, whatever the model is in."""
-    if any(module.training and _heeds_mode(module) for module in each_module(model)):
-        name = next(name for name, module in model.named_modules() if module.training and _heeds_mode(module))
-        where = f" in {name}" if name else ""
-        raise ValueError(f"adapt: model must be in evaluation mode, got training mode{where}; call model.eval()")
-
-
-def _heeds_mode(module: nn.Module) -> bool:
-    """Tell whether a module may compute something else in training mode.
-
-    Of torch's own only those that ask: linear layers, lists and quantised layers begin in training mode wherever a
-    model is cut, resized or quantised.
-    """
-    kind = type(module)
-    if not kind.__module__.startswith("torch."):
-        return kind.forward is not nn.Module.forward
-    return _asks_for_mode(kind)  # type: ignore[arg-type]  # a class is hashable, whatever its objects are
-
-
-@cache
-def _asks_for_mode(kind: Any) -> bool:
-    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    codes = [getattr(method, "__code__", None) for parent in own for method in vars(parent).values()]
-    return any("training" in code.co_names for code in codes if code is not None)
 
 
 def _check_own_forward(model: PreTrainedModel) -> None:

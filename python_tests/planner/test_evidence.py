@@ -36,8 +36,8 @@ def profile():
 def test_without_evidence_it_is_the_prior():
     nothing = AcceptanceEvidence()
     np.testing.assert_allclose(nothing.hazards, PRIOR_HAZARDS)
-    np.testing.assert_allclose(nothing.vector[:2], [0.5, 0.5 * 0.25])
-    assert nothing.spread == pytest.approx(1 / np.sqrt(PRIOR_VISITS * 0.25))
+    np.testing.assert_allclose(nothing.vector[:2], [0.6, 0.4 * 0.3])
+    assert nothing.spread == pytest.approx(1 / np.sqrt(PRIOR_VISITS * PRIOR_HAZARDS[0] * (1 - PRIOR_HAZARDS[0])))
 
 
 def test_a_request_that_accepted_everything_does_not_promise_that():
@@ -200,7 +200,7 @@ def test_what_looks_slow_is_tried_while_there_is_doubt_and_time():
     def plan(evidence, explore=True):
         return plan_from_evidence(evidence, slow_draft, explore=explore, **SETTINGS)
 
-    doubtful = AcceptanceEvidence().with_run([40, 36, 34], [0, 0, 0])
+    doubtful = AcceptanceEvidence().with_run([40, 36, 34], [0, 0, 0]).with_run([20, 18, 17], [0, 0, 0])
     tried = plan(doubtful)
     assert tried.trees[0] == TokenTree.single()
     assert tried.plans[tried.start].step_ms == min(plan.step_ms for plan in tried.plans[1:])

@@ -27,7 +27,8 @@ __all__ = ["REQUEST_SPREAD", "AcceptanceEvidence"]
 FORMAT = Format("sequoia-kernels/acceptance-evidence", version=1)
 
 # Chance of a child once those before it were rejected, by rank, of a middling draft; and how many visits that is worth.
-PRIOR_HAZARDS = (0.5, 0.25, 0.15, 0.1, 0.08, 0.06, 0.05, 0.04)
+# An optimist's: it costs a bad draft a few steps once, but too small a tree is not found out by what it shows.
+PRIOR_HAZARDS = (0.6, 0.3, 0.2, 0.13, 0.1, 0.08, 0.06, 0.05)
 PRIOR_VISITS = 10.0
 # Over 16 texts of the demo pair the first child has a chance of .7, with a standard deviation of .12 between them.
 REQUEST_CORRELATION = 0.08

@@ -101,7 +101,7 @@ def device_ms(
     state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
     engine = DecodingEngine(target, draft, state, capacity)
     lens = torch.tensor([prompt.shape[1]], dtype=torch.int32, device=device)
-    engine.prefill(prompt, lens)
+    engine.eager.prefill(prompt, lens)
     engine.step(tree)  # captures
     committed = state.cache_lens.clone()
     times = []

@@ -165,7 +165,7 @@ def test_every_room_has_a_law() -> None:
         ("sequoia_kernels.ops.verify_tree.op", "from sequoia_kernels.ops import warped_logsumexp"),
         ("sequoia_kernels.ops.verify_tree.op", "from ..warped_logsumexp.reference import run"),
         ("sequoia_kernels.ops.verify_tree.op", "from sequoia_kernels.models import adapt"),
-        ("sequoia_kernels.models.adapter", "from sequoia_kernels.decoding.loop import generate"),
+        ("sequoia_kernels.models.adapter", "from sequoia_kernels.decoding.generation import generate"),
         ("sequoia_kernels.measure.models", "from sequoia_kernels.planner.plan import plan_tree"),
         ("sequoia_kernels.decoding.loop", "from sequoia_kernels.demo import load_demo_pair"),
         ("sequoia_kernels.errors", "import sequoia_kernels.checks"),

@@ -10,11 +10,11 @@ from support.tiny_models import noisy_copy, tiny_llama
 
 from sequoia_kernels import TokenTree, cuda_graphs, generate, release_engines
 from sequoia_kernels.cuda_graphs import Captured, CaptureError
-from sequoia_kernels.decoding import cuda_graphs as steps_module
 from sequoia_kernels.decoding import engine as engines
-from sequoia_kernels.decoding.commit import EmittedTokens
-from sequoia_kernels.decoding.cuda_graphs import GraphedSteps, HostCopy, on_target_device
+from sequoia_kernels.decoding.engine import GraphedSteps
+from sequoia_kernels.decoding.loop import HostCopy, on_target_device
 from sequoia_kernels.decoding.state import DecodingState
+from sequoia_kernels.decoding.step import EmittedTokens
 
 OTHER = torch.device("cuda", 1)
 TREES = [TokenTree([-1, 0, 0, 1]), TokenTree.chain(3)]
@@ -99,7 +99,7 @@ def test_generate_runs_so(fake_cuda, monkeypatch):
     def adapt(target, **options):
         raise Stop(fake_cuda.current_device())
 
-    monkeypatch.setattr("sequoia_kernels.decoding.loop.adapt", adapt)
+    monkeypatch.setattr("sequoia_kernels.decoding.generation.adapt", adapt)
     with pytest.raises(Stop, match="1"):
         generate(SimpleNamespace(device=OTHER), None, torch.zeros(1, 3, dtype=torch.int64))
     fake_cuda.assert_untouched()
@@ -150,7 +150,7 @@ def captures(monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(engines.TreeModel, "forward", recorded)
-    monkeypatch.setattr(steps_module, "capture", capture)
+    monkeypatch.setattr(engines, "capture", capture)
     monkeypatch.setattr(
         engines, "can_capture", lambda *models: not any(engines.refused(model) for model in models if model is not None)
     )

@@ -16,6 +16,7 @@ from support.tiny_models import noisy_copy, tiny_llama
 from sequoia_kernels import TokenTree, adapt, generate, guard, plan_adaptive, release_engines
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.engine import cache_bucket
+from sequoia_kernels.decoding.step import DecodingStep
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 3])
 OPTIONS = {"tree": TREE, "max_new_tokens": 12, "eos_token_id": ()}
@@ -89,7 +90,8 @@ def test_a_draft_beyond_its_positions_starts_anew_in_a_kept_engine(pair, kept_en
 
 def test_rows_left_over_from_an_earlier_call_do_no_harm(pair, kept_engines):
     clean = generate(*pair, prompt(9), **OPTIONS).new_tokens
-    for tensor in kept_engines[0]._tensors:
+    eager = kept_engines[0].eager
+    for tensor in eager.target_cache.tensors() + eager.draft_cache.tensors():
         tensor.fill_(torch.inf)
     assert generate(*pair, prompt(9), **OPTIONS).new_tokens == clean
     assert len(kept_engines) == 1
@@ -150,7 +152,8 @@ def test_a_captured_engine_is_not_used_for_another_forward(pair, kept_engines, a
 def test_a_model_that_is_changed_while_an_engine_runs_gets_another_one(pair, kept_engines):
     class Changes:
         def put(self, tokens):
-            pair[0].config.sliding_window = 100
+            if tokens.ndim == 1:  # a new token; the prompt comes first
+                pair[0].config.sliding_window = 100
 
         def end(self):
             pass
@@ -166,7 +169,7 @@ def test_an_interrupt_anywhere_leaves_the_engines_unlocked(pair, kept_engines):
     target, draft = map(adapt, pair)
 
     def work():
-        made.target, made.draft = target, draft
+        made.eager.target, made.eager.draft = target, draft
         engines.return_engine(made)
         engines.release_engines()
 
@@ -190,7 +193,7 @@ def test_engines_keep_neither_model_alive_and_go_with_their_target(pair, kept_en
 
 def test_a_failed_call_leaves_no_engine_behind(pair, kept_engines, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no more"):
-        patch.setattr(engines, "verify_tokens", lambda *args: (_ for _ in ()).throw(RuntimeError("no more")))
+        patch.setattr(DecodingStep, "verify_tokens", lambda *args: (_ for _ in ()).throw(RuntimeError("no more")))
         generate(*pair, prompt(9), **OPTIONS)
     generate(*pair, prompt(9), **OPTIONS)
     assert len(kept_engines) == 2

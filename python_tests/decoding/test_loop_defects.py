@@ -13,37 +13,41 @@ from scipy import stats
 from support.tiny_models import noisy_copy, tiny_llama
 
 from sequoia_kernels import TokenTree, adapt, generate
-from sequoia_kernels.decoding.commit import commit_path
-from sequoia_kernels.decoding.draft import TokenBuffers
-from sequoia_kernels.decoding.engine import DecodingEngine
-from sequoia_kernels.decoding.layout import TreeLayout
 from sequoia_kernels.decoding.state import DecodingState
-from sequoia_kernels.decoding.stats import StageClock
-from sequoia_kernels.ops import CacheTable, VerifiedPath
+from sequoia_kernels.decoding.step import DecodingStep
+from sequoia_kernels.ops import VerifiedPath
+
+
+def one_step(target, batch_size, **options):
+    state = DecodingState.create(
+        batch_size, torch.device("cpu"), seeds=range(batch_size), temperature=[0.0] * batch_size, top_k=None, top_p=None
+    )
+    return DecodingStep(target, None, state, 16, **options)
 
 
 def test_bonus_token_is_emitted_behind_the_accepted_ones_not_over_them():
-    layout = TreeLayout.build(TokenTree([-1, 0, 0, 1, 2]), "cpu")
-    state = DecodingState.create(2, torch.device("cpu"), seeds=[0, 1], temperature=[0.0, 0.0], top_k=None, top_p=None)
+    tree = TokenTree([-1, 0, 0, 1, 2])
+    step = one_step(adapt(tiny_llama(0, vocab_size=20, num_layers=1)), 2)
+    state = step.state
     state.cache_lens.fill_(3)
-    buffers = TokenBuffers(torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]), None)
+    step.prepare(tree)[1].tokens.copy_(torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]))
     path = VerifiedPath(
         nodes=torch.tensor([[0, 2, 4], [0, -1, -1]], dtype=torch.int32),
         num_accepted=torch.tensor([3, 1], dtype=torch.int32),
         next_token=torch.tensor([99, 98]),
     )
-    cache = torch.arange(2 * 10, dtype=torch.float32).view(2, 10, 1, 1)
-    before = cache.clone()
-    emitted = commit_path(
-        path, layout, state, buffers, [([CacheTable([cache])], state.cache_lens)], StageClock(enabled=False)
-    )
+    for tensor in step.target_cache.tensors():
+        tensor.copy_(torch.arange(2 * 16.0).view(2, 16, 1, 1))
+    before = [tensor.clone() for tensor in step.target_cache.tensors()]
+    emitted = step.commit_path(tree, path)
     assert emitted.tokens.tolist() == [[12, 14, 99], [98, -1, -1]]
     assert emitted.num_tokens.tolist() == [3, 1]
     assert state.last_tokens.tolist() == [14, 20]
     assert state.root_tokens.tolist() == [99, 98]
     assert state.cache_lens.tolist() == [6, 4]
-    assert cache[0, 3:6].flatten().tolist() == before[0, [3, 5, 7]].flatten().tolist()
-    assert torch.equal(cache[1], before[1])
+    for tensor, old in zip(step.target_cache.tensors(), before, strict=True):
+        assert torch.equal(tensor[0, 3:6], old[0, [3, 5, 7]])
+        assert torch.equal(tensor[1], old[1])
 
 
 def test_a_target_on_two_devices_commits_all_its_caches_and_advances_once(monkeypatch):
@@ -52,20 +56,18 @@ def test_a_target_on_two_devices_commits_all_its_caches_and_advances_once(monkey
     first, second = target._plan.specs
     specs = (first, second._replace(device=torch.device("meta")))
     monkeypatch.setattr(target, "_plan", target._plan._replace(specs=specs))
-    state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
-    engine = DecodingEngine(target, None, state, 16)
-    ((tables, cache_lens),) = engine.cache_tables
+    step = one_step(target, 1, backend="reference")
+    ((tables, cache_lens),) = step.cache_tables
     assert [table.entries.device.type for table in tables] == ["cpu", "meta"]
 
     op = importlib.import_module("sequoia_kernels.ops.compact_kv_cache_.op")
     monkeypatch.setattr(op, "_operator", op._run)  # torch's dispatcher would only check shapes, as meta tensors ask for
-    keys = engine.target_cache.layers[0].keys.copy_(torch.arange(16.0).view(1, 16, 1, 1))
+    keys = step.target_cache.layers[0].keys.copy_(torch.arange(16.0).view(1, 16, 1, 1))
     cache_lens.fill_(3)
-    layout = TreeLayout.build(TokenTree([-1, 0, 0, 1, 2]), "cpu")
-    path = VerifiedPath(torch.tensor([[0, 2, 4]]).int(), torch.tensor([3]).int(), torch.tensor([9]))
-    buffers = TokenBuffers(torch.arange(5)[None], None)
-    commit_path(path, layout, state, buffers, engine.cache_tables, StageClock(enabled=False), "reference")
-    assert state.cache_lens.tolist() == [6]
+    tree = TokenTree([-1, 0, 0, 1, 2])
+    step.prepare(tree)[1].tokens.copy_(torch.arange(5)[None])
+    step.commit_path(tree, VerifiedPath(torch.tensor([[0, 2, 4]]).int(), torch.tensor([3]).int(), torch.tensor([9])))
+    assert step.state.cache_lens.tolist() == [6]
     assert keys[0, :, 0, 0].tolist() == [0, 1, 2, 3, 5, 7, *range(6, 16)]
 
 
@@ -110,20 +112,17 @@ def test_trees_beyond_32_nodes_use_every_mask_word():
 
 
 def test_a_step_touches_only_its_own_cache_rows():
-    from sequoia_kernels.decoding import DecodingEngine
-    from sequoia_kernels.models import adapt
-
     target = adapt(tiny_llama(0))
     tree = TokenTree([-1, 0, 0, 1])
     state = DecodingState.create(1, target.device, seeds=[0], temperature=[1.0], top_k=None, top_p=None)
     with torch.inference_mode():
-        engine = DecodingEngine(target, adapt(noisy_copy(target.model, 0.5)), state, max_cache_len=40)
-        engine.prefill(torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([6], dtype=torch.int32))
-        tensors = engine.target_cache.tensors()
+        step = DecodingStep(target, adapt(noisy_copy(target.model, 0.5)), state, max_cache_len=40)
+        step.prefill(torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([6], dtype=torch.int32))
+        tensors = step.target_cache.tensors()
         for tensor in tensors:
             tensor[:, 6 + tree.num_nodes :].fill_(77.0)
         before = [tensor.clone() for tensor in tensors]
-        engine.step(tree)
+        step.run(tree)
         for tensor, old in zip(tensors, before, strict=True):
             assert torch.equal(tensor[:, :6], old[:, :6])
             assert torch.equal(tensor[:, 6 + tree.num_nodes :], old[:, 6 + tree.num_nodes :])

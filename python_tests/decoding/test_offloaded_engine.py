@@ -121,7 +121,7 @@ def stand_in(device, capturable, max_positions):
 
 def test_the_overhead_beside_a_streamed_pass_is_not_measured(monkeypatch):
     monkeypatch.setattr(overhead, "adapt", lambda model: model)
-    monkeypatch.setattr(overhead, "generate", None)
+    monkeypatch.setattr(overhead, "decode", None)
     before = synthetic_profile().with_overhead(3.0)
     found = overhead.measure_overhead(stand_in("cuda", False, None), stand_in("cuda", True, None), before)
     assert (found.step_overhead_ms, found.level_overhead_ms) == (0.0, 0.0)

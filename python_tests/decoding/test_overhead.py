@@ -15,15 +15,15 @@ FAST = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1, "bandwidth": False, 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The calls of generate that it makes: (nodes of the tree, tokens of the prompt, new tokens)."""
+    """The calls of the loop that it makes: (nodes of the tree, tokens of the prompts, new tokens)."""
     calls = []
-    plain = overhead.generate
+    plain = overhead.decode
 
-    def noted(target, draft, prompts, *, tree, max_new_tokens, **options):
-        calls.append((tree.num_nodes, prompts.shape[1], max_new_tokens))
-        return plain(target, draft, prompts, tree=tree, max_new_tokens=max_new_tokens, **options)
+    def noted(target, draft, tree, arguments):
+        calls.append((tree.num_nodes, arguments.prompts.shape[1], arguments.max_new_tokens))
+        return plain(target, draft, tree, arguments)
 
-    monkeypatch.setattr(overhead, "generate", noted)
+    monkeypatch.setattr(overhead, "decode", noted)
     return calls
 
 

@@ -1,9 +1,8 @@
 """The decoding loop: draft -> verify -> commit, on Hugging Face models."""
 
 from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
-from sequoia_kernels.decoding.loop import GenerateOutput, generate
-from sequoia_kernels.decoding.overhead import measure_overhead
-from sequoia_kernels.decoding.probe import PROBE_TREE
+from sequoia_kernels.decoding.generation import GenerateOutput, generate
+from sequoia_kernels.decoding.overhead import PROBE_TREE, measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
 
 __all__ = [

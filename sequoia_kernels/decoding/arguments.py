@@ -12,6 +12,7 @@ import torch
 
 from sequoia_kernels import backends
 from sequoia_kernels.checks import MIN_TEMPERATURE
+from sequoia_kernels.decoding.request import StopStrings
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
 from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
@@ -40,8 +41,11 @@ class GenerationArguments:
     eos_token_ids: frozenset[int]
     pad_token_id: int
     seeds: list[int]
-    stop_strings: tuple[str, ...]
     max_cache_len: int | None
+    stop_strings: StopStrings | None = None
+    streamer: Any | None = None
+    backend: str = "auto"
+    cuda_graphs: bool = True
 
     @property
     def batch_size(self) -> int:
@@ -76,6 +80,7 @@ def check_arguments(
     acceptance: AcceptanceEstimate | Sequence[float] | None,
     profile: HardwareProfile | None,
     backend: str,
+    cuda_graphs: bool,
 ) -> GenerationArguments:
     """Check everything that can be checked before a model runs; see `generate` for the meaning of each."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
@@ -154,8 +159,11 @@ def check_arguments(
         eos_token_ids=eos_token_ids,
         pad_token_id=pad,
         seeds=request_seeds(seeds[0], batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
-        stop_strings=strings,
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
+        stop_strings=StopStrings(strings, tokenizer) if strings else None,
+        streamer=streamer,
+        backend=backend,
+        cuda_graphs=cuda_graphs,
     )
     _warn_of_positions(target, arguments.longest)
     return arguments

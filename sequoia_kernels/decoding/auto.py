@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from sequoia_kernels.decoding.arguments import GenerationArguments
+from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
@@ -55,7 +56,6 @@ SMALLEST_CONTEXT, CONTEXT_STEP = 128, 4  # times are measured behind 128, 512, 2
 # What timing forwards and ops may take, whichever is more. With the loop's overhead and the plan it comes to 3 s at most.
 LEAST_SECONDS, SHARE_OF_CALL = 2.4, 0.05
 EXPLORED_TOKENS = 64  # calls of fewer tokens do not try out what looks slower than plain decoding
-LEAST_TREE_ROWS = 8  # behind the longest request
 LEAST_TREE_ROWS = 8  # rows behind the longest request that a tree is worth looking for
 LEAST_LEVELS, VISITS_PER_LEVEL = 8, 2.0  # a tree may grow a level for so many visits beyond these
 REPLAN_GROWTH = 1.5  # how many times the evidence must have grown for another plan
@@ -208,8 +208,6 @@ def _profile(
 def _measure(
     target: TreeModel, draft: TreeModel, arguments: GenerationArguments, context_len: int, rows: int | None
 ) -> HardwareProfile:
-    from sequoia_kernels.decoding.overhead import measure_overhead  # it decodes with what calls this
-
     batch_size = arguments.batch_size
     where = cache_folder()
     logger.warning(

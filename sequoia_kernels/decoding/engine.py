@@ -1,28 +1,23 @@
-"""One batch's models, caches and state, and the engines that stay behind for the next batch of the same shapes."""
+"""Captured steps, and the engines that stay behind with them for the next batch of the same shapes."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
-from sequoia_kernels.cuda_graphs import CaptureError, forget_refusals, refuse, refused
-from sequoia_kernels.decoding.commit import EmittedTokens, commit_path
-from sequoia_kernels.decoding.cuda_graphs import GraphedSteps
-from sequoia_kernels.decoding.draft import TokenBuffers, grow_tree
-from sequoia_kernels.decoding.layout import TreeLayout
-from sequoia_kernels.decoding.prefill import prefill_draft, prefill_prompts
+from sequoia_kernels.cuda_graphs import Captured, CaptureError, capture, forget_refusals, refuse, refused
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import StageClock
-from sequoia_kernels.decoding.verify import verify_tokens
+from sequoia_kernels.decoding.step import DecodingStep, EmittedTokens
 from sequoia_kernels.guard import guarded, release_if_owned
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.ops import CacheTable
 from sequoia_kernels.tree import TokenTree
 
 __all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine", "steps_ahead"]
@@ -36,7 +31,22 @@ SMALLEST_BUCKET = 512  # rows
 
 
 class DecodingEngine:
-    """Two models, their caches and the state of one batch; `step` is one speculative step on static buffers."""
+    """Steps of one batch: on CUDA captured once a tree and replayed, elsewhere run as they are.
+
+    Args:
+        target: the target.
+        draft: the draft; None decodes one token a step.
+        state: the batch's state.
+        max_cache_len: rows of the caches.
+        backend: backend of the ops.
+        clock: adds up the times of the stages.
+        cuda_graphs: whether steps are captured.
+        draft_cache_len: rows of the draft's cache, where it has lengths of its own in the state.
+
+    Attributes:
+        eager: the step as it is, with the models, caches and state.
+        key: what its buffers and graphs depend on, where it may be kept for later batches.
+    """
 
     def __init__(
         self,
@@ -44,85 +54,43 @@ class DecodingEngine:
         draft: TreeModel | None,
         state: DecodingState,
         max_cache_len: int,
+        *,
         backend: str = "auto",
         clock: StageClock | None = None,
         cuda_graphs: bool = True,
         draft_cache_len: int | None = None,
     ) -> None:
-        batch_size = state.cache_lens.shape[0]
-        self.target, self.draft, self.state, self.backend = target, draft, state, backend
-        self.key: _Key | None = None  # where it may be kept for later batches
-        self.clock = clock or StageClock(enabled=False)
-        self.target_cache = target.new_cache(batch_size, max_cache_len, beyond_positions=True)
-        self.draft_cache = None
-        if draft is not None:
-            rows = draft_cache_len or max_cache_len
-            self.draft_cache = draft.new_cache(batch_size, rows, beyond_positions=True)
-        target_tensors = self.target_cache.tensors()
-        draft_tensors = [] if self.draft_cache is None else self.draft_cache.tensors()
-        self._tensors = target_tensors + draft_tensors
-        if draft_tensors and state.has_own_draft_lens:
-            parts = [(target_tensors, state.cache_lens), (draft_tensors, state.draft_lens)]
-        else:
-            parts = [(self._tensors, state.cache_lens)]
-        self.cache_tables = [(CacheTable.by_device(tensors), cache_lens) for tensors, cache_lens in parts]
-        self._prepared: dict[TokenTree, tuple[TreeLayout, TokenBuffers]] = {}
+        self.eager = DecodingStep(
+            target, draft, state, max_cache_len, draft_cache_len=draft_cache_len, backend=backend, clock=clock
+        )
+        self.key: _Key | None = None
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
         self._out_of_memory = False  # for graphs of further trees
         if cuda_graphs and can_capture(target, draft):
-            self._graphed = GraphedSteps(_weakly(self._run_step), state)
+            self._graphed = GraphedSteps(self.eager.run, state)
         elif cuda_graphs and draft is not None and can_capture(draft, None):
             # The target's part of a step is launched layer by layer; the draft's many forwards still are one graph.
-            self._graphed_draft = GraphedSteps(_weakly(self._grow), state)
+            self._graphed_draft = GraphedSteps(self.eager.draft_tokens, state)
             _log_once(target)
 
-    def prefill(
-        self, prompts: torch.Tensor, prompt_lens: torch.Tensor, draft_tokens: Sequence[list[int]] | None = None
-    ) -> torch.Tensor:
-        """Commit the prompts and return each request's first token. [B] int64.
-
-        The draft is given `draft_tokens` where it cannot hold every prompt.
-        """
-        with self.clock.stage("prefill"):
-            first_tokens = prefill_prompts(
-                self.target, self.target_cache, prompts, prompt_lens, self.state, self.backend
-            )
-            if self.draft is not None and self.draft_cache is not None:
-                lanes = list(range(len(prompts)))
-                if draft_tokens is not None:
-                    self._prefill_draft(lanes, draft_tokens)
-                else:
-                    prefill_draft(self.draft, self.draft_cache, lanes, prompts, prompt_lens, self.state)
-            return first_tokens
-
-    def restart_draft(self, lanes: list[int], tokens: Sequence[list[int]]) -> None:
-        """Let the draft's context of some requests consist of these tokens, the last ones that were committed."""
-        with self.clock.stage("draft"):
-            self._prefill_draft(lanes, tokens)
-
-    def _prefill_draft(self, lanes: list[int], tokens: Sequence[list[int]]) -> None:
-        assert self.draft is not None and self.draft_cache is not None  # whoever has tokens for a draft has a draft
-        rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in tokens], batch_first=True)
-        lens = torch.tensor([len(row) for row in tokens], dtype=torch.int32)
-        device = self.draft.device
-        prefill_draft(self.draft, self.draft_cache, lanes, rows.to(device), lens.to(device), self.state)
-
     def prepare(self, tree: TokenTree) -> None:
-        """Allocate and, on CUDA, capture a tree's step now, so that its first one does not have to."""
-        self._prepare(tree)
+        """Allocate and, on CUDA, capture a tree's step, so that its first one does not have to."""
+        self.eager.prepare(tree)  # allocates, so it must not be captured
         self._capture(tree)
 
     def step(self, tree: TokenTree) -> EmittedTokens:
         """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
-        self._prepare(tree)  # allocates, so it must not be captured
-        self._capture(tree)
-        return self._graphed.step(tree) if self._graphed is not None else self._run_step(tree)
+        self.prepare(tree)
+        if self._graphed is not None:
+            return self._graphed.step(tree)
+        return self.eager.run(tree, None if self._graphed_draft is None else self._graphed_draft.step)
 
     def _capture(self, tree: TokenTree) -> None:
         """Capture a tree's step; where the target is what cannot be captured, the draft's part of it."""
         if self._out_of_memory:
             return
+        target, draft = self.eager.target, self.eager.draft
         try:
             for graphed in (self._graphed, self._graphed_draft):
                 if graphed is not None:
@@ -133,51 +101,70 @@ class DecodingEngine:
                 logger.warning("further trees of this call are not captured but launched kernel by kernel: %s", error)
             elif self._graphed is None:
                 self._graphed_draft = None
-                refuse(self.draft, error)
+                refuse(draft, error)
             else:  # one of the two models: the draft, if its part alone cannot be captured either
                 self._graphed = None
-                if self.draft is not None:
-                    self._graphed_draft = GraphedSteps(_weakly(self._grow), self.state)
+                if draft is not None:
+                    self._graphed_draft = GraphedSteps(self.eager.draft_tokens, self.eager.state)
                     self._capture(tree)
-                if self.draft is None or (self._graphed_draft is not None and self._graphed_draft.num_captured):
-                    refuse(self.target, error)
-
-    def _run_step(self, tree: TokenTree) -> EmittedTokens:
-        layout, buffers = self._prepare(tree)
-        if self._graphed_draft is not None:
-            self._graphed_draft.step(tree)
-        else:
-            self._grow(tree)
-        path = verify_tokens(self.target, self.target_cache, layout, self.state, buffers, self.clock, self.backend)
-        return commit_path(path, layout, self.state, buffers, self.cache_tables, self.clock, self.backend)
-
-    def _grow(self, tree: TokenTree) -> None:
-        """The draft's part of a step: fill the buffers with the tree's tokens."""
-        layout, buffers = self._prepare(tree)
-        if self.draft is not None and self.draft_cache is not None:
-            grow_tree(self.draft, self.draft_cache, layout, self.state, buffers, self.clock, self.backend)
-        else:
-            buffers.tokens[:, 0].copy_(self.state.root_tokens)
-
-    def end_request(self, index: int) -> None:
-        """Stop committing for a request; its lane goes on with caches of one row."""
-        self.state.active[index] = 0
-        self.state.cache_lens[index] = 1
-        self.state.draft_lens[index] = 1
+                if draft is None or (self._graphed_draft is not None and self._graphed_draft.num_captured):
+                    refuse(target, error)
 
     def restart(self, state: DecodingState) -> None:
-        """Begin another batch of the same shape: take over its state's values and forget the old rows."""
-        self.state.copy_(state)
+        """Begin another batch of the same shape."""
+        self.eager.restart(state)
         self._out_of_memory = False
-        for tensor in self._tensors:  # a masked row counts with weight 0, and 0 times a left-over inf is NaN
-            tensor.zero_()
 
-    def _prepare(self, tree: TokenTree) -> tuple[TreeLayout, TokenBuffers]:
-        if tree not in self._prepared:
-            layout = TreeLayout.build(tree, self.target.device)
-            batch_size = self.state.cache_lens.shape[0]
-            self._prepared[tree] = layout, TokenBuffers.allocate(layout, batch_size, self.target, self.draft)
-        return self._prepared[tree]
+
+class GraphedSteps:
+    """Captures `run_step(tree)` once for every tree and replays it; runs uncaptured trees as they are.
+
+    The captured step reads and advances the state in place and works on buffers that live as long as the engine, so a
+    replay needs no inputs. Lengths are read on the device and grids follow from shapes, so one graph serves every
+    context length.
+
+    Args:
+        run_step: one uncaptured step, or a part of one that writes its results into buffers.
+        state: the state that the step advances; restored after the warm-ups.
+    """
+
+    def __init__(self, run_step: Callable[[TokenTree], Any], state: DecodingState) -> None:
+        self.run_step = run_step
+        self.state = state
+        self._captured: dict[TokenTree, Captured] = {}
+        self._memory = torch.cuda.graph_pool_handle() if state.cache_lens.is_cuda else None
+
+    def step(self, tree: TokenTree) -> Any:
+        """Run one step. The returned tensors of a captured one are overwritten by the next step of the same tree."""
+        captured = self._captured.get(tree)
+        if captured is None:
+            return self.run_step(tree)
+        captured.graph.replay()
+        return captured.result
+
+    @property
+    def num_captured(self) -> int:
+        """Trees whose step is captured."""
+        return len(self._captured)
+
+    def capture(self, tree: TokenTree) -> None:
+        """Capture a tree's step, unless that is done. The state is as before afterwards.
+
+        Raises:
+            CaptureError: the step cannot be captured.
+        """
+        if tree in self._captured:
+            return
+        advanced = self.state.advancing()
+        before = [tensor.clone() for tensor in advanced]
+
+        def restore() -> None:  # what else a step writes lies behind the committed rows
+            for tensor, value in zip(advanced, before, strict=True):
+                tensor.copy_(value)
+
+        self._captured[tree] = capture(
+            lambda: self.run_step(tree), self.state.cache_lens.device, memory=self._memory, undo=restore
+        )
 
 
 def can_capture(target: TreeModel, draft: TreeModel | None) -> bool:
@@ -192,21 +179,6 @@ def steps_ahead(target: TreeModel) -> int:
     pass reading costs nothing, and the pass launched behind the last token would be for nothing.
     """
     return 1 if target.device.type == "cuda" and target.capturable else 0
-
-
-def _weakly(method: Callable[[TokenTree], Any]) -> Callable[[TokenTree], Any]:
-    """Call a method of an object that is not kept alive by it.
-
-    An engine owns what calls it; as a cycle it would hold its caches until the garbage collector comes by.
-    """
-    weak = WeakMethod(method)
-
-    def call(tree: TokenTree) -> Any:
-        bound = weak()
-        assert bound is not None  # the caller is part of the engine
-        return bound(tree)
-
-    return call
 
 
 _logged: WeakSet[TreeModel] = WeakSet()
@@ -227,9 +199,7 @@ class _Key(NamedTuple):
     backend: str
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
-    forwards: tuple[
-        Any, ...
-    ]  # what the models' forwards do: their modules, settings, adapters, hooks; how they compile
+    forwards: tuple[Any, ...]  # what the models' forwards do, and how they are compiled
 
 
 class _Kept(NamedTuple):
@@ -279,16 +249,20 @@ def borrow_engine(
     static = captures or any(model is not None and model.compile_mode for model in (target, draft))
     rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
     draft_rows = cache_bucket(draft_cache_len, None) if static and draft_cache_len is not None else draft_cache_len
+    make = partial(
+        DecodingEngine, target, draft, state, rows,
+        backend=backend, clock=clock, cuda_graphs=cuda_graphs, draft_cache_len=draft_rows,
+    )  # fmt: skip
     if not captures:
-        return DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
+        return make()
     key = _key(target, draft, state, rows, draft_rows, backend)
     entry = _locked(lambda: _kept.get(target.model, OrderedDict()).pop(key, None))
     if entry is None or (entry.draft() if entry.draft is not None else None) is not getattr(draft, "model", None):
-        engine = DecodingEngine(target, draft, state, rows, backend, clock, cuda_graphs, draft_rows)
+        engine = make()
         engine.key = key  # of now: what changes while it runs is not in its graphs
         return engine
     engine = entry.engine
-    engine.target, engine.draft, engine.clock = target, draft, clock
+    engine.eager.target, engine.eager.draft, engine.eager.clock = target, draft, clock
     engine.restart(state)
     return engine
 
@@ -298,11 +272,11 @@ def return_engine(engine: DecodingEngine) -> None:
 
     The two most recently used engines of a target stay, until the target itself goes or `release_engines` is called.
     """
-    target, draft, key = engine.target, engine.draft, engine.key
+    target, draft, key = engine.eager.target, engine.eager.draft, engine.key
     if key is None or engine._graphed is None or not engine._graphed.num_captured:
         return
-    engine.target = engine.draft = None  # type: ignore[assignment]  # set again when it is borrowed
-    engine.clock = StageClock(enabled=False)
+    engine.eager.target = engine.eager.draft = None  # type: ignore[assignment]  # set again when it is borrowed
+    engine.eager.clock = StageClock(enabled=False)
 
     def keep() -> None:
         kept = _kept.setdefault(target.model, OrderedDict())

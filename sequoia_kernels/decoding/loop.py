@@ -1,163 +1,75 @@
-"""The decoding loop: prefill, then draft -> verify -> commit until every request has ended."""
+"""The decoding loop: prefill, then steps until every request has ended."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from sequoia_kernels.decoding.arguments import check_arguments
-from sequoia_kernels.decoding.auto import choose_tree
-from sequoia_kernels.decoding.cuda_graphs import HostCopy, on_target_device
+from sequoia_kernels.cuda_graphs import on_device
+from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.draft_context import DraftContext
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
-from sequoia_kernels.decoding.request import Request, StopStrings
+from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.stats import GenerateStats, StageClock
-from sequoia_kernels.models import adapt
-from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
+from sequoia_kernels.decoding.step import EmittedTokens
+from sequoia_kernels.models import TreeModel
+from sequoia_kernels.planner import TreeFollower
 from sequoia_kernels.tree import TokenTree
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
-class GenerateOutput:
-    """What `generate` returns.
 
-    Attributes:
-        sequences: prompts as given with the new tokens behind them, padded on the right. [B, width + longest] int64.
-        stats: counts and times.
-        new_tokens: the new tokens of each request, without padding.
-        finish_reasons: why each request ended: "eos", "length", "stop_string" or "cache_full".
-    """
+def on_target_device(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let a function whose first argument is the target run with the target's device as the current one."""
 
-    sequences: torch.Tensor
+    @functools.wraps(function)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        device = getattr(args[0] if args else kwargs.get("target"), "device", None)
+        with on_device(device) if isinstance(device, torch.device) else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+class Decoded(NamedTuple):
+    """What `decode` returns: the requests with their tokens, and counts and times of the steps."""
+
+    requests: list[Request]
     stats: GenerateStats
-    new_tokens: list[list[int]]
-    finish_reasons: list[str]
 
 
 @on_target_device
 @torch.inference_mode()
-def generate(
-    target: Any,
-    draft: Any | None,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    *,
-    tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str = "auto",
-    max_new_tokens: int = 128,
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | Sequence[int] | None = None,
-    top_p: float | Sequence[float] | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    seed: int | Sequence[int] = 0,
-    stop_strings: str | Sequence[str] | None = None,
-    tokenizer: Any | None = None,
-    streamer: Any | None = None,
-    max_cache_len: int | None = None,
-    acceptance: AcceptanceEstimate | Sequence[float] | None = None,
-    profile: HardwareProfile | None = None,
-    backend: str = "auto",
-    cuda_graphs: bool = True,
-    compile: bool | str = False,
-) -> GenerateOutput:
-    """Generate with tree speculative decoding, with exactly the target's distribution.
+def decode(
+    target: TreeModel, draft: TreeModel | None, tree: TokenTree | TreeFollower, arguments: GenerationArguments
+) -> Decoded:
+    """Decode a batch of requests to their ends.
 
     Args:
-        target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
-        draft: a smaller model of the same vocabulary that proposes the tree; None decodes one token a step.
-        input_ids: prompts. [B, L] int64, on the target's device.
-        attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
-            takes pad tokens for padding, as transformers does, unless they also end sequences.
-        tree: a `TokenTree`, a `TreePlan`, an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for
-            this machine, these models and these sampling settings, and learns from every call; "adaptive" takes several
-            picks and switches between them as acceptance drifts. Both measure the models' times where they are not
-            given a `profile`, once a pair and machine: docs/planner.md says what is kept, and where. A `TreeFollower`
-            (`plan.follow()`) given to several calls carries what it learnt from one to the next.
-        max_new_tokens: tokens to emit for each request, at most.
-        temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. Settings of the target's
-            generation_config are not applied: a warning names, once a model, those that would change the output.
-        top_k: keep the k most probable tokens; None or 0 is off.
-        top_p: keep the smallest set of tokens with this probability, in (0, 1]; None is off.
-        eos_token_id: ids that end a request; None takes the target's own, an empty list none at all.
-        pad_token_id: fills `sequences` behind shorter requests; None takes the target's pad or first EOS id, or 0.
-        seed: one integer (requests get seeds mixed from it), or one for each request.
-        stop_strings: strings that end a request with the token that completes them; needs `tokenizer`. As in
-            transformers one may begin in the prompt, and the token may go on behind it.
-        tokenizer: decodes the tokens for `stop_strings`.
-        streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; one request only.
-        max_cache_len: tokens that a request may hold in the target's cache, prompt included and the newest one left
-            out, and positions of the target at most. A request that reaches this ends with "cache_full". The cache has
-            rows for a tree more. The draft's positions limit nothing: where they are used up, it goes on with the
-            newest tokens of a request (`stats.draft_restarts`).
-        acceptance: acceptance vector for tree="auto" and "adaptive".
-        profile: hardware profile for them.
-        backend: backend of the ops.
-        cuda_graphs: on CUDA, capture each step once and replay it; models that cannot be captured fall back with one
-            logged reason, the draft's part of a step still being captured where it can. Caches and graphs stay on the
-            GPU for the next call with batch and lengths alike; `release_engines` frees them.
-        compile: run the models' forwards of trees through `torch.compile`: True or a mode, as in `adapt`. Compiling
-            takes minutes for a deep model, once a tree.
+        target: the target.
+        draft: the draft; None decodes one token a step, as a tree of one node does.
+        tree: the tree, or what chooses one for every step.
+        arguments: the requests, and how they are decoded.
 
     Returns:
-        `GenerateOutput` with sequences, statistics, new tokens and finish reasons.
-
-    Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, range or device, or the models do not make a pair.
-        UnsupportedModelError: a model cannot decode trees; the message says why.
-
-    Notes:
-        Inputs are not mutated. With equal seeds the output is reproducible on one device and tree; at temperature 0 it
-        equals the target's greedy output up to floating-point ties. With a fixed tree a request's tokens depend on its
-        own seed, not on the batch around it, up to floating-point differences between batch shapes; the words and
-        adaptive plans choose one tree for all requests, and at a temperature above 0 the tree decides which of the
-        equally distributed outputs comes. Tokens that the draft has no embedding of are fed to it as another one.
-
-    Source:
-        Sequoia (arXiv 2402.12374).
-
-    Example:
-        >>> from sequoia_kernels.demo import load_demo_pair
-        >>> pair = load_demo_pair()
-        >>> prompt = pair.tokenizer("def main(", return_tensors="pt").input_ids
-        >>> output = generate(pair.target, pair.draft, prompt, tree=TokenTree([-1, 0, 0, 1]), max_new_tokens=8)
-        >>> output.sequences.shape[1] - prompt.shape[1]
-        8
+        The requests and statistics, all but the wall time of the whole call.
     """
-    started = time.perf_counter()
-    target = adapt(target, compile=compile)
-    draft = adapt(draft, compile=compile) if draft is not None else None
-    arguments = check_arguments(
-        target, draft, input_ids, attention_mask,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id, seed=seed, stop_strings=stop_strings, tokenizer=tokenizer, streamer=streamer,
-        max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile, backend=backend,
-    )  # fmt: skip
-    learn = None
     if draft is None:
-        tree = TokenTree.single()  # whatever was asked for
-    elif tree in ("auto", "adaptive"):
-        tree, learn = choose_tree(
-            target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive"
-        )
-    if isinstance(tree, AdaptivePlan):
-        tree = tree.follow()
-    follower = tree if isinstance(tree, TreeFollower) else None
-    token_tree = tree.tree if isinstance(tree, (TreePlan, TreeFollower)) else tree
-    assert isinstance(token_tree, TokenTree)  # checked above
-    trees = [token_tree] if follower is None else follower.plan.trees
-
+        tree = TokenTree.single()
+    trees = tree.plan.trees if isinstance(tree, TreeFollower) else [tree]
+    if all(entry.num_nodes == 1 for entry in trees):
+        draft = None
     device = target.device
     clock = StageClock(enabled=device.type == "cpu")
-    speculates = any(entry.num_nodes > 1 for entry in trees)
-    draft = draft if speculates else None
     lag = steps_ahead(target)
     num_levels = max(entry.num_levels for entry in trees)
     # Behind a request's last token there is room for one whole tree, for what the last step accepts beyond the end, and
@@ -170,42 +82,50 @@ def generate(
     )  # fmt: skip
     engine = borrow_engine(
         target, draft, state, arguments.longest + room,
-        limit=None if arguments.max_cache_len is None else arguments.max_cache_len + room, backend=backend,
-        clock=clock, cuda_graphs=cuda_graphs, draft_cache_len=None if context is None else context.positions + room,
+        limit=None if arguments.max_cache_len is None else arguments.max_cache_len + room, backend=arguments.backend,
+        clock=clock, cuda_graphs=arguments.cuda_graphs,
+        draft_cache_len=None if context is None else context.positions + room,
     )  # fmt: skip
-    stops = StopStrings(arguments.stop_strings, tokenizer) if arguments.stop_strings else None
-    requests = [
-        Request(prompt[:length], max_new_tokens, arguments.max_cache_len, arguments.eos_token_ids, stops)
-        for prompt, length in zip(arguments.prompts.tolist(), arguments.prompt_lens, strict=True)
-    ]
-    stats = GenerateStats(tree=token_tree, request_steps=[0] * arguments.batch_size)
-    loop = DecodingLoop(engine, requests, stats, streamer, follower, context, lag)
-
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    first_tokens = engine.prefill(
+    loop = DecodingLoop(engine, arguments, context, lag)
+    first_tokens = engine.eager.prefill(
         arguments.prompts.to(device),
         torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device),
-        None if context is None else [context.tokens(index, request) for index, request in enumerate(requests)],
+        None if context is None else [context.tokens(index, request) for index, request in enumerate(loop.requests)],
     )
     for entry in trees:
         engine.prepare(entry)
-    decode_started = time.perf_counter()
-    loop.run(first_tokens.tolist(), token_tree)
-    finished = time.perf_counter()
-    stats.seconds, stats.decode_seconds = finished - started, finished - decode_started
-    stats.new_tokens = [len(request.new_tokens) for request in requests]
+    started = time.perf_counter()
+    loop.run(first_tokens.tolist(), tree)
+    stats = loop.stats
+    stats.decode_seconds = time.perf_counter() - started
+    stats.new_tokens = [len(request.new_tokens) for request in loop.requests]
     stats.stage_seconds = dict(clock.seconds)
     stats.draft_restarts = 0 if context is None else context.num_restarts
     return_engine(engine)
-    if learn is not None:
-        learn(stats)
-    return GenerateOutput(
-        sequences=_sequences(input_ids, requests, arguments.pad_token_id),
-        stats=stats,
-        new_tokens=[request.new_tokens for request in requests],
-        finish_reasons=[request.finish_reason or "length" for request in requests],
-    )
+    return Decoded(loop.requests, stats)
+
+
+class HostCopy:
+    """Copies a step's emitted tokens to the host without waiting; `read` waits for that copy, not for later work."""
+
+    def __init__(self, emitted: EmittedTokens) -> None:
+        self._event: torch.cuda.Event | None = None
+        if emitted.tokens.device.type != "cuda":
+            self._tensors: list[torch.Tensor] = list(emitted)
+            return
+        with on_device(emitted.tokens.device):  # whose stream the copies and the event go to
+            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in emitted]
+            for host, device in zip(self._tensors, emitted, strict=True):
+                host.copy_(device, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Return (tokens [B][levels], nodes [B][levels], num_tokens [B])."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, nodes, num_tokens = (tensor.tolist() for tensor in self._tensors)
+        return tokens, nodes, num_tokens
 
 
 class _Launched(NamedTuple):
@@ -219,39 +139,44 @@ class DecodingLoop:
 
     Args:
         engine: the engine.
-        requests: its requests; takes the tokens.
-        stats: takes the counts.
-        streamer: takes the tokens of the only request, and their end.
-        follower: chooses the tree of each step; None decodes with one tree throughout.
+        arguments: its requests, and how they are decoded.
         context: keeps the draft within its positions; None where it needs no care.
         lag: steps that are launched before the tokens of one are read. On an asynchronous device the host reads a
             step's tokens while the next one runs.
+
+    Attributes:
+        requests: the requests with the tokens that were read so far.
+        stats: what was counted so far.
     """
 
     def __init__(
-        self,
-        engine: DecodingEngine,
-        requests: list[Request],
-        stats: GenerateStats,
-        streamer: Any | None,
-        follower: TreeFollower | None,
-        context: DraftContext | None,
-        lag: int,
+        self, engine: DecodingEngine, arguments: GenerationArguments, context: DraftContext | None, lag: int
     ) -> None:
-        self.engine, self.requests, self.stats = engine, requests, stats
-        self.streamer, self.follower, self.context, self.lag = streamer, follower, context, lag
+        self.engine, self.context, self.lag = engine, context, lag
+        self.streamer = arguments.streamer
+        self.requests = [
+            Request(
+                prompt[:length], arguments.max_new_tokens, arguments.max_cache_len, arguments.eos_token_ids,
+                arguments.stop_strings,
+            )
+            for prompt, length in zip(arguments.prompts.tolist(), arguments.prompt_lens, strict=True)
+        ]  # fmt: skip
+        self.stats = GenerateStats(request_steps=[0] * arguments.batch_size)
+        self.follower: TreeFollower | None = None
         self.in_flight: deque[_Launched] = deque()  # oldest first
 
-    def run(self, first_tokens: list[int], tree: TokenTree) -> None:
-        """Take the prefill's tokens and decode behind them."""
+    def run(self, first_tokens: list[int], tree: TokenTree | TreeFollower) -> None:
+        """Take the prefill's tokens and decode behind them: with one tree, or with what is chosen for each step."""
+        self.follower = tree if isinstance(tree, TreeFollower) else None
+        self.stats.tree = step_tree = tree.tree if isinstance(tree, TreeFollower) else tree
         for index, token in enumerate(first_tokens):
             self._take(index, [token])
         while any(request.is_active for request in self.requests):
             if self.follower is not None:
-                self.stats.tree = tree = self.follower.tree
-            if tree.num_nodes > 1 and self._restart_drafts():
+                self.stats.tree = step_tree = self.follower.tree
+            if step_tree.num_nodes > 1 and self._restart_drafts():
                 continue  # what was in flight may have ended the last request, or changed the tree
-            self._launch(tree)
+            self._launch(step_tree)
             self._read(self.lag)
         self._read(0)
         if self.streamer is not None:
@@ -266,7 +191,7 @@ class DecodingLoop:
     def _read(self, num_left: int) -> None:
         """Bring the tokens of all steps but the newest to the host: the only place where the loop waits."""
         while len(self.in_flight) > num_left:
-            with self.engine.clock.stage("host"):
+            with self.engine.eager.clock.stage("host"):
                 self._read_step(self.in_flight.popleft())
 
     def _read_step(self, launched: _Launched) -> None:
@@ -291,7 +216,7 @@ class DecodingLoop:
             for token in taken:
                 self.streamer.put(torch.tensor([token]))
         if not request.is_active:
-            self.engine.end_request(index)
+            self.engine.eager.end_request(index)
 
     def _restart_drafts(self) -> bool:
         """Restart the draft's contexts that are due before the next step. Returns whether there were any."""
@@ -301,11 +226,5 @@ class DecodingLoop:
         self._read(0)  # their newest tokens
         due = [index for index in due if self.requests[index].is_active]
         if due:
-            self.engine.restart_draft(due, [self.context.tokens(index, self.requests[index]) for index in due])
+            self.engine.eager.restart_draft(due, [self.context.tokens(index, self.requests[index]) for index in due])
         return True
-
-
-def _sequences(input_ids: torch.Tensor, requests: list[Request], pad_token_id: int) -> torch.Tensor:
-    width = max(len(request.new_tokens) for request in requests)
-    rows = [request.new_tokens + [pad_token_id] * (width - len(request.new_tokens)) for request in requests]
-    return torch.cat((input_ids, torch.tensor(rows, dtype=torch.int64, device=input_ids.device)), dim=1)

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels.decoding.loop import generate
-from sequoia_kernels.decoding.probe import PROBE_TREE
+from sequoia_kernels.decoding.arguments import GenerationArguments
+from sequoia_kernels.decoding.loop import decode
+from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
+
+# Wide enough to see a fifth child, deep enough to be accepted often: about the optimal 24 nodes for a middling pair.
+PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 13, 13, 14, 18, 18, 21])
 
 
 def _streams(target: TreeModel) -> bool:
@@ -66,10 +70,12 @@ def measure_overhead(
     for run in range(num_runs + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)
         prompts = torch.randint(0, target.num_embeddings, (batch_size, context_len), generator=generator)
-        stats = generate(
-            target, draft, prompts.to(target.device), tree=tree, max_new_tokens=num_tokens, temperature=1.0,
-            eos_token_id=(), seed=run,
-        ).stats  # fmt: skip
+        arguments = GenerationArguments(
+            prompts, [context_len] * batch_size, num_tokens, temperature=[1.0] * batch_size, top_k=None, top_p=None,
+            eos_token_ids=frozenset(), pad_token_id=0, seeds=request_seeds(run, batch_size),
+            max_cache_len=target.max_positions,
+        )  # fmt: skip
+        stats = decode(target, draft, tree, arguments).stats
         assert stats.tree is not None
         known = cost.stages(stats.tree, context_len + num_tokens / 2)
         step_ms = 1e3 * stats.decode_seconds / stats.num_steps

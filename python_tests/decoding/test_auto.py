@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sequoia_kernels import generate
 from sequoia_kernels.decoding import auto
 from sequoia_kernels.measure import profile as measuring
-from sequoia_kernels.models import adapt
+from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import AcceptanceEvidence, ModelFingerprint, store
 
 OPTIONS = {"eos_token_id": (), "max_new_tokens": 12}
@@ -236,6 +236,32 @@ def test_a_hopeless_draft_is_left_alone_in_the_end(target, draft, measured):
         steps.append(sum(count for tree, count in stats.steps_by_tree.items() if tree.num_nodes > 1))
     assert 0 < steps[0] < 32
     assert steps[-1] < 16
+
+
+@pytest.mark.parametrize("tree", ["auto", "adaptive"])
+def test_a_plan_is_not_taken_for_requests_that_leave_its_trees_no_room(target, draft, measured, monkeypatch, tree):
+    model, needed = adapt(target), []
+    monkeypatch.setattr(TreeModel, "max_cache_rows", lambda self, batch_size: 150)
+    monkeypatch.setattr(auto, "_learn", lambda kept, key, stats: None)  # more evidence would be planned from anew
+    plain = TreeModel.new_cache
+
+    def noted(self, batch_size, max_cache_len, **options):
+        needed.extend([max_cache_len] if self.model is target else [])
+        return plain(self, batch_size, max_cache_len, **options)
+
+    monkeypatch.setattr(TreeModel, "new_cache", noted)
+    for length, max_new_tokens in ((66, 64), (2, 140), (3, 140), (4, 140)):
+        generate(model, draft, prompt(length), tree=tree, eos_token_id=(), max_new_tokens=max_new_tokens)
+    assert 141 < max(needed) <= 150
+
+
+def test_few_plans_are_kept(target, draft):
+    kept = auto._Kept(AcceptanceEvidence(), 0)
+    times = synthetic_profile(lambda nodes, context: 10.0 + nodes, lambda rows, context: 1.0)
+    for budget in range(2, auto.MOST_PLANS + 6):
+        settings = {"context_len": 128, "batch_size": 1, "temperature": 0.0, "max_budget": budget, "max_levels": 2}
+        auto._planned(kept, times, False, True, settings)
+    assert len(kept.plans) == auto.MOST_PLANS
 
 
 # Positions

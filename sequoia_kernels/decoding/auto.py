@@ -63,6 +63,7 @@ SAVE_GROWTH = 1.1  # and to be written to disk again
 DIGEST_ELEMENTS = 8  # of every tensor
 ADAPTER_WORDS = ("adapter", "merged", "scaling")
 MOST_PAIRS = 32  # pairs and settings that are kept in memory
+MOST_PLANS = 32  # of each of them
 
 
 @dataclass
@@ -153,7 +154,8 @@ def _planned(
     """The plan that the evidence leads to, made again when there is enough more of it."""
     evidence = kept.evidence
     numbers = (settings["context_len"].bit_length(), settings["batch_size"], settings["temperature"] > 0)
-    name = (adaptive, explore, profile.created, *numbers)
+    limits = (settings.get("max_budget"), settings.get("max_levels"))  # of the target's memory, behind these requests
+    name = (adaptive, explore, profile.created, *numbers, *limits)
     if name in kept.plans:
         visits, plan = kept.plans[name]
         if evidence.num_visits < REPLAN_GROWTH * visits:
@@ -165,6 +167,8 @@ def _planned(
     else:
         plan = plan_from_evidence(evidence, profile, explore=explore, **settings)
     kept.plans[name] = max(evidence.num_visits, 1), plan
+    while len(kept.plans) > MOST_PLANS:
+        del kept.plans[next(iter(kept.plans))]
     logger.info(
         "tree=%r, planned from %d visited nodes:\n%s",
         "adaptive" if adaptive else "auto", evidence.num_visits, plan.describe(),

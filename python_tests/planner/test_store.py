@@ -33,6 +33,7 @@ def folder(tmp_path, monkeypatch):
         ({}, "/home/me/.cache/sequoia-kernels"),
         ({"SEQUOIA_CACHE_DIR": "/somewhere", "SEQUOIA_CACHE": "0"}, None),
         ({"SEQUOIA_CACHE": "off"}, None),
+        ({"SEQUOIA_CACHE_DIR": "~nobody-has-this-name/kept"}, None),
         ({"SEQUOIA_CACHE": "1"}, "/home/me/.cache/sequoia-kernels"),
     ],
 )
@@ -110,6 +111,14 @@ def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(folder, caplog):
     assert "not kept" in caplog.text
     assert store.load_evidence(KEY) is None
     assert store.list_cache() == []
+
+
+def test_a_folder_that_is_used_again_while_it_is_cleared(folder, monkeypatch):
+    store.save_evidence(KEY, EVIDENCE)
+    remove = Path.rmdir
+    monkeypatch.setattr(Path, "rmdir", lambda path: (store.save_evidence(KEY, EVIDENCE), remove(path)))
+    assert store.clear_cache() == 1
+    assert store.load_evidence(KEY) == EVIDENCE
 
 
 def test_old_files_go_when_there_are_too_many(folder, monkeypatch):

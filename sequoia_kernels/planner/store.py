@@ -8,6 +8,7 @@ are replaced whole; of two processes that write the same one, the later wins.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,12 +63,12 @@ def cache_folder() -> Path | None:
     if os.environ.get("SEQUOIA_CACHE", "1").strip().lower() in ("0", "off", "false", "no"):
         return None
     own = os.environ.get("SEQUOIA_CACHE_DIR")
-    if own:
-        return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
+        if own:
+            return Path(own).expanduser()
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sequoia-kernels"
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # nobody's home, or that of nobody
         return None
 
 
@@ -116,8 +117,9 @@ def clear_cache() -> int:
     for path in paths:
         path.unlink(missing_ok=True)
     folder = cache_folder()
-    if folder is not None and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if folder is not None:
+        with contextlib.suppress(OSError):  # not there, or not empty: perhaps by now
+            folder.rmdir()
     return len(paths)
 
 

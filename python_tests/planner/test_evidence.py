@@ -79,6 +79,27 @@ def test_runs_may_know_more_or_fewer_ranks_and_none_changes_nothing():
     assert len(wide.hazards) == 12
 
 
+@pytest.mark.parametrize(
+    ("run", "rule"),
+    [
+        (([10], [11]), "accepted must count at most what visited counts"),
+        (([10, 5], [3]), "accepted must count at most"),
+        (([10], [-1]), "accepted must count at most"),
+        (([float("nan")], [0]), "accepted must count at most"),
+        (([float("inf")], [0]), "accepted must count at most"),
+        (([10], [5], 0), "num_requests must be at least 1, got 0"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(run, rule):
+    with pytest.raises(ValueError, match=f"AcceptanceEvidence.with_run: {rule}"):
+        AcceptanceEvidence().with_run(*run)
+
+
+def test_counts_may_be_arrays():
+    run = np.array([10, 5]), np.array([4, 1])
+    assert AcceptanceEvidence().with_run(*run) == AcceptanceEvidence().with_run([10, 5], [4, 1])
+
+
 def test_what_was_seen_long_ago_fades():
     evidence = AcceptanceEvidence()
     for _ in range(400):

@@ -57,8 +57,24 @@ class AcceptanceEvidence:
     num_visits: int = 0
 
     def with_run(self, visited: Sequence[int], accepted: Sequence[int], num_requests: int = 1) -> AcceptanceEvidence:
-        """Give the evidence with a run's counts added (`visited_by_rank` and `accepted_by_rank` of its statistics)."""
-        if not visited or not visited[0]:
+        """Give the evidence with a run's counts added.
+
+        Args:
+            visited: `visited_by_rank` of its statistics. [ranks]
+            accepted: `accepted_by_rank` of them. [ranks]
+            num_requests: requests that the run decoded.
+
+        Raises:
+            ValueError: they are no such counts.
+        """
+        where = "AcceptanceEvidence.with_run"
+        if len(visited) != len(accepted) or not all(
+            0 <= taken <= tried < math.inf for tried, taken in zip(visited, accepted)
+        ):
+            raise ValueError(f"{where}: accepted must count at most what visited counts, got {accepted} of {visited}")
+        if num_requests < 1:
+            raise ValueError(f"{where}: num_requests must be at least 1, got {num_requests}")
+        if not len(visited) or not visited[0]:
             return self
         weight = 1 / (1 + max(visited[0] / num_requests - 1, 0) * REQUEST_CORRELATION)
         kept = min(1.0, MOST_VISITS / (sum(self.visited[:1]) + weight * visited[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,8 +48,8 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "watermarking_config": (),
 }
-# These act on drawn tokens only: in a greedy checkpoint they do nothing.
-_OF_SAMPLING: dict[str, tuple[Any, ...]] = {"temperature": (), "top_k": (0,), "top_p": (1,)}
+# These act on drawn tokens only: where neither checkpoint nor call samples they do nothing.
+_OF_SAMPLING: dict[str, tuple[Any, ...]] = {"top_k": (0,), "top_p": (1,)}
 
 _warned: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
@@ -76,13 +77,18 @@ def warn_of_ignored_settings(
     config = getattr(model, "generation_config", None)
     given = {"stop_strings": bool(stop_strings), "top_k": top_k is not None, "top_p": top_p is not None}
     ignored = dict(IGNORED)
-    if getattr(config, "do_sample", None):
-        samples = any(temperature > 0 for temperature in temperatures)
-        ignored |= {name: values for name, values in _OF_SAMPLING.items() if not (samples and name == "temperature")}
-        if not samples:
-            ignored["do_sample"] = ()
+    samples = any(temperature > 0 for temperature in temperatures)
+    asks = bool(getattr(config, "do_sample", None))
+    if samples or asks:
+        ignored |= _OF_SAMPLING
+    if asks and not samples:
+        ignored |= {"do_sample": (), "temperature": ()}
     found = {name: getattr(config, name, None) for name in ignored if not given.get(name)}
-    active = [f"{name}={value}" for name, value in found.items() if value is not None and value not in ignored[name]]
+    active = [
+        f"{name}={reprlib.repr(value)}"
+        for name, value in found.items()
+        if value is not None and value not in ignored[name]
+    ]
     if active:
         warn_once(
             model,

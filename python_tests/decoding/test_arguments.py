@@ -7,12 +7,14 @@ import logging
 import numpy as np
 import pytest
 import torch
+from support.synthetic_profile import synthetic_profile
 from support.tiny_models import tiny_llama
 from transformers import GenerationConfig
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import settings
 from sequoia_kernels.models import adapt
+from sequoia_kernels.planner import ModelFingerprint, shift_acceptance
 
 TREE = TokenTree([-1, 0, 0])
 PROMPT = torch.tensor([[1, 2, 3]])
@@ -88,6 +90,8 @@ def target():
         ({"seed": 1 << 63}, ValueError, r"seed must be in \[0, 2\^63\)"),
         ({"eos_token_id": 1.5}, TypeError, "eos_token_id must be an integer or several, got float"),
         ({"eos_token_id": "2"}, TypeError, "eos_token_id must be an integer or several, got str"),
+        ({"eos_token_id": b"ab"}, TypeError, "eos_token_id must be an integer or several, got bytes"),
+        ({"eos_token_id": torch.tensor(1)}, TypeError, "eos_token_id must be an integer or several, got a tensor"),
         ({"eos_token_id": [1.5]}, TypeError, "eos_token_id must hold integers, got 1.5"),
         ({"eos_token_id": 99}, ValueError, r"eos_token_id must hold tokens in \[0, 32\), got 99"),
         ({"pad_token_id": "0"}, TypeError, "pad_token_id must be an integer, got str"),
@@ -103,8 +107,12 @@ def target():
         ({"max_cache_len": True}, TypeError, "max_cache_len must be an integer, got bool"),
         ({"backend": "metal"}, ValueError, "backend must be one of auto, .*, got 'metal'"),
         ({"tree": [-1, 0]}, TypeError, "tree must be a TokenTree"),
+        ({"tree": np.array([-1, 0])}, TypeError, "tree must be a TokenTree"),
         ({"tree": TokenTree.kary(2, 11)}, ValueError, "tree must have at most 1024 nodes, got 2047"),
-        ({"tree": "auto", "acceptance": 0.5}, TypeError, "acceptance must be an AcceptanceEstimate or a sequence"),
+        ({"tree": "auto", "acceptance": 0.5}, ValueError, r"acceptance must have shape \[max_children\]"),
+        ({"tree": "auto", "acceptance": "half"}, ValueError, r"acceptance must have shape \[max_children\]"),
+        ({"tree": "auto", "acceptance": ["half"]}, TypeError, "acceptance must be a sequence of real numbers"),
+        ({"tree": "auto", "acceptance": [0.9, 0.2]}, ValueError, "acceptance must have a sum of at most 1"),
         ({"tree": "auto", "profile": "profile.json"}, TypeError, "profile must be a HardwareProfile, got str"),
     ],
 )
@@ -129,6 +137,24 @@ def test_refused_before_any_work(target, arguments, error, message):
 )
 def test_the_ends_of_the_ranges_run(target, arguments):
     assert len(generate(target, target, PROMPT, tree=TREE, max_new_tokens=3, **arguments).new_tokens[0]) == 3
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int8])
+def test_numpy_integers_count_as_pythons(target, kind):
+    prompts = PROMPT.repeat(3, 1)
+    options = {"tree": TREE, "temperature": 2.0, "eos_token_id": ()}
+    expected = generate(target, target, prompts, seed=5, max_new_tokens=127, max_cache_len=127, **options)
+    got = generate(target, target, prompts, seed=kind(5), max_new_tokens=kind(127), max_cache_len=kind(127), **options)
+    assert got.new_tokens == expected.new_tokens
+    assert len(got.new_tokens[0]) == 125
+
+
+def test_an_acceptance_vector_may_be_an_array(target):
+    vector = shift_acceptance([0.6, 0.2], 0.5)
+    models = adapt(target)
+    options = {"input_ids": PROMPT, "profile": synthetic_profile(target=ModelFingerprint.of(models)), "tree": "auto"}
+    for acceptance in (vector, torch.from_numpy(vector), vector.tolist()):
+        assert generate(models, models, acceptance=acceptance, max_new_tokens=3, **options).stats.tree is not None
 
 
 def test_padding_is_inferred_from_the_pad_token(target):
@@ -237,6 +263,27 @@ def test_a_checkpoint_that_asks_for_sampling(caplog, arguments, named, not_named
     text = caplog.text
     assert all(name in text for name in named)
     assert not any(name in text for name in not_named)
+
+
+@pytest.mark.parametrize(("temperature", "named"), [(0.7, ["top_p=0.9", "top_k=20"]), (0.0, [])])
+def test_a_checkpoint_that_says_how_to_sample_but_not_whether(caplog, temperature, named):
+    model = tiny_llama(0)
+    for name, value in {"temperature": 0.6, "top_p": 0.9, "top_k": 20}.items():
+        setattr(model.generation_config, name, value)
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2, temperature=temperature)
+    assert len(caplog.records) == bool(named)
+    assert all(name in caplog.text for name in named)
+    assert "temperature=" not in caplog.text
+
+
+def test_a_long_setting_is_named_in_short(caplog):
+    model = tiny_llama(0)
+    model.generation_config.suppress_tokens = list(range(5000))
+    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
+        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2)
+    (record,) = caplog.records
+    assert "suppress_tokens=[0, 1, 2, 3, 4, 5, ...]" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_onc
 from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
 from sequoia_kernels.models.step import MAX_STEP_ROWS
-from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
+from sequoia_kernels.planner import (
+    AcceptanceEstimate,
+    AdaptivePlan,
+    HardwareProfile,
+    TreeFollower,
+    TreePlan,
+    validate_acceptance,
+)
 from sequoia_kernels.tree import TokenTree
 
 
@@ -108,7 +115,9 @@ def check_arguments(
                 f"generate: draft must be on the target's device {target.device}, got {draft.device}; "
                 "move one of the models with .to(...)"
             )
-    if not isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower)) and tree not in ("auto", "adaptive"):
+    if not isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower)) and not (
+        isinstance(tree, str) and tree in ("auto", "adaptive")
+    ):
         raise TypeError(
             "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
             f'"auto" or "adaptive", got {tree!r}'
@@ -116,10 +125,8 @@ def check_arguments(
     size = max((entry.num_nodes for entry in _trees(tree)), default=0)
     if size > MAX_STEP_ROWS:
         raise ValueError(f"generate: tree must have at most {MAX_STEP_ROWS} nodes, got {size}")
-    if acceptance is not None and not isinstance(acceptance, (AcceptanceEstimate, Sequence)):
-        raise TypeError(
-            f"generate: acceptance must be an AcceptanceEstimate or a sequence of numbers, got {_describe(acceptance)}"
-        )
+    if acceptance is not None:
+        validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
         raise TypeError(f"generate: profile must be a HardwareProfile, got {_describe(profile)}")
     names = ("auto", *backends.backend_names("verify_tree"))
@@ -158,7 +165,7 @@ def check_arguments(
         top_p=top_ps,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad,
-        seeds=request_seeds(seeds[0], batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
+        seeds=request_seeds(int(seeds[0]), batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
         stop_strings=StopStrings(strings, tokenizer) if strings else None,
         streamer=streamer,
@@ -283,7 +290,7 @@ def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) 
     if eos_token_id is None:
         return frozenset(target.eos_token_ids)
     ids: Any = [eos_token_id] if isinstance(eos_token_id, Integral) else eos_token_id
-    if not isinstance(ids, Collection) or isinstance(ids, str):
+    if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)) or getattr(ids, "ndim", 1) != 1:
         raise TypeError(f"generate: eos_token_id must be an integer or several, got {_describe(ids)}")
     for token in ids:
         if not isinstance(token, Integral) or isinstance(token, bool):
@@ -338,7 +345,7 @@ def _cache_limit(target: TreeModel, max_cache_len: int | None, prompt_lens: list
         "max_cache_len": max_cache_len,
         "the target's positions": target.max_positions,
     }
-    given = {name: limit for name, limit in limits.items() if limit is not None}
+    given = {name: int(limit) for name, limit in limits.items() if limit is not None}
     if not given:
         return None
     name, limit = min(given.items(), key=lambda item: item[1])

@@ -8,6 +8,7 @@ steps show, and so does every later call; see `planner.evidence`. Both are kept 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -297,6 +298,11 @@ def _modules(model: TreeModel) -> str:
     return hashlib.sha256(repr(sorted(kinds.items())).encode()).hexdigest()[:12]
 
 
+@functools.cache
+def _tells_of_adapters(name: str) -> bool:
+    return any(word in name for word in ADAPTER_WORDS)
+
+
 def _weights_digest(model: TreeModel) -> str:
     """Tell weights apart cheaply: all shapes, and a few elements from the middle of every tensor that is in memory.
 
@@ -305,7 +311,7 @@ def _weights_digest(model: TreeModel) -> str:
     digest = hashlib.sha256(_modules(model).encode())
     for module in model.model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str, list, dict)) and any(word in name for word in ADAPTER_WORDS):
+            if _tells_of_adapters(name) and isinstance(value, (bool, int, float, str, list, dict)):
                 digest.update(f"{name}={value}".encode())
     pieces = []
     for tensor in model.weights():

@@ -54,7 +54,7 @@ from sequoia_kernels.tree import TokenTree
 logger = logging.getLogger("sequoia_kernels")
 
 SMALLEST_CONTEXT, CONTEXT_STEP = 128, 4  # times are measured behind 128, 512, 2048, ... tokens, whichever is nearest
-# What timing forwards and ops may take, whichever is more. With the loop's overhead and the plan it comes to 3 s at most.
+# What timing forwards and ops may take, whichever is more. The loop's overhead and the plan come on top: 3 s in all.
 LEAST_SECONDS, SHARE_OF_CALL = 2.4, 0.05
 EXPLORED_TOKENS = 64  # calls of fewer tokens do not try out what looks slower than plain decoding
 LEAST_TREE_ROWS = 8  # rows behind the longest request that a tree is worth looking for

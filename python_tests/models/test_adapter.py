@@ -268,6 +268,24 @@ def test_an_interrupt_in_a_forward_leaves_nothing_behind() -> None:
     work()
 
 
+def test_an_error_inside_of_two_calls_leaves_the_outer_ones_locks() -> None:
+    plain = tiny_model("llama")
+    switch, rest = adapt(plain)._switch, plain.config._attn_implementation
+
+    def fail() -> None:
+        raise KeyError("inside")
+
+    def call() -> None:
+        with pytest.raises(KeyError, match="inside"):
+            switch.at_rest(fail)
+        assert all(lock._is_owned() for lock in switch._locks)
+
+    for outer in (switch.run, switch.at_rest):
+        outer(call)
+        assert plain.config._attn_implementation == rest
+        assert not any(lock._is_owned() for lock in switch._locks)
+
+
 def test_a_forward_inside_a_forward_is_an_error_and_not_a_deadlock() -> None:
     plain = tiny_model("llama")
     model = adapt(plain)

@@ -66,12 +66,13 @@ class AttentionSwitch:
 
     def at_rest(self, function: Callable[[], Result]) -> Result:
         """Call a function while no other thread's forward has its attention in the configurations."""
+        locks = [lock for lock in self._locks if not lock._is_owned()]  # those are released by the call that took them
 
         def leave() -> None:
-            for lock in self._locks:
+            for lock in locks:
                 release_if_owned(lock)
 
-        return guarded(lambda: [lock.acquire() for lock in self._locks], function, leave)
+        return guarded(lambda: [lock.acquire() for lock in locks], function, leave)
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:

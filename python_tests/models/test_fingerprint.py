@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,8 +96,46 @@ def test_a_new_function_at_an_old_address_is_not_the_old_one() -> None:
     assert first != again
 
 
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def test_values_without_weak_references_are_compared_by_what_they_hold() -> None:
+    plain = with_adapters()
+    for make in (
+        lambda value: slice(0, value),
+        lambda value: SimpleNamespace(value=value, same=plain),
+        lambda value: bytearray([value]),
+        lambda value: range(value),
+        lambda value: Slots(value),
+        lambda value: {value: 0}.keys(),
+    ):
+        kept = make(1), make(2)
+        attention(plain).setting = kept[0]
+        before = forward_state(plain)
+        assert forward_state(plain) == before
+        assert hash(forward_state(plain)) == hash(before)
+        attention(plain).setting = kept[1]
+        assert forward_state(plain) != before
+
+
+def test_a_setting_may_hold_itself() -> None:
+    plain = tiny_model("llama")
+    setting: dict[str, Any] = {"value": 1}
+    setting["self"] = [setting]
+    attention(plain).setting = setting
+    before = forward_state(plain)
+    assert forward_state(plain) == before
+    setting["value"] = 2
+    assert forward_state(plain) != before
+
+
 def test_a_state_keeps_nothing_alive() -> None:
     plain = with_adapters()
+    attention(plain).setting = Slots(plain)
     attention(plain).forward = attention(plain).forward  # a bound method, which holds the module
     plain.model.register_forward_hook(lambda *_, model=plain: None)
     state, alive = forward_state(plain), weakref.ref(plain)
@@ -185,6 +225,47 @@ def test_torchs_layers_without_dropout_may_be_in_training_mode() -> None:
                 call()
 
 
+def test_code_of_others_may_ask_a_linear_layer_for_its_mode() -> None:
+    def dropout(module: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, 0.5, module.training)
+
+    def patched(layer: Any) -> None:
+        own = layer.forward
+        layer.forward = lambda input: dropout(layer, own(input))
+
+    for change in (
+        patched,
+        torch.nn.utils.spectral_norm,
+        lambda layer: layer.register_forward_hook(lambda module, _, output: dropout(module, output)),
+    ):
+        plain = tiny_model("llama").requires_grad_(False)
+        adapt(plain)
+        change(plain.lm_head)
+        plain.lm_head.train()
+        with pytest.raises(ValueError, match="got training mode in lm_head; call"):
+            adapt(plain)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda module: torch.compile(module, backend="eager"),
+        torch.jit.script,
+        lambda module: torch.jit.trace(module, torch.ones(2, 2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_and_scripted_submodules(wrap: Callable[[Any], Any]) -> None:
+    plain = tiny_model("llama")
+    wanted = own_tokens(plain)
+    mlp = plain.model.layers[0].mlp
+    mlp.act_fn = wrap(torch.nn.SiLU().eval())
+    assert our_tokens(plain) == wanted
+    mlp.act_fn = wrap(torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.0)).train())
+    with pytest.raises(ValueError, match=r"got training mode in model\.layers\.0\.mlp\.act_fn"):
+        adapt(plain)
+
+
 # Attention functions and forwards that are not transformers' own
 
 
@@ -229,6 +310,66 @@ def test_a_name_that_is_registered_again_is_looked_at_again() -> None:
     AttentionInterface.register("mine", distance_bias)
     with pytest.raises(UnsupportedModelError, match="attention function 'mine' is not transformers' own"):
         our_tokens(plain)
+
+
+def test_a_function_that_bears_the_name_of_what_it_wraps_is_not_transformers_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    AttentionInterface.register("mine", functools.wraps(sdpa_attention_forward)(distance_bias))
+    plain = tiny_model("llama")
+    plain.set_attn_implementation("mine")
+    with pytest.raises(UnsupportedModelError, match="attention function 'mine' is not transformers' own"):
+        our_tokens(plain)
+    plain = tiny_model("llama")
+    rotary = type(plain.model.rotary_emb)
+    own = rotary.forward
+
+    @torch.no_grad()
+    @functools.wraps(own)
+    def shifted(self: Any, hidden: Any, position_ids: Any) -> Any:
+        return own(self, hidden, position_ids - position_ids[:, :1])
+
+    monkeypatch.setattr(rotary, "forward", shifted)
+    with pytest.raises(UnsupportedModelError, match="the forward of LlamaRotaryEmbedding is not transformers' own"):
+        adapt(plain)
+
+
+def add_the_row_before(module: Any, inputs: Any, output: Any) -> Any:
+    if type(module).__name__ == "LlamaMLP":
+        return output + torch.cat((output[:, :1], output[:, :-1]), dim=1)
+    return None
+
+
+def test_a_hook_is_compared_with_the_models_own_forward() -> None:
+    plain = tiny_model("llama")
+    adapt(plain)
+    mlp = plain.model.layers[0].mlp
+    handle = mlp.register_forward_hook(lambda module, inputs, output: output + 0.1)  # the same for every row
+    assert our_tokens(plain) == own_tokens(plain)
+    handle.remove()
+    handle = mlp.register_forward_hook(add_the_row_before)
+    with pytest.raises(UnsupportedModelError, match="a forward hook of a LlamaMLP is not transformers' own"):
+        our_tokens(plain)
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(add_the_row_before)
+    try:
+        with pytest.raises(UnsupportedModelError, match="a forward hook of all modules is not transformers' own"):
+            our_tokens(plain)
+    finally:
+        handle.remove()
+
+
+def test_a_model_that_remembers_its_forwards_is_compared_like_others() -> None:
+    plain = tiny_model("llama")
+    mlp = plain.model.layers[0].mlp
+    own = mlp.forward
+
+    def remembering(hidden: torch.Tensor) -> torch.Tensor:
+        mlp.last_output = own(hidden)
+        return mlp.last_output
+
+    mlp.forward = remembering
+    assert our_tokens(plain) == own_tokens(plain)
 
 
 def test_a_patched_forward_is_compared_also_in_a_proven_family() -> None:

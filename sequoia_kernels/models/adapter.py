@@ -94,8 +94,8 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
     Notes:
         A forward of four tokens, once a model and whenever something has changed that its forward depends on, finds
         every layer's shape and attention window. Families that the package's tests do not cover, and models with an
-        attention function or a forward that is not transformers' own, are also compared with their own plain forward
-        on a small tree (three more short forwards). Forwards of one model, and of models that share layers, take turns
+        attention function, a forward or a hook that is not transformers' own, are also compared with their own plain
+        forward on a small tree (three more short forwards). Forwards of one model, and of models that share layers, take turns
         between threads; while one runs, other threads must not call the model itself: they would meet the tree's
         attention function, which raises for want of a step. Soft-caps and sinks are always applied; some versions of
         transformers drop Gemma 2's soft-cap under "sdpa" attention.
@@ -598,7 +598,7 @@ def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> 
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     tree = TreeStep(column(_CHECK_MASK)[:, None], column(range(num_nodes)), column(_CHECK_DEPTHS), num_nodes, 0)
-    cache = tree_model.new_cache(1, _CHECK_PREFIX + num_nodes)
+    cache = TreeCache(tree_model._plan.specs, 1, _CHECK_PREFIX + num_nodes)
     lens = torch.zeros(1, dtype=torch.int32, device=device)
     tree_model.forward(torch.tensor([prefix], device=device), cache, lens, causal_step(_CHECK_PREFIX, device))
     scored = tree_model.forward(torch.tensor([nodes], device=device), cache, lens + _CHECK_PREFIX, tree)[0].double()

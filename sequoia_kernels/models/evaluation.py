@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,8 @@ class EvaluationCheck:
             if fields["training"]:
                 break
         else:
-            return
+            if not any(module.training for module in self._unusual):
+                return
         name = next(name for name, module in self._model.named_modules() if module.training and _heeds_mode(module))
         where = f" in {name}" if name else ""
         raise ValueError(f"adapt: model must be in evaluation mode, got training mode{where}; call model.eval()")
@@ -44,18 +46,25 @@ class EvaluationCheck:
         modules = list(each_module(self._model))
         self._leaves = [module._modules for module in modules if not module._modules]
         self._parents = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
-        self._heeding = [module.__dict__ for module in modules if _heeds_mode(module)]
+        heeding = [module for module in modules if _heeds_mode(module)]
+        self._heeding = [module.__dict__ for module in heeding if "training" in module.__dict__]
+        self._unusual = [module for module in heeding if "training" not in module.__dict__]  # compiled, scripted
 
 
 def _heeds_mode(module: nn.Module) -> bool:
     """Tell whether a module may compute something else in training mode.
 
     Of torch's own only those that ask: linear layers, lists and quantised layers begin in training mode wherever a
-    model is cut, resized or quantised.
+    model is cut, resized or quantised. Those with hooks or a function in the place of their forward may be
+    asked, and scripted ones do not show what they do.
     """
     kind = type(module)
     if not kind.__module__.startswith("torch."):
         return kind.forward is not nn.Module.forward
+    if module._forward_hooks or module._forward_pre_hooks or "training" not in module.__dict__:
+        return True
+    if isinstance(module.__dict__.get("forward"), (FunctionType, MethodType)):
+        return True
     return _asks_for_mode(kind)  # type: ignore[arg-type]  # a class is hashable, whatever its objects are
 
 

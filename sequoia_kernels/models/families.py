@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -59,6 +60,7 @@ _REASONS = {
 }
 _TREE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _STATE_LAYER_TYPES = ("linear", "mamba", "conv", "recurrent", "hybrid", "ssm")
+_OWN_PACKAGES = frozenset({"torch", "transformers", "sequoia_kernels"})
 _POSITION_TABLES = frozenset(
     {"wpe", "embed_positions", "position_embedding", "position_embeddings", "positions_embed", "pos_encoding"}
 )
@@ -112,16 +114,20 @@ def _refusal(model: PreTrainedModel) -> str | None:
 def foreign_code(model: PreTrainedModel) -> str | None:
     """Name code in a model that is not transformers' own and could mix tokens in another way; None where there is none.
 
-    An attention function that the user registered, or a forward that was put into the place of a module's own. Not
-    those that stand for a linear layer (adapters, quantisers) and see one row at a time, and not accelerate's hooks.
+    An attention function that the user registered, a forward that was put into the place of a module's own, or a hook.
+    Not forwards that stand for a linear layer (adapters, quantisers) and see one row at a time, and not accelerate's.
     """
     for config in attention_configs(model):
         name = getattr(config, ATTENTION_FIELD)
         if not _is_own(ALL_ATTENTION_FUNCTIONS.get(name)):
             return f"attention function {name!r}"
+    if not all(map(_is_own, (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()))):
+        return "a forward hook of all modules"
     classes = set()
     for module in each_module(model):
         kind = type(module)
+        if not all(map(_is_own, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))):
+            return f"a forward hook of a {kind.__name__}"
         if hasattr(module, "in_features"):
             continue
         if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
@@ -129,13 +135,19 @@ def foreign_code(model: PreTrainedModel) -> str | None:
         if kind not in classes:
             classes.add(kind)
             eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-            if not (_is_own(kind) and _is_own(kind.forward) and _is_own(eager)):
+            if not (_is_own(kind) and _is_own(getattr(kind, "forward", None)) and _is_own(eager)):
                 return f"the forward of {kind.__name__}"
     return None
 
 
 def _is_own(code: Any) -> bool:
-    return code is None or str(getattr(code, "__module__", None)).partition(".")[0] in ("torch", "transformers")
+    """Tell whether code comes from one of the packages that are known. A wrapper bears the name of what it wraps."""
+    while code is not None:
+        homes = {getattr(code, "__module__", None), getattr(code, "__globals__", {}).get("__name__", "torch")}
+        if not {str(home).partition(".")[0] for home in homes} <= _OWN_PACKAGES:
+            return False
+        code = getattr(code, "__wrapped__", None)
+    return True
 
 
 def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:

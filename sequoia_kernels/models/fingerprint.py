@@ -7,6 +7,7 @@ place, by hooks, and by what its plain attributes say, such as which adapters ar
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _WEIGHTS = ("_parameters", "_buffers")
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None)))
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 _NO_ATTENTION = ""
 
 
@@ -84,7 +86,7 @@ def _describe_module(
 ) -> None:
     kind = type(module)
     if kind not in classes:
-        classes[kind] = _Same(kind.forward)
+        classes[kind] = _value(getattr(kind, "forward", None), seen, configs)  # scripted ones have none
     parts.append(kind)
     for name, value in module.__dict__.items():
         if name not in _BOOKKEEPING:
@@ -104,24 +106,32 @@ def _value(value: Any, seen: dict[int, Any], configs: list[Any]) -> Any:
         return value
     if id(value) in seen:
         return seen[id(value)]
-    if issubclass(kind, dict):
-        return tuple((_value(key, seen, configs), _value(entry, seen, configs)) for key, entry in value.items())
-    if issubclass(kind, (list, tuple)):
-        return tuple(_value(entry, seen, configs) for entry in value)
-    if issubclass(kind, (set, frozenset)):
-        return frozenset(_value(entry, seen, configs) for entry in value)
     if issubclass(kind, PreTrainedConfig):
         configs.append(value)
+    if not issubclass(kind, _CONTAINERS):
+        with suppress(TypeError):  # some have no weak references
+            same = seen[id(value)] = _Same(value)
+            return same
+    seen[id(value)] = kind  # for as long as it is looked at: it may hold itself
     try:
-        same = seen[id(value)] = _Same(value)
-    except TypeError:  # no weak references: numbers of other libraries, slices and the like are values themselves
-        return value if _is_hashable(value) else object()
-    return same
+        if issubclass(kind, dict):
+            return tuple((_value(key, seen, configs), _value(entry, seen, configs)) for key, entry in value.items())
+        if issubclass(kind, (list, tuple)):
+            return tuple(_value(entry, seen, configs) for entry in value)
+        if issubclass(kind, (set, frozenset)):
+            return frozenset(_value(entry, seen, configs) for entry in value)
+        return kind, _value(_parts(value), seen, configs)
+    finally:
+        del seen[id(value)]
 
 
-def _is_hashable(value: Any) -> bool:
+def _parts(value: Any) -> Any:
+    """Return what a copy of something without weak references would be made of: a slice, a number of another library.
+
+    What cannot be copied either (views, iterators) is what lies at its address.
+    """
     try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+        parts = value.__reduce_ex__(2)
+    except Exception:  # whatever its class raises
+        return id(value)
+    return parts[:3] if isinstance(parts, tuple) else parts

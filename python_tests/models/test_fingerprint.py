@@ -359,17 +359,36 @@ def test_a_hook_is_compared_with_the_models_own_forward() -> None:
         handle.remove()
 
 
-def test_a_model_that_remembers_its_forwards_is_compared_like_others() -> None:
+def test_a_model_that_remembers_its_forwards_is_compared_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    make_plan = adapter._make_plan
+    monkeypatch.setattr(adapter, "_make_plan", lambda *arguments: plans.append(1) or make_plan(*arguments))
     plain = tiny_model("llama")
     mlp = plain.model.layers[0].mlp
-    own = mlp.forward
+    own, mlp.num_calls, mlp.scaling = mlp.forward, 0, 1.0
 
     def remembering(hidden: torch.Tensor) -> torch.Tensor:
-        mlp.last_output = own(hidden)
+        mlp.num_calls += 1
+        mlp.last_output = mlp.scaling * own(hidden)
         return mlp.last_output
 
     mlp.forward = remembering
     assert our_tokens(plain) == own_tokens(plain)
+    assert len(plans) == 2  # once more, to see what every forward writes
+    mlp.scaling = 0.5
+    assert our_tokens(plain) == own_tokens(plain)
+    assert len(plans) == 3
+
+
+def test_what_is_not_written_by_forwards_is_compared_in_a_model_that_writes() -> None:
+    plain = tiny_model("llama")
+    mlp = plain.model.layers[0].mlp
+    mlp.calls = []
+    mlp.register_forward_hook(lambda module, inputs, output: module.calls.append(1))
+    assert our_tokens(plain) == own_tokens(plain)  # a list may hold settings as well: looked at every time
+    before = forward_state(plain)
+    mlp.calls.append(1)
+    assert forward_state(plain) != before
 
 
 def test_a_patched_forward_is_compared_also_in_a_proven_family() -> None:

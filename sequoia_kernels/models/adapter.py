@@ -26,7 +26,7 @@ from sequoia_kernels.models.families import (
     foreign_code,
     position_limit,
 )
-from sequoia_kernels.models.fingerprint import forward_state
+from sequoia_kernels.models.fingerprint import forget_what_forwards_write, forward_state
 from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.step import TreeStep, causal_step
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
@@ -95,10 +95,10 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
         A forward of four tokens, once a model and whenever something has changed that its forward depends on, finds
         every layer's shape and attention window. Families that the package's tests do not cover, and models with an
         attention function, a forward or a hook that is not transformers' own, are also compared with their own plain
-        forward on a small tree (three more short forwards). Forwards of one model, and of models that share layers, take turns
-        between threads; while one runs, other threads must not call the model itself: they would meet the tree's
-        attention function, which raises for want of a step. Soft-caps and sinks are always applied; some versions of
-        transformers drop Gemma 2's soft-cap under "sdpa" attention.
+        forward on a small tree (three more short forwards). Forwards of one model, and of models that share layers,
+        take turns between threads; while one runs, other threads must not call the model itself: they would meet the
+        tree's attention function, which raises for want of a step. Soft-caps and sinks are always applied; some
+        versions of transformers drop Gemma 2's soft-cap under "sdpa" attention.
 
         Compiling takes its time (about a minute for a deep model) for every number of rows that a step feeds, so it
         pays for trees that are used for long.
@@ -138,6 +138,10 @@ def _plan_of(model: PreTrainedModel) -> _ModelPlan:
         check_family(model)
         try:
             plan = _make_plan(model, state)
+            if forward_state(model) != state:
+                forget_what_forwards_write(model, lambda: _make_plan(model, state))
+                state = forward_state(model)
+                plan = plan._replace(fingerprint=state)
             foreign = foreign_code(model)
             if foreign is not None or family_name(model) not in PROVEN_FAMILIES:
                 _check_against_plain_forward(TreeModel(model, plan), foreign)

@@ -7,6 +7,7 @@ place, by hooks, and by what its plain attributes say, such as which adapters ar
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sequoia_kernels.models.switch import ATTENTION_FIELD, AttentionSwitch, each_module
 
-__all__ = ["forward_state"]
+__all__ = ["forget_what_forwards_write", "forward_state"]
 
 # Attributes of every module: its children and weights, which are looked at by themselves, and hooks that do not belong
 # to a forward.
@@ -27,6 +28,9 @@ _WEIGHTS = ("_parameters", "_buffers")
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None)))
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _NO_ATTENTION = ""
+# By module, attributes that say nothing about its next forward.
+_written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_NOTHING: frozenset[str] = frozenset()
 
 
 def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -44,6 +48,22 @@ def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
         Waits for forwards of the model that other threads run through tree models.
     """
     return AttentionSwitch(model, _NO_ATTENTION).at_rest(lambda: _describe(model))
+
+
+def forget_what_forwards_write(model: PreTrainedModel, forward: Callable[[], Any]) -> None:
+    """Leave numbers and tensors that every forward writes out of a model's state: counters, what was computed last.
+
+    Args:
+        model: the model, which has run before: what its first forward sets up stays in the state.
+        forward: runs it once more.
+    """
+    before = {module: dict(module.__dict__) for module in each_module(model)}
+    forward()
+    for module, values in before.items():
+        for name, value in module.__dict__.items():
+            plain = type(value) in _SCALARS or isinstance(value, torch.Tensor)
+            if name not in _BOOKKEEPING and plain and name in values and values[name] is not value:
+                _written.setdefault(module, set()).add(name)
 
 
 class _Same:
@@ -88,7 +108,10 @@ def _describe_module(
     if kind not in classes:
         classes[kind] = _value(getattr(kind, "forward", None), seen, configs)  # scripted ones have none
     parts.append(kind)
+    written = _written.get(module, _NOTHING) if _written else _NOTHING
     for name, value in module.__dict__.items():
+        if name in written:
+            continue
         if name not in _BOOKKEEPING:
             parts += name, value if type(value) in _SCALARS else _value(value, seen, configs)
         elif name in _HOOKS and value:

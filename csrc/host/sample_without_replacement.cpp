@@ -58,18 +58,24 @@ struct NoiseStream {
     std::uint64_t offset;
 };
 
+// A threshold in the type of the bounds. One that is too large for it stays below infinity, or a bound that overflowed,
+// of a key that did not, would not exceed it.
 template <class Real>
-SEQUOIA_INLINE bool any_above(const Real* values, double bound) {
-    const Real rounded = static_cast<Real>(bound);
+SEQUOIA_INLINE Real rounded_threshold(const BestKeys& best) {
+    return static_cast<Real>(std::min(best.threshold(), static_cast<double>(std::numeric_limits<Real>::max())));
+}
+
+template <class Real>
+SEQUOIA_INLINE bool any_above(const Real* values, Real bound) {
     int above = 0;
-    for (std::int64_t i = 0; i < STRETCH; ++i) above |= values[i] > rounded;
+    for (std::int64_t i = 0; i < STRETCH; ++i) above |= values[i] > bound;
     return above != 0;
 }
 
 template <class Real>
 SEQUOIA_INLINE void best_logits(const Real* logits, std::int64_t vocab, BestKeys& best) {
     for (std::int64_t first = 0; first < vocab; first += STRETCH) {
-        if (!any_above(logits + first, best.threshold())) continue;
+        if (!any_above(logits + first, rounded_threshold<Real>(best))) continue;
         for (std::int64_t i = first; i < first + STRETCH; ++i) {
             const double key = static_cast<double>(logits[i]);
             if (key > best.threshold()) best.insert(key, i);
@@ -91,17 +97,17 @@ SEQUOIA_INLINE void best_keys(const Real* logits, std::int64_t vocab, Real tempe
             scaled[i] = quotient * (quotient < 0 ? 1 - ROUNDING : 1 + ROUNDING);
             bounds[i] = scaled[i] + static_cast<Real>(LARGEST_GUMBEL);
         }
-        if (!any_above(bounds, best.threshold())) continue;
+        if (!any_above(bounds, rounded_threshold<Real>(best))) continue;
 
         std::uint32_t words[STRETCH];
         stretch_words(stream.seed, stream.offset, DRAFT_TAG, first, words);
         for (std::int64_t i = 0; i < STRETCH; ++i) {
             bounds[i] = scaled[i] + static_cast<Real>(gumbel_upper_bound(words[i]));
         }
-        if (!any_above(bounds, best.threshold())) continue;
+        if (!any_above(bounds, rounded_threshold<Real>(best))) continue;
 
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            if (!(bounds[i] > static_cast<Real>(best.threshold()))) continue;
+            if (!(bounds[i] > rounded_threshold<Real>(best))) continue;
             const double key = static_cast<double>(logits[first + i]) / static_cast<double>(temperature) +
                                static_cast<double>(gumbel(words[i]));
             if (key > best.threshold()) best.insert(key, first + i);

@@ -71,6 +71,15 @@ def test_small_temperatures_leave_the_noise_as_it_is(backend, dtype):
     assert torch.equal(backend(logits, 9, temperature, seeds, offsets).tokens, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_beyond_float32_keep_their_order(backend, dtype):
+    logits = torch.full((1, 200), -3e38)
+    logits[0, [3, 70, 150]] = torch.tensor([1e38, 3e38, 2e38])
+    for num_samples in (1, 2, 4):
+        tokens = backend(logits.to(dtype), num_samples, 1e-5, 0, 0).tokens
+        assert tokens.tolist() == [[70, 150, 3, -1][:num_samples]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_log_normaliser_is_the_log_sum_exp(backend, dtype):
     logits = _random_logits(4, 97, dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import os
 import random
@@ -164,8 +165,9 @@ with tempfile.TemporaryDirectory() as folder:
     write_text(path, "old")
     os.chmod(path, 0o444)
     os.mkdir(os.path.join(folder, "closed"), 0o555)
+    os.mkfifo(os.path.join(folder, "pipe"), 0o444)
     for call in (check_writable, lambda path: write_text(path, "new")):
-        for refused in (path, os.path.join(folder, "closed", "file")):
+        for refused in (path, os.path.join(folder, "closed", "file"), os.path.join(folder, "pipe")):
             try:
                 call(refused)
             except PermissionError as error:
@@ -173,7 +175,7 @@ with tempfile.TemporaryDirectory() as folder:
             else:
                 raise AssertionError(refused)
     assert open(path).read() == "old"
-    assert sorted(os.listdir(folder)) == ["closed", "file"]
+    assert sorted(os.listdir(folder)) == ["closed", "file", "pipe"]
 """
 
 
@@ -193,6 +195,23 @@ def test_a_failure_names_the_file_and_leaves_it(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_that_is_mounted_by_itself_is_written_to(tmp_path, monkeypatch):
+    """Nothing can take its place. Only root can mount, so what the system says then is said here."""
+    path = tmp_path / "file"
+
+    def replace(source, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), source, None, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="busy") as refusal:
+        write_text(path, "new")
+    assert refusal.value.filename == str(path)
+    path.write_text("old, and longer")
+    before = path.stat().st_ino
+    write_text(path, "new")
+    assert (path.read_text(), path.stat().st_ino, os.listdir(tmp_path)) == ("new", before, ["file"])
 
 
 @pytest.mark.parametrize("event", ["line", "opcode"])

@@ -213,7 +213,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
     A regular file appears, or is replaced, at once: readers see the old content or the new one, and of several writers
     one wins. It keeps its mode and, where the system allows it, its owner and group; a name that links to it goes on
-    doing so. A device, a pipe, or a file that is this process's own output is written to and not replaced.
+    doing so. A device, a pipe, a file that is mounted by itself (as into a container), or one that is this process's
+    own output is written to and not replaced.
 
     Args:
         path: file to write; links are followed.
@@ -232,7 +233,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
-        os.replace(name, os.path.realpath(path))
+        try:
+            os.replace(name, os.path.realpath(path))
+        except OSError as error:
+            if error.errno != errno.EBUSY or present is None:
+                raise
+            path.write_bytes(data)  # a mount, whose place nothing takes
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -244,6 +250,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             os.close(descriptor)
     elif stat.S_ISDIR(present.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    elif not _is_own_output(present) and not os.access(
+        path, os.W_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -260,9 +270,13 @@ def _is_output(descriptor: int, present: os.stat_result) -> bool:
         return False
 
 
+def _is_own_output(present: os.stat_result) -> bool:
+    return any(_is_output(descriptor, present) for descriptor in (1, 2))
+
+
 def _is_replaced(present: os.stat_result) -> bool:
     """Tell whether a new file takes the place of this one: a regular one that nothing is being printed to."""
-    return stat.S_ISREG(present.st_mode) and not any(_is_output(descriptor, present) for descriptor in (1, 2))
+    return stat.S_ISREG(present.st_mode) and not _is_own_output(present)
 
 
 def _open_through(path: Path, present: os.stat_result) -> Any:

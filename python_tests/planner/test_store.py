@@ -152,3 +152,10 @@ def test_the_command_lists_and_clears(folder, capsys):
     store.save_evidence(KEY, EVIDENCE)
     assert store.clear_cache() == 1
     assert not folder.exists()
+
+
+def test_names_are_listed_as_they_are(folder, capsys):
+    store.save_evidence({**KEY, "target": "models/[old]/a[/b]", "draft": "of :bug:"}, EVIDENCE)
+    assert cli.main(["cache"]) == 0
+    shown = capsys.readouterr().out
+    assert "models/[old]/a[/b]" in shown and "of :bug:" in shown

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         if folder is None:
             terminal.out.print("nothing is kept on disk: SEQUOIA_CACHE is off")
             return
-        terminal.out.print(str(folder), markup=False)
+        terminal.out.print(str(folder))
         if args.clear:
             terminal.out.print(f"deleted {cleared} files")
             return

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     assert plan is not None
 
     def show() -> None:
-        terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
+        terminal.out.print(plan.tree.draw(plan.acceptance))
         table = Table(title=f"predicted from the acceptance on {len(timed)} prompts, and measured on the same ones")
         for column in ("T", "tree", "", "tokens/step", "ms/step", "plain ms", "tokens/s", "speedup"):
             table.add_column(column, justify="right")
@@ -103,7 +103,7 @@ def _demo_row(
     common = sampling | {"max_new_tokens": args.new_tokens, "eos_token_id": ()}
     if not terminal.as_json:
         terminal.out.rule(f"temperature {sampling['temperature']:g}")
-        terminal.out.print(plan.describe(), markup=False)
+        terminal.out.print(plan.describe())
         terminal.out.rule("the target's text, generated with the tree")
         generate(pair.target, pair.draft, prompts[0], tree=plan, streamer=text_streamer(pair.tokenizer), **common)
         terminal.out.rule()

@@ -99,8 +99,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         plan.tree.save_svg(args.svg, plan.acceptance)
 
     def show() -> None:
-        terminal.out.print(plan.describe(), markup=False)
-        terminal.out.print(plan.tree.draw(plan.acceptance), markup=False)
+        terminal.out.print(plan.describe())
+        terminal.out.print(plan.tree.draw(plan.acceptance))
 
     terminal.result(json.loads(plan.to_json()), show)
     return 0

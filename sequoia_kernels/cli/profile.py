@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         profile.save(args.out)
 
     def show() -> None:
-        terminal.out.print(str(profile.device), markup=False)
+        terminal.out.print(str(profile.device))
         for key in profile.models:
             forwards = profile.forward_table(key, args.batch_size)
             table = Table(title=f"{key}: forward, ms")

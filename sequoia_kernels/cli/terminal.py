@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from rich.table import Table
 
 __all__ = ["BadUsage", "Terminal"]
 
+# Texts from files, folders and errors are shown as they are, whatever brackets and colons they hold.
+_plain_console = functools.partial(Console, highlight=False, markup=False, emoji=False)
+
 
 class BadUsage(Exception):
     """Arguments that do not go together; shown without a traceback, exit status 2."""
@@ -24,8 +28,8 @@ class Terminal:
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, quiet=quiet)
+        self.out = _plain_console(soft_wrap=True)
+        self.err = _plain_console(stderr=True, quiet=quiet)
 
     def result(self, document: dict[str, Any], show: Callable[[], None]) -> None:
         """Print the JSON document with --json, else show it for people."""
@@ -36,17 +40,17 @@ class Terminal:
 
     def problem(self, text: str) -> None:
         """Say why the command failed, quiet or not."""
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="bold red", markup=False)
+        _plain_console(stderr=True, soft_wrap=True).print(text, style="bold red")
 
     def note(self, text: str) -> None:
         """Say something that is not a result."""
-        self.err.print(text, style="dim", markup=False)
+        self.err.print(text, style="dim")
 
     def table(self, table: Table) -> None:
         """Show a table: in a terminal folded to its width, but within no word; elsewhere as wide as it is."""
         measured = self.out.measure(table, options=self.out.options.update(width=100_000))
         width = max(self.out.width, measured.minimum) if self.out.is_terminal else measured.maximum
-        Console(highlight=False, width=width).print(table)
+        _plain_console(width=width).print(table)
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
@@ -57,7 +61,7 @@ class Terminal:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[what]}", style="dim"),
+            TextColumn("{task.fields[what]}", style="dim", markup=False),
         )
         with Progress(*columns, console=self.err, transient=False) as bar:
             task = bar.add_task(label, total=None, what="")

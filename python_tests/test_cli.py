@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from support.processes import run_process
+from support.synthetic_profile import synthetic_profile
 from support.tiny_models import noisy_copy, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -271,6 +273,19 @@ def test_every_command_explains_itself(capsys):
             cli.main([command, "--help"])
         assert stop.value.code == 0
         assert "--json" in capsys.readouterr().out
+
+
+def test_standard_output_may_lack_characters_or_be_closed(tmp_path, monkeypatch):
+    profile, acceptance = tmp_path / "profile.json", tmp_path / "acceptance.json"
+    synthetic_profile().save(profile)
+    estimate_acceptance(([200, 80], [120, 20])).save(acceptance)
+    command = ["plan", "--acceptance", str(acceptance), "--profile", str(profile), "--any-device"]
+    for as_json in ([], ["--json"]):
+        file = io.BytesIO()
+        for stdout in (io.TextIOWrapper(file, encoding="ascii", write_through=True), None):
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert cli.main(command + as_json) == 0
+        assert (b"tree-plan" if as_json else b"rank 1") in file.getvalue()
 
 
 def test_the_package_runs_as_a_module():

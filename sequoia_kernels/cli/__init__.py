@@ -7,6 +7,7 @@ Results go to standard output, progress and logs to standard error, so that `--j
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -25,6 +26,8 @@ COMMANDS = (demo, generate, acceptance, profile, plan, cache, doctor)  # in the 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # what it has no characters for must not end the work
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, stream=sys.stderr, format="%(message)s"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +33,7 @@ class Terminal:
     def result(self, document: dict[str, Any], show: Callable[[], None]) -> None:
         """Print the JSON document with --json, else show it for people."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            self.out.file.write(json.dumps(document, indent=2) + "\n")  # nowhere if standard output is closed
         else:
             show()
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.models.attention import find_context, store_rows
+from sequoia_kernels.models.cache import find_context, store_rows
 from sequoia_kernels.planner import ModelFingerprint
 
 __all__ = ["skeleton"]

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.attention import ATTENTION_NAME, CONTEXT_KWARG, StepContext
-from sequoia_kernels.models.cache import ForwardCache, LayerSpec, TreeCache
+from sequoia_kernels.models.attention import ATTENTION_NAME
+from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
     PROVEN_FAMILIES,
@@ -286,7 +286,7 @@ class TreeModel:
     def with_attention(self, name: str) -> TreeModel:
         """Give the same model with another attention function, registered with transformers, in its forwards.
 
-        The function must store the new rows and count its calls, as `models.attention.store_rows` does.
+        The function must store the new rows and count its calls, as `models.cache.store_rows` does.
         """
         return TreeModel(self.model, self._plan, self.compile_mode, name)
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sequoia_kernels.models.attention import find_context, missing_context
-from sequoia_kernels.models.cache import LayerSpec
+from sequoia_kernels.models.cache import LayerSpec, find_context, missing_context
 
 __all__ = ["PROBE_NAME", "AttentionProbe", "LayerCall"]
 

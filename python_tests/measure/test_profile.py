@@ -10,6 +10,8 @@ from support.tiny_models import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels.measure import calls, measure_profile
+from sequoia_kernels.measure import profile as profile_module
+from sequoia_kernels.measure.timing import Timing
 from sequoia_kernels.models import adapt, load_offloaded
 from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
 
@@ -181,6 +183,22 @@ def test_progress_is_reported_to_the_end(target):
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+
+
+def test_in_a_quick_profile_more_rows_do_not_take_less_time(target, draft, monkeypatch):
+    noisy = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+
+    def timed(calls, device, **options):
+        times = {key: next(noisy) if key[:2] == ("forward", "target") else 1.0 for key in calls}
+        return {key: Timing(time, time, time, time, 1) for key, time in times.items()}
+
+    monkeypatch.setattr(profile_module, "time_calls", timed)
+    options = {"context_lens": [8], "node_counts": [1, 2, 3, 4, 5, 6], **FAST}
+    profile = measure_profile(target, draft, quick=True, **options)
+    assert profile.forward_table(profile.target_key).p50_ms == ((2.0, 2.0, 2.0, 4.5, 4.5, 6.0),)
+    noisy = iter([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    profile = measure_profile(target, draft, **options)
+    assert profile.forward_table(profile.target_key).p50_ms == ((3.0, 1.0, 2.0, 5.0, 4.0, 6.0),)
 
 
 @pytest.mark.parametrize(

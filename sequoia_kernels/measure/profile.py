@@ -77,7 +77,8 @@ def measure_profile(
         seconds: time to spend on timing, roughly; 40 when None (9 if quick). It takes longer where `min_repeats` do.
         min_repeats: times that every call is timed at least; 5 when None, 2 for a target that streams its weights.
         max_repeats: times that every call is timed at most.
-        quick: take the smaller defaults.
+        quick: take the smaller defaults. Where then a forward over more rows seems to take less time than one over
+            fewer, that is taken for noise, and the two are averaged.
         bandwidth: measure the memory's bandwidth too (half a second).
         progress: called now and then with (done, total, what is being done).
         seed: of the order of the calls.
@@ -305,6 +306,7 @@ class _Plan:
         settings: dict[str, Any],
     ) -> HardwareProfile:
         """Put the times into a profile."""
+        smooth = _not_falling if settings["quick"] else tuple
         for role in self.roles:
             table = [
                 [times["forward", role, context_len, count] for count in self.counts[role]]
@@ -316,9 +318,9 @@ class _Plan:
                     batch_size=self.batch_size,
                     context_lens=tuple(self.context_lens),
                     node_counts=tuple(self.counts[role]),
-                    p20_ms=tuple(tuple(time.p20_ms for time in row) for row in table),
-                    p50_ms=tuple(tuple(time.p50_ms for time in row) for row in table),
-                    p80_ms=tuple(tuple(time.p80_ms for time in row) for row in table),
+                    p20_ms=tuple(smooth([time.p20_ms for time in row]) for row in table),
+                    p50_ms=tuple(smooth([time.p50_ms for time in row]) for row in table),
+                    p80_ms=tuple(smooth([time.p80_ms for time in row]) for row in table),
                     repeats=table[0][0].repeats,
                 ),
             )
@@ -336,6 +338,17 @@ class _Plan:
         profile = profile.with_slowdowns(dict.fromkeys(sorted(names), slowdown))
         keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}
         return profile.with_measurement(keys["target"], keys.get("draft"), bandwidth, settings)
+
+
+def _not_falling(times: Sequence[float]) -> tuple[float, ...]:
+    """Average times that fall with those before them (isotonic regression): more rows do not take less."""
+    groups: list[tuple[float, int]] = []  # mean, count
+    for time in times:
+        groups.append((time, 1))
+        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
+            (mean, count), (other, more) = groups[-2:]
+            groups[-2:] = [((count * mean + more * other) / (count + more), count + more)]
+    return tuple(mean for mean, count in groups for _ in range(count))
 
 
 def _key(op: str, **parameters: float) -> tuple[Any, ...]:

@@ -62,8 +62,8 @@ _SPAN_TILES = 16
 _PROGRAMS_PER_SM = 3.5
 """programs of 8 warps that a multiprocessor should get before chunks become longer than a tile"""
 _MOST_TAKEN = 128
-# warps of the drawing program for so many groups of a round, up to the next power of 2
-_DRAW_WARPS = {16: 8, 128: 16}
+_DRAW_WARPS = 8
+"""warps of a drawing program; with 16 the float64 keys of 128 groups do not fit a thread's registers"""
 
 INTERPRETED = tl.constexpr(triton_device.INTERPRETED)
 DRAFT_TAG = triton_streams.DRAFT_TAG
@@ -409,7 +409,6 @@ class LaunchConfig(NamedTuple):
     num_taken: int
     """groups whose tokens get exact keys in a round"""
     num_warps: int
-    draw_warps: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -421,7 +420,6 @@ def _launch_config(num_rows: int, vocab: int, num_samples: int, traits: triton_d
         tiles //= 2
     num_groups = triton.cdiv(vocab, 4 * lanes * _SPAN_TILES) * lanes
     num_taken = min(num_groups, num_samples + num_samples // 4 + 2, _MOST_TAKEN)
-    group_slots = triton.next_power_of_2(num_taken)
     return LaunchConfig(
         lanes,
         tiles,
@@ -429,7 +427,6 @@ def _launch_config(num_rows: int, vocab: int, num_samples: int, traits: triton_d
         num_groups,
         num_taken,
         num_warps=max(1, lanes // _LANES_PER_WARP),
-        draw_warps=next(warps for slots, warps in _DRAW_WARPS.items() if slots >= group_slots),
     )
 
 
@@ -496,8 +493,8 @@ def run(
             BLOCK_CHUNKS=triton.next_power_of_2(config.num_chunks),
             GROUP_SLOTS=triton.next_power_of_2(config.num_taken),
             SAMPLE_SLOTS=triton.next_power_of_2(num_samples),
-            num_warps=config.draw_warps,
-            maxnreg=triton_device.most_registers(config.draw_warps),
+            num_warps=_DRAW_WARPS,
+            maxnreg=triton_device.most_registers(_DRAW_WARPS),
             enable_fp_fusion=False,  # keys are to equal the reference's
         )  # fmt: skip
     return tokens, log_normaliser

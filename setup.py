@@ -3,7 +3,7 @@
 Environment:
     SEQUOIA_CUDA        0, 1 or auto (default): build `sequoia_kernels._cuda` never, always, or where nvcc works.
     SEQUOIA_CUDA_ARCHS  architectures in CMake's notation, separated by spaces, commas or semicolons.
-    SEQUOIA_SANITIZE    1: build `sequoia_kernels._host` with sanitizers; see python_tests/sanitize.py.
+    SEQUOIA_SANITIZE    1: build `sequoia_kernels._host` with sanitizers; see python_tests/sanitize_host.py.
     CXX, CUDACXX        compilers, as CMake reads them.
     CMAKE_BUILD_PARALLEL_LEVEL  number of parallel compile jobs.
 

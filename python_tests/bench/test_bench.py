@@ -454,7 +454,7 @@ def test_the_loop_and_its_steps_alone_work_on_caches_of_one_size(monkeypatch):
 
     def noted(self, *arguments, **options):
         plain(self, *arguments, **options)
-        rows.append(self.target_cache.max_cache_len)
+        rows.append(self.eager.target_cache.max_cache_len)
 
     monkeypatch.setattr(engines.DecodingEngine, "__init__", noted)
     results = loop.measure(CPU, steps=60, rounds=1)

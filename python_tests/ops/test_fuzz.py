@@ -1,8 +1,8 @@
 """Calls of every op with sizes and values that make no sense: refused in words or answered, and never a crash.
 
 Sizes of 0, wrong counts, negative numbers, the ends of the integer types, empty lists, strides of 0. Whatever arrives,
-a backend answers like the reference or refuses with its words. `python_tests/sanitize.py` runs this file, among others,
-on C++ built with sanitizers, which see a stray read that does no harm.
+a backend answers like the reference or refuses with its words. `python_tests/sanitize_host.py` runs this file, among
+others, on C++ built with sanitizers, which see a stray read that does no harm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pytest plugin: `sequoia_kernels._host` is the module that $SEQUOIA_SANITIZED_HOST names. See sanitize.py."""
+"""A pytest plugin: `sequoia_kernels._host` is the module that $SEQUOIA_SANITIZED_HOST names. See sanitize_host.py."""
 
 import importlib.util
 import os

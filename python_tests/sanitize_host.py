@@ -1,6 +1,6 @@
 """Run the ops' tests on the C++ module built with address and undefined-behaviour sanitizers.
 
-    python python_tests/sanitize.py [pytest arguments]
+    python python_tests/sanitize_host.py [pytest arguments]
 
 Builds ``sequoia_kernels._host`` with ``SEQUOIA_SANITIZE=1`` into ``build/`` beside the installed one, which stays as it
 is, and runs the tests of the "host" backend against it, with all of torch's and NumPy's memory under the address
@@ -30,7 +30,9 @@ def runtime(compiler: list[str], name: str) -> str:
         [*compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True, timeout=60
     ).stdout.strip()
     if not os.path.isabs(found):
-        raise SystemExit(f"sanitize.py: {shlex.join(compiler)} has no {name}; install it, or set CXX to a gcc that has")
+        raise SystemExit(
+            f"sanitize_host.py: {shlex.join(compiler)} has no {name}; install it, or set CXX to a gcc that has"
+        )
     return os.path.realpath(found)
 
 

@@ -55,7 +55,7 @@ logger = logging.getLogger("sequoia_kernels")
 
 SMALLEST_CONTEXT, CONTEXT_STEP = 128, 4  # times are measured behind 128, 512, 2048, ... tokens, whichever is nearest
 # What timing forwards and ops may take, whichever is more. The loop's overhead and the plan come on top: 3 s in all.
-LEAST_SECONDS, SHARE_OF_CALL = 2.4, 0.05
+LEAST_SECONDS, SHARE_OF_CALL = 1.8, 0.05
 EXPLORED_TOKENS = 64  # calls of fewer tokens do not try out what looks slower than plain decoding
 LEAST_TREE_ROWS = 8  # rows behind the longest request that a tree is worth looking for
 LEAST_LEVELS, VISITS_PER_LEVEL = 8, 2.0  # a tree may grow a level for so many visits beyond these

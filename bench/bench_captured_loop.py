@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from workloads import step_tree
 
 from sequoia_kernels import TokenTree, generate
-from sequoia_kernels.decoding import DecodingEngine
+from sequoia_kernels.decoding import DecodingEngine, DecodingStep
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.models import TreeModel, adapt
@@ -99,7 +99,7 @@ def device_ms(
     """Milliseconds of a step when the host launches `steps` of them and reads nothing."""
     device = target.device
     state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
-    engine = DecodingEngine(target, draft, state, capacity)
+    engine = DecodingEngine(DecodingStep(target, draft, state, capacity))
     lens = torch.tensor([prompt.shape[1]], dtype=torch.int32, device=device)
     engine.eager.prefill(prompt, lens)
     engine.step(tree)  # captures

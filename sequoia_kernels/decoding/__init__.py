@@ -4,10 +4,12 @@ from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
 from sequoia_kernels.decoding.generation import GenerateOutput, generate
 from sequoia_kernels.decoding.overhead import PROBE_TREE, measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
+from sequoia_kernels.decoding.step import DecodingStep
 
 __all__ = [
     "PROBE_TREE",
     "DecodingEngine",
+    "DecodingStep",
     "GenerateOutput",
     "GenerateStats",
     "generate",

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -34,35 +33,16 @@ class DecodingEngine:
     """Steps of one batch: on CUDA captured once a tree and replayed, elsewhere run as they are.
 
     Args:
-        target: the target.
-        draft: the draft; None decodes one token a step.
-        state: the batch's state.
-        max_cache_len: rows of the caches.
-        backend: backend of the ops.
-        clock: adds up the times of the stages.
+        eager: the step as it is, with the models, caches and state.
         cuda_graphs: whether steps are captured.
-        draft_cache_len: rows of the draft's cache, where it has lengths of its own in the state.
 
     Attributes:
-        eager: the step as it is, with the models, caches and state.
         key: what its buffers and graphs depend on, where it may be kept for later batches.
     """
 
-    def __init__(
-        self,
-        target: TreeModel,
-        draft: TreeModel | None,
-        state: DecodingState,
-        max_cache_len: int,
-        *,
-        backend: str = "auto",
-        clock: StageClock | None = None,
-        cuda_graphs: bool = True,
-        draft_cache_len: int | None = None,
-    ) -> None:
-        self.eager = DecodingStep(
-            target, draft, state, max_cache_len, draft_cache_len=draft_cache_len, backend=backend, clock=clock
-        )
+    def __init__(self, eager: DecodingStep, cuda_graphs: bool = True) -> None:
+        self.eager = eager
+        target, draft, state = eager.target, eager.draft, eager.state
         self.key: _Key | None = None
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
@@ -249,10 +229,11 @@ def borrow_engine(
     static = captures or any(model is not None and model.compile_mode for model in (target, draft))
     rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
     draft_rows = cache_bucket(draft_cache_len, None) if static and draft_cache_len is not None else draft_cache_len
-    make = partial(
-        DecodingEngine, target, draft, state, rows,
-        backend=backend, clock=clock, cuda_graphs=cuda_graphs, draft_cache_len=draft_rows,
-    )  # fmt: skip
+
+    def make() -> DecodingEngine:
+        eager = DecodingStep(target, draft, state, rows, draft_cache_len=draft_rows, backend=backend, clock=clock)
+        return DecodingEngine(eager, cuda_graphs)
+
     if not captures:
         return make()
     key = _key(target, draft, state, rows, draft_rows, backend)

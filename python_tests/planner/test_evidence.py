@@ -243,5 +243,5 @@ def test_the_ladder_narrows_as_evidence_grows(profile):
     nothing, much = AcceptanceEvidence(), AcceptanceEvidence()
     for _ in range(40):
         much = much.with_run([60, 24, 18], [36, 6, 3])
-    assert shifts(much)[0] < 0.65 < 0.8 < shifts(nothing)[0]
+    assert shifts(much)[0] < 0.65 < 0.85 < shifts(nothing)[0]
     assert shifts(much)[1] <= shifts(nothing)[1]

@@ -409,8 +409,8 @@ def tree_attention_kernel(
         other=0,
     )
     # Up to the highest bit: the slots behind it may lie on pages that do not exist.
-    word_ends = word_ids * 32 + _bit_length(tl.reduce(words, 0, _bitwise_or).to(tl.uint32, bitcast=True))
-    tree_end = tl.max(tl.where(word_ends > word_ids * 32, word_ends, 0), 0)
+    word_ends = word_ids[None, :] * 32 + _bit_length(words.to(tl.uint32, bitcast=True))
+    tree_end = tl.max(tl.max(tl.where(words != 0, word_ends, 0), 1), 0)
     end_slot = tl.minimum(cache_len + tree_end, max_slots)
     num_tiles = tl.cdiv(end_slot, BLOCK_SLOTS)
     first_tile = 0

@@ -33,12 +33,14 @@ class GenerationArguments:
     """Arguments of `generate` after their checks; lists have one entry for each request.
 
     Attributes:
+        input_ids: prompts as given, which a streamer takes first. [B, L].
         prompts: prompts without padding on the left, zeros on the right. [B, longest] int64.
         prompt_lens: tokens of each prompt. [B]
         max_cache_len: tokens that a request may commit, prompt included: the caller's limit or the target's positions,
             None without one.
     """
 
+    input_ids: torch.Tensor
     prompts: torch.Tensor
     prompt_lens: list[int]
     max_new_tokens: int
@@ -157,6 +159,7 @@ def check_arguments(
     pad = _pad_token_id(target, pad_token_id, eos_token_ids)
     warn_of_ignored_settings(target.model, temperatures, top_k, top_p, strings)
     arguments = GenerationArguments(
+        input_ids=input_ids,
         prompts=prompts,
         prompt_lens=prompt_lens,
         max_new_tokens=int(max_new_tokens),

@@ -147,8 +147,6 @@ def generate(
         tree = tree.follow()
     elif isinstance(tree, TreePlan):
         tree = tree.tree
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
     requests, stats = decode(target, draft, tree, arguments)
     stats.seconds = time.perf_counter() - started
     if learn is not None:

@@ -87,6 +87,8 @@ def decode(
         draft_cache_len=None if context is None else context.positions + room,
     )  # fmt: skip
     loop = DecodingLoop(engine, arguments, context, lag)
+    if arguments.streamer is not None:
+        arguments.streamer.put(arguments.input_ids.cpu())
     first_tokens = engine.eager.prefill(
         arguments.prompts.to(device),
         torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device),

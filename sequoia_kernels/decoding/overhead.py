@@ -71,9 +71,9 @@ def measure_overhead(
         generator = torch.Generator().manual_seed(run)
         prompts = torch.randint(0, target.num_embeddings, (batch_size, context_len), generator=generator)
         arguments = GenerationArguments(
-            prompts, [context_len] * batch_size, num_tokens, temperature=[1.0] * batch_size, top_k=None, top_p=None,
-            eos_token_ids=frozenset(), pad_token_id=0, seeds=request_seeds(run, batch_size),
-            max_cache_len=target.max_positions,
+            prompts, prompts, [context_len] * batch_size, num_tokens,
+            temperature=[1.0] * batch_size, top_k=None, top_p=None, eos_token_ids=frozenset(), pad_token_id=0,
+            seeds=request_seeds(run, batch_size), max_cache_len=target.max_positions,
         )  # fmt: skip
         stats = decode(target, draft, tree, arguments).stats
         assert stats.tree is not None

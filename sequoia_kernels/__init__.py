@@ -4,8 +4,8 @@ The public names live here; everything behind them is imported on first use, so 
 and a program that only plans trees never loads a model library.
 
 Trees and planning:
-    TokenTree, optimal_tree, optimal_values, estimate_acceptance, AcceptanceEstimate, HardwareProfile, measure_profile,
-    plan_tree, TreePlan
+    TokenTree, Topology, optimal_tree, optimal_values, estimate_acceptance, AcceptanceEstimate, HardwareProfile,
+    measure_profile, plan_tree, TreePlan
 Generation with Hugging Face models:
     generate, GenerateOutput, GenerateStats, adapt, load_offloaded
 The five ops, for an own decoding loop:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         plan_adaptive,
         plan_tree,
     )
-    from sequoia_kernels.tree import TokenTree
+    from sequoia_kernels.tree import TokenTree, Topology
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "HardwareProfile",
     "ProfileError",
     "TokenTree",
+    "Topology",
     "TreeFormatError",
     "TreePlan",
     "UnsupportedModelError",
@@ -98,7 +99,7 @@ _ROOMS = {
         "plan_adaptive",
         "plan_tree",
     ],
-    "tree": ["TokenTree"],
+    "tree": ["TokenTree", "Topology"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -1,6 +1,18 @@
-"""Token trees: topology, packed ancestor masks, values, files and drawings."""
+"""Token trees: topology, packed ancestor masks, values, files and drawings; verification rules by name."""
 
 from sequoia_kernels.tree.acceptance_vector import check_acceptance
-from sequoia_kernels.tree.token_tree import MAX_NODES, TokenTree, TreeTensors
+from sequoia_kernels.tree.rules import DEFAULT_RULE, VerificationRule, register_rule, rule_named, rule_names
+from sequoia_kernels.tree.token_tree import MAX_NODES, TokenTree
+from sequoia_kernels.tree.topology import Topology
 
-__all__ = ["MAX_NODES", "TokenTree", "TreeTensors", "check_acceptance"]
+__all__ = [
+    "DEFAULT_RULE",
+    "MAX_NODES",
+    "TokenTree",
+    "Topology",
+    "VerificationRule",
+    "check_acceptance",
+    "register_rule",
+    "rule_named",
+    "rule_names",
+]

@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice, pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from sequoia_kernels.documents import Fields, Format, is_count, write_bytes, wri
 from sequoia_kernels.errors import TreeFormatError
 from sequoia_kernels.tree import drawing, growmap
 from sequoia_kernels.tree.acceptance_vector import check_acceptance
+from sequoia_kernels.tree.topology import Topology
 
-__all__ = ["MAX_NODES", "TokenTree", "TreeTensors"]
+__all__ = ["MAX_NODES", "TokenTree"]
 
 # The ops take up to 1024 nodes; planning and drawing may look further.
 MAX_NODES = 65536
@@ -29,27 +30,6 @@ FORMAT = Format(
     hint="; TokenTree.from_growmap tells how to import a .pt grow map",
 )
 FIELDS = ("format", "version", "parents")
-
-
-class TreeTensors(NamedTuple):
-    """A tree's topology as tensors on one device. Shared by all users of the tree: never write to them.
-
-    Attributes:
-        parents: parent of each node, -1 for the root. [nodes], int32.
-        depths: edges between the root and each node. [nodes], int32.
-        ranks: place of each node among its siblings, from 0; 0 for the root. [nodes], int32.
-        first_child: first child of each node, -1 for leaves. [nodes], int32.
-        num_children: number of children of each node. [nodes], int32.
-        ancestor_mask: bit j % 32 of word j // 32 in row i is set iff node j is i or an ancestor of i.
-            [nodes, ceil(nodes / 32)], int32.
-    """
-
-    parents: torch.Tensor
-    depths: torch.Tensor
-    ranks: torch.Tensor
-    first_child: torch.Tensor
-    num_children: torch.Tensor
-    ancestor_mask: torch.Tensor
 
 
 class TokenTree:
@@ -95,7 +75,7 @@ class TokenTree:
     _level_starts: tuple[int, ...]
     _hash: int
     _mask: torch.Tensor | None
-    _device_tensors: dict[torch.device, TreeTensors]
+    _device_tensors: dict[torch.device, Topology]
 
     def __init__(self, parents: Iterable[int]) -> None:
         checked = _check_parents(parents)
@@ -239,14 +219,14 @@ class TokenTree:
         """
         return self._cpu_mask().clone()
 
-    def tensors(self, device: torch.device | str = "cpu") -> TreeTensors:
+    def tensors(self, device: torch.device | str = "cpu") -> Topology:
         """Return the topology as tensors on a device.
 
         Args:
             device: where the tensors live.
 
         Returns:
-            TreeTensors, made at the first call for each device and shared by later ones; do not write to them.
+            Topology, made at the first call for each device and shared by later ones; do not write to them.
 
         Notes:
             The first call for a CUDA device copies from the host, so make it before capturing a graph.
@@ -260,13 +240,15 @@ class TokenTree:
         ranks = [self.rank(node) for node in range(self.num_nodes)]
         # The cache outlives the caller's inference mode, in which tensors would be unusable elsewhere.
         with torch.inference_mode(False):
-            made = TreeTensors(
+            made = Topology(
                 parents=torch.tensor(self._parents, dtype=torch.int32).to(device),
                 depths=torch.tensor(self._depths, dtype=torch.int32).to(device),
                 ranks=torch.tensor(ranks, dtype=torch.int32).to(device),
                 first_child=torch.tensor(self._first_child, dtype=torch.int32).to(device),
                 num_children=torch.tensor(self._num_children, dtype=torch.int32).to(device),
                 ancestor_mask=self._cpu_mask().to(device),
+                num_levels=self.num_levels,
+                max_branching=self.max_branching,
             )
         if type(made.ancestor_mask) is torch.Tensor:  # fake tensors of a tracer must not stay behind
             self._device_tensors[device] = made

@@ -47,10 +47,10 @@ import torch
 from clocks import HEADLINE_MODES, MODES, Call, DeviceClock, count_launches, host_samplers, percentiles, take_samples
 from machine import command_line, commit, environment, measure_peaks, pick_device
 
-from sequoia_kernels import backends, ops  # noqa: F401  ops registers the backends
 from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.documents import write_text
 from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.ops import backends
 
 __all__ = ["Case", "OpBench", "Provider", "Settings", "Unavailable", "main", "own_providers", "run_bench"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.models import TreeModel, causal_step
-from sequoia_kernels.warping import warped_probs
+from sequoia_kernels.ops.warping import warped_probs
 
 __all__ = ["Estimate", "Texts", "acceptance_of_texts", "difference", "ratio", "replay", "write_texts"]
 

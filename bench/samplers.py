@@ -22,7 +22,7 @@ from torch import Tensor
 from sequoia_kernels.decoding import step as decoding_step
 from sequoia_kernels.ops import SampledTokens, sample_without_replacement
 from sequoia_kernels.ops.verify_tree.reference import NodeDecisions
-from sequoia_kernels.warping import warped_probs
+from sequoia_kernels.ops.warping import warped_probs
 
 __all__ = ["CUT_DRAFT", "SAMPLERS", "Sampler", "cut_draft"]
 

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from workloads import step_tree, tree_step
 
-from sequoia_kernels import backends, ops
+from sequoia_kernels import ops
 from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.ops import backends
 
 VOCAB = 1009  # prime: no block divides it
 WIDE_VOCAB = 40009  # several chunks a row in every kernel

@@ -22,9 +22,9 @@ from clocks import DeviceClock
 from harness import Case, write_json
 from machine import command_line, commit, environment, pick_device
 
-from sequoia_kernels import triton_device
-from sequoia_kernels.ops.tree_attention import triton_kernel
-from sequoia_kernels.ops.tree_attention.triton_kernel import LaunchConfig
+from sequoia_kernels.ops import triton_device
+from sequoia_kernels.ops.tree_attention import triton_launch
+from sequoia_kernels.ops.tree_attention.triton_launch import LaunchConfig
 
 INPUT_SETS = 4
 REPEATS = 20
@@ -38,7 +38,7 @@ def chosen_config(inputs: Inputs) -> LaunchConfig:
     sizes = (inputs.q.element_size(), inputs.k_cache.element_size())
     traits = triton_device.device_traits(inputs.q.device)
     group = num_heads // num_kv_heads
-    return triton_kernel._launch_config(
+    return triton_launch._launch_config(
         batch_size, num_nodes, num_kv_heads, group, head_dim, value_dim, *sizes, max_slots, False, traits
     )
 
@@ -83,7 +83,7 @@ def run(inputs: Inputs, config: LaunchConfig) -> torch.Tensor:
     """One call with a given configuration."""
     scale = inputs.q.shape[-1] ** -0.5
     nothing = (None, None, None, None, None, None)
-    return triton_kernel.run(*inputs, scale, *nothing, False, None, None, config)[0]
+    return triton_launch.run(*inputs, scale, *nothing, False, None, None, config)[0]
 
 
 def time_config(

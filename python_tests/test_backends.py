@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sequoia_kernels.ops
-from sequoia_kernels import backends
 from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.ops import backends
 
 OP = "test_op"
 OPS = ["compact_kv_cache_", "sample_without_replacement", "tree_attention", "verify_tree", "warped_logsumexp"]
@@ -123,11 +123,11 @@ def run(*inputs):
 
 
 def test_files_of_a_room_are_its_backends_and_load_on_first_use(room):
-    package = room(reference=WORKING, triton_kernel=WORKING, host="raise RuntimeError('imported too early')", op="")
+    package = room(reference=WORKING, triton_launch=WORKING, host="raise RuntimeError('imported too early')", op="")
     assert set(backends.backend_names(OP)) == {"reference", "triton", "host"}
     assert f"{package}.reference" not in sys.modules
     assert chosen("reference") == "reference"
-    assert chosen("triton") == "triton_kernel"
+    assert chosen("triton") == "triton_launch"
     with pytest.raises(RuntimeError, match="imported too early"):
         chosen()
 

@@ -397,7 +397,7 @@ def test_a_model_on_several_devices_is_not_tried(caplog):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(ops.__file__).parent.glob("*/triton_kernel.py")), ids=lambda p: p.parent.name
+    "path", sorted(Path(ops.__file__).parent.glob("*/triton_launch.py")), ids=lambda p: p.parent.name
 )
 def test_triton_launches_on_the_device_of_its_tensors(path):
     """Left alone, Triton launches on the current device."""
@@ -420,7 +420,7 @@ def test_triton_launches_on_the_device_of_its_tensors(path):
 
 
 def test_launching_on_a_device_makes_it_the_current_one(fake_cuda):
-    triton_device = pytest.importorskip("sequoia_kernels.triton_device")
+    triton_device = pytest.importorskip("sequoia_kernels.ops.triton_device")
     for device, index in (("cuda:1", 1), ("cuda:0", 0), ("cpu", 0)):
         with triton_device.launching_on(torch.device(device)):
             assert torch.cuda.current_device() == index

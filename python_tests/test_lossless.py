@@ -25,8 +25,8 @@ from support.toy_models import chain_probs, plain_probs, toy_pair
 from sequoia_kernels import TokenTree
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.verify_tree.reference import NodeDecisions, node_decisions
+from sequoia_kernels.ops.warping import warped_probs
 from sequoia_kernels.rng import DRAFT_TAG
-from sequoia_kernels.warping import warped_probs
 
 KINDS = [
     "unrelated",

@@ -11,7 +11,7 @@
 
 namespace sequoia {
 
-// Codes shared with sequoia_kernels/native.py.
+// Codes shared with sequoia_kernels/ops/host_calls.py.
 enum class ElementType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 std::int64_t element_bytes(ElementType type);

@@ -1,4 +1,4 @@
-// The distribution that decoding must reproduce: temperature, then top-k, then top-p, as in sequoia_kernels/warping.py.
+// The distribution that decoding must reproduce: temperature, then top-k, then top-p, as in sequoia_kernels/ops/warping.py.
 
 #pragma once
 

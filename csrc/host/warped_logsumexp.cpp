@@ -1,4 +1,4 @@
-// warped_logsumexp on the CPU: what describes each row's warped distribution, see sequoia_kernels/warping.py.
+// warped_logsumexp on the CPU: what describes each row's warped distribution, see sequoia_kernels/ops/warping.py.
 //
 // Computes    (log_normaliser, cut) per row: log sum exp(logit / T) over the tokens kept, and the smallest logit kept;
 //             T = 0: the largest logit for both.

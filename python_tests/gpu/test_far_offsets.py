@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sequoia_kernels import TokenTree, backends
+from sequoia_kernels import TokenTree
 from sequoia_kernels.ops import (
+    backends,
     compact_kv_cache_,
     sample_without_replacement,
     tree_attention,

@@ -13,11 +13,11 @@ import torch
 from support.op_scenarios import SCENARIOS, on_device, refill
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, backends, generate, release_engines
+from sequoia_kernels import TokenTree, generate, release_engines
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.errors import BackendUnavailableError
-from sequoia_kernels.ops import sample_without_replacement, verify_tree
+from sequoia_kernels.ops import backends, sample_without_replacement, verify_tree
 
 DEVICE_BACKENDS = ("reference", "sdpa", "triton", "cuda")
 

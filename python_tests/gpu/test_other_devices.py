@@ -7,13 +7,13 @@ import torch
 from support.op_scenarios import SCENARIOS, on_device
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, backends, generate, release_engines
+from sequoia_kernels import TokenTree, generate, release_engines
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.measure import measure_bandwidth, time_calls
 from sequoia_kernels.measure.graphs import captured
-from sequoia_kernels.ops import CacheTable, compact_kv_cache_
+from sequoia_kernels.ops import CacheTable, backends, compact_kv_cache_
 
 pytestmark = [
     pytest.mark.gpu,

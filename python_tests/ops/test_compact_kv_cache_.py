@@ -10,9 +10,8 @@ import torch
 from support.buffers import Unchanged
 from support.op_backends import op_backends
 
-from sequoia_kernels import backends
 from sequoia_kernels.cuda_graphs import capture
-from sequoia_kernels.ops import CacheTable, compact_kv_cache_
+from sequoia_kernels.ops import CacheTable, backends, compact_kv_cache_
 from sequoia_kernels.ops.compact_kv_cache_ import reference as reference_backend
 
 FLOAT8 = torch.float8_e4m3fn

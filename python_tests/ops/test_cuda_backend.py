@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import sequoia_kernels
-from sequoia_kernels import backends, cli
+from sequoia_kernels import cli
+from sequoia_kernels.ops import backends
 
 OP = "compact_kv_cache_"
 MODULE = "sequoia_kernels.ops.compact_kv_cache_.cuda"

@@ -17,7 +17,6 @@ from support.packed_masks import RANDOM, pack, pack_tree, tree_parents, unpack
 from support.tolerances import LOG_NORMALISER, assert_close
 
 from sequoia_kernels import TokenTree, rng
-from sequoia_kernels.native import BOOLEAN, ELEMENT_TYPES
 from sequoia_kernels.ops import (
     CacheTable,
     compact_kv_cache_,
@@ -25,6 +24,7 @@ from sequoia_kernels.ops import (
     verify_tree,
     warped_logsumexp,
 )
+from sequoia_kernels.ops.host_calls import BOOLEAN, ELEMENT_TYPES
 from sequoia_kernels.ops.tree_attention.op import num_tree_slots
 
 _host = pytest.importorskip("sequoia_kernels._host", reason="the C++ module sequoia_kernels._host is not built")

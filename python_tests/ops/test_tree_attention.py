@@ -15,10 +15,9 @@ from support.operators import check_fake_matches_real
 from support.packed_masks import CHAIN, FULL, RANDOM, SHAPES, STAR, pack, pack_tree, tree_parents
 from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
 
-from sequoia_kernels import backends
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.errors import BackendUnavailableError
-from sequoia_kernels.ops import TreeAttentionOutput, tree_attention
+from sequoia_kernels.ops import TreeAttentionOutput, backends, tree_attention
 
 INF = math.inf
 NAN = math.nan

@@ -23,15 +23,15 @@ from support.packed_masks import CHAIN, RANDOM, STAR, pack_tree, tree_parents
 from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
 from support.triton_compile import DEVICES
 
-from sequoia_kernels import TokenTree, triton_device
-from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention
-from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
-from sequoia_kernels.ops.sample_without_replacement import triton_kernel as sampling
-from sequoia_kernels.ops.tree_attention import triton_kernel as attention
-from sequoia_kernels.ops.tree_attention import triton_programs as programs
-from sequoia_kernels.ops.tree_attention.triton_kernel import LaunchConfig, TileShape
-from sequoia_kernels.ops.verify_tree import triton_kernel as verification
-from sequoia_kernels.ops.warped_logsumexp import triton_kernel as warping
+from sequoia_kernels import TokenTree
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention, triton_device
+from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
+from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
+from sequoia_kernels.ops.tree_attention import triton_kernels as programs
+from sequoia_kernels.ops.tree_attention import triton_launch as attention
+from sequoia_kernels.ops.tree_attention.triton_launch import LaunchConfig, TileShape
+from sequoia_kernels.ops.verify_tree import triton_launch as verification
+from sequoia_kernels.ops.warped_logsumexp import triton_launch as warping
 
 H200 = DEVICES[90]
 HALF, SINGLE = 2, 4

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from support.triton_cases import CASES
 from support.triton_compile import DEVICES
 
-from sequoia_kernels import backends
+from sequoia_kernels.ops import backends
 
 TESTS = Path(__file__).resolve().parents[1]
 REPORT = TESTS.parent / "docs" / "triton_resources.json"
@@ -105,13 +105,13 @@ def test_sizes_that_change_from_step_to_step_do_not_compile_anew():
     """A tree of other size, or a longer cache, must meet the kernel that is there: compiling takes seconds."""
     script = """
         import torch
-        from sequoia_kernels.ops.tree_attention import triton_programs
+        from sequoia_kernels.ops.tree_attention import triton_kernels
         from support.triton_cases import attention_case
         from support.triton_compile import compile_case
 
         for num_nodes, num_slots in ((17, 8192), (24, 8200), (31, 9001), (32, 8197)):
             compile_case(attention_case(torch.bfloat16, 64, num_nodes, num_slots=num_slots), 80)
-        for kernel in (triton_programs.tree_attention_kernel, triton_programs.merge_splits_kernel):
+        for kernel in (triton_kernels.tree_attention_kernel, triton_kernels.merge_splits_kernel):
             assert len(kernel.device_caches[80][0]) == 1, kernel.__name__
     """
     run_compiler("-c", textwrap.dedent(script))

@@ -10,7 +10,7 @@ from support.toy_models import TableModel, chain_probs
 
 from sequoia_kernels import TokenTree
 from sequoia_kernels.ops.verify_tree.reference import node_decisions
-from sequoia_kernels.warping import warped_probs
+from sequoia_kernels.ops.warping import warped_probs
 
 __all__ = ["draft_outcomes", "emitted_distribution", "ordered_draws"]
 

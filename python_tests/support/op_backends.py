@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sequoia_kernels.ops
-from sequoia_kernels import backends
 from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.ops import backends
 
 __all__ = ["OpBackend", "op_backends"]
 

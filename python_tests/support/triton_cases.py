@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from support.triton_compile import DEVICES, CompileCase
 
-from sequoia_kernels.ops.compact_kv_cache_ import triton_kernel as compaction
-from sequoia_kernels.ops.sample_without_replacement import triton_kernel as sampling
-from sequoia_kernels.ops.tree_attention import triton_kernel as attention
-from sequoia_kernels.ops.verify_tree import triton_kernel as verification
-from sequoia_kernels.ops.warped_logsumexp import triton_kernel as warping
+from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
+from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
+from sequoia_kernels.ops.tree_attention import triton_launch as attention
+from sequoia_kernels.ops.verify_tree import triton_launch as verification
+from sequoia_kernels.ops.warped_logsumexp import triton_launch as warping
 
 __all__ = ["CASES", "attention_case", "compaction_case", "sampling_case", "verification_case", "warping_case"]
 

@@ -25,7 +25,7 @@ import triton
 from support.processes import run_process
 from triton.backends.compiler import GPUTarget
 
-from sequoia_kernels import triton_device
+from sequoia_kernels.ops import triton_device
 
 __all__ = ["DEVICES", "CompileCase", "Compiled", "compile_case"]
 

@@ -21,8 +21,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     import torch
 
-    from sequoia_kernels import ops  # noqa: F401  registers the backends
-    from sequoia_kernels.backends import backend_report
+    from sequoia_kernels.ops.backends import backend_report
 
     packages = {name: _version_of(name) for name in ("torch", "triton", "transformers", "numpy", "safetensors")}
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sequoia_kernels import _host
-from sequoia_kernels.native import address
+from sequoia_kernels.ops.host_calls import address
 
 from .cache_table import cache_entries
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sequoia_kernels import backends, checks
+from sequoia_kernels import checks
+from sequoia_kernels.ops import backends
 
 from .cache_table import CacheTable, check_caches, max_row_bytes, named, num_slots, sum_of_addresses
 

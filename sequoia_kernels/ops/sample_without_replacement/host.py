@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sequoia_kernels import _host, checks
-from sequoia_kernels.native import ELEMENT_TYPES, writable
-from sequoia_kernels.warping import compute_dtype
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, writable
+from sequoia_kernels.ops.warping import compute_dtype
 
 __all__ = ["CHECKS_VALUES", "run", "supports"]
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sequoia_kernels import backends, checks
-from sequoia_kernels.warping import compute_dtype
+from sequoia_kernels import checks
+from sequoia_kernels.ops import backends
+from sequoia_kernels.ops.warping import compute_dtype
 
 __all__ = ["MAX_SAMPLES", "SampledTokens", "sample_without_replacement"]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from sequoia_kernels.ops.warping import compute_dtype
 from sequoia_kernels.rng import DRAFT_TAG, token_gumbel
-from sequoia_kernels.warping import compute_dtype
 
 __all__ = ["run", "sample_rows", "supports"]
 

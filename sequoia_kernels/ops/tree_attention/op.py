@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sequoia_kernels import backends, checks
+from sequoia_kernels import checks
+from sequoia_kernels.ops import backends
 
 OP = "tree_attention"
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sequoia_kernels.native import ELEMENT_TYPES
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES
 
 from .op import num_tree_slots
 from .reference import visible_slots

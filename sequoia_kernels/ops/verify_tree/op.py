@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sequoia_kernels import backends, checks
+from sequoia_kernels import checks
+from sequoia_kernels.ops import backends
 from sequoia_kernels.tree import TokenTree
 
 __all__ = ["MAX_NODES", "VerifiedPath", "verify_tree"]

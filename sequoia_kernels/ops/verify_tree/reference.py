@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sequoia_kernels.ops.warping import compute_dtype, warped_probs
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
-from sequoia_kernels.warping import compute_dtype, warped_probs
 
 __all__ = ["NodeDecisions", "node_decisions", "run", "supports", "verify_paths"]
 

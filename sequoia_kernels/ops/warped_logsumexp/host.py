@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sequoia_kernels import _host, checks
-from sequoia_kernels.native import ELEMENT_TYPES, address, writable
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, writable
 
 OP = "warped_logsumexp"
 CHECKS_VALUES = True

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sequoia_kernels import backends, checks
+from sequoia_kernels import checks
+from sequoia_kernels.ops import backends
 
 OP = "warped_logsumexp"
 

@@ -8,7 +8,7 @@ Inputs (of ``supports`` and ``run``, in this order):
 Outputs:
     log_normaliser, cut   [R] float32 (float64 for float64 logits)
 
-The definition itself is ``sequoia_kernels.warping``, which verify_tree shares:
+The definition itself is ``sequoia_kernels.ops.warping``, which verify_tree shares:
     top-k   keeps x if fewer than k tokens have a larger logit
     top-p   keeps x if the tokens with a larger logit hold less than top_p of the probability that top-k left
     log_normaliser = log sum over the kept x of exp(logit / T),   cut = the smallest kept logit
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sequoia_kernels.warping import compute_dtype, warped_normaliser
+from sequoia_kernels.ops.warping import compute_dtype, warped_normaliser
 
 
 def supports(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> str | None:

@@ -8,7 +8,7 @@ How a room takes part (``sequoia_kernels/ops/<op>/``):
        backends.define_operator("tree_attention(Tensor q, ..., str backend) -> (Tensor, Tensor)", run=_run, fake=_fake)
 
 2. A backend is a file in the room, and its name follows from the file: ``reference.py`` -> "reference", ``host.py`` ->
-   "host", ``sdpa.py`` -> "sdpa", ``triton_kernel.py`` -> "triton", ``cuda.py`` -> "cuda". Adding the file adds the
+   "host", ``sdpa.py`` -> "sdpa", ``triton_launch.py`` -> "triton", ``cuda.py`` -> "cuda". Adding the file adds the
    backend; nothing else changes. The file is imported at the first call that could use it, never at package import,
    so it imports what it needs at its top: ``import triton`` or ``import sequoia_kernels._host as _host``. If that
    import fails, the backend is unavailable and the failure is its reason; a failing import of anything that is not
@@ -75,7 +75,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 _OTHER_DEVICES = ("sdpa", "reference")
 
 # Backend name -> the file of a room that holds it.
-_MODULES = {"reference": "reference", "host": "host", "sdpa": "sdpa", "triton": "triton_kernel", "cuda": "cuda"}
+_MODULES = {"reference": "reference", "host": "host", "sdpa": "sdpa", "triton": "triton_launch", "cuda": "cuda"}
 
 # Packages and modules that an installation may lack; a failing import of one makes a backend unavailable.
 _OPTIONAL_MODULES = {

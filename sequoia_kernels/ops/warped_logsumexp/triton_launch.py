@@ -2,7 +2,7 @@
 
 Computes
     log_normaliser = log sum of exp(logit / T) over the tokens that top-k and top-p keep, and the smallest logit kept.
-    Inputs and outputs as in reference.py; the search for the cut is `find_cut` of sequoia_kernels/triton_warping.py.
+    Inputs and outputs as in reference.py; the search for the cut is `find_cut` of triton_warping.py.
 
 Parallel plan: what one program owns
     `row_chunks_kernel`, one program for each row and chunk of the vocabulary: its peak, mass and smallest logit.
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sequoia_kernels import triton_device, triton_warping
+from sequoia_kernels.ops import triton_device, triton_warping
 
 __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 

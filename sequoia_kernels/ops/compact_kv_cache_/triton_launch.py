@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sequoia_kernels import triton_device
+from sequoia_kernels.ops import triton_device
 
 from .cache_table import ENTRY_FIELDS, cache_entries, length_bits
 

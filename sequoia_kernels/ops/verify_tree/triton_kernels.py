@@ -1,11 +1,11 @@
-"""The kernels of verify_tree, in the order of their launch. What they compute is told in triton_kernel.py."""
+"""The kernels of verify_tree, in the order of their launch. What they compute is told in triton_launch.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from sequoia_kernels import triton_streams, triton_warping
+from sequoia_kernels.ops import triton_streams, triton_warping
 
 __all__ = [
     "decide_kernel",

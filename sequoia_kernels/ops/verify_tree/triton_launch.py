@@ -1,6 +1,6 @@
 """Decide the accepted paths in Triton: all nodes at once from their logits, then a short walk.
 
-The kernels are in triton_programs.py; here they are configured and launched.
+The kernels are in triton_kernels.py; here they are configured and launched.
 
 Computes
     The accepted path and the next token of each request; the rule, its corners and their reasons are in reference.py.
@@ -57,9 +57,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sequoia_kernels import triton_device, triton_warping
+from sequoia_kernels.ops import triton_device, triton_warping
 
-from .triton_programs import (
+from .triton_kernels import (
     decide_kernel,
     decide_rest_kernel,
     draw_kernel,

@@ -1,4 +1,4 @@
-"""The kernels of tree attention. What they compute and how work is divided is told in triton_kernel.py, which launches.
+"""The kernels of tree attention. What they compute and how work is divided is told in triton_launch.py, which launches.
 
 A tile's scores, softmax and sums are in `_attend_tile`; what rows may see of a tile is in `_tile_visibility`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sequoia_kernels import triton_device
+from sequoia_kernels.ops import triton_device
 
 __all__ = ["merge_splits_kernel", "tree_attention_kernel"]
 

@@ -1,6 +1,6 @@
 """Tree attention in Triton: split-KV flash attention under a packed ancestor mask. Inputs as in reference.py.
 
-The kernels are in triton_programs.py; here they are configured and launched.
+The kernels are in triton_kernels.py; here they are configured and launched.
 
 Computes
     out[b, i, h] = sum over visible slots s of softmax_s(score(q[b, i, h], k[b, s, h // group])) v[b, s, h // group]
@@ -53,9 +53,9 @@ import torch
 import triton
 from torch import Tensor
 
-from sequoia_kernels import triton_device
+from sequoia_kernels.ops import triton_device
 
-from .triton_programs import merge_splits_kernel, tree_attention_kernel
+from .triton_kernels import merge_splits_kernel, tree_attention_kernel
 
 # tuning table --------------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sequoia_kernels import triton_device, triton_streams, triton_warping
+from sequoia_kernels.ops import triton_device, triton_streams, triton_warping
 
 __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 

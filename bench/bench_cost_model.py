@@ -29,7 +29,7 @@ from sequoia_kernels.measure.graphs import captured
 from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
 from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import DeviceFingerprint, HardwareProfile, ModelFingerprint
-from sequoia_kernels.planner.composed import compose_forwards
+from sequoia_kernels.planner.compose import compose_forwards
 from sequoia_kernels.planner.cost_model import MonotoneGrid
 
 NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)

@@ -25,6 +25,7 @@ OPS = [
 # What each room may import. A name with a dot allows that module only; every room may import itself.
 SHARED = {
     "errors",
+    "version",
     "documents",
     "checks",
     "cuda_graphs",
@@ -34,6 +35,7 @@ SHARED = {
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
     "errors": set(),
+    "version": set(),
     "documents": set(),
     "checks": SHARED | {"tree"},
     "guard": set(),
@@ -45,7 +47,7 @@ ALLOWED = {
     "models": SHARED | {"tree", "ops"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.
-    "measure": SHARED | {"tree", "ops", "models", "planner.profile", "planner.search", "planner.composed"},
+    "measure": SHARED | {"tree", "ops", "models", "planner.profile", "planner.search", "planner.compose"},
     "decoding": SHARED | {"tree", "ops", "models", "planner", "measure"},
 }
 # At the top of the house: they may import anything, and only one another may import them.

@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sequoia_kernels.version import __version__
+
 if TYPE_CHECKING:
     from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate, release_engines
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
         plan_tree,
     )
     from sequoia_kernels.tree import TokenTree, Topology
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AcceptanceEstimate",

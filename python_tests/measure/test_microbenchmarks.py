@@ -12,7 +12,7 @@ from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
 from sequoia_kernels.measure.skeleton import skeleton
 from sequoia_kernels.models import causal_step
 from sequoia_kernels.planner import CostModel, HardwareProfile, ModelFingerprint, plan_tree
-from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose
+from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose
 
 ONCE = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1}
 CPU = torch.device("cpu")

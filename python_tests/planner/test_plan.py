@@ -20,8 +20,8 @@ from sequoia_kernels.planner import (
     plan_tree,
 )
 from sequoia_kernels.planner.cost_model import STAGES, StepShape
+from sequoia_kernels.planner.local_search import refine_tree
 from sequoia_kernels.planner.profile import HardwareProfile
-from sequoia_kernels.planner.refine import refine_tree
 from sequoia_kernels.tree import TokenTree
 
 SMALL = [0.508, 0.142, 0.062, 0.036, 0.028, 0.026, 0.020, 0.015]

@@ -14,7 +14,7 @@ from support.trees import parents_lists
 
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.tree.drawing import MAX_TEXT_NODES, make_picture
-from sequoia_kernels.tree.layout import horizontal_positions
+from sequoia_kernels.tree.placement import horizontal_positions
 
 ACCEPTANCE = [0.6, 0.2, 0.1]
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,10 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sequoia_kernels import __version__
 from sequoia_kernels.cli import acceptance, cache, demo, doctor, generate, plan, profile
 from sequoia_kernels.cli.terminal import BadUsage, Terminal
 from sequoia_kernels.documents import check_writable
+from sequoia_kernels.version import __version__
 
 __all__ = ["main"]
 

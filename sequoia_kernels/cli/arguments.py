@@ -143,7 +143,7 @@ def load_tree(path: Path) -> Any:
     """
     from sequoia_kernels import TokenTree, TreePlan
     from sequoia_kernels.planner.plan import FORMAT as PLAN
-    from sequoia_kernels.planner.plan import MAX_OP_NODES
+    from sequoia_kernels.tree import MAX_STEP_ROWS
 
     try:
         text = read_text(path)  # once: it may be a pipe
@@ -152,6 +152,6 @@ def load_tree(path: Path) -> Any:
         tree = TokenTree.from_json(text)
     except ValueError as error:
         raise BadUsage(f"--tree {path} must be a tree or plan file: {error}") from None
-    if tree.num_nodes > MAX_OP_NODES:
-        raise BadUsage(f"--tree {path} must have at most {MAX_OP_NODES} nodes, got {tree.num_nodes}")
+    if tree.num_nodes > MAX_STEP_ROWS:
+        raise BadUsage(f"--tree {path} must have at most {MAX_STEP_ROWS} nodes, got {tree.num_nodes}")
     return tree

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.table import Table
 
-from sequoia_kernels import __version__
 from sequoia_kernels.cli.arguments import add_command, add_models, positive
 from sequoia_kernels.cli.pair import (
     DEMO_PROMPT,
@@ -21,6 +20,7 @@ from sequoia_kernels.cli.pair import (
     text_streamer,
 )
 from sequoia_kernels.cli.terminal import Terminal
+from sequoia_kernels.version import __version__
 
 
 def add(commands: Any) -> None:

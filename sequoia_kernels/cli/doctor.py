@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from sequoia_kernels import __version__
 from sequoia_kernels.cli.arguments import add_command
 from sequoia_kernels.cli.terminal import Terminal
+from sequoia_kernels.version import __version__
 
 
 def add(commands: Any) -> None:

@@ -50,6 +50,7 @@ from sequoia_kernels.planner.store import (
     save_profile,
 )
 from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.version import __version__
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -265,7 +266,7 @@ def _profile_key(target: TreeModel, draft: TreeModel, context_len: int) -> dict[
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "sequoia_kernels": _version(),
+            "sequoia_kernels": __version__,
         },
         "target": ModelFingerprint.of(target).key,
         "draft": ModelFingerprint.of(draft).key,
@@ -284,12 +285,6 @@ def _acceptance_key(target: TreeModel, draft: TreeModel, arguments: GenerationAr
         "draft": f"{ModelFingerprint.of(draft).key}-{_weights_digest(draft)}",
         "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
     }
-
-
-def _version() -> str:
-    from sequoia_kernels import __version__
-
-    return __version__
 
 
 def _modules(model: TreeModel) -> str:

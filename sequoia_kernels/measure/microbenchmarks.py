@@ -2,7 +2,7 @@
 
 Every timed call runs a part several times on different weights or caches, as the layers of a model do: what is timed is
 as cold as it is in a forward. Small models keep their weights in the processor's caches, so linear layers are timed
-over working sets of several sizes. See `planner.composed` for how the times are put together.
+over working sets of several sizes. See `planner.compose` for how the times are put together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sequoia_kernels.models import TreeCache, adapt
 from sequoia_kernels.models.cache import LayerSpec
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.planner import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
-from sequoia_kernels.planner.composed import layer_parts_ms
+from sequoia_kernels.planner.compose import layer_parts_ms
 
 __all__ = ["Microbenchmarks", "measure_microbenchmarks"]
 

@@ -12,7 +12,7 @@ One step, stage by stage (as the decoding loop runs it):
 
 Without speculation a step is target(1) + verify(1) + host.
 
-The forwards of a model that was not measured itself are composed of microbenchmarks, see `composed`; a directly
+The forwards of a model that was not measured itself are composed of microbenchmarks, see `compose`; a directly
 measured forward always replaces a composed one. Where a model is offloaded, its composed forward takes the longer of
 computing and copying.
 
@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sequoia_kernels.documents import is_count, is_number
 from sequoia_kernels.errors import ProfileError
-from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
+from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
 from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
 from sequoia_kernels.tree import MAX_NODES, TokenTree

@@ -2,7 +2,7 @@
 
 Tokens per second = F(T) / step time. F(T) is the tree's expected accepted tokens per step (Sequoia, arXiv 2402.12374,
 section 3.1), the step time is composed from the profile (see `cost_model`). The candidates are the optimal tree of
-every (budget, levels) cell, the fastest of them refined for the draft's widths (see `refine`), the chain of every
+every (budget, levels) cell, the fastest of them refined for the draft's widths (see `local_search`), the chain of every
 length, and no speculation at all.
 
 Search: the value of a cell is known from the table of optimal values, and its step takes at least as long as one whose
@@ -24,16 +24,15 @@ from sequoia_kernels.documents import Fields, Format, is_count, is_number, is_te
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate, validate_acceptance
 from sequoia_kernels.planner.cost_model import STAGES, CostModel, StepShape, StepTimes
+from sequoia_kernels.planner.local_search import refine_tree
 from sequoia_kernels.planner.profile import HardwareProfile
-from sequoia_kernels.planner.refine import refine_tree
 from sequoia_kernels.planner.search import OptimalTrees
-from sequoia_kernels.tree import TokenTree, check_acceptance
+from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree, check_acceptance
 
 __all__ = ["PlanCandidate", "TreePlan", "plan_tree"]
 
 FORMAT = Format("sequoia-kernels/tree-plan", 1)
 
-MAX_OP_NODES = 1024  # nodes that the ops accept
 DEFAULT_MAX_LEVELS = 32
 MAX_RATIO = 1e12  # of speeds, in a plan that is read
 VALUE_ROUNDING = 1e-12  # two values nearer than this are the same
@@ -322,7 +321,7 @@ def plan_tree(
         context_len = (contexts[0] + contexts[-1]) / 2
     if not is_number(context_len) or context_len < 0:
         raise ValueError(f"{where}: context_len must be a finite number >= 0, got {context_len!r}")
-    largest = min(model.max_nodes, MAX_OP_NODES)
+    largest = min(model.max_nodes, MAX_STEP_ROWS)
     max_budget = largest if max_budget is None else _check_int(max_budget, "max_budget", 1)
     if max_budget > largest:
         raise ValueError(
@@ -512,7 +511,7 @@ def _notes(
     widest = max(StepShape.of(pick.tree).widths, default=0)
     if widest > largest:
         yield f"a draft level feeds {widest} nodes, {largest} were measured at most: its time is extrapolated"
-    if pick.tree.num_nodes == min(model.max_nodes, MAX_OP_NODES):
+    if pick.tree.num_nodes == min(model.max_nodes, MAX_STEP_ROWS):
         yield f"the pick has the largest measured budget, {pick.tree.num_nodes} nodes: a larger one may be faster still"
     if estimate is not None and pick.tree.max_branching > len(estimate.visited):
         yield f"ranks from {len(estimate.visited)} on are extrapolated, not measured"
@@ -585,8 +584,8 @@ def _read_candidate(fields: Fields) -> PlanCandidate:
         tree = TokenTree(parents)
     except ValueError as reason:
         raise fields.refuse("parents", "be a tree", f"a list that is none: {reason}") from None
-    if tree.num_nodes > MAX_OP_NODES:
-        raise fields.refuse("parents", f"be a tree of at most {MAX_OP_NODES} nodes", f"one of {tree.num_nodes}")
+    if tree.num_nodes > MAX_STEP_ROWS:
+        raise fields.refuse("parents", f"be a tree of at most {MAX_STEP_ROWS} nodes", f"one of {tree.num_nodes}")
     stages = fields.inside("stages")
     if set(stages) != set(STAGES):
         raise fields.refuse("stages", f"hold the times of {', '.join(STAGES)}", f"those of {', '.join(stages)[:60]}")

@@ -2,12 +2,13 @@
 
 from sequoia_kernels.tree.acceptance_vector import check_acceptance
 from sequoia_kernels.tree.rules import DEFAULT_RULE, VerificationRule, register_rule, rule_named, rule_names
-from sequoia_kernels.tree.token_tree import MAX_NODES, TokenTree
+from sequoia_kernels.tree.token_tree import MAX_NODES, MAX_STEP_ROWS, TokenTree
 from sequoia_kernels.tree.topology import Topology
 
 __all__ = [
     "DEFAULT_RULE",
     "MAX_NODES",
+    "MAX_STEP_ROWS",
     "TokenTree",
     "Topology",
     "VerificationRule",

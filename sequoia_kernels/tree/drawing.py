@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from sequoia_kernels.tree.layout import horizontal_positions
+from sequoia_kernels.tree.placement import horizontal_positions
 
 if TYPE_CHECKING:
     from sequoia_kernels.tree.token_tree import TokenTree

@@ -18,9 +18,11 @@ from sequoia_kernels.tree import drawing, growmap
 from sequoia_kernels.tree.acceptance_vector import check_acceptance
 from sequoia_kernels.tree.topology import Topology
 
-__all__ = ["MAX_NODES", "TokenTree"]
+__all__ = ["MAX_NODES", "MAX_STEP_ROWS", "TokenTree"]
 
-# The ops take up to 1024 nodes; planning and drawing may look further.
+# Rows of one step: what the ops, the models and the loop take of a tree or of a prompt's chunk.
+MAX_STEP_ROWS = 1024
+# Planning and drawing may look further.
 MAX_NODES = 65536
 
 FORMAT = Format(

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner import CostModel, HardwareProfile, ModelFingerprint, OpPoint, plan_tree
-from sequoia_kernels.planner.composed import COMPOSED_OPS, can_compose, compose_forwards, layer_parts_ms, transfer_ms
+from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose, compose_forwards, layer_parts_ms, transfer_ms
 from sequoia_kernels.planner.cost_model import StepShape
 from sequoia_kernels.tree import TokenTree
 

@@ -36,8 +36,8 @@ from synthetic_pair import PAIRS, Goal, PairShape, Shape, SyntheticPair, calibra
 
 from sequoia_kernels import TokenTree, generate, measure_profile, plan_tree
 from sequoia_kernels.measure import calls, measure_bandwidth
-from sequoia_kernels.models import TreeModel, adapt, random_offloaded
-from sequoia_kernels.models.offload import CudaLink, Link, OffloadedModel, ThreadLink
+from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.offload import CudaLink, Link, OffloadedModel, ThreadLink, random_offloaded
 
 PARTS = ("stream", "speedup", "twin")
 TEMPERATURE = 0.0

@@ -45,10 +45,11 @@ ALLOWED = {
     "ops": SHARED | NATIVE | {"tree"},
     "planner": {"errors", "documents", "tree", "_host"},
     "models": SHARED | {"tree", "ops"},
+    "offload": SHARED | {"ops", "models"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.
     "measure": SHARED | {"tree", "ops", "models", "planner.profile", "planner.search", "planner.compose"},
-    "decoding": SHARED | {"tree", "ops", "models", "planner", "measure"},
+    "decoding": SHARED | {"tree", "ops", "models", "offload", "planner", "measure"},
 }
 # At the top of the house: they may import anything, and only one another may import them.
 ENTRANCES = {"__init__", "__main__", "cli", "demo"}
@@ -156,6 +157,8 @@ def test_every_room_has_a_law() -> None:
         ("sequoia_kernels.ops.verify_tree.op", "from ..warped_logsumexp.reference import run"),
         ("sequoia_kernels.ops.verify_tree.op", "from sequoia_kernels.models import adapt"),
         ("sequoia_kernels.models.adapter", "from sequoia_kernels.decoding.generation import generate"),
+        ("sequoia_kernels.models.loading", "from sequoia_kernels import load_offloaded"),
+        ("sequoia_kernels.offload.model", "from sequoia_kernels.planner import plan_tree"),
         ("sequoia_kernels.measure.models", "from sequoia_kernels.planner.plan import plan_tree"),
         ("sequoia_kernels.decoding.loop", "from sequoia_kernels.demo import load_demo_pair"),
         ("sequoia_kernels.errors", "import sequoia_kernels.checks"),

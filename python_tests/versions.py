@@ -36,7 +36,7 @@ QUICK = (
     "python_tests/models/test_adapter.py",
     "python_tests/models/test_families.py",
     "python_tests/models/test_prefill.py",
-    "python_tests/models/test_offload_model.py",
+    "python_tests/offload/test_model.py",
     "python_tests/decoding/test_generate.py",
 )
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate, release_engines
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
-    from sequoia_kernels.models import adapt, load_offloaded
+    from sequoia_kernels.models import adapt
+    from sequoia_kernels.offload import load_offloaded
     from sequoia_kernels.ops.compact_kv_cache_ import compact_kv_cache_
     from sequoia_kernels.ops.sample_without_replacement import sample_without_replacement
     from sequoia_kernels.ops.tree_attention import tree_attention
@@ -80,7 +81,8 @@ _ROOMS = {
     "decoding": ["GenerateOutput", "GenerateStats", "generate", "release_engines"],
     "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
     "measure": ["measure_profile"],
-    "models": ["adapt", "load_offloaded"],
+    "models": ["adapt"],
+    "offload": ["load_offloaded"],
     "ops": [
         "compact_kv_cache_",
         "sample_without_replacement",

@@ -18,7 +18,7 @@ from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import auto, overhead
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.measure import profile
-from sequoia_kernels.models import OffloadedModel, random_offloaded
+from sequoia_kernels.offload import OffloadedModel, random_offloaded
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 3])
 PROMPT = torch.tensor([[5, 9, 11, 2]])

@@ -17,12 +17,12 @@ from transformers import LlamaConfig
 
 from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.measure import calls
-from sequoia_kernels.models import load_model, load_offloaded, prefill, random_offloaded
-from sequoia_kernels.models.offload import CudaLink, ThreadLink, normal_weights
-from sequoia_kernels.models.offload.host_memory import CudaPageLock, allocate_block
-from sequoia_kernels.models.offload.host_weights import PackedLayer
-from sequoia_kernels.models.offload.scheduler import LayerStreamer
-from sequoia_kernels.models.offload.weights import MadeWeights
+from sequoia_kernels.models import load_model, prefill
+from sequoia_kernels.offload import CudaLink, ThreadLink, load_offloaded, normal_weights, random_offloaded
+from sequoia_kernels.offload.host_memory import CudaPageLock, allocate_block
+from sequoia_kernels.offload.host_weights import PackedLayer
+from sequoia_kernels.offload.scheduler import LayerStreamer
+from sequoia_kernels.offload.weights import MadeWeights
 
 LAYERS = 5
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sequoia_kernels.models.offload.host_weights import HostLayer
-from sequoia_kernels.models.offload.layers import DecoderLayer, lay_out
+from sequoia_kernels.offload.host_weights import HostLayer
+from sequoia_kernels.offload.layers import DecoderLayer, lay_out
 
 
 class _Layer(nn.Module):

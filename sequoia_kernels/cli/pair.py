@@ -68,7 +68,8 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
         from sequoia_kernels.demo import load_demo_pair
 
         return Pair(*load_demo_pair(dtype or torch.float32, device))
-    from sequoia_kernels.models import check_pair, load_model, load_offloaded
+    from sequoia_kernels.models import check_pair, load_model
+    from sequoia_kernels.offload import load_offloaded
 
     target = _find_model("--target", target, terminal)
     draft = None if draft is None else _find_model("--draft", draft, terminal)

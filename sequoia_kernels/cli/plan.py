@@ -48,7 +48,7 @@ _WORKSPACE_ROWS = 1024  # nodes of the largest tree
 
 def _config_models(args: argparse.Namespace) -> tuple[Any, Any]:
     """Read the shapes of the models that the arguments name, (None, None) without any."""
-    from sequoia_kernels.models.offload.memory import parse_bytes, plan_memory
+    from sequoia_kernels.offload.memory import parse_bytes, plan_memory
     from sequoia_kernels.planner import ModelFingerprint
 
     has_target, has_draft = hasattr(args, "target_config"), hasattr(args, "draft_config")

@@ -15,7 +15,7 @@ from sequoia_kernels.decoding.request import StopStrings
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
 from sequoia_kernels.decoding.state import request_seeds
 from sequoia_kernels.models import TreeModel, check_pair
-from sequoia_kernels.models.step import MAX_STEP_ROWS
+from sequoia_kernels.models.tree_step import MAX_STEP_ROWS
 from sequoia_kernels.ops import backends
 from sequoia_kernels.planner import (
     AcceptanceEstimate,

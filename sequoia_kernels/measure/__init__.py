@@ -2,7 +2,7 @@
 
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
 from sequoia_kernels.measure.microbenchmarks import measure_microbenchmarks
-from sequoia_kernels.measure.profile import affordable_node_counts, measure_profile
+from sequoia_kernels.measure.pair_times import affordable_node_counts, measure_profile
 from sequoia_kernels.measure.timing import Timing, time_calls
 
 __all__ = [

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.graphs import captured, new_memory
-from sequoia_kernels.measure.skeleton import skeleton
+from sequoia_kernels.measure.hollow_model import hollow_llama
 from sequoia_kernels.measure.timing import Timing, time_calls
 from sequoia_kernels.models import TreeCache, adapt
 from sequoia_kernels.models.cache import LayerSpec
@@ -126,7 +126,7 @@ class Microbenchmarks:
         self.flops_per_ms = self._rate()
         self._timed: dict[Key, _Timed] = dict(self._linears())
         self._timed.update(self._attention())
-        self._timed.update(self._skeletons())
+        self._timed.update(self._hollow_models())
         self._timed.update(self._whole_layers())
         if ops:
             self._timed.update(self._ops())
@@ -143,7 +143,7 @@ class Microbenchmarks:
         for key, timed in self._timed.items():
             time = times[key]
             op, parameters = key[0], dict(key[1])
-            if op in ("skeleton", "whole"):
+            if op in ("hollow", "whole"):
                 num_layers = parameters.pop("layers")
                 layers.setdefault((op, *parameters.items()), {})[num_layers] = time
                 continue
@@ -183,7 +183,7 @@ class Microbenchmarks:
         """Mean over median of each op, pooled over its calls."""
         pooled: dict[str, list[Timing]] = {}
         for key in self._timed:
-            names = ("decoder_layer_rest", "model_rest") if key[0] in ("skeleton", "whole") else (key[0],)
+            names = ("decoder_layer_rest", "model_rest") if key[0] in ("hollow", "whole") else (key[0],)
             for name in names:
                 pooled.setdefault(name, []).append(times[key])
         return {
@@ -323,7 +323,7 @@ class Microbenchmarks:
 
     # ---- the rest of a layer and of a model ----
 
-    def _skeletons(self) -> Iterator[tuple[Key, _Timed]]:
+    def _hollow_models(self) -> Iterator[tuple[Key, _Timed]]:
         found: list[tuple[int, int, int, int, int]] = list(CUDA_WIDTHS_OF_LAYERS if self.on_cuda else WIDTHS_OF_LAYERS)
         if self.shapes:
             found = sorted(
@@ -343,7 +343,7 @@ class Microbenchmarks:
                 "llama", self.dtype_name, 1, 1, 1, hidden, intermediate, q_heads, kv_heads, head_dim
             )
             for num_layers in (FEW_LAYERS, MORE_LAYERS):
-                model = skeleton(shape, num_layers, self.device)
+                model = hollow_llama(shape, num_layers, self.device)
                 cache = model.new_cache(1, 2 * MAX_OP_NODES)
                 for rows in self.rows:
                     # element-wise work reaches some hundredth of the multiply-adds of a product
@@ -351,7 +351,7 @@ class Microbenchmarks:
                     if rows > MAX_OP_NODES or (rows > 1 and not self._fits(work * num_layers)):
                         break
                     key = self._key(
-                        "skeleton",
+                        "hollow",
                         rows=rows,
                         hidden_size=hidden,
                         intermediate_size=intermediate,

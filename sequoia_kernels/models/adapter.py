@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import ATTENTION_NAME
+from sequoia_kernels.models.attention_probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
@@ -27,9 +28,8 @@ from sequoia_kernels.models.families import (
     position_limit,
 )
 from sequoia_kernels.models.fingerprint import forget_what_forwards_write, forward_state
-from sequoia_kernels.models.probe import PROBE_NAME, AttentionProbe
-from sequoia_kernels.models.step import TreeStep, causal_step
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
+from sequoia_kernels.models.tree_step import TreeStep, causal_step
 
 __all__ = ["ChunkInputs", "TreeModel", "adapt"]
 

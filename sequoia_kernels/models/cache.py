@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.step import TreeStep
+from sequoia_kernels.models.tree_step import TreeStep
 
 __all__ = [
     "CONTEXT_KWARG",

@@ -6,7 +6,7 @@ import torch
 
 from sequoia_kernels.models.adapter import ChunkInputs, TreeModel
 from sequoia_kernels.models.cache import TreeCache
-from sequoia_kernels.models.step import causal_step
+from sequoia_kernels.models.tree_step import causal_step
 
 __all__ = ["prefill"]
 

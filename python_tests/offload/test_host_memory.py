@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from sequoia_kernels.models.offload import host_memory
-from sequoia_kernels.models.offload.link import _locked_blocks
+from sequoia_kernels.offload import host_memory
+from sequoia_kernels.offload.link import _locked_blocks
 
 
 def anonymous_bytes() -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from sequoia_kernels.models.probe import describe_mask
+from sequoia_kernels.models.attention_probe import describe_mask
 
 FULL, WINDOW, CHUNKS, OTHER = range(4)
 

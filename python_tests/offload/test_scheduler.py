@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.streamed_layers import MemoryLayer, decoder_layers
 
-from sequoia_kernels.models.offload import Link, SimulatedLink, ThreadLink, VirtualClock
-from sequoia_kernels.models.offload.layers import DecoderLayer
-from sequoia_kernels.models.offload.scheduler import LayerStreamer
+from sequoia_kernels.offload import Link, SimulatedLink, ThreadLink, VirtualClock
+from sequoia_kernels.offload.layers import DecoderLayer
+from sequoia_kernels.offload.scheduler import LayerStreamer
 
 BANDWIDTH = 1e6
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels.models.offload.host_weights import HostLayer
-from sequoia_kernels.models.offload.layers import DecoderLayer
-from sequoia_kernels.models.offload.link import Link
+from sequoia_kernels.offload.host_weights import HostLayer
+from sequoia_kernels.offload.layers import DecoderLayer
+from sequoia_kernels.offload.link import Link
 
 __all__ = ["LayerStreamer"]
 

@@ -17,9 +17,9 @@ from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.models.cache import find_context, store_rows
 from sequoia_kernels.planner import ModelFingerprint
 
-__all__ = ["skeleton"]
+__all__ = ["hollow_llama"]
 
-SKELETON_NAME = "sequoia_skeleton"
+HOLLOW_NAME = "sequoia_hollow"
 VOCAB = 64
 MAX_ROWS = 1024
 
@@ -52,11 +52,11 @@ def _attend(
     return rows.view(batch_size, num_rows, num_heads, head_dim), None
 
 
-AttentionInterface.register(SKELETON_NAME, _attend)
+AttentionInterface.register(HOLLOW_NAME, _attend)
 
 
-def skeleton(shapes: ModelFingerprint, num_layers: int, device: torch.device) -> TreeModel:
-    """Build a skeleton of a model's widths, dtype and heads, with a tiny vocabulary."""
+def hollow_llama(shapes: ModelFingerprint, num_layers: int, device: torch.device) -> TreeModel:
+    """Build a hollow Llama of a model's widths, dtype and heads, with a tiny vocabulary."""
     dtype = getattr(torch, shapes.dtype)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -91,4 +91,4 @@ def skeleton(shapes: ModelFingerprint, num_layers: int, device: torch.device) ->
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    return adapt(model.eval()).with_attention(SKELETON_NAME)
+    return adapt(model.eval()).with_attention(HOLLOW_NAME)

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sequoia_kernels.measure import calls, measure_profile
 from sequoia_kernels.measure import profile as profile_module
 from sequoia_kernels.measure.timing import Timing
-from sequoia_kernels.models import adapt, load_offloaded
+from sequoia_kernels.models import adapt
+from sequoia_kernels.offload import load_offloaded
 from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
 
 FAST = {"seconds": 0.0, "min_repeats": 1, "max_repeats": 1, "bandwidth": False}

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from sequoia_kernels.models.offload.threads import run_shielded
+from sequoia_kernels.offload.threads import run_shielded
 
 __all__ = ["CudaPageLock", "HostBlock", "PageLock", "allocate_block", "available_host_bytes", "close_all"]
 

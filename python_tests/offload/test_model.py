@@ -19,7 +19,7 @@ from support.tiny_families import tiny_model
 
 from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.models import TreeModel, TreeStep, load_model, prefill
-from sequoia_kernels.models.offload import (
+from sequoia_kernels.offload import (
     OffloadedModel,
     SimulatedLink,
     ThreadLink,
@@ -270,7 +270,7 @@ _PEAK_SCRIPT = """
 import json, sys, threading
 import torch
 from sequoia_kernels.models import prefill
-from sequoia_kernels.models.offload import load_offloaded
+from sequoia_kernels.offload import load_offloaded
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -416,7 +416,7 @@ _INTERRUPT_SCRIPT = """
 import os, signal, sys, threading
 import torch
 from sequoia_kernels import generate
-from sequoia_kernels.models.offload import ThreadLink, model as module
+from sequoia_kernels.offload import ThreadLink, model as module
 
 # a process started in the background may have inherited that the signal is ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,7 +18,7 @@ from support.tiny_families import tiny_model
 
 from sequoia_kernels import TokenTree
 from sequoia_kernels.models import TreeStep, prefill
-from sequoia_kernels.models.offload import (
+from sequoia_kernels.offload import (
     Link,
     OffloadedModel,
     SimulatedLink,
@@ -33,10 +33,10 @@ from sequoia_kernels.models.offload import (
     scheduler,
     threads,
 )
-from sequoia_kernels.models.offload.lockstep import Lockstep
-from sequoia_kernels.models.offload.scheduler import LayerStreamer
-from sequoia_kernels.models.offload.threads import Task, run_shielded
-from sequoia_kernels.models.offload.weights import MadeWeights
+from sequoia_kernels.offload.lockstep import Lockstep
+from sequoia_kernels.offload.scheduler import LayerStreamer
+from sequoia_kernels.offload.threads import Task, run_shielded
+from sequoia_kernels.offload.weights import MadeWeights
 
 CPU = torch.device("cpu")
 

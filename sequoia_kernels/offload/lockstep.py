@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from sequoia_kernels.models.offload.threads import Task
+from sequoia_kernels.offload.threads import Task
 
 __all__ = ["Lockstep"]
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels.models.offload.host_memory import CudaPageLock, HostBlock, PageLock, close_all
-from sequoia_kernels.models.offload.host_weights import HostLayer
-from sequoia_kernels.models.offload.memory import format_bytes
-from sequoia_kernels.models.offload.threads import Signal, Task
+from sequoia_kernels.offload.host_memory import CudaPageLock, HostBlock, PageLock, close_all
+from sequoia_kernels.offload.host_weights import HostLayer
+from sequoia_kernels.offload.memory import format_bytes
+from sequoia_kernels.offload.threads import Signal, Task
 
 __all__ = ["CudaLink", "Link", "SimulatedLink", "ThreadLink", "VirtualClock"]
 

@@ -14,12 +14,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.offload.checkpoint import Checkpoint, StoredTensor
-from sequoia_kernels.models.offload.layers import DecoderLayer, Place, find_layers
-from sequoia_kernels.models.offload.memory import MemoryPlan, parse_bytes, plan_memory
-from sequoia_kernels.models.offload.weights import MadeWeights, WeightSource
+from sequoia_kernels.offload.checkpoint import Checkpoint, StoredTensor
+from sequoia_kernels.offload.layers import DecoderLayer, Place, find_layers
+from sequoia_kernels.offload.memory import MemoryPlan, parse_bytes, plan_memory
+from sequoia_kernels.offload.weights import MadeWeights, WeightSource
 
-__all__ = ["MAX_PREFILL_ROWS", "Skeleton"]
+__all__ = ["MAX_PREFILL_ROWS", "UnloadedModel"]
 
 _DEFAULT_CACHE_LEN = 4096
 # Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
@@ -31,7 +31,7 @@ _CUBLAS_BYTES = 32 << 20
 _CUBLAS_STREAMS = 4
 
 
-class Skeleton:
+class UnloadedModel:
     """A model on the meta device, its layers, and the names of its tensors at their source.
 
     Args:
@@ -53,7 +53,7 @@ class Skeleton:
         config: PreTrainedConfig,
         weights: WeightSource,
         dtype: torch.dtype,
-        find_names: Callable[[Skeleton], dict[str, str]],
+        find_names: Callable[[UnloadedModel], dict[str, str]],
     ) -> None:
         self.weights, self.dtype = weights, dtype
         try:
@@ -71,7 +71,7 @@ class Skeleton:
         self.names = find_names(self)
 
     @classmethod
-    def of_folder(cls, folder: Path, dtype: torch.dtype | None) -> Skeleton:
+    def of_folder(cls, folder: Path, dtype: torch.dtype | None) -> UnloadedModel:
         """Read a folder's configuration and its files' headers."""
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -82,15 +82,15 @@ class Skeleton:
         _check_config(config, f"load_offloaded: {folder}")
         checkpoint = Checkpoint(folder)
         dtype = dtype or config.dtype or _stored_dtype(checkpoint)
-        skeleton = cls(config, checkpoint, dtype, partial(_match_names, checkpoint))
+        unloaded = cls(config, checkpoint, dtype, partial(_match_names, checkpoint))
         if (folder / "generation_config.json").is_file():
             try:
-                skeleton.model.generation_config = GenerationConfig.from_pretrained(folder)
+                unloaded.model.generation_config = GenerationConfig.from_pretrained(folder)
             except Exception as error:
                 raise ValueError(
                     f"load_offloaded: {folder} must hold a generation_config.json that can be read, got: {error}"
                 ) from error
-        return skeleton
+        return unloaded
 
     @classmethod
     def of_config(
@@ -99,13 +99,13 @@ class Skeleton:
         fill: Callable[[str, torch.Tensor], None],
         dtype: torch.dtype | None,
         share_host_layers: bool | Sequence[int],
-    ) -> Skeleton:
+    ) -> UnloadedModel:
         """Take a configuration; `fill(name, tensor)` makes the weights."""
         _check_config(config, "random_offloaded: config")
-        skeleton = cls(config, MadeWeights(fill), dtype or config.dtype or torch.get_default_dtype(), _own_names)
+        unloaded = cls(config, MadeWeights(fill), dtype or config.dtype or torch.get_default_dtype(), _own_names)
         if share_host_layers is not False:
-            skeleton._share(share_host_layers)
-        return skeleton
+            unloaded._share(share_host_layers)
+        return unloaded
 
     def plan(
         self,
@@ -192,18 +192,18 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next(floats, torch.float32)
 
 
-def _own_names(skeleton: Skeleton) -> dict[str, str]:
-    names = [packed.name for layer in skeleton.layers for packed in layer.tensors]
-    names += [tied[0] for _, tied, _ in skeleton.fixed]
+def _own_names(unloaded: UnloadedModel) -> dict[str, str]:
+    names = [packed.name for layer in unloaded.layers for packed in layer.tensors]
+    names += [tied[0] for _, tied, _ in unloaded.fixed]
     return {name: name for name in names}
 
 
-def _match_names(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, str]:
+def _match_names(checkpoint: Checkpoint, unloaded: UnloadedModel) -> dict[str, str]:
     """Find every tensor of the model in the checkpoint."""
-    wanted = [([packed.name], packed.shape, packed.dtype) for layer in skeleton.layers for packed in layer.tensors]
-    wanted += [(names, tensor.shape, tensor.dtype) for tensor, names, _ in skeleton.fixed]
-    family, prefix = str(skeleton.model.config.model_type), f"{skeleton.model.base_model_prefix}."
-    transforms = get_model_conversion_mapping(skeleton.model)
+    wanted = [([packed.name], packed.shape, packed.dtype) for layer in unloaded.layers for packed in layer.tensors]
+    wanted += [(names, tensor.shape, tensor.dtype) for tensor, names, _ in unloaded.fixed]
+    family, prefix = str(unloaded.model.config.model_type), f"{unloaded.model.base_model_prefix}."
+    transforms = get_model_conversion_mapping(unloaded.model)
     renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
     merging = [transform for transform in transforms if type(transform) is not WeightRenaming]
     renamed = {_rename(name, renamings): name for name in checkpoint.tensors} | {

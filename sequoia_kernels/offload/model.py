@@ -17,17 +17,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import ChunkInputs, TreeModel, adapt
 from sequoia_kernels.models.cache import TreeCache
-from sequoia_kernels.models.offload.host_memory import CudaPageLock, PageLock, close_all
-from sequoia_kernels.models.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
-from sequoia_kernels.models.offload.layers import DecoderLayer
-from sequoia_kernels.models.offload.link import CudaLink, Link, ThreadLink
-from sequoia_kernels.models.offload.lockstep import Lockstep
-from sequoia_kernels.models.offload.memory import MemoryPlan, format_bytes
-from sequoia_kernels.models.offload.scheduler import LayerStreamer
-from sequoia_kernels.models.offload.skeleton import MAX_PREFILL_ROWS, Skeleton
-from sequoia_kernels.models.offload.threads import run_shielded
-from sequoia_kernels.models.offload.weights import WeightSource, normal_weights
-from sequoia_kernels.models.step import TreeStep
+from sequoia_kernels.models.tree_step import TreeStep
+from sequoia_kernels.offload.host_memory import CudaPageLock, PageLock, close_all
+from sequoia_kernels.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
+from sequoia_kernels.offload.layers import DecoderLayer
+from sequoia_kernels.offload.link import CudaLink, Link, ThreadLink
+from sequoia_kernels.offload.lockstep import Lockstep
+from sequoia_kernels.offload.memory import MemoryPlan, format_bytes
+from sequoia_kernels.offload.scheduler import LayerStreamer
+from sequoia_kernels.offload.threads import run_shielded
+from sequoia_kernels.offload.unloaded import MAX_PREFILL_ROWS, UnloadedModel
+from sequoia_kernels.offload.weights import WeightSource, normal_weights
 
 __all__ = ["OffloadedModel", "load_offloaded", "memory_plan", "random_offloaded"]
 
@@ -266,9 +266,9 @@ def load_offloaded(
         raise ValueError(f'load_offloaded: host_memory must be "packed" or "mapped", got {host_memory!r}')
     _check_link(link)
     device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
-    skeleton = Skeleton.of_folder(_local_folder(path_or_id), dtype)
+    unloaded = UnloadedModel.of_folder(_local_folder(path_or_id), dtype)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
-    return _open(skeleton, device, device_memory_budget, resident_layers, reserves, link, host_memory)
+    return _open(unloaded, device, device_memory_budget, resident_layers, reserves, link, host_memory)
 
 
 def random_offloaded(
@@ -326,9 +326,9 @@ def random_offloaded(
     device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
     if fill is None:
         fill = normal_weights(std=getattr(config, "initializer_range", 0.02), device=device)
-    skeleton = Skeleton.of_config(config, fill, dtype, share_host_layers)
+    unloaded = UnloadedModel.of_config(config, fill, dtype, share_host_layers)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
-    return _open(skeleton, device, device_memory_budget, resident_layers, reserves, link, "packed")
+    return _open(unloaded, device, device_memory_budget, resident_layers, reserves, link, "packed")
 
 
 def memory_plan(
@@ -362,9 +362,9 @@ def memory_plan(
     Raises:
         FileNotFoundError, ValueError, UnsupportedModelError: as `load_offloaded`.
     """
-    skeleton = Skeleton.of_folder(_local_folder(path_or_id), dtype)
+    unloaded = UnloadedModel.of_folder(_local_folder(path_or_id), dtype)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
-    return skeleton.plan(device_memory_budget, resident_layers, *reserves, torch.device(device).type == "cuda")
+    return unloaded.plan(device_memory_budget, resident_layers, *reserves, torch.device(device).type == "cuda")
 
 
 def _check_link(link: Link | None) -> None:
@@ -403,7 +403,7 @@ def _check_free(plan: MemoryPlan, free: int) -> None:
 
 
 def _open(
-    skeleton: Skeleton,
+    unloaded: UnloadedModel,
     device: torch.device,
     budget: int | str | None,
     resident_layers: int | Sequence[int] | None,
@@ -414,15 +414,15 @@ def _open(
     """Plan, load and wrap up; whatever fails leaves nothing open."""
     streamer = None
     try:
-        plan = skeleton.plan(budget, resident_layers, *reserves, device.type == "cuda")
+        plan = unloaded.plan(budget, resident_layers, *reserves, device.type == "cuda")
         if device.type == "cuda":
             _check_free(plan, _free_device_bytes(device))
-        streamer = _load(skeleton, plan, device, link, host_memory)
+        streamer = _load(unloaded, plan, device, link, host_memory)
         if host_memory == "packed" or streamer is None:
-            skeleton.weights.close()
-        return OffloadedModel(skeleton.model, plan, streamer, skeleton.weights)
+            unloaded.weights.close()
+        return OffloadedModel(unloaded.model, plan, streamer, unloaded.weights)
     except BaseException:
-        run_shielded(partial(_close, Lockstep(), streamer, skeleton.weights), "sequoia-close")
+        run_shielded(partial(_close, Lockstep(), streamer, unloaded.weights), "sequoia-close")
         raise
 
 
@@ -432,10 +432,10 @@ def _page_lock(device: torch.device) -> PageLock | None:
 
 
 def _load(
-    skeleton: Skeleton, plan: MemoryPlan, device: torch.device, link: Link | None, host_memory: str
+    unloaded: UnloadedModel, plan: MemoryPlan, device: torch.device, link: Link | None, host_memory: str
 ) -> LayerStreamer | None:
-    weights, names = skeleton.weights, skeleton.names
-    streamed = [skeleton.layers[index] for index in plan.streamed]
+    weights, names = unloaded.weights, unloaded.names
+    streamed = [unloaded.layers[index] for index in plan.streamed]
     on_cuda = device.type == "cuda"
     # The host's memory first: it is what is most often too small, and nothing else has been done yet.
     sources: list[HostLayer]
@@ -446,15 +446,15 @@ def _load(
     own_link: Link | None = None
     try:
         for index in plan.resident:
-            _load_resident(skeleton.layers[index], weights, names, device)
-        for tensor, tied, places in skeleton.fixed:
+            _load_resident(unloaded.layers[index], weights, names, device)
+        for tensor, tied, places in unloaded.fixed:
             loaded = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             weights.copy_into(names[tied[0]], loaded) if not on_cuda else _through_host(weights, names[tied[0]], loaded)
             weights.forget(names[tied[0]])
             value = nn.Parameter(loaded, requires_grad=False) if places[0].is_parameter else loaded
             for place in places:
                 place.put(value)
-        _fill_tables(skeleton.model, device)
+        _fill_tables(unloaded.model, device)
         if not streamed:
             return None
         if link is None:

@@ -18,8 +18,9 @@ from support.tiny_families import tiny_model
 
 import sequoia_kernels
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models import load_model, load_offloaded, memory_plan
-from sequoia_kernels.models.offload.checkpoint import Checkpoint
+from sequoia_kernels.models import load_model
+from sequoia_kernels.offload import load_offloaded, memory_plan
+from sequoia_kernels.offload.checkpoint import Checkpoint
 from sequoia_kernels.planner import ModelFingerprint
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"

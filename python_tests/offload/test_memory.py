@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.tiny_families import tiny_model
 
-from sequoia_kernels.models.offload import memory_plan, plan_memory
-from sequoia_kernels.models.offload.memory import format_bytes, parse_bytes, spread_layers
+from sequoia_kernels.offload import memory_plan, plan_memory
+from sequoia_kernels.offload.memory import format_bytes, parse_bytes, spread_layers
 
 
 @pytest.mark.parametrize("num_resident", range(9))

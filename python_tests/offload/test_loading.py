@@ -15,11 +15,11 @@ from support.tiny_families import tiny_model
 from torch import nn
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.offload import load_offloaded, memory_plan
-from sequoia_kernels.models.offload.checkpoint import Checkpoint
-from sequoia_kernels.models.offload.host_weights import pack_layers
-from sequoia_kernels.models.offload.layers import find_layers
-from sequoia_kernels.models.offload.model import _check_free
+from sequoia_kernels.offload import load_offloaded, memory_plan
+from sequoia_kernels.offload.checkpoint import Checkpoint
+from sequoia_kernels.offload.host_weights import pack_layers
+from sequoia_kernels.offload.layers import find_layers
+from sequoia_kernels.offload.model import _check_free
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_budget_too_small_for_one_layer(single: Path) -> None:
 
 
 def test_host_with_too_little_memory(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sequoia_kernels.models.offload.host_weights.available_host_bytes", lambda: 1000)
+    monkeypatch.setattr("sequoia_kernels.offload.host_weights.available_host_bytes", lambda: 1000)
     with pytest.raises(RuntimeError, match=r'free memory for 2 layers, got 1000 B; .* host_memory="mapped"'):
         load_offloaded(single)
     load_offloaded(single, host_memory="mapped").close()

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sequoia_kernels.models.offload.host_memory import HostBlock, PageLock, available_host_bytes, close_all
-from sequoia_kernels.models.offload.layers import DecoderLayer
-from sequoia_kernels.models.offload.memory import format_bytes
-from sequoia_kernels.models.offload.weights import WeightSource
+from sequoia_kernels.offload.host_memory import HostBlock, PageLock, available_host_bytes, close_all
+from sequoia_kernels.offload.layers import DecoderLayer
+from sequoia_kernels.offload.memory import format_bytes
+from sequoia_kernels.offload.weights import WeightSource
 
 __all__ = ["HostLayer", "MappedLayer", "PackedLayer", "load_layer", "pack_layers"]
 

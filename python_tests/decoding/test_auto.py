@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import generate
 from sequoia_kernels.decoding import auto
-from sequoia_kernels.measure import profile as measuring
+from sequoia_kernels.measure import pair_times as measuring
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import AcceptanceEvidence, ModelFingerprint, store
 

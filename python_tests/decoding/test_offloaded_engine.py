@@ -17,7 +17,7 @@ from support.tiny_families import tiny_model
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import auto, overhead
 from sequoia_kernels.decoding import engine as engines
-from sequoia_kernels.measure import profile
+from sequoia_kernels.measure import pair_times
 from sequoia_kernels.offload import OffloadedModel, random_offloaded
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 3])
@@ -129,7 +129,7 @@ def test_the_overhead_beside_a_streamed_pass_is_not_measured(monkeypatch):
 
 def test_auto_times_a_streamed_target_at_few_sizes(monkeypatch):
     """The profile's own defaults for such a target, with sizes that fit the tiny models and the first tree."""
-    monkeypatch.setattr(profile, "OFFLOADED_NODE_COUNTS", (1, 8, 32))
+    monkeypatch.setattr(pair_times, "OFFLOADED_NODE_COUNTS", (1, 8, 32))
     monkeypatch.setattr(auto, "LEAST_SECONDS", 0.0)
     found = noted_profiles(monkeypatch)
     draft = tiny_model("llama")
@@ -144,7 +144,7 @@ def test_auto_times_a_streamed_target_at_few_sizes(monkeypatch):
 @pytest.mark.parametrize(("rows", "largest"), [(60, 32), (40, 8), (18, None)])
 def test_auto_stays_within_the_targets_memory(rows, largest, monkeypatch):
     """A prompt of 4 and 8 new tokens take 11 rows of the budget; the rest is for trees."""
-    monkeypatch.setattr(profile, "OFFLOADED_NODE_COUNTS", (1, 8, 32, 128))
+    monkeypatch.setattr(pair_times, "OFFLOADED_NODE_COUNTS", (1, 8, 32, 128))
     monkeypatch.setattr(auto, "LEAST_SECONDS", 0.0)
     found = noted_profiles(monkeypatch)
     draft = tiny_model("llama")

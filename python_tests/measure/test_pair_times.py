@@ -10,7 +10,7 @@ from support.tiny_models import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels.measure import calls, measure_profile
-from sequoia_kernels.measure import profile as profile_module
+from sequoia_kernels.measure import pair_times as profile_module
 from sequoia_kernels.measure.timing import Timing
 from sequoia_kernels.models import adapt
 from sequoia_kernels.offload import load_offloaded

@@ -24,8 +24,8 @@ from machine import command_line, commit, environment, pick_device
 from report import table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from sequoia_kernels.cuda_graphs import as_replay
 from sequoia_kernels.measure import calls, time_calls
-from sequoia_kernels.measure.graphs import captured
 from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
 from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import DeviceFingerprint, HardwareProfile, ModelFingerprint
@@ -81,7 +81,7 @@ def forwards(
             tensor.normal_(generator=torch.Generator(device).manual_seed(0))
         for count in node_counts:
             call = calls.forward_call(model, cache, context, calls.target_step(count, device))
-            found[name, count] = captured(call, device)
+            found[name, count] = as_replay(call, device)
     return found
 
 

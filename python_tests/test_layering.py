@@ -29,6 +29,7 @@ SHARED = {
     "documents",
     "checks",
     "cuda_graphs",
+    "fingerprints",
     "guard",
     "rng",
 }
@@ -40,10 +41,11 @@ ALLOWED = {
     "checks": SHARED | {"tree"},
     "guard": set(),
     "cuda_graphs": {"guard"},
+    "fingerprints": set(),
     "rng": SHARED,
     "tree": {"errors", "documents"},
     "ops": SHARED | NATIVE | {"tree"},
-    "planner": {"errors", "documents", "tree", "_host"},
+    "planner": {"errors", "documents", "fingerprints", "tree", "_host"},
     "models": SHARED | {"tree", "ops"},
     "offload": SHARED | {"ops", "models"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes

@@ -21,7 +21,17 @@ import torch
 
 from sequoia_kernels.guard import guarded, release_if_owned
 
-__all__ = ["CaptureError", "Captured", "capture", "forget_refusals", "on_device", "refuse", "refused"]
+__all__ = [
+    "CaptureError",
+    "Captured",
+    "as_replay",
+    "capture",
+    "forget_refusals",
+    "new_memory",
+    "on_device",
+    "refuse",
+    "refused",
+]
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -66,7 +76,7 @@ def capture(
     Args:
         call: what to capture; it works on `device`, which is current while it runs.
         device: a CUDA device, not necessarily the current one.
-        memory: a `torch.cuda.graph_pool_handle` of several graphs that are replayed one after the other, so that they
+        memory: `new_memory` of several graphs that are replayed one after the other, so that they
             share their memory; None gives the graph memory of its own.
         undo: sets back what a run of the call changed; called behind each run and after a failure.
 
@@ -288,6 +298,38 @@ def refused(model: Any) -> bool:
 def forget_refusals() -> None:
     """Let every model be tried again."""
     _refused.clear()
+
+
+def new_memory(device: torch.device) -> Any:
+    """Give memory that graphs share which are replayed one after the other; None on devices without graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def as_replay(
+    call: Callable[[], object], device: torch.device, memory: Any = None, model: Any | None = None
+) -> Callable[[], object]:
+    """Give the replay of a call that is captured, as a decoding step pays for it; on other devices the call itself.
+
+    Args:
+        call: what to capture. Its results are thrown away.
+        device: where it works.
+        memory: see `capture`.
+        model: the `TreeModel` whose forward the call is, None where it is none. One that cannot be captured is tried
+            once.
+
+    Notes:
+        Where capture fails, the reason is logged and the call is returned as it is: its time then contains launches.
+    """
+    if device.type != "cuda" or (model is not None and refused(model)):
+        return call
+    try:
+        return capture(call, device, memory=memory).graph.replay
+    except CaptureError as error:
+        if model is not None and error.lasting:
+            refuse(model, error)
+        else:
+            logger.warning("a call is timed uncaptured: %s", error)
+        return call
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sequoia_kernels.measure.graphs import captured, new_memory
+from sequoia_kernels.cuda_graphs import as_replay, new_memory
 
 
 @pytest.mark.gpu
@@ -13,7 +13,7 @@ def test_a_replay_does_what_the_call_does():
     device = torch.device("cuda")
     memory = new_memory(device)
     numbers = torch.zeros(4, device=device)
-    replays = [captured(lambda step=step: numbers.add_(step), device, memory) for step in (1, 10)]
+    replays = [as_replay(lambda step=step: numbers.add_(step), device, memory) for step in (1, 10)]
     numbers.zero_()
     for replay in (*replays, *replays):
         replay()

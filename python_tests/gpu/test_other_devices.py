@@ -8,11 +8,10 @@ from support.op_scenarios import SCENARIOS, on_device
 from support.tiny_models import noisy_copy, tiny_llama
 
 from sequoia_kernels import TokenTree, generate, release_engines
-from sequoia_kernels.cuda_graphs import capture
+from sequoia_kernels.cuda_graphs import as_replay, capture
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.measure import measure_bandwidth, time_calls
-from sequoia_kernels.measure.graphs import captured
 from sequoia_kernels.ops import CacheTable, backends, compact_kv_cache_
 
 pytestmark = [
@@ -74,7 +73,7 @@ def test_captured_calls_and_times():
     graph.replay()
     graph.replay()
     assert result.tolist() == numbers.tolist() == [2.0] * 4
-    replay = captured(lambda: numbers.add_(1), OTHER)
+    replay = as_replay(lambda: numbers.add_(1), OTHER)
     times = time_calls({"replay": replay}, OTHER, seconds=0, min_repeats=3, warmup=0)
     assert times["replay"].p50_ms > 0
 

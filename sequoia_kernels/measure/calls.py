@@ -10,7 +10,7 @@ import torch
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, sample_without_replacement, verify_tree
 from sequoia_kernels.planner import optimal_tree
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, TokenTree
 
 __all__ = [
     "compact_call",
@@ -25,13 +25,10 @@ __all__ = [
 
 Call = Callable[[], object]
 
-# The trees that are timed are optimal for this vector: about what a small draft of a large target shows.
-TYPICAL_ACCEPTANCE = (0.6, 0.12, 0.05, 0.03, 0.02, 0.015, 0.012, 0.01, 0.008, 0.007, 0.006, 0.005, 0.004, 0.003, 0.002)
-
 
 @cache
 def typical_tree(num_nodes: int) -> TokenTree:
-    """Give the tree of `num_nodes` that is timed."""
+    """Give the tree of `num_nodes` that is timed: the optimal one for a typical acceptance vector."""
     return optimal_tree(TYPICAL_ACCEPTANCE, num_nodes)
 
 

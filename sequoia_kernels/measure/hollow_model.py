@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.models.cache import find_context, store_rows
-from sequoia_kernels.planner import ModelFingerprint
 
 __all__ = ["hollow_llama"]
 

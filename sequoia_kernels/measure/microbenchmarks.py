@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sequoia_kernels.cuda_graphs import as_replay, new_memory
+from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
-from sequoia_kernels.measure.graphs import captured, new_memory
 from sequoia_kernels.measure.hollow_model import hollow_llama
 from sequoia_kernels.measure.timing import Timing, time_calls
 from sequoia_kernels.models import TreeCache, adapt
 from sequoia_kernels.models.cache import LayerSpec
 from sequoia_kernels.ops import tree_attention
-from sequoia_kernels.planner import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
+from sequoia_kernels.planner import HardwareProfile, OpPoint
 from sequoia_kernels.planner.compose import layer_parts_ms
 
 __all__ = ["Microbenchmarks", "measure_microbenchmarks"]
@@ -133,7 +134,7 @@ class Microbenchmarks:
         if self.on_cuda:
             self._timed.update(self._launches())
         memory = new_memory(self.device)
-        self.calls = {key: captured(timed.call, self.device, memory) for key, timed in self._timed.items()}
+        self.calls = {key: as_replay(timed.call, self.device, memory) for key, timed in self._timed.items()}
         self.prepare = {} if self.on_cuda else {key: _warm_up(timed) for key, timed in self._timed.items()}
 
     def points(self, times: dict[Any, Timing]) -> dict[str, list[OpPoint]]:

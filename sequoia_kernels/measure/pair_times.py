@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from sequoia_kernels.cuda_graphs import as_replay, new_memory
+from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
-from sequoia_kernels.measure.graphs import captured, new_memory
 from sequoia_kernels.measure.timing import Timing, time_calls
 from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
+from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
 
 __all__ = ["affordable_node_counts", "measure_profile"]
 
@@ -163,7 +164,7 @@ def measure_profile(
         memory = new_memory(device)
         # A captured step has no launches from the host; a model that streams its weights cannot be captured.
         timed = {
-            key: captured(call, device, memory, models[key[1]] if key[0] == "forward" else None)
+            key: as_replay(call, device, memory, models[key[1]] if key[0] == "forward" else None)
             for key, call in plan.calls.items()
         }
         times = time_calls(

@@ -7,16 +7,17 @@ the rounds are compared.
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from sequoia_kernels.cuda_graphs import on_device
 
-__all__ = ["Timing", "device_ms", "event_ms", "keep_busy", "time_calls"]
+__all__ = ["Timing", "device_ms", "event_ms", "host_ms", "keep_busy", "quantile", "time_calls"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -37,6 +38,14 @@ class Timing(NamedTuple):
     p80_ms: float
     mean_ms: float
     repeats: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float], longest_interruption: float = math.inf) -> Timing:
+        """Summarise the times of one call, in milliseconds; see `mean_ms` for what is cut."""
+        ordered = sorted(samples)
+        p20, p50, p80 = (quantile(ordered, fraction) for fraction in (0.2, 0.5, 0.8))
+        mean = sum(min(sample, p50 + longest_interruption) for sample in ordered) / len(ordered)
+        return cls(p20, p50, p80, mean, len(ordered))
 
 
 def time_calls(
@@ -87,7 +96,7 @@ def time_calls(
     order = list(calls)
     shuffle = random.Random(seed).shuffle
     samples: dict[Key, list[float]] = {key: [] for key in order}
-    clock = device_ms if device.type == "cuda" else _time_host
+    clock = device_ms if device.type == "cuda" else host_ms
     begin = time.perf_counter()
     num_rounds = -warmup
     while num_rounds < min_repeats or (num_rounds < max_repeats and time.perf_counter() - begin < seconds):
@@ -105,11 +114,12 @@ def time_calls(
                 most = rounds / (warmup + max(max_repeats, min_repeats))
                 progress(min(1.0, rounds / (warmup + min_repeats), max(spent, most)))
         num_rounds += 1
-    longest = 4 * max((_quantile(sorted(times), 0.8) for times in samples.values()), default=0.0)
-    return {key: _summary(samples[key], longest) for key in calls}
+    longest = 4 * max((quantile(sorted(times), 0.8) for times in samples.values()), default=0.0)
+    return {key: Timing.of(samples[key], longest) for key in calls}
 
 
-def _time_host(call: Callable[[], object], device: torch.device) -> float:
+def host_ms(call: Callable[[], object], device: torch.device | None = None) -> float:
+    """Milliseconds of one call by the host's clock; `device` is there for the sake of `device_ms`."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
@@ -142,15 +152,8 @@ def event_ms(call: Callable[[], object]) -> float:
     return float(start.elapsed_time(end))
 
 
-def _summary(samples: list[float], longest_interruption: float) -> Timing:
-    ordered = sorted(samples)
-    p20, p50, p80 = (_quantile(ordered, fraction) for fraction in (0.2, 0.5, 0.8))
-    mean = sum(min(sample, p50 + longest_interruption) for sample in ordered) / len(ordered)
-    return Timing(p20, p50, p80, mean, len(ordered))
-
-
-def _quantile(ordered: list[float], fraction: float) -> float:
-    """Linear between neighbours, as in NumPy."""
+def quantile(ordered: Sequence[float], fraction: float) -> float:
+    """Read a quantile off sorted numbers, linear between neighbours, as in NumPy."""
     place = fraction * (len(ordered) - 1)
     low = int(place)
     high = min(low + 1, len(ordered) - 1)

@@ -27,7 +27,7 @@ from sequoia_kernels.models.families import (
     foreign_code,
     position_limit,
 )
-from sequoia_kernels.models.fingerprint import forget_what_forwards_write, forward_state
+from sequoia_kernels.models.forward_state import forget_what_forwards_write, forward_state
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 

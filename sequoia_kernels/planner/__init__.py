@@ -1,5 +1,6 @@
 """Planner: acceptance vectors, hardware profiles, and which tree to speculate with."""
 
+from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate, estimate_acceptance, validate_acceptance
 from sequoia_kernels.planner.adaptive import (
     AdaptivePlan,
@@ -11,7 +12,7 @@ from sequoia_kernels.planner.adaptive import (
 from sequoia_kernels.planner.cost_model import CostModel
 from sequoia_kernels.planner.evidence import AcceptanceEvidence
 from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
-from sequoia_kernels.planner.profile import DeviceFingerprint, ForwardTable, HardwareProfile, ModelFingerprint, OpPoint
+from sequoia_kernels.planner.profile import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tree, optimal_values
 
 __all__ = [

@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 
 from sequoia_kernels.documents import is_count
 from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.planner.interpolation import isotonic
-from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
+from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
 
 __all__ = ["COMPOSED_OPS", "can_compose", "compose_forwards", "layer_parts_ms", "transfer_ms"]
 

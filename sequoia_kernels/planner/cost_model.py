@@ -32,9 +32,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from sequoia_kernels.documents import is_count, is_number
 from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
-from sequoia_kernels.planner.profile import HardwareProfile, ModelFingerprint, OpPoint
+from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
 from sequoia_kernels.tree import MAX_NODES, TokenTree
 
 __all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes", "brackets"]

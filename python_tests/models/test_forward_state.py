@@ -23,7 +23,7 @@ import sequoia_kernels.models.adapter as adapter
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step
-from sequoia_kernels.models.fingerprint import _Same, forward_state
+from sequoia_kernels.models.forward_state import _Same, forward_state
 
 PROMPT = torch.tensor([[5, 9, 11, 3, 60, 22, 8, 41]])
 TREE = TokenTree([-1, 0, 0, 1])

@@ -1,11 +1,11 @@
-"""Timed calls as CUDA graphs, with a stand-in for CUDA; on a device: python_tests/gpu/test_measured_graphs.py."""
+"""Calls as replays of CUDA graphs, with a stand-in for CUDA; on a device: python_tests/gpu/test_measured_graphs.py."""
 
 from __future__ import annotations
 
 import torch
 
 from sequoia_kernels import cuda_graphs
-from sequoia_kernels.measure.graphs import captured, new_memory
+from sequoia_kernels.cuda_graphs import as_replay, new_memory
 
 DEVICE = torch.device("cuda", 1)
 
@@ -24,14 +24,15 @@ def test_without_a_gpu_a_call_stays_as_it_is():
     def call() -> None:
         pass
 
-    assert captured(call, torch.device("cpu"), new_memory(torch.device("cpu"))) is call
+    assert as_replay(call, torch.device("cpu"), new_memory(torch.device("cpu"))) is call
 
 
 def test_a_replay_does_what_the_call_does(fake_cuda):
     done = []
     memory = new_memory(DEVICE)
     replays = [
-        captured(lambda name=name: fake_cuda.launch(DEVICE, lambda: done.append(name)), DEVICE, memory) for name in "ab"
+        as_replay(lambda name=name: fake_cuda.launch(DEVICE, lambda: done.append(name)), DEVICE, memory)
+        for name in "ab"
     ]
     done.clear()
     for replay in (*replays, *replays):
@@ -45,7 +46,7 @@ def test_what_cannot_be_captured_is_timed_as_it_is(fake_cuda, caplog):
     def call():
         fake_cuda.wait()
 
-    assert captured(call, DEVICE) is call
+    assert as_replay(call, DEVICE) is call
     assert "a call is timed uncaptured: it waits for the device" in caplog.text
     fake_cuda.assert_untouched()
 
@@ -58,9 +59,9 @@ def test_a_model_that_cannot_be_captured_is_tried_once(fake_cuda, caplog):
         fake_cuda.wait()
 
     model = Model()
-    assert [captured(forward, DEVICE, model=model) for _ in range(3)] == [forward] * 3
+    assert [as_replay(forward, DEVICE, model=model) for _ in range(3)] == [forward] * 3
     assert len(runs) == 2 and len(caplog.records) == 1
-    assert captured(forward, DEVICE, model=Model(capturable=False)) is forward
+    assert as_replay(forward, DEVICE, model=Model(capturable=False)) is forward
     assert len(runs) == 2
     cuda_graphs.forget_refusals()
 
@@ -71,5 +72,5 @@ def test_a_lack_of_memory_is_not_remembered_of_a_model(fake_cuda):
     def forward():
         raise torch.cuda.OutOfMemoryError("out of memory")
 
-    assert captured(forward, DEVICE, model=model) is forward
+    assert as_replay(forward, DEVICE, model=model) is forward
     assert not cuda_graphs.refused(model)

@@ -20,19 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import targets
-from harness import write_json
-from machine import ROOT, command_line, commit, device_folder, environment, pick_device
-from report import table
+if not __package__:  # `python bench/run.py` finds what `python -m bench.run` does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-BENCH = Path(__file__).resolve().parent
+from bench.common import targets
+from bench.common.harness import write_json
+from bench.common.machine import ROOT, command_line, commit, device_folder, environment, pick_device
+from bench.common.report import table
 
 
 class Script(NamedTuple):
     """One benchmark.
 
     Attributes:
-        name: the result is <name>.json; the file is bench_<name>.py.
+        name: the result is <name>.json; the file is bench_<name>.py in a room of bench/.
         suite: ops, decode or planner.
         options: command line beyond --json.
         quick_options: the same for a quick run; None leaves the script out of those.
@@ -125,13 +126,14 @@ def run_script(script: Script, folder: Path, device_type: str, quick: bool, time
         return outcome | {"reason": "too long for a quick run"}
     if timeout is not None and timeout <= 0:
         return outcome | {"reason": "the time was over"}
-    command = [sys.executable, str(BENCH / f"bench_{script.name}.py"), *options]
+    (path,) = ROOT.glob(f"bench/*/bench_{script.name}.py")
+    command = [sys.executable, "-m", ".".join(path.relative_to(ROOT).with_suffix("").parts), *options]
     command += ["--device", device_type] if script.takes_device else []
     if script.takes_seconds and timeout is not None:
         # What it began it may end, so it stops beginning well before it would be killed.
         command += ["--seconds", f"{0.7 * timeout:.0f}"]
     command += ["--json", str(folder / f"{script.name}.json")]
-    # A script finds its neighbours through its own folder, which this variable would hide.
+    # A script is found in the folder that it is started in, which this variable would hide.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     if quick and device_type == "cpu":
         variables.setdefault("OMP_NUM_THREADS", "1")  # others run beside it
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
     summary, outcomes = run_suite(
-        options.suite, options.out, device.type, options.quick, options.minutes, command_line("run.py", arguments)
+        options.suite, options.out, device.type, options.quick, options.minutes, command_line("bench.run", arguments)
     )
     print(f"\n{targets.markdown(targets.evaluate(targets.load_documents(summary.parent)))}\n\n{summary}")
     return 1 if any(outcome["status"] == "failed" for outcome in outcomes) else 0

@@ -422,7 +422,7 @@ def test_the_command_line_writes_document_table_and_plot(tmp_path, capsys):
     arguments = ["--device", "cpu", "--quick", "--case", "2 accepted", "--provider", "layer", "--json", str(path)]
     assert harness.main(bench, arguments) == 0
     document = json.loads(path.read_text())
-    assert document["command"].startswith("python bench/bench_compact_kv_cache_.py --device cpu")
+    assert document["command"].startswith("python -m bench.ops.bench_compact_kv_cache_ --device cpu")
     assert set(document["cases"][0]["providers"]) == {"layer by layer", "layer by layer, known path"}
     assert path.with_suffix(".md").read_text() == capsys.readouterr().out.partition("no plot")[0].rstrip("\n") + "\n"
     assert not list(path.parent.glob("*.partial"))
@@ -540,22 +540,25 @@ def test_every_script_of_the_suites_exists():
     assert {entry.suite for entry in run.SCRIPTS} == set(run.SUITES)
     assert [entry.name for entry in run.selected("ops")] == OPS
     for entry in run.selected("all"):
-        assert (BENCH / f"bench_{entry.name}.py").is_file()
+        assert len(list(BENCH.glob(f"*/bench_{entry.name}.py"))) == 1
         assert entry.why_not or entry.devices == ("cpu", "cuda")
 
 
 def test_run_goes_to_the_end_and_says_what_was_skipped(tmp_path, monkeypatch, capsys):
     run = run_module()
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    (tmp_path / "bench_works.py").write_text(
-        "import json, sys, neighbour\n"
+    room = tmp_path / "bench" / "room"
+    room.mkdir(parents=True)
+    (room / "bench_works.py").write_text(
+        "import json, sys\n"
+        "from bench.room import neighbour\n"
         "with open(sys.argv[sys.argv.index('--json') + 1], 'w') as file:\n"
         "    json.dump({'bench': 'works', 'quick': '--quick' in sys.argv}, file)\n"
         "print('did it')\n"
     )
-    (tmp_path / "neighbour.py").write_text("")
-    (tmp_path / "bench_breaks.py").write_text("raise SystemExit(7)\n")
-    monkeypatch.setattr(run, "BENCH", tmp_path)
+    (room / "neighbour.py").write_text("")
+    (room / "bench_breaks.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     scripts = (
         run.Script("breaks", "ops", takes_device=False, quick_options=()),
         run.Script("works", "ops", takes_device=False),
@@ -582,8 +585,9 @@ def test_run_goes_to_the_end_and_says_what_was_skipped(tmp_path, monkeypatch, ca
 
 def test_a_script_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     run = run_module()
-    (tmp_path / "bench_sleeps.py").write_text("import time; time.sleep(60)\n")
-    monkeypatch.setattr(run, "BENCH", tmp_path)
+    (tmp_path / "bench" / "room").mkdir(parents=True)
+    (tmp_path / "bench" / "room" / "bench_sleeps.py").write_text("import time; time.sleep(60)\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     slow = run.Script("sleeps", "ops", takes_device=False)
     outcome = run.run_script(slow, tmp_path, "cpu", quick=False, timeout=0.3)
     assert outcome["status"] == "failed" and "took longer than 0 s" in outcome["reason"]
@@ -653,9 +657,9 @@ def test_the_stages_run_what_the_document_says(tmp_path):
     for tool in ("memcheck", "racecheck"):
         assert planned[tool].command[1:3] == ["--tool", tool]
         # what was compiled without the sanitizer, side by side, is what it runs: the same calls on the same tensors
-        assert planned[tool].command[-2:] == planned["kernels"].command[:2]
+        assert planned[tool].command[-3:] == planned["kernels"].command[:3]
         assert planned[tool].variables == planned["kernels"].variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert planned["kernels"].command[2:] == ["--processes", "3"]
+    assert planned["kernels"].command[3:] == ["--processes", "3"]
     assert "MINUTES" in planned["bench"].command
 
 
@@ -690,9 +694,9 @@ def test_sanitize_exercises_every_op_and_finds_wrong_results(monkeypatch, capsys
 
 
 def test_sanitize_shares_its_work_out(monkeypatch):
-    def started(command):
+    def started(command, cwd):
         begun.append(sanitize.Part.parse(command[command.index("--part") + 1]))
-        assert command[:4] == [sys.executable, sanitize.__file__, "--device", "cpu"]
+        assert command[:5] == [sys.executable, "-m", "bench.tools.sanitize", "--device", "cpu"] and cwd == BENCH.parent
         return SimpleNamespace(wait=lambda: code)
 
     monkeypatch.setattr(sanitize.subprocess, "Popen", started)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import json
 import math
 
 import pytest
 import torch
-from support.bench_scripts import bench_script
+from support.bench_scripts import bench_script, replay, samplers
 from support.chi_square import joint_probs, p_value, sequence_counts
 from support.enumeration import emitted_distribution, ordered_draws
 from support.speculative_steps import decode
@@ -24,8 +23,6 @@ from sequoia_kernels.ops.verify_tree import reference
 
 robustness = bench_script("robustness")
 page = robustness.robustness_page
-replay = importlib.import_module("replay")
-samplers = importlib.import_module("samplers")
 
 OURS, WITH_REPLACEMENT, TOP_K = samplers.SAMPLERS
 RIVALS = (WITH_REPLACEMENT, TOP_K)

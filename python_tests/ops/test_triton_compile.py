@@ -1,6 +1,6 @@
 """The Triton kernels compile for GPUs that are not here: nothing spills, and shared memory fits the device.
 
-The full table of cases is compiled by bench/triton_resources.py, whose report is committed; here a few of each device.
+The full table of cases is compiled by bench/tools/triton_resources.py, whose report is committed; here a few of each.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_the_committed_report_is_complete_and_clean():
     report, kernels = read_report()
     reported = {(entry["op"], entry["case"], entry["capability"]) for entry in kernels}
     assert reported == {(case.op, case.name, capability) for case in CASES for capability in case.devices}, (
-        "docs/triton_resources.json is out of date: run python bench/triton_resources.py"
+        "docs/triton_resources.json is out of date: run python -m bench.tools.triton_resources"
     )
     assert list(defects(kernels)) == []
     constraints = (TESTS.parent / "constraints.txt").read_text()

@@ -1,9 +1,8 @@
-"""The modules of bench/, which is a folder of scripts and no package."""
+"""The modules of bench/, a package of scripts beside the installed one."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +17,10 @@ __all__ = [
     "gpu_check",
     "harness",
     "machine",
+    "replay",
     "report",
     "run_module",
+    "samplers",
     "sanitize",
     "synthetic_pair",
     "targets",
@@ -29,29 +30,29 @@ __all__ = [
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 if not BENCH.is_dir():
     pytest.skip(f"{BENCH} is not there", allow_module_level=True)
-sys.path.append(str(BENCH))  # the scripts find one another through their own folder
+sys.path.append(str(BENCH.parent))  # behind everything else: the package that is tested is the installed one
 
-baselines = importlib.import_module("baselines")
-clocks = importlib.import_module("clocks")
-gpu_check = importlib.import_module("gpu_check")
-harness = importlib.import_module("harness")
-machine = importlib.import_module("machine")
-report = importlib.import_module("report")
-sanitize = importlib.import_module("sanitize")
-synthetic_pair = importlib.import_module("synthetic_pair")
-targets = importlib.import_module("targets")
-workloads = importlib.import_module("workloads")
+from bench.common import (  # noqa: E402
+    baselines,
+    clocks,
+    harness,
+    machine,
+    replay,
+    report,
+    samplers,
+    synthetic_pair,
+    targets,
+    workloads,
+)
+from bench.tools import gpu_check, sanitize  # noqa: E402
 
 
 def bench_script(name: str) -> ModuleType:
-    """The module bench/bench_<name>.py."""
-    return importlib.import_module(f"bench_{name}")
+    """The module bench_<name> in one of the rooms of bench/."""
+    (path,) = BENCH.glob(f"*/bench_{name}.py")
+    return importlib.import_module(f"bench.{path.parent.name}.{path.stem}")
 
 
 def run_module() -> ModuleType:
-    """A fresh copy of bench/run.py, under a name that cannot be mistaken for python_tests/run.py."""
-    specification = importlib.util.spec_from_file_location("bench_run", BENCH / "run.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    """The module bench/run.py."""
+    return importlib.import_module("bench.run")

@@ -55,7 +55,7 @@ __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 # tuning table --------------------------------------------------------------------------------------------------------
 
 # Chosen by compiling (no spills) and by counting instructions. No device has timed these yet;
-# bench/bench_sample_without_replacement.py will.
+# bench/ops/bench_sample_without_replacement.py will.
 _MOST_LANES = 512
 _LANES_PER_WARP = 64
 _SPAN_TILES = 16

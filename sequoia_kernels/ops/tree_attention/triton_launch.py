@@ -76,7 +76,7 @@ class TileShape(NamedTuple):
 
 
 # Chosen by compiling (no spills, shared memory within the device's, docs/triton_resources.md) and by reasoning: enough
-# bytes in flight for few rows, enough warps for many. No device has timed them yet; bench/bench_tree_attention.py will.
+# bytes in flight for few rows, enough warps for many. No device has timed them; bench/ops/bench_tree_attention.py will.
 # family -> (block_rows, padded head dim) -> tile, by rising block_rows. "fp32" serves float32 on every device.
 _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
     "sm_80": {

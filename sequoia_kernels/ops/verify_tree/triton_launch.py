@@ -72,7 +72,7 @@ __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 
 # tuning table --------------------------------------------------------------------------------------------------------
 
-# Chosen by compiling (no spills) and by the estimate above. No device has timed these; bench/bench_verify_tree.py will.
+# Chosen by compiling (no spills) and by the estimate above. None has timed these; bench/ops/bench_verify_tree.py will.
 _MOST_CHUNK = 4096
 _LEAST_CHUNK = 512
 _CHUNK_TOKENS_PER_WARP = 512

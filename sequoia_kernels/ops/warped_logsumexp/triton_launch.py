@@ -39,7 +39,7 @@ __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 
 # tuning table --------------------------------------------------------------------------------------------------------
 
-# Chosen by compiling (no spills). No device has timed these yet; bench/bench_warped_logsumexp.py will.
+# Chosen by compiling (no spills). No device has timed these yet; bench/ops/bench_warped_logsumexp.py will.
 _MOST_CHUNK = 4096
 _LEAST_CHUNK = 512
 _CHUNK_TOKENS_PER_WARP = 512

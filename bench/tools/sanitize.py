@@ -1,8 +1,8 @@
 """Run every CUDA and Triton kernel of the package once, on small inputs with awkward sizes: food for compute-sanitizer.
 
-    python bench/sanitize.py --processes 8
-    compute-sanitizer --tool memcheck python bench/sanitize.py
-    compute-sanitizer --tool racecheck python bench/sanitize.py
+    python -m bench.tools.sanitize --processes 8
+    compute-sanitizer --tool memcheck python -m bench.tools.sanitize
+    compute-sanitizer --tool racecheck python -m bench.tools.sanitize
 
 The first command lets Triton compile its hundred kernels side by side and keep them in its cache. Under the sanitizer
 they would be compiled one after the other, and slowly.
@@ -22,8 +22,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from workloads import step_tree, tree_step
 
+from bench.common.machine import ROOT
+from bench.common.workloads import step_tree, tree_step
 from sequoia_kernels import ops
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import backends
@@ -241,9 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sanitize: torch sees no CUDA device on this machine; nothing was run", file=sys.stderr)
         return 2
     if options.processes > 1:
-        command = [sys.executable, __file__, "--device", options.device, "--backends", *options.backends]
+        command = [sys.executable, "-m", "bench.tools.sanitize", "--device", options.device]
+        command += ["--backends", *options.backends]
         parts = [[*command, "--part", f"{index}/{options.processes}"] for index in range(options.processes)]
-        codes = [process.wait() for process in [subprocess.Popen(part) for part in parts]]
+        codes = [process.wait() for process in [subprocess.Popen(part, cwd=ROOT) for part in parts]]
         return 1 if any(codes) else 0
     problems = run(torch.device(options.device), options.backends, options.part)
     for problem in problems:

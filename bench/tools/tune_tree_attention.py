@@ -4,8 +4,8 @@ Starts from what `_launch_config` chooses for a case of bench_tree_attention.py 
 a program, slots of a tile and of a masked tile, warps, pipeline stages, splits, the merge. A change that is faster by
 more than 1 % stays. A configuration is timed only if its result is right. The table `_TILES` is then edited by hand::
 
-    python bench/tune_tree_attention.py --json results/tune_tree_attention.json
-    python bench/tune_tree_attention.py --nodes 16 64 --contexts 8192 32768
+    python -m bench.tools.tune_tree_attention --json results/tune_tree_attention.json
+    python -m bench.tools.tune_tree_attention --nodes 16 64 --contexts 8192 32768
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_tree_attention import CASES, Inputs, expected, make_inputs, mismatch
-from clocks import DeviceClock
-from harness import Case, write_json
-from machine import command_line, commit, environment, pick_device
 
+from bench.common.clocks import DeviceClock
+from bench.common.harness import Case, write_json
+from bench.common.machine import command_line, commit, environment, pick_device
+from bench.ops.bench_tree_attention import CASES, Inputs, expected, make_inputs, mismatch
 from sequoia_kernels.ops import triton_device
 from sequoia_kernels.ops.tree_attention import triton_launch
 from sequoia_kernels.ops.tree_attention.triton_launch import LaunchConfig
@@ -136,7 +136,7 @@ def main() -> None:
         if case.device == "cuda" and case["num_nodes"] in options.nodes and case["context_len"] in options.contexts
     ]
     document = {
-        "command": command_line("tune_tree_attention.py", None),
+        "command": command_line("bench.tools.tune_tree_attention", None),
         "commit": commit(),
         "environment": environment(device),
         "cases": [tune(case, device, clock) for case in cases],

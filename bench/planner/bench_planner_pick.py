@@ -4,7 +4,7 @@ Profile and acceptance are measured, the planner picks; then the pick and every 
 several budgets and levels, chains, no speculation) decode the same held-out prompts, taking turns in shuffled order.
 The best of the grid is the best of many noisy measurements, so the pick looks a little worse than it is::
 
-    python bench/bench_planner_pick.py --threads 1 --json out.json
+    python -m bench.planner.bench_planner_pick --threads 1 --json out.json
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
-from report import table
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.report import table
 from sequoia_kernels import TokenTree, estimate_acceptance, generate, measure_profile, optimal_tree, plan_tree
 from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     share = picked["tokens_per_second"] / results[0]["tokens_per_second"]
     document = {
         "bench": "planner_pick",
-        "command": command_line("bench_planner_pick.py", arguments),
+        "command": command_line("bench.planner.bench_planner_pick", arguments),
         "commit": commit(),
         "environment": environment(device),
         "temperature": options.temperature,

@@ -5,8 +5,8 @@ verified without loss (samplers.py). Budgets: 1 to 512 nodes of optimal trees, c
 trees, predicted from the acceptance vector and measured. Measured is on texts that the target wrote itself, the same
 for all samplers and trees (replay.py); real loops with each sampler swapped in check that. No times are taken::
 
-    python bench/bench_robustness.py --json bench/results/cpu/robustness.json --page docs/robustness.md
-    python bench/bench_robustness.py --target PATH --draft PATH --prompts-file FILE --device cuda --json out.json
+    python -m bench.planner.bench_robustness --json bench/results/cpu/robustness.json --page docs/robustness.md
+    python -m bench.planner.bench_robustness --target PATH --draft PATH --prompts-file FILE --json out.json
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import robustness_page
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
-from replay import Estimate, acceptance_of_texts, as_row, difference, ratio, replay, write_texts
-from samplers import CUT_DRAFT, OURS, SAMPLERS, TOP_K, Sampler
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.replay import Estimate, acceptance_of_texts, as_row, difference, ratio, replay, write_texts
+from bench.common.samplers import CUT_DRAFT, OURS, SAMPLERS, TOP_K, Sampler
+from bench.tools import robustness_page
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
 from sequoia_kernels.models import TreeModel, adapt, load_model
@@ -322,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document: dict[str, Any] = {
         "bench": "robustness",
         "version": VERSION,
-        "command": command_line("bench_robustness.py", arguments),
+        "command": command_line("bench.planner.bench_robustness", arguments),
         "commit": commit(),
         "environment": environment(device),
         "device_type": device.type,

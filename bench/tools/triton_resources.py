@@ -4,9 +4,9 @@ Needs no GPU. The cases are those of python_tests/support/triton_cases.py: each 
 sizes, block configurations and options. For each kernel: registers and stack of a thread (a stack of 0 bytes means that
 nothing was spilled), shared memory of a program, warps and pipeline stages.
 
-    python bench/triton_resources.py                       all cases, four architectures; 10 to 20 minutes of one core
-    python bench/triton_resources.py --op verify_tree      compile one op again and keep the rest of the report
-    python bench/triton_resources.py --check 90            compile for sm_90 with another triton, add what it did
+    python -m bench.tools.triton_resources                    all cases, four architectures; 10 to 20 minutes of a core
+    python -m bench.tools.triton_resources --op verify_tree   compile one op again and keep the rest of the report
+    python -m bench.tools.triton_resources --check 90         compile for sm_90 with another triton, add what it did
 
 The compiler decides registers, so the report is made with the triton that constraints.txt pins and names it. What
 --check finds with others goes into the report as a line: kernels compiled, failures, spills. Compiling shows that a
@@ -26,7 +26,7 @@ from typing import Any
 
 from sequoia_kernels.documents import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "python_tests"
 REPORT = ROOT / "docs" / "triton_resources.json"
 DEVICES = {80: "sm_80, A100", 89: "sm_89, RTX 4090", 90: "sm_90, H100 and H200", 100: "sm_100, B200"}
@@ -82,7 +82,7 @@ def markdown(report: dict[str, Any]) -> str:
     if report["checked"]:
         lines += [
             "",
-            "The same cases compiled by other versions (`bench/triton_resources.py --check`):",
+            "The same cases compiled by other versions (`python -m bench.tools.triton_resources --check`):",
             "",
         ]
         lines += [f"- triton {version}: {finding}" for version, finding in sorted(report["checked"].items())]
@@ -147,7 +147,7 @@ def main() -> int:
     else:
         tables = {**(report["kernels"] if options.op is not None else {}), **compact(kernels)}
         report = {
-            "command": "python bench/triton_resources.py",
+            "command": "python -m bench.tools.triton_resources",
             "triton": version,
             "checked": {other: text for other, text in report["checked"].items() if other != version},
             "columns": COLUMNS,

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from samplers import Sampler, cut_draft
 from torch import Tensor
 
+from bench.common.samplers import Sampler, cut_draft
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.models import TreeModel, causal_step
 from sequoia_kernels.ops.warping import warped_probs

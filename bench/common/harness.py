@@ -42,11 +42,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import report
 import torch
-from clocks import HEADLINE_MODES, MODES, Call, DeviceClock, count_launches, host_samplers, percentiles, take_samples
-from machine import command_line, commit, environment, measure_peaks, pick_device
 
+from bench.common import report
+from bench.common.clocks import (
+    HEADLINE_MODES,
+    MODES,
+    Call,
+    DeviceClock,
+    count_launches,
+    host_samplers,
+    percentiles,
+    take_samples,
+)
+from bench.common.machine import command_line, commit, environment, measure_peaks, pick_device
 from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.documents import write_text
 from sequoia_kernels.errors import BackendUnavailableError
@@ -394,7 +403,7 @@ def main(bench: OpBench, arguments: Sequence[str] | None = None) -> int:
         if options.json:  # whatever ends the run early, what was measured stays
             write_json(options.json, document)
 
-    document = run_bench(bench, settings, command_line(f"bench_{bench.OP}.py", arguments), progress)
+    document = run_bench(bench, settings, command_line(f"bench.ops.bench_{bench.OP}", arguments), progress)
     table = report.markdown(document)
     print(table)
     if options.json:

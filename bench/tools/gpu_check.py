@@ -1,13 +1,13 @@
 """Everything that needs a GPU, in one command: tests on the device, compute-sanitizer, benchmarks.
 
-    python bench/gpu_check.py --out results --minutes 10
+    python -m bench.tools.gpu_check --out results --minutes 10
 
 Stages, each with a limit of its own; one that fails does not stop the next:
 
     doctor      what is installed, and which backend runs
     tests       the op, decoding, model and GPU tests, with kernels compiled and not interpreted
-    kernels     bench/sanitize.py in several processes: every kernel is compiled once, for the stages behind it
-    memcheck    compute-sanitizer on bench/sanitize.py: out-of-bounds and misaligned accesses
+    kernels     bench/tools/sanitize.py in several processes: every kernel is compiled once, for the stages behind it
+    memcheck    compute-sanitizer on bench/tools/sanitize.py: out-of-bounds and misaligned accesses
     racecheck   the same for races in shared memory
     bench       bench/run.py --suite all --device cuda
 
@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import write_json
-from machine import ROOT, command_line, commit, environment
+
+from bench.common.harness import write_json
+from bench.common.machine import ROOT, command_line, commit, environment
 
 SANITIZER_FOUND = 97  # exit status that compute-sanitizer is told to give for a finding
-SANITIZE = (sys.executable, str(ROOT / "bench" / "sanitize.py"))
+SANITIZE = (sys.executable, "-m", "bench.tools.sanitize")
 ONE_ALLOCATION_A_TENSOR = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 TEST_PATHS = (
     *("python_tests/gpu", "python_tests/ops", "python_tests/test_known_defects.py", "python_tests/test_lossless.py"),
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only takes {', '.join(known)}, got {', '.join(unknown)}")
     planned = [stage for stage in planned if not options.only or stage.name in options.only]
     document: dict[str, Any] = {
-        "command": command_line("gpu_check.py", arguments),
+        "command": command_line("bench.tools.gpu_check", arguments),
         "commit": commit(),
         "environment": environment("cuda"),
         "stages": [],

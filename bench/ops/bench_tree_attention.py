@@ -4,7 +4,7 @@ GPU cases have the heads of Llama-3-8B in bfloat16, one request, contexts of 1k 
 Masks and plans of the others are built before the clock starts, though a loop builds them every step: the numbers
 favour them::
 
-    python bench/bench_tree_attention.py --json results/tree_attention.json
+    python -m bench.ops.bench_tree_attention --json results/tree_attention.json
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Provider, Unavailable, main, own_providers
-from workloads import LLAMA_3_8B, step_tree
 
+from bench.common.harness import Case, Provider, Unavailable, main, own_providers
+from bench.common.workloads import LLAMA_3_8B, step_tree
 from sequoia_kernels.ops import tree_attention
 
 OP = "tree_attention"

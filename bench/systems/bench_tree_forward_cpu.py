@@ -4,7 +4,7 @@ A Llama of random weights, small enough that what surrounds the arithmetic shows
 cache, in turns; the thread's CPU time counts, so other work on the machine matters little. The adapted model feeds the
 same chain of rows that the plain model does; the two must give the same logits before anything is timed::
 
-    python bench/bench_tree_forward_cpu.py --json out.json
+    python -m bench.systems.bench_tree_forward_cpu --json out.json
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment
 from sequoia_kernels.models import adapt, causal_step
 from sequoia_kernels.models.families import cache_argument
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         document = {
             "bench": "tree_forward_cpu",
-            "command": command_line("bench_tree_forward_cpu.py", argv),
+            "command": command_line("bench.systems.bench_tree_forward_cpu", argv),
             "commit": commit(),
             "environment": environment(),
             "context": args.context,

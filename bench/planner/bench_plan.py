@@ -3,7 +3,7 @@
 The times in the profile do not matter for how long planning takes, only how many sizes there are: a tiny model is
 measured for a second. Every plan is checked before it is timed::
 
-    python bench/bench_plan.py --json out.json
+    python -m bench.planner.bench_plan --json out.json
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import percentiles
-from harness import write_json
-from machine import command_line, commit, environment
 from transformers import LlamaConfig, LlamaForCausalLM
-from workloads import ACCEPTANCE
 
+from bench.common.clocks import percentiles
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment
+from bench.common.workloads import ACCEPTANCE
 from sequoia_kernels import HardwareProfile, measure_profile, plan_tree
 
 # nodes, levels; the bound in ms is what the package promises for one core
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         document = {
             "bench": "plan",
-            "command": command_line("bench_plan.py", arguments),
+            "command": command_line("bench.planner.bench_plan", arguments),
             "commit": commit(),
             "environment": environment(),
             "median_ms": statistics.median(entry["ms"]["p50"] for entry in results),

@@ -2,7 +2,7 @@
 
 GPU cases have the caches of Llama-3-8B: 32 layers of keys and values, 8 heads of 128, bfloat16::
 
-    python bench/bench_compact_kv_cache_.py --json results/compact_kv_cache_.json
+    python -m bench.ops.bench_compact_kv_cache_ --json results/compact_kv_cache_.json
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from baselines import compact_layer_by_layer, move_rows
-from harness import Case, Provider, main, own_providers
-from workloads import LLAMA_3_8B
 
+from bench.common.baselines import compact_layer_by_layer, move_rows
+from bench.common.harness import Case, Provider, main, own_providers
+from bench.common.workloads import LLAMA_3_8B
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_
 
 OP = "compact_kv_cache_"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import table
+from bench.common.report import table
 
 __all__ = ["markdown", "plots", "write_page"]
 

@@ -2,7 +2,7 @@
 
 GPU cases have the vocabulary of Llama-3 in bfloat16::
 
-    python bench/bench_sample_without_replacement.py --json results/sample_without_replacement.json
+    python -m bench.ops.bench_sample_without_replacement --json results/sample_without_replacement.json
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
-from baselines import exponential_race
-from harness import Case, Provider, main, own_providers
-from workloads import VOCAB
 
+from bench.common.baselines import exponential_race
+from bench.common.harness import Case, Provider, main, own_providers
+from bench.common.workloads import VOCAB
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.rng import DRAFT_TAG, token_gumbel
 

@@ -2,7 +2,7 @@
 
 GPU cases have the vocabulary of Llama-3 in bfloat16::
 
-    python bench/bench_warped_logsumexp.py --json results/warped_logsumexp.json
+    python -m bench.ops.bench_warped_logsumexp --json results/warped_logsumexp.json
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from baselines import sort_and_mask
-from harness import Case, Provider, main, own_providers
-from workloads import VOCAB
 
+from bench.common.baselines import sort_and_mask
+from bench.common.harness import Case, Provider, main, own_providers
+from bench.common.workloads import VOCAB
 from sequoia_kernels.ops import warped_logsumexp
 
 OP = "warped_logsumexp"

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import median_ms
 
+from bench.common.clocks import median_ms
 from sequoia_kernels.planner import DeviceFingerprint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> str | None:
@@ -32,9 +32,9 @@ def commit() -> str | None:
         return None
 
 
-def command_line(script: str, arguments: Sequence[str] | None) -> str:
+def command_line(module: str, arguments: Sequence[str] | None) -> str:
     """The command that repeats a run, from the top of the repository."""
-    return shlex.join(["python", f"bench/{script}", *(sys.argv[1:] if arguments is None else arguments)])
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:

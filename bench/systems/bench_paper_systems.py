@@ -15,9 +15,9 @@ and the last are left out. The autoregressive step stands beside its floor, one 
 bandwidth that is measured in the same run. Greedy output of the trees is compared with the autoregressive output: equal
 in float32; in bfloat16 the first difference must be a near-tie, see `LOSSLESS_TOLERANCE`::
 
-    python bench/bench_paper_systems.py --json out.json                      the rows that suit the device
-    python bench/bench_paper_systems.py --rows 7B 33B --device cuda --json out.json
-    python bench/bench_paper_systems.py --target PATH --draft PATH --json out.json
+    python -m bench.systems.bench_paper_systems --json out.json                      the rows that suit the device
+    python -m bench.systems.bench_paper_systems --rows 7B 33B --device cuda --json out.json
+    python -m bench.systems.bench_paper_systems --target PATH --draft PATH --json out.json
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import report
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, measure_peaks, pick_device
-from synthetic_pair import PAIRS, Goal, PairShape, Shape, calibrate, measure_acceptance, synthetic_pair
-from synthetic_pair import teacher_forced_logits as logits_along
 
+from bench.common import report
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, measure_peaks, pick_device
+from bench.common.synthetic_pair import PAIRS, Goal, PairShape, Shape, calibrate, measure_acceptance, synthetic_pair
+from bench.common.synthetic_pair import teacher_forced_logits as logits_along
 from sequoia_kernels import TokenTree, generate, measure_profile, optimal_tree, plan_tree, release_engines
 from sequoia_kernels.decoding import measure_overhead
 from sequoia_kernels.models import TreeModel, adapt, load_model, pack_linear_layers
@@ -562,7 +562,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     if any(result["synthetic"] for result in document["results"]):
         parts.append(
             "Synthetic pairs: random weights in the shapes named, acceptance calibrated to a goal; see "
-            "`bench/synthetic_pair.py`."
+            "`bench/common/synthetic_pair.py`."
         )
     parts.append(report.table([*header, "over assisted", "paper: speedup (tokens/step)"], rows, left=3))
     header = ["pair", "T", "dtype", "parameters", "own step, ms", "weights once, ms", "ratio", "greedy output"]
@@ -614,7 +614,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peaks = measure_peaks(device)
     document: dict[str, Any] = {
         "bench": "paper_systems",
-        "command": command_line("bench_paper_systems.py", arguments),
+        "command": command_line("bench.systems.bench_paper_systems", arguments),
         "commit": commit(),
         "environment": environment(device),
         "device_type": device.type,

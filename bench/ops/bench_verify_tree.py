@@ -2,7 +2,7 @@
 
 GPU cases have the vocabulary of Llama-3, logits in bfloat16, trees that are optimal for a typical acceptance vector::
 
-    python bench/bench_verify_tree.py --json results/verify_tree.json
+    python -m bench.ops.bench_verify_tree --json results/verify_tree.json
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from typing import Any
 
 import torch
-from baselines import verify_child_by_child
-from harness import Case, Provider, Unavailable, main, own_providers
-from workloads import VOCAB, TreeStepInputs, internal_nodes, step_tree, tree_step
 
+from bench.common.baselines import verify_child_by_child
+from bench.common.harness import Case, Provider, Unavailable, main, own_providers
+from bench.common.workloads import VOCAB, TreeStepInputs, internal_nodes, step_tree, tree_step
 from sequoia_kernels.ops import VerifiedPath, verify_tree
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
 

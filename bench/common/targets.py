@@ -2,7 +2,7 @@
 
 Reads what the bench scripts wrote on a GPU; without that a target is "not measured"::
 
-    python bench/targets.py results/nvidia-h200
+    python -m bench.common.targets results/nvidia-h200
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import report
+from bench.common import report
 
 __all__ = ["TARGETS", "Finding", "Target", "evaluate", "load_documents", "markdown"]
 

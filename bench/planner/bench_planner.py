@@ -5,7 +5,7 @@ picks a tree for every batch size and context length. Reported are tokens per st
 acceptance vector's uncertainty, milliseconds by stage, where a tree beats a tuned chain, and where nothing beats plain
 decoding; and, for one request, the speedup over budget and levels::
 
-    python bench/bench_planner.py --threads 1 --json out.json
+    python -m bench.planner.bench_planner --threads 1 --json out.json
 
 The acceptance vector is a typical one as if counted over `--visits` nodes, unless one is given by --acceptance.
 """
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
-from report import table
-from synthetic_pair import PAIRS, Shape
 from transformers import LlamaConfig
-from workloads import ACCEPTANCE
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.report import table
+from bench.common.synthetic_pair import PAIRS, Shape
+from bench.common.workloads import ACCEPTANCE
 from sequoia_kernels import (
     AcceptanceEstimate,
     HardwareProfile,
@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     speedups = surface(CostModel(profile, target=target, draft=draft), acceptance.vector, contexts[0], budgets)
     document = {
         "bench": "planner",
-        "command": command_line("bench_planner.py", arguments),
+        "command": command_line("bench.planner.bench_planner", arguments),
         "commit": commit(),
         "environment": environment(device),
         "pair": name,

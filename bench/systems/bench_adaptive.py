@@ -4,7 +4,7 @@ The static plan and the adaptive one are made from the same profile and the same
 source code. The steady workload is more of that; the drifting one mixes it with tables of numbers, counting and prose,
 on which the draft does better or worse. Providers take turns prompt by prompt::
 
-    python bench/bench_adaptive.py --json bench/results/cpu/adaptive.json
+    python -m bench.systems.bench_adaptive --json bench/results/cpu/adaptive.json
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
 from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_adaptive, plan_tree
 from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json,
             {
                 "bench": "adaptive",
-                "command": command_line("bench_adaptive.py", argv),
+                "command": command_line("bench.systems.bench_adaptive", argv),
                 "commit": commit(),
                 "environment": environment(device),
                 "new_tokens": args.new_tokens,

@@ -14,8 +14,8 @@ resident twin decodes, whose beginning the offloaded run must repeat. On a CPU e
 is simulated: a thread that copies and then waits as long as the link would. Its speedups say that the loop, the
 scheduler and the planner do what they should, and nothing about a GPU::
 
-    python bench/bench_offload.py --json out.json
-    python bench/bench_offload.py --device cuda --parts stream speedup --json out.json
+    python -m bench.systems.bench_offload --json out.json
+    python -m bench.systems.bench_offload --device cuda --parts stream speedup --json out.json
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
-from synthetic_pair import PAIRS, Goal, PairShape, Shape, SyntheticPair, calibrate, synthetic_pair
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.synthetic_pair import PAIRS, Goal, PairShape, Shape, SyntheticPair, calibrate, synthetic_pair
 from sequoia_kernels import TokenTree, generate, measure_profile, plan_tree
 from sequoia_kernels.measure import calls, measure_bandwidth
 from sequoia_kernels.models import TreeModel, adapt
@@ -432,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     document: dict[str, Any] = {
         "bench": "offload",
-        "command": command_line("bench_offload.py", arguments),
+        "command": command_line("bench.systems.bench_offload", arguments),
         "commit": commit(),
         "environment": environment(device),
         "device_type": device.type,

@@ -5,7 +5,7 @@ all prompts are decoded in turn: without speculation, with the tree planned from
 that a first call led to (held fast), and with the plans that it led to (the loop goes on moving between their trees).
 A pick from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all::
 
-    python bench/bench_auto.py --threads 1 --json bench/results/cpu/auto.json
+    python -m bench.systems.bench_auto --threads 1 --json bench/results/cpu/auto.json
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
 from sequoia_kernels import estimate_acceptance, generate, plan_tree
 from sequoia_kernels.decoding import auto
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json,
             {
                 "bench": "auto",
-                "command": command_line("bench_auto.py", argv),
+                "command": command_line("bench.systems.bench_auto", argv),
                 "commit": commit(),
                 "environment": environment(device),
                 "new_tokens": args.new_tokens,

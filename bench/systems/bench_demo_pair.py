@@ -4,7 +4,7 @@ Every provider decodes the same held-out prompts, one after the other in turn, s
 them alike. Acceptance is estimated on other prompts than those that are timed. Prediction and measurement stand side
 by side::
 
-    python bench/bench_demo_pair.py --json out.json
+    python -m bench.systems.bench_demo_pair --json out.json
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
 from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_tree
 from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         document = {
             "bench": "demo_pair",
-            "command": command_line("bench_demo_pair.py", argv),
+            "command": command_line("bench.systems.bench_demo_pair", argv),
             "commit": commit(),
             "environment": environment(device),
             "dtype": args.dtype,

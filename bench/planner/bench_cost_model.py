@@ -4,7 +4,7 @@ Microbenchmarks and whole forwards of random weights take turns in the same shuf
 neighbours hit both alike; then the cost model composes the forwards from the microbenchmarks and each model's
 configuration, and medians are compared at every number of nodes::
 
-    python bench/bench_cost_model.py --threads 1 --json out.json
+    python -m bench.planner.bench_cost_model --threads 1 --json out.json
 
 Microbenchmarks are those of the default grid of shapes, or with --own-shapes of the models' own shapes.
 """
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, pick_device
-from report import table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.report import table
 from sequoia_kernels.cuda_graphs import as_replay
 from sequoia_kernels.measure import calls, time_calls
 from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         document = {
             "bench": "cost_model",
-            "command": command_line("bench_cost_model.py", arguments),
+            "command": command_line("bench.planner.bench_cost_model", arguments),
             "commit": commit(),
             "environment": environment(device),
             "context_len": options.context,

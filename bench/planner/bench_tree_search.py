@@ -3,7 +3,7 @@
 The vectors are the hard kind: not monotone, so that the dynamic programme runs, and with a likely child, so that no
 level limit leaves the tree as it is and no level can be skipped. Results are checked before they are timed::
 
-    python bench/bench_tree_search.py --json out.json
+    python -m bench.planner.bench_tree_search --json out.json
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clocks import percentiles
-from harness import write_json
-from machine import command_line, commit, environment
 
+from bench.common.clocks import percentiles
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment
 from sequoia_kernels.planner.search import OptimalTrees, optimal_tree, optimal_values
 
 # nodes, levels, children; the bound in ms is what the package promises for one core
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         document = {
             "bench": "tree_search",
-            "command": command_line("bench_tree_search.py", arguments),
+            "command": command_line("bench.planner.bench_tree_search", arguments),
             "commit": commit(),
             "environment": environment(),
             "results": results,

@@ -9,7 +9,7 @@ Models of random weights decode, since only times matter. Three figures a tree:
 
 The plain loop (no draft) is timed as well; its floor is one read of the weights at the measured copy bandwidth::
 
-    python bench/bench_captured_loop.py --json out.json
+    python -m bench.systems.bench_captured_loop --json out.json
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import write_json
-from machine import command_line, commit, environment, measure_peaks, pick_device
 from transformers import LlamaConfig, LlamaForCausalLM
-from workloads import step_tree
 
+from bench.common.harness import write_json
+from bench.common.machine import command_line, commit, environment, measure_peaks, pick_device
+from bench.common.workloads import step_tree
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import DecodingEngine, DecodingStep
 from sequoia_kernels.decoding import engine as engines
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = pick_device(options.device)
     document = {
         "bench": "captured_loop",
-        "command": command_line("bench_captured_loop.py", arguments),
+        "command": command_line("bench.systems.bench_captured_loop", arguments),
         "commit": commit(),
         "environment": environment(device),
         "device_type": device.type,

@@ -9,22 +9,15 @@ The best of the grid is the best of many noisy measurements, so the pick looks a
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.demo import Demo
 from bench.common.report import table
-from sequoia_kernels import TokenTree, estimate_acceptance, generate, measure_profile, optimal_tree, plan_tree
-from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
-from sequoia_kernels.demo import held_out_prompts, load_demo_pair
-from sequoia_kernels.models import adapt
+from bench.common.script import Run, Script, option, shared
+from sequoia_kernels import TokenTree, generate, optimal_tree, plan_tree
 
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 LEVELS = (3, 5, 8)
@@ -32,44 +25,18 @@ CHAINS = (2, 3, 4, 6)
 GOAL = 0.9
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and a table beside them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--prompts", type=int, default=4, help="timed prompts (default 4)")
-    parser.add_argument("--calibration-prompts", type=int, default=8, help="other prompts, for the acceptance vector")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="times that every tree decodes every prompt (default 3)")
-    parser.add_argument("--profile-seconds", type=float, default=20.0, help="time for the hardware profile")
-    parser.add_argument("--quick", action="store_true", help="a grid of three trees, one prompt, one round")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.prompts = options.calibration_prompts = options.rounds = 1
-        options.new_tokens, options.profile_seconds = 24, 2.0
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    pair = load_demo_pair(torch.float32, device)
-    target, draft = adapt(pair.target), adapt(pair.draft)
-    texts = held_out_prompts(options.prompts + options.calibration_prompts, 4 * options.prompt_tokens)
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, : options.prompt_tokens].to(device) for text in texts]
+def measure(bench: Run) -> None:
+    options = bench.options
+    demo = Demo(bench.device, options.prompt_tokens)
+    target, draft = demo.target, demo.draft
+    ids = demo.encode(demo.texts(options.prompts + options.calibration_prompts))
     calibration, prompts = ids[: options.calibration_prompts], ids[options.calibration_prompts :]
     context_len = options.prompt_tokens + options.new_tokens // 2
-    profile = measure_profile(
-        target, draft, context_lens=(options.prompt_tokens, 2 * options.prompt_tokens),
-        seconds=options.profile_seconds, quick=True,
-    )  # fmt: skip
-    profile = measure_overhead(target, draft, profile, context_len=options.prompt_tokens)
+    profile = demo.profile(2 * options.prompt_tokens, seconds=options.profile_seconds, quick=True)
     common: dict[str, Any] = {
         "max_new_tokens": options.new_tokens, "temperature": options.temperature, "eos_token_id": (),
     }  # fmt: skip
-    acceptance = estimate_acceptance(
-        [generate(target, draft, x, tree=PROBE_TREE, seed=n, **common).stats for n, x in enumerate(calibration)],
-        temperature=options.temperature,
-    )
+    acceptance = demo.acceptance(calibration, **common)
     plan = plan_tree(acceptance, profile, context_len=context_len)
     trees = grid(list(acceptance.vector), options.quick)
     trees.setdefault(plan.tree, "refined tree")
@@ -101,15 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     results.sort(key=lambda entry: -entry["tokens_per_second"])
     picked = next(entry for entry in results if entry["is_pick"])
     share = picked["tokens_per_second"] / results[0]["tokens_per_second"]
-    document = {
-        "bench": "planner_pick",
-        "command": command_line("bench.planner.bench_planner_pick", arguments),
-        "commit": commit(),
-        "environment": environment(device),
-        "temperature": options.temperature,
-        "prompts": options.prompts,
-        "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
+    bench.document |= {name: getattr(options, name) for name in ("temperature", "prompts", "new_tokens", "rounds")}
+    bench.document |= {
         "predicted_tokens_per_second": plan.tokens_per_second,
         "pick_over_best": share,
         "goal": GOAL,
@@ -118,12 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         "results": results,
     }
-    text = markdown(document, picked)
-    print(text)
-    if options.json:
-        write_json(options.json, document)
-        options.json.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    return 0
+    print(markdown(bench.document))
 
 
 def grid(vector: list[float], quick: bool) -> dict[TokenTree, str]:
@@ -143,7 +98,8 @@ def decode(target: Any, draft: Any, prompt: Any, tree: TokenTree, common: dict[s
     return generate(target, draft, prompt, tree=tree, seed=seed, **common).stats
 
 
-def markdown(document: dict[str, Any], picked: dict[str, Any]) -> str:
+def markdown(document: dict[str, Any]) -> str:
+    picked = next(entry for entry in document["results"] if entry["is_pick"])
     rows = [
         [
             f"**{entry['tree']}, the pick**" if entry["is_pick"] else entry["tree"],
@@ -165,6 +121,21 @@ def markdown(document: dict[str, Any], picked: dict[str, Any]) -> str:
             table(["tree", "nodes", "levels", "tokens/s", "of the best"], rows),
         ]
     )
+
+
+main = Script(
+    __spec__,
+    measure,
+    __doc__,
+    [
+        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("prompts", 4)),
+        *(shared("calibration-prompts", 8), shared("prompt-tokens", 128), shared("new-tokens", 64)),
+        *(shared("rounds", 3), shared("profile-seconds", 20.0)),
+        option("--temperature", type=float, default=0.6),
+    ],
+    quick={"prompts": 1, "calibration_prompts": 1, "rounds": 1, "new_tokens": 24, "profile_seconds": 2.0},
+    markdown=markdown,
+).main
 
 
 if __name__ == "__main__":

@@ -9,20 +9,13 @@ on which the draft does better or worse. Providers take turns prompt by prompt::
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
-from pathlib import Path
 
-import torch
-
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
-from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_adaptive, plan_tree
-from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
-from sequoia_kernels.demo import held_out_prompts, load_demo_pair
-from sequoia_kernels.models import adapt
+from bench.common.demo import Demo
+from bench.common.script import Run, Script, shared
+from sequoia_kernels import generate, plan_adaptive, plan_tree
 
 PROSE = (
     "Permission is granted to use the tables below for any purpose. They were made by hand, and nobody has checked "
@@ -42,47 +35,23 @@ def drifting_texts(code: list[str]) -> list[str]:
     return [text for n, piece in enumerate(code) for text in (piece, others[n % len(others)](n))]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--prompts", type=int, default=8, help="code prompts of each workload (default 8)")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=192)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="one prompt, few tokens, a quick profile")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.quick:
-        args.prompts, args.new_tokens, args.temperatures = 1, 32, args.temperatures[:1]
-    device = pick_device(args.device)
-    pair = load_demo_pair(torch.float32, device)
-    target, draft = adapt(pair.target), adapt(pair.draft)
-
-    def encode(texts: list[str]) -> list[torch.Tensor]:
-        encoded = [pair.tokenizer(text, return_tensors="pt").input_ids for text in texts]
-        return [ids[:, : args.prompt_tokens].to(device) for ids in encoded]
-
-    texts = held_out_prompts(3 * args.prompts, 4 * args.prompt_tokens)
-    calibration = encode(texts[: args.prompts])
+def measure(bench: Run) -> None:
+    options = bench.options
+    demo = Demo(bench.device, options.prompt_tokens)
+    target, draft = demo.target, demo.draft
+    texts = demo.texts(3 * options.prompts)
+    calibration = demo.encode(texts[: options.prompts])
     workloads = {
-        "steady": encode(texts[args.prompts : 2 * args.prompts]),
-        "drifting": encode(drifting_texts(texts[2 * args.prompts :])),
+        "steady": demo.encode(texts[options.prompts : 2 * options.prompts]),
+        "drifting": demo.encode(drifting_texts(texts[2 * options.prompts :])),
     }
-    context_len = args.prompt_tokens + args.new_tokens // 2
-    contexts = (args.prompt_tokens, args.prompt_tokens + args.new_tokens)
-    profile = measure_profile(target, draft, context_lens=contexts, quick=args.quick)
-    profile = measure_overhead(target, draft, profile, context_len=args.prompt_tokens)
-
-    results = []
-    for temperature in args.temperatures:
-        common = {"max_new_tokens": args.new_tokens, "temperature": temperature, "eos_token_id": ()}
-        acceptance = estimate_acceptance(
-            [generate(target, draft, x, tree=PROBE_TREE, seed=n, **common).stats for n, x in enumerate(calibration)],
-            temperature=temperature,
-        )
+    context_len = options.prompt_tokens + options.new_tokens // 2
+    profile = demo.profile(options.prompt_tokens + options.new_tokens, quick=options.quick)
+    bench.document["new_tokens"] = options.new_tokens
+    results = bench.document["results"] = []
+    for temperature in options.temperatures:
+        common = {"max_new_tokens": options.new_tokens, "temperature": temperature, "eos_token_id": ()}
+        acceptance = demo.acceptance(calibration, **common)
         static = plan_tree(acceptance, profile, context_len=context_len)
         adaptive = plan_adaptive(acceptance, profile, context_len=context_len)
         for workload, prompts in workloads.items():
@@ -129,19 +98,18 @@ def main(argv: list[str] | None = None) -> int:
                 speed = f"{entry['tokens_per_second']:8.1f} tokens/s{entry['tokens_per_step']:7.2f} tokens/step"
                 against = f"{entry['over_static_plan']:.2f}x of the static plan"
                 print(f"  {name:44s}{speed}  {against} (median {entry['median_over_static_plan']:.2f}x)", flush=True)
-    if args.json:
-        write_json(
-            args.json,
-            {
-                "bench": "adaptive",
-                "command": command_line("bench.systems.bench_adaptive", argv),
-                "commit": commit(),
-                "environment": environment(device),
-                "new_tokens": args.new_tokens,
-                "results": results,
-            },
-        )
-    return 0
+
+
+main = Script(
+    __spec__,
+    measure,
+    __doc__,
+    [
+        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("temperatures", [0.0, 1.0])),
+        *(shared("prompts", 8), shared("prompt-tokens", 128), shared("new-tokens", 192)),
+    ],
+    quick={"prompts": 1, "new_tokens": 32, "temperatures": [0.0]},
+).main
 
 
 if __name__ == "__main__":

@@ -10,22 +10,14 @@ A pick from one prompt should be nowhere slower than plain decoding, and nearly 
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
 import sys
-import tempfile
 import time
-from pathlib import Path
 
-import torch
-
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.demo import Demo
+from bench.common.script import Run, Script, option, shared
 from sequoia_kernels import estimate_acceptance, generate, plan_tree
 from sequoia_kernels.decoding import auto
-from sequoia_kernels.demo import held_out_prompts, load_demo_pair
-from sequoia_kernels.models import adapt
 
 
 def forget() -> None:
@@ -34,34 +26,17 @@ def forget() -> None:
     auto._pairs.clear()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--picks-only", action="store_true", help="do not decode with the plans, whose trees change")
-    parser.add_argument("--quick", action="store_true", help="three prompts, few tokens, one temperature")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.quick:
-        args.prompts, args.new_tokens, args.temperatures = 3, 24, args.temperatures[:1]
-    os.environ["SEQUOIA_CACHE_DIR"] = tempfile.mkdtemp()  # the user's own measurements are neither read nor changed
-    os.environ["SEQUOIA_CACHE"] = "0"
+def measure(bench: Run) -> None:
+    options = bench.options
     logging.getLogger("sequoia_kernels").setLevel(logging.ERROR)
-    device = pick_device(args.device)
-    pair = load_demo_pair(torch.float32, device)
-    target, draft = adapt(pair.target), adapt(pair.draft)
-    texts = held_out_prompts(args.prompts, 4 * args.prompt_tokens)
-    prompts = [pair.tokenizer(x, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(device) for x in texts]
-
-    results = []
-    for temperature in args.temperatures:
-        common = {"max_new_tokens": args.new_tokens, "temperature": temperature, "eos_token_id": ()}
+    demo = Demo(bench.device, options.prompt_tokens)
+    target, draft = demo.target, demo.draft
+    prompts = demo.encode(demo.texts(options.prompts))
+    context_len = options.prompt_tokens + options.new_tokens // 2
+    bench.document["new_tokens"] = options.new_tokens
+    results = bench.document["results"] = []
+    for temperature in options.temperatures:
+        common = {"max_new_tokens": options.new_tokens, "temperature": temperature, "eos_token_id": ()}
         generate(target, None, prompts[0], **common | {"max_new_tokens": 16})  # warm-up
         firsts, runs, plans = [], [], {}
         for index, prompt in enumerate(prompts):
@@ -75,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             (kept,) = auto._pairs.values()
             (profile,) = auto._profiles.values()
             plans[index] = auto.plan_from_evidence(
-                kept.evidence, profile, context_len=args.prompt_tokens + args.new_tokens // 2, temperature=temperature,
+                kept.evidence, profile, context_len=context_len, temperature=temperature,
                 max_levels=auto.LEAST_LEVELS + int(kept.evidence.visited[0] / auto.VISITS_PER_LEVEL),
             )  # fmt: skip
             pick = plans[index].plans[plans[index].start]
@@ -91,33 +66,29 @@ def main(argv: list[str] | None = None) -> int:
                     "plain_decode_seconds": plain.decode_seconds,
                 }
             )
-        everything = plan_tree(
-            estimate_acceptance(runs), profile, context_len=args.prompt_tokens + args.new_tokens // 2,
-            temperature=temperature,
-        )  # fmt: skip
+        everything = plan_tree(estimate_acceptance(runs), profile, context_len=context_len, temperature=temperature)
         picks = {plan.plans[plan.start].tree for plan in plans.values()}
         providers = {"plain": None, "all prompts": everything.tree}
         providers |= {
             f"pick {tree.num_nodes} x {tree.num_levels} {hash(tree)}": tree for tree in sorted(picks, key=str)
         }
-        if not args.picks_only:
+        if not options.picks_only:
             providers |= {f"plans of first prompt {index}": plan for index, plan in plans.items()}
         seconds_of = dict.fromkeys(providers, 0.0)
-        steps_of, tokens_of = dict.fromkeys(providers, 0), dict.fromkeys(providers, 0)
+        tokens_of = dict.fromkeys(providers, 0)
         for index, prompt in enumerate(prompts):
             for name, tree in providers.items():
                 model = None if tree is None else draft
-                options = {} if tree is None else {"tree": tree}
-                stats = generate(target, model, prompt, seed=100 + index, **options, **common).stats
+                chosen = {} if tree is None else {"tree": tree}
+                stats = generate(target, model, prompt, seed=100 + index, **chosen, **common).stats
                 seconds_of[name] += stats.decode_seconds
-                steps_of[name] += stats.num_steps
                 tokens_of[name] += stats.new_tokens[0] - 1
         rate = {name: tokens_of[name] / seconds_of[name] for name in providers}
         for index, first in enumerate(firsts):
             pick = plans[index].plans[plans[index].start].tree
             held = rate[f"pick {pick.num_nodes} x {pick.num_levels} {hash(pick)}"]
             first["pick_over_plain"], first["pick_over_all"] = held / rate["plain"], held / rate["all prompts"]
-            if not args.picks_only:
+            if not options.picks_only:
                 moving = rate[f"plans of first prompt {index}"]
                 first["plans_over_plain"], first["plans_over_all"] = (
                     moving / rate["plain"],
@@ -127,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         keys = [key for key in firsts[0] if key.endswith(("_plain", "_all"))]
         row = {
             "temperature": temperature,
-            "prompts": args.prompts,
+            "prompts": options.prompts,
             "plain_tokens_per_second": rate["plain"],
             "all_prompts_tokens_per_second": rate["all prompts"],
             "all_prompts_pick": {"nodes": everything.tree.num_nodes, "levels": everything.tree.num_levels},
@@ -136,26 +107,28 @@ def main(argv: list[str] | None = None) -> int:
             "first_prompts": firsts,
         }
         results.append(row)
-        print(f"T={temperature:g}, {args.prompts} first prompts; plain {rate['plain']:.1f} tokens/s, the pick from all")
+        print(
+            f"T={temperature:g}, {options.prompts} first prompts; plain {rate['plain']:.1f} tokens/s, the pick from all"
+        )
         print(f"  prompts ({everything.tree.num_nodes} x {everything.tree.num_levels}) {rate['all prompts']:.1f}")
         accepted = [first["first_child_accepted"] for first in firsts]
         print(f"  first child accepted in {min(accepted):.2f} to {max(accepted):.2f} of its visits")
         for key, value in row["worst"].items():
             print(f"  worst {key.replace('_', ' ')}: {value:.2f}x")
         print(f"  measuring took at most {row['largest_measuring_seconds']:.1f} s", flush=True)
-    if args.json:
-        write_json(
-            args.json,
-            {
-                "bench": "auto",
-                "command": command_line("bench.systems.bench_auto", argv),
-                "commit": commit(),
-                "environment": environment(device),
-                "new_tokens": args.new_tokens,
-                "results": results,
-            },
-        )
-    return 0
+
+
+main = Script(
+    __spec__,
+    measure,
+    __doc__,
+    [
+        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("temperatures", [0.0, 0.6])),
+        *(shared("prompts", 16), shared("prompt-tokens", 128), shared("new-tokens", 128)),
+        option("--picks-only", action="store_true", help="do not decode with the plans, whose trees change"),
+    ],
+    quick={"prompts": 3, "new_tokens": 24, "temperatures": [0.0]},
+).main
 
 
 if __name__ == "__main__":

@@ -9,99 +9,78 @@ by side::
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
-from sequoia_kernels import estimate_acceptance, generate, measure_profile, plan_tree
-from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
-from sequoia_kernels.demo import held_out_prompts, load_demo_pair
-from sequoia_kernels.models import adapt
+from bench.common.demo import Demo
+from bench.common.script import Run, Script, shared
+from sequoia_kernels import TreePlan, generate, plan_tree
+
+STAGES = ("draft", "sample", "target", "verify", "commit", "host")
 
 
-def timed(run) -> tuple[float, object]:
-    """Return (seconds, result)."""
-    started = time.perf_counter()
-    result = run()
-    return time.perf_counter() - started, result
+def providers_of(
+    demo: Demo, plan: TreePlan, temperature: float, common: dict[str, Any]
+) -> dict[str, Callable[[torch.Tensor, int], Any]]:
+    """Who decodes: name -> what gives a prompt's output, with a seed."""
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling |= {"max_new_tokens": common["max_new_tokens"], "pad_token_id": 0}
+
+    def own(draft: Any, **options: Any) -> Callable[[torch.Tensor, int], Any]:
+        return lambda prompt, seed: generate(demo.target, draft, prompt, seed=seed, **options, **common)
+
+    def transformers(**options: Any) -> Callable[[torch.Tensor, int], Any]:
+        return lambda prompt, _: demo.pair.target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), **sampling, **options
+        )
+
+    return {
+        "autoregressive": own(None),
+        "planned tree": own(demo.draft, tree=plan),
+        "transformers generate": transformers(),
+        "transformers assisted": transformers(assistant_model=demo.pair.draft),
+    }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 1.0])
-    parser.add_argument("--prompts", type=int, default=8, help="timed prompts (default 8)")
-    parser.add_argument("--calibration-prompts", type=int, default=8, help="other prompts, for the acceptance vector")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="times that every prompt is decoded (default 3)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--profile-seconds", type=float, help="time for the hardware profile (default: its own choice)")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
-    pair = load_demo_pair(getattr(torch, args.dtype), device)
-    for model in (pair.target, pair.draft):
+def measure(bench: Run) -> None:
+    options = bench.options
+    demo = Demo(bench.device, options.prompt_tokens, getattr(torch, options.dtype))
+    for model in demo.pair[:2]:
         model.generation_config.eos_token_id = None  # every provider decodes exactly the same number of tokens
-    target, draft = adapt(pair.target), adapt(pair.draft)
-    texts = held_out_prompts(args.prompts + args.calibration_prompts, 4 * args.prompt_tokens)
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(device) for text in texts]
-    calibration, prompts = ids[: args.calibration_prompts], ids[args.calibration_prompts :]
-    context_len = args.prompt_tokens + args.new_tokens // 2
-    profile = measure_profile(
-        target,
-        draft,
-        context_lens=(args.prompt_tokens, args.prompt_tokens + args.new_tokens),
-        seconds=args.profile_seconds,
-        quick=args.profile_seconds is not None,
+    ids = demo.encode(demo.texts(options.prompts + options.calibration_prompts))
+    calibration, prompts = ids[: options.calibration_prompts], ids[options.calibration_prompts :]
+    context_len = options.prompt_tokens + options.new_tokens // 2
+    profile = demo.profile(
+        options.prompt_tokens + options.new_tokens,
+        seconds=options.profile_seconds,
+        quick=options.profile_seconds is not None,
     )
-    profile = measure_overhead(target, draft, profile, context_len=args.prompt_tokens)
-
-    results = []
-    for temperature in args.temperatures:
-        common = {"max_new_tokens": args.new_tokens, "temperature": temperature, "eos_token_id": ()}
-        acceptance = estimate_acceptance(
-            [generate(target, draft, x, tree=PROBE_TREE, seed=n, **common).stats for n, x in enumerate(calibration)],
-            temperature=temperature,
-        )
+    bench.document |= {name: getattr(options, name) for name in ("dtype", "new_tokens", "prompt_tokens", "rounds")}
+    bench.document["num_prompts"] = len(prompts)
+    results = bench.document["results"] = []
+    for temperature in options.temperatures:
+        common = {"max_new_tokens": options.new_tokens, "temperature": temperature, "eos_token_id": ()}
+        acceptance = demo.acceptance(calibration, **common)
         plan = plan_tree(acceptance, profile, context_len=context_len)
-        sampling = (
-            {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature, "top_k": 0}
-        )
-        hf = {"max_new_tokens": args.new_tokens, "pad_token_id": 0, **sampling}
-        providers = {
-            "autoregressive": lambda x, n, common=common: generate(target, None, x, seed=n, **common),
-            "planned tree": lambda x, n, plan=plan, common=common: generate(
-                target, draft, x, tree=plan, seed=n, **common
-            ),
-            "transformers generate": lambda x, n, hf=hf: pair.target.generate(
-                x, attention_mask=torch.ones_like(x), **hf
-            ),
-            "transformers assisted": lambda x, n, hf=hf: pair.target.generate(
-                x, attention_mask=torch.ones_like(x), assistant_model=pair.draft, **hf
-            ),
-        }
+        providers = providers_of(demo, plan, temperature, common)
         for run in providers.values():
             run(prompts[0], 0)
-        seconds = {name: [0.0] * args.rounds for name in providers}
+        seconds = {name: [0.0] * options.rounds for name in providers}
         stats = {"autoregressive": [], "planned tree": []}
-        for turn in range(args.rounds):
+        for turn in range(options.rounds):
             for index, prompt in enumerate(prompts):
                 for name, run in providers.items():
-                    elapsed, result = timed(lambda run=run, prompt=prompt, seed=turn * 1000 + index: run(prompt, seed))
-                    seconds[name][turn] += elapsed
+                    started = time.perf_counter()
+                    result = run(prompt, turn * 1000 + index)
+                    seconds[name][turn] += time.perf_counter() - started
                     if name in stats:
                         stats[name].append(result.stats)
-        tokens = args.new_tokens * len(prompts)
+        tokens = options.new_tokens * len(prompts)
         planned, plain = stats["planned tree"], stats["autoregressive"]
         step_ms = 1e3 * sum(s.decode_seconds for s in planned) / sum(s.num_steps for s in planned)
         measured_rate = sum(sum(s.new_tokens) - 1 for s in planned) / sum(s.decode_seconds for s in planned)
@@ -127,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             },
             "stage_ms_per_step": {
                 stage: 1e3 * sum(s.stage_seconds.get(stage, 0.0) for s in planned) / sum(s.num_steps for s in planned)
-                for stage in ("draft", "sample", "target", "verify", "commit", "host")
+                for stage in STAGES
             },
         }
         results.append(row)
@@ -138,21 +117,23 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("tokens_per_step", "step_ms", "decoding_tokens_per_second"):
             print(f"  {name:28s} predicted {row[name]['predicted']:8.2f}   measured {row[name]['measured']:8.2f}")
         print(f"  outside the forwards: {100 * row['overhead_fraction']['planned tree']:.1f} % of a step", flush=True)
-    if args.json:
-        document = {
-            "bench": "demo_pair",
-            "command": command_line("bench.systems.bench_demo_pair", argv),
-            "commit": commit(),
-            "environment": environment(device),
-            "dtype": args.dtype,
-            "new_tokens": args.new_tokens,
-            "prompt_tokens": args.prompt_tokens,
-            "num_prompts": len(prompts),
-            "rounds": args.rounds,
-            "results": results,
-        }
-        write_json(args.json, document)
-    return 0
+
+
+main = Script(
+    __spec__,
+    measure,
+    __doc__,
+    [
+        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("temperatures", [0.0, 0.6, 1.0])),
+        *(shared("prompts", 8), shared("calibration-prompts", 8), shared("rounds", 3)),
+        *(shared("prompt-tokens", 128), shared("new-tokens", 128), shared("dtype", "float32")),
+        shared("profile-seconds", help="time for the hardware profile (default: its own choice)"),
+    ],
+    quick={
+        **{"temperatures": [0.6], "prompts": 1, "calibration_prompts": 1, "rounds": 1},
+        **{"prompt_tokens": 48, "new_tokens": 32, "profile_seconds": 1.0},
+    },
+).main
 
 
 if __name__ == "__main__":

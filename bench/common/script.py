@@ -1,0 +1,166 @@
+"""The one main and the one set of options of all benchmarks: what is measured is the script's, the rest is here.
+
+A script measures in a function and calls it through a `Script`, which is its main::
+
+    def run(bench: Run) -> None:
+        bench.document["results"] = measure(bench.device, bench.options.rounds)
+
+    main = Script(__spec__, run, __doc__, [shared("device"), shared("rounds", 3)]).main
+
+The document that is written begins with the bench's name, the command that repeats it, the commit and the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.common.machine import command_line, commit, environment, pick_device
+from sequoia_kernels.documents import write_text
+
+__all__ = ["Option", "Run", "Script", "option", "shared", "write_json"]
+
+
+class Option(NamedTuple):
+    """What `ArgumentParser.add_argument` takes."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """An option of one script."""
+    return Option(names, settings)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("auto", "cpu", "cuda"), "help": "default %(default)s"},
+    "threads": {"type": int, "help": "CPU threads (default: torch's choice)"},
+    "quick": {"action": "store_true", "help": "few small cases, a few seconds: does it work?"},
+    "seconds": {"type": float, "help": "time for everything: begin nothing that would take longer"},
+    "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of all models (default %(default)s)"},
+    "temperatures": {"type": float, "nargs": "+", "help": "default %(default)s"},
+    "prompts": {"type": int, "help": "timed prompts (default %(default)s)"},
+    "calibration-prompts": {"type": int, "help": "other prompts, for the acceptance vector (default %(default)s)"},
+    "prompt-tokens": {"type": int, "help": "tokens of a prompt (default %(default)s)"},
+    "new-tokens": {"type": int, "help": "tokens decoded behind a prompt (default %(default)s)"},
+    "rounds": {"type": int, "help": "times that everything is timed (default %(default)s)"},
+    "profile-seconds": {"type": float, "help": "time for the hardware profile (default %(default)s)"},
+    "prompts-file": {"type": Path, "help": "prompts, two empty lines between them"},
+}
+
+
+def shared(name: str, default: Any = None, **settings: Any) -> Option:
+    """An option that several scripts have, with this script's default; settings replace those of `SHARED`."""
+    default = {"device": "auto", "quick": False}.get(name) if default is None else default
+    return Option((f"--{name}",), {**SHARED[name], "default": default, **settings})
+
+
+class Run:
+    """One run of a script.
+
+    Attributes:
+        options: what was asked for.
+        device: where it runs.
+        document: what will be written; begun with what every document has.
+    """
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, document: dict[str, Any], markdown: Any):
+        self.options, self.device, self.document, self.markdown = options, device, document, markdown
+
+    def save(self) -> None:
+        """Write what is known so far, so that it stays whatever ends the run; the tables beside it."""
+        if self.options.json:
+            write_json(self.options.json, self.document)
+            if self.markdown is not None:
+                write_text(self.options.json.with_suffix(".md"), self.markdown(self.document).rstrip("\n") + "\n")
+
+
+class Script:
+    """A benchmark's command line.
+
+    Attributes:
+        name: of the bench, in its document and file names.
+        module: dotted, as `python -m` takes it.
+        measure: fills the run's document; returns the exit status, None for 0.
+        description: the first line is the help's.
+        options: beside --json.
+        quick: defaults of options that --quick changes.
+        markdown: gives a document's tables, which are then written beside it.
+        check: says what is wrong with a combination of options, or None.
+    """
+
+    def __init__(
+        self,
+        spec: ModuleSpec | None,
+        measure: Callable[[Run], int | None],
+        description: str | None,
+        options: Sequence[Option] = (),
+        *,
+        quick: Mapping[str, Any] | None = None,
+        markdown: Callable[[dict[str, Any]], str] | None = None,
+        check: Callable[[argparse.Namespace], str | None] = lambda options: None,
+    ) -> None:
+        if spec is None:
+            raise SystemExit("run it as a module from the top of the repository: python -m bench.<room>.<script>")
+        self.module, self.name = spec.name, spec.name.rpartition(".bench_")[2]
+        self.measure, self.description, self.options = measure, (description or "").split("\n")[0], options
+        self.quick, self.markdown, self.check = dict(quick or {}), markdown, check
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(description=self.description)
+        parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, tables and plots beside")
+        for names, settings in self.options:
+            parser.add_argument(*names, **settings)
+        options = parser.parse_args(arguments)
+        if getattr(options, "quick", False):  # less of everything that was not asked for by itself
+            parser.set_defaults(**self.quick)
+            options = parser.parse_args(arguments)
+        problem = self.check(options)
+        if problem is not None:
+            parser.error(problem)
+        return options
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Parse, measure and write. Returns the exit status."""
+        options = self.parse(arguments)
+        if getattr(options, "threads", None):
+            torch.set_num_threads(options.threads)
+        device = pick_device(getattr(options, "device", "cpu"))
+        document = {
+            "bench": self.name,
+            "command": command_line(self.module, arguments),
+            "commit": commit(),
+            "environment": environment(device),
+        }
+        run = Run(options, device, document, self.markdown)
+        with without_own_measurements():
+            status = self.measure(run)
+        run.save()
+        return status or 0
+
+
+@contextmanager
+def without_own_measurements() -> Iterator[None]:
+    """What the user's own runs have measured is neither read nor changed."""
+    before = os.environ.get("SEQUOIA_CACHE")
+    os.environ["SEQUOIA_CACHE"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["SEQUOIA_CACHE"]
+        os.environ.update({} if before is None else {"SEQUOIA_CACHE": before})
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document whole or not at all; folders that are missing are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(document, indent=1) + "\n")

@@ -13,8 +13,8 @@ from sequoia_kernels.cuda_graphs import Captured, CaptureError
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.engine import GraphedSteps
 from sequoia_kernels.decoding.loop import HostCopy, on_target_device
-from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.step import EmittedTokens
+from sequoia_kernels.drafts import DecodingState
 
 OTHER = torch.device("cuda", 1)
 TREES = [TokenTree([-1, 0, 0, 1]), TokenTree.chain(3)]
@@ -151,9 +151,7 @@ def captures(monkeypatch):
 
     monkeypatch.setattr(engines.TreeModel, "forward", recorded)
     monkeypatch.setattr(engines, "capture", capture)
-    monkeypatch.setattr(
-        engines, "can_capture", lambda *models: not any(engines.refused(model) for model in models if model is not None)
-    )
+    monkeypatch.setattr(engines, "can_capture", lambda *pair: not any(map(engines.refused, engines._models(*pair))))
     release_engines()
     yield tried
     release_engines()

@@ -17,6 +17,7 @@ from sequoia_kernels import TokenTree, adapt, generate, guard, plan_adaptive, re
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.engine import cache_bucket
 from sequoia_kernels.decoding.step import DecodingStep
+from sequoia_kernels.drafts import StageClock, draft_source
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 3])
 OPTIONS = {"tree": TREE, "max_new_tokens": 12, "eos_token_id": ()}
@@ -91,7 +92,7 @@ def test_a_draft_beyond_its_positions_starts_anew_in_a_kept_engine(pair, kept_en
 def test_rows_left_over_from_an_earlier_call_do_no_harm(pair, kept_engines):
     clean = generate(*pair, prompt(9), **OPTIONS).new_tokens
     eager = kept_engines[0].eager
-    for tensor in eager.target_cache.tensors() + eager.draft_cache.tensors():
+    for tensor in eager.target_cache.tensors() + eager.drafting.cache_tensors():
         tensor.fill_(torch.inf)
     assert generate(*pair, prompt(9), **OPTIONS).new_tokens == clean
     assert len(kept_engines) == 1
@@ -165,10 +166,10 @@ def test_a_model_that_is_changed_while_an_engine_runs_gets_another_one(pair, kep
 def test_an_interrupt_anywhere_leaves_the_engines_unlocked(pair, kept_engines):
     generate(*pair, prompt(9), **OPTIONS)
     [made] = kept_engines
-    target, draft = map(adapt, pair)
+    target, draft = adapt(pair[0]), draft_source(pair[1])
 
     def work():
-        made.eager.target, made.eager.draft = target, draft
+        made.eager.use(target, draft, StageClock(enabled=False))
         engines.return_engine(made)
         engines.release_engines()
 

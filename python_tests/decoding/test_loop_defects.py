@@ -13,8 +13,8 @@ from scipy import stats
 from support.tiny_models import noisy_copy, tiny_llama
 
 from sequoia_kernels import TokenTree, adapt, generate
-from sequoia_kernels.decoding.state import DecodingState
 from sequoia_kernels.decoding.step import DecodingStep
+from sequoia_kernels.drafts import DecodingState, draft_source
 from sequoia_kernels.ops import VerifiedPath
 
 
@@ -116,7 +116,7 @@ def test_a_step_touches_only_its_own_cache_rows():
     tree = TokenTree([-1, 0, 0, 1])
     state = DecodingState.create(1, target.device, seeds=[0], temperature=[1.0], top_k=None, top_p=None)
     with torch.inference_mode():
-        step = DecodingStep(target, adapt(noisy_copy(target.model, 0.5)), state, max_cache_len=40)
+        step = DecodingStep(target, draft_source(noisy_copy(target.model, 0.5)), state, max_cache_len=40)
         step.prefill(torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([6], dtype=torch.int32))
         tensors = step.target_cache.tensors()
         for tensor in tensors:

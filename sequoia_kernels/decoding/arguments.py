@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from sequoia_kernels.checks import MIN_TEMPERATURE
+from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.request import StopStrings
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
-from sequoia_kernels.decoding.state import request_seeds
-from sequoia_kernels.models import TreeModel, check_pair
+from sequoia_kernels.drafts import DraftSource, request_seeds
+from sequoia_kernels.models import TreeModel
 from sequoia_kernels.models.tree_step import MAX_STEP_ROWS
 from sequoia_kernels.ops import backends
 from sequoia_kernels.planner import (
@@ -25,7 +26,9 @@ from sequoia_kernels.planner import (
     TreePlan,
     validate_acceptance,
 )
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
+
+GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | TreePlan | AdaptivePlan | TreeFollower | str
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class GenerationArguments:
     max_cache_len: int | None
     stop_strings: StopStrings | None = None
     streamer: Any | None = None
+    rule: str = DEFAULT_RULE
+    logits_hook: LogitsHook | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
 
@@ -70,11 +75,11 @@ class GenerationArguments:
 
 def check_arguments(
     target: TreeModel,
-    draft: TreeModel | None,
+    draft: DraftSource | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str,
+    tree: GivenTree,
     max_new_tokens: int,
     temperature: float | Sequence[float],
     top_k: int | Sequence[int] | None,
@@ -88,21 +93,13 @@ def check_arguments(
     max_cache_len: int | None,
     acceptance: AcceptanceEstimate | Sequence[float] | None,
     profile: HardwareProfile | None,
+    rule: str | None,
+    logits_hook: LogitsHook | None,
     backend: str,
     cuda_graphs: bool,
 ) -> GenerationArguments:
     """Check everything that can be checked before a model runs; see `generate` for the meaning of each."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"generate: input_ids must be an int64 or int32 tensor, got {_describe(input_ids)}")
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"generate: input_ids must have shape [batch, length] with at least one token, got {list(input_ids.shape)}"
-        )
-    if input_ids.device != target.device:
-        raise ValueError(
-            f"generate: input_ids must be on the target's device {target.device}, got {input_ids.device}; "
-            "move it with .to(target.device)"
-        )
+    _check_input_ids(target, input_ids)
     batch_size = input_ids.shape[0]
     eos_token_ids = _eos_token_ids(target, eos_token_id)
     inferred = attention_mask is None
@@ -111,51 +108,25 @@ def check_arguments(
     prompts, prompt_lens = _left_aligned(input_ids, attention_mask, inferred)
     _check_token_range(prompts, target.num_embeddings)
     if draft is not None:
-        check_pair(target, draft)
-        if draft.device != target.device:
-            raise ValueError(
-                f"generate: draft must be on the target's device {target.device}, got {draft.device}; "
-                "move one of the models with .to(...)"
-            )
-    if not isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower)) and not (
-        isinstance(tree, str) and tree in ("auto", "adaptive")
-    ):
-        raise TypeError(
-            "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
-            f'"auto" or "adaptive", got {tree!r}'
-        )
-    size = max((entry.num_nodes for entry in _trees(tree)), default=0)
-    if size > MAX_STEP_ROWS:
-        raise ValueError(f"generate: tree must have at most {MAX_STEP_ROWS} nodes, got {size}")
+        _check_draft(target, draft)
+    _check_tree(tree, batch_size)
     if acceptance is not None:
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
         raise TypeError(f"generate: profile must be a HardwareProfile, got {_describe(profile)}")
+    if rule is not None:
+        rule_named("generate", rule)
+    if logits_hook is not None and not callable(logits_hook):
+        raise TypeError(f"generate: logits_hook must be called with (paths, logits), got {_describe(logits_hook)}")
     names = ("auto", *backends.backend_names("verify_tree"))
     if backend not in names:
         raise ValueError(f"generate: backend must be one of {', '.join(names)}, got {backend!r}")
     _check_positive("max_new_tokens", max_new_tokens)
-    temperatures = _per_request(
-        "temperature", temperature, batch_size, Real,
-        lambda t: t == 0 or _in_float32(MIN_TEMPERATURE) <= _in_float32(t) < math.inf,
-        f"be 0 or at least {MIN_TEMPERATURE} and finite in float32",
-    )  # fmt: skip
-    top_ks = top_ps = None
-    if top_k is not None:
-        top_ks = _per_request(
-            "top_k", top_k, batch_size, Integral, lambda k: 0 <= k < 1 << 31, "be in [0, 2^31), where 0 is off"
-        )
-    if top_p is not None:
-        top_ps = _per_request(
-            "top_p", top_p, batch_size, Real, lambda p: p <= 1 and _in_float32(p) > 0, "be in (0, 1] in float32"
-        )
+    temperatures, top_ks, top_ps = _sampling(temperature, top_k, top_p, batch_size)
     seeds = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
     strings = _stop_strings(stop_strings, tokenizer)
     if streamer is not None:
-        if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
-            raise TypeError(f"generate: streamer must have put(tokens) and end(), got {type(streamer).__name__}")
-        if batch_size > 1:
-            raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
+        _check_streamer(streamer, batch_size)
     pad = _pad_token_id(target, pad_token_id, eos_token_ids)
     warn_of_ignored_settings(target.model, temperatures, top_k, top_p, strings)
     arguments = GenerationArguments(
@@ -172,11 +143,87 @@ def check_arguments(
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
         stop_strings=StopStrings(strings, tokenizer) if strings else None,
         streamer=streamer,
+        rule=DEFAULT_RULE if rule is None else rule,
+        logits_hook=logits_hook,
         backend=backend,
         cuda_graphs=cuda_graphs,
     )
     _warn_of_positions(target, arguments.longest)
     return arguments
+
+
+def _check_input_ids(target: TreeModel, input_ids: Any) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"generate: input_ids must be an int64 or int32 tensor, got {_describe(input_ids)}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"generate: input_ids must have shape [batch, length] with at least one token, got {list(input_ids.shape)}"
+        )
+    if input_ids.device != target.device:
+        raise ValueError(
+            f"generate: input_ids must be on the target's device {target.device}, got {input_ids.device}; "
+            "move it with .to(target.device)"
+        )
+
+
+def _check_draft(target: TreeModel, draft: DraftSource) -> None:
+    draft.check_target(target)
+    if draft.device != target.device:
+        raise ValueError(
+            f"generate: draft must be on the target's device {target.device}, got {draft.device}; "
+            "move one of the models with .to(...)"
+        )
+    for number in draft.needs:
+        if not isinstance(number, int) or not 0 <= number <= target.num_layers:
+            raise ValueError(
+                f"generate: draft must need hidden states in 0..{target.num_layers}, got {number!r} from {draft!r}"
+            )
+
+
+def _check_tree(tree: GivenTree, batch_size: int) -> None:
+    is_word = isinstance(tree, str) and tree in ("auto", "adaptive")
+    is_each = _is_one_each(tree)
+    if not (is_word or is_each or isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower))):
+        raise TypeError(
+            "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
+            f'"auto" or "adaptive", got {tree!r}'
+        )
+    trees = _trees(tree)
+    size = max((entry.num_nodes for entry in trees), default=0)
+    if size > MAX_STEP_ROWS:
+        raise ValueError(f"generate: tree must have at most {MAX_STEP_ROWS} nodes, got {size}")
+    if is_each and (len(trees) != batch_size or any(entry.widths != trees[0].widths for entry in trees)):
+        raise ValueError(
+            f"generate: tree must be one tree or one for each of {batch_size} requests, all of the same widths, "
+            f"got {len(trees)} of widths {sorted({tuple(entry.widths) for entry in trees})}"
+        )
+
+
+def _check_streamer(streamer: Any, batch_size: int) -> None:
+    if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+        raise TypeError(f"generate: streamer must have put(tokens) and end(), got {type(streamer).__name__}")
+    if batch_size > 1:
+        raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
+
+
+def _sampling(
+    temperature: Any, top_k: Any | None, top_p: Any | None, batch_size: int
+) -> tuple[list[float], list[int] | None, list[float] | None]:
+    temperatures = _per_request(
+        "temperature", temperature, batch_size, Real,
+        lambda t: t == 0 or _in_float32(MIN_TEMPERATURE) <= _in_float32(t) < math.inf,
+        f"be 0 or at least {MIN_TEMPERATURE} and finite in float32",
+    )  # fmt: skip
+    top_ks = top_ps = None
+    if top_k is not None:
+        top_ks = _per_request(
+            "top_k", top_k, batch_size, Integral, lambda k: 0 <= k < 1 << 31, "be in [0, 2^31), where 0 is off"
+        )
+    if top_p is not None:
+        top_ps = _per_request(
+            "top_p", top_p, batch_size, Real, lambda p: p <= 1 and _in_float32(p) > 0, "be in (0, 1] in float32"
+        )
+    return temperatures, top_ks, top_ps
 
 
 def _describe(value: Any) -> str:
@@ -303,13 +350,19 @@ def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) 
     return frozenset(int(token) for token in ids)
 
 
-def _trees(tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str) -> list[TokenTree]:
+def _is_one_each(tree: GivenTree) -> bool:
+    return isinstance(tree, (list, tuple)) and bool(tree) and all(isinstance(entry, TokenTree) for entry in tree)
+
+
+def _trees(tree: GivenTree) -> list[TokenTree]:
     """The trees that may be decoded with; none yet for a word."""
     if isinstance(tree, TreeFollower):
         tree = tree.plan
     if isinstance(tree, AdaptivePlan):
         return tree.trees
-    return [tree.tree] if isinstance(tree, TreePlan) else [tree] if isinstance(tree, TokenTree) else []
+    if isinstance(tree, TreePlan):
+        return [tree.tree]
+    return [tree] if isinstance(tree, TokenTree) else [] if isinstance(tree, str) else list(tree)
 
 
 def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: frozenset[int]) -> int:

@@ -25,6 +25,7 @@ import transformers
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
+from sequoia_kernels.drafts import DraftSource, ModelDraft
 from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.planner import (
@@ -96,7 +97,7 @@ _pairs: OrderedDict[str, _Kept] = OrderedDict()
 
 def choose_tree(
     target: TreeModel,
-    draft: TreeModel,
+    source: DraftSource,
     arguments: GenerationArguments,
     *,
     acceptance: AcceptanceEstimate | Sequence[float] | None,
@@ -107,12 +108,20 @@ def choose_tree(
 
     Args:
         target: the target.
-        draft: the draft.
+        source: the draft; a language model, since its forwards are what is timed.
         arguments: the call's checked arguments.
         acceptance: acceptance vector; None takes what the pair's calls have shown so far.
         profile: hardware profile; None measures the two models on their device, if that was not done before.
         adaptive: switch between trees as acceptance drifts, rather than towards what the calls show in the long run.
+
+    Raises:
+        ValueError: the draft is no language model.
     """
+    if not isinstance(source, ModelDraft):
+        raise ValueError(
+            f"generate: tree must be a tree or a plan with a draft that is no language model, got a word and {source!r}"
+        )
+    draft = source.model
     context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
     if target.max_positions is not None:
         context_len = min(context_len, target.max_positions - 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.request import Request
-from sequoia_kernels.models import TreeModel
+from sequoia_kernels.drafts import DraftSource
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -38,10 +38,10 @@ class DraftContext:
 
     @classmethod
     def where_needed(
-        cls, draft: TreeModel, arguments: GenerationArguments, num_levels: int, lag: int
+        cls, draft: DraftSource, arguments: GenerationArguments, num_levels: int, lag: int
     ) -> DraftContext | None:
         """Give the contexts of a batch, or None where every request fits the draft's positions as it is."""
-        positions = draft.trained_positions
+        positions = draft.positions
         if positions is None:
             return None
         context = cls(positions, num_levels, lag, arguments.batch_size)

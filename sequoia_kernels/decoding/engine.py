@@ -12,12 +12,11 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import torch
 
 from sequoia_kernels.cuda_graphs import Captured, CaptureError, capture, forget_refusals, refuse, refused
-from sequoia_kernels.decoding.state import DecodingState
-from sequoia_kernels.decoding.stats import StageClock
+from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.step import DecodingStep, EmittedTokens
+from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree
 from sequoia_kernels.guard import guarded, release_if_owned
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.tree import TokenTree
 
 __all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine", "steps_ahead"]
 
@@ -47,26 +46,26 @@ class DecodingEngine:
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
         self._out_of_memory = False  # for graphs of further trees
-        if cuda_graphs and can_capture(target, draft):
+        if cuda_graphs and can_capture(target, draft) and eager.logits_hook is None:
             self._graphed = GraphedSteps(self.eager.run, state)
         elif cuda_graphs and draft is not None and can_capture(draft, None):
             # The target's part of a step is launched layer by layer; the draft's many forwards still are one graph.
             self._graphed_draft = GraphedSteps(self.eager.draft_tokens, state)
             _log_once(target)
 
-    def prepare(self, tree: TokenTree) -> None:
+    def prepare(self, tree: StepTree) -> None:
         """Allocate and, on CUDA, capture a tree's step, so that its first one does not have to."""
         self.eager.prepare(tree)  # allocates, so it must not be captured
         self._capture(tree)
 
-    def step(self, tree: TokenTree) -> EmittedTokens:
+    def step(self, tree: StepTree) -> EmittedTokens:
         """Draft a tree, verify it, commit the accepted path: as a replayed graph on CUDA."""
         self.prepare(tree)
         if self._graphed is not None:
             return self._graphed.step(tree)
         return self.eager.run(tree, None if self._graphed_draft is None else self._graphed_draft.step)
 
-    def _capture(self, tree: TokenTree) -> None:
+    def _capture(self, tree: StepTree) -> None:
         """Capture a tree's step; where the target is what cannot be captured, the draft's part of it."""
         if self._out_of_memory:
             return
@@ -81,7 +80,8 @@ class DecodingEngine:
                 logger.warning("further trees of this call are not captured but launched kernel by kernel: %s", error)
             elif self._graphed is None:
                 self._graphed_draft = None
-                refuse(draft, error)
+                assert draft is not None  # whose part it was
+                _refuse_draft(draft, error)
             else:  # one of the two models: the draft, if its part alone cannot be captured either
                 self._graphed = None
                 if draft is not None:
@@ -108,13 +108,13 @@ class GraphedSteps:
         state: the state that the step advances; restored after the warm-ups.
     """
 
-    def __init__(self, run_step: Callable[[TokenTree], Any], state: DecodingState) -> None:
+    def __init__(self, run_step: Callable[[StepTree], Any], state: DecodingState) -> None:
         self.run_step = run_step
         self.state = state
-        self._captured: dict[TokenTree, Captured] = {}
+        self._captured: dict[StepTree, Captured] = {}
         self._memory = torch.cuda.graph_pool_handle() if state.cache_lens.is_cuda else None
 
-    def step(self, tree: TokenTree) -> Any:
+    def step(self, tree: StepTree) -> Any:
         """Run one step. The returned tensors of a captured one are overwritten by the next step of the same tree."""
         captured = self._captured.get(tree)
         if captured is None:
@@ -127,7 +127,7 @@ class GraphedSteps:
         """Trees whose step is captured."""
         return len(self._captured)
 
-    def capture(self, tree: TokenTree) -> None:
+    def capture(self, tree: StepTree) -> None:
         """Capture a tree's step, unless that is done. The state is as before afterwards.
 
         Raises:
@@ -147,9 +147,10 @@ class GraphedSteps:
         )
 
 
-def can_capture(target: TreeModel, draft: TreeModel | None) -> bool:
-    """Tell whether a step of these models may become a CUDA graph."""
-    return target.device.type == "cuda" and not any(refused(model) for model in (target, draft) if model is not None)
+def can_capture(target: TreeModel | DraftSource, draft: DraftSource | None) -> bool:
+    """Tell whether a step of these two, or the part of one of them alone, may become a CUDA graph."""
+    is_capturable = target.capturable and (draft is None or draft.capturable)
+    return target.device.type == "cuda" and is_capturable and not any(map(refused, _models(target, draft)))
 
 
 def steps_ahead(target: TreeModel) -> int:
@@ -159,6 +160,13 @@ def steps_ahead(target: TreeModel) -> int:
     pass reading costs nothing, and the pass launched behind the last token would be for nothing.
     """
     return 1 if target.device.type == "cuda" and target.capturable else 0
+
+
+def _refuse_draft(draft: DraftSource, error: CaptureError) -> None:
+    for model in draft.models:
+        refuse(model, error)
+    if not draft.models:
+        logger.warning("CUDA-graph capture is off for %r in this call: %s", draft, error)
 
 
 _logged: WeakSet[TreeModel] = WeakSet()
@@ -177,9 +185,11 @@ class _Key(NamedTuple):
     max_cache_len: int
     draft_cache_len: int | None  # where the draft has lengths of its own
     backend: str
+    rule: str
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
     forwards: tuple[Any, ...]  # what the models' forwards do, and how they are compiled
+    draft: Any  # what else the draft says
 
 
 class _Kept(NamedTuple):
@@ -198,11 +208,13 @@ def _locked(work: Callable[[], Result]) -> Result:
 
 def borrow_engine(
     target: TreeModel,
-    draft: TreeModel | None,
+    draft: DraftSource | None,
     state: DecodingState,
     max_cache_len: int,
     *,
     limit: int | None,
+    rule: str,
+    logits_hook: LogitsHook | None,
     backend: str,
     clock: StageClock,
     cuda_graphs: bool,
@@ -216,6 +228,8 @@ def borrow_engine(
         state: the batch's state; the engine's own state takes over its values.
         max_cache_len: rows that the caches need.
         limit: rows that the caches need at most, whatever the length of the requests; None without a limit.
+        rule: verification rule.
+        logits_hook: as in `DecodingStep`; with one the target's part of a step is not captured.
         backend: backend of the ops.
         clock: adds up the times of this batch.
         cuda_graphs: whether steps are captured.
@@ -225,25 +239,29 @@ def borrow_engine(
         The engine. Where steps are captured or compiled its caches may be longer than asked for: lengths are rounded up
         to buckets, so that batches of about the same length share what was made for them.
     """
-    captures = cuda_graphs and can_capture(target, draft)
-    static = captures or any(model is not None and model.compile_mode for model in (target, draft))
+    captures = cuda_graphs and can_capture(target, draft) and logits_hook is None
+    static = captures or any(model.compile_mode for model in _models(target, draft))
     rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
     draft_rows = cache_bucket(draft_cache_len, None) if static and draft_cache_len is not None else draft_cache_len
 
     def make() -> DecodingEngine:
-        eager = DecodingStep(target, draft, state, rows, draft_cache_len=draft_rows, backend=backend, clock=clock)
+        eager = DecodingStep(
+            target, draft, state, rows,
+            draft_cache_len=draft_rows, rule=rule, logits_hook=logits_hook, backend=backend, clock=clock,
+        )  # fmt: skip
         return DecodingEngine(eager, cuda_graphs)
 
     if not captures:
         return make()
-    key = _key(target, draft, state, rows, draft_rows, backend)
+    key = _key(target, draft, state, rows, draft_rows, rule, backend)
     entry = _locked(lambda: _kept.get(target.model, OrderedDict()).pop(key, None))
-    if entry is None or (entry.draft() if entry.draft is not None else None) is not getattr(draft, "model", None):
+    owner = None if draft is None else draft.owner
+    if entry is None or (entry.draft() if entry.draft is not None else None) is not owner:
         engine = make()
         engine.key = key  # of now: what changes while it runs is not in its graphs
         return engine
     engine = entry.engine
-    engine.eager.target, engine.eager.draft, engine.eager.clock = target, draft, clock
+    engine.eager.use(target, draft, clock)
     engine.restart(state)
     return engine
 
@@ -256,12 +274,11 @@ def return_engine(engine: DecodingEngine) -> None:
     target, draft, key = engine.eager.target, engine.eager.draft, engine.key
     if key is None or engine._graphed is None or not engine._graphed.num_captured:
         return
-    engine.eager.target = engine.eager.draft = None  # type: ignore[assignment]  # set again when it is borrowed
-    engine.eager.clock = StageClock(enabled=False)
+    engine.eager.use(None, None, StageClock(enabled=False))
 
     def keep() -> None:
         kept = _kept.setdefault(target.model, OrderedDict())
-        kept[key] = _Kept(None if draft is None else ref(draft.model), engine)
+        kept[key] = _Kept(None if draft is None else ref(draft.owner), engine)
         while len(kept) > KEPT_ENGINES:
             kept.popitem(last=False)
 
@@ -289,21 +306,30 @@ def cache_bucket(rows: int, limit: int | None) -> int:
     return bucket if limit is None else max(rows, min(bucket, limit))
 
 
+def _models(*parts: TreeModel | DraftSource | None) -> list[TreeModel]:
+    """The models that a step runs."""
+    of_parts = [part.models if isinstance(part, DraftSource) else (part,) for part in parts if part is not None]
+    return [model for models in of_parts for model in models]
+
+
 def _key(
     target: TreeModel,
-    draft: TreeModel | None,
+    draft: DraftSource | None,
     state: DecodingState,
     rows: int,
     draft_rows: int | None,
+    rule: str,
     backend: str,
 ) -> _Key:
-    models = [model for model in (target, draft) if model is not None]
+    models = _models(target, draft)
     return _Key(
         state.cache_lens.shape[0],
         rows,
         draft_rows,
         backend,
+        rule,
         (state.top_k is not None, state.top_p is not None),
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
         tuple((model.compile_mode, model.forward_state()) for model in models),
+        None if draft is None else draft.graph_key,
     )

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels.decoding.arguments import check_arguments
+from sequoia_kernels.decoding.arguments import GivenTree, check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
+from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.decoding.stats import GenerateStats
+from sequoia_kernels.drafts import draft_source
 from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
 from sequoia_kernels.tree import TokenTree
@@ -44,7 +46,7 @@ def generate(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
-    tree: TokenTree | TreePlan | AdaptivePlan | TreeFollower | str = "auto",
+    tree: GivenTree = "auto",
     max_new_tokens: int = 128,
     temperature: float | Sequence[float] = 0.0,
     top_k: int | Sequence[int] | None = None,
@@ -58,6 +60,8 @@ def generate(
     max_cache_len: int | None = None,
     acceptance: AcceptanceEstimate | Sequence[float] | None = None,
     profile: HardwareProfile | None = None,
+    rule: str | None = None,
+    logits_hook: LogitsHook | None = None,
     backend: str = "auto",
     cuda_graphs: bool = True,
     compile: bool | str = False,
@@ -66,15 +70,17 @@ def generate(
 
     Args:
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
-        draft: a smaller model of the same vocabulary that proposes the tree; None decodes one token a step.
+        draft: what proposes the tree's tokens: a smaller model of the same vocabulary, or any other `DraftSource`; None
+            decodes one token a step.
         input_ids: prompts. [B, L] int64, on the target's device.
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
             takes pad tokens for padding, as transformers does, unless they also end sequences.
-        tree: a `TokenTree`, a `TreePlan`, an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for
-            this machine, these models and these sampling settings, and learns from every call; "adaptive" takes several
-            picks and switches between them as acceptance drifts. Both measure the models' times where they are not
-            given a `profile`, once a pair and machine: docs/planner.md says what is kept, and where. A `TreeFollower`
-            (`plan.follow()`) given to several calls carries what it learnt from one to the next.
+        tree: a `TokenTree`, a sequence of one for each request (all of the same widths, level by level), a `TreePlan`,
+            an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for this machine, these
+            models and these sampling settings, and learns from every call; "adaptive" takes several picks and switches
+            between them as acceptance drifts. Both measure the models' times where they are not given a `profile`, once
+            a pair and machine: docs/planner.md says what is kept, and where. A `TreeFollower` (`plan.follow()`) given
+            to several calls carries what it learnt from one to the next.
         max_new_tokens: tokens to emit for each request, at most.
         temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. Settings of the target's
             generation_config are not applied: a warning names, once a model, those that would change the output.
@@ -93,6 +99,9 @@ def generate(
             newest tokens of a request (`stats.draft_restarts`).
         acceptance: acceptance vector for tree="auto" and "adaptive".
         profile: hardware profile for them.
+        rule: verification rule; None takes the plan's, or "sequoia".
+        logits_hook: changes the target's logits before tokens are decided from them (`LogitsHook`): penalties,
+            grammars. The target's part of a step is then not captured.
         backend: backend of the ops.
         cuda_graphs: on CUDA, capture each step once and replay it; models that cannot be captured fall back with one
             logged reason, the draft's part of a step still being captured where it can. Caches and graphs stay on the
@@ -128,13 +137,13 @@ def generate(
     """
     started = time.perf_counter()
     target = adapt(target, compile=compile)
-    draft = adapt(draft, compile=compile) if draft is not None else None
+    draft = draft_source(draft, compile=compile) if draft is not None else None
     arguments = check_arguments(
         target, draft, input_ids, attention_mask,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_id,
         pad_token_id=pad_token_id, seed=seed, stop_strings=stop_strings, tokenizer=tokenizer, streamer=streamer,
-        max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile, backend=backend,
-        cuda_graphs=cuda_graphs,
+        max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile, rule=rule,
+        logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
     )  # fmt: skip
     learn = None
     if draft is None:
@@ -147,6 +156,8 @@ def generate(
         tree = tree.follow()
     elif isinstance(tree, TreePlan):
         tree = tree.tree
+    elif not isinstance(tree, (TokenTree, TreeFollower)):
+        tree = tuple(tree)
     requests, stats = decode(target, draft, tree, arguments)
     stats.seconds = time.perf_counter() - started
     if learn is not None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -17,9 +17,9 @@ from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.draft_context import DraftContext
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
 from sequoia_kernels.decoding.request import Request
-from sequoia_kernels.decoding.state import DecodingState
-from sequoia_kernels.decoding.stats import GenerateStats, StageClock
+from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import EmittedTokens
+from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, each_tree
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.planner import TreeFollower
 from sequoia_kernels.tree import TokenTree
@@ -50,14 +50,14 @@ class Decoded(NamedTuple):
 @on_target_device
 @torch.inference_mode()
 def decode(
-    target: TreeModel, draft: TreeModel | None, tree: TokenTree | TreeFollower, arguments: GenerationArguments
+    target: TreeModel, draft: DraftSource | None, tree: StepTree | TreeFollower, arguments: GenerationArguments
 ) -> Decoded:
     """Decode a batch of requests to their ends.
 
     Args:
         target: the target.
-        draft: the draft; None decodes one token a step, as a tree of one node does.
-        tree: the tree, or what chooses one for every step.
+        draft: what proposes tokens; None decodes one token a step, as a tree of one node does.
+        tree: the tree, one for each request, or what chooses one for every step.
         arguments: the requests, and how they are decoded.
 
     Returns:
@@ -65,7 +65,8 @@ def decode(
     """
     if draft is None:
         tree = TokenTree.single()
-    trees = tree.plan.trees if isinstance(tree, TreeFollower) else [tree]
+    step_trees: Sequence[StepTree] = tree.plan.trees if isinstance(tree, TreeFollower) else [tree]
+    trees = [entry for step_tree in step_trees for entry in each_tree(step_tree)]
     if all(entry.num_nodes == 1 for entry in trees):
         draft = None
     device = target.device
@@ -82,8 +83,8 @@ def decode(
     )  # fmt: skip
     engine = borrow_engine(
         target, draft, state, arguments.longest + room,
-        limit=None if arguments.max_cache_len is None else arguments.max_cache_len + room, backend=arguments.backend,
-        clock=clock, cuda_graphs=arguments.cuda_graphs,
+        limit=None if arguments.max_cache_len is None else arguments.max_cache_len + room, rule=arguments.rule,
+        logits_hook=arguments.logits_hook, backend=arguments.backend, clock=clock, cuda_graphs=arguments.cuda_graphs,
         draft_cache_len=None if context is None else context.positions + room,
     )  # fmt: skip
     loop = DecodingLoop(engine, arguments, context, lag)
@@ -94,8 +95,8 @@ def decode(
         torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device),
         None if context is None else [context.tokens(index, request) for index, request in enumerate(loop.requests)],
     )
-    for entry in trees:
-        engine.prepare(entry)
+    for step_tree in step_trees:
+        engine.prepare(step_tree)
     started = time.perf_counter()
     loop.run(first_tokens.tolist(), tree)
     stats = loop.stats
@@ -131,7 +132,7 @@ class HostCopy:
 
 
 class _Launched(NamedTuple):
-    tree: TokenTree
+    tree: StepTree
     active: list[bool]  # which requests were active when the step was launched
     emitted: HostCopy
 
@@ -167,16 +168,17 @@ class DecodingLoop:
         self.follower: TreeFollower | None = None
         self.in_flight: deque[_Launched] = deque()  # oldest first
 
-    def run(self, first_tokens: list[int], tree: TokenTree | TreeFollower) -> None:
-        """Take the prefill's tokens and decode behind them: with one tree, or with what is chosen for each step."""
+    def run(self, first_tokens: list[int], tree: StepTree | TreeFollower) -> None:
+        """Take the prefill's tokens and decode behind them; arguments as in `decode`."""
         self.follower = tree if isinstance(tree, TreeFollower) else None
-        self.stats.tree = step_tree = tree.tree if isinstance(tree, TreeFollower) else tree
+        step_tree: StepTree = tree.tree if isinstance(tree, TreeFollower) else tree
+        self.stats.tree = step_tree if isinstance(step_tree, TokenTree) else None
         for index, token in enumerate(first_tokens):
             self._take(index, [token])
         while any(request.is_active for request in self.requests):
             if self.follower is not None:
                 self.stats.tree = step_tree = self.follower.tree
-            if step_tree.num_nodes > 1 and self._restart_drafts():
+            if each_tree(step_tree)[0].num_nodes > 1 and self._restart_drafts():
                 continue  # what was in flight may have ended the last request, or changed the tree
             self._launch(step_tree)
             self._read(self.lag)
@@ -184,11 +186,12 @@ class DecodingLoop:
         if self.streamer is not None:
             self.streamer.end()
 
-    def _launch(self, tree: TokenTree) -> None:
+    def _launch(self, tree: StepTree) -> None:
         active = [request.is_active for request in self.requests]
         self.in_flight.append(_Launched(tree, active, HostCopy(self.engine.step(tree))))
         self.stats.num_steps += 1
-        self.stats.steps_by_tree[tree] = self.stats.steps_by_tree.get(tree, 0) + 1
+        for entry in dict.fromkeys(each_tree(tree)):
+            self.stats.steps_by_tree[entry] = self.stats.steps_by_tree.get(entry, 0) + 1
 
     def _read(self, num_left: int) -> None:
         """Bring the tokens of all steps but the newest to the host: the only place where the loop waits."""
@@ -199,11 +202,12 @@ class DecodingLoop:
     def _read_step(self, launched: _Launched) -> None:
         tokens, nodes, num_tokens = launched.emitted.read()
         step = self.stats.num_steps - 1 - len(self.in_flight)
+        trees = each_tree(launched.tree)
         counts = []
         for index, was_active in enumerate(launched.active):
             if was_active and self.requests[index].is_active:
                 self.stats.request_steps[index] += 1
-                counts.append(self.stats.count_path(launched.tree, nodes[index], num_tokens[index]))
+                counts.append(self.stats.count_path(trees[index % len(trees)], nodes[index], num_tokens[index]))
                 self._take(index, tokens[index][: num_tokens[index]])
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)

@@ -8,7 +8,7 @@ import torch
 
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.loop import decode
-from sequoia_kernels.decoding.state import request_seeds
+from sequoia_kernels.drafts import draft_source, request_seeds
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
@@ -75,7 +75,7 @@ def measure_overhead(
             temperature=[1.0] * batch_size, top_k=None, top_p=None, eos_token_ids=frozenset(), pad_token_id=0,
             seeds=request_seeds(run, batch_size), max_cache_len=target.max_positions,
         )  # fmt: skip
-        stats = decode(target, draft, tree, arguments).stats
+        stats = decode(target, None if draft is None else draft_source(draft), tree, arguments).stats
         assert stats.tree is not None
         known = cost.stages(stats.tree, context_len + num_tokens / 2)
         step_ms = 1e3 * stats.decode_seconds / stats.num_steps

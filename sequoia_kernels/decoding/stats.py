@@ -2,51 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sequoia_kernels.tree import TokenTree
-
-STAGES = ("prefill", "draft", "sample", "target", "verify", "commit", "host")
-
-
-class StageClock:
-    """Adds up wall time by stage. Only meaningful where work is synchronous; elsewhere it is switched off."""
-
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """Time the body of a with statement as a stage."""
-        return _Stage(self, name) if self.enabled else _NO_STAGE
-
-
-class _Stage:
-    __slots__ = ("clock", "name", "start")
-
-    def __init__(self, clock: StageClock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self.clock.seconds[self.name] += time.perf_counter() - self.start
-
-
-class _NoStage:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-_NO_STAGE: Any = _NoStage()
 
 
 @dataclass
@@ -65,7 +24,7 @@ class GenerateStats:
         seconds: wall time of the call.
         decode_seconds: wall time behind the prefill.
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
-        tree: the tree asked for; with an adaptive plan the last one used.
+        tree: the tree asked for; with an adaptive plan the last one used; None where each request has its own.
         steps_by_tree: steps decoded with each tree: in the order of first use.
         draft_restarts: how often the draft had used up its positions and went on with a request's newest tokens only.
     """

@@ -45,6 +45,7 @@ class ChunkInputs(NamedTuple):
     cache_lens: torch.Tensor
     step: TreeStep
     last_row: torch.Tensor | None
+    hidden_states: dict[int, torch.Tensor] | None = None
 
 
 class _ModelPlan(NamedTuple):
@@ -334,6 +335,7 @@ class TreeModel:
         step: TreeStep,
         *,
         last_row: torch.Tensor | None = None,
+        hidden_states: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Score N nodes behind each request's committed tokens and store their keys and values.
 
@@ -343,6 +345,8 @@ class TreeModel:
             cache_lens: committed rows of each request. [B] int32, on the model's device.
             step: which nodes, what they see, where their rows go.
             last_row: the one row whose logits are wanted for each request. [B] int64, None for all rows.
+            hidden_states: takes the hidden states of its keys, of all rows, as its values: [B, N, width] each. They are
+                numbered as transformers does: i is the input of layer i, the number of layers what the head gets.
 
         Returns:
             Logits. [B, N, vocab_size], or [B, 1, vocab_size] with `last_row`, in the dtype of the model's head.
@@ -358,7 +362,7 @@ class TreeModel:
             they score means nothing, and no token that it decides may be kept. No host sync on accelerators.
         """
         self._check_forward(input_ids, cache, cache_lens, step, last_row)
-        return self._switch.run(partial(self._run, input_ids, cache_lens, step, last_row, cache))
+        return self._switch.run(partial(self._run, input_ids, cache_lens, step, last_row, hidden_states, cache))
 
     def forward_chunks(self, chunks: Sequence[ChunkInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does.
@@ -371,7 +375,14 @@ class TreeModel:
             The logits of each forward.
         """
         return [
-            self.forward(chunk.input_ids, cache, chunk.cache_lens, chunk.step, last_row=chunk.last_row)
+            self.forward(
+                chunk.input_ids,
+                cache,
+                chunk.cache_lens,
+                chunk.step,
+                last_row=chunk.last_row,
+                hidden_states=chunk.hidden_states,
+            )
             for chunk in chunks
         ]
 
@@ -381,6 +392,7 @@ class TreeModel:
         cache_lens: torch.Tensor,
         step: TreeStep,
         last_row: torch.Tensor | None,
+        hidden_states: dict[int, torch.Tensor] | None,
         cache: TreeCache,
     ) -> torch.Tensor:
         """Run one checked forward; the caller holds the attention switch."""
@@ -403,9 +415,13 @@ class TreeModel:
         keep_rows = last_row is not None and plan.takes_logits_to_keep and last_row.shape[0] <= input_ids.shape[1]
         if keep_rows:
             arguments["logits_to_keep"] = last_row
+        if hidden_states:
+            arguments["output_hidden_states"] = True
         with nullcontext() if plan.inference_mode else torch.inference_mode(False), torch.no_grad():
             output = self.model(**arguments) if compiled is None else _run_compiled(compiled, arguments)
         logits = output.logits
+        if hidden_states:
+            hidden_states.update({number: output.hidden_states[number] for number in hidden_states})
         if context.num_calls != len(plan.specs):
             raise UnsupportedModelError(
                 f"forward: family {self.family} must call its attention function once in each of {len(plan.specs)} "

@@ -14,7 +14,14 @@ __all__ = ["prefill"]
 _CHUNK_ROWS = 512
 
 
-def prefill(model: TreeModel, cache: TreeCache, input_ids: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
+def prefill(
+    model: TreeModel,
+    cache: TreeCache,
+    input_ids: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    *,
+    hidden_states: dict[int, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Store the prompts' keys and values in cache rows 0.. and return the logits behind each prompt's last token.
 
     Args:
@@ -22,6 +29,7 @@ def prefill(model: TreeModel, cache: TreeCache, input_ids: torch.Tensor, prompt_
         cache: its cache for B requests.
         input_ids: prompts, padded on the right. [B, L] int64; the padding may be any token of the vocabulary.
         prompt_lens: tokens of each prompt. [B] int32 or int64, 1..L, on the device of `input_ids`.
+        hidden_states: takes hidden states of all L rows, [B, L, width] each; see `TreeModel.forward`.
 
     Returns:
         Logits of each request's last prompt token. [B, 1, vocab_size].
@@ -71,9 +79,13 @@ def prefill(model: TreeModel, cache: TreeCache, input_ids: torch.Tensor, prompt_
                 torch.full((batch_size,), start, dtype=torch.int32, device=input_ids.device),
                 causal_step(num_rows, input_ids.device),
                 (last_tokens - start).clamp(0, num_rows - 1),
+                dict(hidden_states or {}),
             )
         )
     logits, *later = model.forward_chunks(chunks, cache)
+    if hidden_states:
+        parts = [chunk.hidden_states or {} for chunk in chunks]
+        hidden_states.update({number: torch.cat([part[number] for part in parts], 1) for number in hidden_states})
     # Prompts that end in an earlier chunk keep the logits of that chunk.
     for start, chunk_logits in zip(starts[1:], later):
         logits = torch.where((last_tokens >= start)[:, None, None], chunk_logits, logits)

@@ -124,10 +124,11 @@ class OffloadedModel(TreeModel):
         step: TreeStep,
         *,
         last_row: torch.Tensor | None = None,
+        hidden_states: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Score N nodes; as `TreeModel.forward`."""
         try:
-            return super().forward(input_ids, cache, cache_lens, step, last_row=last_row)
+            return super().forward(input_ids, cache, cache_lens, step, last_row=last_row, hidden_states=hidden_states)
         finally:
             self._release()
 

@@ -1,0 +1,22 @@
+"""Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
+
+from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
+from sequoia_kernels.drafts.model import ModelDraft, draft_source
+from sequoia_kernels.drafts.source import Drafting, DraftSource
+from sequoia_kernels.drafts.state import DecodingState, request_seeds
+
+__all__ = [
+    "DecodingState",
+    "DraftLevel",
+    "DraftSource",
+    "Drafting",
+    "ModelDraft",
+    "StageClock",
+    "StepTree",
+    "TokenBuffers",
+    "TreeLayout",
+    "draft_source",
+    "each_tree",
+    "request_seeds",
+]

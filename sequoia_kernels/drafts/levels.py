@@ -1,0 +1,143 @@
+"""What one step needs to know of its tree: which rows each draft forward feeds, and where the drawn tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from sequoia_kernels.models import TreeStep
+from sequoia_kernels.tree import TokenTree, Topology
+
+__all__ = ["DraftLevel", "StepTree", "TokenBuffers", "TreeLayout", "each_tree"]
+
+# One tree for all requests, or one for each: then of the same widths, level by level.
+StepTree: TypeAlias = TokenTree | tuple[TokenTree, ...]
+
+
+def each_tree(tree: StepTree) -> tuple[TokenTree, ...]:
+    """Give the trees that a step decodes with: one, or one for each request."""
+    return (tree,) if isinstance(tree, TokenTree) else tree
+
+
+@dataclass(frozen=True)
+class DraftLevel:
+    """The nodes of a level that have children, and the draw of these. W nodes, C children.
+
+    Attributes:
+        step: rows of a forward over these nodes.
+        nodes: the same nodes as an index. [W] int64.
+        num_samples: children to draw for each of them: the level's largest number of children.
+        first_child: first node of the next level; its nodes are exactly the children drawn here, in order.
+        num_children: how many they are, C.
+        drawn: for each child, its place in the flattened draw [W * num_samples]. [C] int64, or [B, C] where each
+            request has its own tree.
+    """
+
+    step: TreeStep
+    nodes: torch.Tensor
+    num_samples: int
+    first_child: int
+    num_children: int
+    drawn: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """A tree with the index tensors of its decoding step, all on one device.
+
+    Attributes:
+        tree: the tree, or the trees.
+        topology: the same for the ops.
+        num_nodes: nodes of each tree.
+        target_step: rows of the target forward: every node.
+        root_step: rows of a draft's first forward: the last committed token and the root. It starts one row before
+            the committed length, so that a leaf accepted in the step before, which the draft never saw, is fed now;
+            for any other token the same values are written again. One shape serves every request of a batch.
+        levels: the levels whose nodes have children, the root's first; none for a tree of one node.
+    """
+
+    tree: StepTree
+    topology: TokenTree | Topology
+    num_nodes: int
+    target_step: TreeStep
+    root_step: TreeStep
+    levels: tuple[DraftLevel, ...]
+
+    @classmethod
+    def build(cls, tree: StepTree, device: torch.device | str) -> TreeLayout:
+        """Build the layout of a tree, or of a tree for each request, on a device."""
+        trees = each_tree(tree)
+        parts = [entry.tensors(device) for entry in trees]
+        topology = parts[0] if isinstance(tree, TokenTree) else Topology.stack(parts)
+        num_nodes = topology.num_nodes
+        return cls(
+            tree,
+            tree if isinstance(tree, TokenTree) else topology,
+            num_nodes,
+            TreeStep(
+                tree_mask=topology.ancestor_mask,
+                node_ids=torch.arange(num_nodes, dtype=torch.int32, device=device),
+                depths=parts[0].depths,  # all trees have the same levels
+                num_tree_rows=num_nodes,
+                first_node=0,
+            ),
+            _chain_of_two(device),
+            # the deepest level has leaves only
+            tuple(_draft_level(trees, topology, level, device) for level in range(trees[0].num_levels - 1)),
+        )
+
+
+def _chain_of_two(device: torch.device | str) -> TreeStep:
+    chain = TokenTree.chain(2).tensors(device)
+    rows = torch.arange(2, dtype=torch.int32, device=device)
+    return TreeStep(chain.ancestor_mask, rows, chain.depths, num_tree_rows=2, first_node=0)
+
+
+def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, device: torch.device | str) -> DraftLevel:
+    # Nodes without children are fed only where the same node of another request has some.
+    internal = sorted({node for tree in trees for node in tree.internal_nodes(level)})
+    num_samples = max(tree.num_children[node] for tree in trees for node in internal)
+    first_child = trees[0].level_nodes(level + 1)[0]
+    drawn = [
+        [row * num_samples + rank for row, node in enumerate(internal) for rank in range(tree.num_children[node])]
+        for tree in trees
+    ]
+    nodes = torch.tensor(internal, dtype=torch.int64, device=device)
+    contiguous = internal[-1] - internal[0] + 1 == len(internal)
+    step = TreeStep(
+        tree_mask=topology.ancestor_mask.index_select(-2, nodes),
+        node_ids=nodes.to(torch.int32),
+        depths=torch.full_like(nodes, level, dtype=torch.int32),
+        num_tree_rows=internal[-1] + 1,
+        first_node=internal[0] if contiguous else None,
+    )
+    places = torch.tensor(drawn if topology.batch_size is not None else drawn[0], device=device)
+    return DraftLevel(step, nodes, num_samples, first_child, len(drawn[0]), places)
+
+
+@dataclass
+class TokenBuffers:
+    """What the draft leaves for the target. N nodes, allocated once a tree and batch.
+
+    Attributes:
+        tokens: token of every node, -1 where none could be drawn. [B, N] int64.
+        draft_logits: the draft's logits at every internal node, as wide as the target's; tokens that the draft does not
+            know hold -inf, rows of leaves are never read. [B, N, vocab], the dtype of its logits. None without a draft.
+    """
+
+    tokens: torch.Tensor
+    draft_logits: torch.Tensor | None
+
+    @classmethod
+    def allocate(
+        cls, layout: TreeLayout, batch_size: int, vocab_size: int, logits_dtype: torch.dtype, device: torch.device
+    ) -> TokenBuffers:
+        """Allocate the buffers of a tree and batch."""
+        shape = (batch_size, layout.num_nodes)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        if not layout.levels:
+            return cls(tokens, None)
+        return cls(tokens, torch.full((*shape, vocab_size), -torch.inf, dtype=logits_dtype, device=device))

@@ -1,0 +1,138 @@
+"""A smaller language model of the same vocabulary as the draft: a forward a level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.source import Drafting, DraftSource
+from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.models import TreeModel, adapt, check_pair, prefill
+
+__all__ = ["ModelDraft", "draft_source"]
+
+
+def draft_source(draft: Any, *, compile: bool | str = False) -> DraftSource:
+    """Give what `generate` takes as a draft as a source: a Hugging Face model, a `TreeModel`, or a source as it is.
+
+    Args:
+        draft: the draft.
+        compile: as in `adapt`; a source is left alone.
+
+    Raises:
+        UnsupportedModelError: a model cannot decode trees.
+    """
+    return draft if isinstance(draft, DraftSource) else ModelDraft(adapt(draft, compile=compile))
+
+
+class ModelDraft(DraftSource):
+    """A language model as the draft.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: TreeModel) -> None:
+        self.model = model
+        self.models = (model,)
+
+    # Of the model as it is now: it may be moved, cast or resized between two calls.
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Device of its inputs."""
+        return self.model.device
+
+    @property
+    def logits_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of its head."""
+        return self.model.logits_dtype
+
+    @property
+    def positions(self) -> int | None:  # type: ignore[override]
+        """Positions that it was trained for."""
+        return self.model.trained_positions
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """False where it streams its layers."""
+        return self.model.capturable
+
+    @property
+    def owner(self) -> Any:
+        """The Hugging Face model: a call that is given it again makes another source of it."""
+        return self.model.model
+
+    def check_target(self, target: TreeModel) -> None:
+        """Raise ValueError where the two do not make a pair."""
+        check_pair(target, self.model)
+
+    def start(
+        self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock
+    ) -> Drafting:
+        """Begin a batch with an empty cache."""
+        return _ModelDrafting(self, target, state, max_cache_len, backend, clock)
+
+
+class _ModelDrafting(Drafting):
+    source: ModelDraft
+
+    def __init__(
+        self,
+        source: ModelDraft,
+        target: TreeModel,
+        state: DecodingState,
+        max_cache_len: int,
+        backend: str,
+        clock: StageClock,
+    ) -> None:
+        super().__init__(source, state, backend, clock)
+        self.cache = source.model.new_cache(state.cache_lens.shape[0], max_cache_len, beyond_positions=True)
+        # Whether it may meet tokens of the target that it has no embedding of. Such a one is fed as the last one that
+        # it has: what grows behind it is a worse guess, and verified like any other.
+        self.lacks_tokens = source.model.num_embeddings < max(target.num_embeddings, target.vocab_size)
+
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Give the cache's."""
+        return self.cache.tensors()
+
+    def prefill(
+        self,
+        lanes: list[int],
+        tokens: torch.Tensor,
+        num_tokens: torch.Tensor,
+        hidden_states: Sequence[torch.Tensor],
+    ) -> None:
+        """Run the tokens through the model."""
+        model, cache = self.source.model, self.cache
+        tokens = tokens.to(model.device).clamp(max=model.num_embeddings - 1)
+        num_tokens = num_tokens.to(model.device)
+        if len(lanes) == cache.batch_size:
+            prefill(model, cache, tokens, num_tokens)
+        else:
+            part = model.new_cache(*tokens.shape)
+            prefill(model, part, tokens, num_tokens)
+            for whole, rows in zip(cache.tensors(), part.tensors(), strict=True):
+                whole[lanes, : rows.shape[1]] = rows
+        if self.state.has_own_draft_lens:
+            self.state.draft_lens[lanes] = num_tokens
+
+    def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Draw level by level; leaves are never fed. Mutates the cache's rows behind the committed ones."""
+        state, model, cache = self.state, self.source.model, self.cache
+        for index, level in enumerate(layout.levels):
+            with self.clock.stage("draft"):
+                if index == 0:
+                    fed = torch.stack((state.last_tokens, state.root_tokens), dim=1)
+                    if self.lacks_tokens:
+                        fed.clamp_(max=model.num_embeddings - 1)
+                    logits = model.forward(fed, cache, state.draft_lens - 1, layout.root_step)[:, 1:]
+                else:
+                    fed = buffers.tokens.index_select(1, level.nodes)
+                    fed.clamp_(0, model.num_embeddings - 1)  # one that could not be drawn is -1
+                    logits = model.forward(fed, cache, state.draft_lens, level.step)
+            self.draw_children(level, logits, buffers)

@@ -1,0 +1,166 @@
+"""The door for drafts: what proposes the tokens of a tree. Every other file of this room is one such source."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.models import TreeModel
+from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
+
+__all__ = ["DraftSource", "Drafting"]
+
+
+class DraftSource(ABC):
+    """Proposes tokens for a target: what `generate` takes as its draft.
+
+    The output never depends on a source, only the speed does: children are drawn from the very logits that it leaves
+    for the verification. A source holds what lasts (weights); what belongs to a batch is in the `Drafting` that it
+    starts. One that runs no model of transformers' overrides the attributes that differ.
+
+    Attributes:
+        device: where it runs: the target's device.
+        logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
+        needs: hidden states of the target that it reads, numbered as transformers' `hidden_states`: i is the input of
+            layer i, the number of layers what is behind the last norm. It gets them of every committed row.
+        positions: positions that it was made for, None without a limit. Behind them its context is begun anew with the
+            newest tokens; so a source with `needs` has none.
+        models: the models that it runs: what a captured step depends on besides `graph_key`.
+        capturable: whether its part of a step may become a CUDA graph: static shapes, nothing waits for the device.
+    """
+
+    device: torch.device
+    logits_dtype: torch.dtype
+    needs: tuple[int, ...] = ()
+    positions: int | None = None
+    models: tuple[TreeModel, ...] = ()
+    capturable: bool = True
+
+    @property
+    def owner(self) -> Any:
+        """What captured steps are kept for, and no longer than it lives: an object that can be referenced weakly."""
+        return self
+
+    @property
+    def graph_key(self) -> Hashable:
+        """Whatever else changes what a captured step does."""
+        return None
+
+    def check_target(self, target: TreeModel) -> None:  # noqa: B027
+        """Raise ValueError where it cannot propose tokens for a target; the message says why."""
+
+    @abstractmethod
+    def start(
+        self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock
+    ) -> Drafting:
+        """Begin a batch.
+
+        Args:
+            target: the target.
+            state: the batch's state, which steps advance in place.
+            max_cache_len: rows that a cache needs: committed tokens and the tree behind them.
+            backend: backend of the ops.
+            clock: adds up the times of the stages "draft" and "sample".
+        """
+
+
+class Drafting(ABC):
+    """A source at work for one batch of B requests, on buffers that live as long as this object.
+
+    Args:
+        source: the source. None while an engine that is kept for later calls lies idle.
+        state: the batch's state.
+        backend: backend of the ops.
+        clock: adds up the times of the stages.
+    """
+
+    def __init__(self, source: DraftSource, state: DecodingState, backend: str, clock: StageClock) -> None:
+        self.source: Any = source
+        self.state, self.backend, self.clock = state, backend, clock
+
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Give the caches whose tree rows lie as the target's do, node j at row lens + j: they are compacted with it.
+
+        Returns:
+            [B, S, Hkv, D] each. Where the state has lengths of the draft's own, lens are those.
+        """
+        return []
+
+    def prefill(  # noqa: B027
+        self,
+        lanes: list[int],
+        tokens: torch.Tensor,  # [R, longest] int64, padded on the right
+        num_tokens: torch.Tensor,  # [R] int32
+        hidden_states: Sequence[torch.Tensor],
+    ) -> None:
+        """Take committed tokens as the context of some requests, in increasing order; the other requests keep theirs.
+
+        Args:
+            lanes: the R requests.
+            tokens: their tokens.
+            num_tokens: how many each has.
+            hidden_states: what `needs` names, of these tokens. [R, longest, width] each.
+        """
+
+    @abstractmethod
+    def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Fill the tokens of a tree behind the root, and the logits of its nodes with children.
+
+        Args:
+            layout: the tree, level by level.
+            buffers: `tokens[:, 0]` holds the roots; `draw_children` fills the rest of a level.
+        """
+
+    def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:  # noqa: B027
+        """See what a step accepted; the state is advanced, the buffers are as `grow` left them.
+
+        Args:
+            path: the accepted path; of an ended request too, which commits nothing.
+            hidden_states: what `needs` names, of the tree's nodes. [B, N, width] each.
+        """
+
+    def draw_children(self, level: DraftLevel, logits: torch.Tensor, buffers: TokenBuffers) -> None:
+        """Draw the children of a level's nodes, and keep the logits that they were drawn from.
+
+        Args:
+            level: the level.
+            logits: of its nodes. [B, W, vocab]; a vocabulary narrower than the target's is a part of it.
+            buffers: takes both.
+        """
+        assert buffers.draft_logits is not None  # allocated with every tree that has a level to draw
+        with self.clock.stage("sample"):
+            batch_size, width, _ = logits.shape
+            vocab = min(logits.shape[2], buffers.draft_logits.shape[2])
+            # drawn from the very numbers that are kept for the verification
+            logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
+            if level.step.first_node is not None:
+                kept = buffers.draft_logits.narrow(1, level.step.first_node, width).narrow(2, 0, vocab)
+                kept.copy_(logits)
+            else:
+                buffers.draft_logits[:, :, :vocab].index_copy_(1, level.nodes, logits)
+            drawn = sample_without_replacement(
+                logits.flatten(0, 1),
+                level.num_samples,
+                self.state.temperature.repeat_interleave(width),
+                self.state.seeds.repeat_interleave(width),
+                (self.state.offsets[:, None] + level.nodes).flatten(),
+                backend=self.backend,
+            ).tokens.view(batch_size, -1)
+            children = buffers.tokens.narrow(1, level.first_child, level.num_children)
+            if level.drawn.dim() == 2:  # each request has its own tree
+                children.copy_(drawn.gather(1, level.drawn))
+            elif batch_size == 1:
+                torch.index_select(drawn, 1, level.drawn, out=children)
+            else:
+                children.copy_(drawn.index_select(1, level.drawn))
+
+    def restart(self) -> None:
+        """Forget everything of the batch before: another one of the same shape begins, with the state's new values."""
+        for tensor in self.cache_tensors():  # a masked row counts with weight 0, and 0 times a left-over inf is NaN
+            tensor.zero_()

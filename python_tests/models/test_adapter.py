@@ -423,7 +423,9 @@ def test_the_models_own_generate_refuses_a_tree_cache() -> None:
 def test_a_mask_that_reaches_the_attention_is_an_error() -> None:
     plain = tiny_model("llama")
     model = adapt(plain)
-    context = cache_module.StepContext.create([], causal_step(1), torch.zeros(1, dtype=torch.int32), 4)
+    context = cache_module.StepContext.create(
+        model.new_cache(1, 4), causal_step(1), torch.zeros(1, dtype=torch.int32), attention.attend_along_tree
+    )
     rows = torch.zeros(1, 4, 1, 8)
     with pytest.raises(UnsupportedModelError, match="must be called without a mask"):
         attention.tree_attention_forward(

@@ -23,7 +23,7 @@ import sequoia_kernels.models.adapter as adapter
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step
-from sequoia_kernels.models.forward_state import _Same, forward_state
+from sequoia_kernels.models.forward_state import Same, forward_state
 
 PROMPT = torch.tensor([[5, 9, 11, 3, 60, 22, 8, 41]])
 TREE = TokenTree([-1, 0, 0, 1])
@@ -89,7 +89,7 @@ def test_running_a_model_changes_nothing() -> None:
 
 def test_a_new_function_at_an_old_address_is_not_the_old_one() -> None:
     functions = [lambda: 1, lambda: 2]
-    first, again, second = _Same(functions[0]), _Same(functions[0]), _Same(functions[1])
+    first, again, second = Same(functions[0]), Same(functions[0]), Same(functions[1])
     second._hash = first._hash  # as if it had come to lie there
     assert first == again != second
     functions.clear()

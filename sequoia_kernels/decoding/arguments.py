@@ -16,7 +16,6 @@ from sequoia_kernels.decoding.request import StopStrings
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
 from sequoia_kernels.drafts import DraftSource, request_seeds
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.models.tree_step import MAX_STEP_ROWS
 from sequoia_kernels.ops import backends
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
@@ -26,7 +25,7 @@ from sequoia_kernels.planner import (
     TreePlan,
     validate_acceptance,
 )
-from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, rule_named
 
 GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | TreePlan | AdaptivePlan | TreeFollower | str
 

@@ -34,14 +34,14 @@ def typical_tree(num_nodes: int) -> TokenTree:
 
 def target_step(num_nodes: int, device: torch.device) -> TreeStep:
     """Give a target forward's rows: all nodes of a tree."""
-    return _step(typical_tree(num_nodes), range(num_nodes), device)
+    return TreeStep.of_tree(typical_tree(num_nodes), device)
 
 
 def draft_step(num_rows: int, device: torch.device) -> TreeStep:
     """Give a draft forward's rows: some nodes of a tree, not side by side, as internal nodes of a level mostly are."""
     if num_rows <= 2:  # the first forward of a step feeds two neighbouring rows, and one row is always a run of its own
-        return _step(TokenTree.chain(2), range(2 - num_rows, 2), device)
-    return _step(typical_tree(2 * num_rows), range(1, 2 * num_rows, 2), device)
+        return TreeStep.of_tree(TokenTree.chain(2), device, range(2 - num_rows, 2))
+    return TreeStep.of_tree(typical_tree(2 * num_rows), device, range(1, 2 * num_rows, 2))
 
 
 def draft_tree_rows(num_rows: int) -> int:
@@ -112,18 +112,6 @@ def compact_call(caches: Sequence[TreeCache], context_len: int, num_levels: int,
         compact_kv_cache_(tables, accepted_nodes, num_accepted, cache_lens)
 
     return call
-
-
-def _step(tree: TokenTree, nodes: range, device: torch.device) -> TreeStep:
-    tensors = tree.tensors(device)
-    index = torch.tensor(list(nodes), device=device)
-    return TreeStep(
-        tree_mask=tensors.ancestor_mask.index_select(0, index),
-        node_ids=index.to(torch.int32),
-        depths=tensors.depths.index_select(0, index),
-        num_tree_rows=nodes[-1] + 1,
-        first_node=nodes[0] if nodes.step == 1 else None,
-    )
 
 
 def _logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:

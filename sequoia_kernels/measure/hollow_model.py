@@ -1,8 +1,7 @@
 """A Llama without its linear layers and attention: what remains is everything else that a decoder layer does.
 
-The linear layers give rows of fixed buffers, the attention function stores the new keys and values as ever and gives
-rows of another. So a forward's time is that of norms, rotary embedding, activation, residuals, the cache's writes, and
-on a CPU of the Python around them.
+The linear layers and the attention give rows of fixed buffers. So a forward's time is that of norms, rotary embedding,
+activation, residuals, the cache's writes, and on a CPU of the Python around them.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.models.cache import find_context, store_rows
 
 __all__ = ["hollow_llama"]
 
-HOLLOW_NAME = "sequoia_hollow"
 VOCAB = 64
 MAX_ROWS = 1024
 
@@ -34,25 +31,6 @@ class _FixedRows(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         batch_size, num_rows = inputs.shape[:2]
         return self.rows[: batch_size * num_rows].view(batch_size, num_rows, -1)
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Store the new rows as `models.attention` does, and give fixed rows instead of attending."""
-    store_rows(module, key, value, find_context(key, kwargs))
-    batch_size, num_heads, num_rows, head_dim = query.shape
-    fixed_rows: Any = module.fixed_rows
-    rows = fixed_rows[: batch_size * num_rows]
-    return rows.view(batch_size, num_rows, num_heads, head_dim), None
-
-
-AttentionInterface.register(HOLLOW_NAME, _attend)
 
 
 def hollow_llama(shapes: ModelFingerprint, num_layers: int, device: torch.device) -> TreeModel:
@@ -85,10 +63,13 @@ def hollow_llama(shapes: ModelFingerprint, num_layers: int, device: torch.device
                 shared[name] = rows(module.out_features)
             setattr(model.get_submodule(owner), name, _FixedRows(shared[name]))
     attended = rows(shapes.num_heads * shapes.head_dim)
-    for layer in model.model.layers:
-        layer.self_attn.fixed_rows = attended
+
+    def attend(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        batch_size, num_rows = query.shape[:2]
+        return attended[: batch_size * num_rows].view(query.shape)
+
     model.to_empty(device=device)
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    return adapt(model.eval()).with_attention(HOLLOW_NAME)
+    return adapt(model.eval(), attention=attend)

@@ -21,8 +21,7 @@ from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.hollow_model import hollow_llama
 from sequoia_kernels.measure.timing import Timing, time_calls
-from sequoia_kernels.models import TreeCache, adapt
-from sequoia_kernels.models.cache import LayerSpec
+from sequoia_kernels.models import LayerSpec, TreeCache, adapt
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.planner import HardwareProfile, OpPoint
 from sequoia_kernels.planner.compose import layer_parts_ms

@@ -1,13 +1,17 @@
 """Hugging Face models as tree models: adapting, caches, prefill, loading."""
 
 from sequoia_kernels.models.adapter import TreeModel, adapt
-from sequoia_kernels.models.cache import TreeCache, TreeCacheLayer
+from sequoia_kernels.models.attention import TreeAttention
+from sequoia_kernels.models.cache import LayerSpec, StepContext, TreeCache, TreeCacheLayer
 from sequoia_kernels.models.loading import check_pair, load_model
 from sequoia_kernels.models.packing import pack_linear_layers, unpack_linear_layers
 from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 
 __all__ = [
+    "LayerSpec",
+    "StepContext",
+    "TreeAttention",
     "TreeCache",
     "TreeCacheLayer",
     "TreeModel",

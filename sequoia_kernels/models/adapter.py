@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.attention import ATTENTION_NAME
+from sequoia_kernels.models.attention import ATTENTION_NAME, TreeAttention, attend_along_tree, find_attention
 from sequoia_kernels.models.attention_probe import PROBE_NAME, AttentionProbe
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
@@ -27,9 +27,10 @@ from sequoia_kernels.models.families import (
     foreign_code,
     position_limit,
 )
-from sequoia_kernels.models.forward_state import forget_what_forwards_write, forward_state
+from sequoia_kernels.models.forward_state import Same, forget_what_forwards_write, forward_state
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
+from sequoia_kernels.tree import TokenTree
 
 __all__ = ["ChunkInputs", "TreeModel", "adapt"]
 
@@ -71,7 +72,12 @@ _KEPT_PLANS = 8
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) -> TreeModel:
+def adapt(
+    model: PreTrainedModel | TreeModel,
+    *,
+    compile: bool | str = False,
+    attention: str | TreeAttention | None = None,
+) -> TreeModel:
     """Make a Hugging Face decoder-only language model decode token trees.
 
     The model is used as it is: same weights, same modules, no subclass. Its attention function is exchanged while a
@@ -82,13 +88,17 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
             returned as it is, after a look at what was changed in its model.
         compile: run forwards of trees through `torch.compile`: True, or one of its modes without CUDA graphs of its
             own ("default", "max-autotune-no-cudagraphs"). Prompts are still run as they are.
+        attention: what reads the cache in each layer of a forward: a backend of the op `tree_attention`, or a callable
+            as `sequoia_kernels.models.TreeAttention` describes it. None takes the op with the backend that it chooses
+            itself, and of a `TreeModel` the one that it has.
 
     Returns:
         The tree model.
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: the model or a module in it is in training mode, or `compile` is not such a mode or not possible.
+        ValueError: the model or a module in it is in training mode, `compile` is not such a mode or not possible, or
+            `attention` no such backend.
         UnsupportedModelError: the model cannot decode trees; the message names the family and the reason, or the error
             of its own forward where that fails.
 
@@ -120,13 +130,16 @@ def adapt(model: PreTrainedModel | TreeModel, *, compile: bool | str = False) ->
     mode = _compile_mode(compile)
     if isinstance(model, TreeModel):
         model.refresh()
-        return model if mode in (None, model.compile_mode) else model.compiled(mode)
+        mode = mode or model.compile_mode
+        reads = model.attention if attention is None else _attention(attention)
+        unchanged = mode == model.compile_mode and reads is model.attention
+        return model if unchanged else model.with_settings(mode, reads)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
             "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
         )
-    return TreeModel(model, _plan_of(model), mode)
+    return TreeModel(model, _plan_of(model), mode, _attention(attention or "auto"))
 
 
 def _plan_of(model: PreTrainedModel) -> _ModelPlan:
@@ -168,6 +181,7 @@ class TreeModel:
         family: its family, such as "llama".
         capturable: whether a forward may become part of a CUDA graph.
         compile_mode: mode of `torch.compile` that forwards of trees run through, None where they are not compiled.
+        attention: what reads the cache in each layer.
     """
 
     capturable = True
@@ -177,19 +191,19 @@ class TreeModel:
         model: PreTrainedModel,
         plan: _ModelPlan,
         compile_mode: str | None = None,
-        attention: str = ATTENTION_NAME,
+        attention: TreeAttention = attend_along_tree,
     ) -> None:
         self.model = model
         self.family = family_name(model)
         self.compile_mode = compile_mode
-        self._attention = attention
+        self.attention = attention
         if any(weight.is_meta for weight in self.weights()):
             self.capturable = False  # hooks bring the weights
         self._use(plan)
 
     def _use(self, plan: _ModelPlan) -> None:
         self._plan = plan
-        self._switch = AttentionSwitch(self.model, self._attention)
+        self._switch = AttentionSwitch(self.model, ATTENTION_NAME)
         self._evaluation = EvaluationCheck(self.model)
         self._compiled: Callable[..., Any] | None = None
         if self.compile_mode is not None:
@@ -204,20 +218,21 @@ class TreeModel:
             ValueError: the model is in training mode.
             UnsupportedModelError: it cannot decode trees any more.
         """
-        if self._plan.fingerprint != self.forward_state():
+        if self._plan.fingerprint != forward_state(self.model):
             self._use(_plan_of(self.model))
         self._evaluation.check()
 
     def forward_state(self) -> tuple[Any, ...]:
         """Describe what a forward depends on besides inputs and numbers in weights: equal while nothing has changed."""
-        return forward_state(self.model)
+        state = forward_state(self.model)
+        return state if self.attention is attend_along_tree else (*state, Same(self.attention))
 
     def __repr__(self) -> str:
         return f"TreeModel({self.family}, {self.num_parameters:,} parameters, {self.device}, {self.dtype})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the model, which is adapted again."""
-        return _restored, (self.model, self.compile_mode, self._attention)
+        return _restored, (self.model, self.compile_mode, self.attention)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -280,16 +295,9 @@ class TreeModel:
         """Floating-point type of the model."""
         return self.model.dtype
 
-    def compiled(self, mode: str = "default") -> TreeModel:
-        """Give the same model with its forwards of trees compiled; see `adapt`."""
-        return TreeModel(self.model, self._plan, mode)
-
-    def with_attention(self, name: str) -> TreeModel:
-        """Give the same model with another attention function, registered with transformers, in its forwards.
-
-        The function must store the new rows and count its calls, as `models.cache.store_rows` does.
-        """
-        return TreeModel(self.model, self._plan, self.compile_mode, name)
+    def with_settings(self, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
+        """Give the same model with its forwards compiled or not, and by another attention; `adapt` checks both."""
+        return TreeModel(self.model, self._plan, compile_mode, attention)
 
     def weights(self) -> Iterator[torch.Tensor]:
         """Yield everything that a forward reads of the model: parameters and buffers."""
@@ -399,7 +407,7 @@ class TreeModel:
         plan = self._plan
         compiled = self._compiled if last_row is None else None  # prompts come in any length
         # a row number on the host would be compiled in
-        context = StepContext.create(cache.layers, step, cache_lens, cache.max_cache_len, compiled is None)
+        context = StepContext.create(cache, step, cache_lens, self.attention, compiled is None)
         position_ids = (cache_lens[:, None] + step.depths).to(torch.int64)
         if plan.max_positions is not None:
             position_ids = position_ids.clamp_(max=plan.max_positions - 1)
@@ -489,7 +497,16 @@ def _run_compiled(compiled: Callable[..., Any], arguments: dict[str, Any]) -> An
     return copy_context().run(run)  # what an interrupt leaves set ends with the context
 
 
-def _restored(model: PreTrainedModel, compile_mode: str | None, attention: str) -> TreeModel:
+def _attention(asked: str | TreeAttention) -> TreeAttention:
+    """Return the attention that an argument asks for."""
+    if isinstance(asked, str):
+        return find_attention(asked)
+    if not callable(asked):
+        raise TypeError(f"adapt: attention must be callable or the name of a backend, got {type(asked).__name__}")
+    return asked
+
+
+def _restored(model: PreTrainedModel, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
     return TreeModel(model, _plan_of(model), compile_mode, attention)
 
 
@@ -601,23 +618,19 @@ def _sample_tokens(model: PreTrainedModel, count: int) -> list[int]:
 # The tree of the check below, behind five committed tokens:      0 -> 1 -> 3,  0 -> 2 -> 4
 _CHECK_PREFIX = 5
 _CHECK_PATHS = ((0, 1, 3), (0, 2, 4))
-_CHECK_MASK = (0b00001, 0b00011, 0b00101, 0b01011, 0b10101)
-_CHECK_DEPTHS = (0, 1, 1, 2, 2)
+_CHECK_TREE = TokenTree([-1, 0, 0, 1, 2])
 
 
 def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> None:
     """Refuse a model whose logits along a small tree differ from those of its own forward on each path."""
     model, device = tree_model.model, tree_model.device
-    num_nodes = len(_CHECK_DEPTHS)
+    num_nodes = _CHECK_TREE.num_nodes
     tokens = _sample_tokens(model, _CHECK_PREFIX + num_nodes)
     prefix, nodes = tokens[:_CHECK_PREFIX], tokens[_CHECK_PREFIX:]
     paths = torch.tensor([prefix + [nodes[node] for node in path] for path in _CHECK_PATHS], device=device)
     plain = _run_by_itself(model, input_ids=paths, use_cache=False).logits[:, _CHECK_PREFIX:].double()
 
-    def column(values: tuple[int, ...] | range) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    tree = TreeStep(column(_CHECK_MASK)[:, None], column(range(num_nodes)), column(_CHECK_DEPTHS), num_nodes, 0)
+    tree = TreeStep.of_tree(_CHECK_TREE, device)
     cache = TreeCache(tree_model._plan.specs, 1, _CHECK_PREFIX + num_nodes)
     lens = torch.zeros(1, dtype=torch.int32, device=device)
     tree_model.forward(torch.tensor([prefix], device=device), cache, lens, causal_step(_CHECK_PREFIX, device))

@@ -5,6 +5,7 @@ And the context of a forward, which tells the attention layers where their rows 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -151,10 +152,11 @@ class StepContext:
         rows: flat cache row of every new row. [B * N] int64; None where `first_row` says it all.
         tree_mask: see `TreeStep`. [N, W] int32.
         cache_lens: committed rows. [B] int32.
+        attention: the forward's `TreeAttention`.
         num_calls: attention layers that ran so far.
     """
 
-    __slots__ = ("_moved", "cache_lens", "device", "first_row", "layers", "num_calls", "rows", "tree_mask")
+    __slots__ = ("_moved", "attention", "cache_lens", "device", "first_row", "layers", "num_calls", "rows", "tree_mask")
 
     def __init__(
         self,
@@ -163,12 +165,14 @@ class StepContext:
         rows: torch.Tensor | None,
         tree_mask: torch.Tensor,
         cache_lens: torch.Tensor,
+        attention: Callable[..., torch.Tensor],
     ) -> None:
         self.layers = layers
         self.first_row = first_row
         self.rows = rows
         self.tree_mask = tree_mask
         self.cache_lens = cache_lens
+        self.attention = attention
         self.device = cache_lens.device
         self.num_calls = 0
         self._moved: dict[torch.device, StepContext] | None = None
@@ -176,20 +180,21 @@ class StepContext:
     @classmethod
     def create(
         cls,
-        layers: list[TreeCacheLayer],
+        cache: TreeCache,
         step: TreeStep,
         cache_lens: torch.Tensor,
-        max_cache_len: int,
+        attention: Callable[..., torch.Tensor],
         may_read_row: bool = True,
     ) -> StepContext:
         """Work out the rows to write, once for all layers; `first_row` only where it may be read on the host."""
         if may_read_row and step.first_node is not None and cache_lens.is_cpu and cache_lens.shape[0] == 1:
-            return cls(layers, int(cache_lens) + step.first_node, None, step.tree_mask, cache_lens)
+            return cls(cache.layers, int(cache_lens) + step.first_node, None, step.tree_mask, cache_lens, attention)
         rows = cache_lens[:, None] + step.node_ids  # [B, N]
         if rows.shape[0] > 1:
-            offsets = torch.arange(0, rows.shape[0] * max_cache_len, max_cache_len, device=rows.device)
+            length = cache.max_cache_len
+            offsets = torch.arange(0, rows.shape[0] * length, length, device=rows.device)
             rows = rows + offsets[:, None]
-        return cls(layers, None, rows.flatten().to(torch.int64), step.tree_mask, cache_lens)
+        return cls(cache.layers, None, rows.flatten().to(torch.int64), step.tree_mask, cache_lens, attention)
 
     def on(self, device: torch.device) -> StepContext:
         """Return the same context with its tensors on a layer's device (models spread over several devices)."""
@@ -199,7 +204,7 @@ class StepContext:
         if moved is None:
             rows = None if self.rows is None else self.rows.to(device)
             moved = StepContext(
-                self.layers, self.first_row, rows, self.tree_mask.to(device), self.cache_lens.to(device)
+                self.layers, self.first_row, rows, self.tree_mask.to(device), self.cache_lens.to(device), self.attention
             )
             self._moved[device] = moved
         return moved

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sequoia_kernels.models.switch import ATTENTION_FIELD, AttentionSwitch, each_module
 
-__all__ = ["forget_what_forwards_write", "forward_state"]
+__all__ = ["Same", "forget_what_forwards_write", "forward_state"]
 
 # Attributes of every module: its children and weights, which are looked at by themselves, and hooks that do not belong
 # to a forward.
@@ -66,7 +66,7 @@ def forget_what_forwards_write(model: PreTrainedModel, forward: Callable[[], Any
                 _written.setdefault(module, set()).add(name)
 
 
-class _Same:
+class Same:
     """Stands for an object: equal as long as that lives, and to nothing that comes to lie at its address later."""
 
     __slots__ = ("_hash", "_reference")
@@ -79,7 +79,7 @@ class _Same:
 
     def __eq__(self, other: object) -> bool:
         value = self._reference()
-        return value is not None and isinstance(other, _Same) and other._reference() is value
+        return value is not None and isinstance(other, Same) and other._reference() is value
 
 
 def _describe(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -133,7 +133,7 @@ def _value(value: Any, seen: dict[int, Any], configs: list[Any]) -> Any:
         configs.append(value)
     if not issubclass(kind, _CONTAINERS):
         with suppress(TypeError):  # some have no weak references
-            same = seen[id(value)] = _Same(value)
+            same = seen[id(value)] = Same(value)
             return same
     seen[id(value)] = kind  # for as long as it is looked at: it may hold itself
     try:

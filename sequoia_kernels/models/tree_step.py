@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["MAX_STEP_ROWS", "TreeStep", "causal_step"]
+from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
 
-# The most query rows a forward may feed: the limit of `tree_attention`.
-MAX_STEP_ROWS = 1024
+__all__ = ["TreeStep", "causal_step"]
 
 
 class TreeStep(NamedTuple):
@@ -32,6 +32,26 @@ class TreeStep(NamedTuple):
     depths: torch.Tensor
     num_tree_rows: int
     first_node: int | None = None
+
+    @classmethod
+    def of_tree(
+        cls, tree: TokenTree, device: torch.device | str = "cpu", nodes: Sequence[int] | None = None
+    ) -> TreeStep:
+        """Return the step that feeds a tree, or some of its nodes.
+
+        Args:
+            tree: the tree.
+            device: device of the tensors.
+            nodes: which nodes, increasing; None feeds all.
+        """
+        topology = tree.tensors(device)
+        if nodes is None:
+            ids = torch.arange(tree.num_nodes, dtype=torch.int32, device=device)
+            return cls(topology.ancestor_mask, ids, topology.depths, tree.num_nodes, 0)
+        ids = torch.tensor(nodes, dtype=torch.int32, device=device)
+        first = nodes[0] if nodes[-1] - nodes[0] + 1 == len(nodes) else None
+        mask, depths = (tensor.index_select(0, ids) for tensor in (topology.ancestor_mask, topology.depths))
+        return cls(mask, ids, depths, nodes[-1] + 1, first)
 
 
 @lru_cache(maxsize=64)
@@ -61,11 +81,4 @@ def causal_step(num_rows: int, device: torch.device | str = "cpu") -> TreeStep:
             f"causal_step: num_rows must be in 1..{MAX_STEP_ROWS}, got {num_rows}; feed longer chains in chunks"
         )
     with torch.inference_mode(False):  # kept for later calls, which may run outside inference mode
-        num_words = (num_rows + 31) // 32
-        rows = torch.arange(num_rows, dtype=torch.int64)
-        # Row i has its lowest i + 1 bits set: word w holds the clamp(i + 1 - 32 w, 0, 32) lowest ones.
-        num_bits = (rows[:, None] + 1 - 32 * torch.arange(num_words, dtype=torch.int64)).clamp_(0, 32)
-        words = (torch.ones_like(num_bits) << num_bits) - 1
-        words = torch.where(words >= 1 << 31, words - (1 << 32), words)  # the same 32 bits as a signed word
-        ids = rows.to(device=device, dtype=torch.int32)
-        return TreeStep(words.to(device=device, dtype=torch.int32), ids, ids, num_rows, 0)
+        return TreeStep.of_tree(TokenTree.chain(num_rows), device)

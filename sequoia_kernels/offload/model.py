@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import ChunkInputs, TreeModel, adapt
+from sequoia_kernels.models.attention import TreeAttention
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.offload.host_memory import CudaPageLock, PageLock, close_all
@@ -74,9 +75,13 @@ class OffloadedModel(TreeModel):
     ) -> None:
         self.close()
 
-    def compiled(self, mode: str = "default") -> TreeModel:
-        """Refuse: layers that come and go cannot be compiled as one forward."""
-        raise ValueError(f"adapt: compile must be False for an offloaded model, got {mode!r}; keep it resident instead")
+    def with_settings(self, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
+        """Refuse to compile, since layers come and go, and to share the layers with a model of another attention."""
+        if compile_mode is not None:
+            raise ValueError(
+                f"adapt: compile must be False for an offloaded model, got {compile_mode!r}; keep it resident instead"
+            )
+        raise ValueError(f"adapt: attention must be None for an offloaded model, got {attention!r}")
 
     def close(self) -> None:
         """Stop copies and free the host's memory; the model cannot run any more. Idempotent.

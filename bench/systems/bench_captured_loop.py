@@ -31,7 +31,7 @@ from bench.common.workloads import step_tree
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import DecodingEngine, DecodingStep
 from sequoia_kernels.decoding import engine as engines
-from sequoia_kernels.decoding.state import DecodingState
+from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.models import TreeModel, adapt
 
 # (target, draft) shapes: about 1B and 68M parameters on a GPU, next to nothing on a CPU

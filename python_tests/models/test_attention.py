@@ -52,7 +52,7 @@ def scored(model: TreeModel) -> torch.Tensor:
     cache = model.new_cache(2, 16)
     prefill(model, cache, prompts, lens)
     tokens = torch.tensor([[4, 6, 1, 3, 2, 8], [7, 7, 2, 9, 1, 5]])
-    return model.forward(tokens, cache, lens, TreeStep.of_tree(TREE))
+    return model.forward(tokens, cache, lens, TreeStep.of(TREE.tensors()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])  # windows, soft-caps, sinks, Dv != D

@@ -77,23 +77,11 @@ class TreeLayout:
             tree,
             tree if isinstance(tree, TokenTree) else topology,
             num_nodes,
-            TreeStep(
-                tree_mask=topology.ancestor_mask,
-                node_ids=torch.arange(num_nodes, dtype=torch.int32, device=device),
-                depths=parts[0].depths,  # all trees have the same levels
-                num_tree_rows=num_nodes,
-                first_node=0,
-            ),
-            _chain_of_two(device),
+            TreeStep.of(topology),
+            TreeStep.of(TokenTree.chain(2).tensors(device)),
             # the deepest level has leaves only
             tuple(_draft_level(trees, topology, level, device) for level in range(trees[0].num_levels - 1)),
         )
-
-
-def _chain_of_two(device: torch.device | str) -> TreeStep:
-    chain = TokenTree.chain(2).tensors(device)
-    rows = torch.arange(2, dtype=torch.int32, device=device)
-    return TreeStep(chain.ancestor_mask, rows, chain.depths, num_tree_rows=2, first_node=0)
 
 
 def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, device: torch.device | str) -> DraftLevel:
@@ -106,16 +94,8 @@ def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, dev
         for tree in trees
     ]
     nodes = torch.tensor(internal, dtype=torch.int64, device=device)
-    contiguous = internal[-1] - internal[0] + 1 == len(internal)
-    step = TreeStep(
-        tree_mask=topology.ancestor_mask.index_select(-2, nodes),
-        node_ids=nodes.to(torch.int32),
-        depths=torch.full_like(nodes, level, dtype=torch.int32),
-        num_tree_rows=internal[-1] + 1,
-        first_node=internal[0] if contiguous else None,
-    )
     places = torch.tensor(drawn if topology.batch_size is not None else drawn[0], device=device)
-    return DraftLevel(step, nodes, num_samples, first_child, len(drawn[0]), places)
+    return DraftLevel(TreeStep.of(topology, internal), nodes, num_samples, first_child, len(drawn[0]), places)
 
 
 @dataclass

@@ -34,14 +34,14 @@ def typical_tree(num_nodes: int) -> TokenTree:
 
 def target_step(num_nodes: int, device: torch.device) -> TreeStep:
     """Give a target forward's rows: all nodes of a tree."""
-    return TreeStep.of_tree(typical_tree(num_nodes), device)
+    return TreeStep.of(typical_tree(num_nodes).tensors(device))
 
 
 def draft_step(num_rows: int, device: torch.device) -> TreeStep:
     """Give a draft forward's rows: some nodes of a tree, not side by side, as internal nodes of a level mostly are."""
     if num_rows <= 2:  # the first forward of a step feeds two neighbouring rows, and one row is always a run of its own
-        return TreeStep.of_tree(TokenTree.chain(2), device, range(2 - num_rows, 2))
-    return TreeStep.of_tree(typical_tree(2 * num_rows), device, range(1, 2 * num_rows, 2))
+        return TreeStep.of(TokenTree.chain(2).tensors(device), range(2 - num_rows, 2))
+    return TreeStep.of(typical_tree(2 * num_rows).tensors(device), range(1, 2 * num_rows, 2))
 
 
 def draft_tree_rows(num_rows: int) -> int:

@@ -630,7 +630,7 @@ def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> 
     paths = torch.tensor([prefix + [nodes[node] for node in path] for path in _CHECK_PATHS], device=device)
     plain = _run_by_itself(model, input_ids=paths, use_cache=False).logits[:, _CHECK_PREFIX:].double()
 
-    tree = TreeStep.of_tree(_CHECK_TREE, device)
+    tree = TreeStep.of(_CHECK_TREE.tensors(device))
     cache = TreeCache(tree_model._plan.specs, 1, _CHECK_PREFIX + num_nodes)
     lens = torch.zeros(1, dtype=torch.int32, device=device)
     tree_model.forward(torch.tensor([prefix], device=device), cache, lens, causal_step(_CHECK_PREFIX, device))

@@ -31,8 +31,8 @@ class TreeAttention(Protocol):
         keys: the layer's cache, rows of trees included. [B, S, Hkv, D]; not to be written.
         values: likewise. [B, S, Hkv, Dv].
         context: of the forward: `context.cache_lens`, [B] int32, committed rows of each request, and
-            `context.tree_mask`, [N, W] int32: row i sees the committed rows and those tree slots j, cache row
-            cache_lens[b] + j, whose bit j % 32 of word j // 32 is set.
+            `context.tree_mask`, [N, W] or [B, N, W] int32: row i sees the committed rows and those tree slots j, cache
+            row cache_lens[b] + j, whose bit j % 32 of word j // 32 is set.
         scale: what scores are multiplied by; None stands for 1 / sqrt(D).
         softcap: scores become softcap * tanh(score / softcap); None leaves them.
         sliding_window: a row sees what lies less than so many positions back, itself included, by depth and not by

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
+from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree, Topology
 
 __all__ = ["TreeStep", "causal_step"]
 
@@ -20,7 +20,8 @@ class TreeStep(NamedTuple):
     steps with the same tree.
 
     Attributes:
-        tree_mask: bit j % 32 of word j // 32 in row i is set iff row i sees tree slot j. [N, W] int32.
+        tree_mask: bit j % 32 of word j // 32 in row i is set iff row i sees tree slot j. [N, W], or [B, N, W]
+            where each request has a tree of its own, int32.
         node_ids: tree slot of each row; its keys and values go to cache row cache_lens[b] + node_ids[i]. [N] int32.
         depths: depth of each row; its position is cache_lens[b] + depths[i]. [N] int32.
         num_tree_rows: tree slots in use: one more than the highest slot written or seen.
@@ -34,24 +35,26 @@ class TreeStep(NamedTuple):
     first_node: int | None = None
 
     @classmethod
-    def of_tree(
-        cls, tree: TokenTree, device: torch.device | str = "cpu", nodes: Sequence[int] | None = None
-    ) -> TreeStep:
-        """Return the step that feeds a tree, or some of its nodes.
+    def of(cls, topology: Topology, nodes: Sequence[int] | None = None) -> TreeStep:
+        """Return the step that feeds a tree, or some of its nodes; on the topology's device.
 
         Args:
-            tree: the tree.
-            device: device of the tensors.
+            topology: of one tree, or of trees for each request whose levels are equally wide.
             nodes: which nodes, increasing; None feeds all.
+
+        Example:
+            >>> TreeStep.of(TokenTree([-1, 0, 0, 1]).tensors(), [1, 2]).depths.tolist()
+            [1, 1]
         """
-        topology = tree.tensors(device)
+        mask, depths = topology.ancestor_mask, topology.depths
+        if depths.dim() == 2:
+            depths = depths[0]
         if nodes is None:
-            ids = torch.arange(tree.num_nodes, dtype=torch.int32, device=device)
-            return cls(topology.ancestor_mask, ids, topology.depths, tree.num_nodes, 0)
-        ids = torch.tensor(nodes, dtype=torch.int32, device=device)
+            ids = torch.arange(topology.num_nodes, dtype=torch.int32, device=mask.device)
+            return cls(mask, ids, depths, topology.num_nodes, 0)
+        ids = torch.tensor(nodes, dtype=torch.int32, device=mask.device)
         first = nodes[0] if nodes[-1] - nodes[0] + 1 == len(nodes) else None
-        mask, depths = (tensor.index_select(0, ids) for tensor in (topology.ancestor_mask, topology.depths))
-        return cls(mask, ids, depths, nodes[-1] + 1, first)
+        return cls(mask.index_select(-2, ids), ids, depths.index_select(0, ids), nodes[-1] + 1, first)
 
 
 @lru_cache(maxsize=64)
@@ -81,4 +84,4 @@ def causal_step(num_rows: int, device: torch.device | str = "cpu") -> TreeStep:
             f"causal_step: num_rows must be in 1..{MAX_STEP_ROWS}, got {num_rows}; feed longer chains in chunks"
         )
     with torch.inference_mode(False):  # kept for later calls, which may run outside inference mode
-        return TreeStep.of_tree(TokenTree.chain(num_rows), device)
+        return TreeStep.of(TokenTree.chain(num_rows).tensors(device))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sequoia_kernels.decoding.state import DecodingState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.common.harness import write_json
@@ -31,7 +32,7 @@ from bench.common.workloads import step_tree
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import DecodingEngine, DecodingStep
 from sequoia_kernels.decoding import engine as engines
-from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.drafts import DecodingState, draft_source
 from sequoia_kernels.models import TreeModel, adapt
 
 # (target, draft) shapes: about 1B and 68M parameters on a GPU, next to nothing on a CPU
@@ -99,7 +100,7 @@ def device_ms(
     """Milliseconds of a step when the host launches `steps` of them and reads nothing."""
     device = target.device
     state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
-    engine = DecodingEngine(DecodingStep(target, draft, state, capacity))
+    engine = DecodingEngine(DecodingStep(target, None if draft is None else draft_source(draft), state, capacity))
     lens = torch.tensor([prompt.shape[1]], dtype=torch.int32, device=device)
     engine.eager.prefill(prompt, lens)
     engine.step(tree)  # captures

@@ -189,7 +189,7 @@ class _Key(NamedTuple):
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
     forwards: tuple[Any, ...]  # what the models' forwards do, and how they are compiled
-    draft: Any  # what else the draft says
+    draft: Any  # whose it is, and what else it says of its graphs
 
 
 class _Kept(NamedTuple):
@@ -331,5 +331,5 @@ def _key(
         (state.top_k is not None, state.top_p is not None),
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
         tuple((model.compile_mode, model.forward_state()) for model in models),
-        None if draft is None else draft.graph_key,
+        None if draft is None else (id(draft.owner), draft.graph_key),
     )

@@ -17,7 +17,9 @@ __all__ = ["ModelDraft", "draft_source"]
 
 
 def draft_source(draft: Any, *, compile: bool | str = False) -> DraftSource:
-    """Give what `generate` takes as a draft as a source: a Hugging Face model, a `TreeModel`, or a source as it is.
+    """Give what `generate` takes as a draft as a source: a Hugging Face model, a `TreeModel`, or a source itself.
+
+    Changes of its models since they were last used are noticed here.
 
     Args:
         draft: the draft.
@@ -26,7 +28,11 @@ def draft_source(draft: Any, *, compile: bool | str = False) -> DraftSource:
     Raises:
         UnsupportedModelError: a model cannot decode trees.
     """
-    return draft if isinstance(draft, DraftSource) else ModelDraft(adapt(draft, compile=compile))
+    if not isinstance(draft, DraftSource):
+        return ModelDraft(adapt(draft, compile=compile))
+    for model in draft.models:
+        model.refresh()
+    return draft
 
 
 class ModelDraft(DraftSource):

@@ -50,7 +50,7 @@ ALLOWED = {
     "offload": SHARED | {"ops", "models"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.
-    "measure": SHARED | {"tree", "ops", "models", "planner.profile", "planner.search", "planner.compose"},
+    "measure": SHARED | {"tree", "ops", "models", "drafts", "planner.profile", "planner.search", "planner.compose"},
     "drafts": SHARED | {"tree", "ops", "models"},
     "decoding": SHARED | {"tree", "ops", "models", "drafts", "offload", "planner", "measure"},
 }

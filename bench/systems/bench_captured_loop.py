@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sequoia_kernels.decoding.state import DecodingState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.common.harness import write_json

@@ -71,7 +71,7 @@ def measured(monkeypatch):
             batch_size=arguments.batch_size,
             context_lens=(context_len,),
             target=ModelFingerprint.of(target),
-            draft=ModelFingerprint.of(draft),
+            draft=draft.fingerprint,
         )
 
     monkeypatch.setattr(auto, "_measure", measure)

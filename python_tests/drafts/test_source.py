@@ -7,7 +7,8 @@ import torch
 from support.chi_square import p_value, sequence_counts
 from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
 
-from sequoia_kernels import TokenTree, adapt, generate
+from sequoia_kernels import TokenTree, adapt, generate, measure_profile
+from sequoia_kernels.decoding import auto
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.drafts import Drafting, DraftSource, ModelDraft, StageClock, draft_source
 
@@ -19,7 +20,7 @@ class Bigrams(DraftSource):
 
     def __init__(self, table: torch.Tensor, needs: tuple[int, ...] = ()) -> None:
         self.table, self.needs = table, needs
-        self.device, self.logits_dtype = table.device, table.dtype
+        self.device, self.logits_dtype, self.vocab_size = table.device, table.dtype, table.shape[1]
         self.told: list[tuple] = []
 
     def start(self, target, state, max_cache_len, *, backend, clock):
@@ -39,6 +40,17 @@ class BigramDrafting(Drafting):
 
     def committed(self, path, hidden_states):
         self.source.told.append(("committed", path, hidden_states))
+
+
+class TimedBigrams(Bigrams):
+    def start(self, target, state, max_cache_len, *, backend, clock):
+        return TimedBigramDrafting(self, state, backend, clock)
+
+
+class TimedBigramDrafting(BigramDrafting):
+    def level_call(self, step, context_len):
+        tokens = torch.zeros(self.state.cache_lens.shape[0], step.node_ids.shape[0], dtype=torch.int64)
+        return lambda: self.source.table[tokens]
 
 
 def bigrams(target, noise: float = 0.0, **options) -> Bigrams:
@@ -108,7 +120,7 @@ def test_what_a_source_cannot_be_given_is_refused():
     prompt = torch.tensor([[1, 2]])
     with pytest.raises(ValueError, match=r"generate: draft must need hidden states in 0..2, got 3"):
         generate(target, bigrams(target, needs=(3,)), prompt, tree=TREE)
-    with pytest.raises(ValueError, match="generate: tree must be a tree or a plan with a draft that is no language"):
+    with pytest.raises(ValueError, match=r"measure_profile: draft must tell what growing a level takes"):
         generate(target, bigrams(target), prompt)
     source = bigrams(target)
     source.device = torch.device("meta")
@@ -118,6 +130,23 @@ def test_what_a_source_cannot_be_given_is_refused():
     source.check_target = lambda target: (_ for _ in ()).throw(ValueError("no pair"))
     with pytest.raises(ValueError, match="no pair"):
         generate(target, source, prompt, tree=TREE)
+
+
+@pytest.mark.parametrize("word", ["auto", "adaptive"])
+def test_trees_are_planned_by_what_a_source_costs(word, monkeypatch):
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(auto, "_profiles", type(auto._profiles)())
+    monkeypatch.setattr(auto, "_pairs", type(auto._pairs)())
+    target = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    source = TimedBigrams(bigrams(target).table)
+    prompt = torch.tensor([[1, 2, 3]])
+    output = generate(target, source, prompt, tree=word, max_new_tokens=80, eos_token_id=())
+    assert output.new_tokens == generate(target, None, prompt, max_new_tokens=80, eos_token_id=()).new_tokens
+    (profile,) = auto._profiles.values()
+    assert profile.draft_key == source.fingerprint.key and profile.draft_key.startswith("TimedBigrams")
+    of_draft, of_target = (profile.forward_table(key, 1).p50_ms[0] for key in (profile.draft_key, profile.target_key))
+    assert of_draft[0] < of_target[0]  # a look into a table
+    assert measure_profile(target, source, context_lens=[16], node_counts=[1, 2, 4], seconds=0.05).draft_key
 
 
 def test_a_model_is_a_source_and_a_source_stays_what_it_is():

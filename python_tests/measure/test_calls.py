@@ -67,7 +67,7 @@ def test_a_compact_call_can_be_repeated(model):
     cache = model.new_cache(2, 32)
     for tensor in cache.tensors():
         tensor.copy_(torch.arange(32.0)[None, :, None, None].expand_as(tensor))
-    call = calls.compact_call([cache], 10, 4, 16)
+    call = calls.compact_call(cache.tensors(), 10, 4, 16)
     call()
     expected = [*range(10), 10, 15, 20, 25, *range(14, 32)]  # nodes 0, 5, 10, 15 moved to rows 10..13
     for tensor in cache.tensors():

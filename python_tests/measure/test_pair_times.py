@@ -9,10 +9,10 @@ import torch
 from support.tiny_models import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sequoia_kernels.measure import calls, measure_profile
+from sequoia_kernels.measure import measure_profile
 from sequoia_kernels.measure import pair_times as profile_module
 from sequoia_kernels.measure.timing import Timing
-from sequoia_kernels.models import adapt
+from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.offload import load_offloaded
 from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
 
@@ -156,13 +156,13 @@ def test_contexts_beyond_the_targets_positions_are_refused(short, draft):
 
 def test_a_draft_is_timed_within_its_own_positions(short, draft, monkeypatch):
     seen = {}
-    plain = calls.forward_call
+    plain = TreeModel.forward
 
-    def noted(model, caches, context_len, step):
-        seen.setdefault(model.family, set()).add(context_len)
-        return plain(model, caches, context_len, step)
+    def noted(model, input_ids, cache, cache_lens, step):
+        seen.setdefault(model.family, set()).add(int(cache_lens))
+        return plain(model, input_ids, cache, cache_lens, step)
 
-    monkeypatch.setattr(calls, "forward_call", noted)
+    monkeypatch.setattr(TreeModel, "forward", noted)
     options = {"node_counts": [4], "draft_node_counts": [2], **FAST}
     profile = measure_profile(draft, short, context_lens=[100, 1000], **options)
     assert seen == {"llama": {100, 1000}, "gpt2": {100, 255}}

@@ -25,7 +25,7 @@ import transformers
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.drafts import DraftSource, ModelDraft
+from sequoia_kernels.drafts import DraftSource
 from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.planner import (
@@ -97,7 +97,7 @@ _pairs: OrderedDict[str, _Kept] = OrderedDict()
 
 def choose_tree(
     target: TreeModel,
-    source: DraftSource,
+    draft: DraftSource,
     arguments: GenerationArguments,
     *,
     acceptance: AcceptanceEstimate | Sequence[float] | None,
@@ -108,20 +108,15 @@ def choose_tree(
 
     Args:
         target: the target.
-        source: the draft; a language model, since its forwards are what is timed.
+        draft: the draft.
         arguments: the call's checked arguments.
         acceptance: acceptance vector; None takes what the pair's calls have shown so far.
         profile: hardware profile; None measures the two models on their device, if that was not done before.
         adaptive: switch between trees as acceptance drifts, rather than towards what the calls show in the long run.
 
     Raises:
-        ValueError: the draft is no language model.
+        ValueError: the draft cannot tell what it costs.
     """
-    if not isinstance(source, ModelDraft):
-        raise ValueError(
-            f"generate: tree must be a tree or a plan with a draft that is no language model, got a word and {source!r}"
-        )
-    draft = source.model
     context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
     if target.max_positions is not None:
         context_len = min(context_len, target.max_positions - 1)
@@ -136,11 +131,11 @@ def choose_tree(
             "context_len": context_len,
             "batch_size": arguments.batch_size,
             "target": target,
-            "draft": draft,
+            "draft": draft.fingerprint,
             "temperature": max(arguments.temperature),
         }
         if rows is not None:  # a row a node and two a level
-            costs = CostModel(profile, batch_size=arguments.batch_size, target=target, draft=draft)
+            costs = CostModel(profile, batch_size=arguments.batch_size, target=target, draft=draft.fingerprint)
             settings["max_levels"] = min((rows - arguments.longest) // 4, costs.max_nodes)
             settings["max_budget"] = min(rows - arguments.longest - 2 * settings["max_levels"], costs.max_nodes)
         if acceptance is not None:
@@ -197,7 +192,7 @@ def _learn(kept: _Kept, key: dict[str, Any], stats: GenerateStats) -> None:
 
 
 def _profile(
-    target: TreeModel, draft: TreeModel, arguments: GenerationArguments, context_len: int, rows: int | None
+    target: TreeModel, draft: DraftSource, arguments: GenerationArguments, context_len: int, rows: int | None
 ) -> HardwareProfile:
     """The pair's times, measured now where they are not known for this range of contexts and this batch size."""
     steps = round(math.log(max(context_len / SMALLEST_CONTEXT, 1), CONTEXT_STEP))
@@ -221,7 +216,7 @@ def _profile(
 
 
 def _measure(
-    target: TreeModel, draft: TreeModel, arguments: GenerationArguments, context_len: int, rows: int | None
+    target: TreeModel, draft: DraftSource, arguments: GenerationArguments, context_len: int, rows: int | None
 ) -> HardwareProfile:
     batch_size = arguments.batch_size
     where = cache_folder()
@@ -267,7 +262,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
         yield advance
 
 
-def _profile_key(target: TreeModel, draft: TreeModel, context_len: int) -> dict[str, Any]:
+def _profile_key(target: TreeModel, draft: DraftSource, context_len: int) -> dict[str, Any]:
     """What times depend on."""
     device = DeviceFingerprint.of(target.device)
     return {
@@ -278,20 +273,20 @@ def _profile_key(target: TreeModel, draft: TreeModel, context_len: int) -> dict[
             "sequoia_kernels": __version__,
         },
         "target": ModelFingerprint.of(target).key,
-        "draft": ModelFingerprint.of(draft).key,
-        "modules": [_modules(target), _modules(draft)],
-        "compile": [target.compile_mode, draft.compile_mode],
+        "draft": draft.fingerprint.key,
+        "modules": [_modules(model) for model in (target, *draft.models)],
+        "compile": [model.compile_mode for model in (target, *draft.models)],
         "context": context_len,
     }
 
 
-def _acceptance_key(target: TreeModel, draft: TreeModel, arguments: GenerationArguments) -> dict[str, Any]:
+def _acceptance_key(target: TreeModel, draft: DraftSource, arguments: GenerationArguments) -> dict[str, Any]:
     """What acceptance depends on, besides the text. A batch of equal requests is like one of them."""
     count = arguments.batch_size
     columns = (arguments.temperature, arguments.top_k or [0] * count, arguments.top_p or [1.0] * count)
     return {
         "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
-        "draft": f"{ModelFingerprint.of(draft).key}-{_weights_digest(draft)}",
+        "draft": "-".join([draft.fingerprint.key, *map(_weights_digest, draft.models)]),
         "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
     }
 

@@ -35,7 +35,7 @@ def measure_overhead(
 
     Args:
         target: the target, a Hugging Face model or a `TreeModel`.
-        draft: the draft, likewise; None measures plain decoding.
+        draft: the draft, likewise or a `DraftSource`; None measures plain decoding.
         profile: times of the two models on this device.
         context_len: tokens of the random prompts; half of the target's positions at most.
         batch_size: requests decoded together.
@@ -52,14 +52,15 @@ def measure_overhead(
         a target that streams its layers to a GPU the rest is next to nothing, and would take hundreds of passes to
         measure: it is left at 0.
     """
-    target, draft = adapt(target), adapt(draft) if draft is not None else None
+    target = adapt(target)
     if _streams(target):
         return profile.with_overhead(0.0)
+    draft = draft_source(draft) if draft is not None else None
     cost = CostModel(
         profile.with_overhead(0.0),
         batch_size=batch_size,
         target=target,
-        draft=draft,
+        draft=None if draft is None else draft.fingerprint,
         temperature=1.0 if draft is not None else None,
     )
     if target.max_positions is not None:
@@ -75,7 +76,7 @@ def measure_overhead(
             temperature=[1.0] * batch_size, top_k=None, top_p=None, eos_token_ids=frozenset(), pad_token_id=0,
             seeds=request_seeds(run, batch_size), max_cache_len=target.max_positions,
         )  # fmt: skip
-        stats = decode(target, None if draft is None else draft_source(draft), tree, arguments).stats
+        stats = decode(target, draft, tree, arguments).stats
         assert stats.tree is not None
         known = cost.stages(stats.tree, context_len + num_tokens / 2)
         step_ms = 1e3 * stats.decode_seconds / stats.num_steps

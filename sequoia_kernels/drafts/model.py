@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
-from sequoia_kernels.models import TreeModel, adapt, check_pair, prefill
+from sequoia_kernels.fingerprints import ModelFingerprint
+from sequoia_kernels.models import TreeModel, TreeStep, adapt, check_pair, prefill
 
 __all__ = ["ModelDraft", "draft_source"]
 
@@ -46,12 +47,20 @@ class ModelDraft(DraftSource):
         self.model = model
         self.models = (model,)
 
+    def __repr__(self) -> str:
+        return repr(self.model)
+
     # Of the model as it is now: it may be moved, cast or resized between two calls.
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         """Device of its inputs."""
         return self.model.device
+
+    @property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        """Width of its head."""
+        return self.model.vocab_size
 
     @property
     def logits_dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -72,6 +81,11 @@ class ModelDraft(DraftSource):
     def owner(self) -> Any:
         """The Hugging Face model: a call that is given it again makes another source of it."""
         return self.model.model
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """Shapes of the model."""
+        return ModelFingerprint.of(self.model)
 
     def check_target(self, target: TreeModel) -> None:
         """Raise ValueError where the two do not make a pair."""
@@ -126,6 +140,16 @@ class _ModelDrafting(Drafting):
                 whole[lanes, : rows.shape[1]] = rows
         if self.state.has_own_draft_lens:
             self.state.draft_lens[lanes] = num_tokens
+
+    def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
+        """Give a forward over the level; one with fewer positions sees no more than those."""
+        model, cache, num_rows = self.source.model, self.cache, step.node_ids.shape[0]
+        if self.source.positions is not None:
+            context_len = min(context_len, self.source.positions - 1)
+        generator = torch.Generator().manual_seed(num_rows)
+        tokens = torch.randint(model.num_embeddings, (cache.batch_size, num_rows), generator=generator).to(model.device)
+        cache_lens = torch.full((cache.batch_size,), context_len, dtype=torch.int32, device=model.device)
+        return lambda: model.forward(tokens, cache, cache_lens, step)
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Draw level by level; leaves are never fed. Mutates the cache's rows behind the committed ones."""

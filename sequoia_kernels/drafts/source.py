@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.state import DecodingState
-from sequoia_kernels.models import TreeModel
+from sequoia_kernels.fingerprints import ModelFingerprint
+from sequoia_kernels.models import TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 
 __all__ = ["DraftSource", "Drafting"]
@@ -26,6 +27,7 @@ class DraftSource(ABC):
 
     Attributes:
         device: where it runs: the target's device.
+        vocab_size: width of its logits; a vocabulary narrower than the target's is the first part of it.
         logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
         needs: hidden states of the target that it reads, numbered as transformers' `hidden_states`: i is the input of
             layer i, the number of layers what is behind the last norm. It gets them of every committed row.
@@ -36,6 +38,7 @@ class DraftSource(ABC):
     """
 
     device: torch.device
+    vocab_size: int
     logits_dtype: torch.dtype
     needs: tuple[int, ...] = ()
     positions: int | None = None
@@ -51,6 +54,15 @@ class DraftSource(ABC):
     def graph_key(self) -> Hashable:
         """Whatever else changes what a captured step does."""
         return None
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """What times and acceptance that were measured belong to."""
+        return ModelFingerprint(
+            family=type(self).__name__, dtype=str(self.logits_dtype).removeprefix("torch."), num_parameters=0,
+            vocab_size=self.vocab_size, num_layers=0, hidden_size=0, intermediate_size=None, num_heads=0,
+            num_kv_heads=0, head_dim=0,
+        )  # fmt: skip
 
     def check_target(self, target: TreeModel) -> None:  # noqa: B027
         """Raise ValueError where it cannot propose tokens for a target; the message says why."""
@@ -124,6 +136,18 @@ class Drafting(ABC):
             path: the accepted path; of an ended request too, which commits nothing.
             hidden_states: what `needs` names, of the tree's nodes. [B, N, width] each.
         """
+
+    def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object] | None:
+        """Give a call that does what growing a level takes beside its draws: it is timed, and trees are planned by it.
+
+        Args:
+            step: the level's nodes with children.
+            context_len: committed tokens.
+
+        Returns:
+            The call; None where the source cannot tell what it costs, and so must be given a tree.
+        """
+        return None
 
     def draw_children(self, level: DraftLevel, logits: torch.Tensor, buffers: TokenBuffers) -> None:
         """Draw the children of a level's nodes, and keep the logits that they were drawn from.

@@ -93,12 +93,11 @@ def verify_call(
     return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
 
 
-def compact_call(caches: Sequence[TreeCache], context_len: int, num_levels: int, num_tree_rows: int) -> Call:
-    """Build a compaction that accepts one node of every level, spread over the tree's rows.
+def compact_call(tensors: Sequence[torch.Tensor], context_len: int, num_levels: int, num_tree_rows: int) -> Call:
+    """Build a compaction of these caches that accepts one node of every level, spread over the tree's rows.
 
     It advances its lengths, so each call first sets them back: that copy of a few bytes is timed with it.
     """
-    tensors = [tensor for entry in caches for tensor in entry.tensors()]
     batch_size, device = tensors[0].shape[0], tensors[0].device
     tables = CacheTable.by_device(tensors)
     nodes = [level * (num_tree_rows - 1) // max(num_levels - 1, 1) for level in range(num_levels)]

@@ -429,7 +429,7 @@ class Microbenchmarks:
             row_bytes = 2 * num_layers * kv_heads * head_dim * self.dtype.itemsize
             for levels in COMPACT_LEVELS:
                 key = _op_key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=1)
-                yield key, _Timed(calls.compact_call([cache], 16, levels, 2 * COMPACT_LEVELS[-1]))
+                yield key, _Timed(calls.compact_call(cache.tensors(), 16, levels, 2 * COMPACT_LEVELS[-1]))
 
     def _launches(self) -> Iterator[tuple[Key, _Timed]]:
         """A graph of one and of many small kernels: what a kernel in a graph takes at least."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 
 from sequoia_kernels.cuda_graphs import as_replay, new_memory
+from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, draft_source
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
@@ -66,7 +68,8 @@ def measure_profile(
 
     Args:
         target: the target model: a Hugging Face causal language model or a `TreeModel`.
-        draft: the draft model, likewise, on the same device. Without it only plain decoding can be planned.
+        draft: the draft model, likewise, or another `DraftSource`, on the same device. Without it only plain decoding
+            can be planned.
         context_lens: committed tokens to time behind. 128, 512 and 2048 when None (128 and 512 if quick), as far as the
             target's positions allow. A draft with fewer positions is timed with those: it sees no more in decoding.
         node_counts: tree sizes to time the target at, 1 is always among them. Up to 128 when None (64 if quick), up to
@@ -110,13 +113,9 @@ def measure_profile(
     """
     where = "measure_profile"
     target = adapt(target)
-    models: dict[str, TreeModel] = {"target": target}
-    if draft is not None:
-        models["draft"] = adapt(draft)
-        if models["draft"].device != target.device:
-            raise ValueError(
-                f"{where}: draft must be on the target's device, {target.device}, got {models['draft'].device}"
-            )
+    draft = draft_source(draft) if draft is not None else None
+    if draft is not None and draft.device != target.device:
+        raise ValueError(f"{where}: draft must be on the target's device, {target.device}, got {draft.device}")
     device = target.device
     _check_counts([batch_size], "batch_size", 1)
     offloaded = ModelFingerprint.of(target).streamed_bytes > 0
@@ -160,13 +159,10 @@ def measure_profile(
     profile = HardwareProfile(DeviceFingerprint.of(device))
     with torch.inference_mode():
         found = dict(measure_bandwidth(device)) if bandwidth else {}
-        plan = _Plan(models, counts, context_lens, batch_size, tree_rows, quick)
+        plan = _Plan(target, draft, counts, context_lens, batch_size, tree_rows, quick)
         memory = new_memory(device)
         # A captured step has no launches from the host; a model that streams its weights cannot be captured.
-        timed = {
-            key: as_replay(call, device, memory, models[key[1]] if key[0] == "forward" else None)
-            for key, call in plan.calls.items()
-        }
+        timed = {key: as_replay(call, device, memory, plan.model(key)) for key, call in plan.calls.items()}
         times = time_calls(
             timed,
             device,
@@ -228,7 +224,8 @@ class _Plan:
 
     def __init__(
         self,
-        models: dict[str, TreeModel],
+        target: TreeModel,
+        draft: DraftSource | None,
         counts: dict[str, list[int]],
         context_lens: list[int],
         batch_size: int,
@@ -237,38 +234,56 @@ class _Plan:
     ) -> None:
         self.sample_counts = QUICK_SAMPLE_COUNTS if quick else SAMPLE_COUNTS
         self.counts, self.context_lens, self.batch_size = counts, context_lens, batch_size
-        self.fingerprints = {role: ModelFingerprint.of(model) for role, model in models.items()}
+        self.target, self.draft = target, draft
+        self.fingerprints = {"target": ModelFingerprint.of(target)}
+        rows = context_lens[-1] + tree_rows
+        cache = target.new_cache(batch_size, rows, beyond_positions=True)
+        tensors = cache.tensors()
+        if draft is not None:
+            self.fingerprints["draft"] = draft.fingerprint
+            state = DecodingState.create(
+                batch_size, target.device, seeds=[0] * batch_size, temperature=[1.0] * batch_size, top_k=None,
+                top_p=None,
+            )  # fmt: skip
+            drafting = draft.start(target, state, rows, backend="auto", clock=StageClock(enabled=False))
+            tensors = tensors + drafting.cache_tensors()
+        for tensor in tensors:  # attention over zeros would be a softmax over equal scores
+            tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+        self.calls: dict[tuple[Any, ...], Callable[[], object]] = {}
+        for count, context_len in product(counts["target"], context_lens):
+            step = calls.target_step(count, target.device)
+            self.calls["forward", "target", context_len, count] = calls.forward_call(target, cache, context_len, step)
         # two models of the same shapes share one table, the target's
         self.roles = [
-            role for role in models if role == "target" or self.fingerprints[role] != self.fingerprints["target"]
+            role
+            for role, found in self.fingerprints.items()
+            if role == "target" or found != self.fingerprints["target"]
         ]
-        rows = context_lens[-1] + tree_rows
-        caches = {role: model.new_cache(batch_size, rows, beyond_positions=True) for role, model in models.items()}
-        for cache in caches.values():
-            for tensor in cache.tensors():  # attention over zeros would be a softmax over equal scores
-                tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
-        self.calls: dict[tuple[Any, ...], Callable[[], object]] = {}
-        for role in self.roles:
-            model, make_step = models[role], calls.target_step if role == "target" else calls.draft_step
-            for count in counts[role]:
-                step = make_step(count, model.device)
-                for context_len in context_lens:
-                    seen = context_len
-                    if role == "draft" and model.trained_positions is not None:
-                        seen = min(context_len, model.trained_positions - 1)
-                    call = calls.forward_call(model, caches[role], seen, step)
-                    self.calls["forward", role, context_len, count] = call
-        self._add_ops(models)
-        if "draft" in models:
+        for count, context_len in product(counts["draft"] if "draft" in self.roles else (), context_lens):
+            call = drafting.level_call(calls.draft_step(count, target.device), context_len)
+            if call is None:
+                raise ValueError(
+                    f"measure_profile: draft must tell what growing a level takes (Drafting.level_call), got {draft!r}"
+                )
+            self.calls["forward", "draft", context_len, count] = call
+        self._add_ops()
+        if draft is not None:
             row_bytes = sum(fingerprint.cache_row_bytes for fingerprint in self.fingerprints.values())
             for levels in QUICK_COMPACT_LEVELS if quick else COMPACT_LEVELS:
                 if levels <= tree_rows:
                     key = _key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=batch_size)
-                    self.calls[key] = calls.compact_call(list(caches.values()), context_lens[0], levels, tree_rows)
+                    self.calls[key] = calls.compact_call(tensors, context_lens[0], levels, tree_rows)
 
-    def _add_ops(self, models: dict[str, TreeModel]) -> None:
-        target = models["target"]
-        draft = models.get("draft", target)
+    def model(self, key: tuple[Any, ...]) -> TreeModel | None:
+        """The model whose forward a call is, None where it is no model's."""
+        kind, role, *_ = key
+        if kind != "forward":
+            return None
+        return self.target if role == "target" else next(iter(self.draft.models), None) if self.draft else None
+
+    def _add_ops(self) -> None:
+        target = self.target
+        draft = self.draft or target
         dtypes = (target.logits_dtype, draft.logits_dtype)
         for temperature in TEMPERATURES:
             for count in self.counts["target"]:

@@ -202,6 +202,21 @@ def test_in_a_quick_profile_more_rows_do_not_take_less_time(target, draft, monke
     assert profile.forward_table(profile.target_key).p50_ms == ((3.0, 1.0, 2.0, 5.0, 4.0, 6.0),)
 
 
+def test_in_a_quick_profile_an_interruption_does_not_make_one_size_look_slow(target, draft, monkeypatch):
+    def timed(calls, device, **options):
+        """Four rows were interrupted in two of three calls."""
+        hit = [("forward", "target", 8, 4)]
+        return {key: Timing(2.0, 6.0 if key in hit else 2.0, 8.0, 5.0 if key in hit else 2.0, 3) for key in calls}
+
+    monkeypatch.setattr(profile_module, "time_calls", timed)
+    options = {"context_lens": [8], "node_counts": [1, 2, 4, 8], **FAST}
+    profile = measure_profile(target, draft, quick=True, **options)
+    (row,) = profile.forward_table(profile.target_key).p50_ms
+    assert max(row) == min(row) > 2.0
+    profile = measure_profile(target, draft, **options)
+    assert profile.forward_table(profile.target_key).p50_ms == ((2.0, 2.0, 6.0, 2.0),)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -24,9 +24,9 @@ if not __package__:  # `python bench/run.py` finds what `python -m bench.run` do
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.common import targets
-from bench.common.harness import write_json
 from bench.common.machine import ROOT, command_line, commit, device_folder, environment, pick_device
 from bench.common.report import table
+from bench.common.script import write_json
 
 
 class Script(NamedTuple):

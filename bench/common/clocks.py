@@ -19,14 +19,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from sequoia_kernels.cuda_graphs import CaptureError, capture, on_device
-from sequoia_kernels.measure.timing import device_ms, event_ms, keep_busy
+from sequoia_kernels.measure.timing import Timing, event_ms, host_ms, keep_busy
 
 Call = Callable[[], Any]
 Sample = Callable[[], float]  # runs once and returns milliseconds
@@ -38,25 +36,14 @@ LONG_MS = 5.0  # a call that takes this long is not captured: launches are nothi
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
     """20th, 50th and 80th percentile, linear between neighbours, and the number of samples."""
-    p20, p50, p80 = np.percentile(samples, (20, 50, 80))
-    return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "repeats": len(samples)}
+    timing = Timing.of(samples)
+    return {"p20": timing.p20_ms, "p50": timing.p50_ms, "p80": timing.p80_ms, "repeats": timing.repeats}
 
 
-def median_ms(call: Call, device: torch.device, seconds: float) -> float:
-    """Median time of one long call, by itself: for ceilings, which are not compared with others in turns."""
-    clock = partial(device_ms, device=device) if device.type == "cuda" else _host_ms
+def host_percentiles(call: Call, repeats: int) -> dict[str, float]:
+    """Time a call by itself on the host, behind a first one that does not count."""
     call()
-    samples: list[float] = []
-    began = time.perf_counter()
-    while len(samples) < 5 or (len(samples) < 100 and time.perf_counter() - began < seconds):
-        samples.append(clock(call))
-    return float(np.median(samples))
-
-
-def _host_ms(call: Call) -> float:
-    started = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - started)
+    return percentiles([host_ms(call) for _ in range(repeats)])
 
 
 def take_samples(
@@ -104,7 +91,7 @@ def host_samplers(call: Call, reset: Call) -> dict[str, Sample]:
 
     def sample() -> float:
         reset()
-        return _host_ms(call)
+        return host_ms(call)
 
     return {"warm": sample}
 

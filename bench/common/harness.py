@@ -32,14 +32,11 @@ and `ratios[ours][other]`: how many times faster ours is, in the first mode that
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,9 +52,9 @@ from bench.common.clocks import (
     percentiles,
     take_samples,
 )
-from bench.common.machine import command_line, commit, environment, measure_peaks, pick_device
+from bench.common.machine import commit, environment, measure_peaks
+from bench.common.script import Run, Script, option, shared
 from sequoia_kernels.cuda_graphs import on_device
-from sequoia_kernels.documents import write_text
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import backends
 
@@ -375,46 +372,37 @@ def own_failures(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document whole or not at all; folders that are missing are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(document, indent=1) + "\n")
+OPTIONS = (
+    *(shared("device"), shared("threads"), shared("quick"), shared("seconds", help="begin no case after this time")),
+    option("--case", default="", help="only cases whose name contains this"),
+    option("--provider", default="", help="only providers whose name contains this"),
+)
 
 
 def main(bench: OpBench, arguments: Sequence[str] | None = None) -> int:
-    """The command line of a script. 1 if one of our own backends is wrong or fails."""
-    parser = argparse.ArgumentParser(
-        description=f"Time {bench.OP}: our backends, the reference, what users have instead. Wrong ones are not timed."
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="few small cases, a few seconds")
-    parser.add_argument("--seconds", type=float, help="begin no further case after this time")
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--provider", default="", help="only providers whose name contains this")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write PATH, and the table and plot beside it")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = Settings(pick_device(options.device), options.quick, options.seconds, options.case, options.provider)
+    """The command line of an op's script. 1 if one of our own backends is wrong or fails."""
 
-    def progress(document: dict[str, Any]) -> None:
-        print(f"  {document['cases'][-1]['name'] if document['cases'] else ''}", file=sys.stderr, flush=True)
-        if options.json:  # whatever ends the run early, what was measured stays
-            write_json(options.json, document)
+    def measure(run: Run) -> int:
+        options = run.options
+        settings = Settings(run.device, options.quick, options.seconds, options.case, options.provider)
 
-    document = run_bench(bench, settings, command_line(f"bench.ops.bench_{bench.OP}", arguments), progress)
-    table = report.markdown(document)
-    print(table)
-    if options.json:
-        write_json(options.json, document)
-        write_text(options.json.with_suffix(".md"), table)
-        reason = report.plot(document, options.json.with_suffix(".png"))
-        if reason is not None:
-            print(f"no plot: {reason}")
-    failures = own_failures(document)
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    if not document["cases"]:
-        print(f"{bench.OP}: no case was run", file=sys.stderr)
-    return 1 if failures or not document["cases"] else 0
+        def progress(document: dict[str, Any]) -> None:
+            print(f"  {document['cases'][-1]['name'] if document['cases'] else ''}", file=sys.stderr, flush=True)
+            run.document |= document
+            run.save()  # whatever ends the run early, what was measured stays
+
+        run.document |= run_bench(bench, settings, run.document["command"], progress)
+        print(report.markdown(run.document))
+        if options.json:
+            reason = report.plot(run.document, options.json.with_suffix(".png"))
+            if reason is not None:
+                print(f"no plot: {reason}")
+        failures = own_failures(run.document)
+        for failure in failures:
+            print(f"FAILED {failure}", file=sys.stderr)
+        if not run.document["cases"]:
+            print(f"{bench.OP}: no case was run", file=sys.stderr)
+        return 1 if failures or not run.document["cases"] else 0
+
+    description = f"Time {bench.OP}: our backends, the reference, what users have instead. Wrong ones are not timed."
+    return Script(bench.__spec__, measure, description, OPTIONS, markdown=report.markdown).main(arguments)

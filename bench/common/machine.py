@@ -10,14 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.common.clocks import median_ms
+from sequoia_kernels.measure import time_calls
 from sequoia_kernels.planner import DeviceFingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,11 @@ def _matmul_rate(device: torch.device, size: int, dtype: torch.dtype, seconds: f
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty(size, size, dtype=dtype, device=device)
     return 2 * size**3 / (1e-3 * median_ms(lambda: torch.mm(left, right, out=product), device, seconds))
+
+
+def median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Median time of one long call by itself, of 5 to 100 of them."""
+    return time_calls({"": call}, device, seconds=seconds, warmup=1)[""].p50_ms
 
 
 def _version(package: str) -> str | None:

@@ -111,7 +111,7 @@ class Script:
     ) -> None:
         if spec is None:
             raise SystemExit("run it as a module from the top of the repository: python -m bench.<room>.<script>")
-        self.module, self.name = spec.name, spec.name.rpartition(".bench_")[2]
+        self.module, self.name = spec.name, spec.name.rpartition(".")[2].removeprefix("bench_")
         self.measure, self.description, self.options = measure, (description or "").split("\n")[0], options
         self.quick, self.markdown, self.check = dict(quick or {}), markdown, check
 

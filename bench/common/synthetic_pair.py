@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +34,18 @@ from sequoia_kernels.ops import sample_without_replacement, verify_tree
 from sequoia_kernels.planner import AcceptanceEstimate
 from sequoia_kernels.planner.acceptance import tree_values
 
-__all__ = ["PAIRS", "Goal", "PairShape", "Shape", "SyntheticPair", "calibrate", "measure_acceptance", "synthetic_pair"]
+__all__ = [
+    "PAIRS",
+    "Goal",
+    "PairShape",
+    "Shape",
+    "SyntheticPair",
+    "calibrate",
+    "llama_config",
+    "measure_acceptance",
+    "synthetic_pair",
+    "teacher_forced_logits",
+]
 
 VOCAB = 32000
 POSITIONS = 4096
@@ -241,21 +252,24 @@ _Weights = dict[str, nn.Parameter]
 Random = Callable[[int, int, float], torch.Tensor]  # rows, columns, standard deviation
 
 
-def _config(part: Shape, shape: PairShape, positions: int) -> LlamaConfig:
+def llama_config(part: Shape, vocab: int, positions: int = POSITIONS, **settings: Any) -> LlamaConfig:
+    """A Llama of a shape; settings are further ones of `LlamaConfig`."""
     return LlamaConfig(
-        vocab_size=shape.vocab,
+        vocab_size=vocab,
         hidden_size=part.hidden,
         intermediate_size=part.intermediate,
         num_hidden_layers=part.layers,
         num_attention_heads=part.heads,
         num_key_value_heads=part.kv_heads,
         max_position_embeddings=positions,
-        rms_norm_eps=RMS_EPS * shape.draft.hidden / part.hidden,  # the mean is taken over the quiet columns as well
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+        **settings,
     )
+
+
+def _config(part: Shape, shape: PairShape, positions: int) -> LlamaConfig:
+    eps = RMS_EPS * shape.draft.hidden / part.hidden  # the mean is taken over the quiet columns as well
+    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return llama_config(part, shape.vocab, positions, rms_norm_eps=eps, tie_word_embeddings=False, **no_ids)
 
 
 def _empty(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from sequoia_kernels.ops import sample_without_replacement
-from sequoia_kernels.planner import optimal_tree
 from sequoia_kernels.tree import TokenTree
 
-__all__ = ["LLAMA_3_8B", "VOCAB", "TreeStepInputs", "internal_nodes", "step_tree", "tree_step"]
+__all__ = ["LLAMA_3_8B", "VOCAB", "TreeStepInputs", "internal_nodes", "tree_step"]
 
 # Meta-Llama-3-8B: what the sizes of the GPU cases are taken from.
 LLAMA_3_8B = {"layers": 32, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
 VOCAB = 128256
 
-# Trees are optimal for this vector: about what a small draft of a large target shows.
-ACCEPTANCE = (0.6, 0.12, 0.05, 0.03, 0.02, 0.015, 0.012, 0.01, 0.008, 0.007, 0.006, 0.005, 0.004, 0.003, 0.002)
-
 # Standard deviation of what the draft's logits differ by from the target's, whose own is 3: at T = 0.6 and large
-# vocabularies the first child is then accepted about as often as ACCEPTANCE says.
+# vocabularies the first child is then accepted about as often as TYPICAL_ACCEPTANCE says.
 DRAFT_NOISE = 0.8
 
 
@@ -34,12 +29,6 @@ class TreeStepInputs(NamedTuple):
     temperature: torch.Tensor  # [B] float32
     seeds: torch.Tensor  # [B] int64
     offsets: torch.Tensor  # [B] int64
-
-
-@cache
-def step_tree(num_nodes: int) -> TokenTree:
-    """The tree of a case."""
-    return optimal_tree(ACCEPTANCE, num_nodes)
 
 
 def internal_nodes(tree: TokenTree) -> list[int]:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.common.harness import Case, Provider, Unavailable, main, own_providers
-from bench.common.workloads import LLAMA_3_8B, step_tree
+from bench.common.workloads import LLAMA_3_8B
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import tree_attention
 
 OP = "tree_attention"
@@ -78,7 +79,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
         normal(batch_size, case["num_nodes"], case["q_heads"], head_dim),
         normal(batch_size, num_slots, kv_heads, head_dim),
         normal(batch_size, num_slots, kv_heads, head_dim),
-        step_tree(case["num_nodes"]).tensors(device).ancestor_mask,
+        typical_tree(case["num_nodes"]).tensors(device).ancestor_mask,
         torch.full((batch_size,), case["context_len"], dtype=torch.int32, device=device),
     )
 

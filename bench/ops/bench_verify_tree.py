@@ -15,7 +15,8 @@ import torch
 
 from bench.common.baselines import verify_child_by_child
 from bench.common.harness import Case, Provider, Unavailable, main, own_providers
-from bench.common.workloads import VOCAB, TreeStepInputs, internal_nodes, step_tree, tree_step
+from bench.common.workloads import VOCAB, TreeStepInputs, internal_nodes, tree_step
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import VerifiedPath, verify_tree
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
 
@@ -53,13 +54,13 @@ CASES = [
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> TreeStepInputs:
     dtype = getattr(torch, case["dtype"])
-    tree = step_tree(case["num_nodes"])
+    tree = typical_tree(case["num_nodes"])
     return tree_step(tree, case["batch_size"], case["vocab"], case["temperature"], dtype, device, seed)
 
 
 def bytes_moved(case: Case) -> int:
     """The target's logits of all nodes; where sampled, the draft's of those with children, too."""
-    tree = step_tree(case["num_nodes"])
+    tree = typical_tree(case["num_nodes"])
     rows = tree.num_nodes + (len(internal_nodes(tree)) if case["temperature"] > 0 else 0)
     return case["batch_size"] * rows * case["vocab"] * getattr(torch, case["dtype"]).itemsize
 
@@ -84,12 +85,12 @@ def mismatch(case: Case, inputs: TreeStepInputs, expected: VerifiedPath, result:
 
 
 def _own(case: Case, inputs: TreeStepInputs, backend: str) -> Any:
-    arguments = (*inputs[:3], step_tree(case["num_nodes"]), *inputs[3:])
+    arguments = (*inputs[:3], typical_tree(case["num_nodes"]), *inputs[3:])
     return lambda: verify_tree(*arguments, backend=backend)
 
 
 def _loop_arguments(case: Case, inputs: TreeStepInputs) -> tuple[Any, ...]:
-    return (*inputs[:3], step_tree(case["num_nodes"]), case["temperature"])
+    return (*inputs[:3], typical_tree(case["num_nodes"]), case["temperature"])
 
 
 def _loop(case: Case, inputs: TreeStepInputs) -> Any:
@@ -116,7 +117,7 @@ class _LinkedTree:
     """A tree and output buffers in the form that sgl-kernel takes: first child and next sibling of each node."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        tree, batch_size = step_tree(case["num_nodes"]), case["batch_size"]
+        tree, batch_size = typical_tree(case["num_nodes"]), case["batch_size"]
         siblings = [-1] * tree.num_nodes
         for node in internal_nodes(tree):
             children = tree.children(node)
@@ -170,7 +171,7 @@ def _sgl_mismatch(case: Case, inputs: TreeStepInputs, expected: VerifiedPath, re
     """Greedy decisions must be equal. Sampled ones follow another rule: there, that the path is one of the tree."""
     if case["temperature"] == 0:
         return mismatch(case, inputs, expected, result)
-    parents = step_tree(case["num_nodes"]).parents
+    parents = typical_tree(case["num_nodes"]).parents
     for nodes, count, token in zip(result.nodes.tolist(), result.num_accepted.tolist(), result.next_token.tolist()):
         path = nodes[:count]
         if path[0] != 0 or any(parents[child] != parent for parent, child in itertools.pairwise(path)):

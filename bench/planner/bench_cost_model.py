@@ -11,7 +11,6 @@ Microbenchmarks are those of the default grid of shapes, or with --own-shapes of
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Hashable
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
 from bench.common.report import table
+from bench.common.script import Run, Script, option, shared
+from bench.common.synthetic_pair import PAIRS, Shape, llama_config
 from sequoia_kernels.cuda_graphs import as_replay
 from sequoia_kernels.measure import calls, time_calls
 from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
@@ -37,29 +36,17 @@ QUICK_NODE_COUNTS = (1, 8, 64)
 QUICK_ROWS = (1, 4, 8, 16, 64)
 
 
-def llama(layers: int, hidden: int, heads: int, intermediate: int, vocab: int, kv_heads: int = 0) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads or heads,
-        max_position_embeddings=8192,
-    )
-
-
 # name: configuration, dtype
 CPU_MODELS = {
-    "demo target 24x128": (llama(24, 128, 4, 384, 512), "float32"),
-    "134M 12x768": (llama(12, 768, 12, 2048, 32000), "float32"),
-    "374M 24x1024": (llama(24, 1024, 16, 2816, 32000), "bfloat16"),
+    "demo target 24x128": (llama_config(Shape(128, 24, 4, 384), 512), "float32"),
+    "134M 12x768": (llama_config(Shape(768, 12, 12, 2048), 32000), "float32"),
+    "374M 24x1024": (llama_config(PAIRS["350M/8M"].target, 32000), "bfloat16"),
 }
 QUICK_MODELS = {"demo target 24x128": CPU_MODELS["demo target 24x128"]}
 CUDA_MODELS = {
-    "68M 2x768": (llama(2, 768, 12, 3072, 32000), "bfloat16"),
-    "1.3B 24x2048": (llama(24, 2048, 16, 5504, 32000), "bfloat16"),
-    "Llama-2-7B 32x4096": (llama(32, 4096, 32, 11008, 32000), "bfloat16"),
+    "68M 2x768": (llama_config(PAIRS["7B/68M"].draft, 32000), "bfloat16"),
+    "1.3B 24x2048": (llama_config(PAIRS["33B/1.3B"].draft, 32000), "bfloat16"),
+    "Llama-2-7B 32x4096": (llama_config(PAIRS["7B/68M"].target, 32000), "bfloat16"),
 }
 
 
@@ -85,21 +72,8 @@ def forwards(
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and a table beside them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--context", type=int, default=512, help="committed tokens (default 512)")
-    parser.add_argument("--own-shapes", action="store_true", help="microbenchmarks of the models' own shapes")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="only the models whose names begin so")
-    parser.add_argument("--quick", action="store_true", help="one small model, its own shapes, few sizes")
-    parser.add_argument("--profile", type=Path, help="also save the microbenchmarks as a profile")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
+def run(bench: Run) -> None:
+    options, device = bench.options, bench.device
     models = QUICK_MODELS if options.quick else CUDA_MODELS if device.type == "cuda" else CPU_MODELS
     if options.models:
         models = {name: entry for name, entry in models.items() if name.startswith(tuple(options.models))}
@@ -112,9 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         configs = {name: config for name, (config, wanted) in models.items() if wanted == dtype_name}
         shapes = [ModelFingerprint.from_config(config, dtype) for config in configs.values()] if own_shapes else []
         with torch.inference_mode():
-            bench = Microbenchmarks(device, dtype, shapes, ops=False, rows=QUICK_ROWS if options.quick else None)
+            parts = Microbenchmarks(device, dtype, shapes, ops=False, rows=QUICK_ROWS if options.quick else None)
             whole = forwards(configs, dtype, device, node_counts, options.context)
-            timed = {**bench.calls, **whole}
+            timed = {**parts.calls, **whole}
             times = time_calls(
                 timed,
                 device,
@@ -122,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
                 max_repeats=5 if options.quick else options.rounds,
                 seconds=2 if options.quick else 0,
                 warmup=1,
-                prepare=bench.prepare,
+                prepare=parts.prepare,
             )
-        for op, points in bench.points(times).items():
+        for op, points in parts.points(times).items():
             profile = profile.with_op(op, points)
         measured.update({key: times[key] for key in whole})
     if options.profile:
@@ -147,26 +121,18 @@ def main(arguments: list[str] | None = None) -> int:
                     "error": predicted / time.p50_ms - 1,
                 }
             )
-    text = _markdown(list(models), node_counts, results)
-    print(text)
-    if options.json:
-        document = {
-            "bench": "cost_model",
-            "command": command_line("bench.planner.bench_cost_model", arguments),
-            "commit": commit(),
-            "environment": environment(device),
-            "context_len": options.context,
-            "microbenchmarks": "own shapes" if own_shapes else "default grid",
-            "rounds": options.rounds,
-            "results": results,
-        }
-        write_json(options.json, document)
-        head = f"## cost_model\n\n{document['environment']['device']['name']}, `{document['command']}`\n\n"
-        options.json.with_suffix(".md").write_text(head + text + "\n", encoding="utf-8")
-    return 0
+    bench.document |= {
+        "context_len": options.context,
+        "microbenchmarks": "own shapes" if own_shapes else "default grid",
+        "rounds": options.rounds,
+        "results": results,
+    }
+    print(markdown(bench.document))
 
 
-def _markdown(models: list[str], node_counts: tuple[int, ...], results: list[dict[str, Any]]) -> str:
+def markdown(document: dict[str, Any]) -> str:
+    results = document["results"]
+    models, node_counts = (list(dict.fromkeys(entry[key] for entry in results)) for key in ("model", "nodes"))
     cells = {(entry["model"], entry["nodes"]): entry for entry in results}
     rows = []
     for count in node_counts:
@@ -180,7 +146,8 @@ def _markdown(models: list[str], node_counts: tuple[int, ...], results: list[dic
             ]
         rows.append(row)
     header = ["nodes"] + [f"{name}: {what}" for name in models for what in ("composed ms", "measured ms", "error")]
-    lines = [table(header, rows), ""]
+    head = f"## cost_model\n\n{document['environment']['device']['name']}, `{document['command']}`\n"
+    lines = [head, table(header, rows), ""]
     for name in models:
         errors = [abs(entry["error"]) for entry in results if entry["model"] == name]
         within = sum(error <= 0.15 for error in errors)
@@ -189,6 +156,21 @@ def _markdown(models: list[str], node_counts: tuple[int, ...], results: list[dic
             f"largest {100 * max(errors):.1f} %"
         )
     return "\n".join(lines)
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("rounds", 5)),
+        option("--context", type=int, default=512, help="committed tokens (default %(default)s)"),
+        option("--own-shapes", action="store_true", help="microbenchmarks of the models' own shapes"),
+        option("--models", nargs="+", metavar="NAME", help="only the models whose names begin so"),
+        option("--profile", type=Path, help="also save the microbenchmarks as a profile"),
+    ],
+    markdown=markdown,
+).main
 
 
 if __name__ == "__main__":

@@ -12,19 +12,15 @@ The acceptance vector is a typical one as if counted over `--visits` nodes, unle
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
 from bench.common.report import table
-from bench.common.synthetic_pair import PAIRS, Shape
-from bench.common.workloads import ACCEPTANCE
+from bench.common.script import Run, Script, option, shared
+from bench.common.synthetic_pair import PAIRS, llama_config
 from sequoia_kernels import (
     AcceptanceEstimate,
     HardwareProfile,
@@ -38,6 +34,7 @@ from sequoia_kernels.demo import load_demo_pair
 from sequoia_kernels.measure import measure_microbenchmarks
 from sequoia_kernels.planner import CostModel, ModelFingerprint, OptimalTrees
 from sequoia_kernels.planner.cost_model import STAGES, StepShape
+from sequoia_kernels.tree import TYPICAL_ACCEPTANCE
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (512, 2048, 8192, 32768)
@@ -45,22 +42,10 @@ BUDGETS = (2, 4, 8, 16, 32, 64, 128, 256)
 LEVELS = (2, 3, 4, 6, 8, 12, 16, 24)
 
 
-def config(shape: Shape, vocab: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=65536,
-    )
-
-
 def typical_acceptance(visits: int) -> AcceptanceEstimate:
     """The typical vector, as an estimate from this many visited nodes: rank by rank those that rejected so far."""
     visited, accepted, left = [], [], float(visits)
-    for rate in ACCEPTANCE:
+    for rate in TYPICAL_ACCEPTANCE:
         visited.append(round(left))
         accepted.append(round(visits * rate))
         left -= visits * rate
@@ -206,27 +191,12 @@ def markdown(document: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write the results here; a table and a plot beside it"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--pair", choices=sorted(PAIRS), help="shapes (default: 350M/8M on a CPU, 7B/68M on CUDA)")
-    parser.add_argument("--profile", type=Path, help="a profile with microbenchmarks, instead of measuring")
-    parser.add_argument("--acceptance", type=Path, help="JSON of an acceptance estimate (default: a typical vector)")
-    parser.add_argument("--visits", type=int, default=2000, help="nodes the typical vector is as if counted over")
-    parser.add_argument("--max-budget", type=int, default=256)
-    parser.add_argument("--quick", action="store_true", help="a tiny pair, two batch sizes, two contexts")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
+def run(bench: Run) -> None:
+    options, device = bench.options, bench.device
     name = options.pair or ("tiny" if options.quick else "7B/68M" if device.type == "cuda" else "350M/8M")
     pair = PAIRS[name]
     dtype = torch.bfloat16
-    target, draft = (ModelFingerprint.from_config(config(shape, pair.vocab), dtype) for shape in pair[:2])
+    target, draft = (ModelFingerprint.from_config(llama_config(shape, pair.vocab, 65536), dtype) for shape in pair[:2])
     profile = (
         HardwareProfile.load(options.profile)
         if options.profile
@@ -253,11 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(cell(plan, batch_size, context_len))
     budgets = tuple(budget for budget in BUDGETS if budget <= max_budget)
     speedups = surface(CostModel(profile, target=target, draft=draft), acceptance.vector, contexts[0], budgets)
-    document = {
-        "bench": "planner",
-        "command": command_line("bench.planner.bench_planner", arguments),
-        "commit": commit(),
-        "environment": environment(device),
+    document = bench.document
+    document |= {
         "pair": name,
         "dtype": str(dtype).removeprefix("torch."),
         "acceptance": {
@@ -268,16 +235,28 @@ def main(arguments: list[str] | None = None) -> int:
         "results": results,
         "surface": {"context_len": contexts[0], "budgets": budgets, "levels": LEVELS, "speedups": speedups},
     }
-    text = markdown(document)
-    print(text)
+    print(markdown(document))
     if options.json:
-        write_json(options.json, document)
-        options.json.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         title = f"{name}, {document['dtype']}, {document['environment']['device']['name']}, context {contexts[0]}"
         reason = plot(options.json.with_suffix(".svg"), title, budgets, speedups)
         if reason:
             print(f"no plot: {reason}")
-    return 0
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        *(shared("device", "cpu"), shared("threads"), shared("quick")),
+        option("--pair", choices=sorted(PAIRS), help="shapes (default: 350M/8M on a CPU, 7B/68M on CUDA)"),
+        option("--profile", type=Path, help="a profile with microbenchmarks, instead of measuring"),
+        option("--acceptance", type=Path, help="JSON of an acceptance estimate (default: a typical vector)"),
+        option("--visits", type=int, default=2000, help="nodes the typical vector is as if counted over"),
+        option("--max-budget", type=int, default=256),
+    ],
+    markdown=markdown,
+).main
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ for all samplers and trees (replay.py); real loops with each sampler swapped in 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.demo import encode_prompts
 from bench.common.replay import Estimate, acceptance_of_texts, as_row, difference, ratio, replay, write_texts
 from bench.common.samplers import CUT_DRAFT, OURS, SAMPLERS, TOP_K, Sampler
+from bench.common.script import Run, Script, option, shared
 from bench.tools import robustness_page
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
@@ -266,7 +265,7 @@ def loops(study: Study) -> Iterator[dict[str, Any]]:
         }
 
 
-def load_pair(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Any]:
+def load_pair(options: Any, device: torch.device) -> tuple[Any, Any, Any]:
     """Target, draft and tokenizer: the demo pair, or the models at the given paths."""
     dtype = getattr(torch, options.dtype)
     if options.target is None:
@@ -277,7 +276,7 @@ def load_pair(options: argparse.Namespace, device: torch.device) -> tuple[Any, A
     return (*models, AutoTokenizer.from_pretrained(options.target, trust_remote_code=False))
 
 
-def read_prompts(options: argparse.Namespace, tokenizer: Any, size: Size, device: torch.device) -> torch.Tensor:
+def read_prompts(options: Any, tokenizer: Any, size: Size, device: torch.device) -> torch.Tensor:
     """Prompts of one length, the calibration prompts first. [prompts, length] int64.
 
     The demo's measured prompts come from files of their own, one each, as long as there are enough; the calibration
@@ -291,40 +290,20 @@ def read_prompts(options: argparse.Namespace, tokenizer: Any, size: Size, device
         if len(texts) < count:
             raise SystemExit(f"--prompts-file must hold {count} prompts, parted by two empty lines, got {len(texts)}")
     texts = texts[size.prompts : count] + texts[: size.prompts]
-    ids = [tokenizer(text, return_tensors="pt").input_ids[0, : size.prompt_tokens] for text in texts]
-    length = min(len(row) for row in ids)
-    return torch.stack([row[:length] for row in ids]).to(device)
+    ids = encode_prompts(tokenizer, texts, size.prompt_tokens, device)
+    length = min(row.shape[1] for row in ids)
+    return torch.cat([row[:, :length] for row in ids])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(bench: Run) -> None:
     """Run the study, print its tables, write what was asked for."""
-    parser = argparse.ArgumentParser(description="Tokens per step of samplers and of tree families.")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write PATH, and tables and plots beside it")
-    parser.add_argument("--page", type=Path, metavar="PATH", help="put tables into this page, and plots beside it")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="a corner of the grid, a few seconds")
-    parser.add_argument("--target", metavar="PATH", help="target model (default: the demo pair)")
-    parser.add_argument("--draft", metavar="PATH", help="draft model")
-    parser.add_argument("--prompts-file", type=Path, help="prompts, parted by two empty lines; needed with --target")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if len({options.target is None, options.draft is None, options.prompts_file is None}) != 1:
-        parser.error("--target, --draft and --prompts-file must be given together: acceptance depends on the text")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
+    options, device, document = bench.options, bench.device, bench.document
     size = QUICK if options.quick else Size()
     target, draft, tokenizer = load_pair(options, device)
     prompts = read_prompts(options, tokenizer, size, device)
     study = Study(adapt(target), adapt(draft), prompts, size, options.seed)
-    document: dict[str, Any] = {
-        "bench": "robustness",
+    document |= {
         "version": VERSION,
-        "command": command_line("bench.planner.bench_robustness", arguments),
-        "commit": commit(),
-        "environment": environment(device),
         "device_type": device.type,
         "quick": options.quick,
         "pair": "demo pair" if options.target is None else f"{options.target} and {options.draft}",
@@ -352,15 +331,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = robustness_page.markdown(document)
     print(text)
     if options.json:
-        write_json(options.json, document)
-        options.json.with_suffix(".md").write_text(f"## robustness\n\n{text}", encoding="utf-8")
         robustness_page.plots(document, options.json.parent)
     if options.page:
         reason = robustness_page.plots(document, options.page.parent)
         robustness_page.write_page(options.page, text, with_plots=reason is None)
         if reason is not None:
             print(f"no plots: {reason}")
-    return 0
+
+
+def check(options: Any) -> str | None:
+    if len({options.target is None, options.draft is None, options.prompts_file is None}) != 1:
+        return "--target, --draft and --prompts-file must be given together: acceptance depends on the text"
+    return None
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        *(shared("device"), shared("threads"), shared("quick"), shared("dtype", "float32")),
+        option("--page", type=Path, metavar="PATH", help="put tables into this page, and plots beside it"),
+        option("--target", metavar="PATH", help="target model (default: the demo pair)"),
+        option("--draft", metavar="PATH", help="draft model"),
+        shared("prompts-file", help="prompts, parted by two empty lines; needed with --target"),
+        option("--seed", type=int, default=0),
+    ],
+    markdown=lambda document: f"## robustness\n\n{robustness_page.markdown(document)}",
+    check=check,
+).main
 
 
 if __name__ == "__main__":

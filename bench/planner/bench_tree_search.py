@@ -8,20 +8,15 @@ level limit leaves the tree as it is and no level can be skipped. Results are ch
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.common.clocks import percentiles
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment
+from bench.common.clocks import host_percentiles
+from bench.common.script import Run, Script, option, shared
 from sequoia_kernels.planner.search import OptimalTrees, optimal_tree, optimal_values
 
 # nodes, levels, children; the bound in ms is what the package promises for one core
@@ -34,17 +29,6 @@ def make_vector(num_children: int) -> np.ndarray:
     vector = np.full(num_children, 0.03 / (num_children - 2))
     vector[0], vector[1] = 0.02, 0.92
     return vector
-
-
-def milliseconds(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Time a call: 20th, 50th and 80th percentile."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - started))
-    return percentiles(times)
 
 
 def check(trees: OptimalTrees, vector: np.ndarray, num_nodes: int, num_levels: int) -> None:
@@ -73,32 +57,26 @@ def measure(num_nodes: int, num_levels: int, num_children: int, repeats: int) ->
                 trees.widths(budget, levels)
 
     return {
-        "table and tree": milliseconds(
+        "table and tree": host_percentiles(
             lambda: OptimalTrees(vector, num_nodes, num_levels).tree(num_nodes, num_levels), repeats
         ),
-        "tree from the table": milliseconds(lambda: trees.tree(num_nodes, num_levels), repeats),
-        "tree without a level limit": milliseconds(lambda: optimal_tree(vector, num_nodes), repeats),
-        f"widths of {len(budgets) * num_levels} cells": milliseconds(scan, max(2, repeats // 4)),
-        "best-first values": milliseconds(lambda: optimal_values(monotone, num_nodes, num_levels), repeats),
-        "best-first tree": milliseconds(lambda: optimal_tree(monotone, num_nodes, num_levels), repeats),
+        "tree from the table": host_percentiles(lambda: trees.tree(num_nodes, num_levels), repeats),
+        "tree without a level limit": host_percentiles(lambda: optimal_tree(vector, num_nodes), repeats),
+        f"widths of {len(budgets) * num_levels} cells": host_percentiles(scan, max(2, repeats // 4)),
+        "best-first values": host_percentiles(lambda: optimal_values(monotone, num_nodes, num_levels), repeats),
+        "best-first tree": host_percentiles(lambda: optimal_tree(monotone, num_nodes, num_levels), repeats),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(bench: Run) -> int:
     """Run all cases; 1 if a promise is not kept."""
-    parser = argparse.ArgumentParser(description="Time the search for optimal trees on one core.")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed calls of each (default 20)")
-    options = parser.parse_args(arguments)
-    if options.repeats < 2:
-        parser.error(f"--repeats must be at least 2, got {options.repeats}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-    results = []
+    results = bench.document["results"] = []
     kept = True
     for num_nodes, num_levels, num_children, bound_ms in CASES:
-        times = measure(num_nodes, num_levels, num_children, options.repeats)
+        times = measure(num_nodes, num_levels, num_children, bench.options.repeats)
         kept = kept and times["table and tree"]["p50"] < bound_ms
         results.append(
             {"nodes": num_nodes, "levels": num_levels, "children": num_children, "bound_ms": bound_ms, "ms": times}
@@ -106,16 +84,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{num_nodes} nodes, {num_levels} levels, {num_children} children (promised: {bound_ms:g} ms)")
         for name, fifths in times.items():
             print(f"  {name:<28} p20 {fifths['p20']:9.3f}  p50 {fifths['p50']:9.3f}  p80 {fifths['p80']:9.3f} ms")
-    if options.json:
-        document = {
-            "bench": "tree_search",
-            "command": command_line("bench.planner.bench_tree_search", arguments),
-            "commit": commit(),
-            "environment": environment(),
-            "results": results,
-        }
-        write_json(options.json, document)
     return 0 if kept else 1
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        shared("quick"),
+        option("--repeats", type=int, default=20, metavar="N", help="timed calls of each (default %(default)s)"),
+    ],
+    quick={"repeats": 2},
+    check=lambda options: None if options.repeats > 1 else f"--repeats must be at least 2, got {options.repeats}",
+).main
 
 
 if __name__ == "__main__":

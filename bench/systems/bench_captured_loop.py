@@ -14,57 +14,42 @@ The plain loop (no draft) is timed as well; its floor is one read of the weights
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, measure_peaks, pick_device
-from bench.common.workloads import step_tree
+from bench.common.machine import measure_peaks
+from bench.common.script import Run, Script, option, shared
+from bench.common.synthetic_pair import Shape, llama_config
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import DecodingEngine, DecodingStep
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.drafts import DecodingState, draft_source
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.models import TreeModel, adapt
 
 # (target, draft) shapes: about 1B and 68M parameters on a GPU, next to nothing on a CPU
-SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    "cuda": (
-        {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-        {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "num_key_value_heads": 12},
-    ),
-    "cpu": (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
-    ),
+SHAPES = {
+    "cuda": (Shape(2048, 16, 32, 6144, kv_heads=8), Shape(768, 2, 12, 2304)),
+    "cpu": (Shape(64, 2, 4, 192, kv_heads=2), Shape(32, 1, 4, 96)),
 }
 NODE_COUNTS = {"cuda": (64, 128), "cpu": (8,)}
 VOCAB = {"cuda": 32000, "cpu": 128}
 PROMPT_TOKENS = 128
-STEPS_IN_A_ROW = 50
 TEMPERATURE = 0.6
 
 
-def random_model(shape: dict[str, int], device: torch.device, seed: int) -> TreeModel:
+def random_model(shape: Shape, device: torch.device, seed: int) -> TreeModel:
     """A Llama of random weights: bfloat16 on a GPU, float32 on a CPU."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB[device.type],
-        intermediate_size=3 * shape["hidden_size"],
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        **shape,
-    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
-        return adapt(LlamaForCausalLM(config).to(dtype).eval())
+        model = LlamaForCausalLM(llama_config(shape, VOCAB[device.type], eos_token_id=None))
+        return adapt(model.to(dtype).eval())
 
 
 def loop_ms(
@@ -130,7 +115,7 @@ def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any
     """All trees, then the plain loop."""
     target, draft = (random_model(shape, device, seed) for seed, shape in enumerate(SHAPES[device.type]))
     prompt = torch.randint(VOCAB[device.type], (1, PROMPT_TOKENS), device=device)
-    cases = [("tree", step_tree(count), draft) for count in NODE_COUNTS[device.type]]
+    cases = [("tree", typical_tree(count), draft) for count in NODE_COUNTS[device.type]]
     cases.append(("plain", TokenTree.single(), None))
     results = []
     smallest = engines.SMALLEST_BUCKET
@@ -158,33 +143,29 @@ def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any
     return results
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time the captured decoding loop against its own steps alone.")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--steps", type=int, default=STEPS_IN_A_ROW, help="steps in a row (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
-    options = parser.parse_args(arguments)
-    device = pick_device(options.device)
-    document = {
-        "bench": "captured_loop",
-        "command": command_line("bench.systems.bench_captured_loop", arguments),
-        "commit": commit(),
-        "environment": environment(device),
-        "device_type": device.type,
-        "peaks": measure_peaks(device),
-        "results": measure(device, options.steps, options.rounds),
-    }
-    for entry in document["results"]:
-        floor_ms = entry["weight_bytes"] / (document["peaks"]["copy_gb_per_s"] * 1e6)
+def run(bench: Run) -> None:
+    peaks = measure_peaks(bench.device)
+    results = measure(bench.device, bench.options.steps, bench.options.rounds)
+    bench.document |= {"device_type": bench.device.type, "peaks": peaks, "results": results}
+    for entry in results:
+        floor_ms = entry["weight_bytes"] / (peaks["copy_gb_per_s"] * 1e6)
         entry["weights_floor_ms"] = floor_ms
         print(
             f"{entry['kind']:<6}{entry['nodes']:5d} nodes  loop {entry['loop_ms']:8.3f} ms  device "
             f"{entry['device_ms']:8.3f} ms  host {100 * entry['host_share']:5.1f} %  weights once {floor_ms:7.3f} ms"
         )
-    if options.json:
-        write_json(options.json, document)
-    return 0
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        *(shared("device"), shared("quick"), shared("rounds", 5)),
+        option("--steps", type=int, default=50, help="steps in a row (default %(default)s)"),
+    ],
+    quick={"rounds": 2},
+).main
 
 
 if __name__ == "__main__":

@@ -20,22 +20,18 @@ scheduler and the planner do what they should, and nothing about a GPU::
 
 from __future__ import annotations
 
-import argparse
 import gc
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import PAIRS, Goal, PairShape, Shape, SyntheticPair, calibrate, synthetic_pair
 from sequoia_kernels import TokenTree, generate, measure_profile, plan_tree
-from sequoia_kernels.measure import calls, measure_bandwidth
+from sequoia_kernels.measure import calls, measure_bandwidth, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.offload import CudaLink, Link, OffloadedModel, ThreadLink, random_offloaded
 
@@ -135,15 +131,13 @@ def wait_for(device: torch.device) -> None:
 
 def median_ms(call: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Median time of a call in a row of them; the first, which starts with filled buffers, does not count."""
-    call()
-    times = []
-    for _ in range(rounds):
-        wait_for(device)
-        started = time.perf_counter()
+
+    def call_and_wait() -> None:
         call()
         wait_for(device)
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
+
+    once = {"pass": call_and_wait}
+    return time_calls(once, "cpu", min_repeats=rounds, max_repeats=rounds, seconds=0, warmup=1)["pass"].p50_ms
 
 
 def link_rate(setting: Setting, device: torch.device) -> dict[str, Any]:
@@ -417,29 +411,15 @@ def describe(name: str, part: dict[str, Any], link: dict[str, Any]) -> list[str]
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="few tokens and rounds")
-    parser.add_argument("--seconds", type=float, help="time for everything: parts that take longer are left out")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, after every part")
-    options = parser.parse_args(arguments)
-    device = pick_device(options.device)
+def run(bench: Run) -> None:
+    options, device, document = bench.options, bench.device, bench.document
     setting = CUDA if device.type == "cuda" else CPU
     if options.quick:
         setting = setting._replace(**(QUICK if device.type == "cuda" else QUICK_CPU))
     began = time.perf_counter()
-    document: dict[str, Any] = {
-        "bench": "offload",
-        "command": command_line("bench.systems.bench_offload", arguments),
-        "commit": commit(),
-        "environment": environment(device),
-        "device_type": device.type,
-        "label": setting.label,
-        "link": link_rate(setting, device),
-        "parts": {},
-        "skipped": {},
+    document |= {
+        **{"device_type": device.type, "label": setting.label, "link": link_rate(setting, device)},
+        **{"parts": {}, "skipped": {}},
     }
     print(f"{setting.label}\nlink: {document['link']}")
     if device.type == "cpu":
@@ -463,11 +443,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document["parts"][name] = measure(pair, setting, device, document["link"])
         for line in describe(name, document["parts"][name], document["link"]) if name in document["parts"] else []:
             print(line, flush=True)
-        if options.json:
-            write_json(options.json, document)
+        bench.save()
     for name, reason in document["skipped"].items():
         print(f"skipped: {name}: {reason}")
-    return 0
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        *(shared("device"), shared("quick"), shared("seconds")),
+        option("--parts", nargs="+", choices=PARTS, default=list(PARTS)),
+    ],
+).main
 
 
 if __name__ == "__main__":

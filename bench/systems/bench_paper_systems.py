@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common import report
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment, measure_peaks, pick_device
+from bench.common.demo import encode_prompts
+from bench.common.machine import measure_peaks
+from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import PAIRS, Goal, PairShape, Shape, calibrate, measure_acceptance, synthetic_pair
 from bench.common.synthetic_pair import teacher_forced_logits as logits_along
 from sequoia_kernels import TokenTree, generate, measure_profile, optimal_tree, plan_tree, release_engines
@@ -479,7 +480,7 @@ def checkpoints(target: Path, draft: Path, options: argparse.Namespace, device: 
         texts = [text for text in texts if text.strip()][: options.prompts]
     else:
         texts = held_out_prompts(options.prompts, 8 * options.prompt_tokens)
-    ids = [tokenizer(text, return_tensors="pt").input_ids[:, : options.prompt_tokens].to(device) for text in texts]
+    ids = encode_prompts(tokenizer, texts, options.prompt_tokens, device)
     title = f"{Path(target).name} / {Path(draft).name}"
     return System("checkpoints", title, adapt(models[0]), adapt(models[1]), ids, dtype_name, False)
 
@@ -574,49 +575,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), help="default: those that suit the device")
-    parser.add_argument("--temperatures", type=float, nargs="+", help="default: those of the row")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=tuple(LOSSLESS_TOLERANCE), help="default: the row's")
-    parser.add_argument("--target", type=Path, help="a real target instead of the rows, with --draft")
-    parser.add_argument("--draft", type=Path)
-    parser.add_argument("--prompts-file", type=Path, help="prompts for --target, two blank lines between them")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("NODES", "LEVELS"), help="size of the tree of --target")
-    parser.add_argument("--prompts", type=int, help="default 4 on a GPU, 3 on a CPU")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, help="default 512 on a GPU, 128 on a CPU")
-    parser.add_argument("--divergence", type=float, help="take this instead of searching; see synthetic_pair.py")
-    parser.add_argument("--profile-seconds", type=float, default=15.0, help="time for the planner's measurements")
-    parser.add_argument("--compile", action="store_true", help="our own loop's forwards through torch.compile")
-    parser.add_argument(
-        "--pack", action="store_true", help="half-precision weights in oneDNN's layout, for all loops (CPU)"
-    )
-    parser.add_argument("--seconds", type=float, help="begin no row after this time")
-    parser.add_argument("--no-rivals", action="store_true", help="leave transformers' loops out")
-    parser.add_argument("--quick", action="store_true", help=f"rows {' '.join(QUICK_ROWS)}, few tokens")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and PATH's .md beside it")
-    options = parser.parse_args(arguments)
-    if (options.target is None) != (options.draft is None):
-        parser.error("--target and --draft must be given together")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    device = pick_device(options.device)
+def run(bench: Run) -> int:
+    options, device, document = bench.options, bench.device, bench.document
     options.prompts = options.prompts or (4 if device.type == "cuda" else 3)
-    options.new_tokens = options.new_tokens or (64 if options.quick else 512 if device.type == "cuda" else 128)
-    seconds = 1.5 if options.quick else options.profile_seconds
+    options.new_tokens = options.new_tokens or (512 if device.type == "cuda" else 128)
     largest = 512 if device.type == "cuda" else 128
     started = time.perf_counter()
     peaks = measure_peaks(device)
-    document: dict[str, Any] = {
-        "bench": "paper_systems",
-        "command": command_line("bench.systems.bench_paper_systems", arguments),
-        "commit": commit(),
-        "environment": environment(device),
+    document |= {
         "device_type": device.type,
         "peaks": peaks,
         "quick": options.quick,
@@ -633,7 +599,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compile and system.compiled is None:
             system.compile()
         if "profile" not in system.facts:  # times do not depend on the temperature's or the weights' values
-            system.facts["profile"] = profile_of(system, options.new_tokens, seconds, largest)
+            system.facts["profile"] = profile_of(system, options.new_tokens, options.profile_seconds, largest)
         profile = system.facts["profile"]
         result = measure_system(
             system, acceptance, temperature, size, options.new_tokens, profile, peaks["copy_gb_per_s"],
@@ -641,7 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         document["results"].append(result | extra)
         print_result(document["results"][-1])
-        write(document, options.json)  # now, so that a later row that ends the process leaves this one
+        bench.save()  # now, so that a later row that ends the process leaves this one
 
     if options.target is not None:
         system = checkpoints(options.target, options.draft, options, device)
@@ -686,15 +652,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    write(document, options.json)
     return 1 if any(result["lossless"] and not result["lossless"]["ok"] for result in document["results"]) else 0
-
-
-def write(document: Mapping[str, Any], path: Path | None) -> None:
-    """Write the document and its tables."""
-    if path is not None:
-        write_json(path, document)
-        path.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 
 
 def print_result(result: Mapping[str, Any]) -> None:
@@ -712,6 +670,38 @@ def print_result(result: Mapping[str, Any]) -> None:
         verdict = "" if not lossless["ties"] else ", others part at near-ties" if lossless["ok"] else ", NOT LOSSLESS"
         print(f"  greedy output: {lossless['equal']} of {lossless['compared']} equal{verdict}")
     sys.stdout.flush()
+
+
+main = Script(
+    __spec__,
+    run,
+    __doc__,
+    [
+        option("--rows", nargs="+", choices=tuple(ROWS), help="default: those that suit the device"),
+        shared("temperatures", help="default: those of the row"),
+        shared("device"),
+        shared("dtype", help="default: the row's"),
+        option("--target", type=Path, help="a real target instead of the rows, with --draft"),
+        option("--draft", type=Path),
+        shared("prompts-file", help="prompts for --target, two blank lines between them"),
+        option("--size", type=int, nargs=2, metavar=("NODES", "LEVELS"), help="size of the tree of --target"),
+        shared("prompts", help="default 4 on a GPU, 3 on a CPU"),
+        shared("prompt-tokens", 128),
+        shared("new-tokens", help="default 512 on a GPU, 128 on a CPU"),
+        option("--divergence", type=float, help="take this instead of searching; see synthetic_pair.py"),
+        shared("profile-seconds", 15.0),
+        option("--compile", action="store_true", help="our own loop's forwards through torch.compile"),
+        option("--pack", action="store_true", help="half-precision weights in oneDNN's layout, for all loops (CPU)"),
+        shared("seconds", help="begin no row after this time"),
+        option("--no-rivals", action="store_true", help="leave transformers' loops out"),
+        shared("quick", help=f"rows {' '.join(QUICK_ROWS)}, few tokens"),
+    ],
+    quick={"new_tokens": 64, "profile_seconds": 1.5},
+    markdown=markdown,
+    check=lambda options: (
+        "--target and --draft must be given together" if (options.target is None) != (options.draft is None) else None
+    ),
+).main
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ same chain of rows that the plain model does; the two must give the same logits 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
-from bench.common.harness import write_json
-from bench.common.machine import command_line, commit, environment
+from bench.common.script import Run, Script, option, shared
+from bench.common.synthetic_pair import Shape, llama_config
 from sequoia_kernels.models import adapt, causal_step
 from sequoia_kernels.models.families import cache_argument
 
@@ -58,51 +56,39 @@ def forwards(model: LlamaForCausalLM, num_rows: int, context_len: int):
 
 
 @torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], help="rows of a forward (default 1 8 16)")
-    parser.add_argument("--context", type=int, default=256, help="rows already in the cache (default 256)")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=200, help="timed forwards of each kind (default 200)")
-    args = parser.parse_args(argv)
+def measure(bench: Run) -> None:
+    options = bench.options
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        max_position_embeddings=2048,
-    )
-    model = LlamaForCausalLM(config).eval()
-    results = []
-    for num_rows in args.rows:
-        plain, crop, tree = forwards(model, num_rows, args.context)
+    model = LlamaForCausalLM(llama_config(Shape(128, options.layers, 4, 352), vocab=512)).eval()
+    bench.document |= {name: getattr(options, name) for name in ("context", "layers", "rounds")}
+    results = bench.document["results"] = []
+    for num_rows in options.rows:
+        plain, crop, tree = forwards(model, num_rows, options.context)
         torch.testing.assert_close(tree(), plain(), rtol=1e-4, atol=1e-5)
         crop()
         times = []
-        for _ in range(args.rounds):
+        for _ in range(options.rounds):
             times.append((cpu_ms(plain), cpu_ms(tree)))
             crop()  # outside of the time: a loop that keeps what it decodes does not crop
         plain_ms, tree_ms = (statistics.median(column) for column in zip(*times, strict=True))
         ratio = statistics.median(ours / theirs for theirs, ours in times)
         results.append({"rows": num_rows, "plain_ms": plain_ms, "tree_ms": tree_ms, "ratio": ratio})
         print(f"{num_rows:4d} rows: transformers {plain_ms:.3f} ms, adapted {tree_ms:.3f} ms, ratio {ratio:.3f}")
-    if args.json:
-        document = {
-            "bench": "tree_forward_cpu",
-            "command": command_line("bench.systems.bench_tree_forward_cpu", argv),
-            "commit": commit(),
-            "environment": environment(),
-            "context": args.context,
-            "layers": args.layers,
-            "rounds": args.rounds,
-            "results": results,
-        }
-        write_json(args.json, document)
-    return 0
+
+
+main = Script(
+    __spec__,
+    measure,
+    __doc__,
+    [
+        *(shared("quick"), shared("rounds", 200)),
+        option("--rows", type=int, nargs="+", default=[1, 8, 16], help="rows of a forward (default %(default)s)"),
+        option("--context", type=int, default=256, help="rows already in the cache (default %(default)s)"),
+        option("--layers", type=int, default=24),
+    ],
+    quick={"rounds": 20, "rows": [1, 8]},
+).main
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.common.harness import write_json
 from bench.common.machine import ROOT, command_line, commit, environment
+from bench.common.script import write_json
 
 SANITIZER_FOUND = 97  # exit status that compute-sanitizer is told to give for a finding
 SANITIZE = (sys.executable, "-m", "bench.tools.sanitize")

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common.machine import ROOT
-from bench.common.workloads import step_tree, tree_step
+from bench.common.workloads import tree_step
 from sequoia_kernels import ops
 from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import backends
 
 VOCAB = 1009  # prime: no block divides it
@@ -64,7 +65,7 @@ def attention_exercises() -> Iterator[Exercise]:
 
         num_slots = max(cache_lens) + num_nodes
         caches = [normal(len(cache_lens), 2, num_slots, head_dim).transpose(1, 2) for _ in range(2)]
-        mask = step_tree(num_nodes).tensors("cpu").ancestor_mask
+        mask = typical_tree(num_nodes).tensors("cpu").ancestor_mask
         lens = torch.tensor(cache_lens, dtype=torch.int32)
         return normal(len(cache_lens), num_nodes, 6, head_dim), *caches, mask, lens
 
@@ -76,7 +77,7 @@ def attention_exercises() -> Iterator[Exercise]:
     half = inputs(9, [200, 3], torch.bfloat16)
     rules = {"sliding_window": 50, "softcap": 5.0, "sinks": torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -torch.inf])}
     yield Exercise("tree_attention", "window, soft-cap, sinks and LSE", half, {**rules, "return_lse": True}, 4e-2)
-    masks = torch.stack([half[3], step_tree(9).tensors("cpu").ancestor_mask.flip(0)]).contiguous()
+    masks = torch.stack([half[3], typical_tree(9).tensors("cpu").ancestor_mask.flip(0)]).contiguous()
     yield Exercise("tree_attention", "a mask a request", (*half[:3], masks, half[4]), {}, 4e-2)
     for num_nodes, head_dim in ((5, 40), (3, 256), (200, 128)):  # the smallest and the largest tiles
         name = f"{num_nodes} nodes, head dim {head_dim}"
@@ -135,7 +136,7 @@ def verification_exercises() -> Iterator[Exercise]:
     warps = {"top_k": torch.tensor([40, 0, 3], dtype=torch.int32), "top_p": torch.tensor([0.9, 1.0, 0.8])}
     sizes = [(num_nodes, VOCAB, dtype) for num_nodes in (1, 13, 70) for dtype in (torch.float32, torch.bfloat16)]
     for num_nodes, vocab, dtype in [*sizes, (13, WIDE_VOCAB, torch.bfloat16)]:
-        tree = step_tree(num_nodes)
+        tree = typical_tree(num_nodes)
         step = tree_step(tree, 3, vocab, 0.7, dtype, torch.device("cpu"), seed=num_nodes)
         temperature = torch.tensor([0.7, 0.0, 0.7])
         draft_logits = step.draft_logits if num_nodes > 1 else None

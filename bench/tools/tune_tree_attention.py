@@ -10,17 +10,16 @@ more than 1 % stays. A configuration is timed only if its result is right. The t
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.common.clocks import DeviceClock
-from bench.common.harness import Case, write_json
-from bench.common.machine import command_line, commit, environment, pick_device
+from bench.common.harness import Case
+from bench.common.script import Run, Script, option, shared
 from bench.ops.bench_tree_attention import CASES, Inputs, expected, make_inputs, mismatch
 from sequoia_kernels.ops import triton_device
 from sequoia_kernels.ops.tree_attention import triton_launch
@@ -121,29 +120,27 @@ def tune(case: Case, device: torch.device, clock: DeviceClock) -> dict[str, Any]
     return {"case": case.name, "chosen": first, "best": tried[best], "tried": list(tried.values())}
 
 
-def main() -> None:
+def measure(bench: Run) -> None:
     """Tune the cases asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 1024])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192])
-    parser.add_argument("--json", type=Path, help="where the document goes")
-    options = parser.parse_args()
-    device = pick_device("cuda")
-    clock = DeviceClock(device)
-    cases = [
-        case
+    clock, options = DeviceClock(bench.device), bench.options
+    bench.document["cases"] = [
+        tune(case, bench.device, clock)
         for case in CASES
         if case.device == "cuda" and case["num_nodes"] in options.nodes and case["context_len"] in options.contexts
     ]
-    document = {
-        "command": command_line("bench.tools.tune_tree_attention", None),
-        "commit": commit(),
-        "environment": environment(device),
-        "cases": [tune(case, device, clock) for case in cases],
-    }
-    if options.json is not None:
-        write_json(options.json, document)
+
+
+main = Script(
+    __spec__,
+    measure,
+    __doc__,
+    [
+        shared("device", "cuda"),
+        option("--nodes", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 1024]),
+        option("--contexts", type=int, nargs="+", default=[8192]),
+    ],
+).main
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.bench_scripts import bench_script, clocks, harness, report, workloads
+from support.bench_scripts import bench_script, clocks, harness, report
 
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import verify_tree
 
 CPU = torch.device("cpu")
@@ -280,7 +281,7 @@ def test_sgl_kernels_sampled_path_is_checked_to_be_one(monkeypatch):
     monkeypatch.setattr(bench, "_sgl_kernel", lambda: fake)
     path = bench.PROVIDERS["sgl-kernel"].prepare(case, inputs)()
     assert bench._sgl_mismatch(case, inputs, None, path) is None
-    tree = workloads.step_tree(24)
+    tree = typical_tree(24)
     broken = path._replace(nodes=path.nodes.clone(), num_accepted=torch.full_like(path.num_accepted, 2))
     broken.nodes[:, 1] = next(node for node in range(24) if tree.parents[node] > 0)
     assert "no path of the tree" in bench._sgl_mismatch(case, inputs, None, broken)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 if not __package__:  # `python bench/run.py` finds what `python -m bench.run` does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.common import targets
+from bench.common import summary, targets
 from bench.common.machine import ROOT, command_line, commit, device_folder, environment, pick_device
 from bench.common.report import table
 from bench.common.script import write_json
@@ -35,8 +35,6 @@ class Script(NamedTuple):
     Attributes:
         name: the result is <name>.json; the file is bench_<name>.py in a room of bench/.
         suite: ops, decode or planner.
-        options: command line beyond --json.
-        quick_options: the same for a quick run; None leaves the script out of those.
         devices: device types it can run on, to be told by --device where `takes_device`.
         why_not: the reason that is given on other devices.
         takes_device: has a --device option.
@@ -46,8 +44,6 @@ class Script(NamedTuple):
 
     name: str
     suite: str
-    options: tuple[str, ...] = ()
-    quick_options: tuple[str, ...] | None = ("--quick",)
     devices: tuple[str, ...] = ("cpu", "cuda")
     why_not: str = ""
     takes_device: bool = True
@@ -67,43 +63,16 @@ SCRIPTS = (
     op_script("warped_logsumexp", weight=1.0),
     op_script("verify_tree", weight=2.0),
     op_script("compact_kv_cache_", weight=1.0),
-    Script(
-        "captured_loop",
-        "decode",
-        quick_options=("--rounds", "2"),
-        devices=("cuda",),
-        why_not="needs a CUDA device: on a CPU no graph is captured",
-    ),
-    Script(
-        "demo_pair",
-        "decode",
-        quick_options=(
-            *("--temperatures", "0.6", "--prompts", "1", "--calibration-prompts", "1", "--rounds", "1"),
-            *("--prompt-tokens", "48", "--new-tokens", "32", "--profile-seconds", "1"),
-        ),
-        weight=3.0,
-    ),
-    Script(
-        "paper_systems",
-        "decode",
-        quick_options=("--quick", "--temperatures", "0", "--prompts", "1"),
-        takes_seconds=True,
-        weight=6.0,
-    ),
-    Script(
-        "tree_forward_cpu",
-        "decode",
-        quick_options=("--rounds", "20", "--rows", "1", "8"),
-        devices=("cpu",),
-        why_not="times forwards on the CPU",
-        takes_device=False,
-    ),
+    Script("captured_loop", "decode", ("cuda",), "needs a CUDA device: on a CPU no graph is captured"),
+    Script("demo_pair", "decode", weight=3.0),
+    Script("paper_systems", "decode", takes_seconds=True, weight=6.0),
+    Script("tree_forward_cpu", "decode", ("cpu",), "times forwards on the CPU", takes_device=False),
     Script("offload", "decode", takes_seconds=True, weight=4.0),
-    Script("adaptive", "planner", quick_options=("--quick",)),
-    Script("auto", "planner", quick_options=("--quick",), weight=2.0),
+    Script("adaptive", "planner"),
+    Script("auto", "planner", weight=2.0),
     Script("robustness", "decode", weight=6.0),
-    Script("tree_search", "planner", quick_options=("--repeats", "2"), takes_device=False),
-    Script("plan", "planner", quick_options=("--repeats", "3", "--profile-seconds", "0.3"), takes_device=False),
+    Script("tree_search", "planner", takes_device=False),
+    Script("plan", "planner", takes_device=False),
     Script("cost_model", "planner", weight=3.0),
     Script("planner", "planner", weight=3.0),
     Script("planner_pick", "planner", weight=3.0),
@@ -119,15 +88,13 @@ def selected(suite: str) -> list[Script]:
 def run_script(script: Script, folder: Path, device_type: str, quick: bool, timeout: float | None) -> dict[str, Any]:
     """Run one script and tell how it went."""
     outcome: dict[str, Any] = {"name": script.name, "suite": script.suite, "status": "skipped", "seconds": 0.0}
-    options = script.quick_options if quick else script.options
     if device_type not in script.devices:
         return outcome | {"reason": script.why_not}
-    if options is None:
-        return outcome | {"reason": "too long for a quick run"}
     if timeout is not None and timeout <= 0:
         return outcome | {"reason": "the time was over"}
     (path,) = ROOT.glob(f"bench/*/bench_{script.name}.py")
-    command = [sys.executable, "-m", ".".join(path.relative_to(ROOT).with_suffix("").parts), *options]
+    command = [sys.executable, "-m", ".".join(path.relative_to(ROOT).with_suffix("").parts)]
+    command += ["--quick"] if quick else []
     command += ["--device", device_type] if script.takes_device else []
     if script.takes_seconds and timeout is not None:
         # What it began it may end, so it stops beginning well before it would be killed.
@@ -151,37 +118,31 @@ def run_script(script: Script, folder: Path, device_type: str, quick: bool, time
     return outcome | ({"status": "ok"} if failure is None else {"status": "failed", "reason": failure})
 
 
-def run_suite(
-    suite: str, out: Path, device_type: str, quick: bool = False, minutes: float | None = None, command: str = ""
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Run a suite's scripts and write the summary. Returns its path and what became of each script."""
-    folder = out.resolve() / device_folder(device_type)
+def run_suite(options: argparse.Namespace, folder: Path, device_type: str) -> list[dict[str, Any]]:
+    """Run a suite's scripts and tell what became of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = None if minutes is None else time.perf_counter() + 60 * minutes
-    scripts = selected(suite)
+    deadline = None if options.minutes is None else time.perf_counter() + 60 * options.minutes
+    scripts = selected(options.suite)
 
     def run(index: int) -> dict[str, Any]:
         script, share = scripts[index], None
         if deadline is not None:
             waiting = [other.weight for other in scripts[index:] if device_type in other.devices]
             share = (deadline - time.perf_counter()) * script.weight / max(sum(waiting), script.weight)
-        outcome = run_script(script, folder, device_type, quick, share)
+        outcome = run_script(script, folder, device_type, options.quick, share)
         line = f"{script.name}: {outcome['status']} ({outcome['seconds']:.1f} s) {outcome.get('reason', '')}"
         print(line.rstrip(), flush=True)
         return outcome
 
     # A quick run asks whether everything works, not how fast it is: on a CPU each core takes a script.
-    at_once = (os.cpu_count() or 1) if quick and device_type == "cpu" else 1
+    at_once = (os.cpu_count() or 1) if options.quick and device_type == "cpu" else 1
     with ThreadPoolExecutor(at_once) as pool:
-        outcomes = list(pool.map(run, range(len(scripts))))
-    return write_summary(folder, device_type, outcomes, command), outcomes
+        return list(pool.map(run, range(len(scripts))))
 
 
-def write_summary(folder: Path, device_type: str, outcomes: Sequence[dict[str, Any]], command: str) -> Path:
-    """Write summary.md and summary.json: what ran, the targets, and the tables of the ops."""
+def write_summary(folder: Path, device_type: str, outcomes: Sequence[dict[str, Any]], command: str, short: str) -> None:
+    """Write summary.md and summary.json: what ran, what it showed in short, the targets, and all tables."""
     facts = environment(device_type)
-    documents = targets.load_documents(folder)
-    findings = targets.evaluate(documents)
     rows = [
         [entry["name"], entry["suite"], entry["status"], f"{entry['seconds']:.1f} s", entry.get("reason", "")]
         for entry in outcomes
@@ -190,31 +151,18 @@ def write_summary(folder: Path, device_type: str, outcomes: Sequence[dict[str, A
         f"# Benchmarks on {facts['device']['name']}",
         f"{facts['date']} UTC, commit {commit() or 'unknown'}, torch {facts['torch']}.\n`{command}`",
         table(["bench", "suite", "status", "time", "why"], rows, left=5),
-        "# Targets",
-        targets.markdown(findings),
-        "The targets are those for an H200. A target that needs a GPU is not measured on a CPU.",
+        short,
     ]
     for entry in outcomes:
-        path = folder / f"{entry['name']}.md"
-        if entry["status"] == "ok" and path.exists():
-            parts.append(path.read_text(encoding="utf-8").strip())
-    for entry in outcomes:
-        log = folder / f"{entry['name']}.log"
-        if entry["status"] == "ok" and not (folder / f"{entry['name']}.md").exists() and log.exists():
+        tables, log = (folder / f"{entry['name']}.{suffix}" for suffix in ("md", "log"))
+        if entry["status"] == "ok" and tables.exists():
+            parts.append(tables.read_text(encoding="utf-8").strip())
+        elif entry["status"] == "ok" and log.exists():
             parts.append(f"## {entry['name']}\n\n```\n{_without_progress(log.read_text(encoding='utf-8'))}\n```")
-    summary = folder / "summary.md"
-    summary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    write_json(
-        folder / "summary.json",
-        {
-            "command": command,
-            "commit": commit(),
-            "environment": facts,
-            "scripts": list(outcomes),
-            "targets": [finding._asdict() for finding in findings],
-        },
-    )
-    return summary
+    (folder / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    found = [finding._asdict() for finding in targets.evaluate(targets.load_documents(folder))]
+    facts = {"command": command, "commit": commit(), "environment": facts}
+    write_json(folder / "summary.json", {**facts, "scripts": list(outcomes), "targets": found})
 
 
 def _without_progress(text: str) -> str:
@@ -232,12 +180,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="few small cases, about a minute on two cores")
     parser.add_argument("--minutes", type=float, help="share this time among the scripts")
+    parser.add_argument("--targets", action="store_true", help="show a GPU's targets on a CPU, too")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
-    summary, outcomes = run_suite(
-        options.suite, options.out, device.type, options.quick, options.minutes, command_line("bench.run", arguments)
-    )
-    print(f"\n{targets.markdown(targets.evaluate(targets.load_documents(summary.parent)))}\n\n{summary}")
+    folder = options.out.resolve() / device_folder(device)
+    outcomes = run_suite(options, folder, device.type)
+    documents = targets.load_documents(folder)
+    short = f"# Ours beside the best other\n\n{summary.markdown(documents)}"
+    if options.targets or device.type == "cuda":
+        short += f"\n\n# Targets, of an H200\n\n{targets.markdown(targets.evaluate(documents))}"
+    write_summary(folder, device.type, outcomes, command_line("bench.run", arguments), short)
+    pictures = sorted(path.name for suffix in ("png", "svg") for path in folder.glob(f"*.{suffix}"))
+    print(f"\n{short}\n\ntables: {folder / 'summary.md'}\ndocuments: {folder}/*.json")
+    print(f"pictures: {', '.join(pictures) or 'none'}")
     return 1 if any(outcome["status"] == "failed" for outcome in outcomes) else 0
 
 

@@ -696,7 +696,7 @@ main = Script(
         option("--no-rivals", action="store_true", help="leave transformers' loops out"),
         shared("quick", help=f"rows {' '.join(QUICK_ROWS)}, few tokens"),
     ],
-    quick={"new_tokens": 64, "profile_seconds": 1.5},
+    quick={"new_tokens": 64, "profile_seconds": 1.5, "prompts": 1, "temperatures": [0.0]},
     markdown=markdown,
     check=lambda options: (
         "--target and --draft must be given together" if (options.target is None) != (options.draft is None) else None

@@ -560,10 +560,9 @@ def test_run_goes_to_the_end_and_says_what_was_skipped(tmp_path, monkeypatch, ca
     (room / "bench_breaks.py").write_text("raise SystemExit(7)\n")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     scripts = (
-        run.Script("breaks", "ops", takes_device=False, quick_options=()),
+        run.Script("breaks", "ops", takes_device=False),
         run.Script("works", "ops", takes_device=False),
         run.Script("needs_gpu", "decode", devices=("cuda",), why_not="needs a CUDA device"),
-        run.Script("takes_long", "planner", quick_options=None),
     )
     monkeypatch.setattr(run, "SCRIPTS", scripts)
     assert run.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--quick"]) == 1
@@ -574,13 +573,15 @@ def test_run_goes_to_the_end_and_says_what_was_skipped(tmp_path, monkeypatch, ca
         ("failed", "exit status 7, see breaks.log"),
         ("ok", None),
         ("skipped", "needs a CUDA device"),
-        ("skipped", "too long for a quick run"),
     ]
     text = (folder / "summary.md").read_text()
-    assert "did it" in text and "| breaks | ops | failed |" in text and "not measured" in text
+    assert "did it" in text and "| breaks | ops | failed |" in text and "not measured" not in text
+    printed = capsys.readouterr().out
+    assert "not measured" not in printed and f"tables: {folder / 'summary.md'}" in printed
     monkeypatch.setattr(run, "SCRIPTS", scripts[1:])
-    assert run.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--quick", "--suite", "ops"]) == 0
-    assert "works: ok" in capsys.readouterr().out
+    assert run.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--quick", "--suite", "ops", "--targets"]) == 0
+    printed = capsys.readouterr().out
+    assert "works: ok" in printed and "not measured" in printed
 
 
 def test_a_script_that_takes_too_long_is_ended(tmp_path, monkeypatch):

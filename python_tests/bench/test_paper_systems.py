@@ -95,7 +95,8 @@ def test_one_read_of_the_weights_leaves_the_embeddings_out():
 @pytest.mark.slow
 def test_the_script_runs_to_the_end_on_a_cpu(tmp_path, capsys):
     path = tmp_path / "paper_systems.json"
-    arguments = ["--quick", "--device", "cpu", "--divergence", "0.25", "--prompts", "1", "--new-tokens", "48"]
+    arguments = ["--quick", "--device", "cpu", "--divergence", "0.25", "--new-tokens", "48"]
+    arguments += ["--temperatures", "0", "0.6"]
     assert script.main([*arguments, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     assert [(result["row"], result["temperature"]) for result in document["results"]] == [("tiny", 0.0), ("tiny", 0.6)]

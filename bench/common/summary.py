@@ -1,0 +1,140 @@
+"""What a folder of documents says in short: ours beside the best other, a line a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from bench.common.report import duration, table
+
+__all__ = ["Row", "markdown", "rows"]
+
+NO_RIVALS = ("reference", "one read of the logits")  # what a result is checked with, and a scale
+Document = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """One case. `ratio`: how many times better ours is."""
+
+    bench: str
+    case: str
+    ours: str
+    other: str
+    ratio: float
+
+
+def compared(
+    values: Mapping[str, float], ours: tuple[str, ...], text: Callable[[float], str], less_is_better: bool = False
+) -> Iterator[tuple[str, str, float]]:
+    """(ours, the best other, ratio), where there are both; of several that are ours, the better one."""
+    best = min if less_is_better else max
+    own = [name for name in ours if name in values]
+    others = [name for name in values if name not in ours]
+    if own and others:
+        one, other = best(own, key=values.__getitem__), best(others, key=values.__getitem__)
+        ratio = values[other] / values[one] if less_is_better else values[one] / values[other]
+        yield f"{one}: {text(values[one])}", f"{other}: {text(values[other])}", ratio
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f} tokens/s"
+
+
+def _op(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    for case in document["cases"]:
+        ours = case["ours"]
+        known = {} if ours is None else case["ratios"][ours]
+        ms = {name: entry["ms"][entry["headline"]]["p50"] for name, entry in case["providers"].items() if "ms" in entry}
+        # A loop that no graph holds is compared uncaptured: the ratio says by how much, whatever mode ours is shown in.
+        ms = {name: ms[ours] * ratio for name, ratio in known.items() if name not in NO_RIVALS} | (
+            {ours: ms[ours]} if ours else {}
+        )
+        ms = {name: value for name, value in ms.items() if name == ours or not case["providers"][name]["ours"]}
+        yield case["name"], compared(ms, (ours,), duration, less_is_better=True)
+
+
+def _demo_pair(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    for result in document["results"]:
+        yield f"T = {result['temperature']:g}", compared(result["tokens_per_second"], ("planned tree",), _rate)
+
+
+def _paper_systems(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    for result in document["results"]:
+        rates = {name: 1e3 / entry["ms_per_token"] for name, entry in result["providers"].items()}
+        trees = tuple(name for name, entry in result["providers"].items() if "nodes" in entry)
+        yield f"{result['title']}, T = {result['temperature']:g}", compared(rates, trees, _rate)
+
+
+def _adaptive(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    for result in document["results"]:
+        rates = {name: entry["tokens_per_second"] for name, entry in result["providers"].items()}
+        ours = tuple(name for name in rates if name.startswith("adaptive"))
+        yield f"{result['workload']} text, T = {result['temperature']:g}", compared(rates, ours, _rate)
+
+
+def _auto(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    for result in document["results"]:
+        plain = result["plain_tokens_per_second"]
+        rates = {"worst pick": plain * result["worst"]["pick_over_plain"], "plain": plain}
+        case = f"{result['prompts']} first prompts, T = {result['temperature']:g}"
+        yield case, compared(rates, ("worst pick",), _rate)
+
+
+def _tree_forward_cpu(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    for result in document["results"]:
+        ms = {"adapted": result["tree_ms"], "transformers": result["plain_ms"]}
+        yield f"{result['rows']} rows", compared(ms, ("adapted",), duration, less_is_better=True)
+
+
+def _planner_pick(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    rates = {
+        "the pick" if entry["is_pick"] else f"{entry['tree']} {entry['nodes']} x {entry['levels']}": entry[
+            "tokens_per_second"
+        ]
+        for entry in document["results"]
+    }
+    yield f"T = {document['temperature']:g}, {len(rates)} trees", compared(rates, ("the pick",), _rate)
+
+
+def _offload(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    part = document["parts"].get("speedup", {"trees": []})
+    for tree in part["trees"]:
+        rates = {tree["name"]: 1e3 * tree["tokens_per_step"] / tree["step_ms"], "plain": 1e3 / part["plain_step_ms"]}
+        yield f"{tree['nodes']} nodes, layers streamed", compared(rates, (tree["name"],), _rate)
+
+
+def _robustness(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+    ours, tree = document["samplers"][0], next(iter(document["trees"]))
+    for row in document["grid"]:
+        if row["tree"] == tree and row["top_p"] == max(entry["top_p"] for entry in document["grid"]):
+            means = {name: entry["mean"] for name, entry in row["tokens_per_step"].items()}
+            found = compared(means, (ours,), lambda value: f"{value:.2f} tokens/step")
+            yield f"tree {tree}, T = {row['temperature']:g}", found
+
+
+READERS: dict[str, Callable[[Document], Iterator[tuple[str, Iterator[Any]]]]] = {
+    "demo_pair": _demo_pair,
+    "paper_systems": _paper_systems,
+    "adaptive": _adaptive,
+    "auto": _auto,
+    "tree_forward_cpu": _tree_forward_cpu,
+    "planner_pick": _planner_pick,
+    "offload": _offload,
+    "robustness": _robustness,
+}
+
+
+def rows(documents: Mapping[str, Document]) -> list[Row]:
+    """All cases of all documents in which somebody else was timed beside ours."""
+    found = []
+    for name, document in documents.items():
+        reader = _op if "cases" in document else READERS.get(name)
+        for case, comparison in reader(document) if reader else ():
+            found += [Row(name, case, *parts) for parts in comparison]
+    return found
+
+
+def markdown(documents: Mapping[str, Document]) -> str:
+    """The table."""
+    cells = [[*row[:4], f"{row.ratio:.2f}x"] for row in rows(documents)]
+    return table(["bench", "case", "ours", "best other", "ours is"], cells, left=4)

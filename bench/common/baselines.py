@@ -15,14 +15,6 @@ from torch import Tensor
 from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.tree import TokenTree
 
-__all__ = [
-    "compact_layer_by_layer",
-    "exponential_race",
-    "move_rows",
-    "sort_and_mask",
-    "verify_child_by_child",
-]
-
 
 def exponential_race(logits: Tensor, num_samples: int, temperature: Tensor, race: Tensor | None = None) -> Tensor:
     """Draw without replacement: softmax, divide by exponential noise, take the largest.

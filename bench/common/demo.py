@@ -1,23 +1,37 @@
-"""The demo pair, ready to decode, with what a benchmark measures of it first."""
+"""Trained pairs: the demo pair, ready to decode, with what a benchmark measures of it first; checkpoints; texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sequoia_kernels import AcceptanceEstimate, HardwareProfile, estimate_acceptance, generate, measure_profile
 from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
-from sequoia_kernels.demo import held_out_prompts, load_demo_pair
-from sequoia_kernels.models import adapt
-
-__all__ = ["Demo", "encode_prompts"]
+from sequoia_kernels.demo import DemoPair, held_out_prompts, load_demo_pair
+from sequoia_kernels.models import adapt, load_model
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], num_tokens: int, device: torch.device) -> list[torch.Tensor]:
     """The first tokens of each text. [1, at most num_tokens] each."""
     return [tokenizer(text, return_tensors="pt").input_ids[:, :num_tokens].to(device) for text in texts]
+
+
+def load_checkpoints(target: Any, draft: Any, dtype: torch.dtype, device: torch.device) -> DemoPair:
+    """Load two models from their folders, with the target's tokenizer."""
+    from transformers import AutoTokenizer
+
+    models = [load_model(path, dtype, device) for path in (target, draft)]
+    return DemoPair(*models, AutoTokenizer.from_pretrained(target, trust_remote_code=False))
+
+
+def texts_of(file: Path | None, count: int, num_characters: int) -> list[str]:
+    """Texts of a file, parted by two empty lines; without one, held-out source code. At most `count` of them."""
+    if file is None:
+        return held_out_prompts(count, num_characters)
+    return [text for text in file.read_text(encoding="utf-8").split("\n\n\n") if text.strip()][:count]
 
 
 class Demo:

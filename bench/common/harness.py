@@ -9,7 +9,7 @@ A script is a module (`bench_<op>.py`) that gives
     expected(case, inputs)                   the right result, from the same rounded inputs in float64
     mismatch(case, inputs, expected, result) what is wrong with a result, or None
     bytes_moved(case)                        the fewest bytes through memory: each input read, each output written once
-    flops(case)                              operations of the matrix unit, 0 where there are none
+    flops(case)                              operations of the matrix unit; only if there are some
     reset(inputs)                            only if calls change their inputs: sets them back for the next call
 
 and calls `main`. For every case each provider is first checked against `expected`; a wrong one is not timed. What is
@@ -36,7 +36,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,8 +57,6 @@ from bench.common.script import Run, Script, option, shared
 from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import backends
-
-__all__ = ["Case", "OpBench", "Provider", "Settings", "Unavailable", "main", "own_providers", "run_bench"]
 
 VERSION = 1
 REFERENCE = "reference"
@@ -106,7 +104,7 @@ class Provider:
 
 
 class OpBench(Protocol):
-    """The module that a script is; `reset` may be missing."""
+    """The module that a script is; `flops` and `reset` may be missing."""
 
     OP: str
     CASES: list[Case]
@@ -128,6 +126,7 @@ class Settings:
         seconds: time for all cases; those that are not begun by then are skipped. None is unlimited.
         only_case: run cases whose name contains this.
         only_provider: run providers whose name contains this.
+        seconds_per_case, min_repeats: time for a case, and rounds that are run whatever they take.
     """
 
     device: torch.device
@@ -135,14 +134,8 @@ class Settings:
     seconds: float | None = None
     only_case: str = ""
     only_provider: str = ""
-    seconds_per_case: float = field(default=0.0)
-    min_repeats: int = field(default=0)
-
-    def __post_init__(self) -> None:
-        defaults = (0.25, 3) if self.quick else (1.5, 10)
-        for name, default in zip(("seconds_per_case", "min_repeats"), defaults):
-            if not getattr(self, name):
-                object.__setattr__(self, name, default)
+    seconds_per_case: float = 1.5
+    min_repeats: int = 10
 
 
 def own_providers(op: str, bind: Callable[[Case, Any, str], Call]) -> dict[str, Provider]:
@@ -233,7 +226,7 @@ def run_case(bench: OpBench, case: Case, settings: Settings, peaks: Mapping[str,
         taken = {}
         for name in samplers:
             results[name] |= {"status": "failed", "reason": _first_line(error)}
-    num_bytes, operations = bench.bytes_moved(case), bench.flops(case)
+    num_bytes, operations = bench.bytes_moved(case), getattr(bench, "flops", lambda _: 0)(case)
     memory_ms = num_bytes / (peaks["copy_gb_per_s"] * 1e6)
     arithmetic_ms = operations / (peaks["matmul_tflop_per_s"] * 1e9)
     floor_ms = max(memory_ms, arithmetic_ms)
@@ -385,6 +378,8 @@ def main(bench: OpBench, arguments: Sequence[str] | None = None) -> int:
     def measure(run: Run) -> int:
         options = run.options
         settings = Settings(run.device, options.quick, options.seconds, options.case, options.provider)
+        if options.quick:
+            settings = replace(settings, seconds_per_case=0.25, min_repeats=3)
 
         def progress(document: dict[str, Any]) -> None:
             print(f"  {document['cases'][-1]['name'] if document['cases'] else ''}", file=sys.stderr, flush=True)

@@ -21,8 +21,6 @@ from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.models import TreeModel, causal_step
 from sequoia_kernels.ops.warping import warped_probs
 
-__all__ = ["Estimate", "Texts", "acceptance_of_texts", "difference", "ratio", "replay", "write_texts"]
-
 # Elements of one [contexts, vocab] float64 tensor; about a dozen are alive at once.
 MAX_ELEMENTS = 1 << 22
 

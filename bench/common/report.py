@@ -116,18 +116,29 @@ def _merged(remarks: Sequence[tuple[str, str, str]]) -> list[str]:
     ]
 
 
-def plot(document: Mapping[str, Any], path: Path) -> str | None:
-    """Draw the medians of all cases and providers; return the reason why not, if not."""
+def pyplot() -> Any:
+    """matplotlib, drawing into files; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return "matplotlib is not installed"
-    cases = [case for case in document["cases"] if any("ms" in entry for entry in case["providers"].values())]
-    if not cases:
-        return "nothing was timed"
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+NO_PYPLOT = "matplotlib is not installed"
+
+
+def plot(document: Mapping[str, Any], path: Path) -> str | None:
+    """Draw the medians of all cases and providers; return the reason why not, if not."""
+    plt = pyplot()
+    if plt is None:
+        return NO_PYPLOT
+    cases = [case for case in document["cases"] if any("ms" in entry for entry in case["providers"].values())]
+    if not cases:
+        return "nothing was timed"
     names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
     figure, axes = plt.subplots(figsize=(max(6.0, 0.45 * len(cases) + 4.0), 5.0), layout="constrained")
     places = range(len(cases))

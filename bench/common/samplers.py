@@ -24,8 +24,6 @@ from sequoia_kernels.ops import SampledTokens, sample_without_replacement
 from sequoia_kernels.ops.verify_tree.reference import NodeDecisions
 from sequoia_kernels.ops.warping import warped_probs
 
-__all__ = ["CUT_DRAFT", "SAMPLERS", "Sampler", "cut_draft"]
-
 Draw = Callable[..., SampledTokens]
 Decide = Callable[[Tensor, Tensor, Tensor, Tensor], NodeDecisions]
 

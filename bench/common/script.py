@@ -19,26 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bench.common.machine import command_line, commit, environment, pick_device
 from sequoia_kernels.documents import write_text
 
-__all__ = ["Option", "Run", "Script", "option", "shared", "write_json"]
-
-
-class Option(NamedTuple):
-    """What `ArgumentParser.add_argument` takes."""
-
-    names: tuple[str, ...]
-    settings: dict[str, Any]
+Option = tuple[tuple[str, ...], dict[str, Any]]  # what `ArgumentParser.add_argument` takes
 
 
 def option(*names: str, **settings: Any) -> Option:
     """An option of one script."""
-    return Option(names, settings)
+    return names, settings
 
 
 SHARED: dict[str, dict[str, Any]] = {
@@ -61,7 +54,7 @@ SHARED: dict[str, dict[str, Any]] = {
 def shared(name: str, default: Any = None, **settings: Any) -> Option:
     """An option that several scripts have, with this script's default; settings replace those of `SHARED`."""
     default = {"device": "auto", "quick": False}.get(name) if default is None else default
-    return Option((f"--{name}",), {**SHARED[name], "default": default, **settings})
+    return option(f"--{name}", **{**SHARED[name], "default": default, **settings})
 
 
 class Run:

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from bench.common.report import duration, table
 
-__all__ = ["Row", "markdown", "rows"]
-
 NO_RIVALS = ("reference", "one read of the logits")  # what a result is checked with, and a scale
 Document = Mapping[str, Any]
 

@@ -34,19 +34,6 @@ from sequoia_kernels.ops import sample_without_replacement, verify_tree
 from sequoia_kernels.planner import AcceptanceEstimate
 from sequoia_kernels.planner.acceptance import tree_values
 
-__all__ = [
-    "PAIRS",
-    "Goal",
-    "PairShape",
-    "Shape",
-    "SyntheticPair",
-    "calibrate",
-    "llama_config",
-    "measure_acceptance",
-    "synthetic_pair",
-    "teacher_forced_logits",
-]
-
 VOCAB = 32000
 POSITIONS = 4096
 RMS_EPS = 1e-5
@@ -63,6 +50,7 @@ QUIET = 2.0**-10
 
 NUM_RANKS = 32  # children of a node that acceptance is measured for
 CHUNK_ROWS = 512
+GOAL_TOLERANCE = 0.03  # of what the loop reaches
 
 
 @dataclass(frozen=True)
@@ -534,3 +522,47 @@ def calibrate(
         )
     pair.set_divergence(best[1])
     return best[2]
+
+
+def meet_goal(
+    pair: SyntheticPair,
+    goal: Goal,
+    temperature: float,
+    texts: Sequence[torch.Tensor],
+    loop: Callable[[TokenTree], float],
+    rounds: int,
+) -> AcceptanceEstimate:
+    """Calibrate the pair so that what the loop itself accepts meets a goal of tokens per step.
+
+    Args:
+        pair: the pair, changed in place.
+        goal: what to meet; where it is the first child's acceptance, one calibration is all.
+        temperature: sampling temperature.
+        texts: token ids. [rows] each.
+        loop: tokens per step that the loop reaches with a tree.
+        rounds: calibrations at most, each corrected by what the loop then reached.
+
+    Returns:
+        The acceptance at the divergence that came closest.
+    """
+    wanted, best = goal, None
+    for _ in range(rounds):
+        acceptance = calibrate(pair, wanted, temperature, texts, tolerance=0.01)
+        if not goal.budget:
+            return acceptance
+        reached = loop(goal.tree(acceptance))
+        miss = abs(reached / goal.value - 1)
+        if best is None or miss < best[0]:
+            best = miss, pair.divergence, acceptance
+        if miss <= GOAL_TOLERANCE:
+            break
+        wanted = wanted._replace(value=wanted.value * goal.value / reached)
+    assert best is not None
+    pair.set_divergence(best[1])
+    return best[2]
+
+
+def random_texts(shape: PairShape, rows: int, count: int, device: torch.device, seed: int) -> list[torch.Tensor]:
+    """Random tokens, which are as good as any text of such a pair. [rows] each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(shape.vocab, (rows,), generator=generator).to(device) for _ in range(count)]

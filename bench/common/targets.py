@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 from bench.common import report
 
-__all__ = ["Finding", "evaluate", "load_documents", "markdown"]
-
 Documents = Mapping[str, Mapping[str, Any]]  # bench name -> document
 Case = Mapping[str, Any]
 Measured = tuple[str, bool] | None  # what was found and whether it is enough; None where nothing was

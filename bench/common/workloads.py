@@ -9,8 +9,6 @@ import torch
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.tree import TokenTree
 
-__all__ = ["LLAMA_3_8B", "VOCAB", "TreeStepInputs", "internal_nodes", "tree_step"]
-
 # Meta-Llama-3-8B: what the sizes of the GPU cases are taken from.
 LLAMA_3_8B = {"layers": 32, "q_heads": 32, "kv_heads": 8, "head_dim": 128}
 VOCAB = 128256

@@ -92,10 +92,6 @@ def bytes_moved(case: Case) -> int:
     return 2 * case["batch_size"] * moving * row_bytes * 2 * case["layers"]
 
 
-def flops(case: Case) -> int:
-    return 0
-
-
 def expected(case: Case, inputs: Inputs) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Row by row on copies, every source read before anything is written."""
     start, path = case["context_len"], _path(case)

@@ -78,10 +78,6 @@ def bytes_moved(case: Case) -> int:
     return case["num_rows"] * (case["vocab"] * itemsize + 8 * case["num_samples"] + 4)
 
 
-def flops(case: Case) -> int:
-    return 0
-
-
 def expected(case: Case, inputs: Inputs) -> torch.Tensor:
     """Every token's key in float64, from the very noise that the op defines: the draws are the largest, in order."""
     logits = inputs.logits.double()

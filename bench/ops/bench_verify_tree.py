@@ -65,10 +65,6 @@ def bytes_moved(case: Case) -> int:
     return case["batch_size"] * rows * case["vocab"] * getattr(torch, case["dtype"]).itemsize
 
 
-def flops(case: Case) -> int:
-    return 0
-
-
 def expected(case: Case, inputs: TreeStepInputs) -> VerifiedPath:
     """The reference's decisions in float64, with the coins and the noise that the op defines."""
     doubles = inputs._replace(target_logits=inputs.target_logits.double(), draft_logits=inputs.draft_logits.double())

@@ -64,10 +64,6 @@ def bytes_moved(case: Case) -> int:
     return case["num_rows"] * (case["vocab"] * getattr(torch, case["dtype"]).itemsize + 8)
 
 
-def flops(case: Case) -> int:
-    return 0
-
-
 def expected(case: Case, inputs: Inputs) -> torch.Tensor:
     """The logits in float64: a result is judged by the rules of top-k and top-p themselves."""
     return inputs.logits.double()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.common.report import table
+from bench.common.report import NO_PYPLOT, pyplot, table
 from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import PAIRS, llama_config
 from sequoia_kernels import (
@@ -114,13 +114,9 @@ def surface(model: CostModel, vector: tuple[float, ...], context_len: int, budge
 
 def plot(path: Path, title: str, budgets: tuple[int, ...], speedups: list[list[Any]]) -> str | None:
     """Draw the speedup over budget, a line for every number of levels; return why not, if not."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "matplotlib is not installed"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return NO_PYPLOT
     figure, axes = plt.subplots(figsize=(7.0, 4.5), layout="constrained")
     for column, levels in enumerate(LEVELS):
         points = [(budget, row[column]) for budget, row in zip(budgets, speedups, strict=True) if row[column]]

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from bench.common.demo import encode_prompts
+from bench.common.demo import encode_prompts, load_checkpoints, texts_of
 from bench.common.replay import Estimate, acceptance_of_texts, as_row, difference, ratio, replay, write_texts
 from bench.common.samplers import CUT_DRAFT, OURS, SAMPLERS, TOP_K, Sampler
 from bench.common.script import Run, Script, option, shared
 from bench.tools import robustness_page
 from sequoia_kernels import TokenTree, generate
-from sequoia_kernels.demo import held_out_prompts, load_demo_pair
-from sequoia_kernels.models import TreeModel, adapt, load_model
+from sequoia_kernels.demo import load_demo_pair
+from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import optimal_tree
 
 VERSION = 1
@@ -265,17 +265,6 @@ def loops(study: Study) -> Iterator[dict[str, Any]]:
         }
 
 
-def load_pair(options: Any, device: torch.device) -> tuple[Any, Any, Any]:
-    """Target, draft and tokenizer: the demo pair, or the models at the given paths."""
-    dtype = getattr(torch, options.dtype)
-    if options.target is None:
-        return load_demo_pair(dtype, device)
-    from transformers import AutoTokenizer
-
-    models = (load_model(path, dtype, device) for path in (options.target, options.draft))
-    return (*models, AutoTokenizer.from_pretrained(options.target, trust_remote_code=False))
-
-
 def read_prompts(options: Any, tokenizer: Any, size: Size, device: torch.device) -> torch.Tensor:
     """Prompts of one length, the calibration prompts first. [prompts, length] int64.
 
@@ -283,12 +272,9 @@ def read_prompts(options: Any, tokenizer: Any, size: Size, device: torch.device)
     prompts from other places in them.
     """
     count = size.calibration_prompts + size.prompts
-    if options.prompts_file is None:
-        texts = held_out_prompts(count, 6 * size.prompt_tokens)
-    else:
-        texts = [text for text in options.prompts_file.read_text(encoding="utf-8").split("\n\n\n") if text.strip()]
-        if len(texts) < count:
-            raise SystemExit(f"--prompts-file must hold {count} prompts, parted by two empty lines, got {len(texts)}")
+    texts = texts_of(options.prompts_file, count, 6 * size.prompt_tokens)
+    if len(texts) < count:
+        raise SystemExit(f"--prompts-file must hold {count} prompts, parted by two empty lines, got {len(texts)}")
     texts = texts[size.prompts : count] + texts[: size.prompts]
     ids = encode_prompts(tokenizer, texts, size.prompt_tokens, device)
     length = min(row.shape[1] for row in ids)
@@ -299,7 +285,9 @@ def run(bench: Run) -> None:
     """Run the study, print its tables, write what was asked for."""
     options, device, document = bench.options, bench.device, bench.document
     size = QUICK if options.quick else Size()
-    target, draft, tokenizer = load_pair(options, device)
+    dtype, paths = getattr(torch, options.dtype), (options.target, options.draft)
+    pair = load_demo_pair(dtype, device) if options.target is None else load_checkpoints(*paths, dtype, device)
+    target, draft, tokenizer = pair
     prompts = read_prompts(options, tokenizer, size, device)
     study = Study(adapt(target), adapt(draft), prompts, size, options.seed)
     document |= {

@@ -29,7 +29,16 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common.script import Run, Script, option, shared
-from bench.common.synthetic_pair import PAIRS, Goal, PairShape, Shape, SyntheticPair, calibrate, synthetic_pair
+from bench.common.synthetic_pair import (
+    PAIRS,
+    Goal,
+    PairShape,
+    Shape,
+    SyntheticPair,
+    meet_goal,
+    random_texts,
+    synthetic_pair,
+)
 from sequoia_kernels import TokenTree, generate, measure_profile, plan_tree
 from sequoia_kernels.measure import calls, measure_bandwidth, time_calls
 from sequoia_kernels.models import TreeModel, adapt
@@ -39,7 +48,6 @@ PARTS = ("stream", "speedup", "twin")
 TEMPERATURE = 0.0
 PROMPT_TOKENS = 64
 GOAL_ROUNDS = 6  # calibrations at most, each corrected by what the loop then measured
-GOAL_TOLERANCE = 0.03
 
 
 class Setting(NamedTuple):
@@ -182,9 +190,9 @@ def offload(
     return model
 
 
-def prompt_of(setting: Setting, shape: PairShape, device: torch.device) -> torch.Tensor:
+def prompt_of(shape: PairShape, device: torch.device) -> torch.Tensor:
     """Random tokens. [1, PROMPT_TOKENS]."""
-    return torch.randint(shape.vocab, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1)).to(device)
+    return random_texts(shape, PROMPT_TOKENS, 1, device, seed=1)[0][None]
 
 
 def decode(
@@ -271,35 +279,19 @@ def measure_stream(pair: SyntheticPair, setting: Setting, device: torch.device, 
 # ---- speedup
 
 
-def meet_goal(pair: SyntheticPair, setting: Setting, device: torch.device) -> tuple[Any, TokenTree]:
-    """Calibrate so that the loop's tokens per step on the tree meet the goal. Returns (acceptance, tree)."""
-    generator = torch.Generator().manual_seed(2)
-    texts = [torch.randint(pair.shape.vocab, (setting.calibration_rows,), generator=generator).to(device)]
-    prompt = prompt_of(setting, pair.shape, device)
-    goal = setting.goal
-    best: tuple[float, float, Any, TokenTree] | None = None
-    for _ in range(GOAL_ROUNDS):
-        acceptance = calibrate(pair, goal, TEMPERATURE, texts, tolerance=0.01)
-        tree = setting.goal.tree(acceptance)
-        _, stats = decode(adapt(pair.target), adapt(pair.draft), prompt, tree, setting.check_tokens, graphs=False)
-        miss = abs(stats.tokens_per_step / setting.goal.value - 1)
-        if best is None or miss < best[0]:
-            best = miss, pair.divergence, acceptance, tree
-        if miss <= GOAL_TOLERANCE:
-            break
-        goal = goal._replace(value=goal.value * setting.goal.value / stats.tokens_per_step)
-    assert best is not None
-    pair.set_divergence(best[1])
-    return best[2:]
-
-
 def measure_speedup(
     pair: SyntheticPair, setting: Setting, device: torch.device, link: dict[str, Any]
 ) -> dict[str, Any]:
     """The tree of the paper's size and the planner's pick over the offloaded autoregressive loop."""
-    acceptance, tree = meet_goal(pair, setting, device)
-    prompt = prompt_of(setting, pair.shape, device)
+    prompt = prompt_of(pair.shape, device)
     twin, draft = adapt(pair.target), adapt(pair.draft)
+
+    def loop(tree: TokenTree) -> float:
+        return decode(twin, draft, prompt, tree, setting.check_tokens, graphs=False)[1].tokens_per_step
+
+    texts = random_texts(pair.shape, setting.calibration_rows, 1, device, seed=2)
+    acceptance = meet_goal(pair, setting.goal, TEMPERATURE, texts, loop, GOAL_ROUNDS)
+    tree = setting.goal.tree(acceptance)
     longest = PROMPT_TOKENS + setting.check_tokens + 2 * max(setting.node_counts)
     with offload(pair, setting, device, setting.budget, shared=True, max_cache_len=longest) as model:
         profile = measure_profile(
@@ -351,7 +343,7 @@ def measure_twin(setting: Setting, device: torch.device) -> dict[str, Any]:
     """A model with weights of its own in every layer, and its resident twin."""
     pair = synthetic_pair(setting.twin_shape, setting.dtype, device, seed=3)
     pair.set_divergence(0.3)
-    prompt = prompt_of(setting, pair.shape, device)
+    prompt = prompt_of(pair.shape, device)
     tree = calls.typical_tree(min(64, max(setting.node_counts)))
     draft = adapt(pair.draft)
     rows = PROMPT_TOKENS + 2 * setting.tree_tokens + tree.num_nodes + 64

@@ -35,14 +35,23 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common import report
-from bench.common.demo import encode_prompts
+from bench.common.demo import encode_prompts, load_checkpoints, texts_of
 from bench.common.machine import measure_peaks
 from bench.common.script import Run, Script, option, shared
-from bench.common.synthetic_pair import PAIRS, Goal, PairShape, Shape, calibrate, measure_acceptance, synthetic_pair
+from bench.common.synthetic_pair import (
+    PAIRS,
+    Goal,
+    PairShape,
+    Shape,
+    measure_acceptance,
+    meet_goal,
+    random_texts,
+    synthetic_pair,
+)
 from bench.common.synthetic_pair import teacher_forced_logits as logits_along
 from sequoia_kernels import TokenTree, generate, measure_profile, optimal_tree, plan_tree, release_engines
 from sequoia_kernels.decoding import measure_overhead
-from sequoia_kernels.models import TreeModel, adapt, load_model, pack_linear_layers
+from sequoia_kernels.models import TreeModel, adapt, pack_linear_layers
 from sequoia_kernels.planner import AcceptanceEstimate
 
 AUTOREGRESSIVE = "autoregressive"
@@ -58,9 +67,7 @@ LOSSLESS_TOLERANCE = {"float32": 0.0, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 SAME_STEP_S = 5e-5  # tokens that arrive within this belong to one step
 FIRST_STEPS = 3  # the prefill's token, and two steps: a graph is captured in the first one
 CALIBRATION_ROWS = {"cpu": 640, "cuda": 1088}
-CONTEXT_ROWS = 64  # first rows of a calibration text, which only give context
 GOAL_ROUNDS = 2  # times that the goal is corrected by what the loop then measured
-GOAL_TOLERANCE = 0.03
 
 
 class PaperEntry(NamedTuple):
@@ -328,38 +335,26 @@ def build_system(
     pair = synthetic_pair(row.shape, getattr(torch, dtype_name), device)
     for model in (pair.target, pair.draft):
         model.generation_config.eos_token_id = None
-    generator = torch.Generator().manual_seed(1)
-    prompts = [
-        torch.randint(row.shape.vocab, (1, prompt_tokens), generator=generator).to(device) for _ in range(num_prompts)
-    ]
+    prompts = [ids[None] for ids in random_texts(row.shape, prompt_tokens, num_prompts, device, seed=1)]
     return System(name, row.title, adapt(pair.target), adapt(pair.draft), prompts, dtype_name, True), pair
 
 
-def meet_goal(
+def acceptance_of_row(
     system: System, pair: Any, row: Row, temperature: float, divergence: float | None, num_tokens: int
 ) -> AcceptanceEstimate:
-    """Calibrate the pair; where the goal is a tree's tokens per step, correct it by what the loop measures."""
-    goal = row.entries[temperature].goal
+    """Calibrate the pair to the row's goal, or take a divergence as it is."""
     device = system.target.device
-    generator = torch.Generator().manual_seed(2)
-    texts = [
-        torch.randint(row.shape.vocab, (CALIBRATION_ROWS[device.type],), generator=generator).to(device)
-        for _ in range(2 if device.type == "cuda" else 1)
-    ]
+    count = 2 if device.type == "cuda" else 1
+    texts = random_texts(row.shape, CALIBRATION_ROWS[device.type], count, device, seed=2)
     if divergence is not None:
         pair.set_divergence(divergence)
         return measure_acceptance(system.target, system.draft, texts, temperature)
-    wanted = goal
-    for _ in range(GOAL_ROUNDS):
-        acceptance = calibrate(pair, wanted, temperature, texts, tolerance=0.01)
-        if not goal.budget:
-            break
-        run = own_loop(system, goal.tree(acceptance), temperature)
-        reached = mean_count([run(prompt, num_tokens, 77 + n).histogram for n, prompt in enumerate(system.prompts)])
-        if abs(reached / goal.value - 1) <= GOAL_TOLERANCE:
-            break
-        wanted = wanted._replace(value=wanted.value * goal.value / reached)
-    return acceptance
+
+    def loop(tree: TokenTree) -> float:
+        run = own_loop(system, tree, temperature)
+        return mean_count([run(prompt, num_tokens, 77 + n).histogram for n, prompt in enumerate(system.prompts)])
+
+    return meet_goal(pair, row.entries[temperature].goal, temperature, texts, loop, GOAL_ROUNDS)
 
 
 def measure_system(
@@ -466,23 +461,14 @@ def profile_of(system: System, num_tokens: int, seconds: float | None, largest: 
 
 def checkpoints(target: Path, draft: Path, options: argparse.Namespace, device: torch.device) -> System:
     """Load two real models, with prompts from a file or, without one, held-out source files."""
-    from transformers import AutoTokenizer
-
-    from sequoia_kernels.demo import held_out_prompts
-
     dtype_name = options.dtype or "bfloat16"
-    models = [load_model(path, getattr(torch, dtype_name), device) for path in (target, draft)]
-    for model in models:
+    pair = load_checkpoints(target, draft, getattr(torch, dtype_name), device)
+    for model in pair[:2]:
         model.generation_config.eos_token_id = None
-    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    if options.prompts_file:
-        texts = options.prompts_file.read_text(encoding="utf-8").split("\n\n\n")
-        texts = [text for text in texts if text.strip()][: options.prompts]
-    else:
-        texts = held_out_prompts(options.prompts, 8 * options.prompt_tokens)
-    ids = encode_prompts(tokenizer, texts, options.prompt_tokens, device)
+    texts = texts_of(options.prompts_file, options.prompts, 8 * options.prompt_tokens)
+    ids = encode_prompts(pair.tokenizer, texts, options.prompt_tokens, device)
     title = f"{Path(target).name} / {Path(draft).name}"
-    return System("checkpoints", title, adapt(models[0]), adapt(models[1]), ids, dtype_name, False)
+    return System("checkpoints", title, adapt(pair.target), adapt(pair.draft), ids, dtype_name, False)
 
 
 def acceptance_of_checkpoints(system: System, temperature: float, num_tokens: int) -> AcceptanceEstimate:
@@ -632,7 +618,7 @@ def run(bench: Run) -> int:
                 if temperature not in row.entries:
                     raise SystemExit(f"--temperatures: row {name} has {', '.join(map(str, row.entries))}")
                 entry = row.entries[temperature]
-                acceptance = meet_goal(system, pair, row, temperature, options.divergence, options.new_tokens)
+                acceptance = acceptance_of_row(system, pair, row, temperature, options.divergence, options.new_tokens)
                 size = (entry.goal.budget, entry.goal.levels) if entry.goal.budget else row.size
                 extra = {
                     "pair": row.pair,

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.common.report import table
-
-__all__ = ["markdown", "plots", "write_page"]
+from bench.common.report import NO_PYPLOT, pyplot, table
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 GRID_PLOT, BUDGET_PLOT = "robustness_samplers.png", "robustness_budgets.png"
@@ -149,13 +147,9 @@ def write_page(path: Path, text: str, with_plots: bool) -> None:
 
 def plots(document: Mapping[str, Any], folder: Path) -> str | None:
     """Draw both plots into a folder; return the reason why not, if not."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "matplotlib is not installed"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if plt is None:
+        return NO_PYPLOT
     folder.mkdir(parents=True, exist_ok=True)
     for draw, name in ((_plot_grid, GRID_PLOT), (_plot_budgets, BUDGET_PLOT)):
         figure = draw(document, plt)

@@ -539,7 +539,7 @@ def measure_microbenchmarks(
         ...                      num_attention_heads=2)
         >>> profile = measure_microbenchmarks("cpu", shapes=[config], rows=[1, 4], ops=False, seconds=0, min_repeats=1)
         >>> sorted(profile.ops)
-        ['decoder_layer_rest', 'linear', 'model_rest', 'tree_attention']
+        ['decoder_layer_overhead', 'decoder_layer_rest', 'linear', 'model_rest', 'tree_attention']
     """
     device = torch.device(device)
     found = [

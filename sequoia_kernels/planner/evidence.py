@@ -48,7 +48,7 @@ class AcceptanceEvidence:
     Example:
         >>> nothing = AcceptanceEvidence()
         >>> lucky = nothing.with_run([60], [60])
-        >>> nothing.vector[0] < lucky.vector[0] < 0.9
+        >>> bool(nothing.vector[0] < lucky.vector[0] < 0.9)
         True
     """
 

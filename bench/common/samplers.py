@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sequoia_kernels.decoding import step as decoding_step
+from sequoia_kernels.drafts import source as drafting
 from sequoia_kernels.ops import SampledTokens, sample_without_replacement
 from sequoia_kernels.ops.verify_tree.reference import NodeDecisions
 from sequoia_kernels.ops.warping import warped_probs
@@ -53,13 +53,13 @@ class Sampler(NamedTuple):
         if self.draw is None or self.decide is None:
             yield {}
             return
-        ours = decoding_step.sample_without_replacement, _VERIFIER.node_decisions
-        decoding_step.sample_without_replacement, _VERIFIER.node_decisions = self.draw, self.decide
+        ours = drafting.sample_without_replacement, _VERIFIER.node_decisions
+        drafting.sample_without_replacement, _VERIFIER.node_decisions = self.draw, self.decide
         try:
             # only the reference asks for decisions node by node; a captured step would keep what was swapped in
             yield {"backend": "reference", "cuda_graphs": False}
         finally:
-            decoding_step.sample_without_replacement, _VERIFIER.node_decisions = ours
+            drafting.sample_without_replacement, _VERIFIER.node_decisions = ours
 
     def acceptance_of_emitted(
         self,

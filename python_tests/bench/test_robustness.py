@@ -16,8 +16,8 @@ from support.speculative_steps import decode
 from support.toy_models import chain_probs, plain_probs, toy_pair
 
 from sequoia_kernels import TokenTree, generate
-from sequoia_kernels.decoding import step as decoding_step
 from sequoia_kernels.demo import load_demo_pair
+from sequoia_kernels.drafts import source as drafting
 from sequoia_kernels.ops import sample_without_replacement, verify_tree
 from sequoia_kernels.ops.verify_tree import reference
 
@@ -92,7 +92,7 @@ def test_the_swapped_loop_has_the_targets_distribution(rival, temperature):
             3,
             20_000,
             temperature,
-            sample=decoding_step.sample_without_replacement,
+            sample=drafting.sample_without_replacement,
             verify=verify,
         )
     expected = joint_probs(chain_probs(target, 1, 3, temperature))
@@ -196,13 +196,13 @@ def pair():
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
 def test_a_rivals_loop_keeps_greedy_text_and_leaves_nothing_behind(pair, rival):
     prompt = pair.tokenizer("def main(argv):\n    ", return_tensors="pt").input_ids
-    ours = decoding_step.sample_without_replacement, reference.node_decisions
+    ours = drafting.sample_without_replacement, reference.node_decisions
     expected = generate(pair.target, None, prompt, max_new_tokens=12).sequences
     with rival.in_loop() as options:
         assert reference.node_decisions is rival.decide
         found = generate(pair.target, pair.draft, prompt, tree=TokenTree([-1, 0, 0, 1]), max_new_tokens=12, **options)
     assert torch.equal(found.sequences, expected)
-    assert (decoding_step.sample_without_replacement, reference.node_decisions) == ours
+    assert (drafting.sample_without_replacement, reference.node_decisions) == ours
     assert ours[0] is sample_without_replacement
 
 

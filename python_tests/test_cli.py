@@ -115,7 +115,7 @@ def test_plan_from_configs(files, parts, capsys):
     status, plan = run_json(capsys, *names)
     assert status == 0
     assert plan["target"].startswith("llama-6x16-bfloat16")
-    status, offloaded = run_json(capsys, *names, "--offload", "--device-memory", "1160KB")
+    status, offloaded = run_json(capsys, *names, "--offload", "--device-memory", "1130KB")
     assert status == 0
     resident = next(c for c in plan["candidates"] if c["kind"] == "no speculation")["stages"]["target"]
     streamed = next(c for c in offloaded["candidates"] if c["kind"] == "no speculation")["stages"]["target"]

@@ -196,13 +196,6 @@ class ModelFingerprint:
         return self.num_parameters * _dtype_bytes(self.dtype)
 
     @property
-    def layer_bytes(self) -> int:
-        """Bytes of one decoder layer's linear layers, the mean over all; 0 where they are unknown."""
-        inside = sum(inputs * outputs * count for inputs, outputs, count in self.linears)
-        head = self.hidden_size * self.vocab_size if self.linears else 0
-        return (inside - head) // self.num_layers * _dtype_bytes(self.dtype)
-
-    @property
     def key(self) -> str:
         """Name of the model in a profile: readable, and ending in a hash of every field."""
         fields = json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.tiny_families import tiny_model
 
 from sequoia_kernels.offload import memory_plan, plan_memory
@@ -110,3 +111,10 @@ def test_the_description_names_all_parts() -> None:
     text = plan_memory([1 << 20] * 4, 1 << 10, budget_bytes=4 << 20, kv_bytes=5, workspace_bytes=6).describe()
     for part in ("of 4.00 MiB: 1 of 4 layers 1.00 MiB", "2 buffers of 1.00 MiB", "values 5 B", "host 3.00 MiB"):
         assert part in text
+
+
+def test_a_configuration_alone_is_planned_like_the_files(tmp_path: Path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    options = {"device": "cuda", "dtype": torch.bfloat16, "max_cache_len": 300, "resident_layers": 1}
+    assert memory_plan(model.config, **options) == memory_plan(tmp_path, **options)

@@ -201,7 +201,6 @@ def test_fingerprint_of_a_model():
         8,
         linears=((32, 16, 6), (32, 32, 6), (32, 48, 1), (32, 64, 6), (64, 32, 3)),
     )
-    assert fingerprint.layer_bytes == 4 * (2 * 32 * 16 + 2 * 32 * 32 + 3 * 32 * 64)
     assert fingerprint.cache_row_bytes == 2 * 3 * 2 * 8 * 4
     assert fingerprint.key.startswith("llama-3x32-float32-")
     assert ModelFingerprint.of(model.to(torch.bfloat16)).key != fingerprint.key
@@ -262,7 +261,6 @@ def test_a_large_configuration_needs_no_memory():
     fingerprint = ModelFingerprint.from_config(config, "bfloat16")
     assert fingerprint.num_parameters == 68_976_648_192
     assert fingerprint.weight_bytes == 2 * fingerprint.num_parameters
-    assert fingerprint.layer_bytes == 2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
 
 
 def test_what_is_no_configuration_is_refused(tmp_path):

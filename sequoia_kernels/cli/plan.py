@@ -43,13 +43,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--svg", type=Path, default=argparse.SUPPRESS, help="write a picture of the tree here")
 
 
-_WORKSPACE_ROWS = 1024  # nodes of the largest tree
-
-
-def _config_models(args: argparse.Namespace) -> tuple[Any, Any]:
+def _config_models(args: argparse.Namespace, device: str) -> tuple[Any, Any]:
     """Read the shapes of the models that the arguments name, (None, None) without any."""
-    from sequoia_kernels.offload.memory import parse_bytes, plan_memory
+    import torch
+    from transformers import AutoConfig
+
+    from sequoia_kernels.offload import memory_plan
     from sequoia_kernels.planner import ModelFingerprint
+    from sequoia_kernels.tree import MAX_STEP_ROWS
 
     has_target, has_draft = hasattr(args, "target_config"), hasattr(args, "draft_config")
     if has_target != has_draft:
@@ -67,13 +68,14 @@ def _config_models(args: argparse.Namespace) -> tuple[Any, Any]:
     target = ModelFingerprint.from_config(args.target_config, dtype)
     draft = ModelFingerprint.from_config(args.draft_config, dtype)
     if args.offload:
-        row_elements = 3 * target.vocab_size + 4 * target.hidden_size + 2 * (target.intermediate_size or 0)
-        memory = plan_memory(
-            [target.layer_bytes] * target.num_layers,
-            target.weight_bytes - target.num_layers * target.layer_bytes,
-            budget_bytes=parse_bytes("device_memory_budget", args.device_memory),
-            kv_bytes=args.batch_size * (getattr(args, "context", 4096) + _WORKSPACE_ROWS) * target.cache_row_bytes,
-            workspace_bytes=2 * args.batch_size * _WORKSPACE_ROWS * row_elements,
+        memory = memory_plan(
+            AutoConfig.from_pretrained(args.target_config, trust_remote_code=False),
+            device=device,
+            device_memory_budget=args.device_memory,
+            dtype=getattr(torch, target.dtype),
+            batch_size=args.batch_size,
+            max_cache_len=getattr(args, "context", 4096) + MAX_STEP_ROWS,
+            max_rows=MAX_STEP_ROWS,
         )
         target = dataclasses.replace(target, streamed_bytes=memory.streamed_bytes)
     return target, draft
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     profile = HardwareProfile.load(args.profile)
     if not args.any_device:
         profile.check_device()
-    target, draft = _config_models(args)
+    target, draft = _config_models(args, profile.device.type)
     plan = plan_tree(
         acceptance, profile, target=target, draft=draft,
         context_len=getattr(args, "context", None), batch_size=args.batch_size,

@@ -1,12 +1,34 @@
-"""Accounting: which layers stay on the device, and what everything there adds up to."""
+"""Accounting: which layers stay on the device, what is reserved beside them, and what everything adds up to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["MemoryPlan", "format_bytes", "parse_bytes", "plan_memory", "spread_layers"]
+import torch
+
+from sequoia_kernels.offload.layers import DecoderLayer
+
+__all__ = [
+    "MAX_PREFILL_ROWS",
+    "MemoryPlan",
+    "format_bytes",
+    "parse_bytes",
+    "plan_memory",
+    "reserved_bytes",
+    "spread_layers",
+]
+
+_DEFAULT_CACHE_LEN = 4096
+# Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
+MAX_PREFILL_ROWS = 8192
+_CHUNK_ROWS = 512  # of a request, prefilled at a time
+# cuBLAS has a workspace for each thread and stream, 32 MiB on Hopper and 8 elsewhere, which torch allocates: for the
+# loop, for the stream that captures, as much again for cuBLASLt, and for each chunk of a prompt, which has a thread.
+_CUBLAS_BYTES = 32 << 20
+_CUBLAS_STREAMS = 4
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -161,6 +183,88 @@ def _check_resident(resident_layers: int | Sequence[int] | None, num_layers: int
             f"load_offloaded: resident_layers must be different indices below {num_layers}, got {list(indices)}"
         )
     return indices
+
+
+def reserved_bytes(
+    config: Any,
+    layers: Sequence[DecoderLayer],
+    dtype: torch.dtype,
+    batch_size: int,
+    max_cache_len: int | None,
+    max_rows: int,
+    on_cuda: bool,
+) -> tuple[int, int]:
+    """Estimate what a model's forwards take beside its weights.
+
+    Args:
+        config: the model's configuration.
+        layers: its decoder layers.
+        dtype: of weights and activations.
+        batch_size: requests.
+        max_cache_len: rows of each of them; None takes 4096, or the model's positions where they are fewer.
+        max_rows: tokens of the largest forward of a tree, of each request.
+        on_cuda: count CUDA's libraries as well.
+
+    Returns:
+        (bytes of keys and values, bytes of the workspace: activations, logits and libraries).
+    """
+    if max_cache_len is None:
+        max_cache_len = min(_DEFAULT_CACHE_LEN, _setting(config, "max_position_embeddings") or _DEFAULT_CACHE_LEN)
+    # The largest forward: a tree, or a prompt's chunk while the other chunks of the pass wait with a layer's input.
+    waiting = min(MAX_PREFILL_ROWS, batch_size * max_cache_len) * _waiting_bytes(config, dtype)
+    chunk_rows = batch_size * min(_CHUNK_ROWS, max_cache_len)
+    num_chunks = -(-min(max_cache_len, MAX_PREFILL_ROWS // batch_size) // _CHUNK_ROWS)
+    row_bytes = _activation_bytes(config, dtype)
+    workspace = max(batch_size * max_rows * row_bytes, chunk_rows * row_bytes + waiting)
+    libraries = (_CUBLAS_STREAMS + num_chunks) * _CUBLAS_BYTES if on_cuda else 0
+    return batch_size * max_cache_len * _cache_row_bytes(config, layers, dtype), workspace + libraries
+
+
+def _waiting_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a token whose chunk waits in front of a layer: its hidden state, its residual, its rotary tables."""
+    _, _, head_dim = _head_shape(config)
+    return 2 * ((_setting(config, "hidden_size") or 1) * dtype.itemsize + head_dim * torch.float32.itemsize)
+
+
+def _setting(config: Any, *names: str) -> int | None:
+    """Read the first of some settings that is given. Not by attribute: some families forbid reading per-layer ones."""
+    settings = config.to_dict()
+    values = (settings.get(config.attribute_map.get(name, name)) for name in names)
+    return next((int(value) for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _head_shape(config: Any) -> tuple[int, int, int]:
+    """Return (query heads, key/value heads, width of a head)."""
+    num_heads = _setting(config, "num_attention_heads") or 1
+    hidden = _setting(config, "hidden_size") or 1
+    return (
+        num_heads,
+        _setting(config, "num_key_value_heads") or num_heads,
+        _setting(config, "head_dim") or hidden // num_heads,
+    )
+
+
+def _cache_row_bytes(config: Any, layers: Sequence[DecoderLayer], dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers, from the projections' shapes or else the configuration."""
+    num_heads, num_kv_heads, head_dim = _head_shape(config)
+    per_layer = 2 * num_kv_heads * head_dim
+    if _setting(config, "kv_lora_rank"):  # the tree cache holds expanded keys and values
+        widths = [_setting(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+        per_layer = num_heads * sum(widths)
+    total = 0
+    for layer in layers:
+        rows = [packed.shape[0] for packed in layer.tensors if packed.name.endswith(("k_proj.weight", "v_proj.weight"))]
+        total += sum(rows) if len(rows) == 2 else per_layer
+    return total * dtype.itemsize
+
+
+def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Estimate the bytes that a token takes while it is computed: one layer's activations, or logits if larger."""
+    num_heads, _, head_dim = _head_shape(config)
+    hidden = _setting(config, "hidden_size") or 1
+    inner = _setting(config, "intermediate_size", "ffn_dim") or 4 * hidden
+    layer = 6 * hidden + 4 * num_heads * head_dim + 3 * inner
+    return (max(layer, 2 * (_setting(config, "vocab_size") or 1)) + 2 * hidden) * dtype.itemsize
 
 
 def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:

@@ -24,10 +24,10 @@ from sequoia_kernels.offload.host_weights import HostLayer, MappedLayer, load_la
 from sequoia_kernels.offload.layers import DecoderLayer
 from sequoia_kernels.offload.link import CudaLink, Link, ThreadLink
 from sequoia_kernels.offload.lockstep import Lockstep
-from sequoia_kernels.offload.memory import MemoryPlan, format_bytes
+from sequoia_kernels.offload.memory import MAX_PREFILL_ROWS, MemoryPlan, format_bytes
 from sequoia_kernels.offload.scheduler import LayerStreamer
 from sequoia_kernels.offload.threads import run_shielded
-from sequoia_kernels.offload.unloaded import MAX_PREFILL_ROWS, UnloadedModel
+from sequoia_kernels.offload.unloaded import UnloadedModel
 from sequoia_kernels.offload.weights import WeightSource, normal_weights
 
 __all__ = ["OffloadedModel", "load_offloaded", "memory_plan", "random_offloaded"]
@@ -301,15 +301,9 @@ def random_offloaded(
         share_host_layers: lets streamed layers share host memory, so that a model that is larger than the host can be
             timed: what is copied in a pass stays the same. True gives all layers the weights of layer 0, a sequence
             gives layer i those of layer `share_host_layers[i]`. Layers of the same weights share one block.
-        device: as for `load_offloaded`, and so are all others.
-        device_memory_budget: bytes or text such as "20GiB".
-        resident_layers: how many layers stay on the device, or which.
         dtype: dtype of the weights; None takes the configuration's, or torch's default.
-        num_buffers: device buffers for streamed layers.
-        link: does the copies.
-        batch_size: requests to reserve keys and values for.
-        max_cache_len: rows of each of them.
-        max_rows: tokens of the largest forward.
+        device, device_memory_budget, resident_layers, num_buffers, link, batch_size, max_cache_len, max_rows: as for
+            `load_offloaded`.
 
     Returns:
         The model.
@@ -338,7 +332,7 @@ def random_offloaded(
 
 
 def memory_plan(
-    path_or_id: str | os.PathLike[str],
+    source: str | os.PathLike[str] | PreTrainedConfig,
     *,
     device: torch.device | str = "cpu",
     device_memory_budget: int | str | None = None,
@@ -352,15 +346,10 @@ def memory_plan(
     """Say where `load_offloaded` would put a model, from its configuration and its files' headers alone.
 
     Args:
-        path_or_id: as for `load_offloaded`, and so are all others.
+        source: a folder or hub id as for `load_offloaded`, or a configuration alone, without any weights.
         device: where the model will compute; need not be present. CUDA takes some memory for its libraries.
-        device_memory_budget: bytes or text such as "20GiB".
-        resident_layers: how many layers stay on the device, or which.
-        dtype: dtype of the weights.
-        num_buffers: device buffers for streamed layers.
-        batch_size: requests to reserve keys and values for.
-        max_cache_len: rows of each of them.
-        max_rows: tokens of the largest forward.
+        device_memory_budget, resident_layers, dtype, num_buffers, batch_size, max_cache_len, max_rows: as for
+            `load_offloaded`.
 
     Returns:
         The plan.
@@ -368,7 +357,10 @@ def memory_plan(
     Raises:
         FileNotFoundError, ValueError, UnsupportedModelError: as `load_offloaded`.
     """
-    unloaded = UnloadedModel.of_folder(_local_folder(path_or_id), dtype)
+    if isinstance(source, PreTrainedConfig):
+        unloaded = UnloadedModel.of_config(source, normal_weights(), dtype)
+    else:
+        unloaded = UnloadedModel.of_folder(_local_folder(source), dtype)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
     return unloaded.plan(device_memory_budget, resident_layers, *reserves, torch.device(device).type == "cuda")
 

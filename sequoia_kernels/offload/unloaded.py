@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -16,19 +15,10 @@ from transformers.core_model_loading import WeightRenaming
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.offload.checkpoint import Checkpoint, StoredTensor
 from sequoia_kernels.offload.layers import DecoderLayer, Place, find_layers
-from sequoia_kernels.offload.memory import MemoryPlan, parse_bytes, plan_memory
+from sequoia_kernels.offload.memory import MemoryPlan, parse_bytes, plan_memory, reserved_bytes
 from sequoia_kernels.offload.weights import MadeWeights, WeightSource
 
-__all__ = ["MAX_PREFILL_ROWS", "UnloadedModel"]
-
-_DEFAULT_CACHE_LEN = 4096
-# Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
-MAX_PREFILL_ROWS = 8192
-_CHUNK_ROWS = 512  # of a request, prefilled at a time
-# cuBLAS has a workspace for each thread and stream, 32 MiB on Hopper and 8 elsewhere, which torch allocates: for the
-# loop, for the stream that captures, as much again for cuBLASLt, and for each chunk of a prompt, which has a thread.
-_CUBLAS_BYTES = 32 << 20
-_CUBLAS_STREAMS = 4
+__all__ = ["UnloadedModel"]
 
 
 class UnloadedModel:
@@ -98,7 +88,7 @@ class UnloadedModel:
         config: PreTrainedConfig,
         fill: Callable[[str, torch.Tensor], None],
         dtype: torch.dtype | None,
-        share_host_layers: bool | Sequence[int],
+        share_host_layers: bool | Sequence[int] = False,
     ) -> UnloadedModel:
         """Take a configuration; `fill(name, tensor)` makes the weights."""
         _check_config(config, "random_offloaded: config")
@@ -121,24 +111,18 @@ class UnloadedModel:
         for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_rows", max_rows)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"load_offloaded: {name} must be a positive integer, got {value!r}")
-        config = self.model.config
-        if max_cache_len is None:
-            max_cache_len = min(_DEFAULT_CACHE_LEN, _setting(config, "max_position_embeddings") or _DEFAULT_CACHE_LEN)
+        kv_bytes, workspace_bytes = reserved_bytes(
+            self.model.config, self.layers, self.dtype, batch_size, max_cache_len, max_rows, on_cuda
+        )
         tables = [buffer for _, buffer in self.model.named_non_persistent_buffers()]
-        # The largest forward: a tree, or a prompt's chunk while the other chunks of the pass wait with a layer's input.
-        waiting = min(MAX_PREFILL_ROWS, batch_size * max_cache_len) * _waiting_bytes(config, self.dtype)
-        chunk_rows = batch_size * min(_CHUNK_ROWS, max_cache_len)
-        num_chunks = -(-min(max_cache_len, MAX_PREFILL_ROWS // batch_size) // _CHUNK_ROWS)
-        row_bytes = _activation_bytes(config, self.dtype)
-        workspace = max(batch_size * max_rows * row_bytes, chunk_rows * row_bytes + waiting)
         return plan_memory(
             [layer.num_bytes for layer in self.layers],
-            sum(_num_bytes(tensor) for tensor, _, _ in self.fixed) + sum(map(_num_bytes, tables)),
+            sum(tensor.nbytes for tensor in (*(tensor for tensor, _, _ in self.fixed), *tables)),
             budget_bytes=None if budget is None else parse_bytes("device_memory_budget", budget),
             resident_layers=resident_layers,
             num_buffers=num_buffers,
-            kv_bytes=batch_size * max_cache_len * _cache_row_bytes(config, self.layers, self.dtype),
-            workspace_bytes=workspace + ((_CUBLAS_STREAMS + num_chunks) * _CUBLAS_BYTES if on_cuda else 0),
+            kv_bytes=kv_bytes,
+            workspace_bytes=workspace_bytes,
             weights_of=self.weights_of,
         )
 
@@ -282,54 +266,3 @@ def _tensors_outside(
                 names.append(f"{prefix}.{name}" if prefix else name)
                 places.append(Place(module, name, is_parameter))
     return list(found.values())
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _waiting_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of a token whose chunk waits in front of a layer: its hidden state, its residual, its rotary tables."""
-    _, _, head_dim = _head_shape(config)
-    return 2 * ((_setting(config, "hidden_size") or 1) * dtype.itemsize + head_dim * torch.float32.itemsize)
-
-
-def _setting(config: Any, *names: str) -> int | None:
-    """Read the first of some settings that is given. Not by attribute: some families forbid reading per-layer ones."""
-    settings = config.to_dict()
-    values = (settings.get(config.attribute_map.get(name, name)) for name in names)
-    return next((int(value) for value in values if isinstance(value, int) and value > 0), None)
-
-
-def _head_shape(config: Any) -> tuple[int, int, int]:
-    """Return (query heads, key/value heads, width of a head)."""
-    num_heads = _setting(config, "num_attention_heads") or 1
-    hidden = _setting(config, "hidden_size") or 1
-    return (
-        num_heads,
-        _setting(config, "num_key_value_heads") or num_heads,
-        _setting(config, "head_dim") or hidden // num_heads,
-    )
-
-
-def _cache_row_bytes(config: Any, layers: Sequence[DecoderLayer], dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers, from the projections' shapes or else the configuration."""
-    num_heads, num_kv_heads, head_dim = _head_shape(config)
-    per_layer = 2 * num_kv_heads * head_dim
-    if _setting(config, "kv_lora_rank"):  # the tree cache holds expanded keys and values
-        widths = [_setting(config, name) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-        per_layer = num_heads * sum(widths)
-    total = 0
-    for layer in layers:
-        rows = [packed.shape[0] for packed in layer.tensors if packed.name.endswith(("k_proj.weight", "v_proj.weight"))]
-        total += sum(rows) if len(rows) == 2 else per_layer
-    return total * dtype.itemsize
-
-
-def _activation_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Estimate the bytes that a token takes while it is computed: one layer's activations, or logits if larger."""
-    num_heads, _, head_dim = _head_shape(config)
-    hidden = _setting(config, "hidden_size") or 1
-    inner = _setting(config, "intermediate_size", "ffn_dim") or 4 * hidden
-    layer = 6 * hidden + 4 * num_heads * head_dim + 3 * inner
-    return (max(layer, 2 * (_setting(config, "vocab_size") or 1)) + 2 * hidden) * dtype.itemsize

@@ -8,7 +8,7 @@ from support.tiny_models import tiny_llama
 from transformers import LlamaConfig
 
 from sequoia_kernels.measure import measure_microbenchmarks, measure_profile
-from sequoia_kernels.measure.hollow_model import hollow_llama
+from sequoia_kernels.measure.layer_models import LayerShape, hollow_llama
 from sequoia_kernels.measure.microbenchmarks import Microbenchmarks
 from sequoia_kernels.models import causal_step
 from sequoia_kernels.planner import CostModel, HardwareProfile, ModelFingerprint, plan_tree
@@ -92,8 +92,7 @@ def test_weights_and_caches_take_turns():
 
 
 def test_a_hollow_model_runs_without_linear_layers_and_attention():
-    shape = ModelFingerprint("llama", "bfloat16", 1, 1, 1, 32, 64, 4, 2, 8)
-    model = hollow_llama(shape, 2, CPU)
+    model = hollow_llama(LayerShape(32, 64, 4, 2, 8), 2, torch.bfloat16, CPU)
     assert not [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     cache = model.new_cache(1, 16)
     lens = torch.full((1,), 3, dtype=torch.int32)

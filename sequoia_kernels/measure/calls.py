@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -24,6 +25,16 @@ __all__ = [
 ]
 
 Call = Callable[[], object]
+Key = tuple[str, tuple[tuple[str, Any], ...]]  # an op and its sizes, by name
+
+SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32)
+COMPACT_LEVELS = (1, 2, 4, 8, 16, 32)
+TEMPERATURES = (0.0, 1.0)  # greedy and sampled: the ops take different ways
+
+
+def op_key(op: str, **parameters: float | str) -> Key:
+    """Name a timed call of an op by its sizes."""
+    return op, tuple(parameters.items())
 
 
 @cache
@@ -59,37 +70,64 @@ def forward_call(model: TreeModel, caches: TreeCache, context_len: int, step: Tr
     return lambda: model.forward(input_ids, caches, cache_lens, step)
 
 
+def draw_and_verify_calls(
+    batch_size: int,
+    node_counts: Sequence[int],
+    draw_rows: Sequence[int],
+    sample_counts: Sequence[int],
+    vocabs: tuple[int, int],  # of verification and of the draws
+    dtypes: tuple[torch.dtype, torch.dtype],  # of the target's and of the draft's logits
+    device: torch.device,
+) -> Iterator[tuple[Key, Call]]:
+    """Build verifications of trees and draws of children, greedy and sampled."""
+    for temperature in TEMPERATURES:
+        for nodes in node_counts:
+            sizes: dict[str, Any] = {
+                "batch_size": batch_size,
+                "nodes": nodes,
+                "vocab": vocabs[0],
+                "temperature": temperature,
+            }
+            yield op_key("verify_tree", **sizes), verify_call(**sizes, dtypes=dtypes, device=device)
+        for rows in draw_rows:
+            for num_samples in sample_counts:
+                if num_samples <= vocabs[1]:
+                    sizes = {"rows": rows, "num_samples": num_samples, "vocab": vocabs[1], "temperature": temperature}
+                    call = sample_call(**sizes, dtype=dtypes[1], device=device)
+                    yield op_key("sample_without_replacement", **sizes), call
+
+
 def sample_call(
-    num_rows: int, num_samples: int, vocab: int, temperature: float, dtype: torch.dtype, device: torch.device
+    rows: int, num_samples: int, vocab: int, temperature: float, dtype: torch.dtype, device: torch.device
 ) -> Call:
-    """Build a draw of `num_samples` children for each of `num_rows` nodes."""
-    logits = _logits((num_rows, vocab), dtype, device)
-    temperatures, seeds, offsets = _streams(num_rows, temperature, device)
+    """Build a draw of `num_samples` children for each of `rows` nodes."""
+    logits = _logits((rows, vocab), dtype, device)
+    temperatures, seeds, offsets = _streams(rows, temperature, device)
     return lambda: sample_without_replacement(logits, num_samples, temperatures, seeds, offsets)
 
 
 def verify_call(
     batch_size: int,
-    num_nodes: int,
+    nodes: int,
     vocab: int,
     temperature: float,
     dtypes: tuple[torch.dtype, torch.dtype],  # of the target's and of the draft's logits
     device: torch.device,
 ) -> Call:
     """Build a verification of a tree whose draft resembles its target; children are the draft's likeliest tokens."""
-    tree = typical_tree(num_nodes)
-    shape = (batch_size, num_nodes, vocab)
+    tree = typical_tree(nodes)
+    shape = (batch_size, nodes, vocab)
     common = _logits(shape, torch.float32, device)
     target_logits = common.to(dtypes[0])
     draft_logits = (common + 0.5 * _logits(shape, torch.float32, device, seed=1)).to(dtypes[1])
     topology = tree.tensors(device)
-    tokens = torch.zeros(batch_size, num_nodes, dtype=torch.int64, device=device)
-    if num_nodes > 1:
+    tokens = torch.zeros(batch_size, nodes, dtype=torch.int64, device=device)
+    if nodes > 1:
         likeliest = draft_logits.topk(min(max(tree.num_children), vocab), dim=-1).indices  # [B, N, branching]
         ranks = topology.ranks[1:].clamp(max=likeliest.shape[2] - 1).to(torch.int64)
         tokens[:, 1:] = likeliest[:, topology.parents[1:].to(torch.int64), ranks]
     temperatures, seeds, offsets = _streams(batch_size, temperature, device)
-    draft_or_none = draft_logits if num_nodes > 1 else None
+    draft_or_none = draft_logits if nodes > 1 else None
     return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
 
 

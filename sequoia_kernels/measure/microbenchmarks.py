@@ -7,80 +7,94 @@ over working sets of several sizes. See `planner.compose` for how the times are 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels.cuda_graphs import as_replay, new_memory
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
-from sequoia_kernels.measure.hollow_model import hollow_llama
-from sequoia_kernels.measure.timing import Timing, time_calls
-from sequoia_kernels.models import LayerSpec, TreeCache, adapt
+from sequoia_kernels.measure.calls import Call, Key, op_key
+from sequoia_kernels.measure.layer_models import LayerShape, hollow_llama, whole_llama
+from sequoia_kernels.measure.timing import Progress, Timing, report_percent, time_calls
+from sequoia_kernels.models import LayerSpec, TreeCache
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.planner import HardwareProfile, OpPoint
 from sequoia_kernels.planner.compose import layer_parts_ms
+from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["Microbenchmarks", "measure_microbenchmarks"]
 
-Call = Callable[[], object]
-Key = tuple[Any, ...]
-
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-CUDA_MORE_ROWS = (2048, 4096)
-MAX_OP_NODES = 1024
 
-WIDTHS = (128, 512, 1536, 4096)
-MORE_OUTPUTS = (16384,)
-CUDA_WIDTHS = (512, 2048, 4096, 8192)
-CUDA_MORE_OUTPUTS = (14336, 28672)
-WORKING_SETS = (2 << 20, 16 << 20, 128 << 20)
-CUDA_WORKING_SETS = (16 << 20, 1 << 30)
 
-HEADS = ((4, 4, 32), (4, 4, 64), (16, 16, 64), (16, 4, 64), (32, 32, 128), (32, 8, 128))
-CUDA_HEADS = ((12, 12, 64), (32, 32, 128), (32, 8, 128), (64, 8, 128))
-CONTEXT_LENS = (64, 512, 2048, 8192)
-CUDA_CONTEXT_LENS = (128, 1024, 4096, 16384, 32768)
-CACHE_POOL = 48 << 20  # bytes of caches that attention takes turns in
-CUDA_CACHE_POOL = 1 << 30
-MAX_CALLS = 24  # parts run within one timed call
+class _Grid(NamedTuple):
+    """What is timed on a kind of device where no model's own shapes are asked for, and how much memory calls use."""
 
-# hidden size, intermediate size, query heads, key/value heads, head width
-WIDTHS_OF_LAYERS = (
-    (128, 384, 4, 4, 32),
-    (768, 2048, 12, 12, 64),
-    (2048, 5632, 16, 16, 128),
-    (4096, 11008, 32, 32, 128),
+    more_rows: tuple[int, ...]  # beyond ROWS
+    widths: tuple[int, ...]  # inputs of linear layers, and outputs
+    more_outputs: tuple[int, ...]
+    working_sets: tuple[int, ...]  # bytes of weights that linear layers take turns in
+    heads: tuple[tuple[int, int, int], ...]  # query heads, key/value heads, head width
+    context_lens: tuple[int, ...]
+    cache_pool: int  # bytes of caches that attention takes turns in
+    layers: tuple[LayerShape, ...]
+    whole_layer: LayerShape  # the smallest of measured shapes: what a layer takes beyond its parts matters there
+    max_logits: int  # elements of the logits that are drawn from or verified
+
+
+CPU_GRID = _Grid(
+    more_rows=(),
+    widths=(128, 512, 1536, 4096),
+    more_outputs=(16384,),
+    working_sets=(2 << 20, 16 << 20, 128 << 20),
+    heads=((4, 4, 32), (4, 4, 64), (16, 16, 64), (16, 4, 64), (32, 32, 128), (32, 8, 128)),
+    context_lens=(64, 512, 2048, 8192),
+    cache_pool=48 << 20,
+    layers=(
+        LayerShape(128, 384, 4, 4, 32),
+        LayerShape(768, 2048, 12, 12, 64),
+        LayerShape(2048, 5632, 16, 16, 128),
+        LayerShape(4096, 11008, 32, 32, 128),
+    ),
+    whole_layer=LayerShape(128, 512, 4, 4, 32),
+    max_logits=1 << 24,
 )
-CUDA_WIDTHS_OF_LAYERS = ((768, 3072, 12, 12, 64), (4096, 11008, 32, 32, 128), (8192, 28672, 64, 8, 128))
+CUDA_GRID = _Grid(
+    more_rows=(2048, 4096),
+    widths=(512, 2048, 4096, 8192),
+    more_outputs=(14336, 28672),
+    working_sets=(16 << 20, 1 << 30),
+    heads=((12, 12, 64), (32, 32, 128), (32, 8, 128), (64, 8, 128)),
+    context_lens=(128, 1024, 4096, 16384, 32768),
+    cache_pool=1 << 30,
+    layers=(
+        LayerShape(768, 3072, 12, 12, 64),
+        LayerShape(4096, 11008, 32, 32, 128),
+        LayerShape(8192, 28672, 64, 8, 128),
+    ),
+    whole_layer=LayerShape(512, 2048, 12, 12, 64),
+    max_logits=1 << 28,
+)
+
 FEW_LAYERS, MORE_LAYERS = 1, 8
-# Whole layers, to find out what a layer takes beyond its parts: the smallest, where it matters, of measured shapes.
-WHOLE_LAYER = (128, 512, 4, 4, 32)
-CUDA_WHOLE_LAYER = (512, 2048, 12, 12, 64)
 WHOLE_ROWS = 32  # at most
 WHOLE_CONTEXT = 512
 
 VOCABS = (32000, 128256)
 SAMPLE_ROWS = (1, 4, 16, 64)
-SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32)
 VERIFY_NODES = (1, 4, 16, 64, 256, 1024)
 COMPACT_CACHES = ((4, 4, 64), (32, 8, 128), (80, 8, 128))  # layers, key/value heads, head width
-COMPACT_LEVELS = (1, 2, 4, 8, 16, 32)
-TEMPERATURES = (0.0, 1.0)
-MAX_LOGITS = 1 << 24  # elements of the logits that are drawn from or verified
-CUDA_MAX_LOGITS = 1 << 28
 
+MAX_CALLS = 24  # parts run within one timed call
 # A call that is expected to take longer is left out, and read off the curve's end.
 LONGEST_MS = 60.0
 SHORTEST_MS = 0.5  # shorter parts are run several times within a call
 
 SECONDS, QUICK_SECONDS = 60.0, 15.0
-PROGRESS_STEPS = 100
 
 
 class _Timed(NamedTuple):
@@ -120,18 +134,17 @@ class Microbenchmarks:
     ) -> None:
         self.device, self.dtype, self.shapes = torch.device(device), dtype, list(shapes)
         self.on_cuda = self.device.type == "cuda"
+        self.grid = CUDA_GRID if self.on_cuda else CPU_GRID
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.rows = list(rows or (ROWS[::2] if quick else ROWS) + (CUDA_MORE_ROWS if self.on_cuda else ()))
+        self.rows = list(rows or (ROWS[::2] if quick else ROWS) + self.grid.more_rows)
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.flops_per_ms = self._rate()
-        self._timed: dict[Key, _Timed] = dict(self._linears())
-        self._timed.update(self._attention())
-        self._timed.update(self._hollow_models())
-        self._timed.update(self._whole_layers())
+        parts = [self._linears(), self._attention(), self._hollow_models(), self._whole_layers()]
         if ops:
-            self._timed.update(self._ops())
+            parts.append(self._ops())
         if self.on_cuda:
-            self._timed.update(self._launches())
+            parts.append(self._launches())
+        self._timed: dict[Key, _Timed] = {key: timed for part in parts for key, timed in part}
         memory = new_memory(self.device)
         self.calls = {key: as_replay(timed.call, self.device, memory) for key, timed in self._timed.items()}
         self.prepare = {} if self.on_cuda else {key: _warm_up(timed) for key, timed in self._timed.items()}
@@ -139,19 +152,17 @@ class Microbenchmarks:
     def points(self, times: dict[Any, Timing]) -> dict[str, list[OpPoint]]:
         """Turn the times of `calls` into points of each op."""
         found: dict[str, list[OpPoint]] = {}
-        layers: dict[tuple[Any, ...], dict[int, Timing]] = {}
+        layers: dict[Key, dict[int, Timing]] = {}
         for key, timed in self._timed.items():
-            time = times[key]
             op, parameters = key[0], dict(key[1])
             if op in ("hollow", "whole"):
                 num_layers = parameters.pop("layers")
-                layers.setdefault((op, *parameters.items()), {})[num_layers] = time
+                layers.setdefault(op_key(op, **parameters), {})[num_layers] = times[key]
                 continue
-            found.setdefault(op, []).append(
-                OpPoint(parameters, *(value / timed.times for value in (time.p20_ms, time.p50_ms, time.p80_ms)))
-            )
+            point = OpPoint(parameters, *(value / timed.times for value in times[key][:3]))
+            found.setdefault(op, []).append(point)
         whole: dict[int, float] = {}
-        for (op, *items), by_layers in layers.items():
+        for (op, items), by_layers in layers.items():
             if len(by_layers) < 2:  # many layers were too long for many rows
                 continue
             parameters = dict(items)
@@ -166,8 +177,8 @@ class Microbenchmarks:
             model = {name: parameters[name] for name in ("rows", "hidden_size", "dtype")}
             found.setdefault("model_rest", []).append(OpPoint(model, *rest))
         beyond = sorted(self._beyond_parts(found, whole))
-        low, middle, high = (beyond[int(share * (len(beyond) - 1))] for share in (0.2, 0.5, 0.8))
-        found["decoder_layer_overhead"] = [OpPoint({"dtype": self.dtype_name}, low, middle, high)]
+        overhead = (beyond[int(share * (len(beyond) - 1))] for share in (0.2, 0.5, 0.8))
+        found["decoder_layer_overhead"] = [OpPoint({"dtype": self.dtype_name}, *overhead)]
         return found
 
     def _beyond_parts(self, found: dict[str, list[OpPoint]], whole: dict[int, float]) -> list[float]:
@@ -192,12 +203,11 @@ class Microbenchmarks:
         }
 
     def _key(self, op: str, **parameters: int | float | str) -> Key:
-        return _op_key(op, **parameters, dtype=self.dtype_name)
+        return op_key(op, **parameters, dtype=self.dtype_name)
 
     def _random(self, num_elements: int) -> torch.Tensor:
-        return torch.randn(num_elements, generator=self.generator, device=self.device, dtype=torch.float32).to(
-            self.dtype
-        )
+        numbers = torch.randn(num_elements, generator=self.generator, device=self.device, dtype=torch.float32)
+        return numbers.to(self.dtype)
 
     def _rate(self) -> float:
         """Measure multiply-adds times two of a millisecond, roughly: to guess what a call will take."""
@@ -219,217 +229,117 @@ class Microbenchmarks:
 
     # ---- linear layers ----
 
-    def _linear_shapes(self) -> list[tuple[int, int]]:
-        if self.shapes:
-            return sorted({(inputs, outputs) for shape in self.shapes for inputs, outputs, _ in shape.linears})
-        widths = CUDA_WIDTHS if self.on_cuda else WIDTHS
-        outputs = (*widths, *(CUDA_MORE_OUTPUTS if self.on_cuda else MORE_OUTPUTS))
-        return [(inputs, output) for inputs in widths for output in outputs]
-
     def _linears(self) -> Iterator[tuple[Key, _Timed]]:
-        working_sets = CUDA_WORKING_SETS if self.on_cuda else WORKING_SETS
-        shapes = self._linear_shapes()
-        item = self.dtype.itemsize
-        largest = max(inputs * outputs for inputs, outputs in shapes)
-        pool = self._random(max(working_sets[-1] // item, largest))
+        grid, item = self.grid, self.dtype.itemsize
+        shapes = sorted({(inputs, outputs) for shape in self.shapes for inputs, outputs, _ in shape.linears})
+        if not self.shapes:
+            outputs_of_grid = (*grid.widths, *grid.more_outputs)
+            shapes = [(inputs, outputs) for inputs in grid.widths for outputs in outputs_of_grid]
+        largest_set = grid.working_sets[-1]
+        pool = self._random(max(largest_set // item, max(inputs * outputs for inputs, outputs in shapes)))
         pool *= 0.02
-        widest = max(inputs for inputs, _ in shapes)
-        activations = self._random(self.rows[-1] * widest)
+        activations = self._random(self.rows[-1] * max(inputs for inputs, _ in shapes))
         for inputs, outputs in shapes:
-            for working_set in working_sets:
+            for working_set in grid.working_sets:
                 elements = working_set // item
-                if inputs * outputs > elements and working_set != working_sets[-1]:
+                if inputs * outputs > elements and working_set != largest_set:
                     continue
                 num_weights = max(1, elements // (inputs * outputs))
                 weights = pool[: num_weights * inputs * outputs].view(num_weights, outputs, inputs)
-                prepare = None if working_set == working_sets[-1] or self.on_cuda else pool[:elements].sum
+                prepare = None if working_set == largest_set or self.on_cuda else pool[:elements].sum
+                sizes = {"in_features": inputs, "out_features": outputs, "working_set_bytes": working_set}
                 for rows in self.rows:
                     flops = 2.0 * rows * inputs * outputs
                     if rows > 1 and not self._fits(flops):
                         break
                     count = self._count(flops, inputs * outputs * item, num_weights)
-                    key = self._key(
-                        "linear",
-                        rows=rows,
-                        in_features=inputs,
-                        out_features=outputs,
-                        working_set_bytes=working_set,
-                    )
                     rotation = _Rotation(num_weights, count, fixed=self.on_cuda)
-                    yield (
-                        key,
-                        _Timed(
-                            _linear_call(activations, weights, rows, rotation), count, prepare, self._is_short(flops)
-                        ),
-                    )
+                    call = _linear_call(activations, weights, rows, rotation)
+                    yield self._key("linear", rows=rows, **sizes), _Timed(call, count, prepare, self._is_short(flops))
 
     # ---- attention ----
 
-    def _head_shapes(self) -> list[tuple[int, int, int]]:
-        if self.shapes:
-            return sorted({(shape.num_heads, shape.num_kv_heads, shape.head_dim) for shape in self.shapes})
-        return list(CUDA_HEADS if self.on_cuda else HEADS)
-
     def _attention(self) -> Iterator[tuple[Key, _Timed]]:
-        contexts = CUDA_CONTEXT_LENS if self.on_cuda else CONTEXT_LENS
-        head_shapes = self._head_shapes()
-        pool_bytes = CUDA_CACHE_POOL if self.on_cuda else CACHE_POOL
-        largest = max(kv_heads * head_dim for _, kv_heads, head_dim in head_shapes)
-        num_elements = max(pool_bytes // self.dtype.itemsize, 2 * (contexts[-1] + MAX_OP_NODES) * largest)
+        grid = self.grid
+        heads: Iterable[tuple[int, int, int]] = grid.heads
+        if self.shapes:
+            heads = sorted({(shape.num_heads, shape.num_kv_heads, shape.head_dim) for shape in self.shapes})
+        largest = max(kv_heads * head_dim for _, kv_heads, head_dim in heads)
+        num_elements = max(
+            grid.cache_pool // self.dtype.itemsize, 2 * (grid.context_lens[-1] + MAX_STEP_ROWS) * largest
+        )
         pool = self._random(num_elements)
-        queries = self._random(MAX_OP_NODES * max(heads * head_dim for heads, _, head_dim in head_shapes))
-        for q_heads, kv_heads, head_dim in head_shapes:
-            for context_len in contexts:
+        queries = self._random(MAX_STEP_ROWS * max(q_heads * head_dim for q_heads, _, head_dim in heads))
+        for q_heads, kv_heads, head_dim in heads:
+            sizes = {"batch_size": 1, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+            for context_len in grid.context_lens:
                 for nodes in self.rows:
                     slots = context_len + nodes
                     # two products; half of their speed is what an attention reaches
                     flops = 2 * 4.0 * nodes * slots * q_heads * head_dim
-                    if nodes > MAX_OP_NODES or (nodes > 1 and not self._fits(flops)):
+                    if nodes > MAX_STEP_ROWS or (nodes > 1 and not self._fits(flops)):
                         break
                     elements = slots * kv_heads * head_dim
                     num_caches = max(1, num_elements // (2 * elements))
                     count = self._count(flops, 2 * elements * self.dtype.itemsize, num_caches)
                     caches = pool[: 2 * num_caches * elements].view(num_caches, 2, 1, slots, kv_heads, head_dim)
                     query = queries[: nodes * q_heads * head_dim].view(1, q_heads, nodes, head_dim).transpose(1, 2)
-                    key = self._key(
-                        "tree_attention",
-                        nodes=nodes,
-                        context_len=context_len,
-                        batch_size=1,
-                        q_heads=q_heads,
-                        kv_heads=kv_heads,
-                        head_dim=head_dim,
-                    )
                     rotation = _Rotation(num_caches, count, fixed=self.on_cuda)
-                    yield (
-                        key,
-                        _Timed(
-                            self._attention_call(query, caches, context_len, rotation),
-                            count,
-                            short=self._is_short(flops),
-                        ),
-                    )
-
-    def _attention_call(self, query: torch.Tensor, caches: torch.Tensor, context_len: int, rotation: _Rotation) -> Call:
-        mask = calls.target_step(query.shape[1], self.device).tree_mask
-        lens = torch.full((1,), context_len, dtype=torch.int32, device=self.device)
-
-        def call() -> None:
-            for index in rotation.next():
-                keys, values = caches[index]
-                tree_attention(query, keys, values, mask, lens).out.contiguous()
-
-        return call
+                    call = _attention_call(query, caches, context_len, rotation)
+                    key = self._key("tree_attention", nodes=nodes, context_len=context_len, **sizes)
+                    yield key, _Timed(call, count, short=self._is_short(flops))
 
     # ---- the rest of a layer and of a model ----
 
     def _hollow_models(self) -> Iterator[tuple[Key, _Timed]]:
-        found: list[tuple[int, int, int, int, int]] = list(CUDA_WIDTHS_OF_LAYERS if self.on_cuda else WIDTHS_OF_LAYERS)
-        if self.shapes:
-            found = sorted(
-                {
-                    (
-                        shape.hidden_size,
-                        shape.intermediate_size or 4 * shape.hidden_size,
-                        shape.num_heads,
-                        shape.num_kv_heads,
-                        shape.head_dim,
-                    )
-                    for shape in self.shapes
-                }
-            )
-        for hidden, intermediate, q_heads, kv_heads, head_dim in found:
-            shape = ModelFingerprint(
-                "llama", self.dtype_name, 1, 1, 1, hidden, intermediate, q_heads, kv_heads, head_dim
-            )
+        for shape in sorted(set(map(LayerShape.of, self.shapes))) or self.grid.layers:
+            sizes = dict(zip(("hidden_size", "intermediate_size", "q_heads", "kv_heads", "head_dim"), shape))
             for num_layers in (FEW_LAYERS, MORE_LAYERS):
-                model = hollow_llama(shape, num_layers, self.device)
-                cache = model.new_cache(1, 2 * MAX_OP_NODES)
+                model = hollow_llama(shape, num_layers, self.dtype, self.device)
+                cache = model.new_cache(1, 2 * MAX_STEP_ROWS)
                 for rows in self.rows:
                     # element-wise work reaches some hundredth of the multiply-adds of a product
-                    work = 300.0 * rows * (4 * hidden + intermediate)
-                    if rows > MAX_OP_NODES or (rows > 1 and not self._fits(work * num_layers)):
+                    work = 300.0 * rows * (4 * shape.hidden_size + shape.intermediate_size)
+                    if rows > MAX_STEP_ROWS or (rows > 1 and not self._fits(work * num_layers)):
                         break
-                    key = self._key(
-                        "hollow",
-                        rows=rows,
-                        hidden_size=hidden,
-                        intermediate_size=intermediate,
-                        q_heads=q_heads,
-                        kv_heads=kv_heads,
-                        head_dim=head_dim,
-                        layers=num_layers,
-                    )
-                    step = calls.target_step(rows, self.device)
-                    call = calls.forward_call(model, cache, MAX_OP_NODES, step)
+                    call = calls.forward_call(model, cache, MAX_STEP_ROWS, calls.target_step(rows, self.device))
+                    key = self._key("hollow", rows=rows, **sizes, layers=num_layers)
                     yield key, _Timed(call, short=self._is_short(work))
 
     def _whole_layers(self) -> Iterator[tuple[Key, _Timed]]:
         """Models of one and of more real layers of a small shape, all of whose parts are timed above."""
-        shape = CUDA_WHOLE_LAYER if self.on_cuda else WHOLE_LAYER
-        hidden, intermediate, heads, kv_heads, head_dim = shape
+        shape = self.grid.whole_layer
         if self.shapes:
-            smallest = min(self.shapes, key=lambda shape: shape.hidden_size)
-            hidden, intermediate = smallest.hidden_size, smallest.intermediate_size or 4 * smallest.hidden_size
-            heads, kv_heads, head_dim = smallest.num_heads, smallest.num_kv_heads, smallest.head_dim
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=4 * MAX_OP_NODES,
-        )
+            shape = LayerShape.of(min(self.shapes, key=lambda shape: shape.hidden_size))
         for num_layers in (FEW_LAYERS, MORE_LAYERS):
-            config = copy.deepcopy(config)
-            config.num_hidden_layers = num_layers
-            model = LlamaForCausalLM(config).to(self.device, self.dtype).eval()
-            fingerprint = ModelFingerprint.of(model)
-            cache = adapt(model).new_cache(1, WHOLE_CONTEXT + WHOLE_ROWS)
+            model = whole_llama(shape, num_layers, self.dtype, self.device)
+            self.whole_layer = ModelFingerprint.of(model)
+            cache = model.new_cache(1, WHOLE_CONTEXT + WHOLE_ROWS)
             for tensor in cache.tensors():
                 tensor.normal_(generator=self.generator)
-            for rows in self.rows:
-                if rows > WHOLE_ROWS:
-                    break
-                key = self._key("whole", rows=rows, layers=num_layers)
-                step = calls.target_step(rows, self.device)
-                yield key, _Timed(calls.forward_call(adapt(model), cache, WHOLE_CONTEXT, step))
-        self.whole_layer = fingerprint
+            for rows in (rows for rows in self.rows if rows <= WHOLE_ROWS):
+                call = calls.forward_call(model, cache, WHOLE_CONTEXT, calls.target_step(rows, self.device))
+                yield self._key("whole", rows=rows, layers=num_layers), _Timed(call)
 
     # ---- sampling, verification, compaction ----
 
     def _ops(self) -> Iterator[tuple[Key, _Timed]]:
-        vocabs = sorted({shape.vocab_size for shape in self.shapes}) or VOCABS
-        most = CUDA_MAX_LOGITS if self.on_cuda else MAX_LOGITS
-        for vocab in vocabs:
-            for temperature in TEMPERATURES:
-                for rows in SAMPLE_ROWS:
-                    for num_samples in SAMPLE_COUNTS:
-                        if num_samples > vocab or rows * vocab > most:
-                            continue
-                        key = _op_key(
-                            "sample_without_replacement",
-                            rows=rows,
-                            num_samples=num_samples,
-                            vocab=vocab,
-                            temperature=temperature,
-                        )
-                        call = calls.sample_call(rows, num_samples, vocab, temperature, self.dtype, self.device)
-                        yield key, _Timed(call)
-                for nodes in VERIFY_NODES:
-                    if nodes * vocab > most:
-                        break
-                    key = _op_key("verify_tree", batch_size=1, nodes=nodes, vocab=vocab, temperature=temperature)
-                    call = calls.verify_call(1, nodes, vocab, temperature, (self.dtype, self.dtype), self.device)
-                    yield key, _Timed(call)
+        most = self.grid.max_logits
+        for vocab in sorted({shape.vocab_size for shape in self.shapes}) or VOCABS:
+            nodes = [count for count in VERIFY_NODES if count * vocab <= most]
+            rows = [count for count in SAMPLE_ROWS if count * vocab <= most]
+            found = calls.draw_and_verify_calls(
+                1, nodes, rows, calls.SAMPLE_COUNTS, (vocab, vocab), (self.dtype, self.dtype), self.device
+            )
+            for key, call in found:
+                yield key, _Timed(call)
         for num_layers, kv_heads, head_dim in COMPACT_CACHES:
             specs = [LayerSpec(kv_heads, head_dim, head_dim, self.dtype, self.device, None)] * num_layers
-            cache = TreeCache(tuple(specs), 1, 4 * COMPACT_LEVELS[-1])
+            cache = TreeCache(tuple(specs), 1, 4 * calls.COMPACT_LEVELS[-1])
             row_bytes = 2 * num_layers * kv_heads * head_dim * self.dtype.itemsize
-            for levels in COMPACT_LEVELS:
-                key = _op_key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=1)
-                yield key, _Timed(calls.compact_call(cache.tensors(), 16, levels, 2 * COMPACT_LEVELS[-1]))
+            for levels in calls.COMPACT_LEVELS:
+                key = op_key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=1)
+                yield key, _Timed(calls.compact_call(cache.tensors(), 16, levels, 2 * calls.COMPACT_LEVELS[-1]))
 
     def _launches(self) -> Iterator[tuple[Key, _Timed]]:
         """A graph of one and of many small kernels: what a kernel in a graph takes at least."""
@@ -440,7 +350,7 @@ class Microbenchmarks:
                 for _ in range(kernels):
                     numbers.add_(1)
 
-            yield _op_key("graph_launch", kernels=kernels), _Timed(call)
+            yield op_key("graph_launch", kernels=kernels), _Timed(call)
 
 
 def _warm_up(timed: _Timed) -> Call:
@@ -456,10 +366,6 @@ def _warm_up(timed: _Timed) -> Call:
             timed.call()
 
     return prepare
-
-
-def _op_key(op: str, **parameters: int | float | str) -> Key:
-    return op, tuple(parameters.items())
 
 
 class _Rotation:
@@ -490,6 +396,18 @@ def _linear_call(activations: torch.Tensor, weights: torch.Tensor, rows: int, ro
     return call
 
 
+def _attention_call(query: torch.Tensor, caches: torch.Tensor, context_len: int, rotation: _Rotation) -> Call:
+    mask = calls.target_step(query.shape[1], query.device).tree_mask
+    lens = torch.full((1,), context_len, dtype=torch.int32, device=query.device)
+
+    def call() -> None:
+        for index in rotation.next():
+            keys, values = caches[index]
+            tree_attention(query, keys, values, mask, lens).out.contiguous()
+
+    return call
+
+
 def measure_microbenchmarks(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -501,7 +419,7 @@ def measure_microbenchmarks(
     quick: bool = False,
     ops: bool = True,
     rows: Sequence[int] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
 ) -> HardwareProfile:
     """Measure the parts of which `plan_tree` composes the forwards of models that were not measured themselves.
@@ -547,16 +465,8 @@ def measure_microbenchmarks(
     ]
     if seconds is None:
         seconds = QUICK_SECONDS if quick else SECONDS
-    shown = -1
     bench: Microbenchmarks | None = None
-
-    def report(fraction: float) -> None:
-        nonlocal shown
-        done = int(PROGRESS_STEPS * fraction)
-        if progress is not None and done > shown:
-            shown = done
-            progress(done, PROGRESS_STEPS, "preparing" if bench is None else f"{len(bench.calls)} parts in turn")
-
+    report = report_percent(progress, lambda: "preparing" if bench is None else f"{len(bench.calls)} parts in turn")
     report(0.0)
     with torch.inference_mode():
         bench = Microbenchmarks(device, dtype, found, quick=quick, ops=ops, rows=rows)

@@ -13,9 +13,10 @@ from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, draft
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
-from sequoia_kernels.measure.timing import Timing, time_calls
+from sequoia_kernels.measure.timing import Progress, Timing, report_percent, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
+from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["affordable_node_counts", "measure_profile"]
 
@@ -28,19 +29,12 @@ DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 QUICK_DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16)
 CONTEXT_LENS = (128, 512, 2048)
 QUICK_CONTEXT_LENS = (128, 512)
-SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32)
 QUICK_SAMPLE_COUNTS = (1, 4, 16)
-COMPACT_LEVELS = (1, 2, 4, 8, 16, 32)
 QUICK_COMPACT_LEVELS = (1, 8, 32)
-TEMPERATURES = (0.0, 1.0)  # greedy and sampled: the ops take different ways
 SECONDS, QUICK_SECONDS = 40.0, 9.0
-MAX_OP_NODES = 1024  # rows that the ops accept
 
 LEAST_NODE_COUNTS = 4  # sizes that are timed whatever they take
 CALLS_A_SIZE = 6  # calls that timing a size takes, its share of the draft's and the ops' times included
-
-Progress = Callable[[int, int, str], None]
-PROGRESS_STEPS = 100
 
 
 def measure_profile(
@@ -129,10 +123,10 @@ def measure_profile(
             node_counts = OFFLOADED_NODE_COUNTS
     if draft_node_counts is None:
         draft_node_counts = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS
-    node_counts = _check_counts(node_counts, "node_counts", 1, MAX_OP_NODES, always=(1,))
+    node_counts = _check_counts(node_counts, "node_counts", 1, MAX_STEP_ROWS, always=(1,))
     # no level of a tree has more internal nodes than half of the tree's nodes
     widest = max(2, node_counts[-1] // 2)
-    draft_node_counts = _check_counts(draft_node_counts, "draft_node_counts", 1, MAX_OP_NODES // 2, always=(1, 2))
+    draft_node_counts = _check_counts(draft_node_counts, "draft_node_counts", 1, MAX_STEP_ROWS // 2, always=(1, 2))
     draft_node_counts = [count for count in draft_node_counts if count <= widest] if draft is not None else []
     counts = {"target": node_counts, "draft": draft_node_counts}
     tree_rows = max([node_counts[-1], *(calls.draft_tree_rows(count) for count in draft_node_counts)])
@@ -145,16 +139,8 @@ def measure_profile(
             f"{where}: context_lens must be below the target's {target.max_positions} positions, got {context_lens[-1]}"
         )
 
-    shown = -1
-
-    def report(fraction: float) -> None:
-        nonlocal shown
-        done = int(PROGRESS_STEPS * fraction)
-        if progress is not None and done > shown:  # drawing a bar takes longer than many a call that is timed
-            shown = done
-            progress(done, PROGRESS_STEPS, "preparing" if plan is None else f"{len(plan.calls)} calls in turn")
-
     plan: _Plan | None = None
+    report = report_percent(progress, lambda: "preparing" if plan is None else f"{len(plan.calls)} calls in turn")
     report(0.0)
     profile = HardwareProfile(DeviceFingerprint.of(device))
     with torch.inference_mode():
@@ -232,7 +218,6 @@ class _Plan:
         tree_rows: int,
         quick: bool,
     ) -> None:
-        self.sample_counts = QUICK_SAMPLE_COUNTS if quick else SAMPLE_COUNTS
         self.counts, self.context_lens, self.batch_size = counts, context_lens, batch_size
         self.target, self.draft = target, draft
         self.fingerprints = {"target": ModelFingerprint.of(target)}
@@ -266,12 +251,23 @@ class _Plan:
                     f"measure_profile: draft must tell what growing a level takes (Drafting.level_call), got {draft!r}"
                 )
             self.calls["forward", "draft", context_len, count] = call
-        self._add_ops()
+        drawing = draft or target
+        self.calls.update(
+            calls.draw_and_verify_calls(
+                batch_size,
+                counts["target"],
+                [batch_size * count for count in counts["draft"]],
+                QUICK_SAMPLE_COUNTS if quick else calls.SAMPLE_COUNTS,
+                (target.vocab_size, min(target.vocab_size, drawing.vocab_size)),
+                (target.logits_dtype, drawing.logits_dtype),
+                target.device,
+            )
+        )
         if draft is not None:
             row_bytes = sum(fingerprint.cache_row_bytes for fingerprint in self.fingerprints.values())
-            for levels in QUICK_COMPACT_LEVELS if quick else COMPACT_LEVELS:
+            for levels in QUICK_COMPACT_LEVELS if quick else calls.COMPACT_LEVELS:
                 if levels <= tree_rows:
-                    key = _key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=batch_size)
+                    key = calls.op_key("compact_kv_cache_", levels=levels, row_bytes=row_bytes, batch_size=batch_size)
                     self.calls[key] = calls.compact_call(tensors, context_lens[0], levels, tree_rows)
 
     def model(self, key: tuple[Any, ...]) -> TreeModel | None:
@@ -280,39 +276,6 @@ class _Plan:
         if kind != "forward":
             return None
         return self.target if role == "target" else next(iter(self.draft.models), None) if self.draft else None
-
-    def _add_ops(self) -> None:
-        target = self.target
-        draft = self.draft or target
-        dtypes = (target.logits_dtype, draft.logits_dtype)
-        for temperature in TEMPERATURES:
-            for count in self.counts["target"]:
-                key = _key(
-                    "verify_tree",
-                    batch_size=self.batch_size,
-                    nodes=count,
-                    vocab=target.vocab_size,
-                    temperature=temperature,
-                )
-                self.calls[key] = calls.verify_call(
-                    self.batch_size, count, target.vocab_size, temperature, dtypes, target.device
-                )
-            vocab = min(target.vocab_size, draft.vocab_size)
-            for count in self.counts["draft"]:
-                for num_samples in self.sample_counts:
-                    if num_samples > vocab:
-                        continue
-                    rows = self.batch_size * count
-                    key = _key(
-                        "sample_without_replacement",
-                        rows=rows,
-                        num_samples=num_samples,
-                        vocab=vocab,
-                        temperature=temperature,
-                    )
-                    self.calls[key] = calls.sample_call(
-                        rows, num_samples, vocab, temperature, draft.logits_dtype, target.device
-                    )
 
     def fill(
         self,
@@ -343,16 +306,15 @@ class _Plan:
                 ),
             )
         points: dict[str, list[OpPoint]] = {}
-        for (kind, *rest), time in times.items():
-            if kind == "op":
-                name, parameters = rest
-                points.setdefault(name, []).append(OpPoint(dict(parameters), time.p20_ms, time.p50_ms, time.p80_ms))
+        for (name, *rest), time in times.items():
+            if name != "forward":
+                points.setdefault(name, []).append(OpPoint(dict(rest[0]), time.p20_ms, time.p50_ms, time.p80_ms))
         for name, entries in points.items():
             profile = profile.with_op(name, entries)
         # One ratio for all kinds of calls: what interruptions add is in proportion to the time that a call takes, but
         # whether one of them hits the few short calls of a kind is chance.
         slowdown = sum(time.mean_ms for time in times.values()) / sum(time.p50_ms for time in times.values())
-        names = {name if kind == "op" else self.fingerprints[name].key for kind, name, *_ in times}
+        names = {self.fingerprints[key[1]].key if key[0] == "forward" else key[0] for key in times}
         profile = profile.with_slowdowns(dict.fromkeys(sorted(names), slowdown))
         keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}
         return profile.with_measurement(keys["target"], keys.get("draft"), bandwidth, settings)
@@ -376,10 +338,6 @@ def _not_falling(times: Sequence[float]) -> tuple[float, ...]:
             (mean, count), (other, more) = groups[-2:]
             groups[-2:] = [((count * mean + more * other) / (count + more), count + more)]
     return tuple(mean for mean, count in groups for _ in range(count))
-
-
-def _key(op: str, **parameters: float) -> tuple[Any, ...]:
-    return "op", op, tuple(parameters.items())
 
 
 def _default_contexts(context_lens: Sequence[int], longest: int | None) -> list[int]:

@@ -17,9 +17,20 @@ import torch
 
 from sequoia_kernels.cuda_graphs import on_device
 
-__all__ = ["Timing", "device_ms", "event_ms", "host_ms", "keep_busy", "quantile", "time_calls"]
+__all__ = [
+    "Progress",
+    "Timing",
+    "device_ms",
+    "event_ms",
+    "host_ms",
+    "keep_busy",
+    "quantile",
+    "report_percent",
+    "time_calls",
+]
 
 Key = TypeVar("Key", bound=Hashable)
+Progress = Callable[[int, int, str], None]  # done, total, what is being done
 
 
 class Timing(NamedTuple):
@@ -116,6 +127,23 @@ def time_calls(
         num_rounds += 1
     longest = 4 * max((quantile(sorted(times), 0.8) for times in samples.values()), default=0.0)
     return {key: Timing.of(samples[key], longest) for key in calls}
+
+
+def report_percent(progress: Progress | None, describe: Callable[[], str]) -> Callable[[float], None]:
+    """Return what reports a fraction done to `progress`, as percent, and only where that has grown.
+
+    Drawing a bar takes longer than many a call that is timed.
+    """
+    shown = -1
+
+    def report(fraction: float) -> None:
+        nonlocal shown
+        done = int(100 * fraction)
+        if progress is not None and done > shown:
+            shown = done
+            progress(done, 100, describe())
+
+    return report
 
 
 def host_ms(call: Callable[[], object], device: torch.device | None = None) -> float:

@@ -38,14 +38,14 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "documents": set(),
-    "checks": SHARED | {"tree"},
+    "checks": {"documents"},
     "guard": set(),
     "cuda_graphs": {"guard"},
     "fingerprints": set(),
     "rng": SHARED,
-    "tree": {"errors", "documents"},
+    "tree": {"errors", "documents", "checks"},
     "ops": SHARED | NATIVE | {"tree"},
-    "planner": {"errors", "documents", "fingerprints", "tree", "_host"},
+    "planner": {"errors", "documents", "checks", "fingerprints", "tree", "_host"},
     "models": SHARED | {"tree", "ops"},
     "offload": SHARED | {"ops", "models"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
@@ -126,6 +126,63 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     return found
 
 
+def private_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Return where a module takes what another room keeps to itself: underscore names, of modules or in them."""
+    tree = ast.parse(source)
+    taken = []
+    modules = {}  # by the names that they are bound to here
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias, (line, dotted) in zip(node.names, imported_modules(node, module, is_package), strict=True):
+                taken.append((line, dotted))
+                if module_path(dotted):
+                    modules[alias.asname or alias.name] = dotted
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            taken.append((node.lineno, f"{modules[node.value.id]}.{node.attr}"))
+    found = []
+    for line, dotted in taken:
+        root, *parts = dotted.split(".")
+        if root != "sequoia_kernels" or not parts or parts[0] in NATIVE or parts[:1] == module.split(".")[1:2]:
+            continue
+        if any(part.startswith("_") and not part.startswith("__") for part in parts):
+            found.append(f"{module}:{line} must not take {dotted}, which another room keeps to itself")
+    return found
+
+
+def module_path(dotted: str) -> str | None:
+    """Return the module that a dotted name is, None for a name in a module."""
+    path = PACKAGE.parent / Path(*dotted.split("."))
+    return dotted if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() else None
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import one another, each as its sorted names (Tarjan's algorithm)."""
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        index[module] = lowest[module] = len(index)
+        path.append(module)
+        for other in sorted(imports[module]):
+            if other not in index:
+                visit(other)
+            if other in path:
+                lowest[module] = min(lowest[module], lowest[other])
+        if lowest[module] == index[module]:
+            group = path[path.index(module) :]
+            del path[path.index(module) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in sorted(imports):
+        if module not in index:
+            visit(module)
+    return found
+
+
 def package_modules() -> list[tuple[str, Path]]:
     modules = []
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -139,6 +196,48 @@ def test_imports_go_one_way() -> None:
     for module, path in package_modules():
         found += violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
     assert not found, "\n".join(found)
+
+
+def test_nobody_takes_what_another_room_keeps_to_itself() -> None:
+    found = []
+    for module, path in package_modules():
+        found += private_imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+def test_no_files_import_one_another() -> None:
+    """Imports inside functions and those for type checkers count as well."""
+    imports = {}
+    for module, path in package_modules():
+        names = imported_modules(ast.parse(path.read_text(encoding="utf-8")), module, path.name == "__init__.py")
+        found = {
+            module_path(dotted) or module_path(dotted.rpartition(".")[0])
+            for _, dotted in names
+            if NATIVE.isdisjoint(dotted.split("."))
+        }
+        imports[module] = {other for other in found if other is not None and other != module}
+    assert circles(imports) == []
+
+
+def test_a_circle_is_found() -> None:
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": {"e"}, "e": set(), "f": {"g"}, "g": {"a", "f"}}
+    assert circles(imports) == [["b", "c"], ["f", "g"]]
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("from sequoia_kernels.tree.token_tree import _check_parents", 1),
+        ("from sequoia_kernels.tree import _private, TokenTree", 1),
+        ("from sequoia_kernels import checks\n\nchecks._dtype_text(None)", 1),
+        ("from sequoia_kernels.tree import token_tree as trees\n\ntrees._check_parents(trees.TokenTree)", 1),
+        ("from sequoia_kernels.planner.plan import _Search\nfrom sequoia_kernels import _host, __version__", 0),
+        ("from sequoia_kernels import _host\n\n_host._anything()", 0),
+        ("from sequoia_kernels.tree import TokenTree\n\nTokenTree._private", 0),
+    ],
+)
+def test_a_private_import_is_found(source: str, count: int) -> None:
+    assert len(private_imports(source, "sequoia_kernels.planner.search")) == count
 
 
 def test_every_room_has_a_law() -> None:

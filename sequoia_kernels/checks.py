@@ -1,4 +1,4 @@
-"""Argument checks of the ops: cheap on the way through, one wording when they fail.
+"""Argument checks: cheap on the way through, one wording when they fail.
 
 A message reads ``<op>: <arg> must <rule>, got <actual>``. Structure (types, dtypes, shapes, devices) is checked on
 every call and on every device. Values are checked where that costs no device sync: on CPU tensors always, elsewhere
@@ -16,17 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sequoia_kernels.documents import is_integer, is_number
+
 __all__ = [
     "FINITE",
     "FLOAT_DTYPES",
     "MIN_TEMPERATURE",
+    "NOT_NEGATIVE",
     "TEMPERATURE",
+    "TIME",
     "TOP_P",
     "Rule",
+    "at_least",
     "check_device",
     "check_dtype",
     "check_logits",
     "check_memory",
+    "check_number",
     "check_options",
     "check_out",
     "check_rows",
@@ -40,6 +46,7 @@ __all__ = [
     "row_values",
     "shape_text",
     "whole_number",
+    "within",
 ]
 
 FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -137,6 +144,25 @@ TEMPERATURE = Rule(
     lambda value: value == 0.0 or _TEMPERATURE_FLOOR <= value < math.inf,
 )
 TOP_P = Rule("be in (0, 1]", lambda value: 0.0 < value <= 1.0)
+NOT_NEGATIVE = Rule("be a finite number >= 0", lambda value: value >= 0)
+TIME = Rule("be a finite time >= 0", lambda value: value >= 0)
+
+
+def at_least(least: int) -> Rule:
+    """The rule of an integer that has a lower limit."""
+    return Rule(f"be at least {least}", lambda value: value >= least)
+
+
+def within(least: int, most: int) -> Rule:
+    """The rule of an integer in a range, both ends included."""
+    return Rule(f"be in {least}..{most}", lambda value: least <= value <= most)
+
+
+def check_number(where: str, name: str, value: Any, rule: Rule) -> Any:
+    """Check a setting, a finite number, and return it as it is; what is no number raises the rule's ValueError too."""
+    if not is_number(value) or not rule.holds(value):
+        fail_range(where, name, rule.text, repr(value))
+    return value
 
 
 def real_number(op: str, name: str, value: Any, rule: Rule, kind: str = "a number") -> Any:
@@ -154,17 +180,40 @@ def real_number(op: str, name: str, value: Any, rule: Rule, kind: str = "a numbe
     raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
 
 
-def whole_number(op: str, name: str, value: Any, dtype: torch.dtype, kind: str = "an integer") -> Any:
-    """Check an integer and return it as an int, NumPy's included."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        number, limits = int(value), torch.iinfo(dtype)
-        if not limits.min <= number <= limits.max:
+def whole_number(
+    where: str,
+    name: str,
+    value: Any,
+    dtype: torch.dtype | None = None,
+    kind: str = "an integer",
+    rule: Rule | None = None,
+) -> Any:
+    """Check an integer and return it as an int, NumPy's included; booleans are refused, they are masks by mistake.
+
+    Args:
+        where: function named in the messages.
+        name: name of the argument.
+        value: the argument.
+        dtype: what it must fit into, where it goes into a tensor.
+        kind: what it must be, in words.
+        rule: what it must obey.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: it breaks the rule, or does not fit.
+    """
+    if is_integer(value):
+        number = int(value)
+        if dtype is not None and not torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max:
             shown = number if number.bit_length() <= 128 else f"an integer of {number.bit_length()} bits"
-            fail_range(op, name, f"fit into {_dtype_text(dtype)}", shown)
+            fail_range(where, name, f"fit into {_dtype_text(dtype)}", shown)
+        if rule is not None and not rule.holds(number):
+            fail_range(where, name, rule.text, number)
         return number
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt):  # traced: there is no value yet
         return value
-    raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
+    shown = type(value).__name__ if dtype is not None else f"{value!r} of type {type(value).__name__}"
+    raise TypeError(f"{where}: {name} must be {kind}, got {shown}")
 
 
 def row_values(

@@ -2,7 +2,8 @@
 
 A document is a JSON object that says its format and version. `Format` writes and parses it, `Fields` reads its fields
 one by one: what is missing, repeated, of the wrong kind or out of range raises the format's error, in one line that
-names the field. `write_text` and `write_bytes` write a file whole or not at all.
+names the field. `Document` is a value that has such a text and files. `write_text` and `write_bytes` write a file whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -17,18 +18,25 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "MAX_COUNT",
     "MAX_TIME_MS",
+    "Document",
     "Fields",
     "Format",
     "check_writable",
     "is_count",
+    "is_integer",
     "is_number",
     "is_text",
+    "parse_json",
     "read_text",
     "write_bytes",
     "write_text",
@@ -41,14 +49,19 @@ MAX_SHOWN = 60  # characters of a value that a message shows
 _MISSING = object()
 
 
+def is_integer(value: object) -> bool:
+    """Tell an integer, NumPy's included, from everything else; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def is_number(value: object) -> bool:
     """Tell a finite number that a float64 can hold from everything else; true and false are no numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def is_count(value: object, least: int = 0) -> bool:
-    """Tell an integer in least..MAX_COUNT from everything else; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT
+def is_count(value: Any, least: int = 0) -> bool:
+    """Tell an integer in least..MAX_COUNT from everything else."""
+    return is_integer(value) and least <= value <= MAX_COUNT
 
 
 def is_text(value: object) -> bool:
@@ -65,17 +78,19 @@ class Format:
         version: what its "version" field says.
         error: raised for a text that is no such document.
         hint: ends the message for a file that is no text at all.
+        indent: of its text; None writes one line.
     """
 
     name: str
     version: int
     error: type[ValueError] = ValueError
     hint: str = ""
+    indent: int | None = 1
 
-    def dump(self, fields: Mapping[str, Any], indent: int | None = 1) -> str:
+    def dump(self, fields: Mapping[str, Any]) -> str:
         """Give the JSON text of a document, format and version first. NaN and infinity are refused by `json`."""
         document = {"format": self.name, "version": self.version, **fields}
-        return json.dumps(document, indent=indent, allow_nan=False) + "\n"
+        return json.dumps(document, indent=self.indent, allow_nan=False) + "\n"
 
     def parse(self, text: str, where: str) -> Fields:
         """Read a document that `dump` wrote.
@@ -92,9 +107,7 @@ class Format:
         if not isinstance(text, str):
             raise TypeError(f"{where}: text must be a str, got {type(text).__name__}")
         try:
-            value = json.loads(
-                text, object_pairs_hook=_unique_fields, parse_constant=_refuse_number, parse_float=_finite
-            )
+            value = parse_json(text)
         except RecursionError:
             raise self.error(f"{where}: the document must be JSON, got brackets nested too deeply") from None
         except ValueError as reason:
@@ -120,6 +133,51 @@ class Format:
                 f"{where}: the document must be JSON text, got bytes that are not UTF-8{self.hint}"
             ) from None
         return self.parse(text, where)
+
+
+class Document:
+    """A value that is kept as a document; a subclass names the `FORMAT` and says what the fields are."""
+
+    __slots__ = ()
+    FORMAT: ClassVar[Format]
+
+    def to_fields(self) -> dict[str, Any]:
+        """Give the fields of the document as plain JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Self:
+        """Read the value from the fields of a document; the format's error names the first one that breaks its rule."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """Give the value as the text of a JSON document."""
+        return self.FORMAT.dump(self.to_fields())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read a value from the text that `to_json` wrote.
+
+        Raises:
+            TypeError: text is not a string.
+            ValueError: it is no such document of this version, or a field breaks its rule; the class is the format's
+                error, the message names the field.
+        """
+        return cls.from_fields(cls.FORMAT.parse(text, f"{cls.__name__}.from_json"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the document to a file, which appears whole or not at all."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a value from a file that `save` wrote.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: as `from_json`; the message names the file too.
+        """
+        return cls.from_fields(cls.FORMAT.load(path, f"{cls.__name__}.load"))
 
 
 class Fields:
@@ -172,6 +230,10 @@ class Fields:
         """Give a number as it stands there, an integer or a float."""
         return self.get(name, lambda value: is_number(value) and accepts(value), rule, optional)
 
+    def numbers(self, accepts: Callable[[Any], bool], rule: str) -> dict[str, float]:
+        """Give all fields, each of them a number."""
+        return {name: float(self.number(name, accepts, rule)) for name in self}
+
     def time(self, name: str) -> float:
         """Give a time in milliseconds."""
         return float(self.number(name, lambda value: 0 <= value <= MAX_TIME_MS, "a finite number >= 0 of milliseconds"))
@@ -196,6 +258,11 @@ class Fields:
 
     def _path_of(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON text. Raises ValueError or RecursionError, also for fields that appear twice and numbers like NaN."""
+    return json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_number, parse_float=_finite)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

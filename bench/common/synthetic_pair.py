@@ -32,7 +32,7 @@ from sequoia_kernels import TokenTree, estimate_acceptance, optimal_tree
 from sequoia_kernels.models import TreeModel, adapt, causal_step
 from sequoia_kernels.ops import sample_without_replacement, verify_tree
 from sequoia_kernels.planner import AcceptanceEstimate
-from sequoia_kernels.planner.acceptance import tree_values
+from sequoia_kernels.planner.value import tree_values
 
 VOCAB = 32000
 POSITIONS = 4096

@@ -12,9 +12,9 @@ import torch
 from sequoia_kernels.planner.acceptance import (
     AcceptanceEstimate,
     estimate_acceptance,
-    tree_values,
     validate_acceptance,
 )
+from sequoia_kernels.planner.value import tree_values
 from sequoia_kernels.tree import TokenTree
 
 TRUTH = np.array([0.508, 0.142, 0.062, 0.036, 0.028, 0.026, 0.020, 0.015])

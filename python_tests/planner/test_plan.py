@@ -17,12 +17,13 @@ from sequoia_kernels.planner import (
     OptimalTrees,
     TreePlan,
     estimate_acceptance,
+    plan_adaptive,
     plan_tree,
 )
 from sequoia_kernels.planner.cost_model import STAGES, StepShape
 from sequoia_kernels.planner.local_search import refine_tree
 from sequoia_kernels.planner.profile import HardwareProfile
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import TokenTree, VerificationRule, register_rule, rules
 
 SMALL = [0.508, 0.142, 0.062, 0.036, 0.028, 0.026, 0.020, 0.015]
 STRONG = [0.773, 0.104, 0.040, 0.021, 0.013, 0.008, 0.006]
@@ -287,6 +288,48 @@ def test_extrapolation_is_noted(estimate):
     assert "ranks from 2 on are extrapolated" in "\n".join(plan_tree(tail, flat).notes)
 
 
+# ---- verification rules ----
+
+
+@pytest.fixture
+def levels_rule(monkeypatch):
+    """A toy rule by which a step emits a token for each level of the tree, whatever was accepted."""
+    monkeypatch.setattr(rules, "_rules", dict(rules._rules))
+    rule = VerificationRule("levels", lambda tree, acceptance: float(tree.num_levels))
+    register_rule(rule)
+    return rule
+
+
+def test_a_plan_is_valued_by_its_rule(estimate, levels_rule, tmp_path):
+    profile = synthetic_profile()
+    plan = plan_tree(estimate, profile, rule="levels", max_levels=6)
+    assert plan.rule == "levels"
+    assert plan.describe().count("verified by the rule levels") == 1
+    assert plan.tokens_per_step == plan.tree.num_levels == 6
+    assert plan.tokens_per_step_interval == (6.0, 6.0)  # acceptance means nothing to it
+    assert all(candidate.tokens_per_step == candidate.tree.num_levels for candidate in plan.candidates)
+    trees = [plan_tree(estimate, profile, max_levels=6, max_budget=budget).tree for budget in (8, 16, 32)]
+    trees += [TokenTree.chain(length) for length in range(1, 7)]
+    model = CostModel(profile)
+    best = max(tree.num_levels / model.step_ms(tree, plan.context_len) for tree in trees)
+    assert plan.tokens_per_step / plan.step_ms >= 0.99 * best
+    plan.save(tmp_path / "plan.json")
+    assert TreePlan.load(tmp_path / "plan.json") == plan
+
+
+def test_adaptive_plans_take_a_rule(levels_rule):
+    plan = plan_adaptive(SMALL, synthetic_profile(), rule="levels", max_levels=4)
+    assert {entry.rule for entry in plan.plans} == {"levels"}
+    follower = plan.follow()
+    assert follower.fastest(-3.0) == follower.fastest(3.0)  # the same at any acceptance
+
+
+def test_a_plan_of_sequoia_s_rule_says_so(plan):
+    fields = json.loads(plan.to_json())
+    assert fields.pop("rule") == plan.rule == "sequoia"
+    assert TreePlan.from_json(json.dumps(fields)) == plan  # files from before there were several rules
+
+
 # ---- files ----
 
 
@@ -368,6 +411,7 @@ def test_foreign_and_broken_files_are_refused(plan, change, message, tmp_path):
         ({"batch_size": 2}, ProfileError, "batch_size must be a measured one"),
         ({"target": "other"}, ProfileError, "the target must be a measured model, got other"),
         ({"draft": "other"}, ProfileError, "the draft must be a measured model, got other"),
+        ({"rule": "nope"}, ValueError, "rule must be one of sequoia, got 'nope'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):

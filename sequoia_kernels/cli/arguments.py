@@ -142,12 +142,11 @@ def load_tree(path: Path) -> Any:
         BadUsage: it is neither, or too large.
     """
     from sequoia_kernels import TokenTree, TreePlan
-    from sequoia_kernels.planner.plan import FORMAT as PLAN
     from sequoia_kernels.tree import MAX_STEP_ROWS
 
     try:
         text = read_text(path)  # once: it may be a pipe
-        if PLAN.name in text:
+        if TreePlan.FORMAT.name in text:
             return TreePlan.from_json(text)
         tree = TokenTree.from_json(text)
     except ValueError as error:

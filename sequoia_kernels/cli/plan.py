@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--max-budget", type=positive, default=argparse.SUPPRESS, help="largest number of nodes")
     parser.add_argument("--max-levels", type=positive, default=argparse.SUPPRESS, help="largest number of levels")
+    parser.add_argument("--rule", default="sequoia", help="verification rule to plan for")
     parser.add_argument("--any-device", action="store_true", help="accept a profile of another device")
     models = parser.add_argument_group("models (those of the profile when none is given)")
     models.add_argument(
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         acceptance, profile, target=target, draft=draft,
         context_len=getattr(args, "context", None), batch_size=args.batch_size,
         max_budget=getattr(args, "max_budget", None), max_levels=getattr(args, "max_levels", None),
-        temperature=acceptance.temperature,
+        temperature=acceptance.temperature, rule=args.rule,
     )  # fmt: skip
     if hasattr(args, "out"):
         plan.save(args.out)

@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from sequoia_kernels.demo.corpus import corpus_files, read_texts
-from sequoia_kernels.documents import write_text
+from sequoia_kernels.documents import parse_json, read_text, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 512
@@ -242,7 +243,56 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
-def main(argv: list[str] | None = None) -> int:
+def read_corpus(out: Path, seed: int, wanted: bool) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Give the tokenizer and the training and held-out token streams, from files where they are there already.
+
+    Args:
+        out: folder of the training; receives tokenizer/ and tokens.npz.
+        seed: kept with the facts.
+        wanted: train a tokenizer that is not there, and record what the corpus is.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    training_files, held_out_files = corpus_files()
+    training_texts, held_out_texts = read_texts(training_files), read_texts(held_out_files)
+    folder = out / "tokenizer"
+    if wanted and not folder.exists():
+        train_tokenizer(training_texts).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    cache = out / "tokens.npz"
+    if not cache.exists():
+        partial = out / "tokens.partial.npz"
+        np.savez(partial, training=encode(tokenizer, training_texts), held_out=encode(tokenizer, held_out_texts))
+        partial.replace(cache)
+    with np.load(cache) as arrays:
+        training, held_out = arrays["training"], arrays["held_out"]
+    num_bytes = sum(len(text.encode()) for text in held_out_texts)
+    if wanted:
+        record(
+            out,
+            "corpus",
+            python=platform.python_version(),
+            training_files=len(training_files),
+            held_out_files=len(held_out_files),
+            training_tokens=int(training.size),
+            held_out_tokens=int(held_out.size),
+            bytes_per_token=round(num_bytes / held_out.size, 3),
+            vocab_size=VOCAB_SIZE,
+            seed=seed,
+            torch=torch.__version__,
+        )
+    return tokenizer, training, held_out
+
+
+def record(out: Path, stage: str, **facts: Any) -> None:
+    """Keep what is to be known of a stage in training.json."""
+    path = out / "training.json"
+    known = parse_json(read_text(path)) if path.exists() else {}
+    write_text(path, json.dumps({**known, stage: facts}, indent=2) + "\n")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m sequoia_kernels.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--out", type=Path, required=True, help="folder that receives target/, draft/ and training.json"
@@ -259,7 +309,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps-scale", type=float, default=1.0, help="multiply every stage's number of steps (0.01 for a try)"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     compiled = not args.no_compile
@@ -272,46 +326,16 @@ def main(argv: list[str] | None = None) -> int:
     def steps(count: int) -> int:
         return max(2, round(count * args.steps_scale))
 
-    def record(stage: str, **facts) -> None:
-        path = out / "training.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[stage] = facts
-        write_text(path, json.dumps(known, indent=2) + "\n")
+    def finish(stage: str, model: Any, name: str, started: float, **facts: Any) -> None:
+        facts["minutes"] = round((time.time() - started) / 60, 1)
+        save_model(model, out / name)
+        tokenizer.save_pretrained(out / name)
+        record(out, stage, **facts)
+        print(stage, facts, flush=True)
 
-    training_files, held_out_files = corpus_files()
-    training_texts, held_out_texts = read_texts(training_files), read_texts(held_out_files)
-
-    tokenizer_folder = out / "tokenizer"
-    if wanted("tokenizer") and not tokenizer_folder.exists():
-        train_tokenizer(training_texts).save_pretrained(tokenizer_folder)
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    cache = out / "tokens.npz"
-    if not cache.exists():
-        partial = out / "tokens.partial.npz"
-        np.savez(partial, training=encode(tokenizer, training_texts), held_out=encode(tokenizer, held_out_texts))
-        partial.replace(cache)
-    with np.load(cache) as arrays:
-        training, held_out = arrays["training"], arrays["held_out"]
-    num_bytes = sum(len(text.encode()) for text in held_out_texts)
-    if wanted("tokenizer"):
-        record(
-            "corpus",
-            python=platform.python_version(),
-            training_files=len(training_files),
-            held_out_files=len(held_out_files),
-            training_tokens=int(training.size),
-            held_out_tokens=int(held_out.size),
-            bytes_per_token=round(num_bytes / held_out.size, 3),
-            vocab_size=VOCAB_SIZE,
-            seed=args.seed,
-            torch=torch.__version__,
-        )
-
+    tokenizer, training, held_out = read_corpus(out, args.seed, wanted("tokenizer"))
     for stage, recipe, name in (("target", TARGET_RECIPE, "target"), ("draft", DRAFT_RECIPE, "draft_undistilled")):
-        folder = out / name
-        if not wanted(stage) or folder.exists():
+        if not wanted(stage) or (out / name).exists():
             continue
         started = time.time()
         torch.manual_seed(args.seed)
@@ -320,14 +344,8 @@ def main(argv: list[str] | None = None) -> int:
             model, next_token_loss, training, recipe,
             num_steps=steps(recipe.num_steps), lr_scale=1.0, seed=args.seed, compiled=compiled, label=stage,
         )  # fmt: skip
-        facts = {
-            "held_out_loss": round(evaluate(model, held_out), 4),
-            "minutes": round((time.time() - started) / 60, 1),
-        }
-        save_model(model, folder)
-        tokenizer.save_pretrained(folder)
-        record(stage, parameters=sum(p.numel() for p in model.parameters()), **facts)
-        print(stage, facts, flush=True)
+        parameters = sum(p.numel() for p in model.parameters())
+        finish(stage, model, name, started, parameters=parameters, held_out_loss=round(evaluate(model, held_out), 4))
 
     if wanted("distill") and not (out / "draft").exists():
         started = time.time()
@@ -345,15 +363,7 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed + 1, compiled=compiled, label="distill",
         )  # fmt: skip
         after = first_child_acceptance(target, draft, held_out)
-        distilled = {
-            "acceptance_before": before,
-            "acceptance_after": after,
-            "minutes": round((time.time() - started) / 60, 1),
-        }
-        save_model(draft, out / "draft")
-        tokenizer.save_pretrained(out / "draft")
-        record("distill", **distilled)
-        print("distill", distilled, flush=True)
+        finish("distill", draft, "draft", started, acceptance_before=before, acceptance_after=after)
     return 0
 
 

@@ -13,7 +13,7 @@ section 4.1, which measures it with a probe of many children instead.
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,18 +22,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequoia_kernels.documents import MAX_COUNT, Fields, Format, is_count, is_number, is_text, write_text
-from sequoia_kernels.tree import MAX_NODES, TokenTree, check_acceptance
+from sequoia_kernels import checks
+from sequoia_kernels.documents import MAX_COUNT, Document, Fields, Format, is_count, is_integer, is_number, is_text
+from sequoia_kernels.planner.value import tree_values
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, TokenTree, check_acceptance
 
 __all__ = ["AcceptanceEstimate", "estimate_acceptance", "validate_acceptance"]
-
-FORMAT = Format("sequoia-kernels/acceptance", 1)
 
 NUM_DRAWS = 4096  # draws behind every interval: their own noise moves an end by about 2 % of the width
 MIN_CELL_COUNT = 2.0  # expected acceptances and rejections of a (run, rank) cell that may speak on dispersion
 MIN_DISPERSION_FREEDOM = 4  # degrees of freedom below which dispersion is not estimated
 TAIL_RANKS = 6  # measured ranks that an extrapolated tail is fitted to
 MAX_TAIL_RATIO = 0.95  # an extrapolated tail always falls
+
+POSITIVE = checks.Rule("be >= 1", lambda value: value >= 1)
+SHARE = checks.Rule("be in (0, 1)", lambda value: 0 < value < 1)
 
 # What is kept with an estimate, if it was told: what it may be, in code and in words.
 SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -71,7 +74,7 @@ def validate_acceptance(vector: Any, where: str = "validate_acceptance") -> NDAr
 
 
 @dataclass(frozen=True)
-class AcceptanceEstimate:
+class AcceptanceEstimate(Document):
     """An acceptance vector with the counts and intervals behind it.
 
     Attributes:
@@ -96,6 +99,8 @@ class AcceptanceEstimate:
         Intervals treat a node's outcome as independent of its neighbours'; `dispersion` carries what is seen between
         runs (prompts differ) but not within one.
     """
+
+    FORMAT = Format("sequoia-kernels/acceptance", 1)
 
     vector: tuple[float, ...]
     lower: tuple[float, ...]
@@ -166,12 +171,16 @@ class AcceptanceEstimate:
             self._draws[num_draws, seed] = draws
         return self._draws[num_draws, seed]
 
-    def tokens_per_step(self, tree: TokenTree) -> float:
-        """Give the tree's expected accepted tokens per step, bonus token included."""
-        return float(tree_values(tree, np.asarray(self.vector)[None])[0])
+    def tokens_per_step(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> float:
+        """Give the tree's expected accepted tokens per step under a verification rule, bonus token included."""
+        return float(tree_values(tree, np.asarray(self.vector)[None], rule)[0])
 
-    def tokens_per_step_interval(self, tree: TokenTree) -> tuple[float, float]:
+    def tokens_per_step_interval(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> tuple[float, float]:
         """Give the interval of the tree's accepted tokens per step at the estimate's confidence.
+
+        Args:
+            tree: the tree.
+            rule: verification rule, by its name.
 
         Returns:
             (lower, upper), quantiles of the tree's value over `draw_vectors`, widened to hold the estimate itself.
@@ -182,54 +191,44 @@ class AcceptanceEstimate:
             >>> lower < 1.6 < upper
             True
         """
-        value = self.tokens_per_step(tree)
+        value = self.tokens_per_step(tree, rule)
         tail = (1 - self.confidence) / 2
-        lower, upper = np.quantile(tree_values(tree, self.draw_vectors()), [tail, 1 - tail])
+        lower, upper = np.quantile(tree_values(tree, self.draw_vectors(), rule), [tail, 1 - tail])
         return min(float(lower), value), max(float(upper), value)
 
-    def to_json(self) -> str:
-        """Give the estimate as a JSON document. Loading derives vector and intervals from its counts again."""
-        return FORMAT.dump(
-            {
-                "vector": list(self.vector),
-                "lower": list(self.lower),
-                "upper": list(self.upper),
-                "visited": list(self.visited),
-                "accepted": list(self.accepted),
-                "confidence": self.confidence,
-                "dispersion": self.dispersion,
-                "num_runs": self.num_runs,
-                "num_extrapolated": self.num_extrapolated,
-                "temperature": self.temperature,
-                "top_k": self.top_k,
-                "top_p": self.top_p,
-                "target": self.target,
-                "draft": self.draft,
-            }
+    def to_fields(self) -> dict[str, Any]:
+        """Give the fields of the estimate's document. Loading derives vector and intervals from its counts again."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.init}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> AcceptanceEstimate:
+        """Read an estimate from the fields of its document; ValueError names what is wrong with it."""
+        counts = {
+            name: fields.entries(name, partial(is_count, least=least), rule)
+            for name, least, rule in (("visited", 1, "a list of positive counts"), ("accepted", 0, "a list of counts"))
+        }
+        if not counts["visited"]:
+            raise fields.refuse("visited", "be a list of positive counts")
+        visited, accepted = _check_counts(counts["visited"], counts["accepted"], fields.where)
+        num_extrapolated = fields.count("num_extrapolated", 0)
+        if num_extrapolated > MAX_NODES:
+            raise fields.refuse("num_extrapolated", f"be at most {MAX_NODES}")
+        estimate = _build(
+            visited,
+            accepted,
+            float(fields.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)")),
+            float(fields.number("dispersion", lambda value: 1 <= value <= MAX_COUNT, "a number >= 1")),
+            fields.count("num_runs"),
+            len(visited) + num_extrapolated,
+            **{name: fields.get(name, accepts, rule, optional=True) for name, (accepts, rule) in SETTINGS.items()},
         )
-
-    @classmethod
-    def from_json(cls, text: str) -> AcceptanceEstimate:
-        """Parse `to_json`'s document.
-
-        Raises:
-            ValueError: the text is not such a document.
-        """
-        return _read_estimate(FORMAT.parse(text, "AcceptanceEstimate.from_json"))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the estimate to a JSON file, whole or not at all."""
-        write_text(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> AcceptanceEstimate:
-        """Read an estimate written by `save`.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: the file is not an acceptance file of this version.
-        """
-        return _read_estimate(FORMAT.load(path, "AcceptanceEstimate.load"))
+        stored = list(map(float, fields.entries("vector", is_number, "a list of numbers")))
+        if len(stored) != len(estimate.vector) or not np.allclose(stored, estimate.vector, rtol=1e-6, atol=1e-9):
+            raise fields.refuse(
+                "vector", "follow from visited and accepted",
+                "one that does not; give plan_tree a plain vector if the counts are not known",
+            )  # fmt: skip
+        return estimate
 
 
 def estimate_acceptance(
@@ -288,7 +287,7 @@ def estimate_acceptance(
         True
     """
     where = "estimate_acceptance"
-    confidence = _check_confidence(confidence, where)
+    confidence = checks.real_number(where, "confidence", confidence, SHARE)
     items = _split_runs(runs, where)
     counts = [_check_counts(*_read_counts(item, where), where) for item in items]
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "target": target, "draft": draft}
@@ -317,10 +316,8 @@ def estimate_acceptance(
             "run with a draft model and a tree of more than one node"
         )
     visited, accepted = visited[:num_visited_ranks], accepted[:num_visited_ranks]
-    if extrapolate_to is not None and (not isinstance(extrapolate_to, int) or isinstance(extrapolate_to, bool)):
-        raise TypeError(f"{where}: extrapolate_to must be an integer, got {type(extrapolate_to).__name__}")
-    if extrapolate_to is not None and extrapolate_to < 1:
-        raise ValueError(f"{where}: extrapolate_to must be >= 1, got {extrapolate_to}")
+    if extrapolate_to is not None:
+        checks.whole_number(where, "extrapolate_to", extrapolate_to, rule=POSITIVE)
     dispersion = max(
         _dispersion(table[0], table[1]),
         max((item.dispersion for item in items if isinstance(item, AcceptanceEstimate)), default=1.0),
@@ -328,55 +325,6 @@ def estimate_acceptance(
     num_runs = sum(item.num_runs if isinstance(item, AcceptanceEstimate) else 1 for item in items)
     total_ranks = max(len(visited), extrapolate_to or 0)
     return _build(visited, accepted, confidence, dispersion, num_runs, total_ranks, **settings)
-
-
-def tree_values(tree: TokenTree, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give the expected accepted tokens per step of one tree under many acceptance vectors.
-
-    Args:
-        tree: the tree.
-        vectors: one acceptance vector a row; ranks beyond its end count as 0. [draws, ranks] float64.
-
-    Returns:
-        Sum over nodes of the product of the acceptances along the path, root 1. [draws] float64.
-    """
-    num_draws, num_ranks = vectors.shape
-    values = np.ones((tree.num_nodes, num_draws))
-    by_rank = np.ascontiguousarray(vectors.T)
-    first_child = tree.first_child
-    for node, parent in enumerate(tree.parents[1:], start=1):
-        rank = node - first_child[parent]
-        values[node] = values[parent] * by_rank[rank] if rank < num_ranks else 0.0
-    return values.sum(axis=0)
-
-
-def _read_estimate(document: Fields) -> AcceptanceEstimate:
-    counts = {
-        name: document.entries(name, partial(is_count, least=least), rule)
-        for name, least, rule in (("visited", 1, "a list of positive counts"), ("accepted", 0, "a list of counts"))
-    }
-    if not counts["visited"]:
-        raise document.refuse("visited", "be a list of positive counts")
-    visited, accepted = _check_counts(counts["visited"], counts["accepted"], document.where)
-    num_extrapolated = document.count("num_extrapolated", 0)
-    if num_extrapolated > MAX_NODES:
-        raise document.refuse("num_extrapolated", f"be at most {MAX_NODES}")
-    estimate = _build(
-        visited,
-        accepted,
-        float(document.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)")),
-        float(document.number("dispersion", lambda value: 1 <= value <= MAX_COUNT, "a number >= 1")),
-        document.count("num_runs"),
-        len(visited) + num_extrapolated,
-        **{name: document.get(name, accepts, rule, optional=True) for name, (accepts, rule) in SETTINGS.items()},
-    )
-    stored = list(map(float, document.entries("vector", is_number, "a list of numbers")))
-    if len(stored) != len(estimate.vector) or not np.allclose(stored, estimate.vector, rtol=1e-6, atol=1e-9):
-        raise document.refuse(
-            "vector", "follow from visited and accepted",
-            "one that does not; give plan_tree a plain vector if the counts are not known",
-        )  # fmt: skip
-    return estimate
 
 
 def _build(
@@ -512,7 +460,7 @@ def _check_counts(visited: Any, accepted: Any, where: str) -> tuple[tuple[int, .
         if not isinstance(counts, Sequence) or isinstance(counts, (str, bytes)):
             raise TypeError(f"{where}: {name} must be a sequence of counts, got {type(counts).__name__}")
         for rank, count in enumerate(counts):
-            if isinstance(count, bool) or not hasattr(count, "__index__"):
+            if not is_integer(count):
                 raise TypeError(f"{where}: {name} must hold integers, got {count!r} at rank {rank}")
             if not 0 <= count <= MAX_COUNT:
                 raise ValueError(f"{where}: {name} must hold counts >= 0 and <= 2**53, got {count} at rank {rank}")
@@ -531,11 +479,3 @@ def _check_counts(visited: Any, accepted: Any, where: str) -> tuple[tuple[int, .
                 f"{rank} after {checked[0][rank - 1] - checked[1][rank - 1]} rejections at rank {rank - 1}"
             )
     return checked[0], checked[1]
-
-
-def _check_confidence(confidence: Any, where: str) -> float:
-    if not isinstance(confidence, (int, float)) or isinstance(confidence, bool):
-        raise TypeError(f"{where}: confidence must be a number, got {type(confidence).__name__}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"{where}: confidence must be in (0, 1), got {confidence}")
-    return float(confidence)

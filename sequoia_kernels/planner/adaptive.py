@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequoia_kernels.documents import is_number
+from sequoia_kernels import checks
 from sequoia_kernels.planner.acceptance import validate_acceptance
 from sequoia_kernels.planner.evidence import REQUEST_SPREAD, AcceptanceEvidence
 from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
 from sequoia_kernels.planner.profile import HardwareProfile
+from sequoia_kernels.planner.value import tree_values
 from sequoia_kernels.tree import TokenTree
 
 __all__ = ["AdaptivePlan", "TreeFollower", "plan_adaptive", "plan_from_evidence", "shift_acceptance"]
@@ -37,6 +38,7 @@ DEFAULT_SHIFTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 EVIDENCE_SHIFTS = (-1.0, 0.0, 1.0)  # in standard deviations of the shift
 EVIDENCE_MARGIN, EVIDENCE_PATIENCE = 0.04, 6
 LARGEST_SHIFT = 4.0
+_SHIFT = checks.Rule(f"lie within {-LARGEST_SHIFT:g}..{LARGEST_SHIFT:g}", lambda shift: abs(shift) <= LARGEST_SHIFT)
 GRID = np.linspace(-LARGEST_SHIFT, LARGEST_SHIFT, 65)
 NORMAL_PLACES = np.array([-1, 0, 1]) * math.sqrt(3)  # Gauss-Hermite: exact up to the fifth power
 NORMAL_WEIGHTS = np.array([1, 4, 1]) / 6
@@ -134,14 +136,9 @@ class TreeFollower:
         self._logits = np.log(chances) - np.log1p(-chances)
         self._tried = np.zeros_like(chances)
         self._accepted = np.zeros_like(chances)
-        vectors = [_vector(_shifted(chances, shift)) for shift in GRID]
+        vectors = np.stack([_vector(_shifted(chances, shift)) for shift in GRID])
         # tokens per millisecond of each tree at each shift. [trees, shifts]
-        self._speeds = np.array(
-            [
-                [entry.tree.expected_tokens(vector.tolist()) / entry.step_ms for vector in vectors]
-                for entry in plan.plans
-            ]
-        )
+        self._speeds = np.stack([tree_values(entry.tree, vectors, entry.rule) / entry.step_ms for entry in plan.plans])
 
     @property
     def tree(self) -> TokenTree:
@@ -234,11 +231,10 @@ def plan_adaptive(
     """
     where = "plan_adaptive"
     for name, value, least in (("half_life", half_life, 1), ("margin", margin, 0), ("patience", patience, 1)):
-        if not is_number(value) or value < least:
-            raise ValueError(f"{where}: {name} must be a finite number >= {least}, got {value!r}")
+        rule = checks.Rule(f"be a finite number >= {least}", lambda number, least=least: number >= least)  # type: ignore[misc]
+        checks.check_number(where, name, value, rule)
     for shift in shifts:
-        if not is_number(shift) or abs(shift) > LARGEST_SHIFT:
-            raise ValueError(f"{where}: shifts must lie within {-LARGEST_SHIFT:g}..{LARGEST_SHIFT:g}, got {shift!r}")
+        checks.check_number(where, "shifts", shift, _SHIFT)
     base = plan_tree(acceptance, profile, **settings)
     vector = np.asarray(base.acceptance)
     if base.temperature is not None:

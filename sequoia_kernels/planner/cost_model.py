@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sequoia_kernels import checks
 from sequoia_kernels.documents import is_count, is_number
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.fingerprints import ModelFingerprint
@@ -117,9 +118,9 @@ class CostModel:
         dtype: Any = None,
         compose: bool = False,
     ) -> None:
-        if host_ms is not None and (not is_number(host_ms) or host_ms < 0):
-            raise ValueError(f"CostModel: host_ms must be a finite time >= 0, got {host_ms!r}")
-        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
+        if host_ms is not None:
+            checks.check_number("CostModel", "host_ms", host_ms, checks.TIME)
+        if not is_count(batch_size, 1):
             raise ValueError(f"CostModel: batch_size must be an integer >= 1, got {batch_size!r}")
         self.profile = profile
         self.batch_size = batch_size

@@ -12,7 +12,7 @@ until no bound reaches the best speed found, less the tolerance; the result is t
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,21 +20,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequoia_kernels.documents import Fields, Format, is_count, is_number, is_text, write_text
+from sequoia_kernels import checks
+from sequoia_kernels.documents import Document, Fields, Format, is_number, is_text
 from sequoia_kernels.errors import ProfileError
-from sequoia_kernels.planner.acceptance import AcceptanceEstimate, validate_acceptance
+from sequoia_kernels.planner.acceptance import POSITIVE, AcceptanceEstimate, validate_acceptance
 from sequoia_kernels.planner.cost_model import STAGES, CostModel, StepShape, StepTimes
 from sequoia_kernels.planner.local_search import refine_tree
 from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.planner.search import OptimalTrees
-from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree, check_acceptance
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, VerificationRule, check_acceptance, rule_named
 
 __all__ = ["PlanCandidate", "TreePlan", "plan_tree"]
 
-FORMAT = Format("sequoia-kernels/tree-plan", 1)
-
 DEFAULT_MAX_LEVELS = 32
 MAX_RATIO = 1e12  # of speeds, in a plan that is read
+_TOLERANCE = checks.Rule("be in [0, 1)", lambda value: 0 <= value < 1)
 VALUE_ROUNDING = 1e-12  # two values nearer than this are the same
 
 
@@ -81,17 +81,31 @@ class PlanCandidate:
             "stages": dict(self.stages),
         }
 
+    @classmethod
+    def read(cls, fields: Fields) -> PlanCandidate:
+        """Read a candidate from the fields that `to_fields` gave."""
+        tree = TokenTree.from_parents_field(fields)
+        if tree.num_nodes > MAX_STEP_ROWS:
+            raise fields.refuse("parents", f"be a tree of at most {MAX_STEP_ROWS} nodes", f"one of {tree.num_nodes}")
+        stages = fields.inside("stages")
+        if set(stages) != set(STAGES):
+            actual = f"those of {', '.join(stages)[:60]}"
+            raise fields.refuse("stages", f"hold the times of {', '.join(STAGES)}", actual)
+        times = {name: stages.time(name) for name in STAGES}
+        if not sum(times.values()) > 0:
+            raise fields.refuse("stages", "add up to more than 0 milliseconds", "0")
+        tokens = fields.number("tokens_per_step", lambda value: 1 <= value <= MAX_RATIO, "a number >= 1")
+        speedup = fields.number("speedup", lambda value: 1 / MAX_RATIO <= value <= MAX_RATIO, "a number > 0")
+        return PlanCandidate(tree, float(tokens), times, float(speedup))
+
 
 @dataclass(frozen=True)
-class TreePlan:
+class TreePlan(PlanCandidate, Document):
     """The tree to decode with, its predicted speed, and the runners-up.
 
     Attributes:
-        tree: the pick. A single node means: do not speculate.
-        tokens_per_step: expected accepted tokens per step and request, bonus token included.
+        tree: the pick. A single node means: do not speculate. It and its predicted speed are those of a candidate.
         tokens_per_step_interval: its interval from the acceptance's uncertainty; None for a plain vector.
-        stages: predicted milliseconds of a step by stage, as `cost_model.STAGES`.
-        speedup: tokens per second over those of no speculation.
         speedup_interval: its interval from the acceptance's uncertainty alone; None for a plain vector.
         candidates: what the pick was compared with, the pick included, fastest first: the best tree at each of a few
             budgets, the best chain, no speculation.
@@ -105,13 +119,12 @@ class TreePlan:
         draft: key of the draft in the profile.
         device: the profile's device, in words.
         notes: what the prediction rests on beyond measurement, e.g. extrapolated times.
+        rule: verification rule that the values are for, by its name.
     """
 
-    tree: TokenTree
-    tokens_per_step: float
+    FORMAT = Format("sequoia-kernels/tree-plan", 1)
+
     tokens_per_step_interval: tuple[float, float] | None
-    stages: dict[str, float]
-    speedup: float
     speedup_interval: tuple[float, float] | None
     candidates: tuple[PlanCandidate, ...]
     context_len: float
@@ -124,21 +137,7 @@ class TreePlan:
     draft: str | None
     device: str
     notes: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """ "tree", "chain" or "no speculation"."""
-        return PlanCandidate(self.tree, self.tokens_per_step, self.stages, self.speedup).kind
-
-    @property
-    def step_ms(self) -> float:
-        """Predicted milliseconds of a step."""
-        return sum(self.stages.values())
-
-    @property
-    def ms_per_token(self) -> float:
-        """Predicted milliseconds for each token of a request."""
-        return self.step_ms / self.tokens_per_step
+    rule: str = DEFAULT_RULE
 
     @property
     def tokens_per_second(self) -> float:
@@ -173,59 +172,42 @@ class TreePlan:
                 f"  {candidate.speedup:6.2f}x"
             )
         lines += ["", f"for {self.context_len:g} tokens of context, batch {self.batch_size}, on {self.device}"]
+        if self.rule != DEFAULT_RULE:
+            lines.append(f"verified by the rule {self.rule}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
-    def to_json(self) -> str:
-        """Give the plan as a JSON document."""
-        return FORMAT.dump(
-            {
-                "kind": self.kind,
-                "parents": self.tree.parents,
-                "tokens_per_step": self.tokens_per_step,
-                "tokens_per_step_interval": _as_list(self.tokens_per_step_interval),
-                "step_ms": self.step_ms,
-                "ms_per_token": self.ms_per_token,
-                "tokens_per_second": self.tokens_per_second,
-                "speedup": self.speedup,
-                "speedup_interval": _as_list(self.speedup_interval),
-                "stages": dict(self.stages),
-                "candidates": [candidate.to_fields() for candidate in self.candidates],
-                "context_len": self.context_len,
-                "batch_size": self.batch_size,
-                "temperature": self.temperature,
-                "confidence": self.confidence,
-                "tolerance": self.tolerance,
-                "acceptance": list(self.acceptance),
-                "target": self.target,
-                "draft": self.draft,
-                "device": self.device,
-                "notes": list(self.notes),
-            }
+    def to_fields(self) -> dict[str, Any]:
+        """Give the fields of the plan's document."""
+        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "tree"}
+        own["candidates"] = [candidate.to_fields() for candidate in self.candidates]
+        return {**super().to_fields(), "tokens_per_second": self.tokens_per_second, **own}
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> TreePlan:
+        """Read a plan from the fields of its document; ValueError names what is wrong with it."""
+        acceptance = tuple(map(float, fields.entries("acceptance", is_number, "a list of probabilities")))
+        check_acceptance(acceptance, fields.where)
+        candidates = tuple(map(PlanCandidate.read, fields.objects("candidates")))
+        if not any(candidate.kind == "no speculation" for candidate in candidates):
+            raise fields.refuse("candidates", "hold no speculation, the tree of one node")
+        return cls(
+            **vars(PlanCandidate.read(fields)),
+            tokens_per_step_interval=_read_interval(fields, "tokens_per_step_interval"),
+            speedup_interval=_read_interval(fields, "speedup_interval"),
+            candidates=candidates,
+            context_len=fields.number("context_len", lambda value: value >= 0, "a finite number >= 0"),
+            batch_size=fields.count("batch_size"),
+            temperature=fields.number("temperature", lambda value: value >= 0, "a finite number >= 0", optional=True),
+            confidence=fields.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)", optional=True),
+            tolerance=fields.number("tolerance", lambda value: 0 <= value < 1, "a number in [0, 1)"),
+            acceptance=acceptance,
+            target=fields.text("target"),
+            draft=fields.text("draft", optional=True),
+            device=fields.text("device"),
+            notes=tuple(fields.entries("notes", is_text, "a list of strings")),
+            rule=fields.text("rule", optional=True) or DEFAULT_RULE,  # plans had none before there were several
         )
-
-    @classmethod
-    def from_json(cls, text: str) -> TreePlan:
-        """Parse `to_json`'s document.
-
-        Raises:
-            ValueError: the text is not such a document.
-        """
-        return _read_plan(FORMAT.parse(text, "TreePlan.from_json"))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to a JSON file, whole or not at all."""
-        write_text(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TreePlan:
-        """Read a plan written by `save`.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: the file is not a plan of this version.
-        """
-        return _read_plan(FORMAT.load(path, "TreePlan.load"))
 
 
 def plan_tree(
@@ -242,6 +224,7 @@ def plan_tree(
     host_ms: float | None = None,
     tolerance: float = 0.01,
     dtype: Any = None,
+    rule: str = DEFAULT_RULE,
 ) -> TreePlan:
     """Choose the tree that gives the most tokens per second on the profile's device.
 
@@ -264,6 +247,8 @@ def plan_tree(
         tolerance: take the tree with the fewest nodes among those within this fraction of the best speed. Measured
             times are not more exact than that, and a smaller tree suffers less from a wrong acceptance vector.
         dtype: dtype of models given by a configuration; the configuration's own when None.
+        rule: verification rule to decode with, by its name (see `tree.rules`): candidates are valued by its
+            `expected_tokens`. For another rule than "sequoia" they are Sequoia's optimal trees at a few budgets.
 
     Returns:
         The plan. No speculation is always among its candidates, and is the pick where nothing beats it.
@@ -295,13 +280,13 @@ def plan_tree(
     estimate = acceptance if isinstance(acceptance, AcceptanceEstimate) else None
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"{where}: profile must be a HardwareProfile, got {type(profile).__name__}")
-    _check_int(batch_size, "batch_size", 1)
+    verification = rule_named(where, rule)
+    checks.whole_number(where, "batch_size", batch_size, rule=POSITIVE)
     if temperature is None and estimate is not None:
         temperature = estimate.temperature
-    if temperature is not None and (not is_number(temperature) or temperature < 0):
-        raise ValueError(f"{where}: temperature must be a finite number >= 0, got {temperature!r}")
-    if not is_number(tolerance) or not 0 <= tolerance < 1:
-        raise ValueError(f"{where}: tolerance must be in [0, 1), got {tolerance!r}")
+    if temperature is not None:
+        checks.check_number(where, "temperature", temperature, checks.NOT_NEGATIVE)
+    checks.check_number(where, "tolerance", tolerance, _TOLERANCE)
     model = CostModel(
         profile,
         batch_size=batch_size,
@@ -316,59 +301,29 @@ def plan_tree(
             f"{where}: the profile must have a draft model, got none; measure it with measure_profile(target, draft) "
             "or `sequoia-kernels profile`"
         )
-    contexts = model.context_lens
     if context_len is None:
-        context_len = (contexts[0] + contexts[-1]) / 2
-    if not is_number(context_len) or context_len < 0:
-        raise ValueError(f"{where}: context_len must be a finite number >= 0, got {context_len!r}")
+        context_len = (model.context_lens[0] + model.context_lens[-1]) / 2
+    checks.check_number(where, "context_len", context_len, checks.NOT_NEGATIVE)
     largest = min(model.max_nodes, MAX_STEP_ROWS)
-    max_budget = largest if max_budget is None else _check_int(max_budget, "max_budget", 1)
+    max_budget = largest if max_budget is None else checks.whole_number(where, "max_budget", max_budget, rule=POSITIVE)
     if max_budget > largest:
         raise ValueError(
             f"{where}: max_budget must be at most the {largest} nodes that were measured, got {max_budget}; "
             "measure a profile with larger node_counts"
         )
-    max_levels = DEFAULT_MAX_LEVELS if max_levels is None else _check_int(max_levels, "max_levels", 1)
-    max_levels = min(max_levels, max_budget)
+    if max_levels is None:
+        max_levels = DEFAULT_MAX_LEVELS
+    max_levels = min(checks.whole_number(where, "max_levels", max_levels, rule=POSITIVE), max_budget)
 
-    search = _Search(vector, model.at_context(context_len), max_budget, max_levels, tolerance)
-    single = search.candidate(TokenTree.single())
-    chains = [search.candidate(TokenTree.chain(length)) for length in range(2, max_levels + 1)]
-    others = [single, *chains]
-    fastest, near = search.fastest_tree(max(map(_speed, others)))
-    if fastest is not None or chains:
-        start = max([*chains, fastest] if fastest is not None else chains, key=_speed)
-        others.append(search.candidate(refine_tree(start.tree, vector, search.times, max_budget, max_levels)))
-    best = max(map(_speed, others if fastest is None else [*others, fastest]))
-    least = (1 - tolerance) * best
-    pick = min((candidate for candidate in others if _speed(candidate) >= least), key=_size, default=None) or fastest
-    assert pick is not None
-    for budget, levels in sorted(near):
-        if budget > pick.tree.num_nodes:
-            break
-        candidate = search.cell(budget, levels, least)
-        if candidate is not None and _size(candidate) < _size(pick):
-            pick = candidate
-    shown = {single.tree: single, pick.tree: pick}
-    if chains:
-        chain = max(chains, key=_speed)
-        shown[chain.tree] = chain
-    for budget in _milestones(max_budget):
-        tree = search.best_tree(budget)
-        if tree is not None:
-            shown.setdefault(tree.tree, tree)
-    interval = None
-    if estimate is not None:
-        interval = estimate.tokens_per_step_interval(pick.tree)
+    search = _Search(vector, model.at_context(context_len), max_budget, max_levels, tolerance, verification)
+    pick, candidates = search.choose()
+    interval = None if estimate is None else estimate.tokens_per_step_interval(pick.tree, rule)
     factor = pick.speedup / pick.tokens_per_step  # speedup for each token per step, at this step time
     return TreePlan(
-        tree=pick.tree,
-        tokens_per_step=pick.tokens_per_step,
+        **vars(pick),
         tokens_per_step_interval=interval,
-        stages=pick.stages,
-        speedup=pick.speedup,
         speedup_interval=None if interval is None else (factor * interval[0], factor * interval[1]),
-        candidates=tuple(sorted(shown.values(), key=_speed, reverse=True)),
+        candidates=tuple(candidates),
         context_len=context_len,
         batch_size=batch_size,
         temperature=temperature,
@@ -378,19 +333,33 @@ def plan_tree(
         target=model.target_key,
         draft=model.draft_key,
         device=str(profile.device),
-        notes=tuple(_notes(model, contexts, context_len, pick, estimate)),
+        notes=tuple(_notes(model, context_len, pick, estimate)),
+        rule=rule,
     )
 
 
 class _Search:
-    """Costs optimal trees, as few as it can."""
+    """Costs optimal trees, as few as it can.
+
+    Attributes:
+        values: tokens per step of each cell's tree under the rule. [budget, levels]
+        bounds: no tree of a cell gives more tokens per millisecond; 0 where a cell is passed over. [budget, levels]
+    """
 
     def __init__(
-        self, vector: NDArray[np.float64], times: StepTimes, max_budget: int, max_levels: int, tolerance: float
+        self,
+        vector: NDArray[np.float64],
+        times: StepTimes,
+        max_budget: int,
+        max_levels: int,
+        tolerance: float,
+        rule: VerificationRule,
     ) -> None:
         self.vector: list[float] = vector.tolist()
         self.times = times
+        self.max_budget, self.max_levels = max_budget, max_levels
         self.tolerance = tolerance
+        self.rule = rule
         self.trees = OptimalTrees(self.vector, max_budget, max_levels)
         self.single_ms = times.step_ms(StepShape(1, (), ()))
         values = self.trees.values
@@ -400,12 +369,50 @@ class _Search:
         gain = VALUE_ROUNDING * values[1:, 1:]
         counts[1:, 1:] = (values[1:, 1:] - values[:-1, 1:] > gain) & (values[1:, 1:] - values[1:, :-1] > gain)
         counts[:, :2] = False  # a single node is no tree
+        if rule.name != DEFAULT_RULE:  # another rule says only what a tree is worth that it is shown
+            shown = np.zeros(max_budget + 1, dtype=bool)
+            shown[[*_milestones(max_budget), *(3 * budget // 2 for budget in _milestones(2 * max_budget // 3))]] = True
+            counts &= shown[:, None]
+            values = np.zeros(values.shape)
+            for budget, levels in np.argwhere(counts).tolist():
+                values[budget, levels] = rule.expected_tokens(self.trees.tree(budget, levels), self.vector)
+        self.values = values
         self.bounds = np.where(counts, values / self._least_ms(max_budget, max_levels), 0.0)
+
+    def choose(self) -> tuple[PlanCandidate, list[PlanCandidate]]:
+        """Give the pick, and what it is shown with, the pick included, fastest first."""
+        single = self.candidate(TokenTree.single())
+        chains = [self.candidate(TokenTree.chain(length)) for length in range(2, self.max_levels + 1)]
+        others = [single, *chains]
+        fastest, near = self.fastest_tree(max(map(_speed, others)))
+        trees = chains if fastest is None else [*chains, fastest]
+        if trees and self.rule.name == DEFAULT_RULE:  # whose values the moves add up
+            start, vector = max(trees, key=_speed).tree, np.asarray(self.vector)
+            refined = refine_tree(start, vector, self.times, self.max_budget, self.max_levels)
+            others.append(self.candidate(refined))
+        least = (1 - self.tolerance) * max(map(_speed, others if fastest is None else [*others, fastest]))
+        pick = min((other for other in others if _speed(other) >= least), key=_size, default=None) or fastest
+        assert pick is not None
+        for budget, levels in sorted(near):
+            if budget > pick.tree.num_nodes:
+                break
+            candidate = self.cell(budget, levels, least)
+            if candidate is not None and _size(candidate) < _size(pick):
+                pick = candidate
+        shown = {single.tree: single, pick.tree: pick}
+        if chains:
+            chain = max(chains, key=_speed)
+            shown[chain.tree] = chain
+        for budget in _milestones(self.max_budget):
+            tree = self.best_tree(budget)
+            if tree is not None:
+                shown.setdefault(tree.tree, tree)
+        return pick, sorted(shown.values(), key=_speed, reverse=True)
 
     def candidate(self, tree: TokenTree) -> PlanCandidate:
         """Cost a tree."""
         stages = self.times.stages(StepShape.of(tree))
-        tokens = tree.expected_tokens(self.vector)
+        tokens = self.rule.expected_tokens(tree, self.vector)
         return PlanCandidate(tree, tokens, stages, tokens * self.single_ms / sum(stages.values()))
 
     def fastest_tree(self, reference: float) -> tuple[PlanCandidate | None, list[tuple[int, int]]]:
@@ -456,7 +463,7 @@ class _Search:
         internal = tuple(widths.internal[:-1])
         # the largest number of children on a level takes the whole tree to know; it is at least their mean
         fewest = tuple(-(-nodes // width) for nodes, width in zip(widths.nodes[1:], internal, strict=True))
-        return self.trees.value(budget, levels) / self.times.step_ms(StepShape(budget, internal, fewest))
+        return float(self.values[budget, levels]) / self.times.step_ms(StepShape(budget, internal, fewest))
 
     def _least_ms(self, max_budget: int, max_levels: int) -> NDArray[np.float64]:
         """The least a step of a cell's tree can take: every level of the draft is one node wide. [budget, levels]."""
@@ -493,12 +500,9 @@ def _milestones(max_budget: int) -> Iterable[int]:
 
 
 def _notes(
-    model: CostModel,
-    contexts: tuple[int, ...],
-    context_len: float,
-    pick: PlanCandidate,
-    estimate: AcceptanceEstimate | None,
+    model: CostModel, context_len: float, pick: PlanCandidate, estimate: AcceptanceEstimate | None
 ) -> Iterator[str]:
+    contexts = model.context_lens
     if not contexts[0] <= context_len <= contexts[-1]:
         yield f"context {context_len:g} lies outside the measured {contexts[0]}..{contexts[-1]}: times are extrapolated"
     for role in model.composed:
@@ -536,65 +540,6 @@ def _interval_text(interval: tuple[float, float] | None, confidence: float | Non
     if interval is None or confidence is None:
         return ""
     return f"  ({confidence:.0%} interval {interval[0]:.2f}{unit} to {interval[1]:.2f}{unit})"
-
-
-def _as_list(interval: tuple[float, float] | None) -> list[float] | None:
-    return None if interval is None else list(interval)
-
-
-def _check_int(value: Any, name: str, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"plan_tree: {name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"plan_tree: {name} must be >= {least}, got {value}")
-    return int(value)
-
-
-def _read_plan(document: Fields) -> TreePlan:
-    acceptance = tuple(map(float, document.entries("acceptance", is_number, "a list of probabilities")))
-    check_acceptance(acceptance, document.where)
-    candidates = tuple(map(_read_candidate, document.objects("candidates")))
-    if not any(candidate.kind == "no speculation" for candidate in candidates):
-        raise document.refuse("candidates", "hold no speculation, the tree of one node")
-    pick = _read_candidate(document)
-    return TreePlan(
-        tree=pick.tree,
-        tokens_per_step=pick.tokens_per_step,
-        tokens_per_step_interval=_read_interval(document, "tokens_per_step_interval"),
-        stages=pick.stages,
-        speedup=pick.speedup,
-        speedup_interval=_read_interval(document, "speedup_interval"),
-        candidates=candidates,
-        context_len=document.number("context_len", lambda value: value >= 0, "a finite number >= 0"),
-        batch_size=document.count("batch_size"),
-        temperature=document.number("temperature", lambda value: value >= 0, "a finite number >= 0", optional=True),
-        confidence=document.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)", optional=True),
-        tolerance=document.number("tolerance", lambda value: 0 <= value < 1, "a number in [0, 1)"),
-        acceptance=acceptance,
-        target=document.text("target"),
-        draft=document.text("draft", optional=True),
-        device=document.text("device"),
-        notes=tuple(document.entries("notes", is_text, "a list of strings")),
-    )
-
-
-def _read_candidate(fields: Fields) -> PlanCandidate:
-    parents = fields.entries("parents", lambda value: is_count(value, -1), "a list of node numbers")
-    try:
-        tree = TokenTree(parents)
-    except ValueError as reason:
-        raise fields.refuse("parents", "be a tree", f"a list that is none: {reason}") from None
-    if tree.num_nodes > MAX_STEP_ROWS:
-        raise fields.refuse("parents", f"be a tree of at most {MAX_STEP_ROWS} nodes", f"one of {tree.num_nodes}")
-    stages = fields.inside("stages")
-    if set(stages) != set(STAGES):
-        raise fields.refuse("stages", f"hold the times of {', '.join(STAGES)}", f"those of {', '.join(stages)[:60]}")
-    times = {name: stages.time(name) for name in STAGES}
-    if not sum(times.values()) > 0:
-        raise fields.refuse("stages", "add up to more than 0 milliseconds", "0")
-    tokens = fields.number("tokens_per_step", lambda value: 1 <= value <= MAX_RATIO, "a number >= 1")
-    speedup = fields.number("speedup", lambda value: 1 / MAX_RATIO <= value <= MAX_RATIO, "a number > 0")
-    return PlanCandidate(tree, float(tokens), times, float(speedup))
 
 
 def _read_interval(document: Fields, name: str) -> tuple[float, float] | None:

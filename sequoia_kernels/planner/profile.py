@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +18,12 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels.documents import MAX_TIME_MS, Fields, Format, is_count, is_number, write_text
+from sequoia_kernels import checks
+from sequoia_kernels.documents import MAX_TIME_MS, Document, Fields, Format, is_count, is_number
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 
 __all__ = ["ForwardTable", "HardwareProfile", "OpPoint"]
-
-FORMAT = Format("sequoia-kernels/hardware-profile", 2, ProfileError)
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -71,7 +69,7 @@ class OpPoint:
 
 
 @dataclass(frozen=True)
-class HardwareProfile:
+class HardwareProfile(Document):
     """Everything measured on one device. Made by `sequoia_kernels.measure_profile`, read by `plan_tree`.
 
     Attributes:
@@ -94,6 +92,8 @@ class HardwareProfile:
     Notes:
         Profiles are values: methods that add something return a new profile.
     """
+
+    FORMAT = Format("sequoia-kernels/hardware-profile", 2, ProfileError)
 
     device: DeviceFingerprint
     models: Mapping[str, ModelFingerprint] = field(default_factory=dict)
@@ -217,8 +217,7 @@ class HardwareProfile:
     def with_overhead(self, step_ms: float, level_ms: float = 0.0) -> HardwareProfile:
         """Give the profile with the loop's own overhead a step, and a forward of the draft, set."""
         for name, value in (("step_ms", step_ms), ("level_ms", level_ms)):
-            if not is_number(value) or value < 0:
-                raise ValueError(f"HardwareProfile.with_overhead: {name} must be a finite time >= 0, got {value!r}")
+            checks.check_number("HardwareProfile.with_overhead", name, value, checks.TIME)
         return dataclasses.replace(self, step_overhead_ms=float(step_ms), level_overhead_ms=float(level_ms))
 
     def with_slowdowns(self, mean_over_median: Mapping[str, float]) -> HardwareProfile:
@@ -276,99 +275,74 @@ class HardwareProfile:
             created=other.created,
         )
 
-    def to_json(self) -> str:
-        """Give the profile as a JSON document."""
-        return FORMAT.dump(
-            {
-                "created": self.created,
-                "device": dataclasses.asdict(self.device),
-                "target": self.target_key,
-                "draft": self.draft_key,
-                "models": {
-                    key: {
-                        "fingerprint": dataclasses.asdict(fingerprint),
-                        "forwards": [dataclasses.asdict(table) for table in self.forwards[key]],
-                    }
-                    for key, fingerprint in self.models.items()
-                },
-                "ops": {
-                    name: [{**dataclasses.asdict(point), "parameters": dict(point.parameters)} for point in points]
-                    for name, points in self.ops.items()
-                },
-                "overhead": {"step_ms": self.step_overhead_ms, "level_ms": self.level_overhead_ms},
-                "mean_over_median": dict(self.mean_over_median),
-                "bandwidth_gb_per_s": dict(self.bandwidth),
-                "settings": dict(self.settings),
-            }
+    def to_fields(self) -> dict[str, Any]:
+        """Give the fields of the profile's document."""
+        return {
+            "created": self.created,
+            "device": dataclasses.asdict(self.device),
+            "target": self.target_key,
+            "draft": self.draft_key,
+            "models": {
+                key: {
+                    "fingerprint": dataclasses.asdict(fingerprint),
+                    "forwards": [dataclasses.asdict(table) for table in self.forwards[key]],
+                }
+                for key, fingerprint in self.models.items()
+            },
+            "ops": {
+                name: [{**dataclasses.asdict(point), "parameters": dict(point.parameters)} for point in points]
+                for name, points in self.ops.items()
+            },
+            "overhead": {"step_ms": self.step_overhead_ms, "level_ms": self.level_overhead_ms},
+            "mean_over_median": dict(self.mean_over_median),
+            "bandwidth_gb_per_s": dict(self.bandwidth),
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> HardwareProfile:
+        """Read a profile from the fields of its document; ProfileError names what is wrong with it."""
+        device, models = fields.inside("device"), fields.inside("models")
+        fingerprints: dict[str, ModelFingerprint] = {}
+        forwards: dict[str, tuple[ForwardTable, ...]] = {}
+        for key in models:
+            entry = models.inside(key)
+            fingerprints[key] = _read_fingerprint(entry.inside("fingerprint"))
+            if fingerprints[key].key != key:
+                raise models.refuse(key, f"be named {fingerprints[key].key} by its fingerprint", "another name")
+            forwards[key] = tuple(map(_read_forwards, entry.objects("forwards")))
+            if not _are_increasing([table.batch_size for table in forwards[key]]):
+                raise entry.refuse("forwards", "be tables of increasing batch_size", "others")
+        ops, overhead = fields.inside("ops"), fields.inside("overhead")
+        roles = {
+            role: fields.get(
+                role, lambda key: isinstance(key, str) and key in models, "one of its models", optional=True
+            )
+            for role in ("target", "draft")
+        }
+        return cls(
+            device=DeviceFingerprint(
+                type=device.text("type"),
+                name=device.text("name"),
+                num_threads=device.count("num_threads", optional=True),
+                memory_bytes=device.count("memory_bytes", optional=True),
+                compute_capability=device.text("compute_capability", optional=True),
+                torch_version=device.text("torch_version"),
+            ),
+            models=fingerprints,
+            forwards=forwards,
+            ops={name: tuple(map(_read_point, ops.objects(name))) for name in ops},
+            target_key=roles["target"],
+            draft_key=roles["draft"],
+            step_overhead_ms=overhead.time("step_ms"),
+            level_overhead_ms=overhead.time("level_ms"),
+            mean_over_median=fields.inside("mean_over_median").numbers(
+                lambda value: 1e-12 <= value <= 1e12, "a number > 0"
+            ),
+            bandwidth=fields.inside("bandwidth_gb_per_s").numbers(lambda value: 0 <= value <= 1e12, "a number >= 0"),
+            settings=dict(fields.inside("settings").value),
+            created=fields.text("created"),
         )
-
-    @classmethod
-    def from_json(cls, text: str) -> HardwareProfile:
-        """Parse `to_json`'s document.
-
-        Raises:
-            ProfileError: the text is no profile of this version; the message names the field.
-        """
-        return _read_profile(FORMAT.parse(text, "HardwareProfile.from_json"))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile to a JSON file, whole or not at all."""
-        write_text(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HardwareProfile:
-        """Read a profile written by `save`. Call `check_device` before its times are used for this machine.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ProfileError: the file is no profile of this version; the message names the field.
-        """
-        return _read_profile(FORMAT.load(path, "HardwareProfile.load"))
-
-
-def _read_profile(document: Fields) -> HardwareProfile:
-    device, models = document.inside("device"), document.inside("models")
-    fingerprints: dict[str, ModelFingerprint] = {}
-    forwards: dict[str, tuple[ForwardTable, ...]] = {}
-    for key in models:
-        entry = models.inside(key)
-        fingerprints[key] = _read_fingerprint(entry.inside("fingerprint"))
-        if fingerprints[key].key != key:
-            raise models.refuse(key, f"be named {fingerprints[key].key} by its fingerprint", "another name")
-        forwards[key] = tuple(map(_read_forwards, entry.objects("forwards")))
-        if not _are_increasing([table.batch_size for table in forwards[key]]):
-            raise entry.refuse("forwards", "be tables of increasing batch_size", "others")
-    ops, overhead, bandwidth = (document.inside(name) for name in ("ops", "overhead", "bandwidth_gb_per_s"))
-    ratios = document.inside("mean_over_median")
-    roles = {
-        role: document.get(role, lambda key: isinstance(key, str) and key in models, "one of its models", optional=True)
-        for role in ("target", "draft")
-    }
-    return HardwareProfile(
-        device=DeviceFingerprint(
-            type=device.text("type"),
-            name=device.text("name"),
-            num_threads=device.count("num_threads", optional=True),
-            memory_bytes=device.count("memory_bytes", optional=True),
-            compute_capability=device.text("compute_capability", optional=True),
-            torch_version=device.text("torch_version"),
-        ),
-        models=fingerprints,
-        forwards=forwards,
-        ops={name: tuple(map(_read_point, ops.objects(name))) for name in ops},
-        target_key=roles["target"],
-        draft_key=roles["draft"],
-        step_overhead_ms=overhead.time("step_ms"),
-        level_overhead_ms=overhead.time("level_ms"),
-        mean_over_median={
-            name: float(ratios.number(name, lambda value: 1e-12 <= value <= 1e12, "a number > 0")) for name in ratios
-        },
-        bandwidth={
-            name: float(bandwidth.number(name, lambda value: 0 <= value <= 1e12, "a number >= 0")) for name in bandwidth
-        },
-        settings=dict(document.inside("settings").value),
-        created=document.text("created"),
-    )
 
 
 def _read_fingerprint(fields: Fields) -> ModelFingerprint:

@@ -24,13 +24,13 @@ Source:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import sequoia_kernels._host as _host
+from sequoia_kernels import checks
 from sequoia_kernels.tree import MAX_NODES, TokenTree, check_acceptance
 
 __all__ = ["METHODS", "LevelWidths", "OptimalTrees", "optimal_tree", "optimal_values"]
@@ -39,6 +39,7 @@ METHODS = ("auto", "best_first", "dynamic_programme")
 
 # The dynamic programme keeps its whole table, so that any tree can be read from it.
 MAX_TABLE_BYTES = 2**31
+_BUDGET = checks.Rule(f"be in 1..{MAX_NODES} (nodes, root included)", lambda value: 1 <= value <= MAX_NODES)
 
 
 class LevelWidths(NamedTuple):
@@ -135,12 +136,10 @@ class OptimalTrees:
 
     def _check_cell(self, budget: int, levels: int, method: str) -> tuple[int, int]:
         caller = f"OptimalTrees.{method}"
-        budget, levels = _as_int(budget, caller, "budget"), _as_int(levels, caller, "levels")
-        if not 1 <= budget <= self.max_budget:
-            raise ValueError(f"{caller}: budget must be in 1..{self.max_budget}, got {budget}")
-        if not 1 <= levels <= self.max_levels:
-            raise ValueError(f"{caller}: levels must be in 1..{self.max_levels}, got {levels}")
-        return budget, levels
+        return (
+            checks.whole_number(caller, "budget", budget, rule=checks.within(1, self.max_budget)),
+            checks.whole_number(caller, "levels", levels, rule=checks.within(1, self.max_levels)),
+        )
 
 
 def optimal_tree(acceptance: Sequence[float], budget: int, max_levels: int | None = None) -> TokenTree:
@@ -244,20 +243,8 @@ def _check_bytes(num_bytes: int, caller: str) -> None:
 
 
 def _check_budget(budget: int, caller: str, name: str) -> int:
-    budget = _as_int(budget, caller, name)
-    if not 1 <= budget <= MAX_NODES:
-        raise ValueError(f"{caller}: {name} must be in 1..{MAX_NODES} (nodes, root included), got {budget}")
-    return budget
+    return checks.whole_number(caller, name, budget, rule=_BUDGET)
 
 
 def _check_levels(max_levels: int, caller: str) -> int:
-    max_levels = _as_int(max_levels, caller, "max_levels")
-    if max_levels < 1:
-        raise ValueError(f"{caller}: max_levels must be at least 1, got {max_levels}")
-    return max_levels
-
-
-def _as_int(value: int, caller: str, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{caller}: {name} must be an integer, got {value!r} of type {type(value).__name__}")
-    return operator.index(value)
+    return checks.whole_number(caller, "max_levels", max_levels, rule=checks.at_least(1))

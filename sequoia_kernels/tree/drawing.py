@@ -6,13 +6,9 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from sequoia_kernels.tree.placement import horizontal_positions
-
-if TYPE_CHECKING:
-    from sequoia_kernels.tree.token_tree import TokenTree
+from sequoia_kernels.tree.placement import Shape, horizontal_positions
 
 __all__ = ["Picture", "draw_text", "make_picture", "render_png", "render_svg"]
 
@@ -98,7 +94,7 @@ class Picture:
     texts: list[Text] = field(default_factory=list)
 
 
-def draw_text(tree: TokenTree, values: Sequence[float] | None) -> str:
+def draw_text(tree: Shape, values: Sequence[float] | None) -> str:
     """Return the tree as text, one node a line, children below their parent."""
     if tree.num_nodes > MAX_TEXT_NODES:
         raise ValueError(
@@ -118,7 +114,7 @@ def draw_text(tree: TokenTree, values: Sequence[float] | None) -> str:
     return "\n".join(lines)
 
 
-def make_picture(tree: TokenTree, values: Sequence[float] | None) -> Picture:
+def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
     """Lay a tree out and describe its picture.
 
     Args:
@@ -308,7 +304,7 @@ def render_png(picture: Picture, scale: float) -> bytes:
     return file.getvalue()
 
 
-def _add_levels(picture: Picture, tree: TokenTree, values: Sequence[float] | None, width: float) -> None:
+def _add_levels(picture: Picture, tree: Shape, values: Sequence[float] | None, width: float) -> None:
     """Add a band to every second level, its number on the left and what it holds on the right."""
     right = width - MARGIN
     heading_y = MARGIN + HEADER - 12
@@ -351,7 +347,7 @@ def _add_legend(picture: Picture) -> None:
         )
 
 
-def _headline(tree: TokenTree, values: Sequence[float] | None) -> str:
+def _headline(tree: Shape, values: Sequence[float] | None) -> str:
     nodes = f"{tree.num_nodes} node{'s' if tree.num_nodes > 1 else ''}"
     levels = f"{tree.num_levels} level{'s' if tree.num_levels > 1 else ''}"
     if values is None:

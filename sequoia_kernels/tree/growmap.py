@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sequoia_kernels.documents import is_integer
 from sequoia_kernels.errors import TreeFormatError
 
 __all__ = ["parents_from_growmap"]
@@ -169,7 +170,7 @@ def _integer_lists(value: Any, name: str) -> list[list[int]]:
             )
         entries = [_plain(entry) for entry in row]
         for entry in entries:
-            if isinstance(entry, bool) or not isinstance(entry, int):
+            if not is_integer(entry):
                 raise TreeFormatError(
                     f'{WHERE}: "{name}" must be a list of lists of integers, got {entry!r} in entry {index}'
                 )

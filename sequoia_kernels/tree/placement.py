@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from sequoia_kernels.tree.token_tree import TokenTree
+__all__ = ["Shape", "horizontal_positions"]
 
-__all__ = ["horizontal_positions"]
+
+class Shape(Protocol):
+    """What a drawing asks of a tree; a `TokenTree` answers."""
+
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def num_levels(self) -> int: ...
+    @property
+    def parents(self) -> list[int]: ...
+    @property
+    def depths(self) -> list[int]: ...
+    @property
+    def first_child(self) -> list[int]: ...
+    @property
+    def num_children(self) -> list[int]: ...
+    def children(self, node: int, /) -> list[int]: ...
+    def rank(self, node: int, /) -> int: ...
+    def level_nodes(self, level: int, /) -> list[int]: ...
 
 
 class _Outline:
@@ -49,7 +66,7 @@ class _Outline:
 
 
 def horizontal_positions(
-    tree: TokenTree, half_widths: Sequence[float], sibling_gap: float, cousin_gap: float
+    tree: Shape, half_widths: Sequence[float], sibling_gap: float, cousin_gap: float
 ) -> list[float]:
     """Return the horizontal centre of each node, the leftmost edge of the drawing at 0.
 

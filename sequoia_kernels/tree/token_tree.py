@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice, pairwise
@@ -12,7 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from sequoia_kernels.documents import Fields, Format, is_count, write_bytes, write_text
+from sequoia_kernels import checks
+from sequoia_kernels.documents import Document, Fields, Format, is_count, write_bytes, write_text
 from sequoia_kernels.errors import TreeFormatError
 from sequoia_kernels.tree import drawing, growmap
 from sequoia_kernels.tree.acceptance_vector import check_acceptance
@@ -25,16 +25,10 @@ MAX_STEP_ROWS = 1024
 # Planning and drawing may look further.
 MAX_NODES = 65536
 
-FORMAT = Format(
-    "sequoia-kernels/tree",
-    1,
-    TreeFormatError,
-    hint="; TokenTree.from_growmap tells how to import a .pt grow map",
-)
 FIELDS = ("format", "version", "parents")
 
 
-class TokenTree:
+class TokenTree(Document):
     """An immutable tree of tokens to be drafted and verified in one step.
 
     Node 0 is the root: the last emitted token. Nodes are numbered breadth-first: levels one after another, the
@@ -188,23 +182,23 @@ class TokenTree:
 
     def children(self, node: int) -> list[int]:
         """Return the children of a node in draw order."""
-        node = self._check_node(node, "children")
+        node = self._check_index("node", node, self.num_nodes, "children")
         first = self._first_child[node]
         return list(range(first, first + self._num_children[node])) if first >= 0 else []
 
     def rank(self, node: int) -> int:
         """Return a node's place among its siblings, from 0 in draw order. The root has no siblings: 0."""
-        node = self._check_node(node, "rank")
+        node = self._check_index("node", node, self.num_nodes, "rank")
         return node - self._first_child[self._parents[node]] if node > 0 else 0
 
     def level_nodes(self, level: int) -> list[int]:
         """Return the nodes of a level, which are consecutive."""
-        level = self._check_level(level, "level_nodes")
+        level = self._check_index("level", level, self.num_levels, "level_nodes")
         return list(range(self._level_starts[level], self._level_starts[level + 1]))
 
     def internal_nodes(self, level: int) -> list[int]:
         """Return the nodes of a level that have children: those that the draft model is fed."""
-        level = self._check_level(level, "internal_nodes")
+        level = self._check_index("level", level, self.num_levels, "internal_nodes")
         start, end = self._level_starts[level], self._level_starts[level + 1]
         return [node for node in range(start, end) if self._num_children[node] > 0]
 
@@ -357,35 +351,36 @@ class TokenTree:
         """
         return cls(growmap.parents_from_growmap(growmap_fields))
 
-    # ---- files ----
+    # ---- files: {"format": "sequoia-kernels/tree", "version": 1, "parents": [...]}; TreeFormatError for others ----
 
-    def to_json(self) -> str:
-        """Return the tree as a JSON document: {"format": "sequoia-kernels/tree", "version": 1, "parents": [...]}."""
-        return FORMAT.dump({"parents": self._parents}, indent=None)
+    FORMAT = Format(
+        "sequoia-kernels/tree",
+        1,
+        TreeFormatError,
+        hint="; TokenTree.from_growmap tells how to import a .pt grow map",
+        indent=None,
+    )
 
-    @classmethod
-    def from_json(cls, text: str) -> TokenTree:
-        """Read a tree from the text that `to_json` wrote.
-
-        Raises:
-            TypeError: text is not a string.
-            TreeFormatError: the text is not such a document, of a later version, or not a valid tree.
-        """
-        return cls._read(FORMAT.parse(text, "TokenTree.from_json"))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tree as JSON. The file appears whole or not at all."""
-        write_text(path, self.to_json())
+    def to_fields(self) -> dict[str, Any]:
+        """Give the fields of the tree's document."""
+        return {"parents": self._parents}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TokenTree:
-        """Read a tree from a file that `save` wrote.
+    def from_fields(cls, fields: Fields) -> TokenTree:
+        """Read a tree from the fields of its document; TreeFormatError names what is wrong with it."""
+        for name in fields:
+            if name not in FIELDS:
+                raise fields.refuse(name, f"not be there beside {', '.join(FIELDS)}", "an unknown field")
+        return cls.from_parents_field(fields)
 
-        Raises:
-            OSError: the file cannot be opened.
-            TreeFormatError: the file is not such a document; the message names it and the rule.
-        """
-        return cls._read(FORMAT.load(path, "TokenTree.load"))
+    @classmethod
+    def from_parents_field(cls, fields: Fields) -> TokenTree:
+        """Read a tree from the field "parents" of any document."""
+        parents = fields.entries("parents", lambda value: is_count(value, -1), "a list of node numbers")
+        try:
+            return cls(parents)
+        except ValueError as reason:
+            raise fields.refuse("parents", "be a tree", f"a list that is none: {reason}") from None
 
     # ---- drawings ----
 
@@ -465,28 +460,8 @@ class TokenTree:
         assert self._mask is not None
         return self._mask
 
-    def _check_node(self, node: int, method: str) -> int:
-        index = _as_int(node, f"TokenTree.{method}", "node")
-        if not 0 <= index < self.num_nodes:
-            raise ValueError(f"TokenTree.{method}: node must be in 0..{self.num_nodes - 1}, got {index}")
-        return index
-
-    def _check_level(self, level: int, method: str) -> int:
-        index = _as_int(level, f"TokenTree.{method}", "level")
-        if not 0 <= index < self.num_levels:
-            raise ValueError(f"TokenTree.{method}: level must be in 0..{self.num_levels - 1}, got {index}")
-        return index
-
-    @classmethod
-    def _read(cls, document: Fields) -> TokenTree:
-        for name in document:
-            if name not in FIELDS:
-                raise document.refuse(name, f"not be there beside {', '.join(FIELDS)}", "an unknown field")
-        parents = document.entries("parents", lambda value: is_count(value, -1), "a list of node numbers")
-        try:
-            return cls(parents)
-        except ValueError as reason:
-            raise document.refuse("parents", "be a tree", f"a list that is none: {reason}") from None
+    def _check_index(self, name: str, index: int, length: int, method: str) -> int:
+        return checks.whole_number(f"TokenTree.{method}", name, index, rule=checks.within(0, length - 1))
 
 
 def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
@@ -498,7 +473,7 @@ def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
     entries = list(islice(source, MAX_NODES + 1))
     if len(entries) > MAX_NODES:
         _check_size(len(source) if isinstance(source, Sized) else len(entries), "TokenTree")
-    checked = tuple(_as_int(entry, "TokenTree", f"parents[{node}]") for node, entry in enumerate(entries))
+    checked = tuple(checks.whole_number("TokenTree", f"parents[{node}]", entry) for node, entry in enumerate(entries))
     if not checked:
         raise ValueError("TokenTree: parents must have at least the root's entry -1, got none")
     if checked[0] != -1:
@@ -529,21 +504,9 @@ def _check_size(num_nodes: int, caller: str) -> None:
 
 
 def _check_count(value: int, method: str, name: str) -> int:
-    count = _as_int(value, f"TokenTree.{method}", name)
-    if count < 1:
-        raise ValueError(f"TokenTree.{method}: {name} must be at least 1, got {count}")
+    count = checks.whole_number(f"TokenTree.{method}", name, value, rule=checks.at_least(1))
     _check_size(count, f"TokenTree.{method}")
     return count
-
-
-def _as_int(value: object, caller: str, name: str) -> int:
-    """Return an integer of any integer type as int; booleans are refused, they are masks by mistake."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{caller}: {name} must be an integer, got {value!r} of type {type(value).__name__}")
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError as reason:  # a tensor of many elements
-        raise TypeError(f"{caller}: {name} must be an integer, got {type(value).__name__} ({reason})") from None
 
 
 def _shortened(widths: list[int]) -> str:

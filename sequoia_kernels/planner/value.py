@@ -1,0 +1,35 @@
+"""What a tree is worth under a verification rule and many acceptance vectors at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
+
+__all__ = ["tree_values"]
+
+
+def tree_values(tree: TokenTree, vectors: NDArray[np.float64], rule: str = DEFAULT_RULE) -> NDArray[np.float64]:
+    """Give the expected accepted tokens per step of one tree under many acceptance vectors.
+
+    Args:
+        tree: the tree.
+        vectors: one acceptance vector a row; ranks beyond its end count as 0. [draws, ranks] float64.
+        rule: verification rule, by its name.
+
+    Returns:
+        Tokens per step, bonus token included. [draws] float64. For Sequoia's rule that is the sum over nodes of the
+        product of the acceptances along the path, root 1; other rules are asked for each vector.
+    """
+    if rule != DEFAULT_RULE:
+        expected_tokens = rule_named("tree_values", rule).expected_tokens
+        return np.array([expected_tokens(tree, vector) for vector in vectors.tolist()])
+    num_draws, num_ranks = vectors.shape
+    values = np.ones((tree.num_nodes, num_draws))
+    by_rank = np.ascontiguousarray(vectors.T)
+    first_child = tree.first_child
+    for node, parent in enumerate(tree.parents[1:], start=1):
+        rank = node - first_child[parent]
+        values[node] = values[parent] * by_rank[rank] if rank < num_ranks else 0.0
+    return values.sum(axis=0)

@@ -88,9 +88,12 @@ class Format:
     indent: int | None = 1
 
     def dump(self, fields: Mapping[str, Any]) -> str:
-        """Give the JSON text of a document, format and version first. NaN and infinity are refused by `json`."""
-        document = {"format": self.name, "version": self.version, **fields}
-        return json.dumps(document, indent=self.indent, allow_nan=False) + "\n"
+        """Give the JSON text of a document. NaN and infinity are refused by `json`."""
+        return json.dumps(self.document(fields), indent=self.indent, allow_nan=False) + "\n"
+
+    def document(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a document as plain JSON values, format and version first."""
+        return {"format": self.name, "version": self.version, **fields}
 
     def parse(self, text: str, where: str) -> Fields:
         """Read a document that `dump` wrote.
@@ -149,6 +152,10 @@ class Document:
     def from_fields(cls, fields: Fields) -> Self:
         """Read the value from the fields of a document; the format's error names the first one that breaks its rule."""
         raise NotImplementedError
+
+    def to_document(self) -> dict[str, Any]:
+        """Give the value as what the text of its document says."""
+        return self.FORMAT.document(self.to_fields())
 
     def to_json(self) -> str:
         """Give the value as the text of a JSON document."""

@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal(getattr(args, "json", False), args.quiet)
     try:
         for option in ("out", "svg"):
-            if hasattr(args, option):
-                check_writable(getattr(args, option))  # before minutes of work
+            path = getattr(args, option, None)
+            if path is not None:
+                check_writable(path)  # before minutes of work
         return args.run(args, terminal)
     except KeyboardInterrupt:
         terminal.note("interrupted; nothing was left half-written")

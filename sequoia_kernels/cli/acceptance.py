@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from sequoia_kernels.cli.arguments import (
     add_command,
@@ -26,36 +23,29 @@ def add(commands: Any) -> None:
     add_models(parser)
     add_sampling(parser)
     add_prompts(parser)
-    parser.add_argument(
-        "--tree", type=Path, default=argparse.SUPPRESS, help="tree JSON to run with (default: a wide probe)"
-    )
-    parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="write the estimate to this JSON file")
+    parser.add_argument("--tree", type=Path, help="tree JSON to run with (default: a wide probe)")
+    parser.add_argument("--out", type=Path, help="write the estimate to this JSON file")
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     need_draft(args)
-    tree = load_tree(args.tree) if hasattr(args, "tree") else None
+    tree = None if args.tree is None else load_tree(args.tree)
     texts = read_prompts(args, terminal)
     pair = load_pair(args, terminal)
     prompts = encode_prompts(texts, pair, args.prompt_tokens)
     estimate = estimate_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
-    if hasattr(args, "out"):
+    if args.out is not None:
         estimate.save(args.out)
 
     def show() -> None:
         percent = f"{100 * estimate.confidence:g} %"
-        table = Table(title=f"acceptance vector at temperature {args.temperature:g}")
-        for column in ("child", "probability", f"{percent} interval", "visited", "accepted"):
-            table.add_column(column, justify="right")
-        for rank, value in enumerate(estimate.vector):
-            table.add_row(
-                str(rank),
-                f"{value:.4f}",
-                f"{estimate.lower[rank]:.4f} to {estimate.upper[rank]:.4f}",
-                str(estimate.visited_by_rank[rank]),
-                str(estimate.accepted_by_rank[rank]),
-            )
-        terminal.table(table)
+        columns = zip(estimate.vector, estimate.lower, estimate.upper, estimate.visited, estimate.accepted)
+        rows = [
+            (str(rank), f"{value:.4f}", f"{lower:.4f} to {upper:.4f}", str(visited), str(accepted))
+            for rank, (value, lower, upper, visited, accepted) in enumerate(columns)
+        ]
+        headings = ("child", "probability", f"{percent} interval", "visited", "accepted")
+        terminal.table(headings, rows, f"acceptance vector at temperature {args.temperature:g}")
 
-    terminal.result(json.loads(estimate.to_json()), show)
+    terminal.result(estimate.to_document(), show)
     return 0

@@ -28,11 +28,16 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def add_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
     """Add a subcommand with the options that every one has."""
-    parser = commands.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
     parser.set_defaults(run=run)
     general = parser.add_argument_group("general")
     general.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -45,23 +50,21 @@ def add_command(commands: Any, name: str, run: Callable[..., int], summary: str)
 def add_models(parser: argparse.ArgumentParser) -> None:
     """Add what `pair.load_pair` reads."""
     models = parser.add_argument_group("models (the demo pair when none is given)")
-    models.add_argument("--target", help="folder or hub id of the target", default=argparse.SUPPRESS)
-    models.add_argument("--draft", help="folder or hub id of the draft", default=argparse.SUPPRESS)
+    models.add_argument("--target", help="folder or hub id of the target")
+    models.add_argument("--draft", help="folder or hub id of the draft")
     models.add_argument(
         "--dtype",
         choices=DTYPES,
-        default=argparse.SUPPRESS,
         help="dtype to compute in (default: the one that each model is stored in; float32 for the demo pair)",
     )
     models.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
-    models.add_argument("--threads", type=positive, help="CPU threads", default=argparse.SUPPRESS)
+    models.add_argument("--threads", type=positive, help="CPU threads")
     models.add_argument(
         "--offload", action="store_true", help="stream the target's layers from host memory (see docs/offloading.md)"
     )
     models.add_argument(
         "--device-memory",
         metavar="SIZE",
-        default=argparse.SUPPRESS,
         help="device memory for an offloaded target, such as 20GiB (default: 90%% of what is free)",
     )
     models.add_argument(
@@ -76,8 +79,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add what `sampling_settings` reads."""
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    sampling.add_argument("--top-k", type=int, default=argparse.SUPPRESS, help="keep the k most probable tokens")
-    sampling.add_argument("--top-p", type=float, default=argparse.SUPPRESS, help="keep this much probability")
+    sampling.add_argument("--top-k", type=int, help="keep the k most probable tokens")
+    sampling.add_argument("--top-p", type=float, help="keep this much probability")
     sampling.add_argument("--seed", type=int, default=0)
 
 
@@ -87,7 +90,6 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts-file",
         type=Path,
-        default=argparse.SUPPRESS,
         help="text file with prompts (the demo pair's default: held-out files of the standard library)",
     )
     prompts.add_argument(
@@ -126,12 +128,7 @@ def separator(text: str) -> str:
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Give the sampling arguments as those of `generate`."""
-    return {
-        "temperature": args.temperature,
-        "top_k": getattr(args, "top_k", None),
-        "top_p": getattr(args, "top_p", None),
-        "seed": args.seed,
-    }
+    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
 
 
 def load_tree(path: Path) -> Any:

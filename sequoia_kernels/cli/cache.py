@@ -7,8 +7,6 @@ import json
 import time
 from typing import Any
 
-from rich.table import Table
-
 from sequoia_kernels.cli.arguments import add_command
 from sequoia_kernels.cli.terminal import Terminal
 
@@ -43,14 +41,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         if args.clear:
             terminal.out.print(f"deleted {cleared} files")
             return
-        table = Table()
-        for column in ("kind", "written", "bytes", "belongs to"):
-            table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+        rows = []
         for file in files:
             written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.modified))
             told = "cannot be read" if file.key is None else _describe(file.kind, file.key)
-            table.add_row(file.kind, written, str(file.num_bytes), told)
-        terminal.table(table)
+            rows.append((file.kind, written, str(file.num_bytes), told))
+        terminal.table(("kind", "written", "bytes", "belongs to"), rows, left=("kind", "written", "belongs to"))
 
     terminal.result(document, show)
     return 0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from sequoia_kernels.cli.arguments import add_command, add_models, positive
 from sequoia_kernels.cli.pair import (
     DEMO_PROMPT,
     Pair,
+    encode_prompts,
     estimate_pair,
     load_pair,
     measure_pair,
@@ -28,15 +26,13 @@ def add(commands: Any) -> None:
         commands, "demo", run, "Measure this machine, choose a tree for it, and show generation with and without."
     )
     add_models(parser)
-    parser.add_argument(
-        "--prompt", default=argparse.SUPPRESS, help="text to continue (default: the start of a Python function)"
-    )
+    parser.add_argument("--prompt", help="text to continue (default: the start of a Python function)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
-    parser.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--new-tokens", type=positive, default=128)
     parser.add_argument("--num-prompts", type=positive, default=7, help="held-out prompts timed besides the shown one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--svg", type=Path, default=argparse.SUPPRESS, help="write a picture of the last tree here")
+    parser.add_argument("--svg", type=Path, help="write a picture of the last tree here")
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -45,17 +41,16 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     need_draft(args)
     pair = load_pair(args, terminal)
-    own_prompt = getattr(args, "prompt", None)
-    shown = pair.tokenizer(own_prompt or DEMO_PROMPT, return_tensors="pt").input_ids.to(pair.target.device)
-    texts = held_out_prompts(args.num_prompts)
-    ids = [pair.tokenizer(text, return_tensors="pt").input_ids[:, :128].to(pair.target.device) for text in texts]
-    timed = [shown, *ids]
+    timed = [
+        *encode_prompts([args.prompt or DEMO_PROMPT], pair),
+        *encode_prompts(held_out_prompts(args.num_prompts), pair, 128),
+    ]
     longest = max(x.shape[1] for x in timed)
     profile = measure_pair(pair, (longest, longest + args.new_tokens), 1, True, terminal)
     rows = []
     plan = None
     for temperature in args.temperatures:
-        sampling = {"temperature": temperature, "top_k": None, "top_p": getattr(args, "top_p", None), "seed": args.seed}
+        sampling = {"temperature": temperature, "top_k": None, "top_p": args.top_p, "seed": args.seed}
         # On the very prompts that are timed, with another tree: texts differ from one another by more than what a
         # prediction is to be wrong by, and acceptance is known to be that of the text.
         acceptance = estimate_pair(pair, timed, args.new_tokens, sampling, terminal)
@@ -65,32 +60,24 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     def show() -> None:
         terminal.out.print(plan.tree.draw(plan.acceptance))
-        table = Table(title=f"predicted from the acceptance on {len(timed)} prompts, and measured on the same ones")
-        for column in ("T", "tree", "", "tokens/step", "ms/step", "plain ms", "tokens/s", "speedup"):
-            table.add_column(column, justify="right")
+        cells = []
         for row in rows:
-            tree = f"{row['nodes']} x {row['levels']}"
-            for label, first in (("predicted", True), ("measured", False)):
-                name = "predicted_" if first else ""
-                table.add_row(
-                    f"{row['temperature']:g}" if first else "",
-                    tree if first else "",
-                    label,
-                    f"{row[name + 'tokens_per_step']:.2f}",
-                    f"{row[name + 'step_ms']:.2f}",
-                    f"{row[name + 'autoregressive_step_ms']:.2f}",
-                    f"{row[name + 'speculative_tokens_per_second']:.0f}",
-                    f"{row[name + 'speedup']:.2f}x",
-                )
-        terminal.table(table)
+            tree = (f"{row['temperature']:g}", f"{row['nodes']} x {row['levels']}")
+            for label, name, first in (("predicted", "predicted_", tree), ("measured", "", ("", ""))):
+                steps = (f"{row[name + what]:.2f}" for what in ("tokens_per_step", "step_ms", "autoregressive_step_ms"))
+                rate = f"{row[name + 'speculative_tokens_per_second']:.0f}"
+                cells.append((*first, label, *steps, rate, f"{row[name + 'speedup']:.2f}x"))
+        columns = ("T", "tree", "", "tokens/step", "ms/step", "plain ms", "tokens/s", "speedup")
+        title = f"predicted from the acceptance on {len(timed)} prompts, and measured on the same ones"
+        terminal.table(columns, cells, title)
         for row in rows:
             if row["temperature"] == 0:
                 same = "identical to" if row["greedy_output_identical"] else "NOT identical to"
                 terminal.out.print(f"greedy output is {same} that of plain decoding, on all {len(timed)} prompts")
 
-    if getattr(args, "svg", None):
+    if args.svg is not None:
         plan.tree.save_svg(args.svg, plan.acceptance)
-    terminal.result({"version": __version__, "rows": rows, "plan": json.loads(plan.to_json())}, show)
+    terminal.result({"version": __version__, "rows": rows, "plan": plan.to_document()}, show)
     return 0
 
 

@@ -7,8 +7,6 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
 from sequoia_kernels.cli.arguments import add_command
 from sequoia_kernels.cli.terminal import Terminal
 from sequoia_kernels.version import __version__
@@ -50,13 +48,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.out.print("CUDA devices: " + (", ".join(devices) if devices else "none"))
         for module, reason in modules.items():
             terminal.out.print(f"sequoia_kernels.{module}: " + ("built" if reason is None else f"missing ({reason})"))
-        table = Table(title="backends", show_lines=False)
-        for column in ("op", "backend", "works here"):
-            table.add_column(column)
-        for op, reasons in report.items():
-            for name, reason in reasons.items():
-                table.add_row(op, name, "yes" if reason is None else f"no: {reason}")
-        terminal.table(table)
+        columns = ("op", "backend", "works here")
+        rows = [
+            (op, name, "yes" if reason is None else f"no: {reason}")
+            for op, reasons in report.items()
+            for name, reason in reasons.items()
+        ]
+        terminal.table(columns, rows, "backends", left=columns)
         if modules["_host"] is not None:
             terminal.out.print("Build the host module with `pip install .` from a checkout; it needs a C++17 compiler.")
         if modules["_cuda"] is not None:

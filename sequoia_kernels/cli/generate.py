@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sequoia_kernels.cli.arguments import add_command, add_models, add_sampling, load_tree, positive, sampling_settings
-from sequoia_kernels.cli.pair import DEMO_PROMPT, load_pair, text_streamer
+from sequoia_kernels.cli.pair import DEMO_PROMPT, encode_prompts, load_pair, text_streamer
 from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "generate", run, "Generate text from a prompt, streaming.")
     add_models(parser)
     add_sampling(parser)
-    parser.add_argument("--prompt", default=argparse.SUPPRESS, help="text to continue; - reads standard input")
+    parser.add_argument("--prompt", help="text to continue; - reads standard input")
     parser.add_argument("--new-tokens", type=positive, default=128)
     parser.add_argument(
         "--tree",
@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
         help="auto, adaptive (switches between trees as acceptance drifts), none (no speculation), or a tree or plan "
         "JSON file",
     )
-    parser.add_argument("--profile", type=Path, default=argparse.SUPPRESS, help="profile JSON for auto and adaptive")
-    parser.add_argument("--acceptance", type=Path, default=argparse.SUPPRESS, help="acceptance JSON for them")
+    parser.add_argument("--profile", type=Path, help="profile JSON for auto and adaptive")
+    parser.add_argument("--acceptance", type=Path, help="acceptance JSON for them")
     parser.add_argument("--compile", action="store_true", help="run forwards of trees through torch.compile")
     parser.add_argument("--stop", action="append", default=[], help="string that ends the text; may be repeated")
 
@@ -35,14 +35,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     words = {"auto": "auto", "adaptive": "adaptive", "none": None}
     tree: Any = words[args.tree] if args.tree in words else load_tree(Path(args.tree))
-    profile = HardwareProfile.load(args.profile) if hasattr(args, "profile") else None
-    acceptance = AcceptanceEstimate.load(args.acceptance) if hasattr(args, "acceptance") else None
-    text = getattr(args, "prompt", DEMO_PROMPT)
-    text = sys.stdin.read() if text == "-" else text
+    profile = None if args.profile is None else HardwareProfile.load(args.profile)
+    acceptance = None if args.acceptance is None else AcceptanceEstimate.load(args.acceptance)
+    text = sys.stdin.read() if args.prompt == "-" else DEMO_PROMPT if args.prompt is None else args.prompt
     pair = load_pair(args, terminal)
     if profile is not None:
         profile.check_device(pair.target.device)
-    ids = pair.tokenizer(text, return_tensors="pt").input_ids.to(pair.target.device)
+    (ids,) = encode_prompts([text], pair)
     if ids.shape[1] == 0:
         raise BadUsage("--prompt must hold at least one token, got an empty text")
     output = generate(

@@ -48,16 +48,15 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if getattr(args, "threads", None):
+    if args.threads:
         torch.set_num_threads(args.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadUsage(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    dtype = getattr(torch, args.dtype) if hasattr(args, "dtype") else None
-    target, draft = getattr(args, "target", None), getattr(args, "draft", None)
-    budget = getattr(args, "device_memory", None)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    target, draft, budget = args.target, args.draft, args.device_memory
     if target is None and draft is not None:
         raise BadUsage("--draft needs --target")
     if budget is not None and not args.offload:
@@ -119,13 +118,13 @@ def _find_model(option: str, name: str, terminal: Terminal) -> str:
 
 def need_draft(args: argparse.Namespace) -> None:
     """Refuse a target without a draft, for commands that need both."""
-    if hasattr(args, "target") and not hasattr(args, "draft"):
+    if args.target is not None and args.draft is None:
         raise BadUsage(f"{args.command} needs a draft model; give --draft")
 
 
 def read_prompts(args: argparse.Namespace, terminal: Terminal) -> list[str]:
     """Read the prompts of --prompts-file, or take held-out files of the standard library for the demo pair."""
-    path = getattr(args, "prompts_file", None)
+    path = args.prompts_file
     if path is not None:
         try:
             pieces = read_text(path).split(args.separator)
@@ -137,14 +136,14 @@ def read_prompts(args: argparse.Namespace, terminal: Terminal) -> list[str]:
         used = min(len(texts), args.num_prompts)
         terminal.note(f"{used} of {len(texts)} prompts read from {path}, separated by {args.separator!r}")
         return texts[:used]
-    if hasattr(args, "target"):
+    if args.target is not None:
         raise BadUsage("--prompts-file must be given with --target: acceptance depends on the text")
     from sequoia_kernels.demo import held_out_prompts
 
     return held_out_prompts(args.num_prompts)
 
 
-def encode_prompts(texts: Sequence[str], pair: Pair, most: int) -> list[Any]:
+def encode_prompts(texts: Sequence[str], pair: Pair, most: int | None = None) -> list[Any]:
     """Encode prompts, each [1, at most so many tokens], on the target's device."""
     encoded = [pair.tokenizer(text, return_tensors="pt").input_ids for text in texts]
     return [ids[:, :most].to(pair.target.device) for ids in encoded]

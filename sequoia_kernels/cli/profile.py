@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from sequoia_kernels.cli.arguments import add_command, add_models, positive, positives
 from sequoia_kernels.cli.pair import load_pair, measure_pair
@@ -30,18 +27,17 @@ def add(commands: Any) -> None:
         type=Path,
         nargs="+",
         metavar="CONFIG",
-        default=argparse.SUPPRESS,
         help="with --microbenchmarks: the shapes of these models (config.json or folder), not a grid of common ones",
     )
-    parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="write the profile to this JSON file")
+    parser.add_argument("--out", type=Path, help="write the profile to this JSON file")
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from sequoia_kernels.planner import ModelFingerprint
 
-    if hasattr(args, "shapes") and not args.microbenchmarks:
+    if args.shapes is not None and not args.microbenchmarks:
         raise BadUsage("--shapes needs --microbenchmarks")
-    shapes = [ModelFingerprint.from_config(path) for path in getattr(args, "shapes", ())]
+    shapes = [ModelFingerprint.from_config(path) for path in args.shapes or ()]
     pair = load_pair(args, terminal)
     profile = measure_pair(pair, args.contexts, args.batch_size, args.quick, terminal)
     if args.microbenchmarks:
@@ -52,22 +48,22 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 pair.target.device, pair.target.dtype, shapes=shapes, quick=args.quick, progress=advance
             )
         profile = profile.merged(parts)
-    if hasattr(args, "out"):
+    if args.out is not None:
         profile.save(args.out)
 
     def show() -> None:
         terminal.out.print(str(profile.device))
         for key in profile.models:
             forwards = profile.forward_table(key, args.batch_size)
-            table = Table(title=f"{key}: forward, ms")
-            for column in ("rows", *(f"context {context}" for context in forwards.context_lens)):
-                table.add_column(column, justify="right")
-            for count, *times in zip(forwards.node_counts, *forwards.p50_ms):
-                table.add_row(str(count), *(f"{value:.2f}" for value in times))
-            terminal.table(table)
+            columns = ("rows", *(f"context {context}" for context in forwards.context_lens))
+            rows = [
+                (str(count), *(f"{value:.2f}" for value in times))
+                for count, *times in zip(forwards.node_counts, *forwards.p50_ms)
+            ]
+            terminal.table(columns, rows, f"{key}: forward, ms")
         if args.microbenchmarks:
             counts = ", ".join(f"{len(points)} of {op}" for op, points in parts.ops.items())
             terminal.out.print(f"parts in {str(pair.target.dtype).removeprefix('torch.')}: {counts}")
 
-    terminal.result(json.loads(profile.to_json()), show)
+    terminal.result(profile.to_document(), show)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -45,8 +45,22 @@ class Terminal:
         """Say something that is not a result."""
         self.err.print(text, style="dim")
 
-    def table(self, table: Table) -> None:
-        """Show a table: in a terminal folded to its width, but within no word; elsewhere as wide as it is."""
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: Sequence[str] = ()
+    ) -> None:
+        """Show a table: in a terminal folded to its width, but within no word; elsewhere as wide as it is.
+
+        Args:
+            columns: their headings.
+            rows: the cells of each.
+            title: stands above.
+            left: columns of text; the others are set to the right.
+        """
+        table = Table(title=title)
+        for column in columns:
+            table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
         measured = self.out.measure(table, options=self.out.options.update(width=100_000))
         width = max(self.out.width, measured.minimum) if self.out.is_terminal else measured.maximum
         _plain_console(width=width).print(table)

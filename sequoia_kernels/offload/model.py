@@ -29,12 +29,12 @@ from sequoia_kernels.offload.scheduler import LayerStreamer
 from sequoia_kernels.offload.threads import run_shielded
 from sequoia_kernels.offload.unloaded import UnloadedModel
 from sequoia_kernels.offload.weights import WeightSource, normal_weights
+from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["OffloadedModel", "load_offloaded", "memory_plan", "random_offloaded"]
 
 # Share of a GPU's free memory that is taken when neither a budget nor a number of layers is given.
 _FREE_SHARE = 0.9
-_DEFAULT_ROWS = 1024
 
 
 class OffloadedModel(TreeModel):
@@ -217,7 +217,7 @@ def load_offloaded(
     host_memory: str = "packed",
     batch_size: int = 1,
     max_cache_len: int | None = None,
-    max_rows: int = _DEFAULT_ROWS,
+    max_rows: int = MAX_STEP_ROWS,
 ) -> OffloadedModel:
     """Load a model that does not fit the device: its decoder layers stay on the host and stream while it runs.
 
@@ -290,7 +290,7 @@ def random_offloaded(
     link: Link | None = None,
     batch_size: int = 1,
     max_cache_len: int | None = None,
-    max_rows: int = _DEFAULT_ROWS,
+    max_rows: int = MAX_STEP_ROWS,
 ) -> OffloadedModel:
     """Build an offloaded model of random weights from its configuration, for benchmarks; it is never held as a whole.
 
@@ -341,7 +341,7 @@ def memory_plan(
     num_buffers: int = 2,
     batch_size: int = 1,
     max_cache_len: int | None = None,
-    max_rows: int = _DEFAULT_ROWS,
+    max_rows: int = MAX_STEP_ROWS,
 ) -> MemoryPlan:
     """Say where `load_offloaded` would put a model, from its configuration and its files' headers alone.
 

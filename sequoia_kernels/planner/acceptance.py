@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sequoia_kernels import checks
 from sequoia_kernels.documents import MAX_COUNT, Document, Fields, Format, is_count, is_integer, is_number, is_text
 from sequoia_kernels.planner.value import tree_values
-from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, TokenTree, check_acceptance
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, TokenTree, check_acceptance, vector_of_chances
 
 __all__ = ["AcceptanceEstimate", "estimate_acceptance", "validate_acceptance"]
 
@@ -289,7 +289,7 @@ def estimate_acceptance(
     where = "estimate_acceptance"
     confidence = checks.real_number(where, "confidence", confidence, SHARE)
     items = _split_runs(runs, where)
-    counts = [_check_counts(*_read_counts(item, where), where) for item in items]
+    counts = [_check_counts(*pair, where) for pair in map(_counts_of, items) if pair is not None]
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "target": target, "draft": draft}
     for name, value in settings.items():
         told = {getattr(item, name) for item in items if isinstance(item, AcceptanceEstimate)}
@@ -337,7 +337,7 @@ def _build(
     **settings: Any,
 ) -> AcceptanceEstimate:
     hazards = np.asarray(accepted) / np.asarray(visited)
-    vector = _product_limit(hazards[None])[0]
+    vector = vector_of_chances(hazards)
     draws = _draw_vectors(visited, accepted, dispersion, np.full(len(visited), 0.5), NUM_DRAWS, seed=0)
     tail = (1 - confidence) / 2
     lower, upper = np.quantile(draws, [tail, 1 - tail], axis=0)
@@ -362,14 +362,6 @@ def _build(
     )
 
 
-def _product_limit(hazards: NDArray[np.float64]) -> NDArray[np.float64]:
-    """a[k] = h[k] * prod over j < k of (1 - h[j]), for rows of hazards. [rows, ranks]"""
-    survival = np.cumprod(1 - hazards, axis=1)
-    vectors: NDArray[np.float64] = hazards.copy()
-    vectors[:, 1:] *= survival[:, :-1]
-    return vectors
-
-
 def _draw_vectors(
     visited: Sequence[int],
     accepted: Sequence[int],
@@ -386,7 +378,7 @@ def _draw_vectors(
     hazards[:, spread] = generator.beta(
         (ones + prior)[spread], (zeros + prior)[spread], size=(num_draws, int(spread.sum()))
     )
-    return _product_limit(hazards)
+    return vector_of_chances(hazards)
 
 
 def _dispersion(visited: NDArray[np.int64], accepted: NDArray[np.int64]) -> float:
@@ -420,7 +412,7 @@ def _geometric_tail(vector: NDArray[np.float64], accepted: NDArray[np.int64], nu
 
 
 def _split_runs(runs: Any, where: str) -> list[Any]:
-    if _has_counts(runs):
+    if _counts_of(runs):
         return [runs]
     if isinstance(runs, (str, bytes)) or not isinstance(runs, Iterable):
         raise TypeError(
@@ -430,26 +422,20 @@ def _split_runs(runs: Any, where: str) -> list[Any]:
     items = list(runs)
     if not items:
         raise ValueError(f"{where}: runs must hold at least one run, got none")
-    if all(_has_counts(item) for item in items):
+    if all(map(_counts_of, items)):
         return items
-    if len(items) == 2 and not any(_has_counts(item) for item in items):
+    if len(items) == 2 and not any(map(_counts_of, items)):
         return [{"visited_by_rank": items[0], "accepted_by_rank": items[1]}]
-    bad = next(item for item in items if not _has_counts(item))
+    bad = next(item for item in items if not _counts_of(item))
     raise TypeError(f"{where}: runs must have visited_by_rank and accepted_by_rank, got {type(bad).__name__}")
 
 
-def _has_counts(item: Any) -> bool:
+def _counts_of(item: Any) -> tuple[Any, Any] | None:
+    """The counts that a run's statistics hold, or its output, an estimate or a dict; None where there are none."""
     item = getattr(item, "stats", item)
-    if isinstance(item, Mapping):
-        return "visited_by_rank" in item and "accepted_by_rank" in item
-    return hasattr(item, "visited_by_rank") and hasattr(item, "accepted_by_rank")
-
-
-def _read_counts(item: Any, where: str) -> tuple[Any, Any]:
-    item = getattr(item, "stats", item)
-    if isinstance(item, Mapping):
-        return item["visited_by_rank"], item["accepted_by_rank"]
-    return item.visited_by_rank, item.accepted_by_rank
+    read = item.get if isinstance(item, Mapping) else partial(getattr, item)
+    visited, accepted = read("visited_by_rank", None), read("accepted_by_rank", None)
+    return None if visited is None or accepted is None else (visited, accepted)
 
 
 def _check_counts(visited: Any, accepted: Any, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -30,7 +30,7 @@ from sequoia_kernels.planner.evidence import REQUEST_SPREAD, AcceptanceEvidence
 from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
 from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.planner.value import tree_values
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import TokenTree, vector_of_chances
 
 __all__ = ["AdaptivePlan", "TreeFollower", "plan_adaptive", "plan_from_evidence", "shift_acceptance"]
 
@@ -61,7 +61,7 @@ def shift_acceptance(acceptance: Any, shift: float) -> NDArray[np.float64]:
         [0.5, 0.25]
     """
     chances = _chances(validate_acceptance(acceptance, "shift_acceptance"))
-    return _vector(_shifted(chances, shift))
+    return vector_of_chances(_shifted(chances, shift))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ class TreeFollower:
         self._logits = np.log(chances) - np.log1p(-chances)
         self._tried = np.zeros_like(chances)
         self._accepted = np.zeros_like(chances)
-        vectors = np.stack([_vector(_shifted(chances, shift)) for shift in GRID])
+        vectors = np.stack([vector_of_chances(_shifted(chances, shift)) for shift in GRID])
         # tokens per millisecond of each tree at each shift. [trees, shifts]
         self._speeds = np.stack([tree_values(entry.tree, vectors, entry.rule) / entry.step_ms for entry in plan.plans])
 
@@ -322,9 +322,3 @@ def _chances(vector: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _shifted(chances: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-(np.log(chances) - np.log1p(-chances) + shift)))
-
-
-def _vector(chances: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The vector of conditional chances."""
-    left = np.concatenate(([1.0], np.cumprod(1.0 - chances)[:-1]))
-    return left * chances

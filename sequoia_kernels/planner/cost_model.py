@@ -22,8 +22,9 @@ Every measured time is a median, times the ratio of mean to median over all call
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,16 +170,6 @@ class CostModel:
         table = self.profile.forward_table(key, batch_size)
         times = np.multiply(table.p50_ms, self.profile.mean_over_median.get(key, 1.0))
         return MonotoneGrid(table.context_lens, table.node_counts, times)
-
-    @property
-    def target_key(self) -> str:
-        """Key of the target."""
-        return self.target.key
-
-    @property
-    def draft_key(self) -> str | None:
-        """Key of the draft, None without one."""
-        return None if self.draft is None else self.draft.key
 
     def target_ms(self, num_nodes: ArrayLike, context_len: float) -> NDArray[np.float64]:
         """Time of a target forward over `num_nodes` tokens a request."""
@@ -348,38 +339,40 @@ def _nearest(points: list[OpPoint], name: str, wanted: float) -> list[OpPoint]:
     return [point for point in points if point.parameters[name] == chosen]
 
 
-def _at_mode(points: list[OpPoint], greedy: bool) -> list[OpPoint]:
-    """Keep the points at temperature 0, or those above; whichever there are when only one kind was measured."""
-    return [point for point in points if (point.parameters["temperature"] == 0) == greedy] or points
+def _warped_points(
+    profile: HardwareProfile, op: str, sizes: Sequence[str], vocab: int, greedy: bool
+) -> tuple[list[OpPoint], float]:
+    """Give the points of an op on logits to read, and the factor to scale them by.
 
-
-def _at_vocab(points: list[OpPoint], vocab: int) -> tuple[list[OpPoint], float]:
-    """Keep the points of the nearest vocabulary, and the factor to scale them by: the ratio, but never below 1."""
+    They are those at temperature 0 or those above, whichever there are when only one kind was measured, of the nearest
+    vocabulary; times grow in proportion to a larger one.
+    """
+    points = _op_points(profile, op, (*sizes, "vocab", "temperature"))
+    points = [point for point in points if (point.parameters["temperature"] == 0) == greedy] or points
     points = _nearest(points, "vocab", vocab)
-    return points, max(1.0, vocab / float(points[0].parameters["vocab"]))
+    scale = max(1.0, vocab / float(points[0].parameters["vocab"]))
+    return points, scale * profile.mean_over_median.get(op, 1.0)
 
 
-def _curve(times: Mapping[float, list[float]], scale: float) -> MonotoneGrid:
-    sizes = sorted(times)
-    return MonotoneGrid([0], sizes, [[scale * float(np.median(times[size])) for size in sizes]])
+def _curve(points: list[OpPoint], sizes: Sequence[str], scale: float) -> MonotoneGrid:
+    """Times over the product of some sizes, the median where several points agree on it."""
+    times: dict[float, list[float]] = {}
+    for point in points:
+        size = math.prod(float(point.parameters[name]) for name in sizes)
+        times.setdefault(size, []).append(point.p50_ms)
+    knots = sorted(times)
+    return MonotoneGrid([0], knots, [[scale * float(np.median(times[size])) for size in knots]])
 
 
 def _verify_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
-    points = _op_points(profile, "verify_tree", ("batch_size", "nodes", "vocab", "temperature"))
-    points, scale = _at_vocab(_at_mode(points, greedy), vocab)
-    scale *= profile.mean_over_median.get("verify_tree", 1.0)
-    times: dict[float, list[float]] = {}
-    for point in points:
-        rows = float(point.parameters["batch_size"]) * float(point.parameters["nodes"])
-        times.setdefault(rows, []).append(point.p50_ms)
-    return _curve(times, scale)
+    sizes = ("batch_size", "nodes")
+    points, scale = _warped_points(profile, "verify_tree", sizes, vocab, greedy)
+    return _curve(points, sizes, scale)
 
 
 def _sample_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
     op = "sample_without_replacement"
-    points = _op_points(profile, op, ("rows", "num_samples", "vocab", "temperature"))
-    points, scale = _at_vocab(_at_mode(points, greedy), vocab)
-    scale *= profile.mean_over_median.get(op, 1.0)
+    points, scale = _warped_points(profile, op, ("rows", "num_samples"), vocab, greedy)
     times = {
         (float(point.parameters["rows"]), float(point.parameters["num_samples"])): point.p50_ms for point in points
     }
@@ -396,7 +389,4 @@ def _sample_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> Monotone
 def _compact_grid(profile: HardwareProfile, row_bytes: int, batch_size: int) -> MonotoneGrid:
     points = _op_points(profile, "compact_kv_cache_", ("levels", "row_bytes", "batch_size"))
     points = _nearest(_nearest(points, "batch_size", batch_size), "row_bytes", row_bytes)
-    times: dict[float, list[float]] = {}
-    for point in points:
-        times.setdefault(float(point.parameters["levels"]), []).append(point.p50_ms)
-    return _curve(times, profile.mean_over_median.get("compact_kv_cache_", 1.0))
+    return _curve(points, ("levels",), profile.mean_over_median.get("compact_kv_cache_", 1.0))

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequoia_kernels.documents import MAX_COUNT, Format, is_number
+from sequoia_kernels.tree import vector_of_chances
 
 __all__ = ["REQUEST_SPREAD", "AcceptanceEvidence"]
 
@@ -100,9 +101,7 @@ class AcceptanceEvidence:
     @property
     def vector(self) -> NDArray[np.float64]:
         """The acceptance vector of these chances. [ranks] float64."""
-        hazards = self.hazards
-        left = np.concatenate(([1.0], np.cumprod(1 - hazards)[:-1]))
-        return np.asarray(left * hazards)
+        return vector_of_chances(self.hazards)
 
     @property
     def spread(self) -> float:

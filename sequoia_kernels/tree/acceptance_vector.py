@@ -6,13 +6,27 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SUM_TOLERANCE", "TYPICAL_ACCEPTANCE", "check_acceptance"]
+__all__ = ["SUM_TOLERANCE", "TYPICAL_ACCEPTANCE", "check_acceptance", "vector_of_chances"]
 
 # Entries are probabilities of disjoint events; measured vectors may exceed 1 by their rounding.
 SUM_TOLERANCE = 1e-9
 
 # About what a small draft of a large target shows: trees that are timed for no pair in particular are optimal for it.
 TYPICAL_ACCEPTANCE = (0.6, 0.12, 0.05, 0.03, 0.02, 0.015, 0.012, 0.01, 0.008, 0.007, 0.006, 0.005, 0.004, 0.003, 0.002)
+
+
+def vector_of_chances(chances: np.ndarray) -> np.ndarray:
+    """Give the acceptance vector of conditional chances: a[k] = h[k] * product over j < k of (1 - h[j]).
+
+    Args:
+        chances: chance of each rank's child once those before it were rejected. [..., ranks] float64.
+
+    Returns:
+        The vectors. [..., ranks] float64.
+    """
+    vectors = chances.copy()
+    vectors[..., 1:] *= np.cumprod(1 - chances, axis=-1)[..., :-1]
+    return vectors
 
 
 def check_acceptance(acceptance: Any, caller: str) -> np.ndarray:

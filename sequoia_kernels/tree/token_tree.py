@@ -268,7 +268,7 @@ class TokenTree(Document):
         Source:
             Sequoia (arXiv 2402.12374), section 3.1.
         """
-        return self._values(check_acceptance(acceptance, "TokenTree.node_values"))
+        return self._values(acceptance, "node_values")
 
     def expected_tokens(self, acceptance: Sequence[float]) -> float:
         """Return the mean number of tokens that a step emits, the bonus token included: the sum of all node values.
@@ -283,7 +283,7 @@ class TokenTree(Document):
             >>> TokenTree.chain(3).expected_tokens([0.5])
             1.75
         """
-        return math.fsum(self._values(check_acceptance(acceptance, "TokenTree.expected_tokens")))
+        return math.fsum(self._values(acceptance, "expected_tokens"))
 
     # ---- other trees ----
 
@@ -394,7 +394,7 @@ class TokenTree(Document):
             │  └─ 3  rank 0  value 0.360
             └─ 2  rank 1  value 0.200
         """
-        values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.draw"))
+        values = None if acceptance is None else self._values(acceptance, "draw")
         return drawing.draw_text(self, values)
 
     def to_svg(self, acceptance: Sequence[float] | None = None) -> str:
@@ -407,7 +407,7 @@ class TokenTree(Document):
         Returns:
             A standalone SVG document; pointing at a node shows its id, rank and value.
         """
-        values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.to_svg"))
+        values = None if acceptance is None else self._values(acceptance, "to_svg")
         return drawing.render_svg(drawing.make_picture(self, values))
 
     def save_svg(self, path: str | os.PathLike[str], acceptance: Sequence[float] | None = None) -> None:
@@ -428,15 +428,15 @@ class TokenTree(Document):
             ImportError: matplotlib is not installed.
             ValueError: scale is out of range.
         """
-        values = None if acceptance is None else self._values(check_acceptance(acceptance, "TokenTree.save_png"))
+        values = None if acceptance is None else self._values(acceptance, "save_png")
         if not 0.0 < scale <= 16.0:
             raise ValueError(f"TokenTree.save_png: scale must be in (0, 16], got {scale}")
         write_bytes(path, drawing.render_png(drawing.make_picture(self, values), scale))
 
     # ---- inside ----
 
-    def _values(self, acceptance: np.ndarray) -> list[float]:
-        rates = acceptance.tolist()
+    def _values(self, acceptance: Sequence[float], method: str) -> list[float]:
+        rates = check_acceptance(acceptance, f"TokenTree.{method}").tolist()
         values = [1.0] * self.num_nodes
         for node in range(1, self.num_nodes):
             parent = self._parents[node]

@@ -187,6 +187,7 @@ def whole_number(
     dtype: torch.dtype | None = None,
     kind: str = "an integer",
     rule: Rule | None = None,
+    show_value: bool = False,
 ) -> Any:
     """Check an integer and return it as an int, NumPy's included; booleans are refused, they are masks by mistake.
 
@@ -197,6 +198,7 @@ def whole_number(
         dtype: what it must fit into, where it goes into a tensor.
         kind: what it must be, in words.
         rule: what it must obey.
+        show_value: say what came, not only of which type, where it is no integer.
 
     Raises:
         TypeError: not an integer.
@@ -212,8 +214,8 @@ def whole_number(
         return number
     if isinstance(value, torch.SymInt):  # traced: there is no value yet
         return value
-    shown = type(value).__name__ if dtype is not None else f"{value!r} of type {type(value).__name__}"
-    raise TypeError(f"{where}: {name} must be {kind}, got {shown}")
+    shown = f"{value!r} of type " if show_value else ""
+    raise TypeError(f"{where}: {name} must be {kind}, got {shown}{type(value).__name__}")
 
 
 def row_values(

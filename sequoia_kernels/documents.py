@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import TypeGuard
+
+    from typing_extensions import Self, TypeIs
 
 __all__ = [
     "MAX_COUNT",
@@ -49,7 +51,7 @@ MAX_SHOWN = 60  # characters of a value that a message shows
 _MISSING = object()
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeIs[int]:
     """Tell an integer, NumPy's included, from everything else; true and false are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -59,7 +61,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def is_count(value: Any, least: int = 0) -> bool:
+def is_count(value: object, least: int = 0) -> TypeGuard[int]:
     """Tell an integer in least..MAX_COUNT from everything else."""
     return is_integer(value) and least <= value <= MAX_COUNT
 

@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from sequoia_kernels.checks import MIN_TEMPERATURE
+from sequoia_kernels import checks
 from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.request import StopStrings
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
+from sequoia_kernels.documents import is_integer
 from sequoia_kernels.drafts import DraftSource, request_seeds
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.ops import backends
@@ -120,7 +121,7 @@ def check_arguments(
     names = ("auto", *backends.backend_names("verify_tree"))
     if backend not in names:
         raise ValueError(f"generate: backend must be one of {', '.join(names)}, got {backend!r}")
-    _check_positive("max_new_tokens", max_new_tokens)
+    checks.whole_number("generate", "max_new_tokens", max_new_tokens, rule=checks.at_least(1))
     temperatures, top_ks, top_ps = _sampling(temperature, top_k, top_p, batch_size)
     seeds = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
     strings = _stop_strings(stop_strings, tokenizer)
@@ -210,8 +211,8 @@ def _sampling(
 ) -> tuple[list[float], list[int] | None, list[float] | None]:
     temperatures = _per_request(
         "temperature", temperature, batch_size, Real,
-        lambda t: t == 0 or _in_float32(MIN_TEMPERATURE) <= _in_float32(t) < math.inf,
-        f"be 0 or at least {MIN_TEMPERATURE} and finite in float32",
+        lambda t: t == 0 or _in_float32(checks.MIN_TEMPERATURE) <= _in_float32(t) < math.inf,
+        f"be 0 or at least {checks.MIN_TEMPERATURE} and finite in float32",
     )  # fmt: skip
     top_ks = top_ps = None
     if top_k is not None:
@@ -297,13 +298,6 @@ def _check_token_range(prompts: torch.Tensor, num_embeddings: int) -> None:
         )
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"generate: {name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"generate: {name} must be at least 1, got {value}")
-
-
 def _in_float32(value: float) -> float:
     """Round as the ops' tensors do; what float32 cannot hold becomes infinite."""
     try:
@@ -342,7 +336,7 @@ def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) 
     if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)) or getattr(ids, "ndim", 1) != 1:
         raise TypeError(f"generate: eos_token_id must be an integer or several, got {_describe(ids)}")
     for token in ids:
-        if not isinstance(token, Integral) or isinstance(token, bool):
+        if not is_integer(token):
             raise TypeError(f"generate: eos_token_id must hold integers, got {token!r}")
         if not 0 <= int(token) < target.vocab_size:
             raise ValueError(f"generate: eos_token_id must hold tokens in [0, {target.vocab_size}), got {token!r}")
@@ -368,11 +362,7 @@ def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: fr
     if pad_token_id is None:
         configured = _configured_pad_token_id(target)
         return min(eos_token_ids, default=0) if configured is None else configured
-    if not isinstance(pad_token_id, Integral) or isinstance(pad_token_id, bool):
-        raise TypeError(f"generate: pad_token_id must be an integer, got {_describe(pad_token_id)}")
-    if not -(1 << 63) <= int(pad_token_id) < 1 << 63:
-        raise ValueError(f"generate: pad_token_id must fit into int64, got {pad_token_id}")
-    return int(pad_token_id)
+    return checks.whole_number("generate", "pad_token_id", pad_token_id, torch.int64)
 
 
 def _configured_pad_token_id(target: TreeModel) -> int | None:
@@ -395,7 +385,7 @@ def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any | Non
 
 def _cache_limit(target: TreeModel, max_cache_len: int | None, prompt_lens: list[int]) -> int | None:
     if max_cache_len is not None:
-        _check_positive("max_cache_len", max_cache_len)
+        checks.whole_number("generate", "max_cache_len", max_cache_len, rule=checks.at_least(1))
     limits = {
         "max_cache_len": max_cache_len,
         "the target's positions": target.max_positions,

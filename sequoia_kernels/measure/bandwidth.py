@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from sequoia_kernels.cuda_graphs import on_device
+from sequoia_kernels.documents import is_count
 from sequoia_kernels.measure.timing import time_calls
 
 __all__ = ["measure_bandwidth"]
@@ -38,7 +39,7 @@ def measure_bandwidth(
     device = torch.device(device)
     if num_bytes is None:
         num_bytes = CUDA_BYTES if device.type == "cuda" else CPU_BYTES
-    if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 1:
+    if not is_count(num_bytes, 1):
         raise ValueError(f"measure_bandwidth: num_bytes must be a positive integer, got {num_bytes!r}")
     with on_device(device):  # where the pinned block is registered and streams are made
         calls, moved = _copies(device, num_bytes)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sequoia_kernels.cuda_graphs import as_replay, new_memory
+from sequoia_kernels.documents import is_integer
 from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, draft_source
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
@@ -355,7 +356,7 @@ def _check_counts(
     if isinstance(counts, (str, bytes)) or not hasattr(counts, "__iter__"):
         raise TypeError(f"measure_profile: {name} must be a sequence of integers, got {type(counts).__name__}")
     for count in counts:
-        if isinstance(count, bool) or not hasattr(count, "__index__"):
+        if not is_integer(count):
             raise TypeError(f"measure_profile: {name} must hold integers, got {count!r}")
         if count < least or (most is not None and count > most):
             limits = f">= {least}" if most is None else f"in {least}..{most}"

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from sequoia_kernels.cuda_graphs import on_device
+from sequoia_kernels.documents import is_count
 
 __all__ = [
     "Progress",
@@ -97,11 +98,11 @@ def time_calls(
         True
     """
     for name, value in (("min_repeats", min_repeats), ("max_repeats", max_repeats)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_count(value, 1):
             raise ValueError(f"time_calls: {name} must be a positive integer, got {value!r}")
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"time_calls: seconds must be a finite time >= 0, got {seconds}")
-    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+    if not is_count(warmup):
         raise ValueError(f"time_calls: warmup must be an integer >= 0, got {warmup!r}")
     device = torch.device(device)
     order = list(calls)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sequoia_kernels.documents import is_integer
 from sequoia_kernels.offload.layers import DecoderLayer
 
 __all__ = [
@@ -171,7 +172,7 @@ def plan_memory(
 def _check_resident(resident_layers: int | Sequence[int] | None, num_layers: int) -> int | tuple[int, ...] | None:
     if resident_layers is None:
         return None
-    if isinstance(resident_layers, int) and not isinstance(resident_layers, bool):
+    if is_integer(resident_layers):
         if not 0 <= resident_layers <= num_layers:
             raise ValueError(f"load_offloaded: resident_layers must be in 0..{num_layers}, got {resident_layers}")
         return resident_layers

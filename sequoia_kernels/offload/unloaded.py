@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from sequoia_kernels.documents import is_count
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.offload.checkpoint import Checkpoint, StoredTensor
 from sequoia_kernels.offload.layers import DecoderLayer, Place, find_layers
@@ -109,7 +110,7 @@ class UnloadedModel:
     ) -> MemoryPlan:
         """Decide which layers stay on the device, and add everything up."""
         for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_rows", max_rows)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not is_count(value, 1):
                 raise ValueError(f"load_offloaded: {name} must be a positive integer, got {value!r}")
         kv_bytes, workspace_bytes = reserved_bytes(
             self.model.config, self.layers, self.dtype, batch_size, max_cache_len, max_rows, on_cuda

@@ -149,7 +149,7 @@ def _points(profile: HardwareProfile, op: str, dtype: str) -> list[OpPoint]:
 
 def _size(parameters: Mapping[str, float | int | str], name: str) -> int:
     value = parameters.get(name)
-    if not isinstance(value, int) or not is_count(value, 1):
+    if not is_count(value, 1):
         raise ProfileError(
             f"CostModel: microbenchmarks must have the parameter {name}, a positive integer, got {dict(parameters)}"
         )

@@ -137,8 +137,8 @@ class OptimalTrees:
     def _check_cell(self, budget: int, levels: int, method: str) -> tuple[int, int]:
         caller = f"OptimalTrees.{method}"
         return (
-            checks.whole_number(caller, "budget", budget, rule=checks.within(1, self.max_budget)),
-            checks.whole_number(caller, "levels", levels, rule=checks.within(1, self.max_levels)),
+            checks.whole_number(caller, "budget", budget, rule=checks.within(1, self.max_budget), show_value=True),
+            checks.whole_number(caller, "levels", levels, rule=checks.within(1, self.max_levels), show_value=True),
         )
 
 
@@ -243,8 +243,8 @@ def _check_bytes(num_bytes: int, caller: str) -> None:
 
 
 def _check_budget(budget: int, caller: str, name: str) -> int:
-    return checks.whole_number(caller, name, budget, rule=_BUDGET)
+    return checks.whole_number(caller, name, budget, rule=_BUDGET, show_value=True)
 
 
 def _check_levels(max_levels: int, caller: str) -> int:
-    return checks.whole_number(caller, "max_levels", max_levels, rule=checks.at_least(1))
+    return checks.whole_number(caller, "max_levels", max_levels, rule=checks.at_least(1), show_value=True)

@@ -461,7 +461,9 @@ class TokenTree(Document):
         return self._mask
 
     def _check_index(self, name: str, index: int, length: int, method: str) -> int:
-        return checks.whole_number(f"TokenTree.{method}", name, index, rule=checks.within(0, length - 1))
+        return checks.whole_number(
+            f"TokenTree.{method}", name, index, rule=checks.within(0, length - 1), show_value=True
+        )
 
 
 def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
@@ -473,7 +475,10 @@ def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
     entries = list(islice(source, MAX_NODES + 1))
     if len(entries) > MAX_NODES:
         _check_size(len(source) if isinstance(source, Sized) else len(entries), "TokenTree")
-    checked = tuple(checks.whole_number("TokenTree", f"parents[{node}]", entry) for node, entry in enumerate(entries))
+    checked = tuple(
+        checks.whole_number("TokenTree", f"parents[{node}]", entry, show_value=True)
+        for node, entry in enumerate(entries)
+    )
     if not checked:
         raise ValueError("TokenTree: parents must have at least the root's entry -1, got none")
     if checked[0] != -1:
@@ -504,7 +509,7 @@ def _check_size(num_nodes: int, caller: str) -> None:
 
 
 def _check_count(value: int, method: str, name: str) -> int:
-    count = checks.whole_number(f"TokenTree.{method}", name, value, rule=checks.at_least(1))
+    count = checks.whole_number(f"TokenTree.{method}", name, value, rule=checks.at_least(1), show_value=True)
     _check_size(count, f"TokenTree.{method}")
     return count
 

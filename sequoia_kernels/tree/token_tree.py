@@ -476,7 +476,7 @@ def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
     if len(entries) > MAX_NODES:
         _check_size(len(source) if isinstance(source, Sized) else len(entries), "TokenTree")
     checked = tuple(
-        checks.whole_number("TokenTree", f"parents[{node}]", entry, show_value=True)
+        entry if type(entry) is int else checks.whole_number("TokenTree", f"parents[{node}]", entry, show_value=True)
         for node, entry in enumerate(entries)
     )
     if not checked:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sequoia_kernels import AcceptanceEstimate, HardwareProfile, estimate_acceptance, generate, measure_profile
-from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
+from sequoia_kernels.decoding import PROBE_TREE, GenerateStats, measure_overhead
 from sequoia_kernels.demo import DemoPair, held_out_prompts, load_demo_pair
 from sequoia_kernels.models import adapt, load_model
 
@@ -32,6 +32,25 @@ def texts_of(file: Path | None, count: int, num_characters: int) -> list[str]:
     if file is None:
         return held_out_prompts(count, num_characters)
     return [text for text in file.read_text(encoding="utf-8").split("\n\n\n") if text.strip()][:count]
+
+
+Decode = Callable[[torch.Tensor, int], GenerateStats]  # prompt, seed
+
+
+def take_turns(
+    providers: Mapping[str, Decode], prompts: Sequence[torch.Tensor], first_seed: int = 0
+) -> dict[str, list[GenerateStats]]:
+    """Let everybody decode the same prompts, one after the other in turn, so that drift hits all alike."""
+    found: dict[str, list[GenerateStats]] = {name: [] for name in providers}
+    for index, prompt in enumerate(prompts):
+        for name, decode in providers.items():
+            found[name].append(decode(prompt, first_seed + index))
+    return found
+
+
+def decoding_rate(runs: Sequence[GenerateStats]) -> float:
+    """Tokens a second of several runs together, prefill aside."""
+    return sum(sum(run.new_tokens) - len(run.new_tokens) for run in runs) / sum(run.decode_seconds for run in runs)
 
 
 class Demo:
@@ -67,3 +86,8 @@ class Demo:
         options |= {"tree": PROBE_TREE, "temperature": temperature}
         runs = [generate(self.target, self.draft, ids, seed=n, **options).stats for n, ids in enumerate(prompts)]
         return estimate_acceptance(runs, temperature=temperature)
+
+    def decoder(self, tree: Any, **options: Any) -> Decode:
+        """The loop with a tree or plan; None decodes without a draft."""
+        model, chosen = (None, {}) if tree is None else (self.draft, {"tree": tree})
+        return lambda ids, seed: generate(self.target, model, ids, seed=seed, **chosen, **options).stats

@@ -17,7 +17,7 @@ from typing import Any
 from bench.common.demo import Demo
 from bench.common.report import table
 from bench.common.script import Run, Script, option, shared
-from sequoia_kernels import TokenTree, generate, optimal_tree, plan_tree
+from sequoia_kernels import TokenTree, optimal_tree, plan_tree
 
 BUDGETS = (4, 8, 12, 16, 24, 32, 48)
 LEVELS = (3, 5, 8)
@@ -28,7 +28,6 @@ GOAL = 0.9
 def measure(bench: Run) -> None:
     options = bench.options
     demo = Demo(bench.device, options.prompt_tokens)
-    target, draft = demo.target, demo.draft
     ids = demo.encode(demo.texts(options.prompts + options.calibration_prompts))
     calibration, prompts = ids[: options.calibration_prompts], ids[options.calibration_prompts :]
     context_len = options.prompt_tokens + options.new_tokens // 2
@@ -42,13 +41,14 @@ def measure(bench: Run) -> None:
     trees.setdefault(plan.tree, "refined tree")
     seconds: dict[TokenTree, list[float]] = {tree: [0.0] * options.rounds for tree in trees}
     tokens: dict[TokenTree, list[int]] = {tree: [0] * options.rounds for tree in trees}
-    for tree in trees:  # the first run of a tree builds its tensors
-        decode(target, draft, prompts[0], tree, common, 0)
+    decoders = {tree: demo.decoder(tree if tree.num_nodes > 1 else None, **common) for tree in trees}
+    for decode in decoders.values():  # the first run of a tree builds its tensors
+        decode(prompts[0], 0)
     for turn in range(options.rounds):
         runs = [(tree, index) for tree in trees for index in range(len(prompts))]
         random.Random(turn).shuffle(runs)
         for tree, index in runs:
-            stats = decode(target, draft, prompts[index], tree, common, 1000 * turn + index)
+            stats = decoders[tree](prompts[index], 1000 * turn + index)
             seconds[tree][turn] += stats.decode_seconds
             tokens[tree][turn] += sum(stats.new_tokens) - 1
     results = []
@@ -90,12 +90,6 @@ def grid(vector: list[float], quick: bool) -> dict[TokenTree, str]:
         for levels in LEVELS:
             found.setdefault(optimal_tree(vector, budget, levels), "optimal tree")
     return found
-
-
-def decode(target: Any, draft: Any, prompt: Any, tree: TokenTree, common: dict[str, Any], seed: int) -> Any:
-    if tree.num_nodes == 1:
-        return generate(target, None, prompt, seed=seed, **common).stats
-    return generate(target, draft, prompt, tree=tree, seed=seed, **common).stats
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ import random
 import statistics
 import sys
 
-from bench.common.demo import Demo
+from bench.common.demo import Demo, decoding_rate, take_turns
 from bench.common.script import Run, Script, shared
-from sequoia_kernels import generate, plan_adaptive, plan_tree
+from sequoia_kernels import plan_adaptive, plan_tree
 
 PROSE = (
     "Permission is granted to use the tables below for any purpose. They were made by hand, and nobody has checked "
@@ -38,7 +38,6 @@ def drifting_texts(code: list[str]) -> list[str]:
 def measure(bench: Run) -> None:
     options = bench.options
     demo = Demo(bench.device, options.prompt_tokens)
-    target, draft = demo.target, demo.draft
     texts = demo.texts(3 * options.prompts)
     calibration = demo.encode(texts[: options.prompts])
     workloads = {
@@ -55,25 +54,15 @@ def measure(bench: Run) -> None:
         static = plan_tree(acceptance, profile, context_len=context_len)
         adaptive = plan_adaptive(acceptance, profile, context_len=context_len)
         for workload, prompts in workloads.items():
-            follower = adaptive.follow()
-            providers = {
-                "autoregressive": (None, "auto"),
-                "static plan": (draft, static),
-                "adaptive plan": (draft, adaptive),
-                "adaptive plan, kept from prompt to prompt": (draft, follower),
+            trees = {
+                "autoregressive": None,
+                "static plan": static,
+                "adaptive plan": adaptive,
+                "adaptive plan, kept from prompt to prompt": adaptive.follow(),
             }
-            rates: dict[str, list[float]] = {name: [] for name in providers}
-            totals = {name: [0.0, 0, 0] for name in providers}
-            switches = 0
-            for index, prompt in enumerate(prompts):
-                for name, (model, tree) in providers.items():
-                    stats = generate(target, model, prompt, tree=tree, seed=index, **common).stats
-                    rates[name].append(stats.tokens_per_second)
-                    totals[name][0] += stats.decode_seconds
-                    totals[name][1] += stats.new_tokens[0] - 1
-                    totals[name][2] += stats.num_steps
-                    switches += name == "adaptive plan" and len(stats.steps_by_tree) - 1
-            static_rates = rates["static plan"]
+            runs = take_turns({name: demo.decoder(tree, **common) for name, tree in trees.items()}, prompts)
+            rate = {name: decoding_rate(stats) for name, stats in runs.items()}
+            switches = sum(len(stats.steps_by_tree) - 1 for stats in runs["adaptive plan"])
             row = {
                 "temperature": temperature,
                 "workload": workload,
@@ -82,14 +71,16 @@ def measure(bench: Run) -> None:
                 "mean_trees_used_beyond_the_first": switches / len(prompts),
                 "providers": {
                     name: {
-                        "tokens_per_second": tokens / seconds,
-                        "tokens_per_step": tokens / steps,
-                        "over_static_plan": tokens / seconds * totals["static plan"][0] / totals["static plan"][1],
+                        "tokens_per_second": rate[name],
+                        "tokens_per_step": sum(run.new_tokens[0] - 1 for run in stats)
+                        / sum(run.num_steps for run in stats),
+                        "over_static_plan": rate[name] / rate["static plan"],
                         "median_over_static_plan": statistics.median(
-                            a / b for a, b in zip(rates[name], static_rates, strict=True)
+                            own.tokens_per_second / other.tokens_per_second
+                            for own, other in zip(stats, runs["static plan"], strict=True)
                         ),
                     }
-                    for name, (seconds, tokens, steps) in totals.items()
+                    for name, stats in runs.items()
                 },
             }
             results.append(row)

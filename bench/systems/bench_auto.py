@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 
-from bench.common.demo import Demo
+from bench.common.demo import Demo, decoding_rate, take_turns
 from bench.common.script import Run, Script, option, shared
 from sequoia_kernels import estimate_acceptance, generate, plan_tree
 from sequoia_kernels.decoding import auto
@@ -74,16 +74,8 @@ def measure(bench: Run) -> None:
         }
         if not options.picks_only:
             providers |= {f"plans of first prompt {index}": plan for index, plan in plans.items()}
-        seconds_of = dict.fromkeys(providers, 0.0)
-        tokens_of = dict.fromkeys(providers, 0)
-        for index, prompt in enumerate(prompts):
-            for name, tree in providers.items():
-                model = None if tree is None else draft
-                chosen = {} if tree is None else {"tree": tree}
-                stats = generate(target, model, prompt, seed=100 + index, **chosen, **common).stats
-                seconds_of[name] += stats.decode_seconds
-                tokens_of[name] += stats.new_tokens[0] - 1
-        rate = {name: tokens_of[name] / seconds_of[name] for name in providers}
+        decoders = {name: demo.decoder(tree, **common) for name, tree in providers.items()}
+        rate = {name: decoding_rate(stats) for name, stats in take_turns(decoders, prompts, 100).items()}
         for index, first in enumerate(firsts):
             pick = plans[index].plans[plans[index].start].tree
             held = rate[f"pick {pick.num_nodes} x {pick.num_levels} {hash(pick)}"]

@@ -486,16 +486,9 @@ def acceptance_of_checkpoints(system: System, temperature: float, num_tokens: in
 
 def describe(result: Mapping[str, Any]) -> str:
     """A row's title, and what is not as usual."""
-    words = [
-        word
-        for word, applies in (
-            ("synthetic", result["synthetic"]),
-            ("packed weights", result["packed"]),
-            ("compiled", result["compiled"]),
-        )
-        if applies
-    ]
-    return f"{result['title']} ({', '.join(words)})" if words else str(result["title"])
+    named = {"synthetic": "synthetic", "packed": "packed weights", "compiled": "compiled"}
+    words = ", ".join(word for key, word in named.items() if result[key])
+    return f"{result['title']} ({words})" if words else str(result["title"])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -620,18 +613,10 @@ def run(bench: Run) -> int:
                 entry = row.entries[temperature]
                 acceptance = acceptance_of_row(system, pair, row, temperature, options.divergence, options.new_tokens)
                 size = (entry.goal.budget, entry.goal.levels) if entry.goal.budget else row.size
-                extra = {
-                    "pair": row.pair,
-                    "divergence": pair.divergence,
-                    "goal": entry.goal._asdict(),
-                    "paper": None
-                    if entry.speedup is None
-                    else {
-                        "speedup": entry.speedup,
-                        "earlier_speedup": entry.earlier_speedup,
-                        "tokens_per_step": entry.goal.value,
-                    },
-                }
+                extra = {"pair": row.pair, "divergence": pair.divergence, "goal": entry.goal._asdict(), "paper": None}
+                if entry.speedup is not None:
+                    extra["paper"] = entry._asdict() | {"tokens_per_step": entry.goal.value}
+                    del extra["paper"]["goal"]
                 measured(system, acceptance, temperature, size, extra)
             del system, pair
             release_engines()

@@ -42,40 +42,32 @@ def chosen_config(inputs: Inputs) -> LaunchConfig:
     )
 
 
+# What is tried for each field of a launch, in this order; of the splits these are factors.
+VALUES: dict[str, tuple[float, ...]] = {
+    "block_rows": (16, 32, 64, 128),
+    "block_slots": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+    "num_splits": (0, 0.5, 0.75, 1.25, 1.5, 2.0),
+    "masked_slots": (32, 64),
+    "masked_stages": (1, 2, 3),
+    "merge_rows": (1, 2, 4, 8),
+    "merge_chunk": (4, 8, 16, 32),
+}
+
+
 def neighbours(config: LaunchConfig, field: str) -> Iterator[LaunchConfig]:
     """Configurations that differ in one thing."""
     tile = config.tile
-    if field == "block_rows":
-        yield from (config._replace(block_rows=rows) for rows in (16, 32, 64, 128) if rows != config.block_rows)
-    elif field == "block_slots":
-        for slots in (32, 64, 128):
-            masked = min(tile.masked_slots, slots)
-            yield config._replace(tile=tile._replace(block_slots=slots, masked_slots=masked))
-    elif field == "masked_slots":
-        yield from (config._replace(tile=tile._replace(masked_slots=n)) for n in (32, 64) if n <= tile.block_slots)
-    elif field == "num_splits":
-        for num_splits in sorted({1, *(round(config.num_splits * factor) for factor in (0.5, 0.75, 1.25, 1.5, 2.0))}):
-            yield config._replace(num_splits=max(1, num_splits))
-    elif field == "merge_rows":
-        yield from (config._replace(merge_rows=rows) for rows in (1, 2, 4, 8))
-    elif field == "merge_chunk":
-        yield from (config._replace(merge_chunk=chunk) for chunk in (4, 8, 16, 32))
-    else:
-        options = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "masked_stages": (1, 2, 3)}[field]
-        yield from (config._replace(tile=tile._replace(**{field: value})) for value in options)
-
-
-FIELDS = (
-    "block_rows",
-    "block_slots",
-    "num_warps",
-    "num_stages",
-    "num_splits",
-    "masked_slots",
-    "masked_stages",
-    "merge_rows",
-    "merge_chunk",
-)
+    for value in VALUES[field]:
+        if field == "num_splits":
+            yield config._replace(num_splits=max(1, round(config.num_splits * value)))
+        elif field in config._fields:
+            yield config._replace(**{field: value})
+        elif field == "block_slots":
+            yield config._replace(tile=tile._replace(block_slots=value, masked_slots=min(tile.masked_slots, value)))
+        elif field != "masked_slots" or value <= tile.block_slots:
+            yield config._replace(tile=tile._replace(**{field: value}))
 
 
 def run(inputs: Inputs, config: LaunchConfig) -> torch.Tensor:
@@ -110,7 +102,7 @@ def tune(case: Case, device: torch.device, clock: DeviceClock) -> dict[str, Any]
     best = chosen_config(sets[0])
     first = time_config(case, sets, result, best, clock)
     tried = {best: first}
-    for field in FIELDS:
+    for field in VALUES:
         for config in neighbours(best, field):
             if config not in tried:
                 tried[config] = time_config(case, sets, result, config, clock)

@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -171,11 +171,6 @@ def backend_rank(provider: str, device_type: str) -> int:
 
 
 # ---- one case
-
-
-class _Ready(NamedTuple):
-    calls: list[Call]
-    captured: str | None  # the reason why not
 
 
 def run_case(bench: OpBench, case: Case, settings: Settings, peaks: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,10 +87,20 @@ class OptimalTrees:
     """
 
     def __init__(self, acceptance: Sequence[float], max_budget: int, max_levels: int, *, method: str = "auto") -> None:
-        vector = check_acceptance(acceptance, "OptimalTrees")
-        max_budget = _check_budget(max_budget, "OptimalTrees", "max_budget")
-        max_levels = _check_levels(max_levels, "OptimalTrees")
-        self._solve(vector, max_budget, max_levels, method, "OptimalTrees")
+        caller = "OptimalTrees"
+        self._vector = check_acceptance(acceptance, caller)
+        max_budget = _check_budget(max_budget, caller, "max_budget")
+        max_levels = _check_levels(max_levels, caller)
+        _check_bytes(8 * (max_budget + 1) * (max_levels + 1), caller)
+        self.method = _choose_method(method, self._vector, caller)
+        self._table: Any = None
+        if self.method == "best_first":
+            values = _host.best_first_values(self._vector, max_budget, max_levels)
+        else:
+            self._table = _solve_table(self._vector, max_budget, max_levels, caller)
+            values = self._table.values()
+        values.flags.writeable = False
+        self.values: np.ndarray = values
 
     @property
     def max_budget(self) -> int:
@@ -115,19 +125,6 @@ class OptimalTrees:
         """Return the nodes and internal nodes on each level of `tree(budget, levels)`, without building the tree."""
         parents = self._parents(*self._check_cell(budget, levels, "widths"))
         return LevelWidths(*_host.level_widths(parents))
-
-    def _solve(self, vector: np.ndarray, max_budget: int, max_levels: int, method: str, caller: str) -> None:
-        _check_bytes(8 * (max_budget + 1) * (max_levels + 1), caller)
-        self.method = _choose_method(method, vector, caller)
-        self._vector = vector
-        self._table: Any = None
-        if self.method == "best_first":
-            values = _host.best_first_values(vector, max_budget, max_levels)
-        else:
-            self._table = _solve_table(vector, max_budget, max_levels, caller)
-            values = self._table.values()
-        values.flags.writeable = False
-        self.values: np.ndarray = values
 
     def _parents(self, budget: int, levels: int) -> list[int]:
         if self._table is None:
@@ -174,9 +171,8 @@ def optimal_tree(acceptance: Sequence[float], budget: int, max_levels: int | Non
     levels = budget if max_levels is None else min(_check_levels(max_levels, "optimal_tree"), budget)
     if _is_non_increasing(vector):
         return TokenTree(_host.best_first_tree(vector, budget, levels))
-    if levels == budget:
-        return TokenTree(_solve_table(vector, budget, 0, "optimal_tree").tree(budget, 0))
-    return TokenTree(_solve_table(vector, budget, levels, "optimal_tree").tree(budget, levels))
+    limit = levels if levels < budget else 0
+    return TokenTree(_solve_table(vector, budget, limit, "optimal_tree").tree(budget, limit))
 
 
 def optimal_values(acceptance: Sequence[float], max_budget: int, max_levels: int) -> np.ndarray:

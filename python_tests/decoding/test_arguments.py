@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import GenerationConfig
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import settings
 from sequoia_kernels.models import adapt
-from sequoia_kernels.planner import ModelFingerprint, shift_acceptance
+from sequoia_kernels.planner import ModelFingerprint, plan_tree, shift_acceptance
 
 TREE = TokenTree([-1, 0, 0])
 PROMPT = torch.tensor([[1, 2, 3]])
@@ -109,6 +110,11 @@ def target():
         ({"tree": [-1, 0]}, TypeError, "tree must be a TokenTree"),
         ({"tree": np.array([-1, 0])}, TypeError, "tree must be a TokenTree"),
         ({"tree": TokenTree.kary(2, 11)}, ValueError, "tree must have at most 1024 nodes, got 2047"),
+        (
+            {"tree": dataclasses.replace(plan_tree([0.5], synthetic_profile()), rule="nope")},
+            ValueError,
+            "rule must be one of sequoia, got 'nope'",
+        ),
         ({"tree": "auto", "acceptance": 0.5}, ValueError, r"acceptance must have shape \[max_children\]"),
         ({"tree": "auto", "acceptance": "half"}, ValueError, r"acceptance must have shape \[max_children\]"),
         ({"tree": "auto", "acceptance": ["half"]}, TypeError, "acceptance must be a sequence of real numbers"),

@@ -114,8 +114,7 @@ def check_arguments(
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
         raise TypeError(f"generate: profile must be a HardwareProfile, got {_describe(profile)}")
-    if rule is not None:
-        rule_named("generate", rule)
+    rule = rule_named("generate", _planned_rule(tree) if rule is None else rule).name
     if logits_hook is not None and not callable(logits_hook):
         raise TypeError(f"generate: logits_hook must be called with (paths, logits), got {_describe(logits_hook)}")
     names = ("auto", *backends.backend_names("verify_tree"))
@@ -143,7 +142,7 @@ def check_arguments(
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
         stop_strings=StopStrings(strings, tokenizer) if strings else None,
         streamer=streamer,
-        rule=DEFAULT_RULE if rule is None else rule,
+        rule=rule,
         logits_hook=logits_hook,
         backend=backend,
         cuda_graphs=cuda_graphs,
@@ -356,6 +355,12 @@ def _trees(tree: GivenTree) -> list[TokenTree]:
     if isinstance(tree, TreePlan):
         return [tree.tree]
     return [tree] if isinstance(tree, TokenTree) else [] if isinstance(tree, str) else list(tree)
+
+
+def _planned_rule(tree: GivenTree) -> str:
+    """The verification rule that a tree was planned for."""
+    plan = tree.plan if isinstance(tree, TreeFollower) else tree
+    return plan.rule if isinstance(plan, (TreePlan, AdaptivePlan)) else DEFAULT_RULE
 
 
 def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: frozenset[int]) -> int:

@@ -50,7 +50,7 @@ from sequoia_kernels.planner.store import (
     save_evidence,
     save_profile,
 )
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import DEFAULT_RULE, TokenTree
 from sequoia_kernels.version import __version__
 
 logger = logging.getLogger("sequoia_kernels")
@@ -133,6 +133,7 @@ def choose_tree(
             "target": target,
             "draft": draft.fingerprint,
             "temperature": max(arguments.temperature),
+            "rule": arguments.rule,
         }
         if rows is not None:  # a row a node and two a level
             costs = CostModel(profile, batch_size=arguments.batch_size, target=target, draft=draft.fingerprint)
@@ -284,7 +285,8 @@ def _acceptance_key(target: TreeModel, draft: DraftSource, arguments: Generation
     """What acceptance depends on, besides the text. A batch of equal requests is like one of them."""
     count = arguments.batch_size
     columns = (arguments.temperature, arguments.top_k or [0] * count, arguments.top_p or [1.0] * count)
-    return {
+    rule = {} if arguments.rule == DEFAULT_RULE else {"rule": arguments.rule}
+    return rule | {
         "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
         "draft": "-".join([draft.fingerprint.key, *map(_weights_digest, draft.models)]),
         "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),

@@ -97,6 +97,11 @@ class AdaptivePlan:
         """The tree with the most nodes."""
         return max(self.trees, key=lambda tree: tree.num_nodes)
 
+    @property
+    def rule(self) -> str:
+        """The verification rule that all the trees are planned for."""
+        return self.plans[0].rule
+
     def follow(self) -> TreeFollower:
         """Start to follow a generation."""
         return TreeFollower(self)

@@ -153,7 +153,7 @@ class CostModel:
         bracket = brackets(sizes, self.batch_size)
         if not compose and bracket is not None:
             self.interpolated.append(role)
-            return _between([self._measured_grid(key, size) for size in bracket], bracket, self.batch_size)
+            return _between_batches([self._measured_grid(key, size) for size in bracket], bracket, self.batch_size)
         if COMPOSED_OPS[0] not in self.profile.ops and not compose:
             self.profile.find_model(fingerprint, role)
             self.profile.forward_table(key, self.batch_size)  # says what is missing
@@ -288,7 +288,7 @@ def brackets(sizes: Sequence[int], batch_size: int) -> tuple[int, int] | None:
     return (low, high) if low > 0 and 0 < high <= WIDEST_BRACKET * low else None
 
 
-def _between(grids: Sequence[MonotoneGrid], sizes: tuple[int, int], batch_size: int) -> MonotoneGrid:
+def _between_batches(grids: Sequence[MonotoneGrid], sizes: tuple[int, int], batch_size: int) -> MonotoneGrid:
     """The times of a batch size between those of two others: on a line, as far as both were measured."""
     (first, second), (low, high) = grids, sizes
     contexts = sorted({*first.first, *second.first})

@@ -30,25 +30,16 @@ from bench.common.script import write_json
 
 
 class Script(NamedTuple):
-    """One benchmark.
+    """One benchmark."""
 
-    Attributes:
-        name: the result is <name>.json; the file is bench_<name>.py in a room of bench/.
-        suite: ops, decode or planner.
-        devices: device types it can run on, to be told by --device where `takes_device`.
-        why_not: the reason that is given on other devices.
-        takes_device: has a --device option.
-        takes_seconds: has a --seconds option, and ends by itself when they are over.
-        weight: its share of a limited time, relative to the others.
-    """
-
-    name: str
-    suite: str
+    name: str  # the result is <name>.json; the file is bench_<name>.py in a room of bench/
+    suite: str  # ops, decode or planner
+    # device types it can run on, to be told by --device where `takes_device`
     devices: tuple[str, ...] = ("cpu", "cuda")
-    why_not: str = ""
-    takes_device: bool = True
-    takes_seconds: bool = False
-    weight: float = 1.0
+    why_not: str = ""  # the reason that is given on other devices
+    takes_device: bool = True  # has a --device option
+    takes_seconds: bool = False  # has a --seconds option, and ends by itself when they are over
+    weight: float = 1.0  # its share of a limited time, relative to the others
 
 
 def op_script(op: str, weight: float) -> Script:

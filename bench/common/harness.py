@@ -52,7 +52,7 @@ from bench.common.clocks import (
     percentiles,
     take_samples,
 )
-from bench.common.machine import commit, environment, measure_peaks
+from bench.common.machine import commit, environment, free_memory, measure_peaks
 from bench.common.script import Run, Script, option, shared
 from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.errors import BackendUnavailableError
@@ -82,25 +82,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who can do an op's work.
+    """Somebody who can do an op's work."""
 
-    Attributes:
-        prepare: takes case and inputs, does what a user would do once and returns the call to be timed, which returns
-            the result. Raises `Unavailable` if it cannot.
-        ours: one of this package's own backends.
-        capturable: no call waits for the device; a CUDA graph of it is then tried.
-        gate: gives the result to be checked, where the timed call draws randomness of its own: the same code with the
-            reference's randomness.
-        mismatch: in place of the script's own, for somebody who solves a slightly different problem.
-        note: what is different or left out, for the reader of the table.
-    """
-
+    # takes case and inputs, does what a user would do once and returns the call to be timed, which returns the result.
+    # Raises `Unavailable` if it cannot.
     prepare: Callable[[Case, Any], Call]
-    ours: bool = False
-    capturable: bool = True
+    ours: bool = False  # one of this package's own backends
+    capturable: bool = True  # no call waits for the device; a CUDA graph of it is then tried
+    # gives the result to be checked, where the timed call draws randomness of its own: the same code with the
+    # reference's randomness
     gate: Callable[[Case, Any], Any] | None = None
+    # in place of the script's own, for somebody who solves a slightly different problem
     mismatch: Callable[[Case, Any, Any, Any], str | None] | None = None
-    note: str = ""
+    note: str = ""  # what is different or left out, for the reader of the table
 
 
 class OpBench(Protocol):
@@ -118,24 +112,15 @@ class OpBench(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
-
-    Attributes:
-        device: where.
-        quick: quick cases only, and less time for each.
-        seconds: time for all cases; those that are not begun by then are skipped. None is unlimited.
-        only_case: run cases whose name contains this.
-        only_provider: run providers whose name contains this.
-        seconds_per_case, min_repeats: time for a case, and rounds that are run whatever they take.
-    """
+    """How much is measured."""
 
     device: torch.device
-    quick: bool = False
-    seconds: float | None = None
-    only_case: str = ""
-    only_provider: str = ""
+    quick: bool = False  # quick cases only
+    seconds: float | None = None  # time for all cases; those that are not begun by then are skipped
+    only_case: str = ""  # run cases whose name contains this
+    only_provider: str = ""  # run providers whose name contains this
     seconds_per_case: float = 1.5
-    min_repeats: int = 10
+    min_repeats: int = 10  # rounds that are run whatever they take
 
 
 def own_providers(op: str, bind: Callable[[Case, Any, str], Call]) -> dict[str, Provider]:
@@ -343,9 +328,7 @@ def run_bench(
                 document["cases"].append(run_case(bench, case, settings, peaks))
         except torch.cuda.OutOfMemoryError:
             document["skipped_cases"].append({"name": case.name, "reason": "out of device memory"})
-        if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_memory(device)
         progress(document)
     return document
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -73,6 +74,19 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device cuda: torch sees no CUDA device on this machine")
     return torch.device(wanted)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait for everything on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure_peaks(device: torch.device, seconds: float = 0.5) -> dict[str, Any]:

@@ -26,19 +26,12 @@ MAX_ELEMENTS = 1 << 22
 
 
 class Texts(NamedTuple):
-    """Texts that the target wrote.
+    """Texts that the target wrote."""
 
-    Attributes:
-        sequences: prompts and what was written behind them. [P, prompt_len + written] int64.
-        prompt_len: tokens of every prompt.
-        temperature: of target and draft.
-        top_p: of the target; 1 is off.
-    """
-
-    sequences: Tensor
-    prompt_len: int
-    temperature: float
-    top_p: float
+    sequences: Tensor  # prompts and what was written behind them. [P, prompt_len + written] int64.
+    prompt_len: int  # tokens of every prompt
+    temperature: float  # of target and draft
+    top_p: float  # of the target; 1 is off
 
     @property
     def num_positions(self) -> int:
@@ -97,17 +90,11 @@ def _logits(model: TreeModel, sequences: Tensor) -> Tensor:
 
 
 class Replay(NamedTuple):
-    """Expected counts of each text. [P] float64.
+    """Expected counts of each text. [P] float64."""
 
-    Attributes:
-        tokens: emitted by the steps that were begun.
-        steps: begun.
-        cut: steps that the end of the text cut short; their tokens so far count.
-    """
-
-    tokens: Tensor
-    steps: Tensor
-    cut: Tensor
+    tokens: Tensor  # emitted by the steps that were begun
+    steps: Tensor  # begun
+    cut: Tensor  # steps that the end of the text cut short; their tokens so far count
 
 
 def replay(tree: TokenTree, acceptance: Tensor, num_starts: int) -> Replay:
@@ -138,17 +125,11 @@ def replay(tree: TokenTree, acceptance: Tensor, num_starts: int) -> Replay:
 
 
 class Estimate(NamedTuple):
-    """A ratio of sums over texts.
+    """A ratio of sums over texts."""
 
-    Attributes:
-        mean: the ratio.
-        se: its standard error over the texts.
-        influence: what each text adds to its deviation; differences of these give paired standard errors. [P].
-    """
-
-    mean: float
-    se: float
-    influence: Tensor
+    mean: float  # the ratio
+    se: float  # its standard error over the texts
+    influence: Tensor  # what each text adds to its deviation; differences of these give paired standard errors. [P].
 
 
 def ratio(tokens: Tensor, steps: Tensor) -> Estimate:

@@ -31,21 +31,14 @@ _VERIFIER = sys.modules[NodeDecisions.__module__]
 
 
 class Sampler(NamedTuple):
-    """One way to draft and verify.
+    """One way to draft and verify."""
 
-    Attributes:
-        name: as in the tables.
-        draw: in place of `sample_without_replacement`, or None for ours.
-        decide: in place of the reference's `node_decisions`, or None for ours.
-        emitted: see `acceptance_of_emitted`, at temperatures above 0.
-        cuts_draft: the draft's logits go through `cut_draft` first.
-    """
-
-    name: str
-    draw: Draw | None
-    decide: Decide | None
+    name: str  # as in the tables
+    draw: Draw | None  # in place of `sample_without_replacement`, or None for ours
+    decide: Decide | None  # in place of the reference's `node_decisions`, or None for ours
+    # see `acceptance_of_emitted`, at temperatures above 0
     emitted: Callable[[Tensor, Tensor, Tensor, int, torch.Generator], Tensor]
-    cuts_draft: bool = False
+    cuts_draft: bool = False  # the draft's logits go through `cut_draft` first
 
     @contextmanager
     def in_loop(self) -> Iterator[dict[str, object]]:

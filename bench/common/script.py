@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,14 @@ def shared(name: str, default: Any = None, **settings: Any) -> Option:
     return option(f"--{name}", **{**SHARED[name], "default": default, **settings})
 
 
+@dataclass
 class Run:
-    """One run of a script.
+    """One run of a script."""
 
-    Attributes:
-        options: what was asked for.
-        device: where it runs.
-        document: what will be written; begun with what every document has.
-    """
-
-    def __init__(self, options: argparse.Namespace, device: torch.device, document: dict[str, Any], markdown: Any):
-        self.options, self.device, self.document, self.markdown = options, device, document, markdown
+    options: argparse.Namespace  # what was asked for
+    device: torch.device
+    document: dict[str, Any]  # what will be written; begun with what every document has
+    markdown: Callable[[dict[str, Any]], str] | None
 
     def save(self) -> None:
         """Write what is known so far, so that it stays whatever ends the run; the tables beside it."""
@@ -77,39 +75,24 @@ class Run:
                 write_text(self.options.json.with_suffix(".md"), self.markdown(self.document).rstrip("\n") + "\n")
 
 
+@dataclass(frozen=True)
 class Script:
-    """A benchmark's command line.
+    """A benchmark's command line."""
 
-    Attributes:
-        name: of the bench, in its document and file names.
-        module: dotted, as `python -m` takes it.
-        measure: fills the run's document; returns the exit status, None for 0.
-        description: the first line is the help's.
-        options: beside --json.
-        quick: defaults of options that --quick changes.
-        markdown: gives a document's tables, which are then written beside it.
-        check: says what is wrong with a combination of options, or None.
-    """
+    spec: ModuleSpec | None  # of its module
+    measure: Callable[[Run], int | None]  # fills the run's document; returns the exit status, None for 0
+    description: str | None  # the first line is the help's
+    options: Sequence[Option] = ()  # beside --json
+    quick: Mapping[str, Any] = field(default_factory=dict)  # defaults of options that --quick changes
+    markdown: Callable[[dict[str, Any]], str] | None = None  # gives the tables that are written beside a document
+    check: Callable[[argparse.Namespace], str | None] = lambda options: None  # what is wrong with the options
 
-    def __init__(
-        self,
-        spec: ModuleSpec | None,
-        measure: Callable[[Run], int | None],
-        description: str | None,
-        options: Sequence[Option] = (),
-        *,
-        quick: Mapping[str, Any] | None = None,
-        markdown: Callable[[dict[str, Any]], str] | None = None,
-        check: Callable[[argparse.Namespace], str | None] = lambda options: None,
-    ) -> None:
-        if spec is None:
+    def __post_init__(self) -> None:
+        if self.spec is None:
             raise SystemExit("run it as a module from the top of the repository: python -m bench.<room>.<script>")
-        self.module, self.name = spec.name, spec.name.rpartition(".")[2].removeprefix("bench_")
-        self.measure, self.description, self.options = measure, (description or "").split("\n")[0], options
-        self.quick, self.markdown, self.check = dict(quick or {}), markdown, check
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        parser = argparse.ArgumentParser(description=self.description)
+        parser = argparse.ArgumentParser(description=(self.description or "").split("\n")[0])
         parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, tables and plots beside")
         for names, settings in self.options:
             parser.add_argument(*names, **settings)
@@ -128,9 +111,10 @@ class Script:
         if getattr(options, "threads", None):
             torch.set_num_threads(options.threads)
         device = pick_device(getattr(options, "device", "cpu"))
+        assert self.spec is not None
         document = {
-            "bench": self.name,
-            "command": command_line(self.module, arguments),
+            "bench": self.spec.name.rpartition(".")[2].removeprefix("bench_"),
+            "command": command_line(self.spec.name, arguments),
             "commit": commit(),
             "environment": environment(device),
         }

@@ -55,21 +55,13 @@ GOAL_TOLERANCE = 0.03  # of what the loop reaches
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama.
+    """Sizes of a Llama."""
 
-    Attributes:
-        hidden: width of the residual stream.
-        layers: decoder layers.
-        heads: query heads.
-        intermediate: width of the gated layer.
-        kv_heads: key/value heads; as many as query heads when 0.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    kv_heads: int = 0
+    hidden: int  # width of the residual stream
+    layers: int  # decoder layers
+    heads: int  # query heads
+    intermediate: int  # width of the gated layer
+    kv_heads: int = 0  # key/value heads; as many as query heads when 0
 
     def __post_init__(self) -> None:
         if not self.kv_heads:
@@ -138,17 +130,11 @@ PAIRS = {
 
 @dataclass
 class SyntheticPair:
-    """Two models; see the module.
+    """Two models; see the module."""
 
-    Attributes:
-        target: the target, a `LlamaForCausalLM` in evaluation mode.
-        draft: the draft, likewise.
-        shape: the shapes.
-    """
-
-    target: LlamaForCausalLM
-    draft: LlamaForCausalLM
-    shape: PairShape
+    target: LlamaForCausalLM  # the target, a `LlamaForCausalLM` in evaluation mode
+    draft: LlamaForCausalLM  # the draft, likewise
+    shape: PairShape  # the shapes
     _divergence: float = 1.0
 
     @property
@@ -376,17 +362,11 @@ def _matrix(layer: nn.Module, name: str) -> torch.Tensor:
 
 
 class Goal(NamedTuple):
-    """What the measured acceptance shall give: tokens per step on the best tree of a size, or the first child's chance.
+    """What the measured acceptance shall give: tokens per step on the best tree of a size, or the first child."""
 
-    Attributes:
-        value: the goal.
-        budget: nodes of the tree; 0 where the goal is the first child's acceptance.
-        levels: levels of the tree, None for any.
-    """
-
-    value: float
-    budget: int = 0
-    levels: int | None = None
+    value: float  # the goal
+    budget: int = 0  # nodes of the tree; 0 where the goal is the first child's acceptance
+    levels: int | None = None  # levels of the tree, None for any
 
     def tree(self, acceptance: AcceptanceEstimate | Sequence[float]) -> TokenTree:
         """The tree that the goal is about."""

@@ -42,30 +42,20 @@ NOISE = 3.0  # standard errors; with about a hundred comparisons, two would be e
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run.
+    """How much is run."""
 
-    Attributes:
-        prompts: texts that are measured.
-        calibration_prompts: other texts, for the acceptance vectors that trees are built from.
-        prompt_tokens: tokens of each prompt, at most.
-        starts: positions of each text at which steps begin.
-        tail: positions behind them, for steps to end in.
-        temperatures, top_ps, budgets, budget_temperatures: what is measured.
-        loops: (temperature, top-p) at which real loops are run on the small tree, with each sampler.
-        loop_trees: (family, budget) of real loops at `TREE_SETTING`, with ours.
-        loop_prompts, loop_tokens: of a real loop.
-    """
-
-    prompts: int = 32
-    calibration_prompts: int = 12
-    prompt_tokens: int = 64
-    starts: int = 112
-    tail: int = 48
+    prompts: int = 32  # texts that are measured
+    calibration_prompts: int = 12  # other texts, for the acceptance vectors that trees are built from
+    prompt_tokens: int = 64  # tokens of each prompt, at most
+    starts: int = 112  # positions of each text at which steps begin
+    tail: int = 48  # positions behind them, for steps to end in
     temperatures: tuple[float, ...] = TEMPERATURES
     top_ps: tuple[float, ...] = TOP_PS
     budgets: tuple[int, ...] = BUDGETS
     budget_temperatures: tuple[float, ...] = BUDGET_TEMPERATURES
+    # (temperature, top-p) at which real loops are run on the small tree, with each sampler
     loops: tuple[tuple[float, float], ...] = ((0.2, 1.0), (0.6, 1.0), (1.0, 0.9), (1.2, 0.8))
+    # (family, budget) of real loops at `TREE_SETTING`, with ours
     loop_trees: tuple[tuple[str, int], ...] = (("optimal", 8), ("optimal", 128), ("chain", 8), ("8 chains", 32))
     loop_prompts: int = 32
     loop_tokens: int = 96

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.common.machine import measure_peaks
+from bench.common.machine import measure_peaks, wait_for
 from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import Shape, llama_config
 from sequoia_kernels import TokenTree, generate
@@ -92,11 +92,11 @@ def device_ms(
     times = []
     for _ in range(rounds):
         state.cache_lens.copy_(committed)
-        _wait(device)
+        wait_for(device)
         started = time.perf_counter()
         for _ in range(steps):
             engine.step(tree)
-        _wait(device)
+        wait_for(device)
         times.append(1e3 * (time.perf_counter() - started) / steps)
     return statistics.median(times)
 
@@ -104,11 +104,6 @@ def device_ms(
 def cache_rows(tree: TokenTree, steps: int) -> int:
     """Rows that `steps` steps behind a few warm-ups need at most, however many tokens each of them accepts."""
     return engines.cache_bucket(PROMPT_TOKENS + (steps + 12) * tree.num_levels + tree.num_nodes, None)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ scheduler and the planner do what they should, and nothing about a GPU::
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.common.machine import free_memory, wait_for
 from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import (
     PAIRS,
@@ -51,43 +51,24 @@ GOAL_ROUNDS = 6  # calibrations at most, each corrected by what the loop then me
 
 
 class Setting(NamedTuple):
-    """Everything that differs between devices.
+    """Everything that differs between devices."""
 
-    Attributes:
-        label: what was run, for the reader.
-        shape: target and draft of `stream` and `speedup`.
-        twin_shape: those of `twin`.
-        goal: tokens per step on the best tree of a size.
-        dtype: of all models.
-        budget: device memory of the target in `stream` and `speedup`; None keeps no layer.
-        twin_budget: the same for `twin`.
-        node_counts: trees that forwards are timed for.
-        plain_steps: steps of the autoregressive loop.
-        tree_tokens: tokens decoded with each tree.
-        check_tokens: tokens that the resident twin decodes.
-        calibration_rows: tokens of a calibration text.
-        rounds: passes that are timed.
-        profile_seconds: time for the planner's profile.
-        part_seconds: about what the parts take, in their order.
-        link_bytes_per_s: rate of the simulated link; None measures the device's own.
-    """
-
-    label: str
-    shape: PairShape
-    twin_shape: PairShape
-    goal: Goal
-    dtype: torch.dtype
-    budget: str | None
-    twin_budget: str | None
-    node_counts: tuple[int, ...]
-    plain_steps: int
-    tree_tokens: int
-    check_tokens: int
-    calibration_rows: int
-    rounds: int
-    profile_seconds: float
-    part_seconds: tuple[float, float, float]
-    link_bytes_per_s: float | None = None
+    label: str  # what was run, for the reader
+    shape: PairShape  # target and draft of `stream` and `speedup`
+    twin_shape: PairShape  # those of `twin`
+    goal: Goal  # tokens per step on the best tree of a size
+    dtype: torch.dtype  # of all models
+    budget: str | None  # device memory of the target in `stream` and `speedup`; None keeps no layer
+    twin_budget: str | None  # the same for `twin`
+    node_counts: tuple[int, ...]  # trees that forwards are timed for
+    plain_steps: int  # steps of the autoregressive loop
+    tree_tokens: int  # tokens decoded with each tree
+    check_tokens: int  # tokens that the resident twin decodes
+    calibration_rows: int  # tokens of a calibration text
+    rounds: int  # passes that are timed
+    profile_seconds: float  # time for the planner's profile
+    part_seconds: tuple[float, float, float]  # about what the parts take, in their order
+    link_bytes_per_s: float | None = None  # rate of the simulated link; None measures the device's own
 
 
 SMALL = PairShape(Shape(128, 12, 4, 256), Shape(32, 1, 2, 64), vocab=1024)
@@ -129,12 +110,6 @@ CPU = Setting(
 QUICK = {"plain_steps": 4, "tree_tokens": 16, "check_tokens": 80, "rounds": 2, "profile_seconds": 1.0}
 QUICK_CPU = QUICK | {"goal": Goal(4.0, 48, 8), "node_counts": (1, 16, 48), "link_bytes_per_s": 1.5e8}
 QUICK_CPU |= {"part_seconds": (5.0, 10.0, 5.0)}
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait for everything on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def median_ms(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -226,9 +201,8 @@ def measure_stream(pair: SyntheticPair, setting: Setting, device: torch.device, 
     context_len = PROMPT_TOKENS
     rows = context_len + max(setting.node_counts)
     twin = adapt(pair.target)
+    free_memory(device)
     if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
         wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -424,9 +398,7 @@ def run(bench: Run) -> None:
             document["skipped"][name] = f"takes about {needed:.0f} s, {max(left, 0):.0f} are left"
         elif name == "twin":
             pair = None  # its memory is needed
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
             document["parts"][name] = measure_twin(setting, device)
         else:
             if pair is None:

@@ -23,7 +23,6 @@ in float32; in bfloat16 the first difference must be a near-tie, see `LOSSLESS_T
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -36,7 +35,7 @@ import torch
 
 from bench.common import report
 from bench.common.demo import encode_prompts, load_checkpoints, texts_of
-from bench.common.machine import measure_peaks
+from bench.common.machine import free_memory, measure_peaks
 from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import (
     PAIRS,
@@ -71,38 +70,23 @@ GOAL_ROUNDS = 2  # times that the goal is corrected by what the loop then measur
 
 
 class PaperEntry(NamedTuple):
-    """What the paper reports at one temperature.
+    """What the paper reports at one temperature."""
 
-    Attributes:
-        goal: tokens per step on the best tree of a size, or the first child's acceptance.
-        speedup: over its own autoregressive loop; None where the row is not the paper's.
-        earlier_speedup: that of an earlier version of the paper, if it was larger.
-    """
-
-    goal: Goal
-    speedup: float | None = None
-    earlier_speedup: float | None = None
+    goal: Goal  # tokens per step on the best tree of a size, or the first child's acceptance
+    speedup: float | None = None  # over its own autoregressive loop; None where the row is not the paper's
+    earlier_speedup: float | None = None  # that of an earlier version of the paper, if it was larger
 
 
 @dataclass(frozen=True)
 class Row:
-    """One pair.
+    """One pair."""
 
-    Attributes:
-        pair: name in `PAIRS`.
-        entries: by temperature.
-        device: where the row runs when no rows are asked for.
-        title: in words.
-        dtype: unless told otherwise.
-        size: nodes and levels of the sized tree where the goal names none.
-    """
-
-    pair: str
-    entries: Mapping[float, PaperEntry]
-    device: str
-    title: str
-    dtype: str = "bfloat16"
-    size: tuple[int, int | None] = (16, None)
+    pair: str  # name in `PAIRS`
+    entries: Mapping[float, PaperEntry]  # by temperature
+    device: str  # where the row runs when no rows are asked for
+    title: str  # in words
+    dtype: str = "bfloat16"  # unless told otherwise
+    size: tuple[int, int | None] = (16, None)  # nodes and levels of the sized tree where the goal names none
 
     @property
     def shape(self) -> PairShape:
@@ -620,9 +604,7 @@ def run(bench: Run) -> int:
                 measured(system, acceptance, temperature, size, extra)
             del system, pair
             release_engines()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
     return 1 if any(result["lossless"] and not result["lossless"]["ok"] for result in document["results"]) else 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.interrupts import interrupt_everywhere
+from support.simulated_link import SimulatedLink
 from support.streamed_layers import MemoryLayer, decoder_layers
 from support.tiny_families import tiny_model
 
@@ -21,7 +22,6 @@ from sequoia_kernels.models import TreeStep, prefill
 from sequoia_kernels.offload import (
     Link,
     OffloadedModel,
-    SimulatedLink,
     ThreadLink,
     host_memory,
     host_weights,

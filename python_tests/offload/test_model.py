@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 from support.processes import python_environment, run_process
+from support.simulated_link import SimulatedLink, VirtualClock
 from support.tiny_families import tiny_model
 
 from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.models import TreeModel, TreeStep, load_model, prefill
 from sequoia_kernels.offload import (
     OffloadedModel,
-    SimulatedLink,
     ThreadLink,
-    VirtualClock,
     load_offloaded,
     memory_plan,
 )

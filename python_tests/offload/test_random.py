@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.simulated_link import SimulatedLink
 from support.tiny_families import tiny_model
 
 from sequoia_kernels import TokenTree, adapt, generate
-from sequoia_kernels.offload import SimulatedLink, normal_weights, random_offloaded
+from sequoia_kernels.offload import normal_weights, random_offloaded
 
 LAYERS = 5
 SHARED = [0, 1, 1, 3, 1]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import TreeModel, adapt
 
-__all__ = ["check_pair", "load_model"]
+__all__ = ["check_pair", "load_model", "local_folder"]
 
 # Heads are padded to multiples of up to 512 rows; heads that differ by more than that hold different tokens.
 _MAX_PADDING = 1024
@@ -54,20 +54,9 @@ def load_model(
         >>> model.config.model_type, model.dtype
         ('llama', torch.bfloat16)
     """
-    name = os.fspath(path_or_id)
-    folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if local:
-        name = str(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"load_model: path_or_id must be a folder with a config.json, got {name}; "
-                "write one with save_pretrained"
-            )
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"load_model: path_or_id must be an existing folder or a hub id, got {name!r}: no such folder"
-        )
+    folder = local_folder(path_or_id, "load_model")
+    local = folder is not None
+    name = os.fspath(path_or_id if folder is None else folder)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
@@ -97,6 +86,27 @@ def load_model(
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     return model.to(device).eval()
+
+
+def local_folder(path_or_id: str | os.PathLike[str], where: str) -> Path | None:
+    """Return the folder of a model that is here, None for what can only be a hub's id.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no model.
+    """
+    name = os.fspath(path_or_id)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{where}: path_or_id must be a folder with a config.json, got {folder}; write one with save_pretrained"
+            )
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"{where}: path_or_id must be an existing folder or a hub id, got {name!r}: no such folder"
+        )
+    return None
 
 
 def _unreadable(name: str, local: bool, error: OSError) -> Exception:

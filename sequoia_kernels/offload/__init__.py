@@ -7,7 +7,7 @@ runs a long prompt in one pass over the weights, and `model` makes a tree model 
 breaking what runs beside the main thread.
 """
 
-from sequoia_kernels.offload.link import CudaLink, Link, SimulatedLink, ThreadLink, VirtualClock
+from sequoia_kernels.offload.link import CudaLink, Link, ThreadLink
 from sequoia_kernels.offload.memory import MemoryPlan, plan_memory
 from sequoia_kernels.offload.model import OffloadedModel, load_offloaded, memory_plan, random_offloaded
 from sequoia_kernels.offload.weights import normal_weights
@@ -17,9 +17,7 @@ __all__ = [
     "Link",
     "MemoryPlan",
     "OffloadedModel",
-    "SimulatedLink",
     "ThreadLink",
-    "VirtualClock",
     "load_offloaded",
     "memory_plan",
     "normal_weights",

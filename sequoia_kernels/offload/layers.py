@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.families import family_name
 
-__all__ = ["DecoderLayer", "PackedTensor", "Place", "find_layers", "lay_out"]
+__all__ = ["DecoderLayer", "ModelTensor", "PackedTensor", "Place", "find_layers", "find_stored", "lay_out"]
 
 # Offsets of tensors within a packed layer: what vectorised kernels and copies want at most.
 _ALIGNMENT = 256
@@ -74,6 +75,28 @@ class DecoderLayer(NamedTuple):
         self.bind(tuple(packed.placeholder for packed in self.tensors))
 
 
+class ModelTensor(NamedTuple):
+    """A parameter or stored buffer of a model and where it is: in several places where it is tied."""
+
+    tensor: torch.Tensor
+    names: list[str]
+    places: list[Place]
+
+
+def find_stored(modules: Iterable[tuple[str, nn.Module]]) -> list[ModelTensor]:
+    """Return every parameter and stored buffer that modules, with their names, have of their own."""
+    found: dict[int, ModelTensor] = {}
+    for prefix, module in modules:
+        buffers = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+        for is_parameter, tensors in ((True, module._parameters.items()), (False, buffers)):
+            for name, tensor in tensors:
+                if tensor is not None:
+                    stored = found.setdefault(id(tensor), ModelTensor(tensor, [], []))
+                    stored.names.append(f"{prefix}.{name}" if prefix else name)
+                    stored.places.append(Place(module, name, is_parameter))
+    return list(found.values())
+
+
 def find_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """Find a model's decoder layers and lay out their tensors.
 
@@ -121,24 +144,13 @@ def _inside(name: str, other: str) -> bool:
 
 def lay_out(index: int, path: str, layer: nn.Module, refusal: str) -> DecoderLayer:
     """Lay out one layer, a module on the meta device; `refusal` begins the message of what cannot be packed."""
-    found: dict[int, tuple[str, torch.Tensor, list[Place]]] = {}
-    for prefix, module in layer.named_modules(prefix=path):
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if type(parameter) is not nn.Parameter:
-                raise UnsupportedModelError(
-                    f"{refusal}{prefix}.{name} is a {type(parameter).__name__}, which holds more than its bytes"
-                )
-            place = Place(module, name, True)
-            found.setdefault(id(parameter), (f"{prefix}.{name}", parameter, []))[2].append(place)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), (f"{prefix}.{name}", buffer, []))[2].append(Place(module, name, False))
     tensors = []
     offset = 0
-    for name, tensor, places in found.values():
-        num_bytes = tensor.numel() * tensor.element_size()
-        tensors.append(PackedTensor(name, tensor.dtype, tensor.shape, offset, num_bytes, tuple(places), tensor))
-        offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    for tensor, names, places in find_stored(layer.named_modules(prefix=path)):
+        if places[0].is_parameter and type(tensor) is not nn.Parameter:
+            raise UnsupportedModelError(
+                f"{refusal}{names[0]} is a {type(tensor).__name__}, which holds more than its bytes"
+            )
+        tensors.append(PackedTensor(names[0], tensor.dtype, tensor.shape, offset, tensor.nbytes, tuple(places), tensor))
+        offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     return DecoderLayer(index, layer, tuple(tensors), offset)

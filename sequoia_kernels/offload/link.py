@@ -1,7 +1,7 @@
 """Links: how a layer's block travels from the host to a device buffer, beside the computation.
 
 A link starts copies in the order in which they are asked for, never waits in `copy`, and makes the computation wait in
-`wait`. Three of them: CUDA streams and events, a worker thread, and a simulation on a virtual clock.
+`wait`. Two of them: CUDA streams and events, and a worker thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sequoia_kernels.offload.host_weights import HostLayer
 from sequoia_kernels.offload.memory import format_bytes
 from sequoia_kernels.offload.threads import Signal, Task
 
-__all__ = ["CudaLink", "Link", "SimulatedLink", "ThreadLink", "VirtualClock"]
+__all__ = ["CudaLink", "Link", "ThreadLink"]
 
 
 class Link(ABC):
@@ -86,7 +86,10 @@ class ThreadLink(Link):
     """
 
     def __init__(self, bandwidth_bytes_per_s: float | None = None, latency_s: float = 0.0) -> None:
-        _check_rates("ThreadLink", bandwidth_bytes_per_s, latency_s)
+        if bandwidth_bytes_per_s is not None and not bandwidth_bytes_per_s > 0:
+            raise ValueError(f"ThreadLink: bandwidth_bytes_per_s must be positive, got {bandwidth_bytes_per_s}")
+        if not latency_s >= 0:
+            raise ValueError(f"ThreadLink: latency_s must be at least 0, got {latency_s}")
         self._bandwidth, self._latency = bandwidth_bytes_per_s, latency_s
         self._jobs: queue.SimpleQueue[_ThreadTransfer | None] = queue.SimpleQueue()
         self._stop = Signal()
@@ -265,88 +268,3 @@ def _locked_blocks(num_bytes: int, count: int, page_lock: PageLock) -> list[Host
             ) from error
         raise
     return blocks
-
-
-class VirtualClock:
-    """Seconds that pass only when somebody says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def advance(self, seconds: float) -> None:
-        """Let the computation take some time."""
-        self.now += seconds
-
-
-class _SimulatedTransfer:
-    def __init__(self, source: HostLayer, destination: torch.Tensor, start: float, end: float) -> None:
-        self.source, self.destination, self.start, self.end = source, destination, start, end
-        self.arrived = False
-
-
-class SimulatedLink(Link):
-    """A link of a given bandwidth on a virtual clock: what overlaps with what is exact and repeatable, nothing sleeps.
-
-    The destination is filled with 0xFF when a copy is asked for (NaN in every floating-point type) and with the layer
-    when it is waited for, so a scheduler that reads too early or overwrites too early computes NaN.
-
-    Args:
-        bandwidth_bytes_per_s: of the link.
-        latency_s: before each copy.
-        clock: the computation's clock; `wait` advances it to the end of a copy that is still running.
-
-    Attributes:
-        bytes_copied: in all.
-        history: (start, end) of every copy, in seconds.
-        stalled_s: how long the computation has waited.
-
-    Raises:
-        ValueError: the bandwidth is not positive or the latency negative.
-    """
-
-    def __init__(self, bandwidth_bytes_per_s: float, latency_s: float = 0.0, clock: VirtualClock | None = None) -> None:
-        _check_rates("SimulatedLink", bandwidth_bytes_per_s, latency_s)
-        self._bandwidth, self._latency = bandwidth_bytes_per_s, latency_s
-        self.clock = clock or VirtualClock()
-        self.bytes_copied = 0
-        self.history: list[tuple[float, float]] = []
-        self.stalled_s = 0.0
-        self.closed = False
-        self._free_at = 0.0
-
-    def copy(self, source: HostLayer, destination: torch.Tensor, after: float | None) -> _SimulatedTransfer:
-        """Queue a copy behind the ones before it."""
-        if self.closed:
-            raise _closed()
-        start = max(self.clock.now, self._free_at, after or 0.0)
-        end = start + self._latency + source.num_bytes / self._bandwidth
-        self._free_at = end
-        self.history.append((start, end))
-        self.bytes_copied += source.num_bytes
-        destination.fill_(0xFF)
-        return _SimulatedTransfer(source, destination, start, end)
-
-    def wait(self, transfer: _SimulatedTransfer) -> None:
-        """Let the clock reach the end of the copy."""
-        if self.closed:
-            raise _closed()
-        self.stalled_s += max(0.0, transfer.end - self.clock.now)
-        self.clock.now = max(self.clock.now, transfer.end)
-        if not transfer.arrived:
-            transfer.source.write_into(transfer.destination[: transfer.source.num_bytes])
-            transfer.arrived = True
-
-    def mark(self) -> float:
-        """Return the time."""
-        return self.clock.now
-
-    def close(self) -> None:
-        """Refuse further copies."""
-        self.closed = True
-
-
-def _check_rates(name: str, bandwidth: float | None, latency: float) -> None:
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"{name}: bandwidth_bytes_per_s must be positive, got {bandwidth}")
-    if not latency >= 0:
-        raise ValueError(f"{name}: latency_s must be at least 0, got {latency}")

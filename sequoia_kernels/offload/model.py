@@ -18,6 +18,7 @@ from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import ChunkInputs, TreeModel, adapt
 from sequoia_kernels.models.attention import TreeAttention
 from sequoia_kernels.models.cache import TreeCache
+from sequoia_kernels.models.loading import local_folder
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.offload.host_memory import CudaPageLock, PageLock, close_all
 from sequoia_kernels.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
@@ -272,7 +273,7 @@ def load_offloaded(
         raise ValueError(f'load_offloaded: host_memory must be "packed" or "mapped", got {host_memory!r}')
     _check_link(link)
     device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
-    unloaded = UnloadedModel.of_folder(_local_folder(path_or_id), dtype)
+    unloaded = UnloadedModel.of_folder(_fetched_folder(path_or_id), dtype)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
     return _open(unloaded, device, device_memory_budget, resident_layers, reserves, link, host_memory)
 
@@ -360,7 +361,7 @@ def memory_plan(
     if isinstance(source, PreTrainedConfig):
         unloaded = UnloadedModel.of_config(source, normal_weights(), dtype)
     else:
-        unloaded = UnloadedModel.of_folder(_local_folder(source), dtype)
+        unloaded = UnloadedModel.of_folder(_fetched_folder(source), dtype)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
     return unloaded.plan(device_memory_budget, resident_layers, *reserves, torch.device(device).type == "cuda")
 
@@ -505,20 +506,12 @@ def _fill_tables(model: PreTrainedModel, device: torch.device) -> None:
             module._buffers[name] = table.to(device)
 
 
-def _local_folder(path_or_id: str | os.PathLike[str]) -> Path:
-    name = os.fspath(path_or_id)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"load_offloaded: path_or_id must be a folder with a config.json, got {folder}; "
-                "write one with save_pretrained"
-            )
+def _fetched_folder(path_or_id: str | os.PathLike[str]) -> Path:
+    """Return a model's folder, of the hub's cache where it is not here; may download it."""
+    folder = local_folder(path_or_id, "load_offloaded")
+    if folder is not None:
         return folder
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"load_offloaded: path_or_id must be an existing folder or a hub id, got {name!r}: no such folder"
-        )
+    name = os.fspath(path_or_id)
     from huggingface_hub import snapshot_download
 
     try:

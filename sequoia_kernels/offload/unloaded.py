@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 from sequoia_kernels.documents import is_count
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.offload.checkpoint import Checkpoint, StoredTensor
-from sequoia_kernels.offload.layers import DecoderLayer, Place, find_layers
+from sequoia_kernels.offload.layers import find_layers, find_stored
 from sequoia_kernels.offload.memory import MemoryPlan, parse_bytes, plan_memory, reserved_bytes
 from sequoia_kernels.offload.weights import MadeWeights, WeightSource
 
@@ -57,7 +57,8 @@ class UnloadedModel:
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self._keep_float32()
         self.layers = find_layers(self.model)
-        self.fixed = _tensors_outside(self.model, self.layers)
+        inside = {id(module) for layer in self.layers for module in layer.module.modules()}
+        self.fixed = find_stored(item for item in self.model.named_modules() if id(item[1]) not in inside)
         self.weights_of: Sequence[int] = range(len(self.layers))
         self.names = find_names(self)
 
@@ -246,24 +247,3 @@ def _merges_weights(family: str, name: str) -> UnsupportedModelError:
         f"load_offloaded: family {family} cannot be offloaded: transformers merges or converts its stored weights "
         f"while loading, so {name} cannot be streamed from the file as it is"
     )
-
-
-def _tensors_outside(
-    model: PreTrainedModel, layers: Sequence[DecoderLayer]
-) -> list[tuple[torch.Tensor, list[str], list[Place]]]:
-    """Return (tensor, its names, its places) of every parameter and stored buffer that belongs to no layer."""
-    inside = {id(module) for layer in layers for module in layer.module.modules()}
-    found: dict[int, tuple[torch.Tensor, list[str], list[Place]]] = {}
-    for prefix, module in model.named_modules():
-        if id(module) in inside:
-            continue
-        stored = {name: (tensor, True) for name, tensor in module._parameters.items()}
-        for name, tensor in module._buffers.items():
-            if name not in module._non_persistent_buffers_set:
-                stored[name] = tensor, False  # type: ignore[assignment]
-        for name, (tensor, is_parameter) in stored.items():
-            if tensor is not None:
-                _, names, places = found.setdefault(id(tensor), (tensor, [], []))
-                names.append(f"{prefix}.{name}" if prefix else name)
-                places.append(Place(module, name, is_parameter))
-    return list(found.values())

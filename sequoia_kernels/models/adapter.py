@@ -32,15 +32,15 @@ from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 from sequoia_kernels.tree import TokenTree
 
-__all__ = ["ChunkInputs", "TreeModel", "adapt"]
+__all__ = ["ForwardInputs", "TreeModel", "adapt"]
 
 # Modes of torch.compile that leave CUDA graphs to the decoding loop, which captures whole steps.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 MAX_COMPILED_SHAPES = 256
 
 
-class ChunkInputs(NamedTuple):
-    """Arguments of one forward among several that build on one another; see `TreeModel.forward`."""
+class ForwardInputs(NamedTuple):
+    """What one forward is given besides its cache; see `TreeModel.forward`."""
 
     input_ids: torch.Tensor
     cache_lens: torch.Tensor
@@ -237,7 +237,12 @@ class TreeModel:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a sequence, from the model's generation configuration as it is now."""
-        return _eos_token_ids(self.model)
+        ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        if ids is None:
+            ids = getattr(self.model.config, "eos_token_id", None)
+        if ids is None:
+            return ()
+        return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -369,10 +374,9 @@ class TreeModel:
             cache_lens[b] + depths[i]. Nodes that would lie beyond `max_positions` are fed at the last position: what
             they score means nothing, and no token that it decides may be kept. No host sync on accelerators.
         """
-        self._check_forward(input_ids, cache, cache_lens, step, last_row)
-        return self._switch.run(partial(self._run, input_ids, cache_lens, step, last_row, hidden_states, cache))
+        return self._forward(ForwardInputs(input_ids, cache_lens, step, last_row, hidden_states), cache)
 
-    def forward_chunks(self, chunks: Sequence[ChunkInputs], cache: TreeCache) -> list[torch.Tensor]:
+    def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does.
 
         Args:
@@ -382,29 +386,16 @@ class TreeModel:
         Returns:
             The logits of each forward.
         """
-        return [
-            self.forward(
-                chunk.input_ids,
-                cache,
-                chunk.cache_lens,
-                chunk.step,
-                last_row=chunk.last_row,
-                hidden_states=chunk.hidden_states,
-            )
-            for chunk in chunks
-        ]
+        return [self._forward(chunk, cache) for chunk in chunks]
 
-    def _run(
-        self,
-        input_ids: torch.Tensor,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        last_row: torch.Tensor | None,
-        hidden_states: dict[int, torch.Tensor] | None,
-        cache: TreeCache,
-    ) -> torch.Tensor:
+    def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
+        self._check_forward(inputs, cache)
+        return self._switch.run(partial(self._run, inputs, cache))
+
+    def _run(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         """Run one checked forward; the caller holds the attention switch."""
         plan = self._plan
+        input_ids, cache_lens, step, last_row, hidden_states = inputs
         compiled = self._compiled if last_row is None else None  # prompts come in any length
         # a row number on the host would be compiled in
         context = StepContext.create(cache, step, cache_lens, self.attention, compiled is None)
@@ -441,14 +432,8 @@ class TreeModel:
             return logits if logits.shape[0] == 1 else logits.diagonal(dim1=0, dim2=1).t()[:, None]
         return logits.take_along_dim(last_row[:, None, None], dim=1)
 
-    def _check_forward(
-        self,
-        input_ids: torch.Tensor,
-        cache: TreeCache,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        last_row: torch.Tensor | None,
-    ) -> None:
+    def _check_forward(self, inputs: ForwardInputs, cache: TreeCache) -> None:
+        input_ids, cache_lens, step, last_row, _ = inputs
         batch_size, num_rows = input_ids.shape if input_ids.ndim == 2 else (0, 0)
         if num_rows == 0 or num_rows != step.node_ids.shape[0]:
             raise ValueError(
@@ -539,15 +524,6 @@ def _input_device(model: PreTrainedModel) -> torch.device:
                 if (execution := getattr(entry, "execution_device", None)) is not None:
                     return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
     return device
-
-
-def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ids is None:
-        ids = getattr(model.config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
 
 
 def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sequoia_kernels.models.adapter import ChunkInputs, TreeModel
+from sequoia_kernels.models.adapter import ForwardInputs, TreeModel
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.tree_step import causal_step
 
@@ -74,7 +74,7 @@ def prefill(
     for start in starts:
         num_rows = min(_CHUNK_ROWS, length - start)
         chunks.append(
-            ChunkInputs(
+            ForwardInputs(
                 input_ids[:, start : start + num_rows],
                 torch.full((batch_size,), start, dtype=torch.int32, device=input_ids.device),
                 causal_step(num_rows, input_ids.device),

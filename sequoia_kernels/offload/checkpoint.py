@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sequoia_kernels.offload.weights import WeightSource
+
 __all__ = ["Checkpoint", "StoredTensor"]
 
 _INDEX_NAME = "model.safetensors.index.json"
@@ -45,7 +47,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Checkpoint:
+class Checkpoint(WeightSource):
     """All tensors of a model folder, by name; files are mapped on first use and unmapped by `close`.
 
     Args:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from sequoia_kernels.offload.threads import run_shielded
 
-__all__ = ["CudaPageLock", "HostBlock", "PageLock", "allocate_block", "available_host_bytes", "close_all"]
+__all__ = ["CudaPageLock", "HostBlock", "PageLock", "allocate_block", "available_host_bytes", "close_all", "fill_all"]
 
 _REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -24,10 +24,15 @@ _CGROUP_FILES = {
 
 
 class Closeable(Protocol):
-    """What can be closed; idempotent."""
+    """What holds memory until it is closed; idempotent."""
+
+    num_bytes: int
 
     def close(self) -> None:
         """Let go of memory."""
+
+
+Held = TypeVar("Held", bound=Closeable)
 
 
 class PageLock(Protocol):
@@ -141,6 +146,31 @@ def close_all(blocks: Iterable[Closeable]) -> None:
 
     if found:
         run_shielded(close, "sequoia-close")
+
+
+def fill_all(
+    blocks: Iterable[Held], fill: Callable[[Held], object], message: Callable[[int, BaseException], str]
+) -> None:
+    """Let each block take its memory, all or nothing.
+
+    Args:
+        blocks: what takes memory.
+        fill: lets one of them do so.
+        message: what to say where there is too little, of the bytes that there were and the error.
+
+    Raises:
+        RuntimeError: there is too little memory, or it cannot be locked; nothing stays allocated.
+    """
+    found, done = list(blocks), 0
+    try:
+        for block in found:
+            fill(block)
+            done += block.num_bytes
+    except BaseException as error:
+        close_all(found)
+        if isinstance(error, (RuntimeError, OSError, MemoryError)):
+            raise RuntimeError(message(done, error)) from error
+        raise
 
 
 def available_host_bytes() -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sequoia_kernels.offload.host_memory import HostBlock, PageLock, available_host_bytes, close_all
+from sequoia_kernels.offload.host_memory import HostBlock, PageLock, available_host_bytes, fill_all
 from sequoia_kernels.offload.layers import DecoderLayer
 from sequoia_kernels.offload.memory import format_bytes
 from sequoia_kernels.offload.weights import WeightSource
@@ -33,13 +33,11 @@ class HostLayer(ABC):
     def write_into(self, destination: torch.Tensor) -> None:
         """Write the block. [num_bytes] uint8, in host memory."""
 
-    @abstractmethod
-    def read_ahead(self) -> None:
+    def read_ahead(self) -> None:  # noqa: B027
         """Say that the layer is wanted soon."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Give the memory back. Idempotent."""
+    def close(self) -> None:  # noqa: B027
+        """Give the memory back, if it is the layer's own. Idempotent."""
 
 
 class PackedLayer(HostLayer):
@@ -73,9 +71,6 @@ class PackedLayer(HostLayer):
             raise RuntimeError("OffloadedModel: the weights must be open, got a closed model")
         destination.copy_(self.block)
 
-    def read_ahead(self) -> None:
-        """Do nothing: the block is in memory."""
-
     def close(self) -> None:
         """Unlock and free the block. Idempotent."""
         self._block.close()
@@ -96,9 +91,6 @@ class MappedLayer(HostLayer):
         """Let the system read the layer's pages in the background."""
         for packed in self._layer.tensors:
             self._weights.read_ahead(self._names[packed.name])
-
-    def close(self) -> None:
-        """Do nothing: the maps belong to the checkpoint."""
 
 
 def load_layer(layer: DecoderLayer, weights: WeightSource, names: Mapping[str, str], block: torch.Tensor) -> None:
@@ -128,18 +120,13 @@ def pack_layers(
             f"got {format_bytes(available)}; {advice}"
         )
     blocks = {key: PackedLayer(layer, page_lock) for key, layer in distinct.items()}
-    done = 0
-    try:
-        for block in blocks.values():
-            block.load(weights, names)
-            done += block.num_bytes
-    except BaseException as error:
-        close_all(blocks.values())
-        if isinstance(error, (RuntimeError, OSError, MemoryError)):
-            kind = "memory" if page_lock is None else "memory that can be page-locked"
-            raise RuntimeError(
-                f"load_offloaded: the host must have {format_bytes(needed)} of {kind} for {len(distinct)} layers, "
-                f"got {format_bytes(done)} ({error}); {advice}"
-            ) from error
-        raise
+    kind = "memory" if page_lock is None else "memory that can be page-locked"
+    fill_all(
+        blocks.values(),
+        lambda block: block.load(weights, names),
+        lambda done, error: (
+            f"load_offloaded: the host must have {format_bytes(needed)} of {kind} for {len(distinct)} layers, "
+            f"got {format_bytes(done)} ({error}); {advice}"
+        ),
+    )
     return [blocks[key] for key in keys]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels.offload.host_memory import CudaPageLock, HostBlock, PageLock, close_all
+from sequoia_kernels.offload.host_memory import CudaPageLock, HostBlock, PageLock, fill_all
 from sequoia_kernels.offload.host_weights import HostLayer
 from sequoia_kernels.offload.memory import format_bytes
 from sequoia_kernels.offload.threads import Signal, Task
@@ -254,17 +254,12 @@ class _StagingReader(ThreadLink):
 def _locked_blocks(num_bytes: int, count: int, page_lock: PageLock) -> list[HostBlock]:
     """Allocate blocks and lock their pages; all or nothing."""
     blocks = [HostBlock(num_bytes, page_lock) for _ in range(count)]
-    done = 0
-    try:
-        for block in blocks:
-            block.allocate()
-            done += num_bytes
-    except BaseException as error:
-        close_all(blocks)
-        if isinstance(error, (RuntimeError, OSError, MemoryError)):
-            raise RuntimeError(
-                f"load_offloaded: the host must have {format_bytes(count * num_bytes)} of memory that can be "
-                f"page-locked for staging, got {format_bytes(done)} ({error})"
-            ) from error
-        raise
+    fill_all(
+        blocks,
+        HostBlock.allocate,
+        lambda done, error: (
+            f"load_offloaded: the host must have {format_bytes(count * num_bytes)} of memory that can be page-locked "
+            f"for staging, got {format_bytes(done)} ({error})"
+        ),
+    )
     return blocks

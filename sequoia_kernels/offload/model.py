@@ -15,11 +15,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.adapter import ChunkInputs, TreeModel, adapt
+from sequoia_kernels.models.adapter import ForwardInputs, TreeModel, adapt
 from sequoia_kernels.models.attention import TreeAttention
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.loading import local_folder
-from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.offload.host_memory import CudaPageLock, PageLock, close_all
 from sequoia_kernels.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
 from sequoia_kernels.offload.layers import DecoderLayer
@@ -122,24 +121,14 @@ class OffloadedModel(TreeModel):
                 )
         return super().new_cache(batch_size, max_cache_len, beyond_positions=beyond_positions)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        cache: TreeCache,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        *,
-        last_row: torch.Tensor | None = None,
-        hidden_states: dict[int, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Score N nodes; as `TreeModel.forward`."""
+    def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         try:
-            return super().forward(input_ids, cache, cache_lens, step, last_row=last_row, hidden_states=hidden_states)
+            return super()._forward(inputs, cache)
         finally:
             self._release()
 
     def forward_chunks(
-        self, chunks: Sequence[ChunkInputs], cache: TreeCache, *, max_rows: int = MAX_PREFILL_ROWS
+        self, chunks: Sequence[ForwardInputs], cache: TreeCache, *, max_rows: int = MAX_PREFILL_ROWS
     ) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, in one pass over the weights for every `max_rows` rows.
 
@@ -159,15 +148,15 @@ class OffloadedModel(TreeModel):
             start = end
         return results
 
-    def _one_pass(self, chunks: Sequence[ChunkInputs], cache: TreeCache) -> list[torch.Tensor]:
+    def _one_pass(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
         streamer = self.streamer
         assert streamer is not None
         for chunk in chunks:
-            self._check_forward(chunk.input_ids, cache, chunk.cache_lens, chunk.step, chunk.last_row)
+            self._check_forward(chunk, cache)
 
         def run() -> list[torch.Tensor]:
             try:
-                return self._lockstep.run([partial(self._run, *chunk, cache) for chunk in chunks], self.device)
+                return self._lockstep.run([partial(self._run, chunk, cache) for chunk in chunks], self.device)
             finally:
                 self._release()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -16,23 +16,24 @@ Fill = Callable[[str, torch.Tensor], None]
 _DRAWN_AT_ONCE = 1 << 24
 
 
-class WeightSource(Protocol):
+class WeightSource(ABC):
     """Tensors by name; `Checkpoint` reads them from files."""
 
+    @abstractmethod
     def copy_into(self, name: str, destination: torch.Tensor) -> None:
         """Write a tensor into a contiguous one of its shape, in host memory or on the device."""
 
-    def read_ahead(self, name: str) -> None:
+    def read_ahead(self, name: str) -> None:  # noqa: B027
         """Say that a tensor is wanted soon."""
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str) -> None:  # noqa: B027
         """Say that a tensor has been copied elsewhere."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let go of files. Idempotent."""
 
 
-class MadeWeights:
+class MadeWeights(WeightSource):
     """Weights that `fill(name, tensor)` writes when they are wanted; nothing is kept."""
 
     def __init__(self, fill: Fill) -> None:
@@ -41,15 +42,6 @@ class MadeWeights:
     def copy_into(self, name: str, destination: torch.Tensor) -> None:
         """Make a tensor."""
         self._fill(name, destination)
-
-    def read_ahead(self, name: str) -> None:
-        """Do nothing."""
-
-    def forget(self, name: str) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def normal_weights(seed: int = 0, std: float = 0.02, device: torch.device | str = "cpu") -> Fill:

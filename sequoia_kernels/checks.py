@@ -42,6 +42,7 @@ __all__ = [
     "check_tensors",
     "check_top_p_values",
     "fail_range",
+    "number_from",
     "real_number",
     "row_values",
     "shape_text",
@@ -144,8 +145,15 @@ TEMPERATURE = Rule(
     lambda value: value == 0.0 or _TEMPERATURE_FLOOR <= value < math.inf,
 )
 TOP_P = Rule("be in (0, 1]", lambda value: 0.0 < value <= 1.0)
-NOT_NEGATIVE = Rule("be a finite number >= 0", lambda value: value >= 0)
 TIME = Rule("be a finite time >= 0", lambda value: value >= 0)
+
+
+def number_from(least: float) -> Rule:
+    """The rule of a number that has a lower limit."""
+    return Rule(f"be a finite number >= {least}", lambda value: value >= least)
+
+
+NOT_NEGATIVE = number_from(0)
 
 
 def at_least(least: int) -> Rule:

@@ -236,8 +236,7 @@ def plan_adaptive(
     """
     where = "plan_adaptive"
     for name, value, least in (("half_life", half_life, 1), ("margin", margin, 0), ("patience", patience, 1)):
-        rule = checks.Rule(f"be a finite number >= {least}", lambda number, least=least: number >= least)  # type: ignore[misc]
-        checks.check_number(where, name, value, rule)
+        checks.check_number(where, name, value, checks.number_from(least))
     for shift in shifts:
         checks.check_number(where, "shifts", shift, _SHIFT)
     base = plan_tree(acceptance, profile, **settings)
@@ -307,15 +306,7 @@ def _speculating(plan: TreePlan) -> TreePlan | None:
 
 def _with(plan: TreePlan, candidate: PlanCandidate) -> TreePlan:
     """The plan with another candidate as its pick."""
-    return replace(
-        plan,
-        tree=candidate.tree,
-        tokens_per_step=candidate.tokens_per_step,
-        tokens_per_step_interval=None,
-        stages=candidate.stages,
-        speedup=candidate.speedup,
-        speedup_interval=None,
-    )
+    return replace(plan, **vars(candidate), tokens_per_step_interval=None, speedup_interval=None)
 
 
 def _chances(vector: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -281,7 +281,7 @@ def plan_tree(
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"{where}: profile must be a HardwareProfile, got {type(profile).__name__}")
     verification = rule_named(where, rule)
-    checks.whole_number(where, "batch_size", batch_size, rule=POSITIVE)
+    batch_size = checks.whole_number(where, "batch_size", batch_size, rule=POSITIVE)
     if temperature is None and estimate is not None:
         temperature = estimate.temperature
     if temperature is not None:

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from xml.sax.saxutils import escape
 
 from sequoia_kernels.tree.placement import Shape, horizontal_positions
@@ -147,19 +148,11 @@ def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
     for node in range(tree.num_nodes):
         value = PLAIN_VALUE if values is None else values[node]
         x, y, radius = left + tree_x[node], top + depths[node] * LEVEL_HEIGHT, radii[node]
-        fill, shade = _colour(value), _shade(value)
         if node:
             parent = parents[node]
-            picture.edges.append(
-                Edge(
-                    left + tree_x[parent],
-                    y - LEVEL_HEIGHT + radii[parent],
-                    x,
-                    y - radius,
-                    0.9 if values is None else 0.7 + 3.0 * math.sqrt(min(value, 1.0)),
-                    _colour(max(value, 0.004)),
-                )
-            )
+            stroke_width = 0.9 if values is None else 0.7 + 3.0 * math.sqrt(min(value, 1.0))
+            start = (left + tree_x[parent], y - LEVEL_HEIGHT + radii[parent])
+            picture.edges.append(Edge(*start, x, y - radius, stroke_width, _colour(max(value, 0.004))))
         label = str(node)
         label_size = min(12.0, 1.05 * radius)
         fits = label_size >= 6.0 and 0.62 * label_size * len(label) <= 1.8 * radius
@@ -168,19 +161,9 @@ def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
             title_text += f", rank {tree.rank(node)} below node {parents[node]}"
         if values is not None:
             title_text += f", value {_short(values[node])}"
-        picture.nodes.append(
-            Node(
-                x,
-                y,
-                radius,
-                fill,
-                _colour(min(1.0, value * 6 + 0.03)),
-                label if fits else "",
-                "#ffffff" if shade > 0.55 else INK,
-                label_size,
-                title_text,
-            )
-        )
+        outline, ink = _colour(min(1.0, value * 6 + 0.03)), "#ffffff" if _shade(value) > 0.55 else INK
+        shown = label if fits else ""
+        picture.nodes.append(Node(x, y, radius, _colour(value), outline, shown, ink, label_size, title_text))
     if values is not None:
         _add_legend(picture)
     return picture
@@ -262,43 +245,18 @@ def render_png(picture: Picture, scale: float) -> bytes:
     for edge in picture.edges:
         middle = (edge.y0 + edge.y1) / 2
         corners = [(edge.x0, edge.y0), (edge.x0, middle), (edge.x1, middle), (edge.x1, edge.y1)]
-        axes.add_patch(
-            PathPatch(
-                Path(corners, curve),
-                facecolor="none",
-                edgecolor=edge.colour,
-                linewidth=edge.stroke_width * points,
-                capstyle="round",
-            )
-        )
+        style = {"facecolor": "none", "edgecolor": edge.colour, "linewidth": edge.stroke_width * points}
+        axes.add_patch(PathPatch(Path(corners, curve), capstyle="round", **style))
     for node in picture.nodes:
-        axes.add_patch(
-            Circle(
-                (node.x, node.y), node.radius, facecolor=node.fill, edgecolor=node.outline, linewidth=points, zorder=2
-            )
-        )
+        style = {"facecolor": node.fill, "edgecolor": node.outline, "linewidth": points, "zorder": 2}
+        axes.add_patch(Circle((node.x, node.y), node.radius, **style))
         if node.label:
-            axes.text(
-                node.x,
-                node.y,
-                node.label,
-                fontsize=node.label_size * points,
-                color=node.label_colour,
-                ha="center",
-                va="center_baseline",
-            )
+            place: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
+            axes.text(node.x, node.y, node.label, size=node.label_size * points, color=node.label_colour, **place)
     alignment = {"start": "left", "middle": "center", "end": "right"}
     for text in picture.texts:
-        axes.text(
-            text.x,
-            text.y,
-            text.text,
-            fontsize=text.size * points,
-            color=text.colour,
-            ha=alignment[text.anchor],
-            va="center",
-            fontweight="bold" if text.bold else "normal",
-        )
+        place = {"ha": alignment[text.anchor], "va": "center", "weight": "bold" if text.bold else "normal"}
+        axes.text(text.x, text.y, text.text, size=text.size * points, color=text.colour, **place)
     file = io.BytesIO()
     canvas.print_png(file, metadata={"Software": None})
     return file.getvalue()

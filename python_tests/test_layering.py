@@ -301,6 +301,7 @@ def test_one_stem_names_the_op_everywhere(op: str) -> None:
     assert (PACKAGE / "ops" / op / "op.py").is_file()
     assert (PACKAGE / "ops" / op / "reference.py").is_file()
     assert (REPOSITORY / "python_tests" / "ops" / f"test_{op}.py").is_file()
+    assert (REPOSITORY / "bench" / "ops" / f"bench_{op}.py").is_file()
     assert hasattr(torch.ops.sequoia, op)
 
 

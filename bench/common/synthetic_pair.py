@@ -400,26 +400,17 @@ def teacher_forced_logits(model: TreeModel, tokens: torch.Tensor) -> torch.Tenso
 def measure_acceptance(
     target: TreeModel,
     draft: TreeModel,
-    texts: Sequence[torch.Tensor],
+    texts: Sequence[torch.Tensor],  # token ids. [rows] each
     temperature: float,
     *,
     num_ranks: int = NUM_RANKS,
-    skip: int = 64,
+    skip: int = 64,  # first tokens of a text that are only context
     seed: int = 0,
 ) -> AcceptanceEstimate:
     """Measure the acceptance vector along given texts: one node with `num_ranks` children behind every token.
 
-    Args:
-        target: the target.
-        draft: the draft.
-        texts: token ids. [rows] each.
-        temperature: sampling temperature.
-        num_ranks: children.
-        skip: first tokens of a text that are only context.
-        seed: of the draws and coins; equal seeds make a measurement a smooth function of the models.
-
-    Returns:
-        The estimate. Children are drawn by `sample_without_replacement` and decided by `verify_tree`.
+    Children are drawn by `sample_without_replacement` and decided by `verify_tree`. Equal seeds make a measurement a
+    smooth function of the models.
     """
     star = TokenTree([-1] + [0] * num_ranks)
     visited, accepted = [0] * num_ranks, [0] * num_ranks
@@ -460,23 +451,12 @@ def calibrate(
     pair: SyntheticPair,
     goal: Goal,
     temperature: float,
-    texts: Sequence[torch.Tensor],
+    texts: Sequence[torch.Tensor],  # token ids. [rows] each
     *,
-    tolerance: float = 0.005,
-    max_steps: int = 12,
+    tolerance: float = 0.005,  # relative
+    max_steps: int = 12,  # measurements at most
 ) -> AcceptanceEstimate:
-    """Set the pair's divergence so that the acceptance along the texts meets a goal.
-
-    Args:
-        pair: the pair, changed in place.
-        goal: what to meet.
-        temperature: sampling temperature.
-        texts: token ids. [rows] each.
-        tolerance: relative; the search also ends after `max_steps` measurements.
-        max_steps: measurements at most.
-
-    Returns:
-        The acceptance at the divergence that was found.
+    """Set the pair's divergence so that the acceptance along the texts meets a goal; give the acceptance found.
 
     Raises:
         ValueError: no divergence meets the goal.
@@ -508,22 +488,14 @@ def meet_goal(
     pair: SyntheticPair,
     goal: Goal,
     temperature: float,
-    texts: Sequence[torch.Tensor],
-    loop: Callable[[TokenTree], float],
-    rounds: int,
+    texts: Sequence[torch.Tensor],  # token ids. [rows] each
+    loop: Callable[[TokenTree], float],  # tokens per step that the loop reaches with a tree
+    rounds: int,  # calibrations at most, each corrected by what the loop then reached
 ) -> AcceptanceEstimate:
     """Calibrate the pair so that what the loop itself accepts meets a goal of tokens per step.
 
-    Args:
-        pair: the pair, changed in place.
-        goal: what to meet; where it is the first child's acceptance, one calibration is all.
-        temperature: sampling temperature.
-        texts: token ids. [rows] each.
-        loop: tokens per step that the loop reaches with a tree.
-        rounds: calibrations at most, each corrected by what the loop then reached.
-
-    Returns:
-        The acceptance at the divergence that came closest.
+    The pair keeps the divergence that came closest, whose acceptance is returned. Where the goal is the first child's
+    acceptance, one calibration is all.
     """
     wanted, best = goal, None
     for _ in range(rounds):

@@ -22,6 +22,7 @@ from support.bench_scripts import (
     report,
     run_module,
     sanitize,
+    summary,
     targets,
     workloads,
 )
@@ -279,6 +280,23 @@ def test_the_table_names_what_was_not_timed(tmp_path):
 def test_without_matplotlib_the_plot_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.plot(run_toy(Toy(), only_case="four"), tmp_path / "toy.png") == "matplotlib is not installed"
+
+
+def test_in_short_ours_stands_beside_the_best_other():
+    slow = Toy.provider(lambda case, x: lambda: sum(x + 0 * index for index in range(400)) / 200)
+    slower = Toy.provider(lambda case, x: lambda: sum(x + 0 * index for index in range(40_000)) / 20_000)
+    toy = Toy(slow=slow, slower=slower, reference=Toy.provider(lambda case, x: lambda: 2 * x))
+    toy.mismatch = lambda case, inputs, expected, result: None
+    (row,) = summary.rows({"toy": run_toy(toy, only_case="nine")})
+    assert row[:2] == ("toy", "nine") and row.ours.startswith("sequoia host: ") and row.other.startswith("slow: ")
+    assert row.ratio > 1
+    committed = summary.rows(targets.load_documents(BENCH / "results" / "cpu"))
+    assert {row.bench for row in committed} == {
+        "adaptive", "auto", "demo_pair", "paper_systems", "planner_pick", "robustness",
+    }  # fmt: skip
+    (greedy,) = [row for row in committed if row.bench == "demo_pair" and row.case == "T = 0"]
+    assert greedy.ours.startswith("planned tree: ") and greedy.other.startswith("transformers assisted: ")
+    assert "transformers assisted" in summary.markdown(targets.load_documents(BENCH / "results" / "cpu"))
 
 
 # Baselines agree with the reference

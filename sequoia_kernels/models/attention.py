@@ -66,26 +66,12 @@ def attend_along_tree(
     values: torch.Tensor,
     context: StepContext,
     *,
-    scale: float | None,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: torch.Tensor | None,
     module: torch.nn.Module,
     backend: str = "auto",
+    **settings: Any,  # which the op calls by the same names
 ) -> torch.Tensor:
     """Attend by the op `tree_attention`: the `TreeAttention` that `adapt` takes where nothing else is asked for."""
-    return tree_attention(
-        query,
-        keys,
-        values,
-        context.tree_mask,
-        context.cache_lens,
-        scale=scale,
-        softcap=softcap,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        backend=backend,
-    ).out
+    return tree_attention(query, keys, values, context.tree_mask, context.cache_lens, backend=backend, **settings).out
 
 
 @cache

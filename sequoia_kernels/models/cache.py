@@ -6,6 +6,7 @@ And the context of a forward, which tells the attention layers where their rows 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +143,7 @@ class TreeCache(Cache):
         )
 
 
+@dataclass(slots=True, eq=False)
 class StepContext:
     """What the attention layers of one forward need to know. Lives as long as the forward.
 
@@ -156,26 +158,14 @@ class StepContext:
         num_calls: attention layers that ran so far.
     """
 
-    __slots__ = ("_moved", "attention", "cache_lens", "device", "first_row", "layers", "num_calls", "rows", "tree_mask")
-
-    def __init__(
-        self,
-        layers: list[TreeCacheLayer],
-        first_row: int | None,
-        rows: torch.Tensor | None,
-        tree_mask: torch.Tensor,
-        cache_lens: torch.Tensor,
-        attention: Callable[..., torch.Tensor],
-    ) -> None:
-        self.layers = layers
-        self.first_row = first_row
-        self.rows = rows
-        self.tree_mask = tree_mask
-        self.cache_lens = cache_lens
-        self.attention = attention
-        self.device = cache_lens.device
-        self.num_calls = 0
-        self._moved: dict[torch.device, StepContext] | None = None
+    layers: list[TreeCacheLayer]
+    first_row: int | None
+    rows: torch.Tensor | None
+    tree_mask: torch.Tensor
+    cache_lens: torch.Tensor
+    attention: Callable[..., torch.Tensor]
+    num_calls: int = 0
+    _moved: dict[torch.device, StepContext] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -198,8 +188,6 @@ class StepContext:
 
     def on(self, device: torch.device) -> StepContext:
         """Return the same context with its tensors on a layer's device (models spread over several devices)."""
-        if self._moved is None:
-            self._moved = {}
         moved = self._moved.get(device)
         if moved is None:
             rows = None if self.rows is None else self.rows.to(device)
@@ -263,7 +251,7 @@ def store_rows(
     """
     context.num_calls += 1
     layer = context.layers[module.layer_idx]  # type: ignore[index]  # an attention module's own number
-    if key.device != context.device:
+    if key.device != context.cache_lens.device:
         context = context.on(key.device)
     if context.rows is None:
         assert context.first_row is not None

@@ -73,21 +73,13 @@ def is_text(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of document.
+    """One kind of document."""
 
-    Attributes:
-        name: what its "format" field says.
-        version: what its "version" field says.
-        error: raised for a text that is no such document.
-        hint: ends the message for a file that is no text at all.
-        indent: of its text; None writes one line.
-    """
-
-    name: str
-    version: int
-    error: type[ValueError] = ValueError
-    hint: str = ""
-    indent: int | None = 1
+    name: str  # what its "format" field says
+    version: int  # what its "version" field says
+    error: type[ValueError] = ValueError  # raised for a text that is no such document
+    hint: str = ""  # ends the message for a file that is no text at all
+    indent: int | None = 1  # of its text; None writes one line
 
     def dump(self, fields: Mapping[str, Any]) -> str:
         """Give the JSON text of a document. NaN and infinity are refused by `json`."""

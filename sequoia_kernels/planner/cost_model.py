@@ -49,17 +49,11 @@ ROOT_ROWS = 2  # the draft's first forward feeds the last committed token and th
 
 @dataclass(frozen=True)
 class StepShape:
-    """What of a tree decides a step's cost.
+    """What of a tree decides a step's cost."""
 
-    Attributes:
-        num_nodes: root included.
-        widths: internal nodes of each level that has some, root level first. [levels - 1]
-        branchings: largest number of children on these levels. [levels - 1]
-    """
-
-    num_nodes: int
-    widths: tuple[int, ...]
-    branchings: tuple[int, ...]
+    num_nodes: int  # root included
+    widths: tuple[int, ...]  # internal nodes of each level that has some, root level first. [levels - 1]
+    branchings: tuple[int, ...]  # largest number of children on these levels. [levels - 1]
 
     @classmethod
     def of(cls, tree: TokenTree) -> StepShape:

@@ -26,15 +26,10 @@ LEAST_ROUND_GAIN = 1e-4  # relative gain of a round; times are not measured that
 
 
 class Move(NamedTuple):
-    """A change of a tree.
+    """A change of a tree."""
 
-    Attributes:
-        removed: (node, count) pairs: how many of a node's last children go; all of them are leaves.
-        added: nodes that get a further child each, one entry a child.
-    """
-
-    removed: tuple[tuple[int, int], ...]
-    added: tuple[int, ...]
+    removed: tuple[tuple[int, int], ...]  # (node, count): how many of a node's last children go, all of them leaves
+    added: tuple[int, ...]  # nodes that get a further child each, one entry a child
 
 
 def refine_tree(

@@ -43,15 +43,10 @@ _BUDGET = checks.Rule(f"be in 1..{MAX_NODES} (nodes, root included)", lambda val
 
 
 class LevelWidths(NamedTuple):
-    """What the cost of a tree depends on besides its number of nodes.
+    """What the cost of a tree depends on besides its number of nodes."""
 
-    Attributes:
-        nodes: number of nodes on each level.
-        internal: number of those that have children: the draft model is fed these. The last level has none.
-    """
-
-    nodes: list[int]
-    internal: list[int]
+    nodes: list[int]  # number of nodes on each level
+    internal: list[int]  # number of those that have children: the draft model is fed these. The last level has none
 
 
 class OptimalTrees:

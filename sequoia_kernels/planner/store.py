@@ -41,21 +41,13 @@ MOST_FILES = 256  # the ones that were written longest ago go first
 
 
 class StoredFile(NamedTuple):
-    """A file of the cache.
-
-    Attributes:
-        path: where it is.
-        kind: "profile" or "acceptance".
-        num_bytes: its size.
-        modified: when it was written, in seconds since 1970.
-        key: what it belongs to; None where the file cannot be read.
-    """
+    """A file of the cache."""
 
     path: Path
-    kind: str
+    kind: str  # "profile" or "acceptance"
     num_bytes: int
-    modified: float
-    key: Key | None
+    modified: float  # when it was written, in seconds since 1970
+    key: Key | None  # what it belongs to; None where the file cannot be read
 
 
 def cache_folder() -> Path | None:

@@ -131,4 +131,4 @@ def test_messages_name_op_argument_rule_and_actual():
     with pytest.raises(ValueError, match=r"^op: x must be on meta, got cpu$"):
         checks.check_device("op", "x", tensor, torch.device("meta"))
     with pytest.raises(TypeError, match=r"^op: y must be a tensor, got NoneType$"):
-        checks.check_tensors("op", x=tensor, y=None)
+        checks.check_tensor("op", "y", None)

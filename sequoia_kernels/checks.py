@@ -35,11 +35,11 @@ __all__ = [
     "check_number",
     "check_options",
     "check_out",
+    "check_row_values",
     "check_rows",
     "check_shape",
     "check_temperature_values",
     "check_tensor",
-    "check_tensors",
     "check_top_p_values",
     "fail_range",
     "number_from",
@@ -76,13 +76,6 @@ def check_tensor(op: str, name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-
-
-def check_tensors(op: str, **values: Any) -> None:
-    """Raise TypeError unless every value is a tensor."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            check_tensor(op, name, value)
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
@@ -236,29 +229,26 @@ def row_values(
     legend: str = "rows",
     rule: Rule = FINITE,
 ) -> Tensor:
-    """Turn a per-row argument into a tensor: a Python number is repeated, a tensor must fit exactly.
+    """Turn a per-row argument into a tensor: a Python number is repeated; a tensor is left to `check_row_values`.
 
     Args:
         op: name of the op.
         name: name of the argument.
-        value: a Python number (an integer if ``dtype`` is one), or a tensor [num_rows] of ``dtype`` on ``device``.
+        value: a Python number (an integer if ``dtype`` is one), or a tensor.
         num_rows: rows of the call.
         dtype: what the op takes.
         device: where the op runs.
         legend: word for the rows in messages.
-        rule: what a number must obey that is no integer, on any device. Values in tensors are left to the caller.
+        rule: what a number must obey that is no integer, on any device.
 
     Returns:
-        [num_rows] of ``dtype``.
+        [num_rows] of ``dtype``, or the tensor.
 
     Raises:
-        TypeError: neither a tensor of that dtype nor a number of that kind.
-        ValueError: wrong shape or device, or a number that breaks the rule or does not fit the dtype.
+        TypeError: neither a tensor nor a number of that kind.
+        ValueError: a number that breaks the rule or does not fit the dtype.
     """
     if isinstance(value, Tensor):
-        check_dtype(op, name, value, dtype)
-        check_shape(op, name, value, (num_rows,), legend)
-        check_device(op, name, value, device)
         return value
     number: float | int
     if dtype.is_floating_point:
@@ -272,14 +262,31 @@ def row_values(
     return torch.full((num_rows,), number, dtype=dtype, device=device)
 
 
+def check_row_values(
+    op: str,
+    name: str,
+    values: Tensor | None,
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    legend: str = "rows",
+) -> None:
+    """Check a per-row tensor: exactly this dtype, [num_rows], on this device. None is an option that is off."""
+    if values is not None:
+        check_dtype(op, name, values, dtype)
+        check_shape(op, name, values, (num_rows,), legend)
+        check_device(op, name, values, device)
+
+
 def check_temperature_values(op: str, temperature: Tensor) -> None:
     """Raise ValueError unless every temperature is 0 or at least ``MIN_TEMPERATURE``. Reads values."""
     _check_values(op, "temperature", temperature, TEMPERATURE)
 
 
-def check_top_p_values(op: str, top_p: Tensor) -> None:
+def check_top_p_values(op: str, top_p: Tensor | None) -> None:
     """Raise ValueError unless every top_p is in (0, 1]. Reads values."""
-    _check_values(op, "top_p", top_p, TOP_P)
+    if top_p is not None:
+        _check_values(op, "top_p", top_p, TOP_P)
 
 
 def _check_values(op: str, name: str, values: Tensor, rule: Rule) -> None:

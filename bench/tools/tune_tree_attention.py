@@ -23,6 +23,7 @@ from bench.common.script import Run, Script, option, shared
 from bench.ops.bench_tree_attention import CASES, Inputs, expected, make_inputs, mismatch
 from sequoia_kernels.ops import triton_device
 from sequoia_kernels.ops.tree_attention import triton_launch
+from sequoia_kernels.ops.tree_attention.op import OPERATOR, TreeAttentionInputs
 from sequoia_kernels.ops.tree_attention.triton_launch import LaunchConfig
 
 INPUT_SETS = 4
@@ -73,8 +74,10 @@ def neighbours(config: LaunchConfig, field: str) -> Iterator[LaunchConfig]:
 def run(inputs: Inputs, config: LaunchConfig) -> torch.Tensor:
     """One call with a given configuration."""
     scale = inputs.q.shape[-1] ** -0.5
-    nothing = (None, None, None, None, None, None)
-    return triton_launch.run(*inputs, scale, *nothing, False, None, None, config)[0]
+    given = TreeAttentionInputs(*inputs, scale, None, None, None, None, None, None, False)
+    outputs = OPERATOR.new_outputs(given)
+    triton_launch.run(given, outputs, config)
+    return outputs.out
 
 
 def time_config(

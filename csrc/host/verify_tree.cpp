@@ -140,9 +140,11 @@ struct Tree {
     const std::int32_t* num_children;
     std::int64_t num_nodes;
     std::int64_t num_levels;
+    std::int64_t max_branching;
 };
 
 struct Request {
+    Tree tree;
     const std::int64_t* tokens;  // [N]
     LogitRows target;            // rows are nodes
     LogitRows draft;
@@ -161,6 +163,7 @@ struct Emitted {
 struct Workspace {
     Scratch<double> target_logits, target_weights, draft_logits, draft_weights;
     std::vector<std::pair<std::int64_t, double>> drawn_targets;  // drawn tokens with the target weights they had
+    std::vector<std::int64_t> depths;                            // of the nodes, while a tree is looked at
 };
 
 double* reserve_row(Scratch<double>& scratch, std::int64_t vocab, double padding) {
@@ -176,7 +179,8 @@ struct Decision {
     std::int64_t next_token;
 };
 
-Decision decide_greedily(const Tree& tree, const Request& request, std::int32_t node, Workspace& workspace) {
+Decision decide_greedily(const Request& request, std::int32_t node, Workspace& workspace) {
+    const Tree& tree = request.tree;
     const std::int64_t vocab = request.target.vocab;
     double* const logits = reserve_row(workspace.target_logits, vocab, NEVER);
     const double peak = load_row(request.target.row(node), request.target.type, vocab, logits);
@@ -188,7 +192,8 @@ Decision decide_greedily(const Tree& tree, const Request& request, std::int32_t 
     return {-1, largest};
 }
 
-Decision decide(const Tree& tree, const Request& request, std::int32_t node, Workspace& workspace) {
+Decision decide(const Request& request, std::int32_t node, Workspace& workspace) {
+    const Tree& tree = request.tree;
     const std::int64_t vocab = request.target.vocab;
     const std::int64_t size = padded(vocab);
     const double temperature = request.warp.temperature;
@@ -246,19 +251,33 @@ Decision decide(const Tree& tree, const Request& request, std::int32_t node, Wor
     return {-1, draw_residual(residual, vocab, request.stream, request.wide)};
 }
 
-void walk(const Tree& tree, const Request& request, Workspace& workspace, Emitted& emitted) {
-    std::fill(emitted.nodes, emitted.nodes + tree.num_levels, -1);
+void walk(const Request& request, Workspace& workspace, Emitted& emitted) {
+    std::fill(emitted.nodes, emitted.nodes + request.tree.num_levels, -1);
     emitted.num_accepted = 0;
     for (std::int32_t node = 0; node >= 0;) {
         emitted.nodes[emitted.num_accepted++] = node;
-        const Decision decision = request.warp.temperature == 0 ? decide_greedily(tree, request, node, workspace)
-                                                                : decide(tree, request, node, workspace);
+        const Decision decision = request.warp.temperature == 0 ? decide_greedily(request, node, workspace)
+                                                                : decide(request, node, workspace);
         node = decision.child;
         emitted.next_token = decision.next_token;
     }
 }
 
-bool values_valid(const Tree& tree, const Request& request) {
+// Children lie behind their parents and inside the tree, so that every walk ends; and the two bounds hold.
+bool tree_valid(const Tree& tree, std::vector<std::int64_t>& depths) {
+    depths.assign(static_cast<std::size_t>(tree.num_nodes), 0);
+    for (std::int64_t node = 0; node < tree.num_nodes; ++node) {
+        const std::int64_t first = tree.first_child[node], count = tree.num_children[node];
+        if (count < 0 || count > tree.max_branching || depths[node] >= tree.num_levels) return false;
+        if (count == 0) continue;
+        if (first <= node || first > tree.num_nodes - count) return false;
+        std::fill_n(depths.begin() + first, count, depths[node] + 1);
+    }
+    return true;
+}
+
+bool values_valid(const Request& request) {
+    const Tree& tree = request.tree;
     const float temperature = static_cast<float>(request.warp.temperature);
     const float top_p = static_cast<float>(request.warp.top_p);
     if (!temperatures_valid(&temperature, 1) || !top_ps_valid(&top_p, 1)) return false;
@@ -272,15 +291,16 @@ bool values_valid(const Tree& tree, const Request& request) {
     return true;
 }
 
-// Returns false, and has written nothing, if `check_values` finds a temperature, top_p, token, a row of the target's
-// logits or a row of the draft's at a node with children out of range.
+// Returns false, and has written nothing, if `check_values` finds a tree, temperature, top_p, token, a row of the
+// target's logits or a row of the draft's at a node with children out of range.
 bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests tokens_stride apart
                  std::uintptr_t target_ptr,         // [B, N, vocab] target_type
                  int target_type,                   //
                  std::uintptr_t draft_ptr,          // [B, N, vocab] draft_type, or 0 for a tree of one node
                  int draft_type,                    //
-                 std::uintptr_t first_child_ptr,    // [N] int32
-                 std::uintptr_t num_children_ptr,   // [N] int32
+                 std::uintptr_t first_child_ptr,    // [N] int32, requests topology_stride apart: 0 where they share it
+                 std::uintptr_t num_children_ptr,   // [N] int32, likewise
+                 std::int64_t max_branching,        //
                  std::uintptr_t temperature_ptr,    // [B] float32
                  std::uintptr_t seeds_ptr,          // [B] int64
                  std::uintptr_t offsets_ptr,        // [B] int64
@@ -290,7 +310,7 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
                  std::uintptr_t num_accepted_ptr,   // out: [B] int32
                  std::uintptr_t next_token_ptr,     // out: [B] int64
                  std::int64_t batch_size, std::int64_t num_nodes, std::int64_t num_levels, std::int64_t vocab,
-                 std::int64_t tokens_stride,                                       // elements
+                 std::int64_t topology_stride, std::int64_t tokens_stride,           // elements
                  std::int64_t target_batch_stride, std::int64_t target_node_stride,  //
                  std::int64_t draft_batch_stride, std::int64_t draft_node_stride,    //
                  bool check_values) {
@@ -299,14 +319,15 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
     const std::int64_t target_bytes = element_bytes(target_element), draft_bytes = element_bytes(draft_element);
     const auto* top_ks = reinterpret_cast<const std::int32_t*>(top_k_ptr);
     const auto* top_ps = reinterpret_cast<const float*>(top_p_ptr);
-    const Tree tree{reinterpret_cast<const std::int32_t*>(first_child_ptr),
-                    reinterpret_cast<const std::int32_t*>(num_children_ptr), num_nodes, num_levels};
 
     const auto request = [&](std::int64_t b) {
         const char* const target = reinterpret_cast<const char*>(target_ptr) + b * target_batch_stride * target_bytes;
         const char* const draft =
             draft_ptr == 0 ? nullptr : reinterpret_cast<const char*>(draft_ptr) + b * draft_batch_stride * draft_bytes;
         return Request{
+            Tree{reinterpret_cast<const std::int32_t*>(first_child_ptr) + b * topology_stride,
+                 reinterpret_cast<const std::int32_t*>(num_children_ptr) + b * topology_stride, num_nodes, num_levels,
+                 max_branching},
             reinterpret_cast<const std::int64_t*>(tokens_ptr) + b * tokens_stride,
             LogitRows{target, target_element, target_node_stride * target_bytes, vocab},
             LogitRows{draft, draft_element, draft_node_stride * draft_bytes, vocab},
@@ -316,13 +337,16 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
                    static_cast<std::uint64_t>(reinterpret_cast<const std::int64_t*>(offsets_ptr)[b])},
             target_element == ElementType::float64 || (draft_ptr != 0 && draft_element == ElementType::float64)};
     };
-    for (std::int64_t b = 0; b < batch_size && check_values; ++b) {
-        if (!values_valid(tree, request(b))) return false;
-    }
     static thread_local Workspace workspace;
+    for (std::int64_t b = 0; b < batch_size && check_values; ++b) {
+        const Request checked = request(b);
+        // A tree that all share is looked at once.
+        if ((b == 0 || topology_stride != 0) && !tree_valid(checked.tree, workspace.depths)) return false;
+        if (!values_valid(checked)) return false;
+    }
     for (std::int64_t b = 0; b < batch_size; ++b) {
         Emitted emitted{reinterpret_cast<std::int32_t*>(nodes_ptr) + b * num_levels, 0, -1};
-        walk(tree, request(b), workspace, emitted);
+        walk(request(b), workspace, emitted);
         reinterpret_cast<std::int32_t*>(num_accepted_ptr)[b] = emitted.num_accepted;
         reinterpret_cast<std::int64_t*>(next_token_ptr)[b] = emitted.next_token;
     }
@@ -335,11 +359,11 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
 void bind_verify_tree(py::module_& module) {
     module.def("verify_tree", &sequoia::verify_tree, py::call_guard<py::gil_scoped_release>(), py::arg("tokens_ptr"),
                py::arg("target_ptr"), py::arg("target_type"), py::arg("draft_ptr"), py::arg("draft_type"),
-               py::arg("first_child_ptr"), py::arg("num_children_ptr"), py::arg("temperature_ptr"),
-               py::arg("seeds_ptr"), py::arg("offsets_ptr"), py::arg("top_k_ptr"), py::arg("top_p_ptr"),
-               py::arg("nodes_ptr"), py::arg("num_accepted_ptr"), py::arg("next_token_ptr"), py::arg("batch_size"),
-               py::arg("num_nodes"), py::arg("num_levels"), py::arg("vocab"), py::arg("tokens_stride"),
-               py::arg("target_batch_stride"), py::arg("target_node_stride"), py::arg("draft_batch_stride"),
+               py::arg("first_child_ptr"), py::arg("num_children_ptr"), py::arg("max_branching"),
+               py::arg("temperature_ptr"), py::arg("seeds_ptr"), py::arg("offsets_ptr"), py::arg("top_k_ptr"),
+               py::arg("top_p_ptr"), py::arg("nodes_ptr"), py::arg("num_accepted_ptr"), py::arg("next_token_ptr"),
+               py::arg("batch_size"), py::arg("num_nodes"), py::arg("num_levels"), py::arg("vocab"),
+               py::arg("topology_stride"), py::arg("tokens_stride"), py::arg("target_batch_stride"), py::arg("target_node_stride"), py::arg("draft_batch_stride"),
                py::arg("draft_node_stride"),
                py::arg("check_values"), "Walk token trees down their accepted paths; see verify_tree.cpp.");
 }

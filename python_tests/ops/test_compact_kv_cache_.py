@@ -256,15 +256,17 @@ def test_nothing_is_written_if_any_of_several_tables_is_refused(backend):
 def test_caches_on_another_device_than_the_lengths(order, monkeypatch):
     """The meta device stands in for a second one. It computes nothing, so look at what its backend is given."""
     op = importlib.import_module("sequoia_kernels.ops.compact_kv_cache_.op")
-    monkeypatch.setattr(op, "_operator", op._run)  # torch's dispatcher would only check shapes, as meta tensors ask for
+    # Torch's dispatcher would only check shapes, as meta tensors ask for.
+    monkeypatch.setattr(op.OPERATOR, "_operator", op.OPERATOR._run_in_place)
     caches = [numbered(2, 12, 2, 4), numbered(2, 12, 2, 4).to("meta")]
     tables = [CacheTable([caches[index]]) for index in order]
     expected = expected_cache(caches[0], [[0, 2], [1, 3]], [3, 4]) if 0 in order else caches[0].clone()
     seen, run = [], reference_backend.run
 
-    def noted(group, *inputs):
-        seen.append((len(group), *{tensor.device.type for tensor in [*group, *inputs[:3]]}, inputs[-1]))
-        run(group, *inputs)
+    def noted(inputs, outputs):
+        devices = {tensor.device.type for tensor in [*inputs.caches, *inputs[1:4]]}
+        seen.append((len(inputs.caches), *devices, inputs.advance))
+        run(inputs)
 
     monkeypatch.setattr(backends._load("compact_kv_cache_", "reference"), "run", noted)
     lens = int32([3, 4])
@@ -401,8 +403,8 @@ def test_operator(name):
     operator = torch.ops.sequoia.compact_kv_cache_.default
     for block_tables, sizes in (([None], [2]), ([int32([[0], [1]])], [2]), ([int32([[0], [1]]), None], [1, 1])):
         entries = [None] * len(sizes)
-        arguments = (caches, nodes, counts, int32([3, 4]), block_tables, entries, sizes, [0, 0, 0] * len(sizes), name)
-        torch.library.opcheck(operator, arguments)
+        groups = (block_tables, entries, sizes, [0, 0, 0] * len(sizes))
+        torch.library.opcheck(operator, (caches, nodes, counts, int32([3, 4]), *groups, False, name))
 
 
 def test_compiled_function_with_several_tables():

@@ -16,6 +16,7 @@ import torch
 import sequoia_kernels
 from sequoia_kernels import cli
 from sequoia_kernels.ops import backends
+from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 
 OP = "compact_kv_cache_"
 MODULE = "sequoia_kernels.ops.compact_kv_cache_.cuda"
@@ -105,7 +106,7 @@ def test_a_build_with_code_for_one_of_two_devices(module, backend):
     reasons = []
     for index in range(2):
         lens = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
-        reasons.append(backend.supports([], path, lens, lens, None, path, 0, 100, True))
+        reasons.append(backend.supports(CompactInputs([], path, lens, lens, None, path, 0, 100, True)))
     assert reasons == [None, "built for 80-real 90-virtual; GPU 1: no kernel image is available"]
 
 
@@ -117,7 +118,7 @@ def test_no_device_in_torch(module, backend, monkeypatch):
 def launch(backend, module, num_levels=4, advance=True, max_slots=90):
     caches = [torch.zeros(2, 90, 8, 128) for _ in range(6)]  # rows of 4096 bytes
     path, lens = torch.zeros(2, num_levels, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    backend.run(caches, path, lens, lens, None, None, 4096, max_slots, advance)
+    backend.run(CompactInputs(caches, path, lens, lens, None, None, 4096, max_slots, advance))
     return module.launches.pop()
 
 
@@ -131,7 +132,7 @@ def test_one_launch_counts_its_blocks_above_the_length(backend, module):
     assert module.launches == []
     lens = SimpleNamespace(is_cuda=True)
     path = torch.zeros(1, 4, dtype=torch.int32)
-    reason = backend.supports([path] * 6, path, lens, lens, None, path, 4096, 2**28, True)
+    reason = backend.supports(CompactInputs([path] * 6, path, lens, lens, None, path, 4096, 2**28, True))
     assert reason == "takes up to 2**30 slots times caches"
 
 

@@ -26,12 +26,21 @@ from support.triton_compile import DEVICES
 from sequoia_kernels import TokenTree
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention, triton_device
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
+from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
+from sequoia_kernels.ops.sample_without_replacement.op import OPERATOR as sampling_operator
+from sequoia_kernels.ops.sample_without_replacement.op import SampleInputs
 from sequoia_kernels.ops.tree_attention import triton_kernels as programs
 from sequoia_kernels.ops.tree_attention import triton_launch as attention
+from sequoia_kernels.ops.tree_attention.op import OPERATOR as attention_operator
+from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
 from sequoia_kernels.ops.tree_attention.triton_launch import LaunchConfig, TileShape
 from sequoia_kernels.ops.verify_tree import triton_launch as verification
+from sequoia_kernels.ops.verify_tree.op import OPERATOR as verification_operator
+from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.warped_logsumexp import triton_launch as warping
+from sequoia_kernels.ops.warped_logsumexp.op import OPERATOR as warping_operator
+from sequoia_kernels.ops.warped_logsumexp.op import WarpInputs
 
 H200 = DEVICES[90]
 HALF, SINGLE = 2, 4
@@ -107,8 +116,10 @@ def attend(device, inputs, config, window=None, softcap=None, sinks=None):
     moved = [tensor.to(device) for tensor in inputs]
     sinks = None if sinks is None else sinks.to(device)
     scale = inputs.q.shape[3] ** -0.5
-    out, lse = attention.run(*moved, scale, softcap, window, sinks, None, None, None, True, None, None, config)
-    return out.cpu(), lse.cpu()
+    given = TreeAttentionInputs(*moved, scale, softcap, window, sinks, None, None, None, True)
+    outputs = attention_operator.new_outputs(given)
+    attention.run(given, outputs, config)
+    return outputs.out.cpu(), outputs.lse.cpu()
 
 
 def launch_config(block_rows, block_slots, masked_slots, num_splits, merge_rows=1, merge_chunk=2, dim_chunk=32):
@@ -214,7 +225,7 @@ def test_the_length_and_the_count_of_programs_share_a_word():
 def test_a_cache_too_long_to_share_the_word_is_refused_with_a_reason():
     cache = torch.zeros(1, 1, 1, 1).expand(1, 2**30, 1, 1)
     path, count = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    reason = compaction.supports([cache], path, count, count, None, None, 4, 2**30, True)
+    reason = compaction.supports(CompactInputs([cache], path, count, count, None, None, 4, 2**30, True))
     assert reason == "takes up to 2**30 slots times caches"
 
 
@@ -246,14 +257,16 @@ def attend_in_splits(generator):
 def warp(generator):
     logits, cuts = torch.randn(2, 40, generator=generator), (torch.tensor([3, 9]).int(), torch.tensor([1, 0.9]))
     config = warping.LaunchConfig(16, 3, 1, 32, 1, candidates=8)
-    warping.run(logits, torch.tensor([0.0, 1.0]), *cuts, None, None, config)
+    inputs = WarpInputs(logits, torch.tensor([0.0, 1.0]), *cuts)
+    warping.run(inputs, warping_operator.new_outputs(inputs), config)
 
 
 def sample(generator):
     logits, streams = torch.randn(2, 300, generator=generator), torch.arange(2)
     config = sampling._launch_config(2, 300, 4, H200)
     assert config.num_chunks > 1
-    sampling.run(logits, 4, torch.tensor([0.0, 1.0]), streams, streams, None, None)
+    inputs = SampleInputs(logits, 4, torch.tensor([0.0, 1.0]), streams, streams)
+    sampling.run(inputs, sampling_operator.new_outputs(inputs))
 
 
 def verify(generator, warped=True):
@@ -264,10 +277,11 @@ def verify(generator, warped=True):
     tree, streams = TokenTree([-1, 0, 0, 0, 0, 1, 1]).tensors(), torch.arange(2)
     cuts = (torch.tensor([0, 30]).int(), torch.tensor([1, 0.9])) if warped else (None, None)
     config = verification.LaunchConfig(32, 2, 1, 64, 1, rank_launches=2, candidates=8)
-    verification.run(
+    inputs = VerifyTreeInputs(
         tokens, target_logits, draft_logits, tree.first_child, tree.num_children, 3, 4,
-        torch.tensor([0.0, 1.0]), streams, streams, *cuts, None, None, None, config,
+        torch.tensor([0.0, 1.0]), streams, streams, *cuts, "sequoia",
     )  # fmt: skip
+    verification.run(inputs, verification_operator.new_outputs(inputs), config)
 
 
 def compact(generator):

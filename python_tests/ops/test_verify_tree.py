@@ -465,7 +465,7 @@ def _arguments(changes):
         ),
         (ValueError, r"draft_logits must have shape .*, got \[1, 2, 5\]$", {"draft_logits": LOGITS[:1]}),
         (ValueError, "draft_logits must be on cpu, got meta", {"draft_logits": LOGITS.to("meta")}),
-        (TypeError, "tree must be a TokenTree, got list", {"tree": [-1, 0]}),
+        (TypeError, "tree must be a TokenTree or a Topology, got list", {"tree": [-1, 0]}),
         (ValueError, "tree must have at most 1024 nodes, got 1025", {"tree": TokenTree.kary(1024, 2)}),
         (TypeError, "temperature must have dtype float32", {"temperature": torch.ones(2, dtype=torch.float16)}),
         (ValueError, r"temperature must have shape \[batch\] = \[2\]", {"temperature": torch.ones(1)}),
@@ -511,7 +511,7 @@ def _operator_inputs():
     seeds = torch.arange(3)
     warps = (torch.tensor([0.0, 0.7, 1.0]), seeds, seeds, torch.tensor([2, 0, 5], dtype=torch.int32), torch.ones(3))
     shape = (topology.first_child, topology.num_children, MIXED.num_levels, MIXED.max_branching)
-    return (tokens, target_logits, draft_logits.nan_to_num(), *shape, *warps, False, "reference")
+    return (tokens, target_logits, draft_logits.nan_to_num(), *shape, *warps, "sequoia", False, "reference")
 
 
 def test_the_torch_operators_keep_their_promises():

@@ -13,10 +13,19 @@ import torch
 from support.triton_compile import DEVICES, CompileCase
 
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
+from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
+from sequoia_kernels.ops.sample_without_replacement.op import OPERATOR as sampling_operator
+from sequoia_kernels.ops.sample_without_replacement.op import SampleInputs
 from sequoia_kernels.ops.tree_attention import triton_launch as attention
+from sequoia_kernels.ops.tree_attention.op import OPERATOR as attention_operator
+from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
 from sequoia_kernels.ops.verify_tree import triton_launch as verification
+from sequoia_kernels.ops.verify_tree.op import OPERATOR as verification_operator
+from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.warped_logsumexp import triton_launch as warping
+from sequoia_kernels.ops.warped_logsumexp.op import OPERATOR as warping_operator
+from sequoia_kernels.ops.warped_logsumexp.op import WarpInputs
 
 __all__ = ["CASES", "attention_case", "compaction_case", "sampling_case", "verification_case", "warping_case"]
 
@@ -66,14 +75,14 @@ def attention_case(
     dims = f"{head_dim}" if value_dim == head_dim else f"{head_dim}/{value_dim}"
     name = ", ".join([NAMES[dtype], f"head dim {dims}", f"{num_nodes} nodes", *options])
 
-    def launch() -> Any:
+    def launch() -> None:
         if page_size:
             outer = (batch_size * num_slots // page_size, page_size)
             block_table = _empty(batch_size, num_slots // page_size, dtype=torch.int32)
         else:
             outer, block_table = (batch_size, num_slots), None
         scale = _empty(num_kv_heads, dtype=torch.float32) if is_float8 else None
-        return attention.run(
+        inputs = TreeAttentionInputs(
             _empty(batch_size, num_nodes, num_kv_heads * group, head_dim, dtype=dtype),
             _empty(*outer, num_kv_heads, head_dim, dtype=cache_dtype),
             _empty(*outer, num_kv_heads, value_dim, dtype=cache_dtype),
@@ -87,9 +96,8 @@ def attention_case(
             scale,
             scale,
             lse,
-            None,
-            None,
         )
+        attention.run(inputs, attention_operator.new_outputs(inputs))
 
     def shared_bound(traits: Any) -> int:
         config = attention._launch_config(
@@ -181,7 +189,7 @@ def compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ..
         block_table = _empty(batch_size, num_slots // page_size, dtype=torch.int32) if page_size else None
         entries = _empty(num_caches, 7, dtype=torch.int64)
         path = _empty(batch_size, num_levels, dtype=torch.int32)
-        compaction.run(caches, path, lens, lens, block_table, entries, 8 * 128 * 2, num_slots, True)
+        compaction.run(CompactInputs(caches, path, lens, lens, block_table, entries, 8 * 128 * 2, num_slots, True))
 
     name = f"{num_levels} levels" + (f", pages of {page_size}" if page_size else "")
     return CompileCase("compact_kv_cache_", name, launch, quick=quick)
@@ -209,15 +217,14 @@ def warping_case(
     options = [*(["top-k"] if top_k else []), *(["top-p"] if top_p else [])]
     name = ", ".join([NAMES[dtype], f"{num_rows} x {vocab}", *options])
 
-    def launch() -> Any:
-        return warping.run(
+    def launch() -> None:
+        inputs = WarpInputs(
             _empty(num_rows, vocab, dtype=dtype),
             _empty(num_rows, dtype=torch.float32),
             _empty(num_rows, dtype=torch.int32) if top_k else None,
             _empty(num_rows, dtype=torch.float32) if top_p else None,
-            None,
-            None,
         )
+        warping.run(inputs, warping_operator.new_outputs(inputs))
 
     return CompileCase("warped_logsumexp", name, launch, quick=quick)
 
@@ -243,17 +250,16 @@ def sampling_case(
 ) -> CompileCase:
     """A call of sample_without_replacement."""
 
-    def launch() -> Any:
+    def launch() -> None:
         streams = _empty(num_rows, dtype=torch.int64)
-        return sampling.run(
+        inputs = SampleInputs(
             _empty(num_rows, vocab, dtype=dtype),
             num_samples,
             _empty(num_rows, dtype=torch.float32),
             streams,
             streams,
-            None,
-            None,
         )
+        sampling.run(inputs, sampling_operator.new_outputs(inputs))
 
     name = f"{NAMES[dtype]}, {num_rows} x {vocab}, k = {num_samples}"
     return CompileCase("sample_without_replacement", name, launch, quick=quick)
@@ -284,11 +290,11 @@ def verification_case(
     options = [*([f"batch {batch_size}"] if batch_size > 1 else []), *(["top-k, top-p"] if warped else [])]
     name = ", ".join([NAMES[dtype], f"{tree} x {vocab}", *options])
 
-    def launch() -> Any:
+    def launch() -> None:
         logits = _empty(batch_size, num_nodes, vocab, dtype=dtype)
         streams = _empty(batch_size, dtype=torch.int64)
         topology = _empty(num_nodes, dtype=torch.int32)
-        return verification.run(
+        inputs = VerifyTreeInputs(
             _empty(batch_size, num_nodes, dtype=torch.int64),
             logits,
             logits if num_nodes > 1 else None,
@@ -301,10 +307,9 @@ def verification_case(
             streams,
             _empty(batch_size, dtype=torch.int32) if warped else None,
             _empty(batch_size, dtype=torch.float32) if warped else None,
-            None,
-            None,
-            None,
+            "sequoia",
         )
+        verification.run(inputs, verification_operator.new_outputs(inputs))
 
     return CompileCase("verify_tree", name, launch, quick=quick)
 

@@ -48,9 +48,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sequoia_kernels.errors import BackendUnavailableError
 
 __all__ = [
@@ -59,12 +56,8 @@ __all__ = [
     "backend_names",
     "backend_report",
     "choose",
-    "define_operator",
-    "known_calls",
     "register_backend",
     "register_room",
-    "remember_call",
-    "runs_directly",
     "unavailable_reason",
 ]
 
@@ -117,7 +110,6 @@ _modules: dict[str, dict[str, str]] = {}
 _loaded: dict[str, dict[str, Backend]] = {}
 _reasons: dict[str, dict[str, str]] = {}
 _auto: dict[tuple[str, str], tuple[Backend, ...]] = {}
-_known_calls: dict[str, dict[tuple[Any, ...], Backend]] = {}
 _logged: set[tuple[str, str, str, tuple[str, ...]]] = set()
 
 
@@ -171,7 +163,6 @@ def register_backend(
 def _forget_choices(op: str) -> None:
     for key in [key for key in _auto if key[0] == op]:
         del _auto[key]
-    _known_calls.setdefault(op, {}).clear()
 
 
 def _missing_module_reason(error: ImportError) -> str | None:
@@ -264,9 +255,9 @@ def choose(op: str, requested: str, device_type: str, inputs: Sequence[Any]) -> 
         candidates = _auto[op, device_type] = _available(op, device_type)
     passed_over: tuple[str, ...] = ()
     for backend in candidates:
-        reason = backend.supports(*inputs)
+        reason = backend.supports(inputs)
         if reason is None and backend.declines is not None:
-            reason = backend.declines(*inputs)
+            reason = backend.declines(inputs)
         if reason is None:
             key = (op, device_type, backend.name, passed_over)
             if key not in _logged:
@@ -274,29 +265,6 @@ def choose(op: str, requested: str, device_type: str, inputs: Sequence[Any]) -> 
             return backend
         passed_over += (f"{backend.name}: {reason}",)
     raise BackendUnavailableError(f"{op}: no backend on {device_type} supports this call ({'; '.join(passed_over)})")
-
-
-_MAX_KNOWN_CALLS = 1024
-
-
-def known_calls(op: str) -> dict[tuple[Any, ...], Backend]:
-    """The calls whose structure an op has checked before, with the backend that was chosen; to be read only.
-
-    The layers of a model repeat one call, with other values in tensors of the same kind. The key of a call holds all
-    that the op's structure checks and the backends' ``supports`` and ``declines`` may depend on: dtype, device, shape
-    and strides of every tensor, the options, the name of the backend and torch's number of threads. So a call that is
-    found here would pass the same checks and get the same backend; only accepted calls are entered. Nothing is said of
-    values in tensors: they can change between two calls, and are checked at each. Registering a backend empties it.
-    """
-    return _known_calls.setdefault(op, {})
-
-
-def remember_call(op: str, call: tuple[Any, ...], backend: Backend) -> None:
-    """Enter a call that has passed the checks; see ``known_calls``."""
-    calls = known_calls(op)
-    if len(calls) >= _MAX_KNOWN_CALLS:  # lengths that grow from call to call: keep it small, the rest comes back soon
-        calls.clear()
-    calls[call] = backend
 
 
 def _available(op: str, device_type: str) -> tuple[Backend, ...]:
@@ -308,7 +276,7 @@ def _named(op: str, name: str, inputs: Sequence[Any]) -> Backend:
     if name not in _modules[op]:
         raise ValueError(f"{op}: backend must be one of {', '.join(['auto', *backend_names(op)])}, got {name!r}")
     backend = _load(op, name)
-    reason = backend if isinstance(backend, str) else backend.supports(*inputs)
+    reason = backend if isinstance(backend, str) else backend.supports(inputs)
     if isinstance(backend, Backend) and reason is None:
         return backend
     raise BackendUnavailableError(f"{op}: backend {name!r} cannot run this call: {reason}")
@@ -323,60 +291,3 @@ def _log_choice(key: tuple[str, str, str, tuple[str, ...]]) -> None:
     )
     reasons = "; ".join(absent + passed_over)
     _logger.info("%s on %s runs on backend %s%s", op, device_type, name, f" ({reasons})" if reasons else "")
-
-
-# What would make torch's dispatcher do more with an operator than to call its implementation. Where a version of torch
-# lacks one of these, operators always go through the dispatcher.
-try:
-    _num_dispatch_modes = torch._C._len_torch_dispatch_stack
-    _function_mode_enabled = torch._C._is_torch_function_mode_enabled
-    _functorch_level = torch._C._functorch.maybe_current_level
-    _tracing_state = torch._C._get_tracing_state
-    _dispatch_is_known = True
-except AttributeError:
-    _dispatch_is_known = False
-
-
-def runs_directly(*tensors: Any) -> bool:
-    """Whether an operator on these arguments may be run without torch's dispatcher.
-
-    True for plain CPU and CUDA tensors (no subclass, so no fake tensors) that need no gradient, outside of
-    ``torch.compile``, of tracing, of functorch's transforms and of every mode that wants to see operators.
-    """
-    if torch.compiler.is_compiling() or not _dispatch_is_known:
-        return False
-    for tensor in tensors:
-        if type(tensor) is not Tensor or not (tensor.is_cpu or tensor.is_cuda):
-            return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return (
-        _num_dispatch_modes() == 0
-        and not _function_mode_enabled()
-        and _functorch_level() is None
-        and _tracing_state() is None
-    )
-
-
-_library = torch.library.Library("sequoia", "FRAGMENT")
-
-
-def define_operator(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define ``torch.ops.sequoia.<name>`` for every device.
-
-    ``torch.library.custom_op`` would do the same with several times the overhead a call.
-
-    Args:
-        schema: operator name (an overload name after a dot, if any) and signature; written buffers as ``Tensor(a!)``.
-        run: the implementation. It gets the arguments in the order of the schema, keyword-only ones as keywords.
-        fake: gives the outputs of the same shape, dtype, device and strides without reading values.
-
-    Returns:
-        The operator overload, to be called by the public function.
-    """
-    name, _, overload = schema.partition("(")[0].partition(".")
-    qualified = f"{name}.{overload}" if overload else name
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(qualified, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sequoia::{qualified}", fake, lib=_library)
-    return getattr(getattr(torch.ops.sequoia, name), overload or "default")

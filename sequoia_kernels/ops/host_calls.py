@@ -6,10 +6,14 @@ keeps the tensor alive for the call and vouches for its dtype, layout and size.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["BOOLEAN", "ELEMENT_TYPES", "address", "writable"]
+__all__ = ["BOOLEAN", "ELEMENT_TYPES", "address", "contiguous", "deliver", "writable"]
+
+Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
 
 # The codes of ElementType in csrc/host/rows.h.
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -22,11 +26,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def writable(buffer: Tensor | None, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor to write a result into: the caller's buffer if it will do, otherwise a new one.
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous copies of what is strided, and the others as they are."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
-    A result that was not written into the caller's buffer must be copied there.
-    """
-    if buffer is not None and buffer.is_contiguous():
-        return buffer
-    return like.new_empty(shape, dtype=dtype)
+
+def writable(outputs: Outputs) -> Outputs:
+    """The outputs, with a contiguous buffer in place of each that is strided; `deliver` copies from there."""
+    return type(outputs)(*contiguous(*outputs))  # type: ignore[arg-type]
+
+
+def deliver(results: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
+    """Copy what `writable` had put in the place of an output."""
+    for result, output in zip(results, outputs):
+        if output is not None and result is not None and result is not output:
+            output.copy_(result)

@@ -1,4 +1,4 @@
-"""compact_kv_cache_ in CUDA; see csrc/cuda/compact_kv_cache.cu. Inputs as in reference.py.
+"""compact_kv_cache_ in CUDA; see csrc/cuda/compact_kv_cache.cu. Inputs as in op.py.
 
 One launch moves K and V of all layers and advances the lengths, as in Triton: what it spares is Triton itself, its
 compilation and its launcher's time on the host. Which of the two is faster on a device has not been measured; this
@@ -8,14 +8,15 @@ kernel has been compiled and not run on a GPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from sequoia_kernels import _cuda
 
-from .cache_table import cache_entries, length_bits
+from .cache_table import length_bits
+from .op import CompactInputs
+
+__all__ = ["run", "supports", "unavailable"]
 
 MAX_LEVELS = 64  # rows that one thread holds in registers
 MAX_GRID = 65535  # caches and requests are grid dimensions y and z
@@ -49,57 +50,36 @@ def _launch_config(num_caches: int, num_levels: int, max_row_bytes: int, max_slo
     return length_bits(num_caches, min(max(1, -(-max_row_bytes // slice_bytes)), 65535), max_slots)
 
 
-def supports(
-    caches: Sequence[Tensor],
-    accepted_nodes: Tensor,
-    num_accepted: Tensor,
-    cache_lens: Tensor,
-    block_table: Tensor | None,
-    entries: Tensor | None,
-    max_row_bytes: int,
-    max_slots: int,
-    advance: bool,
-) -> str | None:
-    """Return None if the kernel takes this call, else the reason why not."""
-    if not cache_lens.is_cuda:
+def supports(inputs: CompactInputs) -> str | None:
+    """CUDA tensors of up to so many levels, caches, requests and rows."""
+    if not inputs.cache_lens.is_cuda:
         return "takes CUDA tensors"
-    batch_size, num_levels = accepted_nodes.shape
+    num_caches, (batch_size, num_levels) = len(inputs.caches), inputs.accepted_nodes.shape
     if num_levels > MAX_LEVELS:
         return f"takes up to {MAX_LEVELS} levels"
-    if max(len(caches), batch_size) > MAX_GRID:
+    if max(num_caches, batch_size) > MAX_GRID:
         return f"takes up to {MAX_GRID} caches and requests"
-    if _launch_config(len(caches), num_levels, max_row_bytes, max_slots) is None:
+    if _launch_config(num_caches, num_levels, inputs.max_row_bytes, inputs.max_slots) is None:
         return "takes up to 2**30 slots times caches"
-    if entries is None and torch.cuda.is_current_stream_capturing():
+    if inputs.entries is None and torch.cuda.is_current_stream_capturing():
         return "needs a CacheTable while a CUDA graph is captured"
-    return _device_reason(cache_lens.device.index)
+    return _device_reason(inputs.cache_lens.device.index)
 
 
-def run(
-    caches: Sequence[Tensor],
-    accepted_nodes: Tensor,
-    num_accepted: Tensor,
-    cache_lens: Tensor,
-    block_table: Tensor | None,
-    entries: Tensor | None,
-    max_row_bytes: int,
-    max_slots: int,
-    advance: bool,
-) -> None:
+def run(inputs: CompactInputs, outputs: None = None) -> None:
     """Move the rows and advance the lengths in one launch on the current stream."""
+    accepted_nodes, num_accepted, cache_lens, block_table = inputs[1:5]
     batch_size, num_levels = accepted_nodes.shape
     if batch_size == 0 or num_levels == 0:
         return
-    config = _launch_config(len(caches), num_levels, max_row_bytes, max_slots)
+    config = _launch_config(len(inputs.caches), num_levels, inputs.max_row_bytes, inputs.max_slots)
     assert config is not None  # supports() has asked
-    if entries is None:
-        entries = cache_entries(caches, paged=block_table is not None)
-    paged = block_table is not None and len(caches) > 0
+    entries = inputs.table()
     _cuda.compact_kv_cache(
         device=cache_lens.device.index,
         stream=torch.cuda.current_stream(cache_lens.device).cuda_stream,
         cache_table=entries.data_ptr(),
-        num_caches=len(caches),
+        num_caches=len(inputs.caches),
         num_slices=config[0],
         accepted_nodes=accepted_nodes.data_ptr(),
         stride_nodes_request=accepted_nodes.stride(0),
@@ -109,11 +89,11 @@ def run(
         stride_num_accepted=num_accepted.stride(0),
         cache_lens=cache_lens.data_ptr(),
         stride_cache_lens=cache_lens.stride(0),
-        length_bits=config[1] if advance else 0,
+        length_bits=config[1] if inputs.advance else 0,
         batch_size=batch_size,
-        block_table=block_table.data_ptr() if block_table is not None and paged else 0,
-        stride_table_request=block_table.stride(0) if block_table is not None else 0,
-        stride_table_page=block_table.stride(1) if block_table is not None else 0,
-        page_size=caches[0].shape[1] if paged else 0,
+        block_table=block_table.data_ptr() if block_table is not None and inputs.page_size else 0,
+        stride_table_request=inputs.table_strides[0],
+        stride_table_page=inputs.table_strides[1],
+        page_size=inputs.page_size,
         max_pages=block_table.shape[1] if block_table is not None else 0,
     )

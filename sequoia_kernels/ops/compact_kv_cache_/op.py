@@ -2,21 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sequoia_kernels import checks
-from sequoia_kernels.ops import backends
+from sequoia_kernels.ops.operators import Operator
 
-from .cache_table import CacheTable, check_caches, max_row_bytes, named, num_slots, sum_of_addresses
+from .cache_table import CacheTable, cache_entries, check_caches, max_row_bytes, named, num_slots, sum_of_addresses
+
+__all__ = ["CompactInputs", "compact_kv_cache_"]
 
 OP = "compact_kv_cache_"
 
 MOST_ROWS = 2**30 - 1
 """what a length may say without caches to bound it: the Triton kernel counts in the highest bits of a length's word"""
+
+
+class CompactInputs(NamedTuple):
+    """What a backend takes: caches on one device, with the same block table or none.
+
+    Attributes:
+        caches: [B, S, H, D] each, or pages [P, page, H, D] with a block table; any dtype, last dimension contiguous.
+        accepted_nodes: [B, L], int32.
+        num_accepted: [B], int32.
+        cache_lens: [B], int32; written.
+        block_table: [B, max_pages], int32, or None.
+        entries: `CacheTable.entries` of these caches, [num_caches, 7], int64; None if the caller gave tensors.
+        max_row_bytes: bytes of the widest row.
+        max_slots: rows that a request has room for.
+        advance: whether the lengths advance: they do with the last of the launches of one call.
+    """
+
+    caches: list[Tensor]
+    accepted_nodes: Tensor
+    num_accepted: Tensor
+    cache_lens: Tensor
+    block_table: Tensor | None
+    entries: Tensor | None
+    max_row_bytes: int
+    max_slots: int
+    advance: bool
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page, 0 where there are none."""
+        return self.caches[0].shape[1] if self.caches and self.block_table is not None else 0
+
+    @property
+    def table_strides(self) -> tuple[int, ...]:
+        """Strides of the block table, of requests and of pages."""
+        return (0, 0) if self.block_table is None else self.block_table.stride()
+
+    def table(self) -> Tensor:
+        """Give the entries, made now if the caller had no table."""
+        return cache_entries(self.caches, self.block_table is not None) if self.entries is None else self.entries
+
+
+class CompactCall(NamedTuple):
+    """What the op takes: groups of caches, each moved by a launch of its own, and one path for all.
+
+    Attributes:
+        caches: of all groups, one group behind the other.
+        accepted_nodes: as in `CompactInputs`, as the two below.
+        num_accepted: see above.
+        cache_lens: see above.
+        block_tables: one for each group, or None.
+        entries: one for each group; None for a list of tensors.
+        group_sizes: number of caches of each group.
+        numbers: three for each group with entries: sum of addresses, bytes of the widest row, slots of a cache.
+    """
+
+    caches: list[Tensor]
+    accepted_nodes: Tensor
+    num_accepted: Tensor
+    cache_lens: Tensor
+    block_tables: list[Tensor | None]
+    entries: list[Tensor | None]
+    group_sizes: list[int]
+    numbers: list[int]
 
 
 def compact_kv_cache_(
@@ -85,7 +151,9 @@ def compact_kv_cache_(
         >>> target.flatten().tolist(), draft.flatten().tolist(), cache_lens.tolist()
         ([0.0, 1.0, 2.0, 4.0, 4.0, 5.0], [0.0, 1.0, 2.0, 0.0, 4.0, 5.0], [4])
     """
-    checks.check_tensors(OP, accepted_nodes=accepted_nodes, num_accepted=num_accepted, cache_lens=cache_lens)
+    checks.check_tensor(OP, "accepted_nodes", accepted_nodes)
+    checks.check_tensor(OP, "num_accepted", num_accepted)
+    checks.check_tensor(OP, "cache_lens", cache_lens)
     checks.check_options(OP, backend)
     if isinstance(caches, (list, tuple)) and caches and all(isinstance(table, CacheTable) for table in caches):
         groups: list[Any] = list(caches)
@@ -119,7 +187,8 @@ def compact_kv_cache_(
         entries.append(group.entries)
         numbers += (group.address_sum, group.max_row_bytes, group.num_slots)
     sizes = [len(group) for group in groups]
-    _operator(tensors, accepted_nodes, num_accepted, cache_lens, list(block_tables), entries, sizes, numbers, backend)
+    path = (accepted_nodes, num_accepted, cache_lens)
+    OPERATOR(CompactCall(tensors, *path, list(block_tables), entries, sizes, numbers), None, backend)
 
 
 def _named(argument: str, index: int, groups: Sequence[object]) -> str:
@@ -127,153 +196,99 @@ def _named(argument: str, index: int, groups: Sequence[object]) -> str:
     return argument if len(groups) == 1 else f"{argument}[{index}]"
 
 
-class _Group(NamedTuple):
-    """Caches that one launch moves: on one device, with the same block table or none."""
-
-    caches: list[Tensor]
-    block_table: Tensor | None
-    entries: Tensor | None
-    max_row_bytes: int
-    num_slots: int
-    """slots of a request in the smallest cache; pages, if there is a block table"""
-
-    @property
-    def max_slots(self) -> int:
-        """Rows that a request has room for."""
-        if not self.caches:
-            return MOST_ROWS  # the lengths are all that is read and written
-        pages = self.block_table
-        room = self.num_slots if pages is None else pages.shape[1] * self.caches[0].shape[1]
-        return min(room, torch.iinfo(torch.int32).max)  # an expanded cache may have more rows than a length can say
+def _groups(call: CompactCall) -> Iterator[tuple[int, list[Tensor], Tensor | None, Tensor | None]]:
+    """Index, caches, block table and entries of each group."""
+    first = 0
+    for index, (size, block_table, table) in enumerate(zip(call.group_sizes, call.block_tables, call.entries)):
+        yield index, call.caches[first : first + size], block_table, table
+        first += size
 
 
-def _run(
-    caches: list[Tensor],
-    accepted_nodes: Tensor,
-    num_accepted: Tensor,
-    cache_lens: Tensor,
-    block_tables: list[Tensor | None],
-    entries: list[Tensor | None],
-    group_sizes: list[int],
-    numbers: list[int],
-    backend: str,
-) -> None:
-    home = cache_lens.device
-    path = (accepted_nodes, num_accepted, cache_lens)
-    groups = _checked_groups(caches, path, block_tables, entries, group_sizes, numbers)
-    written: dict[str, Tensor | None] = {"cache_lens": cache_lens}
-    if entries[0] is None:
-        written |= named(caches)  # a table's were looked at when it was built
-    given: dict[str, Tensor | None] = {"accepted_nodes": accepted_nodes, "num_accepted": num_accepted}
-    given |= {_named("block_table", index, groups): group.block_table for index, group in enumerate(groups)}
-    checks.check_memory(OP, written, given)
-    if len(groups) > 1:
-        _check_apart(groups)
-    # The last launch advances the lengths, so it is one on their device.
-    groups.sort(key=lambda group: not group.caches or group.caches[0].device == home)
-    if groups[-1].caches and groups[-1].caches[0].device != home:
-        groups.append(_Group([], None, None, 0, 0))
-    calls = []
-    for index, group in enumerate(groups):
-        device = group.caches[0].device if group.caches else home
-        moved = tuple(tensor.to(device) for tensor in path)
-        readable = next((tensors for tensors in (path, moved) if tensors[2].is_cpu), None)
-        if readable is not None:
-            _check_values(group, *readable)
-        is_last = index + 1 == len(groups)
-        inputs = (
-            group.caches, *moved, group.block_table, group.entries, group.max_row_bytes, group.max_slots, is_last,
-        )  # fmt: skip
-        calls.append((backends.choose(OP, backend, device.type, inputs), inputs))
-    for chosen, inputs in calls:
-        chosen.run(*inputs)
-
-
-def _fake(
-    caches: list[Tensor],
-    accepted_nodes: Tensor,
-    num_accepted: Tensor,
-    cache_lens: Tensor,
-    block_tables: list[Tensor | None],
-    entries: list[Tensor | None],
-    group_sizes: list[int],
-    numbers: list[int],
-    backend: str,
-) -> None:
-    _checked_groups(caches, (accepted_nodes, num_accepted, cache_lens), block_tables, entries, group_sizes, None)
-
-
-def _checked_groups(
-    caches: list[Tensor],
-    path: tuple[Tensor, Tensor, Tensor],
-    block_tables: list[Tensor | None],
-    entries: list[Tensor | None],
-    group_sizes: list[int],
-    numbers: list[int] | None,
-) -> list[_Group]:
-    """Check dtypes, shapes and devices and sort the arguments by group. ``numbers`` is None for fake tensors."""
-    accepted_nodes, num_accepted, cache_lens = path
+def check(call: CompactCall) -> None:
+    """Check dtypes, shapes, layouts and devices."""
+    accepted_nodes, num_accepted, cache_lens = call[1:4]
     checks.check_dtype(OP, "accepted_nodes", accepted_nodes, torch.int32)
     if accepted_nodes.dim() != 2:
         checks.fail_range(OP, "accepted_nodes", "have shape [batch, levels]", checks.shape_text(accepted_nodes.shape))
-    batch_size = accepted_nodes.shape[0]
-    device = cache_lens.device
-    checks.check_dtype(OP, "num_accepted", num_accepted, torch.int32)
-    checks.check_shape(OP, "num_accepted", num_accepted, (batch_size,), "batch")
-    checks.check_dtype(OP, "cache_lens", cache_lens, torch.int32)
-    checks.check_shape(OP, "cache_lens", cache_lens, (batch_size,), "batch")
+    batch_size, device = accepted_nodes.shape[0], cache_lens.device
     checks.check_device(OP, "accepted_nodes", accepted_nodes, device)
-    checks.check_device(OP, "num_accepted", num_accepted, device)
-    groups, first = [], 0
-    for index, (size, block_table, table) in enumerate(zip(group_sizes, block_tables, entries)):
-        own, paged = caches[first : first + size], block_table is not None
-        first += size
-        name = "caches" if len(group_sizes) == 1 else f"caches[{index}].caches"
-        row_bytes, slots = 0, 0
+    checks.check_row_values(OP, "num_accepted", num_accepted, batch_size, torch.int32, device, "batch")
+    checks.check_row_values(OP, "cache_lens", cache_lens, batch_size, torch.int32, device, "batch")
+    for index, own, block_table, table in _groups(call):
         if table is None:
-            check_caches(OP, own, paged)  # whoever gives a table has had its caches checked when it was built
+            check_caches(OP, own, block_table is not None)  # those of a table were checked when it was built
             if own:
                 checks.check_device(OP, "caches[0]", own[0], device)
-        if numbers is not None:
-            address_sum, row_bytes, slots = numbers[3 * index : 3 * index + 3]
-            # torch.compile may hand over copies of the caches and write them back later: a table of others is void.
-            if table is None or sum_of_addresses(own) != address_sum:
-                table, row_bytes, slots = None, max_row_bytes(own), num_slots(own, paged)
-        if own and not paged and own[0].shape[0] != batch_size:
+        if own and block_table is None and own[0].shape[0] != batch_size:
+            name = "caches" if len(call.group_sizes) == 1 else f"caches[{index}].caches"
             rule = f"have the batch {batch_size} of accepted_nodes"
             checks.fail_range(OP, f"{name}[0]", rule, checks.shape_text(own[0].shape))
         if block_table is not None:
-            pages = _named("block_table", index, group_sizes)
+            pages = _named("block_table", index, call.group_sizes)
             checks.check_dtype(OP, pages, block_table, torch.int32)
             if block_table.dim() != 2 or block_table.shape[0] != batch_size:
                 rule = f"have shape [batch, pages] with batch {batch_size}"
                 checks.fail_range(OP, pages, rule, checks.shape_text(block_table.shape))
             checks.check_device(OP, pages, block_table, own[0].device if own else device)
-        groups.append(_Group(own, block_table, table, row_bytes, slots))
-    return groups
 
 
-def _check_apart(groups: Sequence[_Group]) -> None:
-    """No cache lies where one of another table lies, or its rows would move twice. Those of a table were looked at."""
-    devices = [group.caches[0].device if group.caches else None for group in groups]
-    checks.check_memory(
-        OP,
-        {
-            f"caches[{index}].{name}": cache
-            for index, (group, device) in enumerate(zip(groups, devices))
-            if device is not None and devices.count(device) > 1
-            for name, cache in named(group.caches).items()
-        },
-        {},
-    )
+def launches(call: CompactCall) -> list[CompactInputs]:
+    """Split a call into launches, one a group; check what cannot be asked of fake tensors: memory, and values."""
+    home = call.cache_lens.device
+    moves = [_launch(call, *group) for group in _groups(call)]
+    _check_memory(call, moves)
+    # The last launch advances the lengths, so it is one on their device.
+    moves.sort(key=lambda move: not move.caches or move.caches[0].device == home)
+    if moves[-1].caches and moves[-1].caches[0].device != home:
+        moves.append(_launch(call, -1, [], None, None))
+    for index, move in enumerate(moves):
+        device = move.caches[0].device if move.caches else home
+        path = call[1:4]
+        moved = move._replace(
+            accepted_nodes=path[0].to(device), num_accepted=path[1].to(device), cache_lens=path[2].to(device),
+            advance=index + 1 == len(moves),
+        )  # fmt: skip
+        if move.cache_lens.is_cpu or moved.cache_lens.is_cpu:
+            _check_values(move if move.cache_lens.is_cpu else moved)
+        moves[index] = moved
+    return moves
 
 
-def _check_values(group: _Group, accepted_nodes: Tensor, num_accepted: Tensor, cache_lens: Tensor) -> None:
+def _launch(
+    call: CompactCall, index: int, own: list[Tensor], block_table: Tensor | None, table: Tensor | None
+) -> CompactInputs:
+    address_sum, row_bytes, slots = (0, 0, 0) if table is None else call.numbers[3 * index : 3 * index + 3]
+    # torch.compile may hand over copies of the caches and write them back later: a table of others is void.
+    if table is None or sum_of_addresses(own) != address_sum:
+        table, row_bytes, slots = None, max_row_bytes(own), num_slots(own, block_table is not None)
+    if not own:
+        room = MOST_ROWS  # the lengths are all that is read and written
+    else:  # an expanded cache may have more rows than a length can say
+        room = slots if block_table is None else block_table.shape[1] * own[0].shape[1]
+        room = min(room, torch.iinfo(torch.int32).max)
+    return CompactInputs(own, *call[1:4], block_table, table, row_bytes, room, False)
+
+
+def _check_memory(call: CompactCall, moves: Sequence[CompactInputs]) -> None:
+    """What is written lies apart. Of tables, which were looked at when they were built, only from one another."""
+    written: dict[str, Tensor | None] = {"cache_lens": call.cache_lens}
+    devices = [move.caches[0].device if move.caches else None for move in moves]
+    for index, (move, device) in enumerate(zip(moves, devices)):
+        if call.entries[0] is not None and device is not None and devices.count(device) > 1:
+            written |= {f"caches[{index}].{name}": cache for name, cache in named(move.caches).items()}
+    if call.entries[0] is None:
+        written |= named(call.caches)
+    given: dict[str, Tensor | None] = {"accepted_nodes": call.accepted_nodes, "num_accepted": call.num_accepted}
+    given |= {_named("block_table", index, moves): move.block_table for index, move in enumerate(moves)}
+    checks.check_memory(OP, written, given)
+
+
+def _check_values(inputs: CompactInputs) -> None:
     """Paths increase and stay inside the caches, so every target does, too. CPU tensors only."""
-    num_levels, room, block_table = accepted_nodes.shape[1], group.max_slots, group.block_table
-    pages = block_table.tolist() if group.caches and block_table is not None and block_table.is_cpu else None
-    counts, paths = num_accepted.tolist(), accepted_nodes.tolist()
-    for request, (cache_len, count) in enumerate(zip(cache_lens.tolist(), counts)):
+    num_levels, room, block_table = inputs.accepted_nodes.shape[1], inputs.max_slots, inputs.block_table
+    pages = block_table.tolist() if inputs.caches and block_table is not None and block_table.is_cpu else None
+    counts, paths = inputs.num_accepted.tolist(), inputs.accepted_nodes.tolist()
+    for request, (cache_len, count) in enumerate(zip(inputs.cache_lens.tolist(), counts)):
         if not 0 <= count <= num_levels:
             checks.fail_range(OP, "num_accepted", f"be from 0 to {num_levels}", f"{count} for request {request}")
         if not 0 <= cache_len <= room:
@@ -289,19 +304,14 @@ def _check_values(group: _Group, accepted_nodes: Tensor, num_accepted: Tensor, c
             rule = f"stay inside a cache of {room} slots with {cache_len} committed"
             checks.fail_range(OP, "accepted_nodes", rule, f"{path} for request {request}")
         if pages is not None and path:
-            page_size = group.caches[0].shape[1]
+            num_pages, page_size = num_slots(inputs.caches, True), inputs.page_size
             rows = [cache_len + node for node in path] + list(range(cache_len, cache_len + count))
             used = sorted({pages[request][row // page_size] for row in rows})
-            if used[0] < 0 or used[-1] >= group.num_slots:
-                rule = f"name pages from 0 to {group.num_slots - 1}"
+            if used[0] < 0 or used[-1] >= num_pages:
+                rule = f"name pages from 0 to {num_pages - 1}"
                 checks.fail_range(OP, "block_table", rule, f"{used} for request {request}")
 
 
-backends.register_room(OP, package=__package__)
-
-_operator: Any = backends.define_operator(
-    f"{OP}(Tensor(a!)[] caches, Tensor accepted_nodes, Tensor num_accepted, Tensor(b!) cache_lens, "
-    "Tensor?[] block_tables, Tensor?[] entries, int[] group_sizes, SymInt[] numbers, str backend) -> ()",
-    run=_run,
-    fake=_fake,
+OPERATOR: Operator[CompactCall, tuple[()]] = Operator(
+    OP, CompactCall, package=__package__, check=check, launches=launches, mutated=("caches", "cache_lens")
 )

@@ -1,17 +1,4 @@
-"""Reference of compact_kv_cache_: gather all rows, then write them, in plain torch on any device.
-
-Inputs (of ``supports`` and ``run``, in this order):
-    caches          list of [B, S, H, D], or of pages [P, page, H, D] with block_table; any dtype; last dim contiguous
-    accepted_nodes  [B, L] int32
-    num_accepted    [B] int32
-    cache_lens      [B] int32; written
-    block_table     [B, max_pages] int32 or None
-    entries         [num_caches, 7] int64 on the caches' device: ``CacheTable.entries``; None if the caller gave a list
-                    of tensors, and then ``cache_table.cache_entries`` makes it
-    max_row_bytes   int, bytes of the widest row
-    max_slots       int, rows that a request has room for
-    advance         bool, whether the lengths advance: they do with the last of the launches of one call
-Outputs: none, ``run`` returns None.
+"""Reference of compact_kv_cache_: the specification, in plain torch on any device. Inputs as in op.py.
 
 Definition, for every cache and request b, all reads before all writes:
     row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]   for d < num_accepted[b]
@@ -25,30 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .op import CompactInputs
 
-def supports(*inputs: object) -> str | None:
-    """Everything in the contract is supported."""
+__all__ = ["run", "supports"]
+
+
+def supports(inputs: CompactInputs) -> str | None:
+    """Every call that passes the op's checks runs here."""
     return None
 
 
-def run(
-    caches: Sequence[Tensor],
-    accepted_nodes: Tensor,
-    num_accepted: Tensor,
-    cache_lens: Tensor,
-    block_table: Tensor | None,
-    entries: Tensor | None,
-    max_row_bytes: int,
-    max_slots: int,
-    advance: bool,
-) -> None:
+def run(inputs: CompactInputs, outputs: None = None) -> None:
     """Move the rows and advance the lengths."""
-    if cache_lens.is_cpu and block_table is None:
-        move_request_by_request(caches, accepted_nodes, num_accepted, cache_lens)
+    if inputs.cache_lens.is_cpu and inputs.block_table is None:
+        move_request_by_request(*inputs[:4])
     else:
-        move_all_requests(caches, accepted_nodes, num_accepted, cache_lens, block_table)
-    if advance:
-        cache_lens += num_accepted
+        move_all_requests(*inputs[:5])
+    if inputs.advance:
+        inputs.cache_lens.add_(inputs.num_accepted)
 
 
 def move_all_requests(

@@ -1,20 +1,39 @@
-"""The contract of `sample_without_replacement`: checks, dispatch and torch registration."""
+"""sample_without_replacement: contract, checks and dispatch."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sequoia_kernels import checks
-from sequoia_kernels.ops import backends
+from sequoia_kernels.ops.operators import Buffer, Operator
 from sequoia_kernels.ops.warping import compute_dtype
 
-__all__ = ["MAX_SAMPLES", "SampledTokens", "sample_without_replacement"]
+__all__ = ["MAX_SAMPLES", "SampleInputs", "SampledTokens", "check_values", "sample_without_replacement"]
 
-_OP = "sample_without_replacement"
+OP = "sample_without_replacement"
 MAX_SAMPLES = 128
+
+
+class SampleInputs(NamedTuple):
+    """What the op takes.
+
+    Attributes:
+        logits: [R, vocab], float; rows strided at will.
+        num_samples: 1..128.
+        temperature: [R], float32.
+        seeds: [R], int64.
+        offsets: [R], int64.
+    """
+
+    logits: Tensor
+    num_samples: int
+    temperature: Tensor
+    seeds: Tensor
+    offsets: Tensor
 
 
 class SampledTokens(NamedTuple):
@@ -84,116 +103,56 @@ def sample_without_replacement(
         >>> sample_without_replacement(logits, 3, temperature=0.0, seeds=7, offsets=0).tokens.tolist()
         [[0, 1, 3], [1, 3, 2]]
     """
-    checks.check_tensor(_OP, "logits", logits)
-    checks.check_rows(_OP, "logits", logits, "rows, vocab")
-    checks.check_options(_OP, backend, debug=debug)
-    num_samples = checks.whole_number(_OP, "num_samples", num_samples, torch.int64)
-    num_rows, device = logits.shape[0], logits.device
-    temperature = checks.row_values(
-        _OP, "temperature", temperature, num_rows, torch.float32, device, rule=checks.TEMPERATURE
+    checks.check_tensor(OP, "logits", logits)
+    checks.check_rows(OP, "logits", logits, "rows, vocab")
+    row_values = functools.partial(checks.row_values, OP, num_rows=logits.shape[0], device=logits.device)
+    inputs = SampleInputs(
+        logits,
+        checks.whole_number(OP, "num_samples", num_samples, torch.int64),
+        row_values("temperature", temperature, dtype=torch.float32, rule=checks.TEMPERATURE),
+        row_values("seeds", seeds, dtype=torch.int64),
+        row_values("offsets", offsets, dtype=torch.int64),
     )
-    seeds = checks.row_values(_OP, "seeds", seeds, num_rows, torch.int64, device)
-    offsets = checks.row_values(_OP, "offsets", offsets, num_rows, torch.int64, device)
-    inputs = (logits, num_samples, temperature, seeds, offsets, debug, backend)
-    if out is None:
-        return SampledTokens(*_operator(*inputs))
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"{_OP}: out must be a pair (tokens, log_normaliser), got {type(out).__name__}")
-    for name, buffer in zip(SampledTokens._fields, out, strict=True):
-        checks.check_tensor(_OP, f"out.{name}", buffer)
-    _out_operator(*inputs, *out)
-    return SampledTokens(*out)
+    return OPERATOR(inputs, out, backend, debug)
 
 
-def _run(
-    logits: Tensor,
-    num_samples: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    debug: bool,
-    backend: str,
-    tokens: Tensor | None = None,
-    log_normaliser: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    inputs = (logits, num_samples, temperature, seeds, offsets)
-    _check_structure(*inputs, tokens, log_normaliser)
-    if tokens is not None:
-        checks.check_memory(
-            _OP,
-            {"out.tokens": tokens, "out.log_normaliser": log_normaliser},
-            {"logits": logits, "temperature": temperature, "seeds": seeds, "offsets": offsets},
-        )
-    chosen = backends.choose(_OP, backend, logits.device.type, inputs)
-    if debug or (logits.is_cpu and not chosen.checks_values):
-        checks.check_temperature_values(_OP, temperature)
-        checks.check_logits(_OP, "logits", logits)
-    return chosen.run(*inputs, tokens, log_normaliser)
-
-
-def _run_out(*arguments: Any) -> None:
-    _run(*arguments)
-
-
-def _check_structure(
-    logits: Tensor,
-    num_samples: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    tokens: Tensor | None,
-    log_normaliser: Tensor | None,
-) -> None:
-    checks.check_dtype(_OP, "logits", logits, *checks.FLOAT_DTYPES)
-    checks.check_rows(_OP, "logits", logits, "rows, vocab")
+def check(inputs: SampleInputs) -> None:
+    """Check dtypes, shapes, layouts, devices and the number of samples."""
+    logits, num_samples = inputs.logits, inputs.num_samples
+    checks.check_dtype(OP, "logits", logits, *checks.FLOAT_DTYPES)
+    checks.check_rows(OP, "logits", logits, "rows, vocab")
     num_rows, vocab = logits.shape
     if vocab == 0:
-        checks.fail_range(_OP, "logits", "have at least one token", checks.shape_text(logits.shape))
+        checks.fail_range(OP, "logits", "have at least one token", checks.shape_text(logits.shape))
     if not 1 <= num_samples <= MAX_SAMPLES:
-        checks.fail_range(_OP, "num_samples", f"be in 1..{MAX_SAMPLES}", num_samples)
-    device = logits.device
-    checks.row_values(_OP, "temperature", temperature, num_rows, torch.float32, device)
-    checks.row_values(_OP, "seeds", seeds, num_rows, torch.int64, device)
-    checks.row_values(_OP, "offsets", offsets, num_rows, torch.int64, device)
-    if tokens is not None:
-        dtype = compute_dtype(logits.dtype)
-        shape = (num_rows, num_samples)
-        checks.check_out(_OP, "out.tokens", tokens, shape, torch.int64, device, "rows, num_samples")
-        checks.check_out(_OP, "out.log_normaliser", log_normaliser, (num_rows,), dtype, device, "rows")
+        checks.fail_range(OP, "num_samples", f"be in 1..{MAX_SAMPLES}", num_samples)
+    checks.check_row_values(OP, "temperature", inputs.temperature, num_rows, torch.float32, logits.device)
+    checks.check_row_values(OP, "seeds", inputs.seeds, num_rows, torch.int64, logits.device)
+    checks.check_row_values(OP, "offsets", inputs.offsets, num_rows, torch.int64, logits.device)
 
 
-def _fake(
-    logits: Tensor,
-    num_samples: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    debug: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    _check_structure(logits, num_samples, temperature, seeds, offsets, None, None)
-    tokens = logits.new_empty((logits.shape[0], num_samples), dtype=torch.int64)
-    return tokens, logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
+def buffers(inputs: SampleInputs) -> tuple[Buffer, Buffer]:
+    """Describe the outputs."""
+    num_rows = inputs.logits.shape[0]
+    return (
+        Buffer((num_rows, inputs.num_samples), torch.int64, "rows, num_samples"),
+        Buffer((num_rows,), compute_dtype(inputs.logits.dtype), "rows"),
+    )
 
 
-def _fake_out(
-    logits: Tensor,
-    num_samples: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    debug: bool,
-    backend: str,
-    tokens: Tensor,
-    log_normaliser: Tensor,
-) -> None:
-    _check_structure(logits, num_samples, temperature, seeds, offsets, tokens, log_normaliser)
+def check_values(inputs: SampleInputs) -> None:
+    """Check temperatures and logits. Reads values."""
+    checks.check_temperature_values(OP, inputs.temperature)
+    checks.check_logits(OP, "logits", inputs.logits)
 
 
-backends.register_room(_OP, package=__package__)
-
-_INPUTS = "Tensor logits, SymInt num_samples, Tensor temperature, Tensor seeds, Tensor offsets, bool debug, str backend"
-_operator = backends.define_operator(f"{_OP}({_INPUTS}) -> (Tensor, Tensor)", run=_run, fake=_fake)
-_out_operator = backends.define_operator(
-    f"{_OP}.out({_INPUTS}, Tensor(a!) tokens, Tensor(b!) log_normaliser) -> ()", run=_run_out, fake=_fake_out
+OPERATOR = Operator(
+    OP,
+    SampleInputs,
+    SampledTokens,
+    package=__package__,
+    check=check,
+    buffers=buffers,
+    check_values=check_values,
+    out_rule="be a pair (tokens, log_normaliser)",
 )

@@ -1,4 +1,4 @@
-"""Attend in C++ on the CPU; see csrc/host/tree_attention.cpp. Inputs and outputs as in reference.py.
+"""tree_attention in C++ on the CPU; see csrc/host/tree_attention.cpp. Inputs and outputs as in op.py.
 
 One call, no mask tensors: the lengths and the packed mask are read in place, and checked there, so that a decoding step
 of a small model, which attends once a layer, pays little more than the arithmetic.
@@ -6,16 +6,13 @@ of a small model, which attends once a layer, pays little more than the arithmet
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from sequoia_kernels import _host
-from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, writable
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, deliver, writable
 
 from . import sdpa
-from .op import check_values
+from .op import TreeAttentionInputs, TreeAttentionOutput, check_values
 
 __all__ = ["CHECKS_VALUES", "declines", "run", "supports"]
 
@@ -24,27 +21,13 @@ CHECKS_VALUES = True
 _TYPES = {dtype: ELEMENT_TYPES[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def supports(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-) -> str | None:
+def supports(inputs: TreeAttentionInputs) -> str | None:
     """CPU tensors in one of three dtypes."""
-    if not q.is_cpu:
+    if not inputs.q.is_cpu:
         return "takes CPU tensors"
-    if q.dtype not in _TYPES:
+    if inputs.q.dtype not in _TYPES:
         return "takes float32, bfloat16 and float16"
-    if k_cache.dtype != q.dtype:
+    if inputs.k_cache.dtype != inputs.q.dtype:
         return "takes no float8 cache"
     return None
 
@@ -57,7 +40,7 @@ _COST_OF_A_SLOT = 6
 _ROWS_AGAINST_TWO = 64
 
 
-def declines(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> str | None:
+def declines(inputs: TreeAttentionInputs) -> str | None:
     """Leave to torch's kernel what its threads do faster.
 
     On one thread this backend takes 0.3 to 0.9 of the time of torch's kernel with its mask for 1 to 256 rows behind
@@ -68,8 +51,9 @@ def declines(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> str |
     from some 60 us of work on. The work is that of a full cache, since lengths are values.
     """
     num_threads = torch.get_num_threads()
-    if num_threads == 1 or sdpa.supports(q, k_cache, v_cache, *others) is not None:
+    if num_threads == 1 or sdpa.supports(inputs) is not None:
         return None
+    q, k_cache, v_cache = inputs[:3]
     rows_per_head = q.shape[1] * q.shape[2] // k_cache.shape[2]
     if num_threads == 2 and rows_per_head <= _ROWS_AGAINST_TWO:
         return None
@@ -81,58 +65,36 @@ def declines(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> str |
     )
 
 
-def run(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the op on the backend's inputs, into the outputs where they are given."""
-    q_shape, values_shape, mask_shape = q.shape, v_cache.shape, tree_mask.shape
-    batch_size, num_rows, num_heads, _ = q_shape
-    result = writable(out, q, (batch_size, num_rows, num_heads, values_shape[3]), q.dtype)
-    log_sum = writable(lse, q, (batch_size, num_rows, num_heads), torch.float32) if return_lse else None
-    if sinks is not None:
-        sinks = sinks.to(torch.float32).contiguous()
+def run(inputs: TreeAttentionInputs, outputs: TreeAttentionOutput) -> None:
+    """Write the outputs."""
+    q, k_cache, v_cache, tree_mask, cache_lens = inputs[:5]
+    block_table = inputs.block_table
+    results = writable(outputs)
+    sinks = None if inputs.sinks is None else inputs.sinks.to(torch.float32).contiguous()
     attended = _host.tree_attention(
         q.data_ptr(),
-        q_shape,
+        q.shape,
         q.stride(),
         k_cache.data_ptr(),
         k_cache.shape,
         k_cache.stride(),
         v_cache.data_ptr(),
-        values_shape,
+        v_cache.shape,
         v_cache.stride(),
         _TYPES[q.dtype],
         tree_mask.data_ptr(),
-        mask_shape[-1],
-        len(mask_shape) == 3,
+        tree_mask.shape[-1],
+        tree_mask.dim() == 3,
         cache_lens.data_ptr(),
-        scale,
-        softcap or 0.0,
-        sliding_window or 0,
+        inputs.scale,
+        inputs.softcap or 0.0,
+        inputs.sliding_window or 0,
         address(sinks),
         address(block_table),
         0 if block_table is None else block_table.shape[1],
-        result.data_ptr(),
-        address(log_sum),
+        results.out.data_ptr(),
+        address(results.lse),
     )
     if not attended:  # something lies outside the cache: name it
-        check_values(k_cache, tree_mask, cache_lens, block_table)
-    if out is not None and out is not result:
-        result = out.copy_(result)
-    if lse is not None and log_sum is not None and lse is not log_sum:
-        log_sum = lse.copy_(log_sum)
-    return result, log_sum
+        check_values(inputs)
+    deliver(results, outputs)

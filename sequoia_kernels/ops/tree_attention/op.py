@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sequoia_kernels import checks
-from sequoia_kernels.ops import backends
+from sequoia_kernels.ops.operators import Buffer, Operator
+
+__all__ = ["TreeAttentionInputs", "TreeAttentionOutput", "check_values", "num_tree_slots", "tree_attention"]
 
 OP = "tree_attention"
 
@@ -21,12 +23,47 @@ _SCALE = checks.Rule("be from -1e18 to 1e18", lambda value: -1e18 <= value <= 1e
 _SOFTCAP = checks.Rule("be from 1e-18 to 1e18", lambda value: 1e-18 <= value <= 1e18)
 
 
+class TreeAttentionInputs(NamedTuple):
+    """What the op takes.
+
+    Attributes:
+        q: [B, N, Hq, D], float32, bfloat16, float16, or float64 (reference); last dimension contiguous, as of the
+            caches.
+        k_cache: [B, S, Hkv, D], or pages [P, page, Hkv, D] with a block table; dtype of q, or float8_e4m3fn.
+        v_cache: [B, S, Hkv, Dv], or pages [P, page, Hkv, Dv]; dtype of k_cache.
+        tree_mask: [N, W] or [B, N, W], int32, contiguous.
+        cache_lens: [B], int32, contiguous.
+        scale: factor of the scores.
+        softcap: above 0, or None.
+        sliding_window: at least 1, or None.
+        sinks: [Hq], float32 or dtype of q, or None.
+        block_table: [B, max_pages], int32, contiguous, or None; S is then max_pages * page.
+        k_scale: [Hkv], float32, contiguous, or None.
+        v_scale: likewise.
+        return_lse: whether the second output is wanted.
+    """
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    tree_mask: Tensor
+    cache_lens: Tensor
+    scale: float
+    softcap: float | None
+    sliding_window: int | None
+    sinks: Tensor | None
+    block_table: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    return_lse: bool
+
+
 class TreeAttentionOutput(NamedTuple):
     """Attention output, and the log-sum-exp it was normalised by."""
 
     out: Tensor
     """[B, N, Hq, Dv], dtype of q."""
-    lse: Tensor | None
+    lse: Tensor | None = None
     """natural log of the softmax's denominator. [B, N, Hq] float32 (float64 for float64 q); None unless asked for."""
 
 
@@ -103,11 +140,7 @@ def tree_attention(
         >>> tree_attention(q, k, v, tree_mask, torch.tensor([10], dtype=torch.int32)).out.shape
         torch.Size([1, 3, 4, 8])
     """
-    tensors = (q, k_cache, v_cache, tree_mask, cache_lens)
-    direct = backends.runs_directly(*tensors)
-    if not direct:
-        checks.check_tensors(OP, q=q, k_cache=k_cache, v_cache=v_cache, tree_mask=tree_mask, cache_lens=cache_lens)
-    checks.check_options(OP, backend, return_lse=return_lse)
+    checks.check_tensor(OP, "q", q)
     if scale is None:
         checks.check_rows(OP, "q", q, "batch, nodes, q heads, head dim")
         scale = max(q.shape[3], 1) ** -0.5
@@ -117,84 +150,7 @@ def tree_attention(
         softcap = checks.real_number(OP, "softcap", softcap, _SOFTCAP)
     if sliding_window is not None:
         sliding_window = checks.whole_number(OP, "sliding_window", sliding_window, torch.int64)
-    for name, tensor in (("sinks", sinks), ("block_table", block_table)):
-        if tensor is not None:
-            checks.check_tensor(OP, name, tensor)
-    if k_scale is not None:
-        k_scale = _head_scales("k_scale", k_scale, k_cache)
-    if v_scale is not None:
-        v_scale = _head_scales("v_scale", v_scale, v_cache)
-    inputs = (*tensors, scale, softcap, sliding_window, sinks, block_table)
-    if out is None:
-        # A decoding step of a small model comes here once a layer, and torch's dispatcher would cost it more than the
-        # attention. It is left out where it has nothing to do.
-        if (
-            direct
-            and (sinks is None or backends.runs_directly(sinks))
-            and block_table is None
-            and k_scale is None
-            and v_scale is None
-        ):
-            result = _dispatch(*inputs, None, None, backend, return_lse=return_lse, out=None, lse=None)
-            return TreeAttentionOutput._make(result)
-        if return_lse:
-            return TreeAttentionOutput(*_lse_operator(*inputs, k_scale, v_scale, backend))
-        return TreeAttentionOutput(_operator(*inputs, k_scale, v_scale, backend), None)
-    out_buffer, lse_buffer = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
-    checks.check_tensor(OP, "out", out_buffer)
-    if return_lse and lse_buffer is None:
-        raise TypeError(f"{OP}: out must be a TreeAttentionOutput of two tensors with return_lse, got one tensor")
-    _out_operator(*inputs, k_scale, v_scale, backend, out_buffer, lse_buffer if return_lse else None)
-    return TreeAttentionOutput(out_buffer, lse_buffer if return_lse else None)
-
-
-def _head_scales(name: str, value: float | Tensor, cache: Tensor) -> Tensor:
-    """A scale a key/value head, [Hkv] contiguous; a tensor of one element serves all heads."""
-    checks.check_rows(OP, "k_cache" if name == "k_scale" else "v_cache", cache, "batch, slots, kv heads, head dim")
-    num_heads = cache.shape[2]
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.reshape(1).expand(num_heads)
-    return checks.row_values(OP, name, value, num_heads, torch.float32, cache.device, "kv heads").contiguous()
-
-
-def _dispatch(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    backend: str,
-    *,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    # What the structure checks and the choice of a backend depend on; see `backends.known_calls`.
-    call = (
-        (q.dtype, q.device, q.shape, q.stride()),
-        (k_cache.dtype, k_cache.device, k_cache.shape, k_cache.stride()),
-        (v_cache.dtype, v_cache.device, v_cache.shape, v_cache.stride()),
-        (tree_mask.dtype, tree_mask.device, tree_mask.shape, tree_mask.stride()),
-        (cache_lens.dtype, cache_lens.device, cache_lens.shape, cache_lens.stride()),
-        scale,
-        softcap,
-        sliding_window,
-        None if sinks is None else (sinks.dtype, sinks.device, sinks.shape, sinks.stride()),
-        None if block_table is None else _layout(block_table),
-        None if k_scale is None else _layout(k_scale),
-        None if v_scale is None else _layout(v_scale),
-        return_lse,
-        backend,
-        torch.get_num_threads(),
-    )
-    inputs = (
+    inputs = TreeAttentionInputs(
         q,
         k_cache,
         v_cache,
@@ -205,87 +161,33 @@ def _dispatch(
         sliding_window,
         sinks,
         block_table,
-        k_scale,
-        v_scale,
+        None if k_scale is None else _head_scales("k_scale", k_scale, "k_cache", k_cache),
+        None if v_scale is None else _head_scales("v_scale", v_scale, "v_cache", v_cache),
         return_lse,
     )
-    chosen = _known_calls.get(call)
-    if chosen is None:
-        _check_inputs(*inputs[:-1])
     if out is not None:
-        _check_outputs(q, v_cache, out, lse)
-        given: dict[str, Tensor | None] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "tree_mask": tree_mask}
-        given |= {"cache_lens": cache_lens, "sinks": sinks, "block_table": block_table}
-        given |= {"k_scale": k_scale, "v_scale": v_scale}
-        checks.check_memory(OP, {"out": out, "out.lse": lse}, given)
-    if chosen is None:
-        if q.shape[0] == 0:
-            return _new_outputs(q, v_cache, return_lse) if out is None else (out, lse)
-        chosen = backends.choose(OP, backend, "cpu" if q.is_cpu else q.device.type, inputs)
-        backends.remember_call(OP, call, chosen)
-    if q.is_cpu and not chosen.checks_values:
-        check_values(k_cache, tree_mask, cache_lens, block_table)
-    return chosen.run(*inputs, out, lse)
+        out_buffer, lse_buffer = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+        if return_lse is True and lse_buffer is None:
+            checks.check_tensor(OP, "out", out_buffer)
+            raise TypeError(f"{OP}: out must be a TreeAttentionOutput of two tensors with return_lse, got one tensor")
+        out = TreeAttentionOutput(out_buffer, lse_buffer if return_lse else None)
+    return OPERATOR(inputs, out, backend)
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+def _head_scales(name: str, value: float | Tensor, cache_name: str, cache: Tensor) -> Tensor:
+    """A scale a key/value head, [Hkv] contiguous; a tensor of one element serves all heads."""
+    checks.check_tensor(OP, cache_name, cache)
+    checks.check_rows(OP, cache_name, cache, "batch, slots, kv heads, head dim")
+    num_heads = cache.shape[2]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.reshape(1).expand(num_heads)
+    return checks.row_values(OP, name, value, num_heads, torch.float32, cache.device, "kv heads").contiguous()
 
 
-# The operators below differ in their outputs only; their inputs are those of `_dispatch` up to `backend`.
-def _run(*inputs: Any) -> Tensor:
-    return _dispatch(*inputs, return_lse=False, out=None, lse=None)[0]
-
-
-def _run_lse(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-    return _dispatch(*inputs, return_lse=True, out=None, lse=None)
-
-
-def _run_out(*inputs_and_outputs: Any) -> None:
-    *inputs, out, lse = inputs_and_outputs
-    _dispatch(*inputs, return_lse=lse is not None, out=out, lse=lse)
-
-
-def _fake(*inputs: Any) -> Tensor:
-    _check_inputs(*inputs[:-1])
-    return _new_outputs(q=inputs[0], v_cache=inputs[2], return_lse=False)[0]
-
-
-def _fake_lse(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-    _check_inputs(*inputs[:-1])
-    return _new_outputs(q=inputs[0], v_cache=inputs[2], return_lse=True)
-
-
-def _fake_out(*inputs_and_outputs: Any) -> None:
-    *inputs, _backend, out, lse = inputs_and_outputs
-    _check_inputs(*inputs)
-    _check_outputs(inputs[0], inputs[2], out, lse)
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _new_outputs(q: Tensor, v_cache: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    out = q.new_empty((*q.shape[:3], v_cache.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=_lse_dtype(q)) if return_lse else None
-
-
-def _check_inputs(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    """Types, dtypes, shapes, layouts, devices and options. What it reads of them is part of `_dispatch`'s key."""
+def check(inputs: TreeAttentionInputs) -> None:
+    """Check dtypes, shapes, layouts, devices and options. Layers of a model come here, so nothing is called in vain."""
+    q, k_cache, v_cache, tree_mask, cache_lens, scale, softcap, sliding_window = inputs[:8]
+    sinks, block_table, k_scale, v_scale = inputs[8:12]
     device, dtype = q.device, q.dtype
     if dtype not in checks.FLOAT_DTYPES:
         checks.check_dtype(OP, "q", q, *checks.FLOAT_DTYPES)
@@ -359,19 +261,22 @@ def _check_inputs(
                 raise TypeError(
                     f"{OP}: {name} must be None unless the caches are float8_e4m3fn, got {cache_dtype} caches"
                 )
-            checks.row_values(OP, name, head_scale, num_kv_heads, torch.float32, device, "kv heads")
+            checks.check_row_values(OP, name, head_scale, num_kv_heads, torch.float32, device, "kv heads")
 
 
-def _check_outputs(q: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """The caller's buffers."""
-    out_shape = (*q.shape[:3], v_cache.shape[3])
-    checks.check_out(OP, "out", out, out_shape, q.dtype, q.device, "batch, nodes, q heads, value dim")
-    if lse is not None:
-        checks.check_out(OP, "out.lse", lse, out_shape[:3], _lse_dtype(q), q.device, "batch, nodes, q heads")
+def buffers(inputs: TreeAttentionInputs) -> tuple[Buffer, Buffer | None]:
+    """Describe the outputs."""
+    q, rows = inputs.q, inputs.q.shape[:3]
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (
+        Buffer((*rows, inputs.v_cache.shape[3]), q.dtype, "batch, nodes, q heads, value dim"),
+        Buffer(rows, lse_dtype, "batch, nodes, q heads") if inputs.return_lse else None,
+    )
 
 
-def check_values(k_cache: Tensor, tree_mask: Tensor, cache_lens: Tensor, block_table: Tensor | None) -> None:
-    """Every row that a request may look at lies inside the cache. CPU tensors only."""
+def check_values(inputs: TreeAttentionInputs) -> None:
+    """Every row that a request may look at lies inside the cache. Reads values."""
+    k_cache, tree_mask, cache_lens, block_table = inputs.k_cache, *inputs[3:5], inputs.block_table
     lens, page_size = cache_lens.tolist(), k_cache.shape[1]
     num_slots = page_size if block_table is None else block_table.shape[1] * page_size
     if min(lens) < 0:
@@ -379,7 +284,7 @@ def check_values(k_cache: Tensor, tree_mask: Tensor, cache_lens: Tensor, block_t
     # Usually there is room for every slot that the mask can name, and its bits need not be read.
     if block_table is None and max(lens) + 32 * tree_mask.shape[-1] <= num_slots:
         return
-    tree_slots = num_tree_slots(tree_mask.numpy(), len(lens))
+    tree_slots = num_tree_slots(tree_mask.cpu().numpy(), len(lens))
     pages = None if block_table is None else block_table.tolist()
     for request, (cache_len, count) in enumerate(zip(lens, tree_slots)):
         if cache_len + count > num_slots:
@@ -398,17 +303,13 @@ def num_tree_slots(words: np.ndarray, batch_size: int) -> list[int]:
     return slots if words.ndim == 3 else slots * batch_size
 
 
-backends.register_room(OP, package=__package__)
-_known_calls = backends.known_calls(OP)
-
-_INPUTS = (
-    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor tree_mask, Tensor cache_lens, float scale, float? softcap, "
-    "int? sliding_window, Tensor? sinks, Tensor? block_table, Tensor? k_scale, Tensor? v_scale"
-)
-_operator = backends.define_operator(f"{OP}({_INPUTS}, str backend) -> Tensor", run=_run, fake=_fake)
-_lse_operator = backends.define_operator(
-    f"{OP}.lse({_INPUTS}, str backend) -> (Tensor, Tensor)", run=_run_lse, fake=_fake_lse
-)
-_out_operator = backends.define_operator(
-    f"{OP}.out({_INPUTS}, str backend, Tensor(a!) out, Tensor(b!)? lse) -> ()", run=_run_out, fake=_fake_out
+OPERATOR = Operator(
+    OP,
+    TreeAttentionInputs,
+    TreeAttentionOutput,
+    package=__package__,
+    check=check,
+    buffers=buffers,
+    check_values=check_values,
+    out_names=("out", "out.lse"),
 )

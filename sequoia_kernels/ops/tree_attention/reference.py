@@ -1,22 +1,4 @@
-"""Reference of tree_attention: an explicit softmax in plain torch, on any device.
-
-Inputs (of ``supports`` and ``run``, in this order):
-    q               [B, N, Hq, D] float32, bfloat16, float16 (here also float64); last dimension contiguous
-    k_cache         [B, S, Hkv, D], or pages [P, page, Hkv, D] with block_table; dtype of q, or float8_e4m3fn
-    v_cache         [B, S, Hkv, Dv], or pages [P, page, Hkv, Dv]; dtype of k_cache
-    tree_mask       [N, W] or [B, N, W] int32, contiguous
-    cache_lens      [B] int32, contiguous
-    scale           float
-    softcap         float > 0 or None
-    sliding_window  int >= 1 or None
-    sinks           [Hq], float32 or the dtype of q, or None
-    block_table     [B, max_pages] int32, contiguous, or None; S = max_pages * page
-    k_scale         [Hkv] float32, contiguous, or None
-    v_scale         [Hkv] float32, contiguous, or None
-    return_lse      bool
-Outputs:
-    out             [B, N, Hq, Dv], dtype of q
-    lse             [B, N, Hq] float32 (float64 for float64 q); None unless return_lse
+"""Reference of tree_attention: the specification, in plain torch on any device. Inputs and outputs as in op.py.
 
 Definition, for request b, query row i, query head h with key/value head g = h // (Hq / Hkv):
     depth(i)   = number of set bits in row i of the mask - 1
@@ -33,30 +15,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .op import TreeAttentionInputs, TreeAttentionOutput
 
-def supports(*inputs: object) -> str | None:
-    """Everything in the contract is supported."""
+__all__ = ["gather_pages", "run", "supports", "visible_slots"]
+
+
+def supports(inputs: TreeAttentionInputs) -> str | None:
+    """Every call that passes the op's checks runs here."""
     return None
 
 
-def run(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Write and return the outputs."""
+def run(inputs: TreeAttentionInputs, outputs: TreeAttentionOutput) -> None:
+    """Write the outputs."""
+    q, k_cache, v_cache, tree_mask, cache_lens, scale, softcap, sliding_window = inputs[:8]
+    sinks, block_table, k_scale, v_scale = inputs[8:12]
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch_size, num_rows, num_q_heads, head_dim = q.shape
     if block_table is not None:
@@ -81,13 +53,9 @@ def run(
         log_sum = torch.logaddexp(log_sum, sinks.to(compute_dtype).reshape(num_kv_heads, -1))
     weights = torch.exp(scores - log_sum.unsqueeze(-1))
     weights = weights.masked_fill(~visible[:, :, None, None, :], 0)  # a row that sees nothing: exp(-inf + inf)
-    result = torch.einsum("bnhgs,bshd->bnhgd", weights, values).flatten(2, 3).to(q.dtype)  # [B, N, Hq, Dv]
-
-    out = result.contiguous() if out is None else out.copy_(result)
-    if not return_lse:
-        return out, None
-    log_sum = log_sum.flatten(2, 3)
-    return out, log_sum if lse is None else lse.copy_(log_sum)
+    outputs.out.copy_(torch.einsum("bnhgs,bshd->bnhgd", weights, values).flatten(2, 3))
+    if outputs.lse is not None:
+        outputs.lse.copy_(log_sum.flatten(2, 3))
 
 
 def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""tree_attention through torch's scaled_dot_product_attention with a dense mask: the fast CPU path of plain torch.
+"""tree_attention through torch's scaled_dot_product_attention and a dense mask. Inputs and outputs as in op.py.
 
 Computes: the softmax of reference.py, for caches in the dtype of q, contiguous, without soft-cap, sinks and LSE.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sequoia_kernels.ops.host_calls import ELEMENT_TYPES
 
-from .op import num_tree_slots
+from .op import TreeAttentionInputs, TreeAttentionOutput, num_tree_slots
 from .reference import visible_slots
 
 try:
@@ -33,31 +33,17 @@ except ImportError:  # the kernel needs no C++ of ours, only the mask is made fa
     _host = None  # type: ignore[assignment]
 
 
-def supports(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-) -> str | None:
+def supports(inputs: TreeAttentionInputs) -> str | None:
     """Whether torch's kernel can run this call."""
-    if softcap is not None:
+    if inputs.softcap is not None:
         return "torch's scaled_dot_product_attention has no soft-cap"
-    if sinks is not None:
+    if inputs.sinks is not None:
         return "torch's scaled_dot_product_attention has no sinks"
-    if block_table is not None:
+    if inputs.block_table is not None:
         return "torch's scaled_dot_product_attention takes no paged cache"
-    if k_cache.dtype != q.dtype:
+    if inputs.k_cache.dtype != inputs.q.dtype:
         return "torch's scaled_dot_product_attention takes no float8 cache"
-    if return_lse:
+    if inputs.return_lse:
         return "torch's scaled_dot_product_attention returns no log-sum-exp"
     return None
 
@@ -73,24 +59,10 @@ class DenseMask(NamedTuple):
     """a request has a slot below num_slots that none of its rows sees"""
 
 
-def run(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-) -> tuple[Tensor, None]:
-    """Write and return the output."""
+def run(inputs: TreeAttentionInputs, outputs: TreeAttentionOutput) -> None:
+    """Write the output."""
+    q, k_cache, v_cache, tree_mask, cache_lens, scale = inputs[:6]
+    sliding_window = inputs.sliding_window
     if q.is_cpu:
         masks = _tree_masks if q.shape[1] <= _TREE_ROWS else _prefill_masks
         lens, shape = tuple(cache_lens.tolist()), tuple(tree_mask.shape)
@@ -107,7 +79,7 @@ def run(
         additive = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1)
         result = _attend(q, *_blanked(k_cache, v_cache, visible), additive, scale)
         result = result.masked_fill(~visible.any(dim=-1)[:, :, None, None], 0)
-    return (result.contiguous() if out is None else out.copy_(result)), None
+    outputs.out.copy_(result)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, additive: Tensor | None, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tree attention in Triton: split-KV flash attention under a packed ancestor mask. Inputs as in reference.py.
+"""tree_attention in Triton: split-KV flash attention under a packed ancestor mask. Inputs and outputs as in op.py.
 
 The kernels are in triton_kernels.py; here they are configured and launched.
 
@@ -55,6 +55,7 @@ from torch import Tensor
 
 from sequoia_kernels.ops import triton_device
 
+from .op import TreeAttentionInputs, TreeAttentionOutput
 from .triton_kernels import merge_splits_kernel, tree_attention_kernel
 
 # tuning table --------------------------------------------------------------------------------------------------------
@@ -296,22 +297,9 @@ def unavailable() -> str | None:
     return triton_device.unavailable_reason()
 
 
-def supports(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-) -> str | None:
+def supports(inputs: TreeAttentionInputs) -> str | None:
     """Whether the kernels can run this call."""
+    q, k_cache, v_cache = inputs[:3]
     if q.dtype == torch.float64:
         return "takes float32, bfloat16 and float16"
     head_dim, value_dim = q.shape[3], v_cache.shape[3]
@@ -322,25 +310,11 @@ def supports(
     return triton_device.device_reason(q.device)
 
 
-def run(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tree_mask: Tensor,
-    cache_lens: Tensor,
-    scale: float,
-    softcap: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-    config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Write and return the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+def run(inputs: TreeAttentionInputs, outputs: TreeAttentionOutput, config: LaunchConfig | None = None) -> None:
+    """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+    q, k_cache, v_cache, tree_mask, cache_lens, scale, softcap, sliding_window = inputs[:8]
+    sinks, block_table, k_scale, v_scale = inputs[8:12]
+    out, lse = outputs
     batch_size, num_nodes, num_heads, head_dim = q.shape
     num_kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     group = num_heads // num_kv_heads
@@ -357,10 +331,6 @@ def run(
         # A page must be known before its slots can be fetched: twice the depth keeps as many tiles in flight.
         return num_stages if block_table is None else 2 * num_stages - 1
 
-    if out is None:
-        out = q.new_empty((batch_size, num_nodes, num_heads, value_dim))
-    if lse is None and return_lse:
-        lse = q.new_empty((batch_size, num_nodes, num_heads), dtype=torch.float32)
     partial_out = partial_lse = None
     if num_splits > 1:
         partial_shape = (batch_size, num_kv_heads, num_splits, num_nodes * group)
@@ -446,7 +416,6 @@ def run(
                 maxnreg=255,
                 enable_fp_fusion=True,
             )  # fmt: skip
-    return out, lse
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

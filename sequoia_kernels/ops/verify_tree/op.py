@@ -1,20 +1,55 @@
-"""The contract of `verify_tree`: checks, dispatch and torch registration."""
+"""verify_tree: contract, checks and dispatch."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sequoia_kernels import checks
-from sequoia_kernels.ops import backends
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.ops.operators import Buffer, Operator
+from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, Topology, rule_named
 
-__all__ = ["MAX_NODES", "VerifiedPath", "verify_tree"]
+__all__ = ["MAX_NODES", "VerifiedPath", "VerifyTreeInputs", "check_values", "verify_tree"]
 
-_OP = "verify_tree"
+OP = "verify_tree"
 MAX_NODES = 1024
+
+
+class VerifyTreeInputs(NamedTuple):
+    """What the op takes.
+
+    Attributes:
+        tokens: tokens of the nodes, in any requests' stride. [B, N], int64.
+        target_logits: [B, N, vocab], float; last dimension contiguous, as of the draft's.
+        draft_logits: [B, N, vocab], float; None for a tree of one node.
+        first_child: first child of each node, -1 for leaves. [N], or [B, N] for a tree a request, int32.
+        num_children: shape and dtype of first_child.
+        num_levels: no tree has more levels.
+        max_branching: no node has more children.
+        temperature: [B], float32.
+        seeds: [B], int64.
+        offsets: [B], int64.
+        top_k: [B], int32, or None.
+        top_p: [B], float32, or None.
+        rule: name of a verification rule. A backend decides by those that it names in its ``supports``.
+    """
+
+    tokens: Tensor
+    target_logits: Tensor
+    draft_logits: Tensor | None
+    first_child: Tensor
+    num_children: Tensor
+    num_levels: int
+    max_branching: int
+    temperature: Tensor
+    seeds: Tensor
+    offsets: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    rule: str
 
 
 class VerifiedPath(NamedTuple):
@@ -36,13 +71,14 @@ def verify_tree(
     tokens: Tensor,
     target_logits: Tensor,
     draft_logits: Tensor | None,
-    tree: TokenTree,
+    tree: TokenTree | Topology,
     temperature: float | Tensor,
     seeds: int | Tensor,
     offsets: int | Tensor,
     *,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
+    rule: str = DEFAULT_RULE,
     out: VerifiedPath | tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
     debug: bool = False,
@@ -59,7 +95,8 @@ def verify_tree(
             float16 or float64, last dimension contiguous, the others strided at will.
         draft_logits: the draft's logits behind each node, from which its children were drawn; rows of leaves are never
             used and may hold anything. [B, N, vocab], dtype and layout as above. None for a tree of one node.
-        tree: topology of the N nodes. At most 1024 nodes.
+        tree: topology of the N nodes, at most 1024: a `TokenTree`, or a `Topology` on the device of the tokens, whose
+            tensors are [N], or [B, N] for a tree of its own for each request. Every request's node 0 is the root.
         temperature: 0, or at least 1e-5; 0 is greedy: a child is accepted iff it is the target's largest logit, lowest
             id on ties. Number, or [B] float32.
         seeds: the requests' random streams. Integer, or [B] int64.
@@ -67,6 +104,7 @@ def verify_tree(
         top_k: the target is cut to its most probable tokens first; below 1 or from vocab on is off. Integer, or [B]
             int32.
         top_p: then to the smallest set of most probable tokens that holds this mass. Number, or [B] float32. In (0, 1].
+        rule: name of the verification rule, see `sequoia_kernels.tree.rules`. "sequoia" decides from the root.
         out: buffers to write into instead of new ones, of the shapes and dtypes of VerifiedPath, strided at will. They
             share no memory with one another or an input.
         backend: name of a backend, or "auto".
@@ -79,7 +117,7 @@ def verify_tree(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, layout or range is wrong; on a CPU or under `debug` if a row of target logits or
             of draft logits of a node with children holds NaN or +inf or only -inf, a token is outside the vocabulary,
-            or a temperature or top_p is out of range. Nothing has been written then.
+            a child lies outside the tree, or a temperature or top_p is out of range. Nothing has been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
@@ -99,264 +137,126 @@ def verify_tree(
         >>> path.nodes.tolist(), path.num_accepted.tolist(), path.next_token.tolist()
         ([[0, 2]], [2], [1])
     """
-    if not isinstance(tree, TokenTree):
-        raise TypeError(f"{_OP}: tree must be a TokenTree, got {type(tree).__name__}")
-    checks.check_tensor(_OP, "tokens", tokens)
-    checks.check_rows(_OP, "tokens", tokens, "batch, nodes")
-    checks.check_tensor(_OP, "target_logits", target_logits)
-    if draft_logits is not None:
-        checks.check_tensor(_OP, "draft_logits", draft_logits)
-    checks.check_options(_OP, backend, debug=debug)
-    batch_size, device = tokens.shape[0], tokens.device
-    temperature = checks.row_values(
-        _OP, "temperature", temperature, batch_size, torch.float32, device, "batch", checks.TEMPERATURE
-    )
-    seeds = checks.row_values(_OP, "seeds", seeds, batch_size, torch.int64, device, "batch")
-    offsets = checks.row_values(_OP, "offsets", offsets, batch_size, torch.int64, device, "batch")
-    if top_k is not None:
-        top_k = checks.row_values(_OP, "top_k", top_k, batch_size, torch.int32, device, "batch")
-    if top_p is not None:
-        top_p = checks.row_values(_OP, "top_p", top_p, batch_size, torch.float32, device, "batch", checks.TOP_P)
+    if not isinstance(tree, (TokenTree, Topology)):
+        raise TypeError(f"{OP}: tree must be a TokenTree or a Topology, got {type(tree).__name__}")
+    checks.check_tensor(OP, "tokens", tokens)
+    checks.check_rows(OP, "tokens", tokens, "batch, nodes")
+    rule_named(OP, rule)
     if tree.num_nodes > MAX_NODES:
-        checks.fail_range(_OP, "tree", f"have at most {MAX_NODES} nodes", tree.num_nodes)
-    topology = tree.tensors(device)
-    inputs = (
+        checks.fail_range(OP, "tree", f"have at most {MAX_NODES} nodes", tree.num_nodes)
+    topology = tree.tensors(tokens.device) if isinstance(tree, TokenTree) else tree
+    row_values = functools.partial(
+        checks.row_values, OP, num_rows=tokens.shape[0], device=tokens.device, legend="batch"
+    )
+    inputs = VerifyTreeInputs(
         tokens,
         target_logits,
         draft_logits,
         topology.first_child,
         topology.num_children,
-        tree.num_levels,
-        tree.max_branching,
-        temperature,
-        seeds,
-        offsets,
-        top_k,
-        top_p,
-        debug,
-        backend,
+        topology.num_levels,
+        topology.max_branching,
+        row_values("temperature", temperature, dtype=torch.float32, rule=checks.TEMPERATURE),
+        row_values("seeds", seeds, dtype=torch.int64),
+        row_values("offsets", offsets, dtype=torch.int64),
+        None if top_k is None else row_values("top_k", top_k, dtype=torch.int32),
+        None if top_p is None else row_values("top_p", top_p, dtype=torch.float32, rule=checks.TOP_P),
+        rule,
     )
-    if out is None:
-        return VerifiedPath(*_operator(*inputs))
-    if not isinstance(out, tuple) or len(out) != 3:
-        raise TypeError(f"{_OP}: out must be a triple (nodes, num_accepted, next_token), got {type(out).__name__}")
-    for name, buffer in zip(VerifiedPath._fields, out, strict=True):
-        checks.check_tensor(_OP, f"out.{name}", buffer)
-    _out_operator(*inputs, *out)
-    return VerifiedPath(*out)
+    return OPERATOR(inputs, out, backend, debug)
 
 
-def _run(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    first_child: Tensor,
-    num_children: Tensor,
-    num_levels: int,
-    max_branching: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    debug: bool,
-    backend: str,
-    nodes: Tensor | None = None,
-    num_accepted: Tensor | None = None,
-    next_token: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (
-        tokens,
-        target_logits,
-        draft_logits,
-        first_child,
-        num_children,
-        num_levels,
-        max_branching,
-        temperature,
-        seeds,
-        offsets,
-        top_k,
-        top_p,
-    )
-    outputs = (nodes, num_accepted, next_token)
-    _check_structure(*inputs, *outputs)
-    if nodes is not None:
-        given = {"tokens": tokens, "target_logits": target_logits, "draft_logits": draft_logits}
-        given |= {"first_child": first_child, "num_children": num_children, "temperature": temperature}
-        given |= {"seeds": seeds, "offsets": offsets, "top_k": top_k, "top_p": top_p}
-        buffers = {f"out.{name}": buffer for name, buffer in zip(VerifiedPath._fields, outputs)}
-        checks.check_memory(_OP, buffers, given)
-    chosen = backends.choose(_OP, backend, tokens.device.type, inputs)
-    if debug or (tokens.is_cpu and not chosen.checks_values):
-        _check_values(tokens, target_logits, draft_logits, num_children, temperature, top_p)
-    return chosen.run(*inputs, *outputs)
-
-
-def _run_out(*arguments: Any) -> None:
-    _run(*arguments)
-
-
-def _check_structure(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    first_child: Tensor,
-    num_children: Tensor,
-    num_levels: int,
-    max_branching: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    nodes: Tensor | None = None,
-    num_accepted: Tensor | None = None,
-    next_token: Tensor | None = None,
-) -> None:
-    checks.check_dtype(_OP, "tokens", tokens, torch.int64)
-    checks.check_rows(_OP, "tokens", tokens, "batch, nodes")
-    device, batch_size, num_nodes = tokens.device, tokens.shape[0], first_child.shape[0]
-    checks.check_shape(_OP, "tokens", tokens, (batch_size, num_nodes), "batch, nodes")
-    checks.check_dtype(_OP, "target_logits", target_logits, *checks.FLOAT_DTYPES)
-    checks.check_rows(_OP, "target_logits", target_logits, "batch, nodes, vocab")
+def check(inputs: VerifyTreeInputs) -> None:
+    """Check dtypes, shapes, layouts and devices."""
+    tokens, target_logits, draft_logits = inputs[:3]
+    checks.check_dtype(OP, "tokens", tokens, torch.int64)
+    checks.check_rows(OP, "tokens", tokens, "batch, nodes")
+    device, batch_size, num_nodes = tokens.device, tokens.shape[0], inputs.first_child.shape[-1]
+    checks.check_shape(OP, "tokens", tokens, (batch_size, num_nodes), "batch, nodes")
+    checks.check_dtype(OP, "target_logits", target_logits, *checks.FLOAT_DTYPES)
+    checks.check_rows(OP, "target_logits", target_logits, "batch, nodes, vocab")
     vocab = target_logits.shape[2]
     if vocab == 0:
-        checks.fail_range(_OP, "target_logits", "have at least one token", checks.shape_text(target_logits.shape))
+        checks.fail_range(OP, "target_logits", "have at least one token", checks.shape_text(target_logits.shape))
     shape = (batch_size, num_nodes, vocab)
-    checks.check_shape(_OP, "target_logits", target_logits, shape, "batch, nodes, vocab")
-    checks.check_device(_OP, "target_logits", target_logits, device)
+    checks.check_shape(OP, "target_logits", target_logits, shape, "batch, nodes, vocab")
+    checks.check_device(OP, "target_logits", target_logits, device)
     if draft_logits is not None:
-        checks.check_dtype(_OP, "draft_logits", draft_logits, *checks.FLOAT_DTYPES)
-        checks.check_rows(_OP, "draft_logits", draft_logits, "batch, nodes, vocab")
+        checks.check_dtype(OP, "draft_logits", draft_logits, *checks.FLOAT_DTYPES)
+        checks.check_rows(OP, "draft_logits", draft_logits, "batch, nodes, vocab")
         if draft_logits.shape != shape:
             rule = f"have shape [batch, nodes, vocab] = {checks.shape_text(shape)}"
             fix = "; pad the draft's logits with -inf or slice them" if draft_logits.shape[2] != vocab else ""
-            checks.fail_range(_OP, "draft_logits", rule, checks.shape_text(draft_logits.shape) + fix)
-        checks.check_device(_OP, "draft_logits", draft_logits, device)
+            checks.fail_range(OP, "draft_logits", rule, checks.shape_text(draft_logits.shape) + fix)
+        checks.check_device(OP, "draft_logits", draft_logits, device)
     elif num_nodes > 1:
-        raise TypeError(f"{_OP}: draft_logits must be a tensor for a tree of {num_nodes} nodes, got None")
-    checks.row_values(_OP, "temperature", temperature, batch_size, torch.float32, device, "batch")
-    checks.row_values(_OP, "seeds", seeds, batch_size, torch.int64, device, "batch")
-    checks.row_values(_OP, "offsets", offsets, batch_size, torch.int64, device, "batch")
-    if top_k is not None:
-        checks.row_values(_OP, "top_k", top_k, batch_size, torch.int32, device, "batch")
-    if top_p is not None:
-        checks.row_values(_OP, "top_p", top_p, batch_size, torch.float32, device, "batch")
-    if nodes is not None:
-        checks.check_out(_OP, "out.nodes", nodes, (batch_size, num_levels), torch.int32, device, "batch, levels")
-        checks.check_out(_OP, "out.num_accepted", num_accepted, (batch_size,), torch.int32, device, "batch")
-        checks.check_out(_OP, "out.next_token", next_token, (batch_size,), torch.int64, device, "batch")
+        raise TypeError(f"{OP}: draft_logits must be a tensor for a tree of {num_nodes} nodes, got None")
+    for name, part in (("tree.first_child", inputs.first_child), ("tree.num_children", inputs.num_children)):
+        checks.check_dtype(OP, name, part, torch.int32)
+        if part.shape != inputs.first_child.shape or part.shape not in ((num_nodes,), (batch_size, num_nodes)):
+            rule = f"have shape [nodes] or [batch, nodes] with {num_nodes} nodes and batch {batch_size}"
+            checks.fail_range(OP, name, rule, checks.shape_text(part.shape))
+        checks.check_device(OP, name, part, device)
+    checks.check_row_values(OP, "temperature", inputs.temperature, batch_size, torch.float32, device, "batch")
+    checks.check_row_values(OP, "seeds", inputs.seeds, batch_size, torch.int64, device, "batch")
+    checks.check_row_values(OP, "offsets", inputs.offsets, batch_size, torch.int64, device, "batch")
+    checks.check_row_values(OP, "top_k", inputs.top_k, batch_size, torch.int32, device, "batch")
+    checks.check_row_values(OP, "top_p", inputs.top_p, batch_size, torch.float32, device, "batch")
 
 
-def _check_values(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    num_children: Tensor,
-    temperature: Tensor,
-    top_p: Tensor | None,
-) -> None:
-    checks.check_temperature_values(_OP, temperature)
-    if top_p is not None:
-        checks.check_top_p_values(_OP, top_p)
-    vocab = target_logits.shape[2]
-    speculated = tokens[:, 1:]
+def buffers(inputs: VerifyTreeInputs) -> tuple[Buffer, Buffer, Buffer]:
+    """Describe the outputs."""
+    batch_size = inputs.tokens.shape[0]
+    return (
+        Buffer((batch_size, inputs.num_levels), torch.int32, "batch, levels"),
+        Buffer((batch_size,), torch.int32, "batch"),
+        Buffer((batch_size,), torch.int64, "batch"),
+    )
+
+
+def check_values(inputs: VerifyTreeInputs) -> None:
+    """Check temperatures, top_p, the tree, tokens and logits. Reads values."""
+    checks.check_temperature_values(OP, inputs.temperature)
+    checks.check_top_p_values(OP, inputs.top_p)
+    _check_tree(inputs)
+    vocab = inputs.target_logits.shape[2]
+    speculated = inputs.tokens[:, 1:]
     if speculated.numel() > 0:
         low, high = (int(bound) for bound in speculated.aminmax())
         if low < -1 or high >= vocab:
             worst = low if low < -1 else high
-            checks.fail_range(_OP, "tokens", f"be in 0..{vocab - 1}, or -1 for none", worst)
-    checks.check_logits(_OP, "target_logits", target_logits)
-    if draft_logits is not None:
+            checks.fail_range(OP, "tokens", f"be in 0..{vocab - 1}, or -1 for none", worst)
+    checks.check_logits(OP, "target_logits", inputs.target_logits)
+    if inputs.draft_logits is not None:
         # Rows of leaves may hold anything: their maxima are replaced by a number that passes.
-        row_max = draft_logits.amax(dim=-1).masked_fill(num_children == 0, 0)
-        checks.check_logits(_OP, "draft_logits", row_max[..., None])
+        row_max = inputs.draft_logits.amax(dim=-1).masked_fill(inputs.num_children == 0, 0)
+        checks.check_logits(OP, "draft_logits", row_max[..., None])
 
 
-def _fake(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    first_child: Tensor,
-    num_children: Tensor,
-    num_levels: int,
-    max_branching: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    debug: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_structure(
-        tokens,
-        target_logits,
-        draft_logits,
-        first_child,
-        num_children,
-        num_levels,
-        max_branching,
-        temperature,
-        seeds,
-        offsets,
-        top_k,
-        top_p,
-    )
-    batch_size = tokens.shape[0]
-    nodes = tokens.new_empty((batch_size, num_levels), dtype=torch.int32)
-    return nodes, tokens.new_empty(batch_size, dtype=torch.int32), tokens.new_empty(batch_size)
+def _check_tree(inputs: VerifyTreeInputs) -> None:
+    """Children lie behind their parents and inside the tree, so that every walk ends; and the two bounds hold."""
+    num_nodes = inputs.first_child.shape[-1]
+    firsts, counts = (part.reshape(-1, num_nodes).tolist() for part in (inputs.first_child, inputs.num_children))
+    for tree_firsts, tree_counts in zip(firsts, counts):
+        depths = [0] * num_nodes
+        for node, (first, count) in enumerate(zip(tree_firsts, tree_counts)):
+            if count < 0 or (count > 0 and not node < first <= num_nodes - count):
+                rule = f"have the children of node {node} behind it and below node {num_nodes}"
+                checks.fail_range(OP, "tree", rule, f"{count} from node {first}")
+            depths[first : first + count] = [depths[node] + 1] * count
+        if max(tree_counts) > inputs.max_branching:
+            checks.fail_range(OP, "tree.max_branching", f"be at least {max(tree_counts)}", inputs.max_branching)
+        if max(depths) >= inputs.num_levels:
+            checks.fail_range(OP, "tree.num_levels", f"be at least {max(depths) + 1}", inputs.num_levels)
 
 
-def _fake_out(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    first_child: Tensor,
-    num_children: Tensor,
-    num_levels: int,
-    max_branching: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    debug: bool,
-    backend: str,
-    nodes: Tensor,
-    num_accepted: Tensor,
-    next_token: Tensor,
-) -> None:
-    _check_structure(
-        tokens,
-        target_logits,
-        draft_logits,
-        first_child,
-        num_children,
-        num_levels,
-        max_branching,
-        temperature,
-        seeds,
-        offsets,
-        top_k,
-        top_p,
-        nodes,
-        num_accepted,
-        next_token,
-    )
-
-
-backends.register_room(_OP, package=__package__)
-
-_INPUTS = (
-    "Tensor tokens, Tensor target_logits, Tensor? draft_logits, Tensor first_child, Tensor num_children, "
-    "int num_levels, int max_branching, Tensor temperature, Tensor seeds, Tensor offsets, Tensor? top_k, "
-    "Tensor? top_p, bool debug, str backend"
-)
-_operator = backends.define_operator(f"{_OP}({_INPUTS}) -> (Tensor, Tensor, Tensor)", run=_run, fake=_fake)
-_out_operator = backends.define_operator(
-    f"{_OP}.out({_INPUTS}, Tensor(a!) nodes, Tensor(b!) num_accepted, Tensor(c!) next_token) -> ()",
-    run=_run_out,
-    fake=_fake_out,
+OPERATOR = Operator(
+    OP,
+    VerifyTreeInputs,
+    VerifiedPath,
+    package=__package__,
+    check=check,
+    buffers=buffers,
+    check_values=check_values,
+    out_rule="be a triple (nodes, num_accepted, next_token)",
 )

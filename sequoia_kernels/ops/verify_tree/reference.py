@@ -1,4 +1,4 @@
-"""Decide which path of a drafted token tree the target accepts: the specification, in plain torch.
+"""Reference of verify_tree: the specification, in plain torch on any device. Inputs and outputs as in op.py.
 
 Computes, at one node whose children x_1 .. x_k were drawn in this order from the draft without replacement:
     residual_1 = target, draft_1 = draft, and for i = 1 .. k
@@ -11,10 +11,6 @@ Order: `node_decisions` gives those numbers without any randomness; `verify_path
     walks all requests down their trees together, one level at a time.
 Numerics: float32, or float64 where either of the logits is. draft_i is the softmax of the logits that are left, not a
     division by leftover mass, so it is exact also where the first token holds all mass that float32 can see.
-Inputs, in order: tokens [B, N] i64, target_logits [B, N, vocab], draft_logits [B, N, vocab] or None, first_child [N]
-    i32, num_children [N] i32, num_levels int, max_branching int, temperature [B] f32, seeds [B] i64, offsets [B] i64,
-    top_k [B] i32 or None, top_p [B] f32 or None.
-Outputs, in order: nodes [B, num_levels] i32, num_accepted [B] i32, next_token [B] i64.
 Source: Sequoia (arXiv 2402.12374), section 3.2, tree sampling and verification. Deviations: coins are compared
     strictly, so that a token of probability 0 is never accepted; the corners below, which the paper leaves open, are
     defined.
@@ -31,28 +27,28 @@ Corners:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from sequoia_kernels.ops.warping import compute_dtype, warped_probs
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
+from sequoia_kernels.tree import DEFAULT_RULE
+
+from .op import VerifiedPath, VerifyTreeInputs
 
 __all__ = ["NodeDecisions", "node_decisions", "run", "supports", "verify_paths"]
 
 
-def supports(*inputs: object) -> str | None:
-    """Every call that passes the op's checks runs here."""
-    return None
+def supports(inputs: VerifyTreeInputs) -> str | None:
+    """Every call of its rule that passes the op's checks runs here."""
+    return None if inputs.rule == DEFAULT_RULE else f"knows the rule {DEFAULT_RULE}"
 
 
-def run(*inputs_and_outputs: Any) -> tuple[torch.Tensor, ...]:
-    """Run the op on the backend's inputs, into the outputs where they are given."""
-    *inputs, nodes, num_accepted, next_token = inputs_and_outputs
-    outputs = (nodes, num_accepted, next_token)
-    return tuple(
-        result if out is None else out.copy_(result) for result, out in zip(verify_paths(*inputs), outputs, strict=True)
-    )
+def run(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> None:
+    """Write the outputs."""
+    for output, result in zip(outputs, verify_paths(inputs)):
+        output.copy_(result)
 
 
 class NodeDecisions(NamedTuple):
@@ -110,27 +106,19 @@ def node_decisions(
     return NodeDecisions(residual_at_child, draft_at_child, residual)
 
 
-def verify_paths(
-    tokens: torch.Tensor,  # [B, N] int64
-    target_logits: torch.Tensor,  # [B, N, vocab]
-    draft_logits: torch.Tensor | None,  # [B, N, vocab], rows of leaves are never read
-    first_child: torch.Tensor,  # [N] int32
-    num_children: torch.Tensor,  # [N] int32
-    num_levels: int,
-    max_branching: int,
-    temperature: torch.Tensor,  # [B]
-    seeds: torch.Tensor,  # [B] int64
-    offsets: torch.Tensor,  # [B] int64
-    top_k: torch.Tensor | None,  # [B]
-    top_p: torch.Tensor | None,  # [B]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (nodes [B, num_levels] int32, num_accepted [B] int32, next_token [B] int64)."""
+def verify_paths(inputs: VerifyTreeInputs) -> VerifiedPath:
+    """Return the accepted paths and the tokens behind them."""
+    tokens, target_logits, draft_logits = inputs[:3]
+    temperature, seeds, offsets, top_k, top_p = inputs[7:12]
     batch_size, num_nodes, vocab = target_logits.shape
-    device = tokens.device
+    num_levels, device = inputs.num_levels, tokens.device
     draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
     dtype = compute_dtype(target_logits.dtype, draft_dtype)
     requests = torch.arange(batch_size, device=device)
-    first_child, num_children = first_child.long(), num_children.long()
+    # One tree for all requests is every request's own.
+    first_child, num_children = (
+        part.long().expand(batch_size, -1) for part in (inputs.first_child, inputs.num_children)
+    )
     coins = node_coins(seeds, offsets, num_nodes).to(dtype)
 
     nodes = torch.full((batch_size, num_levels), -1, dtype=torch.int32, device=device)
@@ -142,18 +130,18 @@ def verify_paths(
         # The children of every request's node, padded to as many as the widest has. Reading that number is free on a
         # CPU and would make a GPU wait, so there the widest node of the tree stands in for it.
         on_cpu = device.type == "cpu" and batch_size > 0
-        width = int(num_children[current].max()) if on_cpu else max_branching
+        num_own = num_children[requests, current][:, None]
+        width = int(num_own.max()) if on_cpu else inputs.max_branching
         ranks = torch.arange(max(width, 1), device=device)
-        is_child = ranks < num_children[current, None]
-        child_nodes = torch.where(is_child, first_child[current, None] + ranks, 0)
+        is_child = ranks < num_own
+        child_nodes = torch.where(is_child, first_child[requests, current][:, None] + ranks, 0)
         children = tokens.gather(1, child_nodes).masked_fill(~is_child, -1)
 
         target_probs = warped_probs(target_logits[requests, current].to(dtype), temperature, top_k, top_p)
         if draft_logits is None:
             node_draft = torch.zeros_like(target_probs)
         else:
-            leaf = (num_children[current] == 0)[:, None]
-            node_draft = draft_logits[requests, current].masked_fill(leaf, 0)
+            node_draft = draft_logits[requests, current].masked_fill(num_own == 0, 0)
         decisions = node_decisions(target_probs, node_draft, children, temperature)
 
         accepted = coins.gather(1, child_nodes) * decisions.draft_at_child < decisions.residual_at_child
@@ -172,7 +160,7 @@ def verify_paths(
     noise = token_gumbel(seeds, offsets, vocab, RESIDUAL_TAG).to(dtype)
     next_token = (residual.log() + noise).argmax(dim=-1)
     num_accepted = (nodes >= 0).sum(dim=1, dtype=torch.int32)
-    return nodes, num_accepted, next_token
+    return VerifiedPath(nodes, num_accepted, next_token)
 
 
 def _residual_after_rejection(

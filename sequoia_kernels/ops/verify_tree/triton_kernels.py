@@ -9,7 +9,6 @@ from sequoia_kernels.ops import triton_streams, triton_warping
 
 __all__ = [
     "decide_kernel",
-    "decide_rest_kernel",
     "draw_kernel",
     "finish_kernel",
     "node_chunks_kernel",
@@ -142,10 +141,13 @@ def _residual_sums(
 
 @triton.jit
 def _test_child(
-    is_tested,  # [children] which one
+    rank,  # which one
+    children,  # [children] 0, 1, ..
+    num_children,
+    first_child,
     child_target,  # [children] fp32 target logits, -inf for what is no child, no token or a repeat
     child_draft,  # [children] fp32 draft logits, likewise
-    is_left,  # [children] not yet drawn
+    is_drawn,  # [children] int32: 1 for those drawn before
     outside_residual,  # masses outside the children at log_ratio, not used if FIRST
     outside_target,
     outside_peak,  # the draft outside the children
@@ -155,10 +157,14 @@ def _test_child(
     cut,
     log_ratio,  # log2 of g d(reference)
     scale,
-    coin,
+    seed,
+    offset,
     FIRST: tl.constexpr,
 ):
-    """Test one child: return (accepted, is a draw, no mass is left to accept, the ratio after a rejection)."""
+    """Test one child: return (what is known of the node then, whether it is a draw, the ratio after a rejection)."""
+    is_tested = children == rank
+    is_left = is_drawn == 0
+    coin = triton_streams.coin(triton_streams.stream_words(seed, offset, ACCEPT_TAG, first_child + rank)[0])
     reference = _draft_reference(outside_peak, child_draft)
     target = _target_weights(child_target, target_peak, cut, scale) / target_mass
     base = tl.maximum(outside_peak, tl.max(tl.where(is_left, child_draft, float("-inf")), 0))
@@ -192,7 +198,10 @@ def _test_child(
         added = tl.log2(residual_mass) + (reference - base) * scale - tl.log2(draft_mass)
         higher = tl.maximum(log_ratio, added)
         rejected_ratio = higher + tl.log2(tl.exp2(log_ratio - higher) + tl.exp2(added - higher))
-    return is_accepted, is_draw, is_exhausted, tl.where(is_draw, rejected_ratio, log_ratio)
+    decision = tl.where(rank + 1 == num_children, NONE_ACCEPTED, PENDING)
+    decision = tl.where(is_exhausted, TARGET_LEFT, decision)
+    decision = tl.where(is_accepted, first_child + rank, decision)
+    return decision, tl.where(is_draw, 1, 0), tl.where(is_draw, rejected_ratio, log_ratio)
 
 
 @triton.jit
@@ -212,8 +221,8 @@ def node_chunks_kernel(
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
     draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16; rows of leaves are not read
-    first_child_ptr,  # [num_nodes] int32 contiguous
-    num_children_ptr,  # [num_nodes] int32 contiguous
+    first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
+    num_children_ptr,  # likewise
     temperature_ptr,  # [batch] fp32
     # outputs, all contiguous
     target_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32
@@ -232,6 +241,7 @@ def node_chunks_kernel(
     num_nodes,
     num_chunks,
     # strides, in elements; rows of logits are contiguous
+    stride_topology,  # 0 for a tree that all requests share
     stride_tokens_batch,
     stride_target_batch,
     stride_target_node,
@@ -247,6 +257,8 @@ def node_chunks_kernel(
     chunk = tl.program_id(0)
     node = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
+    first_child_ptr += batch * stride_topology
+    num_children_ptr += batch * stride_topology
     request_node = batch * num_nodes + node
     num_children = tl.load(num_children_ptr + node)
     if chunk == 0:
@@ -360,8 +372,8 @@ def decide_kernel(
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
     draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    first_child_ptr,  # [num_nodes] int32 contiguous
-    num_children_ptr,  # [num_nodes] int32 contiguous
+    first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
+    num_children_ptr,  # likewise
     temperature_ptr,  # [batch] fp32
     seeds_ptr,  # [batch] int64
     offsets_ptr,  # [batch] int64
@@ -387,6 +399,7 @@ def decide_kernel(
     num_chunks,
     rank,
     # strides, in elements; rows of logits are contiguous
+    stride_topology,  # 0 for a tree that all requests share
     stride_tokens_batch,
     stride_target_batch,
     stride_target_node,
@@ -398,14 +411,17 @@ def decide_kernel(
     # flags
     WARPED: tl.constexpr,
     FIRST: tl.constexpr,  # rank is 0
+    REST: tl.constexpr,  # also all ranks behind it, one program a node
     # blocks
     BLOCK_NODES: tl.constexpr,  # >= num_nodes
     BLOCK_CHILDREN: tl.constexpr,  # >= children of any node
     BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,  # tokens that a program reads at a time: all of its own, if not REST
 ):
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
+    first_child_ptr += batch * stride_topology
+    num_children_ptr += batch * stride_topology
     node = _node_of_slot(num_children_ptr, num_nodes, rank, tl.program_id(1), BLOCK_NODES)
     if node < 0:
         return
@@ -446,163 +462,68 @@ def decide_kernel(
     )
     child_target = tl.load(child_target_ptr + child_nodes, mask=is_child, other=float("-inf"))
     child_draft = tl.load(child_draft_ptr + child_nodes, mask=is_child, other=float("-inf"))
-    is_tested = children == rank
     if FIRST:
-        is_left = is_child
+        is_drawn = tl.zeros([BLOCK_CHILDREN], tl.int32)
         log_ratio = tl.full([], float("-inf"), tl.float32)
         outside_residual = 0.0
         outside_target = 0.0
     else:
-        is_left = tl.load(is_drawn_ptr + child_nodes, mask=children < rank, other=0) == 0
+        is_drawn = tl.load(is_drawn_ptr + child_nodes, mask=children < rank, other=0)
         log_ratio = tl.load(log_ratio_ptr + old_half + request_node)
         chunks = tl.arange(0, BLOCK_CHUNKS)
         sum_ptrs = sums_ptr + ((old_half + request_node) * num_chunks + chunks) * 2
         outside_residual = tl.sum(tl.load(sum_ptrs, mask=chunks < num_chunks, other=0.0), 0)
         outside_target = tl.sum(tl.load(sum_ptrs + 1, mask=chunks < num_chunks, other=0.0), 0)
-
-    words = triton_streams.stream_words(
-        tl.load(seeds_ptr + batch * stride_seeds_batch),
-        tl.load(offsets_ptr + batch * stride_offsets_batch),
-        ACCEPT_TAG,
-        first_child + rank,
-    )
-    is_accepted, is_draw, is_exhausted, log_ratio = _test_child(
-        is_tested, child_target, child_draft, is_left, outside_residual, outside_target, outside_peak, outside_mass,
-        target_peak, target_mass, cut, log_ratio, scale, triton_streams.coin(words[0]), FIRST,
-    )  # fmt: skip
-    decision = tl.where(rank + 1 == num_children, NONE_ACCEPTED, PENDING)
-    decision = tl.where(is_exhausted, TARGET_LEFT, decision)
-    decision = tl.where(is_accepted, first_child + rank, decision)
-    if chunk == 0:
-        tl.store(is_drawn_ptr + child_nodes, tl.where(is_draw, 1, 0) + tl.zeros_like(children), mask=is_tested)
-        if decision == PENDING:
-            tl.store(next_ranks_ptr + new_half + request_node, rank + 1)
-            tl.store(log_ratio_ptr + new_half + request_node, log_ratio)
-        else:
-            tl.store(last_ratio_ptr + request_node, log_ratio)
-            tl.store(decisions_ptr + request_node, decision)
-    if decision == PENDING:
-        residual_sum, target_sum = _residual_sums(
-            target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node,
-            draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node,
-            chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut,
-            _draft_reference(outside_peak, child_draft), log_ratio, scale, CHUNK,
-        )  # fmt: skip
-        sum_ptr = sums_ptr + ((new_half + request_node) * num_chunks + chunk) * 2
-        tl.store(sum_ptr, residual_sum)
-        tl.store(sum_ptr + 1, target_sum)
-
-
-@triton.jit(do_not_specialize=["num_nodes", "num_chunks", "first_rank"])
-def decide_rest_kernel(
-    # inputs
-    tokens_ptr,  # [batch, num_nodes] int64
-    target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    first_child_ptr,  # [num_nodes] int32 contiguous
-    num_children_ptr,  # [num_nodes] int32 contiguous
-    temperature_ptr,  # [batch] fp32
-    seeds_ptr,  # [batch] int64
-    offsets_ptr,  # [batch] int64
-    target_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32 contiguous, as the four below
-    target_masses_ptr,
-    warped_ptr,  # [batch, num_nodes, 3] fp32, read if WARPED
-    draft_peaks_ptr,
-    draft_masses_ptr,
-    child_target_ptr,  # [batch, num_nodes] fp32 contiguous, as all below
-    child_draft_ptr,
-    log_ratio_ptr,  # [2, batch, num_nodes] fp32
-    sums_ptr,  # [2, batch, num_nodes, num_chunks, 2] fp32
-    # inputs and outputs
-    is_drawn_ptr,  # [batch, num_nodes] int32
-    decisions_ptr,  # [batch, num_nodes] int32
-    # outputs
-    last_ratio_ptr,  # [batch, num_nodes] fp32
-    # sizes
-    vocab,
-    num_nodes,
-    num_chunks,
-    first_rank,
-    # strides, in elements; rows of logits are contiguous
-    stride_tokens_batch,
-    stride_target_batch,
-    stride_target_node,
-    stride_draft_batch,
-    stride_draft_node,
-    stride_temperature_batch,
-    stride_seeds_batch,
-    stride_offsets_batch,
-    # flags
-    WARPED: tl.constexpr,
-    # blocks
-    BLOCK_NODES: tl.constexpr,  # >= num_nodes
-    BLOCK_CHILDREN: tl.constexpr,  # >= children of any node
-    BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
-    TILE: tl.constexpr,
-):
-    batch = tl.program_id(1).to(tl.int64)
-    node = _node_of_slot(num_children_ptr, num_nodes, first_rank, tl.program_id(0), BLOCK_NODES)
-    if node < 0:
-        return
-    request_node = batch * num_nodes + node
-    if tl.load(decisions_ptr + request_node) != PENDING:
-        return
-
-    num_children = tl.load(num_children_ptr + node)
-    first_child = tl.load(first_child_ptr + node)
-    scale = triton_warping.exponent_scale(tl.load(temperature_ptr + batch * stride_temperature_batch))
     seed = tl.load(seeds_ptr + batch * stride_seeds_batch)
     offset = tl.load(offsets_ptr + batch * stride_offsets_batch)
-    children = tl.arange(0, BLOCK_CHILDREN)
-    is_child = children < num_children
-    child_nodes = batch * num_nodes + first_child + children
-    tokens = _child_tokens(tokens_ptr + batch * stride_tokens_batch + first_child, children, is_child, vocab)
-    target_peak, target_mass, cut = _target_numbers(
-        target_peaks_ptr, target_masses_ptr, warped_ptr, request_node, num_chunks, scale, WARPED, BLOCK_CHUNKS
-    )
-    outside_peak, outside_mass = _row_numbers(
-        draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
-    )
-    child_target = tl.load(child_target_ptr + child_nodes, mask=is_child, other=float("-inf"))
-    child_draft = tl.load(child_draft_ptr + child_nodes, mask=is_child, other=float("-inf"))
-    is_drawn = tl.load(is_drawn_ptr + child_nodes, mask=is_child, other=0)
-    half = (first_rank - 1) % 2 * (tl.num_programs(1).to(tl.int64) * num_nodes)
-    log_ratio = tl.load(log_ratio_ptr + half + request_node)
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    sum_ptrs = sums_ptr + ((half + request_node) * num_chunks + chunks) * 2
-    outside_residual = tl.sum(tl.load(sum_ptrs, mask=chunks < num_chunks, other=0.0), 0)
-    outside_target = tl.sum(tl.load(sum_ptrs + 1, mask=chunks < num_chunks, other=0.0), 0)
+    target_row_ptr = target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node
+    draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node
+    reference = _draft_reference(outside_peak, child_draft)
 
-    rank = first_rank
-    decision = tl.full([], PENDING, tl.int32)
-    while decision == PENDING:
-        is_tested = children == rank
-        words = triton_streams.stream_words(seed, offset, ACCEPT_TAG, first_child + rank)
-        is_accepted, is_draw, is_exhausted, log_ratio = _test_child(
-            is_tested, child_target, child_draft, is_drawn == 0, outside_residual, outside_target,
-            outside_peak, outside_mass, target_peak, target_mass, cut, log_ratio, scale,
-            triton_streams.coin(words[0]), False,
-        )  # fmt: skip
-        is_drawn = tl.where(is_tested, tl.where(is_draw, 1, 0), is_drawn)
-        decision = tl.where(rank + 1 == num_children, NONE_ACCEPTED, PENDING)
-        decision = tl.where(is_exhausted, TARGET_LEFT, decision)
-        decision = tl.where(is_accepted, first_child + rank, decision)
-        rank += 1
-        if decision == PENDING:
+    decision, is_draw, log_ratio = _test_child(
+        rank, children, num_children, first_child, child_target, child_draft, is_drawn, outside_residual,
+        outside_target, outside_peak, outside_mass, target_peak, target_mass, cut, log_ratio, scale, seed, offset,
+        FIRST,
+    )  # fmt: skip
+    if REST:
+        is_drawn = tl.where(children == rank, is_draw, is_drawn)
+        while decision == PENDING:
             outside_residual = 0.0
             outside_target = 0.0
-            for first_id in range(0, vocab, TILE):
+            for first_id in range(0, vocab, CHUNK):
                 residual_sum, target_sum = _residual_sums(
-                    target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node,
-                    draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node,
-                    first_id, vocab, tokens, target_peak, target_mass, cut,
-                    _draft_reference(outside_peak, child_draft), log_ratio, scale, TILE,
+                    target_row_ptr, draft_row_ptr, first_id, vocab, tokens, target_peak, target_mass, cut, reference,
+                    log_ratio, scale, CHUNK,
                 )  # fmt: skip
                 outside_residual += residual_sum
                 outside_target += target_sum
-    tl.store(is_drawn_ptr + child_nodes, is_drawn, mask=is_child)
-    tl.store(last_ratio_ptr + request_node, log_ratio)
-    tl.store(decisions_ptr + request_node, decision)
+            rank += 1
+            decision, is_draw, log_ratio = _test_child(
+                rank, children, num_children, first_child, child_target, child_draft, is_drawn, outside_residual,
+                outside_target, outside_peak, outside_mass, target_peak, target_mass, cut, log_ratio, scale, seed,
+                offset, False,
+            )  # fmt: skip
+            is_drawn = tl.where(children == rank, is_draw, is_drawn)
+        tl.store(is_drawn_ptr + child_nodes, is_drawn, mask=is_child)
+        tl.store(last_ratio_ptr + request_node, log_ratio)
+        tl.store(decisions_ptr + request_node, decision)
+    else:
+        if chunk == 0:
+            tl.store(is_drawn_ptr + child_nodes, is_draw + tl.zeros_like(children), mask=children == rank)
+            if decision == PENDING:
+                tl.store(next_ranks_ptr + new_half + request_node, rank + 1)
+                tl.store(log_ratio_ptr + new_half + request_node, log_ratio)
+            else:
+                tl.store(last_ratio_ptr + request_node, log_ratio)
+                tl.store(decisions_ptr + request_node, decision)
+        if decision == PENDING:
+            residual_sum, target_sum = _residual_sums(
+                target_row_ptr, draft_row_ptr, chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut, reference,
+                log_ratio, scale, CHUNK,
+            )  # fmt: skip
+            sum_ptr = sums_ptr + ((new_half + request_node) * num_chunks + chunk) * 2
+            tl.store(sum_ptr, residual_sum)
+            tl.store(sum_ptr + 1, target_sum)
 
 
 @triton.jit(do_not_specialize=["num_nodes", "num_levels", "num_chunks"])
@@ -611,8 +532,8 @@ def draw_kernel(
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
     draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16; rows of leaves are not read
-    first_child_ptr,  # [num_nodes] int32 contiguous
-    num_children_ptr,  # [num_nodes] int32 contiguous
+    first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
+    num_children_ptr,  # likewise
     temperature_ptr,  # [batch] fp32
     seeds_ptr,  # [batch] int64
     offsets_ptr,  # [batch] int64
@@ -636,6 +557,7 @@ def draw_kernel(
     num_levels,
     num_chunks,
     # strides, in elements; rows of logits are contiguous
+    stride_topology,  # 0 for a tree that all requests share
     stride_tokens_batch,
     stride_target_batch,
     stride_target_node,
@@ -657,6 +579,8 @@ def draw_kernel(
 ):
     chunk = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
+    first_child_ptr += batch * stride_topology
+    num_children_ptr += batch * stride_topology
     first_request_node = batch * num_nodes
     levels = tl.arange(0, BLOCK_LEVELS)
     path = tl.where(levels == 0, 0, -1)

@@ -1,4 +1,4 @@
-"""Decide the accepted paths in Triton: all nodes at once from their logits, then a short walk.
+"""verify_tree in Triton: all nodes at once from their logits, then a short walk. Inputs and outputs as in op.py.
 
 The kernels are in triton_kernels.py; here they are configured and launched.
 
@@ -21,7 +21,8 @@ Parallel plan: what one program owns
        its chunk.
        Decided nodes, most of them after one rank, leave at once; and only (nodes - 1) / (rank + 1) of them can have a
        child of that rank, so that the grid shrinks.
-    4. `decide_rest_kernel`, one program a node, only for trees with more children than that: the ranks left, in a loop.
+    4. `decide_kernel` once more, one program a node, only for trees with more children than that: the ranks left, in a
+       loop.
     5. `draw_kernel`, a program for each chunk and request: walks the decisions from the root to the last accepted node
        (every program for itself, a few cached loads) and finds the chunk's best token of the residual there. Only this
        one node's noise is ever needed.
@@ -58,10 +59,11 @@ import triton
 from torch import Tensor
 
 from sequoia_kernels.ops import triton_device, triton_warping
+from sequoia_kernels.tree import DEFAULT_RULE
 
+from .op import VerifiedPath, VerifyTreeInputs
 from .triton_kernels import (
     decide_kernel,
-    decide_rest_kernel,
     draw_kernel,
     finish_kernel,
     node_chunks_kernel,
@@ -123,56 +125,23 @@ def unavailable() -> str | None:
     return triton_device.unavailable_reason()
 
 
-def supports(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    first_child: Tensor,
-    num_children: Tensor,
-    num_levels: int,
-    max_branching: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-) -> str | None:
+def supports(inputs: VerifyTreeInputs) -> str | None:
     """Whether the kernels can run this call."""
-    if target_logits.dtype == torch.float64 or (draft_logits is not None and draft_logits.dtype == torch.float64):
+    if inputs.rule != DEFAULT_RULE:
+        return f"knows the rule {DEFAULT_RULE}"
+    if torch.float64 in (tensor.dtype for tensor in inputs[1:3] if tensor is not None):
         return "takes float32, bfloat16 and float16"
-    if tokens.shape[0] > 65535:
+    if inputs.tokens.shape[0] > 65535:
         return "takes up to 65535 requests"
-    return triton_device.device_reason(tokens.device)
+    return triton_device.device_reason(inputs.tokens.device)
 
 
-def run(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor | None,
-    first_child: Tensor,
-    num_children: Tensor,
-    num_levels: int,
-    max_branching: int,
-    temperature: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    nodes: Tensor | None,
-    num_accepted: Tensor | None,
-    next_token: Tensor | None,
-    config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write and return the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | None = None) -> None:
+    """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+    tokens, target_logits, draft_logits, first_child, num_children, num_levels, max_branching = inputs[:7]
+    temperature, seeds, offsets, top_k, top_p = inputs[7:12]
+    nodes, num_accepted, next_token = outputs
     batch_size, num_nodes, vocab = target_logits.shape
-    if nodes is None:
-        nodes = tokens.new_empty((batch_size, num_levels), dtype=torch.int32)
-    if num_accepted is None:
-        num_accepted = tokens.new_empty(batch_size, dtype=torch.int32)
-    if next_token is None:
-        next_token = tokens.new_empty(batch_size)
-    if batch_size == 0:
-        return nodes, num_accepted, next_token
     if config is None:
         config = _launch_config(batch_size, num_nodes, vocab, triton_device.device_traits(tokens.device))
     if draft_logits is None:
@@ -202,6 +171,7 @@ def run(
         return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
 
     row_strides = (
+        num_nodes if first_child.dim() == 2 and batch_size > 1 else 0,
         stride(tokens), stride(target_logits), stride(target_logits, 1), stride(draft_logits), stride(draft_logits, 1),
         stride(temperature),
     )  # fmt: skip
@@ -238,8 +208,9 @@ def run(
                 maxnreg=triton_device.most_registers(config.row_warps),
                 enable_fp_fusion=True,
             )  # fmt: skip
-        for rank in range(min(max_branching, config.rank_launches)):
-            decide_kernel[(num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
+        for rank in range(min(max_branching, config.rank_launches + 1)):
+            is_rest = rank == config.rank_launches
+            decide_kernel[(1 if is_rest else num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
                 tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
                 target_peaks, target_masses, warped, draft_peaks, draft_masses, best_tokens, child_target, child_draft,
                 is_drawn, next_ranks, log_ratio, sums,
@@ -248,27 +219,11 @@ def run(
                 *row_strides, stride(seeds), stride(offsets),
                 WARPED=is_warped,
                 FIRST=rank == 0,
+                REST=is_rest,
                 BLOCK_NODES=block_nodes,
-                CHUNK=config.chunk,
+                CHUNK=config.row_tile if is_rest else config.chunk,
                 **blocks,
-                num_warps=config.chunk_warps,
-                enable_fp_fusion=True,
-            )  # fmt: skip
-        first_rank = config.rank_launches
-        if max_branching > first_rank:
-            decide_rest_kernel[((num_nodes - 1) // (first_rank + 1), batch_size)](
-                tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
-                target_peaks, target_masses, warped, draft_peaks, draft_masses, child_target, child_draft,
-                log_ratio, sums,
-                is_drawn, decisions,
-                last_ratio,
-                vocab, num_nodes, num_chunks, first_rank,
-                *row_strides, stride(seeds), stride(offsets),
-                WARPED=is_warped,
-                BLOCK_NODES=block_nodes,
-                TILE=config.row_tile,
-                **blocks,
-                num_warps=config.row_warps,
+                num_warps=config.row_warps if is_rest else config.chunk_warps,
                 enable_fp_fusion=True,
             )  # fmt: skip
         draw_kernel[(num_chunks, batch_size)](
@@ -296,7 +251,6 @@ def run(
             num_warps=1,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return nodes, num_accepted, next_token
 
 
 def _workspace(like: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:

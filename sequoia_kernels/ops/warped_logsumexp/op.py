@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sequoia_kernels import checks
-from sequoia_kernels.ops import backends
+from sequoia_kernels.ops.operators import Buffer, Operator
+from sequoia_kernels.ops.warping import compute_dtype
 
 OP = "warped_logsumexp"
+
+
+class WarpInputs(NamedTuple):
+    """What the op takes.
+
+    Attributes:
+        logits: [R, V], float; rows strided at will.
+        temperature: [R], float32.
+        top_k: [R], int32, or None.
+        top_p: [R], float32, or None.
+    """
+
+    logits: Tensor
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
 
 
 class WarpedNormaliser(NamedTuple):
@@ -77,114 +95,49 @@ def warped_logsumexp(
     """
     checks.check_tensor(OP, "logits", logits)
     checks.check_rows(OP, "logits", logits, "rows, vocab")
-    checks.check_options(OP, backend, debug=debug)
-    num_rows, device = logits.shape[0], logits.device
-    temperature = checks.row_values(
-        OP, "temperature", temperature, num_rows, torch.float32, device, rule=checks.TEMPERATURE
+    row_values = functools.partial(checks.row_values, OP, num_rows=logits.shape[0], device=logits.device)
+    inputs = WarpInputs(
+        logits,
+        row_values("temperature", temperature, dtype=torch.float32, rule=checks.TEMPERATURE),
+        None if top_k is None else row_values("top_k", top_k, dtype=torch.int32),
+        None if top_p is None else row_values("top_p", top_p, dtype=torch.float32, rule=checks.TOP_P),
     )
-    if top_k is not None:
-        top_k = checks.row_values(OP, "top_k", top_k, num_rows, torch.int32, device)
-    if top_p is not None:
-        top_p = checks.row_values(OP, "top_p", top_p, num_rows, torch.float32, device, rule=checks.TOP_P)
-    if out is None:
-        return WarpedNormaliser(*_operator(logits, temperature, top_k, top_p, debug, backend))
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"{OP}: out must be a WarpedNormaliser, got {type(out).__name__}")
-    for name, buffer in zip(WarpedNormaliser._fields, out):
-        checks.check_tensor(OP, f"out.{name}", buffer)
-    _out_operator(logits, temperature, top_k, top_p, debug, backend, out[0], out[1])
-    return WarpedNormaliser(*out)
+    return OPERATOR(inputs, out, backend, debug)
 
 
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _run(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    debug: bool,
-    backend: str,
-    log_normaliser: Tensor | None = None,
-    cut: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check_structure(logits, temperature, top_k, top_p, log_normaliser, cut)
-    if log_normaliser is not None:
-        checks.check_memory(
-            OP,
-            {"out.log_normaliser": log_normaliser, "out.cut": cut},
-            {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p},
-        )
-    on_cpu = logits.is_cpu
-    inputs = (logits, temperature, top_k, top_p)
-    chosen = backends.choose(OP, backend, "cpu" if on_cpu else logits.device.type, inputs)
-    if debug or (on_cpu and not chosen.checks_values):
-        _check_values(logits, temperature, top_p)
-    return chosen.run(*inputs, log_normaliser, cut)
-
-
-def _run_out(*arguments: Any) -> None:
-    _run(*arguments)
-
-
-def _check_structure(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    log_normaliser: Tensor | None,
-    cut: Tensor | None,
-) -> None:
+def check(inputs: WarpInputs) -> None:
+    """Check dtypes, shapes, layouts and devices."""
+    logits, temperature, top_k, top_p = inputs
     checks.check_dtype(OP, "logits", logits, *checks.FLOAT_DTYPES)
     checks.check_rows(OP, "logits", logits, "rows, vocab")
     num_rows, vocab = logits.shape
     if vocab == 0:
         checks.fail_range(OP, "logits", "have at least one token", checks.shape_text(logits.shape))
-    device = logits.device
-    checks.row_values(OP, "temperature", temperature, num_rows, torch.float32, device)
-    if top_k is not None:
-        checks.row_values(OP, "top_k", top_k, num_rows, torch.int32, device)
-    if top_p is not None:
-        checks.row_values(OP, "top_p", top_p, num_rows, torch.float32, device)
-    if log_normaliser is not None:
-        dtype = _result_dtype(logits)
-        checks.check_out(OP, "out.log_normaliser", log_normaliser, (num_rows,), dtype, device, "rows")
-        checks.check_out(OP, "out.cut", cut, (num_rows,), dtype, device, "rows")
+    checks.check_row_values(OP, "temperature", temperature, num_rows, torch.float32, logits.device)
+    checks.check_row_values(OP, "top_k", top_k, num_rows, torch.int32, logits.device)
+    checks.check_row_values(OP, "top_p", top_p, num_rows, torch.float32, logits.device)
 
 
-def _check_values(logits: Tensor, temperature: Tensor, top_p: Tensor | None) -> None:
-    checks.check_temperature_values(OP, temperature)
-    if top_p is not None:
-        checks.check_top_p_values(OP, top_p)
-    checks.check_logits(OP, "logits", logits)
+def buffers(inputs: WarpInputs) -> tuple[Buffer, Buffer]:
+    """Describe the outputs."""
+    row = Buffer((inputs.logits.shape[0],), compute_dtype(inputs.logits.dtype), "rows")
+    return row, row
 
 
-def _fake(
-    logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, debug: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    _check_structure(logits, temperature, top_k, top_p, None, None)
-    result = logits.new_empty(logits.shape[0], dtype=_result_dtype(logits))
-    return result, torch.empty_like(result)
+def check_values(inputs: WarpInputs) -> None:
+    """Check temperatures, top_p and logits. Reads values."""
+    checks.check_temperature_values(OP, inputs.temperature)
+    checks.check_top_p_values(OP, inputs.top_p)
+    checks.check_logits(OP, "logits", inputs.logits)
 
 
-def _fake_out(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    _debug: bool,
-    _backend: str,
-    *out: Any,
-) -> None:
-    _check_structure(logits, temperature, top_k, top_p, *out)
-
-
-backends.register_room(OP, package=__package__)
-
-_INPUTS = "Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, bool debug, str backend"
-_operator = backends.define_operator(f"{OP}({_INPUTS}) -> (Tensor, Tensor)", run=_run, fake=_fake)
-_out_operator = backends.define_operator(
-    f"{OP}.out({_INPUTS}, Tensor(a!) log_normaliser, Tensor(b!) cut) -> ()", run=_run_out, fake=_fake_out
+OPERATOR = Operator(
+    OP,
+    WarpInputs,
+    WarpedNormaliser,
+    package=__package__,
+    check=check,
+    buffers=buffers,
+    check_values=check_values,
+    out_rule="be a WarpedNormaliser",
 )

@@ -1,12 +1,4 @@
-"""Reference of warped_logsumexp: the definition in plain torch, on any device.
-
-Inputs (of ``supports`` and ``run``, in this order):
-    logits       [R, V] float, rows strided
-    temperature  [R] float32
-    top_k        [R] int32 or None
-    top_p        [R] float32 or None
-Outputs:
-    log_normaliser, cut   [R] float32 (float64 for float64 logits)
+"""Reference of warped_logsumexp: the specification, in plain torch on any device. Inputs and outputs as in op.py.
 
 The definition itself is ``sequoia_kernels.ops.warping``, which verify_tree shares:
     top-k   keeps x if fewer than k tokens have a larger logit
@@ -17,26 +9,20 @@ The definition itself is ``sequoia_kernels.ops.warping``, which verify_tree shar
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from sequoia_kernels.ops.warping import compute_dtype, warped_normaliser
 
+from .op import WarpedNormaliser, WarpInputs
 
-def supports(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> str | None:
-    """Everything in the contract is supported."""
+__all__ = ["run", "supports"]
+
+
+def supports(inputs: WarpInputs) -> str | None:
+    """Every call that passes the op's checks runs here."""
     return None
 
 
-def run(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    log_normaliser: Tensor | None,
-    cut: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Write and return the outputs."""
-    results = warped_normaliser(logits.to(compute_dtype(logits.dtype)), temperature, top_k, top_p)
-    if log_normaliser is None or cut is None:
-        return results
-    return log_normaliser.copy_(results[0]), cut.copy_(results[1])
+def run(inputs: WarpInputs, outputs: WarpedNormaliser) -> None:
+    """Write the outputs."""
+    logits = inputs.logits.to(compute_dtype(inputs.logits.dtype))
+    for output, result in zip(outputs, warped_normaliser(logits, *inputs[1:])):
+        output.copy_(result)

@@ -1,8 +1,10 @@
-"""Log-normaliser and cut of warped logits in Triton: no sort, a few readings of each row.
+"""warped_logsumexp in Triton: no sort, a few readings of each row.
+
+Inputs and outputs as in op.py. The kernels are in triton_kernels.py; here they are configured and launched.
 
 Computes
     log_normaliser = log sum of exp(logit / T) over the tokens that top-k and top-p keep, and the smallest logit kept.
-    Inputs and outputs as in reference.py; the search for the cut is `find_cut` of triton_warping.py.
+    The search for the cut is `find_cut` of triton_warping.py.
 
 Parallel plan: what one program owns
     `row_chunks_kernel`, one program for each row and chunk of the vocabulary: its peak, mass and smallest logit.
@@ -30,10 +32,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from sequoia_kernels.ops import triton_device, triton_warping
+
+from .op import WarpedNormaliser, WarpInputs
+from .triton_kernels import row_chunks_kernel, warp_rows_kernel
 
 __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 
@@ -46,102 +50,6 @@ _CHUNK_TOKENS_PER_WARP = 512
 _ROW_TILE = 4096
 """tokens that the program of a row reads at a time"""
 _ROW_TOKENS_PER_WARP = 256
-
-
-# kernels -------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["num_chunks"])
-def row_chunks_kernel(
-    # inputs
-    logits_ptr,  # [num_rows, vocab] fp32, bf16, fp16
-    temperature_ptr,  # [num_rows] fp32
-    # outputs
-    peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
-    masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
-    lowest_ptr,  # [num_rows, num_chunks] fp32 contiguous
-    # sizes
-    vocab,
-    num_chunks,
-    # strides, in elements
-    stride_logits_row,
-    stride_temperature_row,
-    # blocks
-    CHUNK: tl.constexpr,
-):
-    row = (tl.program_id(0) // num_chunks).to(tl.int64)
-    chunk = tl.program_id(0) % num_chunks
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    logits = tl.load(logits_ptr + row * stride_logits_row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    scale = triton_warping.exponent_scale(tl.load(temperature_ptr + row * stride_temperature_row))
-    peak, mass = triton_warping.peak_and_mass(logits, scale)
-    record = row * num_chunks + chunk
-    tl.store(peaks_ptr + record, peak)
-    tl.store(masses_ptr + record, mass)
-    tl.store(lowest_ptr + record, tl.min(tl.where(ids < vocab, logits, float("inf")), 0))
-
-
-@triton.jit(do_not_specialize=["num_chunks"])
-def warp_rows_kernel(
-    # inputs
-    logits_ptr,  # [num_rows, vocab] fp32, bf16, fp16
-    temperature_ptr,  # [num_rows] fp32
-    top_k_ptr,  # [num_rows] int32, read if HAS_TOP_K
-    top_p_ptr,  # [num_rows] fp32, read if HAS_TOP_P
-    peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
-    masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
-    lowest_ptr,  # [num_rows, num_chunks] fp32 contiguous
-    # outputs
-    log_normaliser_ptr,  # [num_rows] fp32
-    cut_ptr,  # [num_rows] fp32
-    scratch_ptr,  # [num_rows, CANDIDATES] fp32 contiguous, used if HAS_TOP_K or HAS_TOP_P
-    # sizes
-    vocab,
-    num_chunks,
-    # strides, in elements
-    stride_logits_row,
-    stride_temperature_row,
-    stride_top_k_row,
-    stride_top_p_row,
-    stride_log_normaliser_row,
-    stride_cut_row,
-    # flags
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
-    # blocks
-    BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
-    TILE: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row * stride_temperature_row)
-    scale = triton_warping.exponent_scale(temperature)
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    is_chunk = chunks < num_chunks
-    records = row * num_chunks + chunks
-    peak, mass = triton_warping.merged_peak_and_mass(
-        tl.load(peaks_ptr + records, mask=is_chunk, other=float("-inf")),
-        tl.load(masses_ptr + records, mask=is_chunk, other=0.0),
-        scale,
-    )
-    log_normaliser = peak
-    cut = peak
-    if temperature != 0.0:
-        cut = tl.min(tl.load(lowest_ptr + records, mask=is_chunk, other=float("inf")), 0)
-        if HAS_TOP_K or HAS_TOP_P:
-            top_k = 0
-            top_p = 1.0
-            if HAS_TOP_K:
-                top_k = tl.load(top_k_ptr + row * stride_top_k_row)
-            if HAS_TOP_P:
-                top_p = tl.load(top_p_ptr + row * stride_top_p_row)
-            cut, mass = triton_warping.find_cut(
-                logits_ptr + row * stride_logits_row, scratch_ptr + row * CANDIDATES,
-                vocab, peak, cut, mass, temperature, scale, top_k, top_p, TILE, CANDIDATES,
-            )  # fmt: skip
-        log_normaliser = tl.div_rn(peak, temperature) + tl.log(mass)
-    tl.store(log_normaliser_ptr + row * stride_log_normaliser_row, log_normaliser)
-    tl.store(cut_ptr + row * stride_cut_row, cut)
 
 
 # launch configuration ------------------------------------------------------------------------------------------------
@@ -182,30 +90,18 @@ def unavailable() -> str | None:
     return triton_device.unavailable_reason()
 
 
-def supports(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> str | None:
+def supports(inputs: WarpInputs) -> str | None:
     """Whether the kernels can run this call."""
-    if logits.dtype == torch.float64:
+    if inputs.logits.dtype == torch.float64:
         return "takes float32, bfloat16 and float16"
-    return triton_device.device_reason(logits.device)
+    return triton_device.device_reason(inputs.logits.device)
 
 
-def run(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    log_normaliser: Tensor | None,
-    cut: Tensor | None,
-    config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Write and return the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+def run(inputs: WarpInputs, outputs: WarpedNormaliser, config: LaunchConfig | None = None) -> None:
+    """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
+    logits, temperature, top_k, top_p = inputs
+    log_normaliser, cut = outputs
     num_rows, vocab = logits.shape
-    if log_normaliser is None:
-        log_normaliser = logits.new_empty(num_rows, dtype=torch.float32)
-    if cut is None:
-        cut = logits.new_empty(num_rows, dtype=torch.float32)
-    if num_rows == 0:
-        return log_normaliser, cut
     if config is None:
         config = _launch_config(num_rows, vocab, triton_device.device_traits(logits.device))
 
@@ -237,7 +133,6 @@ def run(
             maxnreg=triton_device.most_registers(config.row_warps),
             enable_fp_fusion=True,
         )  # fmt: skip
-    return log_normaliser, cut
 
 
 def _row_strides(num_rows: int, *tensors: Tensor | None) -> tuple[int, ...]:

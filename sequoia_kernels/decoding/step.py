@@ -221,7 +221,7 @@ class DecodingStep:
             tokens,
             logits,
             draft_logits,
-            tree,  # type: ignore[arg-type]
+            tree,
             state.temperature,
             state.seeds,
             state.offsets,

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from sequoia_kernels import checks
 from sequoia_kernels.ops.operators import Buffer, Operator
+from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["TreeAttentionInputs", "TreeAttentionOutput", "check_values", "num_tree_slots", "tree_attention"]
 
 OP = "tree_attention"
-
-MAX_ROWS = 1024
-"""query rows of one call; a longer prompt comes in chunks"""
 
 # Their quotient, times 2^8 for some float8 caches, is still a float32.
 _SCALE = checks.Rule("be from -1e18 to 1e18", lambda value: -1e18 <= value <= 1e18)
@@ -193,8 +191,8 @@ def check(inputs: TreeAttentionInputs) -> None:
         checks.check_dtype(OP, "q", q, *checks.FLOAT_DTYPES)
     checks.check_rows(OP, "q", q, "batch, nodes, q heads, head dim")
     batch_size, num_rows, num_q_heads, head_dim = q.shape
-    if not 1 <= num_rows <= MAX_ROWS:
-        checks.fail_range(OP, "q", f"have from 1 to {MAX_ROWS} nodes", checks.shape_text(q.shape))
+    if not 1 <= num_rows <= MAX_STEP_ROWS:
+        checks.fail_range(OP, "q", f"have from 1 to {MAX_STEP_ROWS} nodes", checks.shape_text(q.shape))
 
     legend = "batch, slots, kv heads, head dim" if block_table is None else "pages, page size, kv heads, head dim"
     cache_dtype = k_cache.dtype

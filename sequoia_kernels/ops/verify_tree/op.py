@@ -10,12 +10,11 @@ from torch import Tensor
 
 from sequoia_kernels import checks
 from sequoia_kernels.ops.operators import Buffer, Operator
-from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, Topology, rule_named
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, Topology, rule_named
 
-__all__ = ["MAX_NODES", "VerifiedPath", "VerifyTreeInputs", "check_values", "verify_tree"]
+__all__ = ["VerifiedPath", "VerifyTreeInputs", "check_values", "verify_tree"]
 
 OP = "verify_tree"
-MAX_NODES = 1024
 
 
 class VerifyTreeInputs(NamedTuple):
@@ -142,8 +141,8 @@ def verify_tree(
     checks.check_tensor(OP, "tokens", tokens)
     checks.check_rows(OP, "tokens", tokens, "batch, nodes")
     rule_named(OP, rule)
-    if tree.num_nodes > MAX_NODES:
-        checks.fail_range(OP, "tree", f"have at most {MAX_NODES} nodes", tree.num_nodes)
+    if tree.num_nodes > MAX_STEP_ROWS:
+        checks.fail_range(OP, "tree", f"have at most {MAX_STEP_ROWS} nodes", tree.num_nodes)
     topology = tree.tensors(tokens.device) if isinstance(tree, TokenTree) else tree
     row_values = functools.partial(
         checks.row_values, OP, num_rows=tokens.shape[0], device=tokens.device, legend="batch"

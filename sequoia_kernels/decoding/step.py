@@ -227,6 +227,7 @@ class DecodingStep:
             state.offsets,
             top_k=state.top_k,
             top_p=state.top_p,
+            rule=self.rule,
             backend=self.backend,
         )
 

@@ -28,6 +28,8 @@
 
 #include "launch.h"
 
+#include "cache_entry.h"
+
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -42,18 +44,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMaxLevels = 64;
-
-// One cache as the kernel sees it: a row of the table [num_caches, 7] int64. All strides are in bytes.
-struct CacheEntry {
-    std::int64_t base;         // device address of element [0, 0, 0, 0]
-    std::int64_t stride_outer; // between requests, or between pages when there is a block table
-    std::int64_t stride_slot;
-    std::int64_t stride_head;
-    std::int64_t num_heads;
-    std::int64_t head_bytes;   // head_dim * itemsize, contiguous
-    std::int64_t extent;       // slots of one request, or number of pages when there is a block table
-};
-static_assert(sizeof(CacheEntry) == 7 * sizeof(std::int64_t), "the table is read as packed int64 rows");
 
 // Everything that is the same for all caches; passed by value.
 struct Request {

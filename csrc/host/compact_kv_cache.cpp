@@ -9,28 +9,19 @@
 // Memory      reads and writes moved rows only.
 // Numerics    bytes are copied; the element type is irrelevant.
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 #include <pybind11/pybind11.h>
 
+#include "cache_entry.h"
+
 namespace py = pybind11;
 
 namespace sequoia {
 namespace {
-
-// One cache: a row of the table [num_caches, 7] int64 that csrc/cuda/compact_kv_cache.cu reads too. Strides in bytes.
-struct CacheEntry {
-    std::int64_t base;          // address of element [0, 0, 0, 0]
-    std::int64_t stride_outer;  // between requests, or between pages when there is a block table
-    std::int64_t stride_slot;
-    std::int64_t stride_head;
-    std::int64_t num_heads;
-    std::int64_t head_bytes;  // head_dim * itemsize, contiguous
-    std::int64_t extent;      // slots of one request, or number of pages when there is a block table
-};
-static_assert(sizeof(CacheEntry) == 7 * sizeof(std::int64_t), "the table is read as packed int64 rows");
 
 struct BlockTable {
     const std::int32_t* pages;  // [B, max_pages], or null: slots are rows of the request's own cache
@@ -104,6 +95,16 @@ void compact_kv_cache(std::uintptr_t table_ptr,           // [num_caches, 7] int
 }  // namespace sequoia
 
 void bind_compact_kv_cache(py::module_& module) {
+    using sequoia::CacheEntry;
+    py::dict offsets;  // in bytes, in the order of the fields
+    offsets["base"] = offsetof(CacheEntry, base);
+    offsets["stride_outer"] = offsetof(CacheEntry, stride_outer);
+    offsets["stride_slot"] = offsetof(CacheEntry, stride_slot);
+    offsets["stride_head"] = offsetof(CacheEntry, stride_head);
+    offsets["num_heads"] = offsetof(CacheEntry, num_heads);
+    offsets["head_bytes"] = offsetof(CacheEntry, head_bytes);
+    offsets["extent"] = offsetof(CacheEntry, extent);
+    module.attr("cache_entry_offsets") = offsets;
     module.def("compact_kv_cache", &sequoia::compact_kv_cache, py::call_guard<py::gil_scoped_release>(),
                py::arg("table_ptr"), py::arg("num_caches"), py::arg("accepted_nodes_ptr"),
                py::arg("nodes_stride_request"), py::arg("nodes_stride_level"),

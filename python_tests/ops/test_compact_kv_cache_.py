@@ -13,6 +13,7 @@ from support.op_backends import op_backends
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.ops import CacheTable, backends, compact_kv_cache_
 from sequoia_kernels.ops.compact_kv_cache_ import reference as reference_backend
+from sequoia_kernels.ops.compact_kv_cache_.cache_table import ENTRY_FIELDS
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -394,6 +395,13 @@ def test_cache_table_describes_the_caches():
     assert repr(table) == "CacheTable(2 caches, 10 slots)"
     pages = CacheTable([numbered(7, 4, 1, 8)], paged=True)
     assert pages.num_slots == 7 and repr(pages) == "CacheTable(1 paged caches, 7 pages)"
+
+
+def test_the_table_is_laid_out_as_the_native_modules_read_it():
+    """Both read csrc/cache_entry.h; Triton's kernel takes its columns from the same names."""
+    host = pytest.importorskip("sequoia_kernels._host")
+    assert host.cache_entry_offsets == {name: 8 * column for column, name in enumerate(ENTRY_FIELDS)}
+    assert list(host.cache_entry_offsets) == list(ENTRY_FIELDS)
 
 
 @pytest.mark.parametrize("name", ["auto", "reference"])

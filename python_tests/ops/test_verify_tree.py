@@ -14,9 +14,11 @@ from support.op_backends import op_backends
 from support.operators import check_fake_matches_real
 from support.plain_verifier import plain_verify
 
-from sequoia_kernels import TokenTree
-from sequoia_kernels.ops import VerifiedPath, verify_tree
+from sequoia_kernels import TokenTree, Topology
+from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.ops import VerifiedPath, backends, verify_tree
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
+from sequoia_kernels.tree import VerificationRule, register_rule, rules
 
 INF = math.inf
 NAN = math.nan
@@ -503,6 +505,114 @@ def _arguments(changes):
 def test_bad_arguments_are_refused_by_name(error, message, changes):
     with pytest.raises(error, match=f"^verify_tree: {message}"):
         verify_tree(**_arguments(changes))
+
+
+# A tree for each request, and rules
+
+OWN_TREES = [MIXED, TokenTree.chain(8), TokenTree.kary(7, 2), TokenTree([-1, 0, 0, 1, 1, 1, 3, 3])]
+
+
+def _topology(trees, device="cpu"):
+    return Topology.stack([tree.tensors(device) for tree in trees])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("warps", [{}, {"top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_request_is_decided_by_its_own_tree(backend, temperature, warps, dtype):
+    """A batch with a tree for each request gives what each request alone gives with its tree, as it would shared."""
+    steps = [_random_step(tree, 1, 13, seed, dtype) for seed, tree in enumerate(OWN_TREES)]
+    step = [torch.cat(parts) for parts in zip(*steps)]
+    seeds = torch.arange(len(OWN_TREES)) + 3
+    topology = _topology(OWN_TREES, backend.device)
+    path = backend(*step, topology, temperature, seeds, 5, **warps)
+    assert path.nodes.shape == (4, 8)
+    for index, (alone, tree) in enumerate(zip(steps, OWN_TREES)):
+        expected = backend(*alone, tree, temperature, seeds[index : index + 1], 5, **warps)
+        assert path.nodes[index, : tree.num_levels].tolist() == expected.nodes[0].tolist()
+        assert (path.nodes[index, tree.num_levels :] == -1).all()
+        assert path.num_accepted[index] == expected.num_accepted[0]
+        assert path.next_token[index] == expected.next_token[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_copies_of_a_tree_are_as_good_as_one(backend, temperature):
+    step = _random_step(MIXED, 3, 13)
+    copies = _topology([MIXED] * 3, backend.device)
+    shared = MIXED.tensors(backend.device)
+    expected = backend(*step, MIXED, temperature, torch.arange(3), 5, top_p=0.9)
+    assert _equal(backend(*step, copies, temperature, torch.arange(3), 5, top_p=0.9), expected)
+    assert _equal(backend(*step, shared, temperature, torch.arange(3), 5, top_p=0.9), expected)
+    strided = copies._replace(
+        first_child=copies.first_child.T.contiguous().T, num_children=copies.num_children.T.contiguous().T
+    )
+    assert _equal(backend(*step, strided, temperature, torch.arange(3), 5, top_p=0.9), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_levels": 3}, "tree.num_levels must be at least 4, got 3"),
+        ({"max_branching": 2}, "tree.max_branching must be at least 3, got 2"),
+        ({"first_child": -1}, "tree must have the children of node 0 behind it and below node 8, got 3 from node 0"),
+        ({"first_child": 7}, "tree must have the children of node 0 behind it and below node 8, got 3 from node 8"),
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_topology_that_is_no_tree_is_refused(backend, changes, message, shared):
+    if backend.device.type != "cpu":
+        pytest.skip("values are checked on a CPU only")
+    step = _random_step(MIXED, 2, 13)
+    topology = MIXED.tensors() if shared else _topology([TokenTree.chain(8), MIXED])
+    if "first_child" in changes:
+        changes = {"first_child": topology.first_child + changes["first_child"]}
+    if not shared and "first_child" in changes:
+        changes["first_child"][0] = topology.first_child[0]
+    if not shared and "num_levels" in changes:
+        topology = _topology([MIXED, MIXED])
+    with pytest.raises(ValueError, match=f"^verify_tree: {message}"):
+        backend(*step, topology._replace(**changes), 0.7, 0, 0)
+
+
+def test_topologies_of_wrong_structure_are_refused():
+    step, topology = _random_step(MIXED, 2, 13), _topology([MIXED] * 3)
+    with pytest.raises(ValueError, match=r"tree.first_child must have shape \[nodes\] or \[batch, nodes\] with 8"):
+        verify_tree(*step, topology, 0.7, 0, 0)
+    with pytest.raises(TypeError, match=r"tree.num_children must have dtype int32, got int64"):
+        verify_tree(*step, MIXED.tensors()._replace(num_children=MIXED.tensors().num_children.long()), 0.7, 0, 0)
+
+
+def test_a_rule_of_ones_own_is_a_backend_that_knows_it(monkeypatch):
+    """A toy rule: nothing is accepted, and the next token is token 1."""
+    monkeypatch.setattr(rules, "_rules", dict(rules._rules))
+    step = _random_step(MIXED, 2, 13)
+    with pytest.raises(ValueError, match=r"^verify_tree: rule must be one of sequoia, got 'toy'"):
+        verify_tree(*step, MIXED, 1.0, 0, 0, rule="toy")
+    with pytest.raises(TypeError, match=r"^verify_tree: rule must be a string, got int"):
+        verify_tree(*step, MIXED, 1.0, 0, 0, rule=1)
+    register_rule(VerificationRule("toy", lambda tree, acceptance: 1.0))
+    for name in ("auto", "reference", "host"):
+        if name in ("auto", "reference") or backends.unavailable_reason("verify_tree", name) is None:
+            with pytest.raises(BackendUnavailableError, match="knows the rule sequoia"):
+                verify_tree(*step, MIXED, 1.0, 0, 0, rule="toy", backend=name)
+
+    def run(inputs, outputs):
+        outputs.nodes.fill_(-1)
+        outputs.nodes[:, 0] = 0
+        outputs.num_accepted.fill_(1)
+        outputs.next_token.fill_(1)
+
+    monkeypatch.setitem(backends.AUTO_ORDER, "cpu", (*backends.AUTO_ORDER["cpu"], "toy"))
+    try:
+        backends.register_backend(
+            "verify_tree", "toy", lambda inputs: None if inputs.rule == "toy" else "knows the rule toy", run
+        )
+        path = verify_tree(*step, MIXED, 1.0, 0, 0, rule="toy")
+        assert path.nodes.tolist() == [[0, -1, -1, -1]] * 2 and path.next_token.tolist() == [1, 1]
+        expected = verify_tree(*step, MIXED, 1.0, 0, 0, backend="reference")
+        assert _equal(verify_tree(*step, MIXED, 1.0, 0, 0), expected)
+    finally:
+        backends.register_room("verify_tree", package="sequoia_kernels.ops.verify_tree")
 
 
 def _operator_inputs():

@@ -1,38 +1,30 @@
-"""Backends of the ops: who can run a call, who does, and how an op becomes a torch operator.
+"""Backends of the ops: who can run a call, and who does.
 
 How a room takes part (``sequoia_kernels/ops/<op>/``):
 
-1. ``op.py`` says which op lives there and which operators torch shall know::
-
-       backends.register_room("tree_attention", package=__package__)
-       backends.define_operator("tree_attention(Tensor q, ..., str backend) -> (Tensor, Tensor)", run=_run, fake=_fake)
+1. ``op.py`` declares the op, its inputs and its outputs; see ``operators.py``.
 
 2. A backend is a file in the room, and its name follows from the file: ``reference.py`` -> "reference", ``host.py`` ->
-   "host", ``sdpa.py`` -> "sdpa", ``triton_launch.py`` -> "triton", ``cuda.py`` -> "cuda". Adding the file adds the
-   backend; nothing else changes. The file is imported at the first call that could use it, never at package import,
-   so it imports what it needs at its top: ``import triton`` or ``import sequoia_kernels._host as _host``. If that
-   import fails, the backend is unavailable and the failure is its reason; a failing import of anything that is not
-   optional is a bug and is raised.
+   "host", ``sdpa.py`` -> "sdpa", ``triton_launch.py`` -> "triton" (its kernels are in ``triton_kernels.py``),
+   ``cuda.py`` -> "cuda". Adding the file adds the backend; nothing else changes. The file is imported at the first call
+   that could use it, never at package import, so it imports what it needs at its top: ``import triton`` or
+   ``import sequoia_kernels._host as _host``. If that import fails, the backend is unavailable and the failure is its
+   reason; a failing import of anything that is not optional is a bug and is raised.
 
 3. A backend file exposes
 
-   - ``supports(*inputs) -> str | None``: None if it can run this call, else the reason why not. It reads dtypes,
+   - ``supports(inputs) -> str | None``: None if it can run this call, else the reason why not. It reads dtypes,
      shapes, layouts and devices, never values (no host sync), and takes a microsecond or two. Of the state of the
      process it may read torch's number of CPU threads, and what stays as it is. A reason states the rule
      and not the sizes that were passed, since every new reason is logged: "takes head dims that are multiples of 8".
-   - ``run(*inputs, *outputs) -> tuple of tensors``: the same inputs, then one argument per output of the op. An output
-     that is given must be written and returned; one that is None is allocated by the backend, contiguous. Ops that
-     return nothing have no outputs. ``run`` may rely on the checks in ``op.py``.
+   - ``run(inputs, outputs) -> None``: writes every output that is not None, of whatever strides. ``outputs`` is None
+     for ops that write to their inputs. ``run`` may rely on the checks in ``op.py``.
    - optionally ``unavailable() -> str | None``: why it cannot run on this machine ("no CUDA device"), asked once.
-   - optionally ``declines(*inputs) -> str | None``: why "auto" should rather take a backend behind this one, although
+   - optionally ``declines(inputs) -> str | None``: why "auto" should rather take a backend behind this one, although
      this one supports the call: the other is faster there. Rules as for ``supports``; a backend asked for by name is
      not asked.
    - optionally ``CHECKS_VALUES = True``: its ``run`` itself refuses bad values (NaN logits, ...) before it writes
-     anything, with the same messages, so that ``op.py`` need not read the data for that.
-
-   The inputs and outputs of an op, in order, are written at the top of its ``reference.py``.
-
-4. ``op.py`` then calls ``backends.choose(op, backend, device_type, inputs)`` and runs what it gets.
+     anything, with the same messages, so that nobody else need read the data for that.
 
 The choice: ``backend="auto"`` takes the first of ``AUTO_ORDER[device type]`` that is in the room, available and
 supports the call, and logs the choice once for each (op, device, reasons of those passed over) at INFO on

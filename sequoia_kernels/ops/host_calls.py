@@ -33,11 +33,15 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def writable(outputs: Outputs) -> Outputs:
     """The outputs, with a contiguous buffer in place of each that is strided; `deliver` copies from there."""
-    return type(outputs)(*contiguous(*outputs))  # type: ignore[arg-type]
+    for output in outputs:
+        if output is not None and not output.is_contiguous():
+            return type(outputs)(*contiguous(*outputs))  # type: ignore[arg-type]
+    return outputs
 
 
 def deliver(results: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
     """Copy what `writable` had put in the place of an output."""
-    for result, output in zip(results, outputs):
-        if output is not None and result is not None and result is not output:
-            output.copy_(result)
+    if results is not outputs:
+        for result, output in zip(results, outputs):
+            if output is not None and result is not None and result is not output:
+                output.copy_(result)

@@ -10,6 +10,12 @@ from .cache_table import ENTRY_FIELDS
 __all__ = ["compact_kv_cache_kernel"]
 
 ENTRY_SIZE = tl.constexpr(len(ENTRY_FIELDS))
+BASE = tl.constexpr(ENTRY_FIELDS.index("base"))
+STRIDE_OUTER = tl.constexpr(ENTRY_FIELDS.index("stride_outer"))
+STRIDE_SLOT = tl.constexpr(ENTRY_FIELDS.index("stride_slot"))
+STRIDE_HEAD = tl.constexpr(ENTRY_FIELDS.index("stride_head"))
+NUM_HEADS = tl.constexpr(ENTRY_FIELDS.index("num_heads"))
+HEAD_BYTES = tl.constexpr(ENTRY_FIELDS.index("head_bytes"))
 
 # jit helpers ---------------------------------------------------------------------------------------------------------
 
@@ -56,12 +62,12 @@ def _move_columns(
     BLOCK_LEVELS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    base = tl.load(entry_ptr)
-    stride_outer = tl.load(entry_ptr + 1)
-    stride_slot = tl.load(entry_ptr + 2)
-    stride_head = tl.load(entry_ptr + 3)
-    head_bytes = tl.load(entry_ptr + 5)
-    num_columns = (tl.load(entry_ptr + 4) * head_bytes // WORD_BYTES).to(tl.int32)
+    base = tl.load(entry_ptr + BASE)
+    stride_outer = tl.load(entry_ptr + STRIDE_OUTER)
+    stride_slot = tl.load(entry_ptr + STRIDE_SLOT)
+    stride_head = tl.load(entry_ptr + STRIDE_HEAD)
+    head_bytes = tl.load(entry_ptr + HEAD_BYTES)
+    num_columns = (tl.load(entry_ptr + NUM_HEADS) * head_bytes // WORD_BYTES).to(tl.int32)
     columns_per_head = (head_bytes // WORD_BYTES).to(tl.int32)
     first = tl.program_id(0) * BLOCK_COLUMNS
     for first_column in tl.range(first, num_columns, tl.num_programs(0) * BLOCK_COLUMNS):
@@ -140,8 +146,13 @@ def compact_kv_cache_kernel(
         accepted_nodes_ptr += batch * stride_nodes_batch
         num_moved = tl.minimum(num_accepted, num_levels)
         # The widest word that divides base, strides and head bytes divides every address.
-        alignment = tl.load(entry_ptr) | tl.load(entry_ptr + 1) | tl.load(entry_ptr + 2) | tl.load(entry_ptr + 3)
-        alignment = alignment | tl.load(entry_ptr + 5)
+        alignment = (
+            tl.load(entry_ptr + BASE)
+            | tl.load(entry_ptr + STRIDE_OUTER)
+            | tl.load(entry_ptr + STRIDE_SLOT)
+            | tl.load(entry_ptr + STRIDE_HEAD)
+        )
+        alignment = alignment | tl.load(entry_ptr + HEAD_BYTES)
         if alignment % 8 == 0:
             _move_columns(
                 entry_ptr, accepted_nodes_ptr, block_table_ptr, batch, cache_len, num_moved, max_slots,

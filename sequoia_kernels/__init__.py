@@ -8,8 +8,8 @@ Trees and planning:
     measure_profile, plan_tree, TreePlan
 Generation with Hugging Face models:
     generate, GenerateOutput, GenerateStats, adapt, load_offloaded
-The five ops, for an own decoding loop:
-    tree_attention, warped_logsumexp, sample_without_replacement, verify_tree, compact_kv_cache_
+The four ops of a decoding step, and one for own verifiers and samplers:
+    tree_attention, sample_without_replacement, verify_tree, compact_kv_cache_; warped_logsumexp
 Errors:
     BackendUnavailableError, UnsupportedModelError, ProfileError, TreeFormatError
 """

@@ -1,4 +1,7 @@
-"""The five ops of a tree decoding step. Each is a room of its own; none knows of another."""
+"""The four ops of a tree decoding step, and `warped_logsumexp`, an extra for own verifiers and samplers.
+
+Each is a room of its own; none knows of another. What they share is beside the rooms: backends, operators, warping.
+"""
 
 from .compact_kv_cache_ import CacheTable, compact_kv_cache_
 from .sample_without_replacement import SampledTokens, sample_without_replacement

@@ -146,13 +146,8 @@ def compact_kv_cache_kernel(
         accepted_nodes_ptr += batch * stride_nodes_batch
         num_moved = tl.minimum(num_accepted, num_levels)
         # The widest word that divides base, strides and head bytes divides every address.
-        alignment = (
-            tl.load(entry_ptr + BASE)
-            | tl.load(entry_ptr + STRIDE_OUTER)
-            | tl.load(entry_ptr + STRIDE_SLOT)
-            | tl.load(entry_ptr + STRIDE_HEAD)
-        )
-        alignment = alignment | tl.load(entry_ptr + HEAD_BYTES)
+        alignment = tl.load(entry_ptr + BASE) | tl.load(entry_ptr + STRIDE_OUTER) | tl.load(entry_ptr + STRIDE_SLOT)
+        alignment = alignment | tl.load(entry_ptr + STRIDE_HEAD) | tl.load(entry_ptr + HEAD_BYTES)
         if alignment % 8 == 0:
             _move_columns(
                 entry_ptr, accepted_nodes_ptr, block_table_ptr, batch, cache_len, num_moved, max_slots,

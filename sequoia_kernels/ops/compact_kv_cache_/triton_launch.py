@@ -78,9 +78,7 @@ def _launch_config(num_caches: int, num_levels: int, max_row_bytes: int, max_slo
     return None if word is None else LaunchConfig(*word, block_levels, block_columns)
 
 
-def unavailable() -> str | None:
-    """Tell why no Triton kernel can run on this machine, or None."""
-    return triton_device.unavailable_reason()
+unavailable = triton_device.unavailable_reason
 
 
 def supports(inputs: CompactInputs) -> str | None:

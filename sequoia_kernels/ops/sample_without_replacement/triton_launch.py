@@ -106,9 +106,7 @@ def _launch_config(num_rows: int, vocab: int, num_samples: int, traits: triton_d
     )
 
 
-def unavailable() -> str | None:
-    """Tell why no Triton kernel can run on this machine, or None."""
-    return triton_device.unavailable_reason()
+unavailable = triton_device.unavailable_reason
 
 
 def supports(inputs: SampleInputs) -> str | None:

@@ -107,20 +107,6 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (64, 256): TileShape(64, 32, 8, 2, 2, 1),
         (128, 256): TileShape(64, 32, 8, 2, 1, 1),
     },
-    "sm_100": {
-        (16, 64): TileShape(128, 64, 4, 3, 3, 2),
-        (32, 64): TileShape(128, 64, 4, 3, 3, 2),
-        (64, 64): TileShape(128, 64, 4, 3, 2, 2),
-        (128, 64): TileShape(128, 64, 8, 3, 2, 1),
-        (16, 128): TileShape(64, 64, 4, 3, 3, 2),
-        (32, 128): TileShape(64, 32, 4, 3, 3, 2),
-        (64, 128): TileShape(64, 32, 4, 3, 2, 2),
-        (128, 128): TileShape(128, 32, 8, 2, 2, 1),
-        (16, 256): TileShape(32, 32, 4, 3, 2, 1),
-        (32, 256): TileShape(32, 32, 8, 2, 2, 1),
-        (64, 256): TileShape(64, 32, 8, 2, 2, 1),
-        (128, 256): TileShape(64, 32, 8, 2, 2, 1),
-    },
     "fp32": {
         (16, 64): TileShape(32, 32, 4, 2, 1, 2),
         (32, 64): TileShape(32, 32, 4, 2, 1, 2),
@@ -129,6 +115,8 @@ _TILES: dict[str, dict[tuple[int, int], TileShape]] = {
         (16, 256): TileShape(32, 32, 8, 2, 1, 1),
     },
 }
+
+_TILES["sm_100"] = {**_TILES["sm_90"], (128, 256): TileShape(64, 32, 8, 2, 2, 1)}
 
 MAX_SPLITS = 128
 _LOG2_E = 1.4426950408889634
@@ -292,9 +280,7 @@ def _launch_config(
     )
 
 
-def unavailable() -> str | None:
-    """Tell why no Triton kernel can run on this machine, or None."""
-    return triton_device.unavailable_reason()
+unavailable = triton_device.unavailable_reason
 
 
 def supports(inputs: TreeAttentionInputs) -> str | None:

@@ -120,9 +120,7 @@ def _launch_config(batch_size: int, num_nodes: int, vocab: int, traits: triton_d
     )
 
 
-def unavailable() -> str | None:
-    """Tell why no Triton kernel can run on this machine, or None."""
-    return triton_device.unavailable_reason()
+unavailable = triton_device.unavailable_reason
 
 
 def supports(inputs: VerifyTreeInputs) -> str | None:

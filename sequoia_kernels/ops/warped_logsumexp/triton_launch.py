@@ -85,9 +85,7 @@ def _launch_config(num_rows: int, vocab: int, traits: triton_device.DeviceTraits
     )
 
 
-def unavailable() -> str | None:
-    """Tell why no Triton kernel can run on this machine, or None."""
-    return triton_device.unavailable_reason()
+unavailable = triton_device.unavailable_reason
 
 
 def supports(inputs: WarpInputs) -> str | None:

@@ -62,7 +62,6 @@ SCRIPTS = (
     Script("adaptive", "planner"),
     Script("auto", "planner", weight=2.0),
     Script("robustness", "decode", weight=6.0),
-    Script("tree_search", "planner", takes_device=False),
     Script("plan", "planner", takes_device=False),
     Script("cost_model", "planner", weight=3.0),
     Script("planner", "planner", weight=3.0),

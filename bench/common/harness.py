@@ -344,7 +344,8 @@ def own_failures(document: Mapping[str, Any]) -> list[str]:
 
 
 OPTIONS = (
-    *(shared("device"), shared("threads"), shared("quick"), shared("seconds", help="begin no case after this time")),
+    *shared(device="auto", threads=None, quick=False),
+    option("--seconds", help="begin no case after this time"),
     option("--case", default="", help="only cases whose name contains this"),
     option("--provider", default="", help="only providers whose name contains this"),
 )

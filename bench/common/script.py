@@ -5,7 +5,7 @@ A script measures in a function and calls it through a `Script`, which is its ma
     def run(bench: Run) -> None:
         bench.document["results"] = measure(bench.device, bench.options.rounds)
 
-    main = Script(__spec__, run, __doc__, [shared("device"), shared("rounds", 3)]).main
+    main = Script(__spec__, run, __doc__, shared(device="auto", rounds=3)).main
 
 The document that is written begins with the bench's name, the command that repeats it, the commit and the environment.
 """
@@ -27,12 +27,7 @@ import torch
 from bench.common.machine import command_line, commit, environment, pick_device
 from sequoia_kernels.documents import write_text
 
-Option = tuple[tuple[str, ...], dict[str, Any]]  # what `ArgumentParser.add_argument` takes
-
-
-def option(*names: str, **settings: Any) -> Option:
-    """An option of one script."""
-    return names, settings
+Option = tuple[str, dict[str, Any]]  # what `ArgumentParser.add_argument` takes
 
 
 SHARED: dict[str, dict[str, Any]] = {
@@ -52,10 +47,14 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
-def shared(name: str, default: Any = None, **settings: Any) -> Option:
-    """An option that several scripts have, with this script's default; settings replace those of `SHARED`."""
-    default = {"device": "auto", "quick": False}.get(name) if default is None else default
-    return option(f"--{name}", **{**SHARED[name], "default": default, **settings})
+def option(name: str, **settings: Any) -> Option:
+    """One option; settings replace those of `SHARED`, where it is among them."""
+    return name, SHARED.get(name.removeprefix("--"), {}) | settings
+
+
+def shared(**defaults: Any) -> list[Option]:
+    """Options that several scripts have, by name, with this script's defaults."""
+    return [option("--" + name.replace("_", "-"), default=default) for name, default in defaults.items()]
 
 
 @dataclass
@@ -94,8 +93,8 @@ class Script:
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=(self.description or "").split("\n")[0])
         parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, tables and plots beside")
-        for names, settings in self.options:
-            parser.add_argument(*names, **settings)
+        for name, settings in self.options:
+            parser.add_argument(name, **settings)
         options = parser.parse_args(arguments)
         if getattr(options, "quick", False):  # less of everything that was not asked for by itself
             parser.set_defaults(**self.quick)

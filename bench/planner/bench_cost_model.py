@@ -158,19 +158,14 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-main = Script(
-    __spec__,
-    run,
-    __doc__,
-    [
-        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("rounds", 5)),
-        option("--context", type=int, default=512, help="committed tokens (default %(default)s)"),
-        option("--own-shapes", action="store_true", help="microbenchmarks of the models' own shapes"),
-        option("--models", nargs="+", metavar="NAME", help="only the models whose names begin so"),
-        option("--profile", type=Path, help="also save the microbenchmarks as a profile"),
-    ],
-    markdown=markdown,
-).main
+OPTIONS = [
+    *shared(device="cpu", threads=None, quick=False, rounds=5),
+    option("--context", type=int, default=512, help="committed tokens (default %(default)s)"),
+    option("--own-shapes", action="store_true", help="microbenchmarks of the models' own shapes"),
+    option("--models", nargs="+", metavar="NAME", help="only the models whose names begin so"),
+    option("--profile", type=Path, help="also save the microbenchmarks as a profile"),
+]
+main = Script(__spec__, run, __doc__, OPTIONS, markdown=markdown).main
 
 
 if __name__ == "__main__":

@@ -239,20 +239,15 @@ def run(bench: Run) -> None:
             print(f"no plot: {reason}")
 
 
-main = Script(
-    __spec__,
-    run,
-    __doc__,
-    [
-        *(shared("device", "cpu"), shared("threads"), shared("quick")),
-        option("--pair", choices=sorted(PAIRS), help="shapes (default: 350M/8M on a CPU, 7B/68M on CUDA)"),
-        option("--profile", type=Path, help="a profile with microbenchmarks, instead of measuring"),
-        option("--acceptance", type=Path, help="JSON of an acceptance estimate (default: a typical vector)"),
-        option("--visits", type=int, default=2000, help="nodes the typical vector is as if counted over"),
-        option("--max-budget", type=int, default=256),
-    ],
-    markdown=markdown,
-).main
+OPTIONS = [
+    *shared(device="cpu", threads=None, quick=False),
+    option("--pair", choices=sorted(PAIRS), help="shapes (default: 350M/8M on a CPU, 7B/68M on CUDA)"),
+    option("--profile", type=Path, help="a profile with microbenchmarks, instead of measuring"),
+    option("--acceptance", type=Path, help="JSON of an acceptance estimate (default: a typical vector)"),
+    option("--visits", type=int, default=2000, help="nodes the typical vector is as if counted over"),
+    option("--max-budget", type=int, default=256),
+]
+main = Script(__spec__, run, __doc__, OPTIONS, markdown=markdown).main
 
 
 if __name__ == "__main__":

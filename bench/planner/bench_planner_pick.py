@@ -117,19 +117,13 @@ def markdown(document: dict[str, Any]) -> str:
     )
 
 
-main = Script(
-    __spec__,
-    measure,
-    __doc__,
-    [
-        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("prompts", 4)),
-        *(shared("calibration-prompts", 8), shared("prompt-tokens", 128), shared("new-tokens", 64)),
-        *(shared("rounds", 3), shared("profile-seconds", 20.0)),
-        option("--temperature", type=float, default=0.6),
-    ],
-    quick={"prompts": 1, "calibration_prompts": 1, "rounds": 1, "new_tokens": 24, "profile_seconds": 2.0},
-    markdown=markdown,
-).main
+OPTIONS = [
+    *shared(device="cpu", threads=None, quick=False, prompts=4, calibration_prompts=8, prompt_tokens=128),
+    *shared(new_tokens=64, rounds=3, profile_seconds=20.0),
+    option("--temperature", type=float, default=0.6),
+]
+QUICK = {"prompts": 1, "calibration_prompts": 1, "rounds": 1, "new_tokens": 24, "profile_seconds": 2.0}
+main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK, markdown=markdown).main
 
 
 if __name__ == "__main__":

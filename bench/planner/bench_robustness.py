@@ -12,7 +12,7 @@ for all samplers and trees (replay.py); real loops with each sampler swapped in 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,27 +317,25 @@ def run(bench: Run) -> None:
             print(f"no plots: {reason}")
 
 
+def titled_tables(document: Mapping[str, Any]) -> str:
+    return f"## robustness\n\n{robustness_page.markdown(document)}"
+
+
 def check(options: Any) -> str | None:
     if len({options.target is None, options.draft is None, options.prompts_file is None}) != 1:
         return "--target, --draft and --prompts-file must be given together: acceptance depends on the text"
     return None
 
 
-main = Script(
-    __spec__,
-    run,
-    __doc__,
-    [
-        *(shared("device"), shared("threads"), shared("quick"), shared("dtype", "float32")),
-        option("--page", type=Path, metavar="PATH", help="put tables into this page, and plots beside it"),
-        option("--target", metavar="PATH", help="target model (default: the demo pair)"),
-        option("--draft", metavar="PATH", help="draft model"),
-        shared("prompts-file", help="prompts, parted by two empty lines; needed with --target"),
-        option("--seed", type=int, default=0),
-    ],
-    markdown=lambda document: f"## robustness\n\n{robustness_page.markdown(document)}",
-    check=check,
-).main
+OPTIONS = [
+    *shared(device="auto", threads=None, quick=False, dtype="float32"),
+    option("--page", type=Path, metavar="PATH", help="put tables into this page, and plots beside it"),
+    option("--target", metavar="PATH", help="target model (default: the demo pair)"),
+    option("--draft", metavar="PATH", help="draft model"),
+    option("--prompts-file", help="prompts, parted by two empty lines; needed with --target"),
+    option("--seed", type=int, default=0),
+]
+main = Script(__spec__, run, __doc__, OPTIONS, markdown=titled_tables, check=check).main
 
 
 if __name__ == "__main__":

@@ -91,16 +91,11 @@ def measure(bench: Run) -> None:
                 print(f"  {name:44s}{speed}  {against} (median {entry['median_over_static_plan']:.2f}x)", flush=True)
 
 
-main = Script(
-    __spec__,
-    measure,
-    __doc__,
-    [
-        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("temperatures", [0.0, 1.0])),
-        *(shared("prompts", 8), shared("prompt-tokens", 128), shared("new-tokens", 192)),
-    ],
-    quick={"prompts": 1, "new_tokens": 32, "temperatures": [0.0]},
-).main
+OPTIONS = shared(
+    device="cpu", threads=None, quick=False, temperatures=[0.0, 1.0], prompts=8, prompt_tokens=128, new_tokens=192
+)
+QUICK = {"prompts": 1, "new_tokens": 32, "temperatures": [0.0]}
+main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK).main
 
 
 if __name__ == "__main__":

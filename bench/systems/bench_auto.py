@@ -110,17 +110,13 @@ def measure(bench: Run) -> None:
         print(f"  measuring took at most {row['largest_measuring_seconds']:.1f} s", flush=True)
 
 
-main = Script(
-    __spec__,
-    measure,
-    __doc__,
-    [
-        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("temperatures", [0.0, 0.6])),
-        *(shared("prompts", 16), shared("prompt-tokens", 128), shared("new-tokens", 128)),
-        option("--picks-only", action="store_true", help="do not decode with the plans, whose trees change"),
-    ],
-    quick={"prompts": 3, "new_tokens": 24, "temperatures": [0.0]},
-).main
+OPTIONS = [
+    *shared(device="cpu", threads=None, quick=False, temperatures=[0.0, 0.6]),
+    *shared(prompts=16, prompt_tokens=128, new_tokens=128),
+    option("--picks-only", action="store_true", help="do not decode with the plans, whose trees change"),
+]
+QUICK = {"prompts": 3, "new_tokens": 24, "temperatures": [0.0]}
+main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK).main
 
 
 if __name__ == "__main__":

@@ -151,16 +151,11 @@ def run(bench: Run) -> None:
         )
 
 
-main = Script(
-    __spec__,
-    run,
-    __doc__,
-    [
-        *(shared("device"), shared("quick"), shared("rounds", 5)),
-        option("--steps", type=int, default=50, help="steps in a row (default %(default)s)"),
-    ],
-    quick={"rounds": 2},
-).main
+OPTIONS = [
+    *shared(device="auto", quick=False, rounds=5),
+    option("--steps", type=int, default=50, help="steps in a row (default %(default)s)"),
+]
+main = Script(__spec__, run, __doc__, OPTIONS, quick={"rounds": 2}).main
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.common.demo import Demo
-from bench.common.script import Run, Script, shared
+from bench.common.script import Run, Script, option, shared
 from sequoia_kernels import TreePlan, generate, plan_tree
 
 STAGES = ("draft", "sample", "target", "verify", "commit", "host")
@@ -119,21 +119,14 @@ def measure(bench: Run) -> None:
         print(f"  outside the forwards: {100 * row['overhead_fraction']['planned tree']:.1f} % of a step", flush=True)
 
 
-main = Script(
-    __spec__,
-    measure,
-    __doc__,
-    [
-        *(shared("device", "cpu"), shared("threads"), shared("quick"), shared("temperatures", [0.0, 0.6, 1.0])),
-        *(shared("prompts", 8), shared("calibration-prompts", 8), shared("rounds", 3)),
-        *(shared("prompt-tokens", 128), shared("new-tokens", 128), shared("dtype", "float32")),
-        shared("profile-seconds", help="time for the hardware profile (default: its own choice)"),
-    ],
-    quick={
-        **{"temperatures": [0.6], "prompts": 1, "calibration_prompts": 1, "rounds": 1},
-        **{"prompt_tokens": 48, "new_tokens": 32, "profile_seconds": 1.0},
-    },
-).main
+OPTIONS = [
+    *shared(device="cpu", threads=None, quick=False, temperatures=[0.0, 0.6, 1.0], prompts=8, calibration_prompts=8),
+    *shared(rounds=3, prompt_tokens=128, new_tokens=128, dtype="float32"),
+    option("--profile-seconds", help="time for the hardware profile (default: its own choice)"),
+]
+QUICK = {"temperatures": [0.6], "prompts": 1, "calibration_prompts": 1, "rounds": 1, "prompt_tokens": 48}
+QUICK |= {"new_tokens": 32, "profile_seconds": 1.0}
+main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK).main
 
 
 if __name__ == "__main__":

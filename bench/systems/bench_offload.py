@@ -412,15 +412,11 @@ def run(bench: Run) -> None:
         print(f"skipped: {name}: {reason}")
 
 
-main = Script(
-    __spec__,
-    run,
-    __doc__,
-    [
-        *(shared("device"), shared("quick"), shared("seconds")),
-        option("--parts", nargs="+", choices=PARTS, default=list(PARTS)),
-    ],
-).main
+OPTIONS = [
+    *shared(device="auto", quick=False, seconds=None),
+    option("--parts", nargs="+", choices=PARTS, default=list(PARTS)),
+]
+main = Script(__spec__, run, __doc__, OPTIONS).main
 
 
 if __name__ == "__main__":

@@ -625,36 +625,31 @@ def print_result(result: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-main = Script(
-    __spec__,
-    run,
-    __doc__,
-    [
-        option("--rows", nargs="+", choices=tuple(ROWS), help="default: those that suit the device"),
-        shared("temperatures", help="default: those of the row"),
-        shared("device"),
-        shared("dtype", help="default: the row's"),
-        option("--target", type=Path, help="a real target instead of the rows, with --draft"),
-        option("--draft", type=Path),
-        shared("prompts-file", help="prompts for --target, two blank lines between them"),
-        option("--size", type=int, nargs=2, metavar=("NODES", "LEVELS"), help="size of the tree of --target"),
-        shared("prompts", help="default 4 on a GPU, 3 on a CPU"),
-        shared("prompt-tokens", 128),
-        shared("new-tokens", help="default 512 on a GPU, 128 on a CPU"),
-        option("--divergence", type=float, help="take this instead of searching; see synthetic_pair.py"),
-        shared("profile-seconds", 15.0),
-        option("--compile", action="store_true", help="our own loop's forwards through torch.compile"),
-        option("--pack", action="store_true", help="half-precision weights in oneDNN's layout, for all loops (CPU)"),
-        shared("seconds", help="begin no row after this time"),
-        option("--no-rivals", action="store_true", help="leave transformers' loops out"),
-        shared("quick", help=f"rows {' '.join(QUICK_ROWS)}, few tokens"),
-    ],
-    quick={"new_tokens": 64, "profile_seconds": 1.5, "prompts": 1, "temperatures": [0.0]},
-    markdown=markdown,
-    check=lambda options: (
-        "--target and --draft must be given together" if (options.target is None) != (options.draft is None) else None
-    ),
-).main
+def check(options: argparse.Namespace) -> str | None:
+    both = (options.target is None) == (options.draft is None)
+    return None if both else "--target and --draft must be given together"
+
+
+OPTIONS = [
+    option("--rows", nargs="+", choices=tuple(ROWS), help="default: those that suit the device"),
+    option("--temperatures", help="default: those of the row"),
+    *shared(device="auto", prompt_tokens=128, profile_seconds=15.0),
+    option("--dtype", help="default: the row's"),
+    option("--target", type=Path, help="a real target instead of the rows, with --draft"),
+    option("--draft", type=Path),
+    option("--prompts-file", help="prompts for --target, two blank lines between them"),
+    option("--size", type=int, nargs=2, metavar=("NODES", "LEVELS"), help="size of the tree of --target"),
+    option("--prompts", help="default 4 on a GPU, 3 on a CPU"),
+    option("--new-tokens", help="default 512 on a GPU, 128 on a CPU"),
+    option("--divergence", type=float, help="take this instead of searching; see synthetic_pair.py"),
+    option("--compile", action="store_true", help="our own loop's forwards through torch.compile"),
+    option("--pack", action="store_true", help="half-precision weights in oneDNN's layout, for all loops (CPU)"),
+    option("--seconds", help="begin no row after this time"),
+    option("--no-rivals", action="store_true", help="leave transformers' loops out"),
+    option("--quick", help=f"rows {' '.join(QUICK_ROWS)}, few tokens"),
+]
+QUICK = {"new_tokens": 64, "profile_seconds": 1.5, "prompts": 1, "temperatures": [0.0]}
+main = Script(__spec__, run, __doc__, OPTIONS, quick=QUICK, markdown=markdown, check=check).main
 
 
 if __name__ == "__main__":

@@ -77,18 +77,13 @@ def measure(bench: Run) -> None:
         print(f"{num_rows:4d} rows: transformers {plain_ms:.3f} ms, adapted {tree_ms:.3f} ms, ratio {ratio:.3f}")
 
 
-main = Script(
-    __spec__,
-    measure,
-    __doc__,
-    [
-        *(shared("quick"), shared("rounds", 200)),
-        option("--rows", type=int, nargs="+", default=[1, 8, 16], help="rows of a forward (default %(default)s)"),
-        option("--context", type=int, default=256, help="rows already in the cache (default %(default)s)"),
-        option("--layers", type=int, default=24),
-    ],
-    quick={"rounds": 20, "rows": [1, 8]},
-).main
+OPTIONS = [
+    *shared(quick=False, rounds=200),
+    option("--rows", type=int, nargs="+", default=[1, 8, 16], help="rows of a forward (default %(default)s)"),
+    option("--context", type=int, default=256, help="rows already in the cache (default %(default)s)"),
+    option("--layers", type=int, default=24),
+]
+main = Script(__spec__, measure, __doc__, OPTIONS, quick={"rounds": 20, "rows": [1, 8]}).main
 
 
 if __name__ == "__main__":

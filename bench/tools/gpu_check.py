@@ -160,10 +160,7 @@ def last_line(log: Path) -> str:
 
 
 def run_all(
-    planned: Sequence[Stage],
-    minutes: float,
-    out: Path,
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    planned: Sequence[Stage], minutes: float, out: Path, on_outcome: Callable[[Outcome], None] = lambda outcome: None
 ) -> list[Outcome]:
     """Run the stages within the time; what one leaves over goes to those behind it."""
     folder = out / "logs"

@@ -125,16 +125,12 @@ def measure(bench: Run) -> None:
     ]
 
 
-main = Script(
-    __spec__,
-    measure,
-    __doc__,
-    [
-        shared("device", "cuda"),
-        option("--nodes", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 1024]),
-        option("--contexts", type=int, nargs="+", default=[8192]),
-    ],
-).main
+OPTIONS = [
+    *shared(device="cuda"),
+    option("--nodes", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256, 1024]),
+    option("--contexts", type=int, nargs="+", default=[8192]),
+]
+main = Script(__spec__, measure, __doc__, OPTIONS).main
 
 
 if __name__ == "__main__":

@@ -289,3 +289,11 @@ def test_it_traces_without_a_graph_break():
     logits, seeds = _random_logits(3, 17), torch.arange(3)
     compiled = torch.compile(draw, backend="eager", fullgraph=True)
     assert torch.equal(compiled(logits, seeds).tokens, draw(logits, seeds).tokens)
+
+
+def test_a_transform_of_torch_sees_the_operator_in_inference_mode_too():
+    rows = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
+    wanted = torch.stack([sample_without_replacement(row, 3, 1.0, 1, 0).tokens for row in rows])
+    with torch.inference_mode():
+        found = torch.func.vmap(lambda row: sample_without_replacement(row, 3, 1.0, 1, 0).tokens)(rows)
+    assert torch.equal(found, wanted)

@@ -48,6 +48,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 # Where a version of torch cannot tell how many modes want to see operators, there always seems to be one.
 _num_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transform_level: Callable[[], int | None] = getattr(torch._C._functorch, "maybe_current_level", lambda: 0)
 
 _library = torch.library.Library("sequoia", "FRAGMENT")
 
@@ -223,7 +224,7 @@ class Operator(Generic[Inputs, Outputs]):
 
 
 def _dispatcher_is_idle() -> bool:
-    """Whether torch's dispatcher would do nothing but call the implementation: no gradients, modes or traces.
+    """Whether torch's dispatcher would do nothing but call the implementation: no gradients, modes, traces or vmap.
 
     A decoding step of a small model attends once a layer, and passing through the dispatcher costs it about
     as much again as the checks: 20 of 80 us on the demo pair's 12 nodes (bench/ops/bench_tree_attention.py, eager).
@@ -232,6 +233,7 @@ def _dispatcher_is_idle() -> bool:
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
         and _num_dispatch_modes() == 0
+        and _transform_level() is None
         and not torch.jit.is_tracing()
     )
 

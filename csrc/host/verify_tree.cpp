@@ -263,14 +263,17 @@ void walk(const Request& request, Workspace& workspace, Emitted& emitted) {
     }
 }
 
-// Children lie behind their parents and inside the tree, so that every walk ends; and the two bounds hold.
+// Children lie behind their parents and inside the tree, and no node has two parents, so that every walk ends; and the
+// two bounds hold.
 bool tree_valid(const Tree& tree, std::vector<std::int64_t>& depths) {
     depths.assign(static_cast<std::size_t>(tree.num_nodes), 0);
+    std::int64_t unclaimed = 1;  // the first node that may be a child of the nodes to come
     for (std::int64_t node = 0; node < tree.num_nodes; ++node) {
         const std::int64_t first = tree.first_child[node], count = tree.num_children[node];
         if (count < 0 || count > tree.max_branching || depths[node] >= tree.num_levels) return false;
         if (count == 0) continue;
-        if (first <= node || first > tree.num_nodes - count) return false;
+        if (first <= node || first < unclaimed || first > tree.num_nodes - count) return false;
+        unclaimed = first + count;
         std::fill_n(depths.begin() + first, count, depths[node] + 1);
     }
     return true;

@@ -8,6 +8,7 @@ from support.chi_square import p_value, sequence_counts
 from support.tiny_models import noisy_copy, tiny_llama
 
 from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding import auto
 from sequoia_kernels.decoding.logits_hook import NodePaths
 
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
@@ -91,6 +92,35 @@ def test_the_joint_distribution_is_that_of_the_changed_logits():
         joint = (joint[:, None] * logits.softmax(-1)).flatten()
         prefixes = torch.cat((prefixes.repeat_interleave(5, 0), torch.arange(5).repeat(len(prefixes))[:, None]), dim=1)
     assert p_value(sequence_counts(torch.tensor(output.new_tokens), 5), joint.view(5, 5, 5)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("returns", "looks"),
+    [
+        (lambda paths, logits: None, "NoneType"),
+        (lambda paths, logits: logits[..., :-1], r"\[1, 1, 31\] torch.float32 on cpu"),
+        (lambda paths, logits: logits.long(), r"\[1, 1, 32\] torch.int64 on cpu"),
+        (lambda paths, logits: logits.to("meta"), r"\[1, 1, 32\] torch.float32 on meta"),
+    ],
+)
+def test_what_a_hook_must_return(returns, looks):
+    message = rf"generate: logits_hook must return logits of shape \[1, 1, 32\] on cpu, got {looks}"
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_llama(3), None, torch.tensor([[1, 2]]), logits_hook=returns)
+
+
+def test_calls_with_a_hook_teach_nothing_about_others(monkeypatch):
+    learnt = []
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(auto, "_learn", lambda kept, key, stats: learnt.append(stats))
+    target = tiny_llama(3, vocab_size=VOCAB)
+    options = {"max_new_tokens": 8, "eos_token_id": ()}
+    generate(
+        target, noisy_copy(target, 0.3), torch.tensor([[1, 2]]), logits_hook=lambda paths, logits: -logits, **options
+    )
+    assert not learnt
+    generate(target, noisy_copy(target, 0.3), torch.tensor([[1, 2]]), **options)
+    assert len(learnt) == 1
 
 
 def test_a_hook_that_cannot_be_called_is_refused():

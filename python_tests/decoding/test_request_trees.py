@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 from support.tiny_models import noisy_copy, tiny_llama
@@ -35,6 +37,11 @@ def test_every_request_decodes_as_it_would_alone_with_its_tree(temperature, back
     assert set(together.stats.steps_by_tree) == set(TREES)
     if temperature == 0:
         assert together.new_tokens == generate(MODELS, None, batch, max_new_tokens=40).new_tokens
+
+
+def test_any_sequence_of_trees_will_do():
+    one, other = (generate(MODELS, DRAFT, prompts(3), tree=kind(TREES), max_new_tokens=9) for kind in (deque, tuple))
+    assert one.new_tokens == other.new_tokens
 
 
 def test_counts_are_of_each_requests_own_tree():

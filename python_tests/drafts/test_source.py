@@ -11,6 +11,7 @@ from sequoia_kernels import TokenTree, adapt, generate, measure_profile
 from sequoia_kernels.decoding import auto
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.drafts import Drafting, DraftSource, ModelDraft, StageClock, draft_source
+from sequoia_kernels.models.attention import attend_along_tree
 
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
 
@@ -122,6 +123,17 @@ def test_what_a_source_cannot_be_given_is_refused():
         generate(target, bigrams(target, needs=(3,)), prompt, tree=TREE)
     with pytest.raises(ValueError, match=r"measure_profile: draft must tell what growing a level takes"):
         generate(target, bigrams(target), prompt)
+    for needs in ((1, 1), 3, (True,), None):
+        with pytest.raises(TypeError, match=r"generate: draft.needs must be a tuple of different integers, got"):
+            generate(target, bigrams(target, needs=needs), prompt, tree=TREE)
+    for positions, needs, message in (
+        (1, (), "draft.positions must be"),
+        (64, (1,), "draft.positions must be None where it needs hidden states, got 64"),
+    ):
+        source = bigrams(target, needs=needs)
+        source.positions = positions
+        with pytest.raises(ValueError, match=f"generate: {message}"):
+            generate(target, source, prompt, tree=TREE)
     source = bigrams(target)
     source.device = torch.device("meta")
     with pytest.raises(ValueError, match="generate: draft must be on the target's device cpu, got meta"):
@@ -187,6 +199,14 @@ def test_engines_with_other_sources_are_not_mixed_up(monkeypatch):
     for source in (first, second, first, second):
         texts.append(generate(target, source, torch.tensor([[1, 2, 3]]), **options).new_tokens)
     assert len(made) == 2 and len({str(text) for text in texts}) == 1
+    first.table, first.vocab_size = first.table[:, :8].contiguous(), 8  # its rows end sooner, and so do an engine's
+    assert generate(target, first, torch.tensor([[1, 2, 3]]), **options).new_tokens == texts[0]
+    assert len(made) == 3
+    other = type("Other", (ModelDraft,), {})(adapt(noisy_copy(target.model, 0.3)))
+    for source in (other, ModelDraft(other.model)):  # one model, two kinds of sources
+        generate(target, source, torch.tensor([[1, 2, 3]]), **options)
+    assert len(made) == 5
+    made[2:] = []
     assert [engine.eager.drafting.source for engine in made] == [None, None]  # idle, they hold nobody
     type(first).graph_key = property(lambda self: id(self.table))
     try:
@@ -195,6 +215,70 @@ def test_engines_with_other_sources_are_not_mixed_up(monkeypatch):
     finally:
         del type(first).graph_key
         engines.release_engines()
+
+
+class CachedBigrams(Bigrams):
+    """With a cache that keeps the tokens that it was told, and fewer positions than a request may want."""
+
+    positions = 32
+
+    def start(self, target, state, max_cache_len, *, backend, clock):
+        return CachedDrafting(self, state, max_cache_len, backend, clock)
+
+
+class CachedDrafting(BigramDrafting):
+    def __init__(self, source, state, max_cache_len, backend, clock):
+        super().__init__(source, state, backend, clock)
+        self.rows = torch.full((state.cache_lens.shape[0], max_cache_len, 1, 1), -1.0)
+
+    def cache_tensors(self):
+        return [self.rows]
+
+    def prefill(self, lanes, tokens, num_tokens, hidden_states):
+        assert tokens.device == num_tokens.device == self.state.cache_lens.device
+        self.rows[lanes, : tokens.shape[1], 0, 0] = tokens.float()
+
+    def grow(self, layout, buffers):
+        super().grow(layout, buffers)
+        for request, length in enumerate(self.state.draft_lens.tolist()):
+            self.rows[request, length : length + layout.num_nodes, 0, 0] = buffers.tokens[request].float()
+
+
+def test_a_source_with_a_cache_and_few_positions_is_compacted_and_begun_anew():
+    target = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    prompts = torch.randint(12, (2, 9), generator=torch.Generator().manual_seed(1))
+    output = generate(target, CachedBigrams(bigrams(target).table), prompts, tree=TREE, max_new_tokens=70)
+    assert output.new_tokens == generate(target, None, prompts, max_new_tokens=70).new_tokens
+    assert output.stats.draft_restarts > 0
+
+
+def test_what_only_this_process_knows_is_not_kept_on_disk_and_not_mixed_up(monkeypatch):
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(auto, "_profiles", type(auto._profiles)())
+    monkeypatch.setattr(auto, "_pairs", type(auto._pairs)())
+    saved = []
+    for name in ("save_profile", "save_evidence"):
+        monkeypatch.setattr(auto, name, lambda *arguments: saved.append(arguments))
+    target = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    sources = [TimedBigrams(sign * bigrams(target).table) for sign in (1, -1)]
+    for source in (*sources, *sources):
+        generate(target, source, torch.tensor([[1, 2, 3]]), max_new_tokens=12)
+    assert len(auto._profiles) == len(auto._pairs) == 2 and not saved
+    named = type("Named", (TimedBigrams,), {"identity": "bigrams of a test"})(sources[0].table)
+    generate(target, named, torch.tensor([[1, 2, 3]]), max_new_tokens=12)
+    assert len(saved) == 2 and all(arguments[0]["source"] == "bigrams of a test" for arguments in saved)
+
+
+def test_other_attentions_have_other_times():
+    target = adapt(tiny_llama(3))
+    keys = [
+        auto._profile_key(adapt(target, attention=attention), draft_source(tiny_llama(3)), 128)
+        for attention in (None, "reference", "host", lambda *arguments: attend_along_tree(*arguments))
+    ]
+    assert "attention" not in keys[0] and len({str(key) for key in keys}) == 4
+    assert "0x" not in str(keys[1])
+    with pytest.raises((TypeError, ValueError), match="attention"):
+        adapt(target.model, attention="")
 
 
 def test_an_idle_clock_counts_nothing():

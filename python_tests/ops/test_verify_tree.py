@@ -574,6 +574,40 @@ def test_a_topology_that_is_no_tree_is_refused(backend, changes, message, shared
         backend(*step, topology._replace(**changes), 0.7, 0, 0)
 
 
+@pytest.mark.parametrize("num_nodes", [9, 1023])
+def test_a_node_with_two_parents_is_refused(backend, num_nodes):
+    """Its depth would be that of the last one: a walk through the others is longer than the outputs."""
+    if backend.device.type != "cpu":
+        pytest.skip("values are checked on a CPU only")
+    chain = TokenTree.chain(num_nodes).tensors()
+    first_child, num_children = chain.first_child.clone(), chain.num_children.clone()
+    first_child[2], num_children[2] = 3, 1
+    num_children[1] = 2  # nodes 2 and 3, and node 3 is a child of node 2, too
+    hostile = chain._replace(first_child=first_child, num_children=num_children, max_branching=2)
+    step = _random_step(TokenTree.chain(num_nodes), 1, 5)
+    message = (
+        "^verify_tree: tree must have the children of node 2 behind those of the nodes before it, got 1 from node 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        backend(*step, hostile, 0.7, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_levels": 1.5}, TypeError, "tree.num_levels must be an integer, got float"),
+        ({"num_levels": -1}, ValueError, r"tree.num_levels must be in 1..8, got -1"),
+        ({"num_levels": 1 << 45}, ValueError, r"tree.num_levels must be in 1..8, got"),
+        ({"max_branching": None}, TypeError, "tree.max_branching must be an integer, got NoneType"),
+        ({"parents": None}, TypeError, "tree.parents must be a tensor, got NoneType"),
+        ({"first_child": torch.tensor(3)}, ValueError, r"tree.first_child must have shape \[nodes\] or"),
+    ],
+)
+def test_fields_of_a_topology_are_checked_by_name(changes, error, message):
+    with pytest.raises(error, match=f"^verify_tree: {message}"):
+        verify_tree(*_random_step(MIXED, 2, 13), MIXED.tensors()._replace(**changes), 0.7, 0, 0)
+
+
 def test_topologies_of_wrong_structure_are_refused():
     step, topology = _random_step(MIXED, 2, 13), _topology([MIXED] * 3)
     with pytest.raises(ValueError, match=r"tree.first_child must have shape \[nodes\] or \[batch, nodes\] with 8"):

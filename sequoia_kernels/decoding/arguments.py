@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -172,11 +173,24 @@ def _check_draft(target: TreeModel, draft: DraftSource) -> None:
             f"generate: draft must be on the target's device {target.device}, got {draft.device}; "
             "move one of the models with .to(...)"
         )
-    for number in draft.needs:
-        if not isinstance(number, int) or not 0 <= number <= target.num_layers:
+    needs, positions = draft.needs, draft.positions
+    if not isinstance(needs, (tuple, list)) or not all(map(is_integer, needs)) or len(set(needs)) < len(needs):
+        raise TypeError(f"generate: draft.needs must be a tuple of different integers, got {needs!r}")
+    for number in needs:
+        if not 0 <= number <= target.num_layers:
             raise ValueError(
                 f"generate: draft must need hidden states in 0..{target.num_layers}, got {number!r} from {draft!r}"
             )
+    if positions is not None:
+        checks.whole_number("generate", "draft.positions", positions, rule=checks.at_least(2))
+        if needs:
+            raise ValueError(f"generate: draft.positions must be None where it needs hidden states, got {positions}")
+    try:
+        weakref.ref(draft.owner)
+    except TypeError:
+        raise TypeError(
+            f"generate: draft.owner must be an object that takes weak references, got {type(draft.owner).__name__}"
+        ) from None
 
 
 def _check_tree(tree: GivenTree, batch_size: int) -> None:
@@ -184,7 +198,7 @@ def _check_tree(tree: GivenTree, batch_size: int) -> None:
     is_each = _is_one_each(tree)
     if not (is_word or is_each or isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower))):
         raise TypeError(
-            "generate: tree must be a TokenTree, a TreePlan, an AdaptivePlan, a TreeFollower, "
+            "generate: tree must be a TokenTree, one for each request, a TreePlan, an AdaptivePlan, a TreeFollower, "
             f'"auto" or "adaptive", got {tree!r}'
         )
     trees = _trees(tree)
@@ -342,8 +356,9 @@ def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) 
     return frozenset(int(token) for token in ids)
 
 
-def _is_one_each(tree: GivenTree) -> bool:
-    return isinstance(tree, (list, tuple)) and bool(tree) and all(isinstance(entry, TokenTree) for entry in tree)
+def _is_one_each(tree: Any) -> bool:
+    is_several = isinstance(tree, Sequence) and not isinstance(tree, str) and len(tree) > 0
+    return is_several and all(isinstance(entry, TokenTree) for entry in tree)
 
 
 def _trees(tree: GivenTree) -> list[TokenTree]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import sys
@@ -18,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -28,6 +30,7 @@ from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource
 from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
+from sequoia_kernels.models.attention import attend_along_tree
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
     AcceptanceEvidence,
@@ -90,6 +93,8 @@ class Choice(NamedTuple):
     learn: Callable[[GenerateStats], None]
 
 
+_numbers: WeakKeyDictionary[DraftSource, int] = WeakKeyDictionary()
+_count = itertools.count()
 _lock = threading.RLock()  # one measurement at a time: they would end up in one another's times
 _profiles: OrderedDict[str, HardwareProfile] = OrderedDict()  # by digest of their keys
 _pairs: OrderedDict[str, _Kept] = OrderedDict()
@@ -146,12 +151,14 @@ def choose_tree(
         key = _acceptance_key(target, draft, arguments)
         kept = _pairs.get(digest := key_digest(key))
         if kept is None:
-            known = load_evidence(key) or AcceptanceEvidence()
+            known = (load_evidence(key) if _lasts(key) else None) or AcceptanceEvidence()
             kept = _pairs[digest] = _Kept(known, known.num_visits)
         _pairs.move_to_end(digest)
         while len(_pairs) > MOST_PAIRS:
             _pairs.popitem(last=False)
         plan = _planned(kept, profile, adaptive, arguments.max_new_tokens >= EXPLORED_TOKENS, settings)
+    if arguments.logits_hook is not None:  # what is accepted under it says nothing of other calls
+        return Choice(plan, lambda stats: None)
     return Choice(plan, lambda stats: _learn(kept, key, stats))
 
 
@@ -188,7 +195,8 @@ def _learn(kept: _Kept, key: dict[str, Any], stats: GenerateStats) -> None:
     with _lock:
         kept.evidence = kept.evidence.with_run(stats.visited_by_rank, stats.accepted_by_rank, len(stats.request_steps))
         if kept.evidence.num_visits > SAVE_GROWTH * kept.saved_visits:
-            save_evidence(key, kept.evidence)
+            if _lasts(key):
+                save_evidence(key, kept.evidence)
             kept.saved_visits = kept.evidence.num_visits
 
 
@@ -200,7 +208,7 @@ def _profile(
     nominal = SMALLEST_CONTEXT * CONTEXT_STEP**steps
     key = _profile_key(target, draft, nominal)
     digest = key_digest(key)
-    known = _profiles.get(digest) or load_profile(key)
+    known = _profiles.get(digest) or (load_profile(key) if _lasts(key) else None)
     sizes = [] if known is None else [table.batch_size for table in known.forwards.get(key["target"], ())]
     if known is None or not (arguments.batch_size in sizes or brackets(sizes, arguments.batch_size)):
         measured_len = min(nominal, max(SMALLEST_CONTEXT, arguments.longest))
@@ -208,7 +216,8 @@ def _profile(
             measured_len = min(measured_len, target.max_positions - 1)
         profile = _measure(target, draft, arguments, measured_len, rows)
         known = profile if known is None else known.merged(profile)
-        save_profile(key, known)
+        if _lasts(key):
+            save_profile(key, known)
     _profiles[digest] = known
     _profiles.move_to_end(digest)
     while len(_profiles) > MOST_PAIRS:
@@ -278,6 +287,8 @@ def _profile_key(target: TreeModel, draft: DraftSource, context_len: int) -> dic
         "modules": [_modules(model) for model in (target, *draft.models)],
         "compile": [model.compile_mode for model in (target, *draft.models)],
         "context": context_len,
+        **_attentions(target, *draft.models),
+        **_source(draft),
     }
 
 
@@ -286,11 +297,41 @@ def _acceptance_key(target: TreeModel, draft: DraftSource, arguments: Generation
     count = arguments.batch_size
     columns = (arguments.temperature, arguments.top_k or [0] * count, arguments.top_p or [1.0] * count)
     rule = {} if arguments.rule == DEFAULT_RULE else {"rule": arguments.rule}
-    return rule | {
-        "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
-        "draft": "-".join([draft.fingerprint.key, *map(_weights_digest, draft.models)]),
-        "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
-    }
+    return (
+        rule
+        | _source(draft)
+        | {
+            "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
+            "draft": "-".join([draft.fingerprint.key, *map(_weights_digest, draft.models)]),
+            "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
+        }
+    )
+
+
+def _attentions(*models: TreeModel) -> dict[str, Any]:
+    """The attentions of models, where one is not the default."""
+    names = [_name_of(model.attention) for model in models]
+    return {} if set(names) == {_name_of(attend_along_tree)} else {"attention": names}
+
+
+def _name_of(attention: Any) -> str:
+    """An attention's code and what it is bound to; two objects of one class cannot be told apart from outside."""
+    if isinstance(attention, functools.partial):
+        return f"{_name_of(attention.func)}{attention.args}{attention.keywords}"
+    code = attention if hasattr(attention, "__qualname__") else type(attention)
+    return f"{code.__module__}.{code.__qualname__}"
+
+
+def _source(draft: DraftSource) -> dict[str, Any]:
+    """What a source says it is; one that says nothing is told from others in this process by a number."""
+    if draft.identity is None:
+        return {"source": _numbers.setdefault(draft, next(_count))}
+    return {"source": draft.identity} if draft.identity else {}
+
+
+def _lasts(key: dict[str, Any]) -> bool:
+    """Whether what is found out is worth keeping on disk: not for a source that only this process knows."""
+    return not isinstance(key.get("source"), int)
 
 
 def _modules(model: TreeModel) -> str:

@@ -189,7 +189,7 @@ class _Key(NamedTuple):
     filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
     weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
     forwards: tuple[Any, ...]  # what the models' forwards do, and how they are compiled
-    draft: Any  # whose it is, and what else it says of its graphs
+    draft: tuple[Any, ...] | None  # see `_draft_key`
 
 
 class _Kept(NamedTuple):
@@ -312,6 +312,12 @@ def _models(*parts: TreeModel | DraftSource | None) -> list[TreeModel]:
     return [model for models in of_parts for model in models]
 
 
+def _draft_key(draft: DraftSource) -> tuple[Any, ...]:
+    """Whose buffers and graphs they are, how those look, and what else the draft says of them."""
+    looks = (draft.vocab_size, draft.logits_dtype, tuple(draft.needs), draft.positions)
+    return type(draft), id(draft.owner), *looks, draft.graph_key
+
+
 def _key(
     target: TreeModel,
     draft: DraftSource | None,
@@ -331,5 +337,5 @@ def _key(
         (state.top_k is not None, state.top_p is not None),
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
         tuple((model.compile_mode, model.forward_state()) for model in models),
-        None if draft is None else (id(draft.owner), draft.graph_key),
+        None if draft is None else _draft_key(draft),
     )

@@ -128,14 +128,22 @@ class DecodingStep:
             state.offsets += 1
             if self.drafting is not None:
                 tokens, lens = (prompts, prompt_lens) if draft_tokens is None else _padded(draft_tokens)
-                self.drafting.prefill(list(range(len(prompts))), tokens, lens, list(hidden_states.values()))
+                self._prefill_draft(list(range(len(prompts))), tokens, lens, list(hidden_states.values()))
             return next_token
 
     def restart_draft(self, lanes: list[int], tokens: Sequence[list[int]]) -> None:
         """Let the draft's context of some requests consist of these tokens, the last ones that were committed."""
-        assert self.drafting is not None  # whoever has tokens for a draft has a draft
         with self.clock.stage("draft"):
-            self.drafting.prefill(lanes, *_padded(tokens), [])
+            self._prefill_draft(lanes, *_padded(tokens), [])
+
+    def _prefill_draft(
+        self, lanes: list[int], tokens: torch.Tensor, num_tokens: torch.Tensor, hidden_states: list[torch.Tensor]
+    ) -> None:
+        assert self.drafting is not None  # whoever has tokens for a draft has a draft
+        num_tokens = num_tokens.to(self.target.device)
+        self.drafting.prefill(lanes, tokens.to(self.target.device), num_tokens, hidden_states)
+        if self.state.has_own_draft_lens:
+            self.state.draft_lens[lanes] = num_tokens
 
     def end_request(self, index: int) -> None:
         """Stop committing for a request; its lane goes on with caches of one row."""
@@ -207,7 +215,13 @@ class DecodingStep:
         if self.logits_hook is None or self.history is None:
             return logits
         topology = tree.tensors(logits.device) if isinstance(tree, TokenTree) else tree
-        return self.logits_hook(NodePaths(self.history, self.state.cache_lens, tokens, topology), logits)
+        changed = self.logits_hook(NodePaths(self.history, self.state.cache_lens, tokens, topology), logits)
+        given = isinstance(changed, torch.Tensor) and (changed.shape, changed.device, changed.is_floating_point())
+        if given != (logits.shape, logits.device, True):
+            looks = f"{list(changed.shape)} {changed.dtype} on {changed.device}" if given else type(changed).__name__
+            wanted = f"shape {list(logits.shape)} on {logits.device}"
+            raise ValueError(f"generate: logits_hook must return logits of {wanted}, got {looks}")
+        return changed
 
     def _verify(
         self,
@@ -263,7 +277,7 @@ class DecodingStep:
             state.root_tokens.copy_(path.next_token)
             state.offsets += layout.num_nodes
             emitted_tokens = EmittedTokens(emitted, path.nodes, num_accepted)
-        if self.drafting is not None and layout.levels:
+        if self.drafting is not None:
             self.drafting.committed(path, hidden_states)
         return emitted_tokens
 

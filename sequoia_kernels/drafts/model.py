@@ -44,6 +44,8 @@ class ModelDraft(DraftSource):
     """
 
     def __init__(self, model: TreeModel) -> None:
+        if not isinstance(model, TreeModel):
+            raise TypeError(f"ModelDraft: model must be a TreeModel, as adapt gives, got {type(model).__name__}")
         self.model = model
         self.models = (model,)
 
@@ -81,6 +83,11 @@ class ModelDraft(DraftSource):
     def owner(self) -> Any:
         """The Hugging Face model: a call that is given it again makes another source of it."""
         return self.model.model
+
+    @property
+    def identity(self) -> str | None:
+        """What the model does not say of itself: the class, where it is another one."""
+        return "" if type(self) is ModelDraft else f"{type(self).__module__}.{type(self).__qualname__}"
 
     @property
     def fingerprint(self) -> ModelFingerprint:
@@ -129,8 +136,7 @@ class _ModelDrafting(Drafting):
     ) -> None:
         """Run the tokens through the model."""
         model, cache = self.source.model, self.cache
-        tokens = tokens.to(model.device).clamp(max=model.num_embeddings - 1)
-        num_tokens = num_tokens.to(model.device)
+        tokens = tokens.clamp(max=model.num_embeddings - 1)
         if len(lanes) == cache.batch_size:
             prefill(model, cache, tokens, num_tokens)
         else:
@@ -138,8 +144,6 @@ class _ModelDrafting(Drafting):
             prefill(model, part, tokens, num_tokens)
             for whole, rows in zip(cache.tensors(), part.tensors(), strict=True):
                 whole[lanes, : rows.shape[1]] = rows
-        if self.state.has_own_draft_lens:
-            self.state.draft_lens[lanes] = num_tokens
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
         """Give a forward over the level; one with fewer positions sees no more than those."""

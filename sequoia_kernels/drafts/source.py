@@ -56,6 +56,14 @@ class DraftSource(ABC):
         return None
 
     @property
+    def identity(self) -> str | None:
+        """What measured times and acceptance belong to besides `fingerprint` and `models`, from process to process.
+
+        None: to this object alone; nothing of it is kept on disk.
+        """
+        return None
+
+    @property
     def fingerprint(self) -> ModelFingerprint:
         """What times and acceptance that were measured belong to."""
         return ModelFingerprint(
@@ -74,7 +82,7 @@ class DraftSource(ABC):
         """Begin a batch.
 
         Args:
-            target: the target.
+            target: the target; an object that outlasts the call must not keep it.
             state: the batch's state, which steps advance in place.
             max_cache_len: rows that a cache needs: committed tokens and the tree behind them.
             backend: backend of the ops.
@@ -115,7 +123,7 @@ class Drafting(ABC):
 
         Args:
             lanes: the R requests.
-            tokens: their tokens.
+            tokens: their tokens, on the target's device; the state's lengths are set behind this call.
             num_tokens: how many each has.
             hidden_states: what `needs` names, of these tokens. [R, longest, width] each.
         """
@@ -126,7 +134,8 @@ class Drafting(ABC):
 
         Args:
             layout: the tree, level by level.
-            buffers: `tokens[:, 0]` holds the roots; `draw_children` fills the rest of a level.
+            buffers: `tokens[:, 0]` holds the roots; `draw_children` fills the rest of a level. Where children are not
+                drawn, their tokens must be -1 and the logits of their parents finite.
         """
 
     def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:  # noqa: B027

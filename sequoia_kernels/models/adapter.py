@@ -139,7 +139,7 @@ def adapt(
             f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
             "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
         )
-    return TreeModel(model, _plan_of(model), mode, _attention(attention or "auto"))
+    return TreeModel(model, _plan_of(model), mode, _attention("auto" if attention is None else attention))
 
 
 def _plan_of(model: PreTrainedModel) -> _ModelPlan:

@@ -141,6 +141,8 @@ def verify_tree(
     checks.check_tensor(OP, "tokens", tokens)
     checks.check_rows(OP, "tokens", tokens, "batch, nodes")
     rule_named(OP, rule)
+    if isinstance(tree, Topology):
+        _check_topology(tree)
     if tree.num_nodes > MAX_STEP_ROWS:
         checks.fail_range(OP, "tree", f"have at most {MAX_STEP_ROWS} nodes", tree.num_nodes)
     topology = tree.tensors(tokens.device) if isinstance(tree, TokenTree) else tree
@@ -163,6 +165,18 @@ def verify_tree(
         rule,
     )
     return OPERATOR(inputs, out, backend, debug)
+
+
+def _check_topology(tree: Topology) -> None:
+    """Check what the schema of the operator asks for, and what bounds the outputs' sizes."""
+    for name in ("parents", "first_child", "num_children"):
+        checks.check_tensor(OP, f"tree.{name}", getattr(tree, name))
+        if getattr(tree, name).dim() not in (1, 2):
+            checks.fail_range(OP, f"tree.{name}", "have shape [nodes] or [batch, nodes]", getattr(tree, name).dim())
+    for name, least in (("num_levels", 1), ("max_branching", 0)):
+        bound = checks.whole_number(OP, f"tree.{name}", getattr(tree, name))
+        if not least <= bound <= max(tree.num_nodes, 1):
+            checks.fail_range(OP, f"tree.{name}", f"be in {least}..{max(tree.num_nodes, 1)}", bound)
 
 
 def check(inputs: VerifyTreeInputs) -> None:
@@ -233,15 +247,19 @@ def check_values(inputs: VerifyTreeInputs) -> None:
 
 
 def _check_tree(inputs: VerifyTreeInputs) -> None:
-    """Children lie behind their parents and inside the tree, so that every walk ends; and the two bounds hold."""
+    """Children lie behind their parents and inside the tree, each has one parent, and the two bounds hold."""
     num_nodes = inputs.first_child.shape[-1]
     firsts, counts = (part.reshape(-1, num_nodes).tolist() for part in (inputs.first_child, inputs.num_children))
     for tree_firsts, tree_counts in zip(firsts, counts):
-        depths = [0] * num_nodes
+        depths, unclaimed = [0] * num_nodes, 1
         for node, (first, count) in enumerate(zip(tree_firsts, tree_counts)):
             if count < 0 or (count > 0 and not node < first <= num_nodes - count):
                 rule = f"have the children of node {node} behind it and below node {num_nodes}"
                 checks.fail_range(OP, "tree", rule, f"{count} from node {first}")
+            if count > 0 and first < unclaimed:
+                rule = f"have the children of node {node} behind those of the nodes before it"
+                checks.fail_range(OP, "tree", rule, f"{count} from node {first}")
+            unclaimed = first + count if count > 0 else unclaimed
             depths[first : first + count] = [depths[node] + 1] * count
         if max(tree_counts) > inputs.max_branching:
             checks.fail_range(OP, "tree.max_branching", f"be at least {max(tree_counts)}", inputs.max_branching)

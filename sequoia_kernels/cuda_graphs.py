@@ -22,16 +22,9 @@ import torch
 from sequoia_kernels.guard import guarded, release_if_owned
 
 __all__ = [
-    "CaptureError",
-    "Captured",
-    "as_replay",
-    "capture",
-    "forget_refusals",
-    "new_memory",
-    "on_device",
-    "refuse",
+    "CaptureError", "Captured", "as_replay", "capture", "forget_refusals", "new_memory", "on_device", "refuse",
     "refused",
-]
+]  # fmt: skip
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -48,8 +41,7 @@ _NONE, _INVALIDATED = 0, 2  # CU_STREAM_CAPTURE_STATUS_*
 class CaptureError(RuntimeError):
     """A call cannot be captured; the message says why.
 
-    Attributes:
-        lasting: whether the call itself is the reason, so that trying again is of no use. A lack of memory is not.
+    `lasting` where the call itself is the reason, so that trying again is of no use. A lack of memory is none.
     """
 
     def __init__(self, reason: str, *, lasting: bool = True) -> None:
@@ -65,19 +57,14 @@ class Captured(NamedTuple):
 
 
 def capture(
-    call: Callable[[], object],
-    device: torch.device,
-    *,
-    memory: Any = None,
-    undo: Callable[[], object] = lambda: None,
+    call: Callable[[], object], device: torch.device, *, memory: Any = None, undo: Callable[[], object] = lambda: None
 ) -> Captured:
     """Capture a call in a CUDA graph, behind two runs that compile its kernels and show whether it can be captured.
 
     Args:
         call: what to capture; it works on `device`, which is current while it runs.
         device: a CUDA device, not necessarily the current one.
-        memory: `new_memory` of several graphs that are replayed one after the other, so that they
-            share their memory; None gives the graph memory of its own.
+        memory: `new_memory` of several graphs that are replayed one after the other; None gives memory of its own.
         undo: sets back what a run of the call changed; called behind each run and after a failure.
 
     Returns:
@@ -239,37 +226,29 @@ class _Driver:
         except OSError as error:
             raise CaptureError(f"the CUDA driver cannot be called: {error}") from error
 
-    def _call(self, name: str, *arguments: Any) -> int:
-        status: int = getattr(self._library, name)(*arguments)
-        return status
-
-    def _check(self, name: str, *arguments: Any) -> None:
-        status = self._call(name, *arguments)
-        if status != 0:
+    def _call(self, name: str, *arguments: Any) -> None:
+        if (status := getattr(self._library, name)(*arguments)) != 0:
             raise RuntimeError(f"{name} of the CUDA driver failed with status {status}")
 
     def num_nodes(self, graph: int) -> int:
         """Kernels, copies and other nodes of a graph."""
         count = ctypes.c_size_t()
-        self._check("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
+        self._call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
         return count.value
 
     def capture_status(self, stream: int) -> int:
         """Whether a stream is being captured: 0 no, 1 yes, 2 yes, but the capture is invalid."""
         status = ctypes.c_int()
-        self._check("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(status))
+        self._call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(status))
         return status.value
 
     def exchange_capture(self, stream: int) -> None:
         """End an invalid capture of a stream and begin another one."""
-        self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(ctypes.c_void_p()))  # gives an error
-        self._check("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
+        self._library.cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(ctypes.c_void_p()))  # gives an error
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
 
 
-@functools.cache
-def _driver() -> _Driver:
-    return _Driver()
-
+_driver = functools.cache(_Driver)
 
 # Models that cannot be captured, with the dtype in which that was found: cast to another one they run other kernels.
 _refused: WeakKeyDictionary[Any, torch.dtype] = WeakKeyDictionary()
@@ -311,11 +290,8 @@ def as_replay(
     """Give the replay of a call that is captured, as a decoding step pays for it; on other devices the call itself.
 
     Args:
-        call: what to capture. Its results are thrown away.
-        device: where it works.
-        memory: see `capture`.
-        model: the `TreeModel` whose forward the call is, None where it is none. One that cannot be captured is tried
-            once.
+        call, device, memory: as for `capture`; the call's results are thrown away.
+        model: the `TreeModel` whose forward the call is, if any. One that cannot be captured is tried once.
 
     Notes:
         Where capture fails, the reason is logged and the call is returned as it is: its time then contains launches.

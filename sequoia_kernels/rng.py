@@ -22,16 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ACCEPT_TAG",
-    "DRAFT_TAG",
-    "RESIDUAL_TAG",
-    "coin",
-    "gumbel",
-    "node_coins",
-    "philox4x32",
-    "token_gumbel",
-]
+__all__ = ["ACCEPT_TAG", "DRAFT_TAG", "RESIDUAL_TAG", "coin", "gumbel", "node_coins", "philox4x32", "token_gumbel"]
 
 DRAFT_TAG = 1  # Gumbel noise of the children that a draft row draws
 ACCEPT_TAG = 2  # the coin that accepts or rejects a node

@@ -162,7 +162,7 @@ def test_pages_are_locked_and_unlocked_on_the_models_device(monkeypatch: pytest.
     block.allocate()
     host_memory.close_all([block])
     assert seen == [1, 1, 1]
-    assert block.content is None
+    assert block.block is None
 
 
 def test_forgetting_swallows_the_error_that_the_next_launch_finds(monkeypatch: pytest.MonkeyPatch) -> None:

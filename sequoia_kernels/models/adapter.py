@@ -73,10 +73,7 @@ _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeE
 
 
 def adapt(
-    model: PreTrainedModel | TreeModel,
-    *,
-    compile: bool | str = False,
-    attention: str | TreeAttention | None = None,
+    model: PreTrainedModel | TreeModel, *, compile: bool | str = False, attention: str | TreeAttention | None = None
 ) -> TreeModel:
     """Make a Hugging Face decoder-only language model decode token trees.
 

@@ -19,9 +19,7 @@ _MAX_PADDING = 1024
 
 
 def load_model(
-    path_or_id: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    path_or_id: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Load a decoder-only language model from a folder or a hub id, ready for decoding.
 

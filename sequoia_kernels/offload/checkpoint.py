@@ -22,19 +22,10 @@ _LENGTH_BYTES = 8  # little-endian length of the JSON header in front of the dat
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 _MAX_COUNT = (1 << 64) - 1  # of elements and bytes: the format's own limit, too
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class StoredTensor(NamedTuple):
@@ -50,11 +41,7 @@ class StoredTensor(NamedTuple):
 class Checkpoint(WeightSource):
     """All tensors of a model folder, by name; files are mapped on first use and unmapped by `close`.
 
-    Args:
-        folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
-
-    Attributes:
-        tensors: where each tensor lies.
+    The folder holds `model.safetensors`, or shards with `model.safetensors.index.json`; `tensors` says where each lies.
 
     Raises:
         FileNotFoundError: there are no safetensors files, or a shard that the index names is missing.
@@ -187,8 +174,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, StoredTensor]:
     header = _parse_json(text)
     if not text.startswith(b"{"):
         raise ValueError("a header that is no object")
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
+    if (metadata := header.pop("__metadata__", None)) is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("metadata that is not text")
     data_start = _LENGTH_BYTES + len(text)
@@ -202,10 +189,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, StoredTensor]:
 
 
 def _parse_entry(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
-    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    shape: Any
-    offsets: Any
-    shape, offsets, stored_as = (fields.get(field) for field in ("shape", "data_offsets", "dtype"))
+    fields: Any = entry if isinstance(entry, dict) else {}
+    shape, offsets, stored_as = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and isinstance(stored_as, str)):
         raise ValueError(f"no dtype, shape and data_offsets of {_short(name)}")
     dtype = _DTYPES.get(stored_as)

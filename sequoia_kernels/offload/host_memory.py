@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,13 +26,8 @@ _CGROUP_FILES = {
 class Closeable(Protocol):
     """What holds memory until it is closed; idempotent."""
 
-    num_bytes: int
-
     def close(self) -> None:
         """Let go of memory."""
-
-
-Held = TypeVar("Held", bound=Closeable)
 
 
 class PageLock(Protocol):
@@ -46,14 +41,11 @@ class PageLock(Protocol):
 
 
 class CudaPageLock:
-    """Page-locks with the CUDA runtime.
+    """Page-locks with the CUDA runtime, on a device, or on the thread's own where None is given.
 
-    torch's own pinned allocator rounds sizes up to powers of two (a 1.7 GB layer would take 2.1 GB) and keeps what is
-    freed; registering exactly the block's pages does neither.
-
-    Args:
-        device: current while it works: a thread that has not chosen one would set up the first device of the machine.
-            None leaves the thread's choice.
+    A thread that has not chosen one would set up the first device of the machine. torch's own pinned allocator rounds
+    sizes up to powers of two (a 1.7 GB layer would take 2.1 GB) and keeps what is freed; registering exactly the
+    block's pages does neither.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -103,71 +95,57 @@ class HostBlock:
     Args:
         num_bytes: its size.
         page_lock: locks the block, None leaves it pageable.
-
-    Attributes:
-        content: the memory, while there is some. [num_bytes] uint8.
     """
 
-    content: torch.Tensor | None = None
+    block: torch.Tensor | None = None  # the memory, while there is some. [num_bytes] uint8
 
     def __init__(self, num_bytes: int, page_lock: PageLock | None) -> None:
         self.num_bytes = num_bytes
         self._page_lock = page_lock
 
     def allocate(self) -> torch.Tensor:
-        """Allocate the memory, lock it and return it; apart from the constructor, so that its owner can close it.
-
-        Raises:
-            RuntimeError, OSError, MemoryError: there is not so much memory, or it cannot be locked.
-        """
-        self.content = allocate_block(self.num_bytes)
+        """Allocate the memory, lock it and return it; apart from the constructor, so that its owner can close it."""
+        self.block = allocate_block(self.num_bytes)
         if self._page_lock is not None:
-            self._page_lock.lock(self.content)
-        return self.content
+            self._page_lock.lock(self.block)
+        return self.block
 
     def close(self) -> None:
         """Unlock and free the block. Idempotent."""
-        if self.content is not None:
+        if self.block is not None:
             if self._page_lock is not None:
-                self._page_lock.unlock(self.content)
-            self.content = None
+                self._page_lock.unlock(self.block)
+            self.block = None
 
     def __del__(self) -> None:
         self.close()
 
 
-def close_all(blocks: Iterable[Closeable]) -> None:
+Block = TypeVar("Block", bound=HostBlock)
+
+
+def close_all(blocks: Collection[Closeable]) -> None:
     """Close blocks, or layers that have them, whatever interrupts that; what did is raised then."""
-    found = list(blocks)
 
     def close() -> None:
-        for block in found:
+        for block in blocks:
             block.close()
 
-    if found:
+    if blocks:
         run_shielded(close, "sequoia-close")
 
 
 def fill_all(
-    blocks: Iterable[Held], fill: Callable[[Held], object], message: Callable[[int, BaseException], str]
+    blocks: Collection[Block], fill: Callable[[Block], object], message: Callable[[int, BaseException], str]
 ) -> None:
-    """Let each block take its memory, all or nothing.
-
-    Args:
-        blocks: what takes memory.
-        fill: lets one of them do so.
-        message: what to say where there is too little, of the bytes that there were and the error.
-
-    Raises:
-        RuntimeError: there is too little memory, or it cannot be locked; nothing stays allocated.
-    """
-    found, done = list(blocks), 0
+    """Let each block take its memory, all or nothing; else RuntimeError with `message(bytes there were, error)`."""
+    done = 0
     try:
-        for block in found:
+        for block in blocks:
             fill(block)
             done += block.num_bytes
     except BaseException as error:
-        close_all(found)
+        close_all(blocks)
         if isinstance(error, (RuntimeError, OSError, MemoryError)):
             raise RuntimeError(message(done, error)) from error
         raise

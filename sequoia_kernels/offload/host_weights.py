@@ -16,18 +16,10 @@ __all__ = ["HostLayer", "MappedLayer", "PackedLayer", "load_layer", "pack_layers
 
 
 class HostLayer(ABC):
-    """A layer's weights where a link takes them from.
-
-    Attributes:
-        num_bytes: size of the layer's block.
-    """
+    """A layer's weights where a link takes them from."""
 
     num_bytes: int
-
-    @property
-    def block(self) -> torch.Tensor | None:
-        """The block itself where it is in memory as a whole. [num_bytes] uint8."""
-        return None
+    block: torch.Tensor | None = None  # the layer where it is in memory as a whole. [num_bytes] uint8
 
     @abstractmethod
     def write_into(self, destination: torch.Tensor) -> None:
@@ -40,40 +32,25 @@ class HostLayer(ABC):
         """Give the memory back, if it is the layer's own. Idempotent."""
 
 
-class PackedLayer(HostLayer):
-    """A layer packed into one block of memory, so that one copy moves it.
-
-    Args:
-        layer: the layer.
-        page_lock: locks the block, None leaves it pageable.
-    """
+class PackedLayer(HostBlock, HostLayer):
+    """A layer packed into one block of memory, page-locked or not, so that one copy moves it."""
 
     def __init__(self, layer: DecoderLayer, page_lock: PageLock | None) -> None:
-        self.num_bytes = layer.num_bytes
+        super().__init__(layer.num_bytes, page_lock)
         self._layer = layer
-        self._block = HostBlock(layer.num_bytes, page_lock)
 
     def load(self, weights: WeightSource, names: Mapping[str, str]) -> PackedLayer:
         """Allocate the block and fill it from where the weights are, by the name of each tensor there."""
-        load_layer(self._layer, weights, names, self._block.allocate())
+        load_layer(self._layer, weights, names, self.allocate())
         for packed in self._layer.tensors:
             weights.forget(names[packed.name])
         return self
-
-    @property
-    def block(self) -> torch.Tensor | None:
-        """The block, while it is open. [num_bytes] uint8."""
-        return self._block.content
 
     def write_into(self, destination: torch.Tensor) -> None:
         """Write the block."""
         if self.block is None:
             raise RuntimeError("OffloadedModel: the weights must be open, got a closed model")
         destination.copy_(self.block)
-
-    def close(self) -> None:
-        """Unlock and free the block. Idempotent."""
-        self._block.close()
 
 
 class MappedLayer(HostLayer):
@@ -102,13 +79,7 @@ def load_layer(layer: DecoderLayer, weights: WeightSource, names: Mapping[str, s
 def pack_layers(
     layers: Sequence[DecoderLayer], weights: WeightSource, names: Mapping[str, str], page_lock: PageLock | None
 ) -> list[HostLayer]:
-    """Bring layers into host memory, one block each; all or nothing.
-
-    Layers whose tensors have the same names at the source share one block.
-
-    Raises:
-        RuntimeError: the host has too little memory, or too little that can be page-locked; nothing stays allocated.
-    """
+    """Bring layers into host memory, all or nothing: a block each, or one for those that have the same tensors."""
     keys = [tuple(names[packed.name] for packed in layer.tensors) for layer in layers]
     distinct = dict(zip(keys, layers))
     needed = sum(layer.num_bytes for layer in distinct.values())

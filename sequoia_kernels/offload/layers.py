@@ -98,17 +98,10 @@ def find_stored(modules: Iterable[tuple[str, nn.Module]]) -> list[ModelTensor]:
 
 
 def find_layers(model: PreTrainedModel) -> list[DecoderLayer]:
-    """Find a model's decoder layers and lay out their tensors.
+    """Find the decoder layers of a model on the meta device, in the order in which they run, and lay them out.
 
-    Args:
-        model: a model whose layers are on the meta device.
-
-    Returns:
-        The layers in the order in which they run.
-
-    Raises:
-        UnsupportedModelError: there is not exactly one list of decoder layers, a tensor belongs to several layers, or
-            a layer keeps its weights in objects of a quantisation library.
+    UnsupportedModelError says where there is not exactly one list of them, where a tensor belongs to several layers, or
+    where a layer keeps its weights in objects of a quantisation library.
     """
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     lists = {
@@ -118,7 +111,9 @@ def find_layers(model: PreTrainedModel) -> list[DecoderLayer]:
         and len(module) == num_layers
         and all(any(True for _ in layer.parameters()) for layer in module)
     }
-    outermost = {name: found for name, found in lists.items() if not any(_inside(name, other) for other in lists)}
+    outermost = {
+        name: found for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    }
     refusal = f"load_offloaded: family {family_name(model)} cannot be offloaded: "
     if len(outermost) != 1:
         got = ", ".join(sorted(outermost)) or "none"
@@ -136,10 +131,6 @@ def find_layers(model: PreTrainedModel) -> list[DecoderLayer]:
             if other != f"layer {layer.layer_idx}":
                 raise UnsupportedModelError(f"{refusal}{packed.name} is shared with {other}")
     return layers
-
-
-def _inside(name: str, other: str) -> bool:
-    return name != other and name.startswith(f"{other}.")
 
 
 def lay_out(index: int, path: str, layer: nn.Module, refusal: str) -> DecoderLayer:

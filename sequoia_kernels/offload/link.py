@@ -26,15 +26,12 @@ class Link(ABC):
 
     @abstractmethod
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
-        """Start a copy and return at once.
+        """Start a copy and return the transfer, for `wait`, at once.
 
         Args:
             source: the layer.
             destination: at least `source.num_bytes`. uint8, on the device.
             after: mark behind which the destination may be overwritten, from `mark`; None at once.
-
-        Returns:
-            The transfer, for `wait`.
         """
 
     @abstractmethod
@@ -144,14 +141,11 @@ class CudaLink(Link):
     A page-locked block is one asynchronous copy that the host only launches. Layers in memory-mapped files pass through
     two page-locked staging blocks that a reading thread fills; then the host waits for that thread, never for the GPU.
 
-    Args:
-        device: the device.
-        staging_bytes: size of a staging block, 0 when all layers are page-locked.
+    `staging_bytes` is the size of such a block, 0 when all layers are page-locked.
     """
 
     def __init__(self, device: torch.device, staging_bytes: int = 0) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._outer_stream: torch.cuda.Stream | None = None
         self._closed = False
         self._reader: _StagingReader | None = None
@@ -237,7 +231,7 @@ class _StagingReader(ThreadLink):
         copied = self._copied[turn]
         if copied is not None:
             copied.synchronize()
-        num_bytes, content = transfer.source.num_bytes, self._blocks[turn].content
+        num_bytes, content = transfer.source.num_bytes, self._blocks[turn].block
         assert content is not None
         block = content[:num_bytes]
         with torch.cuda.device(self._link._device):

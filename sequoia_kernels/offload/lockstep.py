@@ -48,18 +48,10 @@ class Lockstep:
         self._member.barrier()
 
     def run(self, functions: Sequence[Callable[[], Result]], device: torch.device) -> list[Result]:
-        """Run all functions in lockstep.
+        """Run all functions, in this order of turns, and return their results; all call `barrier` equally often.
 
-        Args:
-            functions: what to run, in the order of turns; all of them call `barrier` equally often.
-            device: the device whose current stream the functions use, as the caller does.
-
-        Returns:
-            Their results.
-
-        Raises:
-            BaseException: the first error that one of them raised; the others are abandoned at their next turn. Or
-                what interrupted the caller; none of them runs any more then.
+        They use the current stream of `device`, as the caller does. The first error that one of them raises is raised
+        here; the others are abandoned at their next turn. So they are where the caller is interrupted.
         """
         self.end()
         turns = self._round = _Round(functions, device, self._member)
@@ -107,9 +99,8 @@ class _Round(Generic[Result]):
         threads: list[threading.Thread] = []
         try:
             for index in self._waiting[1:]:
-                thread = threading.Thread(
-                    target=self._run_one, args=(index,), name=f"sequoia-chunk-{index}", daemon=True
-                )
+                name = f"sequoia-chunk-{index}"
+                thread = threading.Thread(target=self._run_one, args=(index,), name=name, daemon=True)
                 thread.start()
                 threads.append(thread)
         except BaseException:

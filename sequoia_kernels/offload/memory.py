@@ -13,14 +13,8 @@ from sequoia_kernels.documents import is_integer
 from sequoia_kernels.offload.layers import DecoderLayer
 
 __all__ = [
-    "MAX_PREFILL_ROWS",
-    "MemoryPlan",
-    "format_bytes",
-    "parse_bytes",
-    "plan_memory",
-    "reserved_bytes",
-    "spread_layers",
-]
+    "MAX_PREFILL_ROWS", "MemoryPlan", "format_bytes", "parse_bytes", "plan_memory", "reserved_bytes", "spread_layers",
+]  # fmt: skip
 
 _DEFAULT_CACHE_LEN = 4096
 # Rows of a prompt that are prefilled in one pass over the weights; their hidden states are on the device meanwhile.
@@ -36,35 +30,20 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, by use, and the layers that stay there.
+    """Bytes on the device, by use, and the layers that stay there."""
 
-    Attributes:
-        num_layers: decoder layers of the model.
-        resident: layers that stay on the device.
-        streamed: layers that are copied to the device in every pass.
-        num_buffers: buffers for streamed layers; 0 when there are none.
-        buffer_bytes: size of one buffer, that of the largest streamed layer.
-        resident_bytes: weights of the resident layers.
-        streamed_bytes: weights of the streamed layers; what one pass copies.
-        host_bytes: what they take on the host; less than `streamed_bytes` only where layers share their weights.
-        fixed_bytes: embeddings, norms, head and tables.
-        kv_bytes: reserved for keys and values.
-        workspace_bytes: reserved for activations and logits, an estimate.
-        budget_bytes: the limit, None without one.
-    """
-
-    num_layers: int
-    resident: tuple[int, ...]
-    streamed: tuple[int, ...]
-    num_buffers: int
-    buffer_bytes: int
-    resident_bytes: int
-    streamed_bytes: int
-    host_bytes: int
-    fixed_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    budget_bytes: int | None
+    num_layers: int  # decoder layers of the model
+    resident: tuple[int, ...]  # layers that stay on the device
+    streamed: tuple[int, ...]  # layers that are copied to the device in every pass
+    num_buffers: int  # for streamed layers; 0 when there are none
+    buffer_bytes: int  # size of one buffer, that of the largest streamed layer
+    resident_bytes: int  # weights of the resident layers
+    streamed_bytes: int  # weights of the streamed layers; what one pass copies
+    host_bytes: int  # what they take on the host; less than `streamed_bytes` only where layers share their weights
+    fixed_bytes: int  # embeddings, norms, head and tables
+    kv_bytes: int  # reserved for keys and values
+    workspace_bytes: int  # reserved for activations and logits, an estimate
+    budget_bytes: int | None  # the limit, None without one
 
     @property
     def weight_bytes(self) -> int:
@@ -127,7 +106,6 @@ def plan_memory(
     num_layers = len(layer_bytes)
     if num_buffers < 1:
         raise ValueError(f"load_offloaded: num_buffers must be at least 1, got {num_buffers}")
-    wanted = _check_resident(resident_layers, num_layers)
     block_of = range(num_layers) if weights_of is None else weights_of
 
     def plan(resident: Sequence[int]) -> MemoryPlan:
@@ -147,18 +125,7 @@ def plan_memory(
             budget_bytes=budget_bytes,
         )
 
-    def spread(num_resident: int) -> tuple[int, ...]:
-        return tuple(sorted(set(range(num_layers)) - set(spread_layers(num_layers, num_layers - num_resident))))
-
-    if isinstance(wanted, tuple):
-        candidates = [wanted]
-    elif wanted is not None:
-        candidates = [spread(wanted)]
-    elif budget_bytes is None:
-        candidates = [()]
-    else:
-        candidates = [spread(count) for count in range(num_layers, -1, -1)]
-    for resident in candidates:
+    for resident in _choices(resident_layers, num_layers, budget_bytes is not None):
         found = plan(resident)
         if budget_bytes is None or found.total_bytes <= budget_bytes:
             return found
@@ -169,21 +136,25 @@ def plan_memory(
     )
 
 
-def _check_resident(resident_layers: int | Sequence[int] | None, num_layers: int) -> int | tuple[int, ...] | None:
+def _choices(resident_layers: Any, num_layers: int, has_budget: bool) -> list[tuple[int, ...]]:
+    """Say which layers may stay on the device as an argument asks for it, the most welcome first."""
+    layers = set(range(num_layers))
     if resident_layers is None:
-        return None
-    if is_integer(resident_layers):
+        counts = range(num_layers, -1, -1) if has_budget else range(1)
+    elif is_integer(resident_layers):
         if not 0 <= resident_layers <= num_layers:
             raise ValueError(f"load_offloaded: resident_layers must be in 0..{num_layers}, got {resident_layers}")
-        return resident_layers
-    if isinstance(resident_layers, bool) or not hasattr(resident_layers, "__iter__"):
+        counts = range(resident_layers, resident_layers + 1)
+    elif isinstance(resident_layers, bool) or not hasattr(resident_layers, "__iter__"):
         raise TypeError(f"load_offloaded: resident_layers must be a number or layer indices, got {resident_layers!r}")
-    indices = tuple(resident_layers)
-    if len(set(indices)) < len(indices) or not set(indices) <= set(range(num_layers)):
-        raise ValueError(
-            f"load_offloaded: resident_layers must be different indices below {num_layers}, got {list(indices)}"
-        )
-    return indices
+    else:
+        indices = tuple(resident_layers)
+        if len(set(indices)) < len(indices) or not set(indices) <= layers:
+            raise ValueError(
+                f"load_offloaded: resident_layers must be different indices below {num_layers}, got {list(indices)}"
+            )
+        return [indices]
+    return [tuple(sorted(layers - set(spread_layers(num_layers, num_layers - count)))) for count in counts]
 
 
 def reserved_bytes(
@@ -195,36 +166,24 @@ def reserved_bytes(
     max_rows: int,
     on_cuda: bool,
 ) -> tuple[int, int]:
-    """Estimate what a model's forwards take beside its weights.
+    """Estimate the bytes that forwards take beside the weights: of keys and values, and of a workspace.
 
-    Args:
-        config: the model's configuration.
-        layers: its decoder layers.
-        dtype: of weights and activations.
-        batch_size: requests.
-        max_cache_len: rows of each of them; None takes 4096, or the model's positions where they are fewer.
-        max_rows: tokens of the largest forward of a tree, of each request.
-        on_cuda: count CUDA's libraries as well.
-
-    Returns:
-        (bytes of keys and values, bytes of the workspace: activations, logits and libraries).
+    For `batch_size` requests of `max_cache_len` rows, whose largest tree forwards feed `max_rows`. The workspace is for
+    activations, logits and, on CUDA, libraries.
     """
     if max_cache_len is None:
         max_cache_len = min(_DEFAULT_CACHE_LEN, _setting(config, "max_position_embeddings") or _DEFAULT_CACHE_LEN)
     # The largest forward: a tree, or a prompt's chunk while the other chunks of the pass wait with a layer's input.
-    waiting = min(MAX_PREFILL_ROWS, batch_size * max_cache_len) * _waiting_bytes(config, dtype)
+    # What waits of a token: its hidden state, its residual, its rotary tables.
+    _, _, head_dim = _head_shape(config)
+    waiting_bytes = 2 * ((_setting(config, "hidden_size") or 1) * dtype.itemsize + head_dim * torch.float32.itemsize)
+    waiting = min(MAX_PREFILL_ROWS, batch_size * max_cache_len) * waiting_bytes
     chunk_rows = batch_size * min(_CHUNK_ROWS, max_cache_len)
     num_chunks = -(-min(max_cache_len, MAX_PREFILL_ROWS // batch_size) // _CHUNK_ROWS)
     row_bytes = _activation_bytes(config, dtype)
     workspace = max(batch_size * max_rows * row_bytes, chunk_rows * row_bytes + waiting)
     libraries = (_CUBLAS_STREAMS + num_chunks) * _CUBLAS_BYTES if on_cuda else 0
     return batch_size * max_cache_len * _cache_row_bytes(config, layers, dtype), workspace + libraries
-
-
-def _waiting_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of a token whose chunk waits in front of a layer: its hidden state, its residual, its rotary tables."""
-    _, _, head_dim = _head_shape(config)
-    return 2 * ((_setting(config, "hidden_size") or 1) * dtype.itemsize + head_dim * torch.float32.itemsize)
 
 
 def _setting(config: Any, *names: str) -> int | None:
@@ -237,12 +196,8 @@ def _setting(config: Any, *names: str) -> int | None:
 def _head_shape(config: Any) -> tuple[int, int, int]:
     """Return (query heads, key/value heads, width of a head)."""
     num_heads = _setting(config, "num_attention_heads") or 1
-    hidden = _setting(config, "hidden_size") or 1
-    return (
-        num_heads,
-        _setting(config, "num_key_value_heads") or num_heads,
-        _setting(config, "head_dim") or hidden // num_heads,
-    )
+    head_dim = _setting(config, "head_dim") or (_setting(config, "hidden_size") or 1) // num_heads
+    return num_heads, _setting(config, "num_key_value_heads") or num_heads, head_dim
 
 
 def _cache_row_bytes(config: Any, layers: Sequence[DecoderLayer], dtype: torch.dtype) -> int:
@@ -274,12 +229,7 @@ def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """Read a size: bytes, or text such as "20GiB" or "512 MB".
-
-    Raises:
-        TypeError: `value` is neither an integer nor text.
-        ValueError: it is no positive size.
-    """
+    """Read a positive size: bytes, or text such as "20GiB" or "512 MB"; `name` is the argument in errors."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"load_offloaded: {name} must be a number of bytes or text like '20GiB', got {value!r}")
     if isinstance(value, str):

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -70,9 +69,7 @@ class OffloadedModel(TreeModel):
     def __enter__(self) -> OffloadedModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def with_settings(self, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
@@ -101,9 +98,8 @@ class OffloadedModel(TreeModel):
         return (self.memory.budget_bytes or 0) - self.memory.weight_bytes - self.memory.workspace_bytes
 
     def _row_bytes(self) -> int:
-        return sum(
-            spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in self._plan.specs
-        )
+        specs = self._plan.specs
+        return sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in specs)
 
     def new_cache(self, batch_size: int, max_cache_len: int, *, beyond_positions: bool = False) -> TreeCache:
         """Allocate a cache; as `TreeModel.new_cache`, and refused where it would exceed the memory budget.
@@ -149,8 +145,6 @@ class OffloadedModel(TreeModel):
         return results
 
     def _one_pass(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
-        streamer = self.streamer
-        assert streamer is not None
         for chunk in chunks:
             self._check_forward(chunk, cache)
 
@@ -260,8 +254,7 @@ def load_offloaded(
     """
     if host_memory not in ("packed", "mapped"):
         raise ValueError(f'load_offloaded: host_memory must be "packed" or "mapped", got {host_memory!r}')
-    _check_link(link)
-    device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
+    device, device_memory_budget = _check_place(link, device, device_memory_budget, resident_layers)
     unloaded = UnloadedModel.of_folder(_fetched_folder(path_or_id), dtype)
     reserves = (num_buffers, batch_size, max_cache_len, max_rows)
     return _open(unloaded, device, device_memory_budget, resident_layers, reserves, link, host_memory)
@@ -312,8 +305,7 @@ def random_offloaded(
         ...     model.memory.streamed, model.memory.streamed_bytes // model.memory.host_bytes
         ((1, 2, 3), 3)
     """
-    _check_link(link)
-    device, device_memory_budget = _check_device(device, device_memory_budget, resident_layers)
+    device, device_memory_budget = _check_place(link, device, device_memory_budget, resident_layers)
     if fill is None:
         fill = normal_weights(std=getattr(config, "initializer_range", 0.02), device=device)
     unloaded = UnloadedModel.of_config(config, fill, dtype, share_host_layers)
@@ -355,15 +347,12 @@ def memory_plan(
     return unloaded.plan(device_memory_budget, resident_layers, *reserves, torch.device(device).type == "cuda")
 
 
-def _check_link(link: Link | None) -> None:
-    if link is not None and not isinstance(link, Link):
-        raise TypeError(f"load_offloaded: link must be a Link, got {type(link).__name__}")
-
-
-def _check_device(
-    device: torch.device | str, budget: int | str | None, resident_layers: int | Sequence[int] | None
+def _check_place(
+    link: Link | None, device: torch.device | str, budget: int | str | None, resident_layers: int | Sequence[int] | None
 ) -> tuple[torch.device, int | str | None]:
     """Return the device with its index, and the budget or its default."""
+    if link is not None and not isinstance(link, Link):
+        raise TypeError(f"load_offloaded: link must be a Link, got {type(link).__name__}")
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"load_offloaded: device must be of type cpu or cuda, got {device}")
@@ -415,7 +404,6 @@ def _open(
 
 
 def _page_lock(device: torch.device) -> PageLock | None:
-    """What locks host memory for this device."""
     return CudaPageLock(device) if device.type == "cuda" else None
 
 
@@ -436,9 +424,10 @@ def _load(
         for index in plan.resident:
             _load_resident(unloaded.layers[index], weights, names, device)
         for tensor, tied, places in unloaded.fixed:
-            loaded = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            weights.copy_into(names[tied[0]], loaded) if not on_cuda else _through_host(weights, names[tied[0]], loaded)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype)
+            weights.copy_into(names[tied[0]], host)
             weights.forget(names[tied[0]])
+            loaded = host.to(device)
             value = nn.Parameter(loaded, requires_grad=False) if places[0].is_parameter else loaded
             for place in places:
                 place.put(value)
@@ -465,20 +454,13 @@ def _load_resident(layer: DecoderLayer, weights: WeightSource, names: Mapping[st
         weights.forget(names[packed.name])
 
 
-def _through_host(weights: WeightSource, name: str, destination: torch.Tensor) -> None:
-    host = torch.empty(destination.shape, dtype=destination.dtype)
-    weights.copy_into(name, host)
-    destination.copy_(host)
-
-
 def _fill_tables(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies, embedding scales), as the model itself does."""
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         if not names:
             continue
-        stored = [*module._parameters.values(), *module._buffers.values()]
-        for tensor in stored:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 tensor._is_hf_initialized = True  # the initialisation leaves these alone
         for name in names:

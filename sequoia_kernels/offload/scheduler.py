@@ -29,12 +29,8 @@ class LayerStreamer:
         layers: the streamed layers in the order in which they run. [S]
         sources: their weights on the host. [S]
         num_buffers: n, at least 1.
-        device: where the buffers are.
-        link: does the copies.
-
-    Attributes:
-        buffers: the buffers. uint8, each of the size of the largest layer.
-        num_copies: copies that were started.
+        device: where the buffers are, each of the size of the largest layer.
+        link: does the copies, which `num_copies` counts.
     """
 
     def __init__(
@@ -75,8 +71,9 @@ class LayerStreamer:
         self.release()
         self._changing = True
         num_layers = len(self.layers)
-        if self._wanted % num_layers != layer:
-            self._restart_at(layer)
+        if self._wanted % num_layers != layer:  # copies under way are dropped: later ones of the link overwrite them
+            self._issued += (layer - self._issued) % num_layers
+            self._wanted = self._issued
         self._fill()
         buffer = self._wanted % len(self.buffers)
         self.link.wait(self._transfers[buffer])
@@ -134,9 +131,3 @@ class LayerStreamer:
             self._issued += 1
             self.num_copies += 1
             self.sources[(layer + 1) % len(self.layers)].read_ahead()
-
-    def _restart_at(self, layer: int) -> None:
-        """Go on at a layer. Copies under way are dropped: the link is in order, so later ones overwrite them."""
-        num_layers = len(self.layers)
-        self._issued += (layer - self._issued) % num_layers
-        self._wanted = self._issued

@@ -18,11 +18,7 @@ __all__ = ["Signal", "Task", "run_shielded"]
 
 
 class Signal:
-    """Something that happens once, and that threads wait for.
-
-    Attributes:
-        is_set: whether it has happened.
-    """
+    """Something that happens once, and that threads wait for; `is_set` when it has happened."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -43,18 +39,10 @@ class Signal:
 
 
 class Task:
-    """A function that runs in a thread of its own, once. Its methods may be interrupted anywhere, and called again.
-
-    Args:
-        function: the function.
-        name: of the thread.
-
-    Attributes:
-        error: what the function has raised, or why there is no thread for it.
-    """
+    """A function that runs in a thread of its own, once. Its methods may be interrupted anywhere, and called again."""
 
     def __init__(self, function: Callable[[], None], name: str) -> None:
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # what the function has raised, or why there is no thread for it
         self._function: Callable[[], None] | None = function  # until it has run, so that nothing is kept alive
         self._name = name
         self._launched, self._ended = Signal(), Signal()
@@ -89,15 +77,13 @@ class Task:
                 self._thread.join()
 
     def end(self) -> None:
-        """Wait as `wait`, and see that a task that has not begun never will.
+        """Wait as `wait`, and see that a task that has not begun never will; what interrupts that is raised then."""
 
-        Comes back when that is done; what has interrupted it is raised then.
-        """
-        _persist(self._end)
+        def end() -> None:
+            if self._first.setdefault("first", self) is not self:
+                self.wait()
 
-    def _end(self) -> None:
-        if self._first.setdefault("first", self) is not self:
-            self.wait()
+        _persist(end)
 
     def _launch(self) -> None:
         token = object()

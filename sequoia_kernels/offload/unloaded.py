@@ -25,12 +25,6 @@ __all__ = ["UnloadedModel"]
 class UnloadedModel:
     """A model on the meta device, its layers, and the names of its tensors at their source.
 
-    Args:
-        config: the model's configuration.
-        weights: where its weights come from.
-        dtype: dtype of the weights.
-        find_names: finds the name of each tensor at the source, by the model's own name.
-
     Attributes:
         model: the model; `requires_grad` is off everywhere.
         layers: its decoder layers.
@@ -39,13 +33,7 @@ class UnloadedModel:
         weights_of: for each layer the one whose weights it has.
     """
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        weights: WeightSource,
-        dtype: torch.dtype,
-        find_names: Callable[[UnloadedModel], dict[str, str]],
-    ) -> None:
+    def __init__(self, config: PreTrainedConfig, weights: WeightSource, dtype: torch.dtype) -> None:
         self.weights, self.dtype = weights, dtype
         try:
             with torch.device("meta"):
@@ -60,7 +48,11 @@ class UnloadedModel:
         inside = {id(module) for layer in self.layers for module in layer.module.modules()}
         self.fixed = find_stored(item for item in self.model.named_modules() if id(item[1]) not in inside)
         self.weights_of: Sequence[int] = range(len(self.layers))
-        self.names = find_names(self)
+        own = (
+            *(packed.name for layer in self.layers for packed in layer.tensors),
+            *(names[0] for _, names, _ in self.fixed),
+        )
+        self.names = {name: name for name in own}
 
     @classmethod
     def of_folder(cls, folder: Path, dtype: torch.dtype | None) -> UnloadedModel:
@@ -73,8 +65,9 @@ class UnloadedModel:
             ) from error
         _check_config(config, f"load_offloaded: {folder}")
         checkpoint = Checkpoint(folder)
-        dtype = dtype or config.dtype or _stored_dtype(checkpoint)
-        unloaded = cls(config, checkpoint, dtype, partial(_match_names, checkpoint))
+        floats = (stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point)
+        unloaded = cls(config, checkpoint, dtype or config.dtype or next(floats, torch.float32))
+        unloaded.names = _match_names(checkpoint, unloaded)
         if (folder / "generation_config.json").is_file():
             try:
                 unloaded.model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -94,7 +87,7 @@ class UnloadedModel:
     ) -> UnloadedModel:
         """Take a configuration; `fill(name, tensor)` makes the weights."""
         _check_config(config, "random_offloaded: config")
-        unloaded = cls(config, MadeWeights(fill), dtype or config.dtype or torch.get_default_dtype(), _own_names)
+        unloaded = cls(config, MadeWeights(fill), dtype or config.dtype or torch.get_default_dtype())
         if share_host_layers is not False:
             unloaded._share(share_host_layers)
         return unloaded
@@ -173,17 +166,6 @@ def _check_config(config: PreTrainedConfig, where: str) -> None:
         )
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    floats = (stored.dtype for stored in checkpoint.tensors.values() if stored.dtype.is_floating_point)
-    return next(floats, torch.float32)
-
-
-def _own_names(unloaded: UnloadedModel) -> dict[str, str]:
-    names = [packed.name for layer in unloaded.layers for packed in layer.tensors]
-    names += [tied[0] for _, tied, _ in unloaded.fixed]
-    return {name: name for name in names}
-
-
 def _match_names(checkpoint: Checkpoint, unloaded: UnloadedModel) -> dict[str, str]:
     """Find every tensor of the model in the checkpoint."""
     wanted = [([packed.name], packed.shape, packed.dtype) for layer in unloaded.layers for packed in layer.tensors]
@@ -192,9 +174,8 @@ def _match_names(checkpoint: Checkpoint, unloaded: UnloadedModel) -> dict[str, s
     transforms = get_model_conversion_mapping(unloaded.model)
     renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
     merging = [transform for transform in transforms if type(transform) is not WeightRenaming]
-    renamed = {_rename(name, renamings): name for name in checkpoint.tensors} | {
-        name: name for name in checkpoint.tensors
-    }
+    renamed = {_rename(name, renamings): name for name in checkpoint.tensors}
+    renamed |= {name: name for name in checkpoint.tensors}
     found: dict[str, str] = {}
     missing = []
     for names, shape, dtype in wanted:

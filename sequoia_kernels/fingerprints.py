@@ -23,23 +23,14 @@ __all__ = ["DeviceFingerprint", "ModelFingerprint"]
 
 @dataclass(frozen=True)
 class DeviceFingerprint:
-    """What a profile's times belong to.
+    """What a profile's times belong to."""
 
-    Attributes:
-        type: torch device type, "cpu" or "cuda".
-        name: the processor's or the GPU's own name.
-        num_threads: torch's threads within an op on a CPU, None elsewhere. Times at another number are other times.
-        memory_bytes: memory of the device, None where it cannot be read. Not compared.
-        compute_capability: of a GPU, e.g. "9.0"; None elsewhere.
-        torch_version: not compared, but a difference is logged.
-    """
-
-    type: str
-    name: str
-    num_threads: int | None
-    memory_bytes: int | None
-    compute_capability: str | None
-    torch_version: str
+    type: str  # torch device type, "cpu" or "cuda"
+    name: str  # the processor's or the GPU's own
+    num_threads: int | None  # torch's within an op on a CPU, None elsewhere. Times at another number are other times
+    memory_bytes: int | None  # of the device, None where it cannot be read. Not compared
+    compute_capability: str | None  # of a GPU, e.g. "9.0"; None elsewhere
+    torch_version: str  # not compared, but a difference is logged
 
     @classmethod
     def of(cls, device: torch.device | str) -> DeviceFingerprint:
@@ -70,36 +61,22 @@ class DeviceFingerprint:
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """The shapes that decide a model's forward time. Equal fingerprints share their times.
+    """The shapes that decide a model's forward time. Equal fingerprints share their times."""
 
-    Attributes:
-        family: the architecture's name in transformers, e.g. "llama".
-        dtype: of the weights, e.g. "bfloat16".
-        num_parameters: all of them.
-        vocab_size: rows of the language-model head.
-        num_layers: decoder layers.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the feed-forward layer, None where the config does not say.
-        num_heads: query heads.
-        num_kv_heads: key/value heads.
-        head_dim: width of a head.
-        linears: the linear layers, the head among them, as (inputs, outputs, how many of them); empty where unknown.
-            A forward can be composed of microbenchmarks where they are known.
-        streamed_bytes: weights that every forward copies from the host; 0 unless the model is offloaded.
-    """
-
-    family: str
-    dtype: str
-    num_parameters: int
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int | None
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    family: str  # the architecture's name in transformers, e.g. "llama"
+    dtype: str  # of the weights, e.g. "bfloat16"
+    num_parameters: int  # all of them
+    vocab_size: int  # rows of the language-model head
+    num_layers: int  # decoder layers
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int | None  # width of the feed-forward layer, None where the config does not say
+    num_heads: int  # query heads
+    num_kv_heads: int  # key/value heads
+    head_dim: int  # width of a head
+    # The linear layers, the head among them, as (inputs, outputs, how many of them); empty where unknown. A forward can
+    # be composed of microbenchmarks where they are known.
     linears: tuple[tuple[int, int, int], ...] = ()
-    streamed_bytes: int = 0
+    streamed_bytes: int = 0  # weights that every forward copies from the host; 0 unless the model is offloaded
 
     @classmethod
     def of(cls, model: Any) -> ModelFingerprint:

@@ -125,9 +125,8 @@ def token_gumbel(seeds: Tensor, offsets: Tensor, vocab: int, tag: int) -> Tensor
         (torch.Size([1, 5]), torch.float32)
     """
     indices = torch.arange((vocab + 3) // 4, dtype=torch.int64, device=seeds.device)
-    words = torch.stack(
-        _blocks(seeds, offsets, indices, tag), dim=-1
-    )  # [R, ceil(vocab / 4), 4]: token = 4 * index + word
+    # [R, ceil(vocab / 4), 4]: token = 4 * index + word
+    words = torch.stack(_blocks(seeds, offsets, indices, tag), dim=-1)
     return gumbel(words.flatten(1)[:, :vocab])
 
 

@@ -6,10 +6,5 @@ from sequoia_kernels.measure.pair_times import affordable_node_counts, measure_p
 from sequoia_kernels.measure.timing import Timing, time_calls
 
 __all__ = [
-    "Timing",
-    "affordable_node_counts",
-    "measure_bandwidth",
-    "measure_microbenchmarks",
-    "measure_profile",
-    "time_calls",
-]
+    "Timing", "affordable_node_counts", "measure_bandwidth", "measure_microbenchmarks", "measure_profile", "time_calls",
+]  # fmt: skip

@@ -14,15 +14,9 @@ from sequoia_kernels.planner import optimal_tree
 from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, TokenTree
 
 __all__ = [
-    "compact_call",
-    "draft_step",
-    "draft_tree_rows",
-    "forward_call",
-    "sample_call",
-    "target_step",
-    "typical_tree",
-    "verify_call",
-]
+    "compact_call", "draft_step", "draft_tree_rows", "draw_and_verify_calls", "forward_call", "op_key", "sample_call",
+    "target_step", "typical_tree", "verify_call",
+]  # fmt: skip
 
 Call = Callable[[], object]
 Key = tuple[str, tuple[tuple[str, Any], ...]]  # an op and its sizes, by name
@@ -82,12 +76,8 @@ def draw_and_verify_calls(
     """Build verifications of trees and draws of children, greedy and sampled."""
     for temperature in TEMPERATURES:
         for nodes in node_counts:
-            sizes: dict[str, Any] = {
-                "batch_size": batch_size,
-                "nodes": nodes,
-                "vocab": vocabs[0],
-                "temperature": temperature,
-            }
+            sizes: dict[str, Any] = {"batch_size": batch_size, "nodes": nodes, "vocab": vocabs[0]}
+            sizes["temperature"] = temperature
             yield op_key("verify_tree", **sizes), verify_call(**sizes, dtypes=dtypes, device=device)
         for rows in draw_rows:
             for num_samples in sample_counts:
@@ -156,9 +146,7 @@ def _logits(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
     return (3 * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
 
-def _streams(
-    num_rows: int, temperature: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _streams(num_rows: int, temperature: float, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Temperature, seed and offset of each row."""
     return (
         torch.full((num_rows,), temperature, dtype=torch.float32, device=device),

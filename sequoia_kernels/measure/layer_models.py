@@ -40,15 +40,10 @@ class LayerShape(NamedTuple):
     def config(self, num_layers: int) -> LlamaConfig:
         """Give the configuration of a Llama of such layers, with a tiny vocabulary."""
         return LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=4 * MAX_STEP_ROWS,
-        )
+            vocab_size=VOCAB, hidden_size=self.hidden_size, intermediate_size=self.intermediate_size,
+            num_hidden_layers=num_layers, num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads,
+            head_dim=self.head_dim, max_position_embeddings=4 * MAX_STEP_ROWS,
+        )  # fmt: skip
 
 
 def whole_llama(shape: LayerShape, num_layers: int, dtype: torch.dtype, device: torch.device) -> TreeModel:

@@ -19,7 +19,7 @@ from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.calls import Call, Key, op_key
 from sequoia_kernels.measure.layer_models import LayerShape, hollow_llama, whole_llama
-from sequoia_kernels.measure.timing import Progress, Timing, report_percent, time_calls
+from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
 from sequoia_kernels.models import LayerSpec, TreeCache
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.planner import HardwareProfile, OpPoint
@@ -81,9 +81,7 @@ CUDA_GRID = _Grid(
 )
 
 FEW_LAYERS, MORE_LAYERS = 1, 8
-WHOLE_ROWS = 32  # at most
-WHOLE_CONTEXT = 512
-
+WHOLE_ROWS, WHOLE_CONTEXT = 32, 512  # rows at most
 VOCABS = (32000, 128256)
 SAMPLE_ROWS = (1, 4, 16, 64)
 VERIFY_NODES = (1, 4, 16, 64, 256, 1024)
@@ -109,17 +107,7 @@ class _Timed(NamedTuple):
 class Microbenchmarks:
     """All timed calls, and how their times become ops of a profile.
 
-    Args:
-        device: where to measure.
-        dtype: of weights, activations and caches.
-        shapes: models whose own shapes are timed instead of the default grid.
-        quick: leave out every other size.
-        ops: also time sampling, verification and compaction, at common vocabularies.
-        rows: tokens of a forward; the default ones when None.
-
-    Attributes:
-        calls: what `time_calls` takes.
-        prepare: likewise.
+    The arguments are those of `measure_microbenchmarks`; `calls` and `prepare` are what `time_calls` takes.
     """
 
     def __init__(
@@ -194,13 +182,9 @@ class Microbenchmarks:
         """Mean over median of each op, pooled over its calls."""
         pooled: dict[str, list[Timing]] = {}
         for key in self._timed:
-            names = ("decoder_layer_rest", "model_rest") if key[0] in ("hollow", "whole") else (key[0],)
-            for name in names:
+            for name in ("decoder_layer_rest", "model_rest") if key[0] in ("hollow", "whole") else (key[0],):
                 pooled.setdefault(name, []).append(times[key])
-        return {
-            name: sum(time.mean_ms for time in group) / sum(time.p50_ms for time in group)
-            for name, group in pooled.items()
-        }
+        return {name: pooled_slowdown(group) for name, group in pooled.items()}
 
     def _key(self, op: str, **parameters: int | float | str) -> Key:
         return op_key(op, **parameters, dtype=self.dtype_name)
@@ -226,8 +210,6 @@ class Microbenchmarks:
         """How often a part is run within a call, so that the clock's own time does not matter."""
         guess_ms = flops / self.flops_per_ms + num_bytes / 2e7 + 0.002
         return max(1, min(most, MAX_CALLS, math.ceil(SHORTEST_MS / guess_ms)))
-
-    # ---- linear layers ----
 
     def _linears(self) -> Iterator[tuple[Key, _Timed]]:
         grid, item = self.grid, self.dtype.itemsize
@@ -257,17 +239,13 @@ class Microbenchmarks:
                     call = _linear_call(activations, weights, rows, rotation)
                     yield self._key("linear", rows=rows, **sizes), _Timed(call, count, prepare, self._is_short(flops))
 
-    # ---- attention ----
-
     def _attention(self) -> Iterator[tuple[Key, _Timed]]:
         grid = self.grid
         heads: Iterable[tuple[int, int, int]] = grid.heads
         if self.shapes:
             heads = sorted({(shape.num_heads, shape.num_kv_heads, shape.head_dim) for shape in self.shapes})
-        largest = max(kv_heads * head_dim for _, kv_heads, head_dim in heads)
-        num_elements = max(
-            grid.cache_pool // self.dtype.itemsize, 2 * (grid.context_lens[-1] + MAX_STEP_ROWS) * largest
-        )
+        largest = 2 * (grid.context_lens[-1] + MAX_STEP_ROWS) * max(kv_heads * width for _, kv_heads, width in heads)
+        num_elements = max(grid.cache_pool // self.dtype.itemsize, largest)
         pool = self._random(num_elements)
         queries = self._random(MAX_STEP_ROWS * max(q_heads * head_dim for q_heads, _, head_dim in heads))
         for q_heads, kv_heads, head_dim in heads:
@@ -288,8 +266,6 @@ class Microbenchmarks:
                     call = _attention_call(query, caches, context_len, rotation)
                     key = self._key("tree_attention", nodes=nodes, context_len=context_len, **sizes)
                     yield key, _Timed(call, count, short=self._is_short(flops))
-
-    # ---- the rest of a layer and of a model ----
 
     def _hollow_models(self) -> Iterator[tuple[Key, _Timed]]:
         for shape in sorted(set(map(LayerShape.of, self.shapes))) or self.grid.layers:
@@ -320,8 +296,6 @@ class Microbenchmarks:
             for rows in (rows for rows in self.rows if rows <= WHOLE_ROWS):
                 call = calls.forward_call(model, cache, WHOLE_CONTEXT, calls.target_step(rows, self.device))
                 yield self._key("whole", rows=rows, layers=num_layers), _Timed(call)
-
-    # ---- sampling, verification, compaction ----
 
     def _ops(self) -> Iterator[tuple[Key, _Timed]]:
         most = self.grid.max_logits
@@ -375,8 +349,7 @@ class _Rotation:
     """
 
     def __init__(self, total: int, count: int, fixed: bool) -> None:
-        self.total, self.count, self.fixed = total, count, fixed
-        self.first = 0
+        self.total, self.count, self.fixed, self.first = total, count, fixed, 0
 
     def next(self) -> list[int]:
         if self.fixed:
@@ -471,16 +444,9 @@ def measure_microbenchmarks(
     with torch.inference_mode():
         bench = Microbenchmarks(device, dtype, found, quick=quick, ops=ops, rows=rows)
         times = time_calls(
-            bench.calls,
-            device,
-            min_repeats=min_repeats,
-            max_repeats=max_repeats,
-            seconds=seconds,
-            warmup=1,
-            seed=seed,
-            progress=report,
-            prepare=bench.prepare,
-        )
+            bench.calls, device, min_repeats=min_repeats, max_repeats=max_repeats, seconds=seconds, warmup=1, seed=seed,
+            progress=report, prepare=bench.prepare,
+        )  # fmt: skip
     profile = HardwareProfile(DeviceFingerprint.of(device))
     for name, points in bench.points(times).items():
         profile = profile.with_op(name, points)

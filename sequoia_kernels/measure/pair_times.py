@@ -14,7 +14,7 @@ from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, draft
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
-from sequoia_kernels.measure.timing import Progress, Timing, report_percent, time_calls
+from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.tree import MAX_STEP_ROWS
@@ -143,7 +143,6 @@ def measure_profile(
     plan: _Plan | None = None
     report = report_percent(progress, lambda: "preparing" if plan is None else f"{len(plan.calls)} calls in turn")
     report(0.0)
-    profile = HardwareProfile(DeviceFingerprint.of(device))
     with torch.inference_mode():
         found = dict(measure_bandwidth(device)) if bandwidth else {}
         plan = _Plan(target, draft, counts, context_lens, batch_size, tree_rows, quick)
@@ -151,16 +150,10 @@ def measure_profile(
         # A captured step has no launches from the host; a model that streams its weights cannot be captured.
         timed = {key: as_replay(call, device, memory, plan.model(key)) for key, call in plan.calls.items()}
         times = time_calls(
-            timed,
-            device,
-            min_repeats=min_repeats,
-            max_repeats=max_repeats,
-            seconds=seconds,
-            warmup=1,
-            seed=seed,
+            timed, device, min_repeats=min_repeats, max_repeats=max_repeats, seconds=seconds, warmup=1, seed=seed,
             progress=report,
-        )
-    return plan.fill(profile, times, found, {"seconds": seconds, "quick": quick, "seed": seed})
+        )  # fmt: skip
+    return plan.fill(times, found, {"seconds": seconds, "quick": quick, "seed": seed})
 
 
 def affordable_node_counts(
@@ -240,11 +233,8 @@ class _Plan:
             step = calls.target_step(count, target.device)
             self.calls["forward", "target", context_len, count] = calls.forward_call(target, cache, context_len, step)
         # two models of the same shapes share one table, the target's
-        self.roles = [
-            role
-            for role, found in self.fingerprints.items()
-            if role == "target" or found != self.fingerprints["target"]
-        ]
+        models = self.fingerprints
+        self.roles = [role for role in models if role == "target" or models[role] != models["target"]]
         for count, context_len in product(counts["draft"] if "draft" in self.roles else (), context_lens):
             call = drafting.level_call(calls.draft_step(count, target.device), context_len)
             if call is None:
@@ -279,13 +269,10 @@ class _Plan:
         return self.target if role == "target" else next(iter(self.draft.models), None) if self.draft else None
 
     def fill(
-        self,
-        profile: HardwareProfile,
-        times: dict[tuple[Any, ...], Timing],
-        bandwidth: dict[str, float],
-        settings: dict[str, Any],
+        self, times: dict[tuple[Any, ...], Timing], bandwidth: dict[str, float], settings: dict[str, Any]
     ) -> HardwareProfile:
         """Put the times into a profile."""
+        profile = HardwareProfile(DeviceFingerprint.of(self.target.device))
         smooth: Callable[[Sequence[float]], tuple[float, ...]] = tuple
         if settings["quick"]:
             times, smooth = _steadied(times), _not_falling
@@ -294,27 +281,21 @@ class _Plan:
                 [times["forward", role, context_len, count] for count in self.counts[role]]
                 for context_len in self.context_lens
             ]
-            profile = profile.with_forwards(
-                self.fingerprints[role],
-                ForwardTable(
-                    batch_size=self.batch_size,
-                    context_lens=tuple(self.context_lens),
-                    node_counts=tuple(self.counts[role]),
-                    p20_ms=tuple(smooth([time.p20_ms for time in row]) for row in table),
-                    p50_ms=tuple(smooth([time.p50_ms for time in row]) for row in table),
-                    p80_ms=tuple(smooth([time.p80_ms for time in row]) for row in table),
-                    repeats=table[0][0].repeats,
-                ),
-            )
+            rows = {
+                name: tuple(smooth([getattr(time, name) for time in row]) for row in table)
+                for name in ("p20_ms", "p50_ms", "p80_ms")
+            }
+            lens, counts = tuple(self.context_lens), tuple(self.counts[role])
+            forwards = ForwardTable(self.batch_size, lens, counts, **rows, repeats=table[0][0].repeats)
+            profile = profile.with_forwards(self.fingerprints[role], forwards)
         points: dict[str, list[OpPoint]] = {}
         for (name, *rest), time in times.items():
             if name != "forward":
                 points.setdefault(name, []).append(OpPoint(dict(rest[0]), time.p20_ms, time.p50_ms, time.p80_ms))
         for name, entries in points.items():
             profile = profile.with_op(name, entries)
-        # One ratio for all kinds of calls: what interruptions add is in proportion to the time that a call takes, but
-        # whether one of them hits the few short calls of a kind is chance.
-        slowdown = sum(time.mean_ms for time in times.values()) / sum(time.p50_ms for time in times.values())
+        # One ratio for all kinds of calls: whether an interruption hits the few short calls of a kind is chance.
+        slowdown = pooled_slowdown(times.values())
         names = {self.fingerprints[key[1]].key if key[0] == "forward" else key[0] for key in times}
         profile = profile.with_slowdowns(dict.fromkeys(sorted(names), slowdown))
         keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,37 +19,22 @@ from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.documents import is_count
 
 __all__ = [
-    "Progress",
-    "Timing",
-    "device_ms",
-    "event_ms",
-    "host_ms",
-    "keep_busy",
-    "quantile",
-    "report_percent",
-    "time_calls",
-]
+    "Progress", "Timing", "device_ms", "event_ms", "host_ms", "keep_busy", "pooled_slowdown", "quantile",
+    "report_percent", "time_calls",
+]  # fmt: skip
 
 Key = TypeVar("Key", bound=Hashable)
 Progress = Callable[[int, int, str], None]  # done, total, what is being done
 
 
 class Timing(NamedTuple):
-    """Percentiles of one call's times.
-
-    Attributes:
-        p20_ms: 20th percentile, milliseconds.
-        p50_ms: median, milliseconds.
-        p80_ms: 80th percentile, milliseconds.
-        mean_ms: mean, milliseconds; interruptions longer than four times the slowest call are cut to that.
-        repeats: calls timed.
-    """
+    """Percentiles of one call's times, in milliseconds."""
 
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    mean_ms: float
-    repeats: int
+    mean_ms: float  # interruptions longer than four times the slowest call are cut to that
+    repeats: int  # calls timed
 
     @classmethod
     def of(cls, samples: Sequence[float], longest_interruption: float = math.inf) -> Timing:
@@ -128,6 +113,11 @@ def time_calls(
         num_rounds += 1
     longest = 4 * max((quantile(sorted(times), 0.8) for times in samples.values()), default=0.0)
     return {key: Timing.of(samples[key], longest) for key in calls}
+
+
+def pooled_slowdown(times: Collection[Timing]) -> float:
+    """Mean over median of many calls: what interruptions add is in proportion to the time that a call takes."""
+    return sum(time.mean_ms for time in times) / sum(time.p50_ms for time in times)
 
 
 def report_percent(progress: Progress | None, describe: Callable[[], str]) -> Callable[[float], None]:

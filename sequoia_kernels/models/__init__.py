@@ -9,18 +9,6 @@ from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 
 __all__ = [
-    "LayerSpec",
-    "StepContext",
-    "TreeAttention",
-    "TreeCache",
-    "TreeCacheLayer",
-    "TreeModel",
-    "TreeStep",
-    "adapt",
-    "causal_step",
-    "check_pair",
-    "load_model",
-    "pack_linear_layers",
-    "prefill",
-    "unpack_linear_layers",
-]
+    "LayerSpec", "StepContext", "TreeAttention", "TreeCache", "TreeCacheLayer", "TreeModel", "TreeStep", "adapt",
+    "causal_step", "check_pair", "load_model", "pack_linear_layers", "prefill", "unpack_linear_layers",
+]  # fmt: skip

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import ATTENTION_NAME, TreeAttention, attend_along_tree, find_attention
-from sequoia_kernels.models.attention_probe import PROBE_NAME, AttentionProbe
+from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
@@ -179,6 +179,14 @@ class TreeModel:
         capturable: whether a forward may become part of a CUDA graph.
         compile_mode: mode of `torch.compile` that forwards of trees run through, None where they are not compiled.
         attention: what reads the cache in each layer.
+        num_layers: attention layers.
+        vocab_size: width of the logits.
+        logits_dtype: of the logits: not the model's where it keeps or computes its head in another one.
+        num_embeddings: tokens that the model can be fed, which may be more or fewer than it can predict: ids from 0 on.
+        max_positions: positions that the model serves exactly, None without a limit; caches cannot hold more tokens.
+            Where a table of positions ends, or another rule begins that cached keys would not follow. What a
+            configuration gives as `max_position_embeddings` is no such limit: rotary embeddings go on, with text that
+            was not trained for. See `trained_positions`.
     """
 
     capturable = True
@@ -200,6 +208,9 @@ class TreeModel:
 
     def _use(self, plan: _ModelPlan) -> None:
         self._plan = plan
+        self.num_layers, self.max_positions = len(plan.specs), plan.max_positions
+        self.vocab_size, self.logits_dtype = plan.vocab_size, plan.logits_dtype
+        self.num_embeddings = plan.num_embeddings
         self._switch = AttentionSwitch(self.model, ATTENTION_NAME)
         self._evaluation = EvaluationCheck(self.model)
         self._compiled: Callable[..., Any] | None = None
@@ -249,36 +260,6 @@ class TreeModel:
             if hasattr(module, "in_features") and next(module.parameters(), None) is None:
                 count += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
         return count
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._plan.vocab_size
-
-    @property
-    def num_embeddings(self) -> int:
-        """Tokens that the model can be fed, which may be more or fewer than it can predict: ids from 0 on."""
-        return self._plan.num_embeddings
-
-    @property
-    def logits_dtype(self) -> torch.dtype:
-        """Floating-point type of the logits: not the model's where it keeps or computes its head in another one."""
-        return self._plan.logits_dtype
-
-    @property
-    def num_layers(self) -> int:
-        """Number of attention layers."""
-        return len(self._plan.specs)
-
-    @property
-    def max_positions(self) -> int | None:
-        """Positions that the model serves exactly, None without a limit; caches cannot hold more tokens.
-
-        Where a table of positions ends, or another rule begins that cached keys would not follow. What a configuration
-        gives as `max_position_embeddings` is no such limit: rotary embeddings go on, with text that was not trained
-        for. See `trained_positions`.
-        """
-        return self._plan.max_positions
 
     @property
     def trained_positions(self) -> int | None:
@@ -374,15 +355,7 @@ class TreeModel:
         return self._forward(ForwardInputs(input_ids, cache_lens, step, last_row, hidden_states), cache)
 
     def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
-        """Run forwards whose chunks build on one another, as a long prompt does.
-
-        Args:
-            chunks: arguments of each forward, in order.
-            cache: the cache of all of them.
-
-        Returns:
-            The logits of each forward.
-        """
+        """Run forwards whose chunks build on one another, as a long prompt does, in order; return each one's logits."""
         return [self._forward(chunk, cache) for chunk in chunks]
 
     def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
@@ -529,21 +502,21 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
     takes_context = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
     try:
         with torch.inference_mode():
-            probe, logits = _run_probe(model, takes_context)
+            probed, logits = _run_probe(model, takes_context)
         inference_mode = True
     except RuntimeError as error:
         if "inference tensor" not in str(error).lower():
             raise
         with torch.inference_mode(False):
-            probe, logits = _run_probe(model, takes_context)
+            probed, logits = _run_probe(model, takes_context)
         inference_mode = False
     return _ModelPlan(
         fingerprint=state,
-        specs=_layer_specs(model, probe),
+        specs=_layer_specs(model, probed),
         vocab_size=logits.shape[-1],
         num_embeddings=model.get_input_embeddings().weight.shape[0],
         logits_dtype=logits.dtype,
-        max_positions=position_limit(model, [call.chunk for call in probe.calls if call.chunk is not None]),
+        max_positions=position_limit(model, [call.chunk for call in probed if call.chunk is not None]),
         inference_mode=inference_mode,
         takes_context=takes_context,
         cache_argument=cache_argument(model),
@@ -551,26 +524,26 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
     )
 
 
-def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[AttentionProbe, torch.Tensor]:
-    probe = AttentionProbe()
+def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerCall], torch.Tensor]:
+    probed: list[LayerCall] = []
     tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     arguments: dict[str, Any] = {
         "input_ids": tokens,
         "position_ids": torch.arange(4, device=tokens.device)[None],
-        cache_argument(model): ForwardCache([], probe),
+        cache_argument(model): ForwardCache([], probed),
         "use_cache": True,
     }
     if takes_context:
-        arguments[CONTEXT_KWARG] = probe
-    return probe, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+        arguments[CONTEXT_KWARG] = probed
+    return probed, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
 
 
-def _layer_specs(model: PreTrainedModel, probe: AttentionProbe) -> tuple[LayerSpec, ...]:
+def _layer_specs(model: PreTrainedModel, probed: list[LayerCall]) -> tuple[LayerSpec, ...]:
     refusal = f"adapt: family {family_name(model)} cannot decode trees: "
-    for call in probe.calls:
+    for call in probed:
         if call.problem is not None:
             raise UnsupportedModelError(f"{refusal}{call.problem} ({call.module})")
-    called = [call.layer_idx for call in probe.calls]
+    called = [call.layer_idx for call in probed]
     # Layers that were cut off after loading may still be counted in the configuration, or still be there but not run.
     present = {number for module in each_module(model) if (number := getattr(module, "layer_idx", None)) is not None}
     num_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
@@ -579,7 +552,7 @@ def _layer_specs(model: PreTrainedModel, probe: AttentionProbe) -> tuple[LayerSp
         raise UnsupportedModelError(
             f"{refusal}its attention function must run once in each of {num_layers} layers, got calls from {called}"
         )
-    return tuple(call.spec for call in sorted(probe.calls, key=lambda call: call.layer_idx or 0))
+    return tuple(call.spec for call in sorted(probed, key=lambda call: call.layer_idx or 0))
 
 
 def _sample_tokens(model: PreTrainedModel, count: int) -> list[int]:

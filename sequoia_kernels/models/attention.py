@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.cache import StepContext, find_context, missing_context, store_rows
+from sequoia_kernels.models.cache import StepContext, find_context, store_rows
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.ops.backends import backend_names
 
@@ -99,9 +99,7 @@ def tree_attention_forward(
     The function that transformers calls in each attention layer under the name "sequoia_tree". Mutates the layer's
     cache. Returns ([B, N, Hq, Dv], None).
     """
-    context = find_context(key, kwargs)
-    if context is None:
-        raise missing_context(module)
+    context = find_context(module, key, kwargs)
     if attention_mask is not None:
         raise UnsupportedModelError(
             f"tree attention: {type(module).__name__} must be called without a mask, got one of shape "

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sequoia_kernels.models.cache import LayerSpec, find_context, missing_context
+from sequoia_kernels.models.cache import LayerSpec, find_context
 
-__all__ = ["PROBE_NAME", "AttentionProbe", "LayerCall"]
+__all__ = ["PROBE_NAME", "LayerCall"]
 
 PROBE_NAME = "sequoia_tree_probe"
 
@@ -24,21 +24,13 @@ _FAR_QUERY = (1 << 40) + 12345
 
 
 class LayerCall(NamedTuple):
-    """One attention layer's call as seen by the probe."""
+    """One attention layer's call. A list of them stands in for the step context during the probing forward."""
 
     module: str
     layer_idx: int | None
     spec: LayerSpec
     chunk: int | None  # size of the chunks within which the layer attends, None for all other rules
     problem: str | None  # why tree attention cannot stand in for this call
-
-
-class AttentionProbe:
-    """Stands in for the step context during the probing forward and collects the layers' calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[LayerCall] = []
-        self.num_calls = 0
 
 
 def _visible(rule: Callable[..., torch.Tensor], query: int, key: int, device: torch.device) -> bool:
@@ -111,10 +103,7 @@ def probe_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Record what the layer asks for; its output is zeros. The function that transformers calls while probing."""
-    probe = find_context(key, kwargs)
-    if probe is None:
-        raise missing_context(module)
-    probe.num_calls += 1
+    probed = find_context(module, key, kwargs)
     problem = None
     window = chunk = None
     if attention_mask is None:
@@ -135,7 +124,7 @@ def probe_attention_forward(
     if key.shape[2] != query.shape[2]:
         problem = "its keys do not belong to the rows that are fed"
     spec = LayerSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device, window)
-    probe.calls.append(LayerCall(type(module).__name__, getattr(module, "layer_idx", None), spec, chunk, problem))
+    probed.append(LayerCall(type(module).__name__, getattr(module, "layer_idx", None), spec, chunk, problem))
     batch_size, num_heads, num_rows, _ = query.shape
     return query.new_zeros(batch_size, num_rows, num_heads, value.shape[3]), None
 

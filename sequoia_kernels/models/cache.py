@@ -16,16 +16,9 @@ from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.tree_step import TreeStep
 
 __all__ = [
-    "CONTEXT_KWARG",
-    "ForwardCache",
-    "LayerSpec",
-    "StepContext",
-    "TreeCache",
-    "TreeCacheLayer",
-    "find_context",
-    "missing_context",
+    "CONTEXT_KWARG", "ForwardCache", "LayerSpec", "StepContext", "TreeCache", "TreeCacheLayer", "find_context",
     "store_rows",
-]
+]  # fmt: skip
 
 # The keyword under which the context rides on the model call.
 CONTEXT_KWARG = "sequoia_context"
@@ -34,52 +27,31 @@ CONTEXT_ATTRIBUTE = "_sequoia_context"
 
 
 class LayerSpec(NamedTuple):
-    """What one attention layer stores and sees.
+    """What one attention layer stores and sees."""
 
-    Attributes:
-        num_kv_heads: heads of its keys and values (local ones under tensor parallelism).
-        key_dim: width of a key head.
-        value_dim: width of a value head.
-        dtype: dtype of keys and values.
-        device: device of the layer.
-        window: sliding window in tokens, None for full attention.
-    """
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
+    num_kv_heads: int  # local ones under tensor parallelism
+    key_dim: int  # width of a key head
+    value_dim: int  # width of a value head
+    dtype: torch.dtype  # of keys and values
     device: torch.device
-    window: int | None
+    window: int | None  # sliding window in tokens, None for full attention
 
 
 class TreeCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer; full length also under a sliding window, which the attention masks instead.
-
-    Attributes:
-        keys: [B, S, Hkv, D].
-        values: [B, S, Hkv, Dv].
-        flat_keys: `keys` seen as rows. [B * S, Hkv, D].
-        flat_values: `values` seen as rows. [B * S, Hkv, Dv].
-        keys_by_head: `keys` seen as the models lay them out. [B, Hkv, S, D].
-        values_by_head: `values` likewise. [B, Hkv, S, Dv].
-        window: sliding window in tokens, None for full attention.
-    """
+    """Keys and values of one layer; full length also under a sliding window, which the attention masks instead."""
 
     is_sliding = False
 
     def __init__(self, spec: LayerSpec, batch_size: int, max_cache_len: int) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.max_cache_len = max_cache_len
-        self.dtype, self.device = spec.dtype, spec.device
-        self.window = spec.window
+        self.batch_size, self.max_cache_len = batch_size, max_cache_len
+        self.dtype, self.device, self.window = spec.dtype, spec.device, spec.window
         shape = (batch_size, max_cache_len, spec.num_kv_heads)
         # Zeros, not garbage: a backend may multiply a masked row's values by a weight of 0, and 0 * NaN is NaN.
-        self.keys = torch.zeros(*shape, spec.key_dim, dtype=spec.dtype, device=spec.device)
-        self.values = torch.zeros(*shape, spec.value_dim, dtype=spec.dtype, device=spec.device)
-        self.flat_keys = self.keys.view(-1, *self.keys.shape[2:])
-        self.flat_values = self.values.view(-1, *self.values.shape[2:])
+        self.keys = torch.zeros(*shape, spec.key_dim, dtype=spec.dtype, device=spec.device)  # [B, S, Hkv, D]
+        self.values = torch.zeros(*shape, spec.value_dim, dtype=spec.dtype, device=spec.device)  # [B, S, Hkv, Dv]
+        # Seen as rows, [B * S, Hkv, D], and as the models lay them out, [B, Hkv, S, D].
+        self.flat_keys, self.flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
         self.keys_by_head, self.values_by_head = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         self.is_initialized = True
 
@@ -109,10 +81,8 @@ class TreeCache(Cache):
     """The caches of all layers for a batch of requests; made by `TreeModel.new_cache`.
 
     Rows [0, cache_lens[b]) of request b are committed; the rows behind them belong to the current tree. The lengths are
-    kept by the caller, since several caches (target and draft) share them.
-
-    Attributes:
-        layers: one `TreeCacheLayer` a layer of the model, with `.keys` and `.values`.
+    kept by the caller, since several caches (target and draft) share them. `layers` are `TreeCacheLayer`s, one
+    a layer of the model, with `.keys` and `.values`.
     """
 
     def __init__(self, specs: tuple[LayerSpec, ...], batch_size: int, max_cache_len: int) -> None:
@@ -145,26 +115,17 @@ class TreeCache(Cache):
 
 @dataclass(slots=True, eq=False)
 class StepContext:
-    """What the attention layers of one forward need to know. Lives as long as the forward.
+    """What the attention layers of one forward need to know. Lives as long as the forward."""
 
-    Attributes:
-        layers: the cache's layers, by `layer_idx`.
-        first_row: cache row of the first new row, where one request's new rows follow each other and their place can be
-            read without a sync (on a CPU); else None.
-        rows: flat cache row of every new row. [B * N] int64; None where `first_row` says it all.
-        tree_mask: see `TreeStep`. [N, W] int32.
-        cache_lens: committed rows. [B] int32.
-        attention: the forward's `TreeAttention`.
-        num_calls: attention layers that ran so far.
-    """
-
-    layers: list[TreeCacheLayer]
+    layers: list[TreeCacheLayer]  # the cache's, by `layer_idx`
+    # Cache row of the first new row, where one request's new rows follow each other and their place can be read without
+    # a sync (on a CPU); else None, and `rows` has the flat cache row of every new row. [B * N] int64.
     first_row: int | None
     rows: torch.Tensor | None
-    tree_mask: torch.Tensor
-    cache_lens: torch.Tensor
-    attention: Callable[..., torch.Tensor]
-    num_calls: int = 0
+    tree_mask: torch.Tensor  # see `TreeStep`. [N, W] or [B, N, W] int32
+    cache_lens: torch.Tensor  # committed rows. [B] int32
+    attention: Callable[..., torch.Tensor]  # the forward's `TreeAttention`
+    num_calls: int = 0  # attention layers that ran so far
     _moved: dict[torch.device, StepContext] = field(default_factory=dict)
 
     @classmethod
@@ -221,43 +182,37 @@ class ForwardCache(Cache):
         return key_states, value_states
 
 
-def find_context(key: torch.Tensor, kwargs: dict[str, Any]) -> Any:
-    """Return the forward's context, or None where the family let go of it.
+def find_context(module: torch.nn.Module, key: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+    """Return the forward's context to an attention layer; UnsupportedModelError where the family let go of it.
 
     First the keyword argument of the model call, which most families hand through to the attention function; then the
     attribute that `ForwardCache.update` left on the key tensor, for families that drop unknown keyword arguments
     (StableLM). Families that replace the key tensor behind the cache (DeepSeek-V3) keep the keyword.
     """
     context = kwargs.get(CONTEXT_KWARG)
-    return getattr(key, CONTEXT_ATTRIBUTE, None) if context is None else context
-
-
-def missing_context(module: torch.nn.Module) -> UnsupportedModelError:
-    """Return the error for an attention layer that was called without a context."""
-    return UnsupportedModelError(
-        f"tree attention: {type(module).__name__} must receive the step's context from its model, got neither the "
-        "keyword argument nor a key tensor from the cache; call the model through TreeModel.forward only, and not from "
-        "another thread meanwhile"
-    )
+    if context is None:
+        context = getattr(key, CONTEXT_ATTRIBUTE, None)
+    if context is None:
+        raise UnsupportedModelError(
+            f"tree attention: {type(module).__name__} must receive the step's context from its model, got neither the "
+            "keyword argument nor a key tensor from the cache; call the model through TreeModel.forward only, and not "
+            "from another thread meanwhile"
+        )
+    return context
 
 
 def store_rows(
     module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, context: StepContext
 ) -> tuple[TreeCacheLayer, StepContext]:
-    """Write a layer's new keys and values into their cache rows.
-
-    Returns:
-        The layer's cache, and the context on its device.
-    """
+    """Write a layer's new keys and values into their cache rows; return its cache, and the context on its device."""
     context.num_calls += 1
     layer = context.layers[module.layer_idx]  # type: ignore[index]  # an attention module's own number
     if key.device != context.cache_lens.device:
         context = context.on(key.device)
     if context.rows is None:
         assert context.first_row is not None
-        num_rows = key.shape[2]
-        layer.keys_by_head.narrow(2, context.first_row, num_rows).copy_(key)
-        layer.values_by_head.narrow(2, context.first_row, num_rows).copy_(value)
+        layer.keys_by_head.narrow(2, context.first_row, key.shape[2]).copy_(key)
+        layer.values_by_head.narrow(2, context.first_row, key.shape[2]).copy_(value)
     else:
         layer.flat_keys.index_copy_(0, context.rows, key.transpose(1, 2).flatten(0, 1))
         layer.flat_values.index_copy_(0, context.rows, value.transpose(1, 2).flatten(0, 1))

@@ -25,11 +25,7 @@ class EvaluationCheck:
         self._look()
 
     def check(self) -> None:
-        """Look at the model as it is now.
-
-        Raises:
-            ValueError: a module that may compute something else in training mode is in it.
-        """
+        """Look at the model as it is now; ValueError where a module in it may compute something else in training."""
         if any(self._leaves) or any(tuple(children.values()) != known for children, known in self._parents):
             self._look()
         for fields in self._heeding:

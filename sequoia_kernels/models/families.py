@@ -18,33 +18,11 @@ __all__ = ["PROVEN_FAMILIES", "cache_argument", "check_family", "family_name", "
 
 # Families (`config.model_type`) whose tree logits this package's tests compare with plain sequential decoding. Every
 # other family that passes the structural checks is compared with its own plain forward when it is adapted.
-PROVEN_FAMILIES = frozenset(
-    {
-        "cohere2",
-        "deepseek_v3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "llama",
-        "llama4_text",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
+PROVEN_FAMILIES = frozenset({
+    "cohere2", "deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama",
+    "llama4_text", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+    "stablelm", "starcoder2",
+})  # fmt: skip
 
 _ALIBI = "it adds position biases (ALiBi) to the attention scores inside its own attention code"
 _OWN_ATTENTION = (
@@ -77,11 +55,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def check_family(model: PreTrainedModel) -> None:
-    """Refuse a model whose structure cannot decode trees.
-
-    Raises:
-        UnsupportedModelError: names the family and the reason.
-    """
+    """Refuse a model whose structure cannot decode trees; UnsupportedModelError names the family and the reason."""
     reason = _refusal(model)
     if reason is not None:
         raise UnsupportedModelError(f"adapt: family {family_name(model)} cannot decode trees: {reason}")
@@ -153,15 +127,10 @@ def _is_own(code: Any) -> bool:
 def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:
     """Return how many positions the model serves exactly under tree decoding; None where nothing limits them.
 
-    Args:
-        model: the model.
-        chunks: chunk sizes of its layers with chunked attention.
-
-    Notes:
-        Four things limit positions. A table of learned positions ends. Chunked attention equals full attention within
-        the first chunk (Llama 4). "dynamic" and "longrope" rotary embeddings change all frequencies once a sequence
-        outgrows the original length, which keys that are already cached would not follow. Llama 4's temperature
-        tuning counts positions from the cache and is the identity before its first floor.
+    Four things do. A table of learned positions ends. Chunked attention (in `chunks` of so many tokens) equals full
+    attention within the first chunk (Llama 4). "dynamic" and "longrope" rotary embeddings change all frequencies once a
+    sequence outgrows the original length, which keys that are already cached would not follow. Llama 4's temperature
+    tuning counts positions from the cache and is the identity before its first floor.
     """
     config = model.config
     limits = list(chunks)
@@ -172,7 +141,9 @@ def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:
                 limits.append(table.num_embeddings - int(getattr(table, "offset", 0)))
             elif isinstance(table, torch.Tensor) and table.ndim == 2:  # sines, one row a position
                 limits.append(table.shape[0])
-    for rope in _rope_parameters(config):
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [entry for entry in settings.values() if isinstance(entry, dict)]  # one for each type of layer
+    for rope in nested or [settings]:
         kind = rope.get("rope_type", "default")
         if kind == "longrope":
             limits.append(int(rope.get("original_max_position_embeddings") or config.max_position_embeddings))
@@ -181,10 +152,3 @@ def position_limit(model: PreTrainedModel, chunks: list[int]) -> int | None:
     if config.model_type == "llama4_text" and config.attn_temperature_tuning:
         limits.append(int(config.floor_scale) - 1)
     return min(limits, default=None)
-
-
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Return the rotary settings: one for the model, or one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
-    return nested or [parameters]

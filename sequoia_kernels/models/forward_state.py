@@ -36,16 +36,9 @@ _NOTHING: frozenset[str] = frozenset()
 def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
     """Describe what a forward of a model depends on besides its inputs and the numbers in its weights.
 
-    Args:
-        model: the model.
-
-    Returns:
-        A hashable value that is equal as long as nothing has changed: configurations, attention functions, modules with
-        their forwards, hooks and attributes, shapes, dtypes and devices of weights, autocast. Keeps nothing of the
-        model alive.
-
-    Notes:
-        Waits for forwards of the model that other threads run through tree models.
+    A hashable value that is equal as long as nothing has changed: configurations, attention functions, modules with
+    their forwards, hooks and attributes, shapes, dtypes and devices of weights, autocast. Keeps nothing of the model
+    alive. Waits for forwards of the model that other threads run through tree models.
     """
     return AttentionSwitch(model, _NO_ATTENTION).at_rest(lambda: _describe(model))
 
@@ -53,9 +46,7 @@ def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
 def forget_what_forwards_write(model: PreTrainedModel, forward: Callable[[], Any]) -> None:
     """Leave numbers and tensors that every forward writes out of a model's state: counters, what was computed last.
 
-    Args:
-        model: the model, which has run before: what its first forward sets up stays in the state.
-        forward: runs it once more.
+    `forward` runs the model once more; what its first forward sets up stays in the state.
     """
     before = {module: dict(module.__dict__) for module in each_module(model)}
     forward()

@@ -53,12 +53,11 @@ def load_model(
         ('llama', torch.bfloat16)
     """
     folder = local_folder(path_or_id, "load_model")
-    local = folder is not None
-    name = os.fspath(path_or_id if folder is None else folder)
+    name = os.fspath(folder or path_or_id)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
-        raise _unreadable(name, local, error) from error
+        raise _unreadable(name, folder, error) from error
     except Exception as error:  # transformers checks few of a configuration's values itself
         raise ValueError(f"load_model: {name} must hold a model that transformers knows: {error}") from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
@@ -72,7 +71,7 @@ def load_model(
             trust_remote_code=False,
         )  # fmt: skip
     except OSError as error:
-        raise _unreadable(name, local, error) from error
+        raise _unreadable(name, folder, error) from error
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors and pickle raise classes of their own for damaged files
@@ -87,11 +86,7 @@ def load_model(
 
 
 def local_folder(path_or_id: str | os.PathLike[str], where: str) -> Path | None:
-    """Return the folder of a model that is here, None for what can only be a hub's id.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds no model.
-    """
+    """Return the folder of a model that is here, None for what can only be a hub's id; else FileNotFoundError."""
     name = os.fspath(path_or_id)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -107,8 +102,8 @@ def local_folder(path_or_id: str | os.PathLike[str], where: str) -> Path | None:
     return None
 
 
-def _unreadable(name: str, local: bool, error: OSError) -> Exception:
-    if local:
+def _unreadable(name: str, folder: Path | None, error: OSError) -> Exception:
+    if folder is not None:
         return ValueError(f"load_model: {name} must be a folder that transformers can read: {error}")
     return FileNotFoundError(
         f"load_model: {name!r} must be an existing folder or a hub id that can be reached or is cached, got: {error}"
@@ -167,7 +162,10 @@ def check_pair(
                 "tokenizers hold), give both heads one size with draft.resize_token_embeddings"
             )
         return common
-    of_target, of_draft = _tokens_by_id(target_tokenizer), _tokens_by_id(draft_tokenizer)
+    of_target, of_draft = (
+        {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+        for tokenizer in (target_tokenizer, draft_tokenizer)
+    )
     for token_id in sorted(of_target.keys() & of_draft.keys()):
         if token_id < common and of_target[token_id] != of_draft[token_id]:
             raise ValueError(
@@ -175,7 +173,3 @@ def check_pair(
                 f"{of_draft[token_id]!r} in the draft and {of_target[token_id]!r} in the target"
             )
     return common
-
-
-def _tokens_by_id(tokenizer: Any) -> dict[int, str]:
-    return {token_id: token for token, token_id in tokenizer.get_vocab().items()}

@@ -37,11 +37,7 @@ class AttentionSwitch:
         self._locks = [_lock_of(config) for config in self._configs]
 
     def run(self, function: Callable[[], Result]) -> Result:
-        """Call a function with this attention and without gradients.
-
-        Raises:
-            RuntimeError: this thread is inside of another such call for one of the configurations.
-        """
+        """Call a function with this attention and without gradients, not from within another such call of it."""
         if any(lock._is_owned() for lock in self._locks):
             raise RuntimeError("forward: the model must not be run from within a forward of its own, got such a call")
         places = list(zip([config.__dict__ for config in self._configs], self._locks, strict=True))

@@ -18,21 +18,15 @@ class TreeStep(NamedTuple):
 
     Device tensors, equal for every request of a batch; nothing in here depends on the tokens, so one object serves all
     steps with the same tree.
-
-    Attributes:
-        tree_mask: bit j % 32 of word j // 32 in row i is set iff row i sees tree slot j. [N, W], or [B, N, W]
-            where each request has a tree of its own, int32.
-        node_ids: tree slot of each row; its keys and values go to cache row cache_lens[b] + node_ids[i]. [N] int32.
-        depths: depth of each row; its position is cache_lens[b] + depths[i]. [N] int32.
-        num_tree_rows: tree slots in use: one more than the highest slot written or seen.
-        first_node: node_ids[0] where node_ids is one ascending run without holes, else None.
     """
 
+    # Bit j % 32 of word j // 32 in row i is set iff row i sees tree slot j. [N, W], or [B, N, W] where each request has
+    # a tree of its own, int32.
     tree_mask: torch.Tensor
-    node_ids: torch.Tensor
-    depths: torch.Tensor
-    num_tree_rows: int
-    first_node: int | None = None
+    node_ids: torch.Tensor  # tree slot of each row: keys and values go to row cache_lens[b] + node_ids[i]. [N] int32
+    depths: torch.Tensor  # depth of each row; its position is cache_lens[b] + depths[i]. [N] int32
+    num_tree_rows: int  # tree slots in use: one more than the highest slot written or seen
+    first_node: int | None = None  # node_ids[0] where node_ids is one ascending run without holes
 
     @classmethod
     def of(cls, topology: Topology, nodes: Sequence[int] | None = None) -> TreeStep:

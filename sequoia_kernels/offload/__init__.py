@@ -13,14 +13,6 @@ from sequoia_kernels.offload.model import OffloadedModel, load_offloaded, memory
 from sequoia_kernels.offload.weights import normal_weights
 
 __all__ = [
-    "CudaLink",
-    "Link",
-    "MemoryPlan",
-    "OffloadedModel",
-    "ThreadLink",
-    "load_offloaded",
-    "memory_plan",
-    "normal_weights",
-    "plan_memory",
-    "random_offloaded",
-]
+    "CudaLink", "Link", "MemoryPlan", "OffloadedModel", "ThreadLink", "load_offloaded", "memory_plan", "normal_weights",
+    "plan_memory", "random_offloaded",
+]  # fmt: skip

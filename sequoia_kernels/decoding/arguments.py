@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 
@@ -19,14 +19,7 @@ from sequoia_kernels.documents import is_integer
 from sequoia_kernels.drafts import DraftSource, request_seeds
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.ops import backends
-from sequoia_kernels.planner import (
-    AcceptanceEstimate,
-    AdaptivePlan,
-    HardwareProfile,
-    TreeFollower,
-    TreePlan,
-    validate_acceptance,
-)
+from sequoia_kernels.planner import AdaptivePlan, HardwareProfile, TreeFollower, TreePlan, validate_acceptance
 from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, rule_named
 
 GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | TreePlan | AdaptivePlan | TreeFollower | str
@@ -75,31 +68,12 @@ class GenerationArguments:
 
 
 def check_arguments(
-    target: TreeModel,
-    draft: DraftSource | None,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    tree: GivenTree,
-    max_new_tokens: int,
-    temperature: float | Sequence[float],
-    top_k: int | Sequence[int] | None,
-    top_p: float | Sequence[float] | None,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    seed: int | Sequence[int],
-    stop_strings: str | Sequence[str] | None,
-    tokenizer: Any | None,
-    streamer: Any | None,
-    max_cache_len: int | None,
-    acceptance: AcceptanceEstimate | Sequence[float] | None,
-    profile: HardwareProfile | None,
-    rule: str | None,
-    logits_hook: LogitsHook | None,
-    backend: str,
-    cuda_graphs: bool,
-) -> GenerationArguments:
-    """Check everything that can be checked before a model runs; see `generate` for the meaning of each."""
+    target: TreeModel, draft: DraftSource | None, input_ids: Any, attention_mask: Any, *,
+    tree: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, eos_token_id: Any, pad_token_id: Any,
+    seed: Any, stop_strings: Any, tokenizer: Any, streamer: Any, max_cache_len: Any, acceptance: Any, profile: Any,
+    rule: Any, logits_hook: Any, backend: Any, cuda_graphs: bool,
+) -> GenerationArguments:  # fmt: skip
+    """Check everything that can be checked before a model runs; `generate` tells types and meaning of each."""
     _check_input_ids(target, input_ids)
     batch_size = input_ids.shape[0]
     eos_token_ids = _eos_token_ids(target, eos_token_id)
@@ -114,13 +88,13 @@ def check_arguments(
     if acceptance is not None:
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
-        raise TypeError(f"generate: profile must be a HardwareProfile, got {_describe(profile)}")
+        _refuse("profile", "be a HardwareProfile", _describe(profile), TypeError)
     rule = rule_named("generate", _planned_rule(tree) if rule is None else rule).name
     if logits_hook is not None and not callable(logits_hook):
-        raise TypeError(f"generate: logits_hook must be called with (paths, logits), got {_describe(logits_hook)}")
+        _refuse("logits_hook", "be called with (paths, logits)", _describe(logits_hook), TypeError)
     names = ("auto", *backends.backend_names("verify_tree"))
     if backend not in names:
-        raise ValueError(f"generate: backend must be one of {', '.join(names)}, got {backend!r}")
+        _refuse("backend", f"be one of {', '.join(names)}", repr(backend))
     checks.whole_number("generate", "max_new_tokens", max_new_tokens, rule=checks.at_least(1))
     temperatures, top_ks, top_ps = _sampling(temperature, top_k, top_p, batch_size)
     seeds = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
@@ -130,93 +104,79 @@ def check_arguments(
     pad = _pad_token_id(target, pad_token_id, eos_token_ids)
     warn_of_ignored_settings(target.model, temperatures, top_k, top_p, strings)
     arguments = GenerationArguments(
-        input_ids=input_ids,
-        prompts=prompts,
-        prompt_lens=prompt_lens,
-        max_new_tokens=int(max_new_tokens),
-        temperature=temperatures,
-        top_k=top_ks,
-        top_p=top_ps,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=pad,
+        input_ids, prompts, prompt_lens, int(max_new_tokens),
+        temperature=temperatures, top_k=top_ks, top_p=top_ps, eos_token_ids=eos_token_ids, pad_token_id=pad,
         seeds=request_seeds(int(seeds[0]), batch_size) if isinstance(seed, Integral) else [int(s) for s in seeds],
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
         stop_strings=StopStrings(strings, tokenizer) if strings else None,
-        streamer=streamer,
-        rule=rule,
-        logits_hook=logits_hook,
-        backend=backend,
-        cuda_graphs=cuda_graphs,
-    )
-    _warn_of_positions(target, arguments.longest)
+        streamer=streamer, rule=rule, logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
+    )  # fmt: skip
+    trained = target.trained_positions
+    if trained is not None and arguments.longest > trained:
+        warn_once(
+            target.model,
+            f"generate: prompt and max_new_tokens come to more than the {trained} positions that the target was made "
+            "for (max_position_embeddings): it goes on behind them, but what it says there may be worse",
+        )
     return arguments
+
+
+def _refuse(name: str, rule: str, actual: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"generate: {name} must {rule}, got {actual}") from None
 
 
 def _check_input_ids(target: TreeModel, input_ids: Any) -> None:
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"generate: input_ids must be an int64 or int32 tensor, got {_describe(input_ids)}")
+        _refuse("input_ids", "be an int64 or int32 tensor", _describe(input_ids), TypeError)
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"generate: input_ids must have shape [batch, length] with at least one token, got {list(input_ids.shape)}"
-        )
+        _refuse("input_ids", "have shape [batch, length] with at least one token", list(input_ids.shape))
     if input_ids.device != target.device:
-        raise ValueError(
-            f"generate: input_ids must be on the target's device {target.device}, got {input_ids.device}; "
-            "move it with .to(target.device)"
-        )
+        fix = f"{input_ids.device}; move it with .to(target.device)"
+        _refuse("input_ids", f"be on the target's device {target.device}", fix)
 
 
 def _check_draft(target: TreeModel, draft: DraftSource) -> None:
     draft.check_target(target)
     if draft.device != target.device:
-        raise ValueError(
-            f"generate: draft must be on the target's device {target.device}, got {draft.device}; "
-            "move one of the models with .to(...)"
-        )
+        fix = f"{draft.device}; move one of the models with .to(...)"
+        _refuse("draft", f"be on the target's device {target.device}", fix)
     needs, positions = draft.needs, draft.positions
     if not isinstance(needs, (tuple, list)) or not all(map(is_integer, needs)) or len(set(needs)) < len(needs):
-        raise TypeError(f"generate: draft.needs must be a tuple of different integers, got {needs!r}")
+        _refuse("draft.needs", "be a tuple of different integers", repr(needs), TypeError)
     for number in needs:
         if not 0 <= number <= target.num_layers:
-            raise ValueError(
-                f"generate: draft must need hidden states in 0..{target.num_layers}, got {number!r} from {draft!r}"
-            )
+            _refuse("draft", f"need hidden states in 0..{target.num_layers}", f"{number!r} from {draft!r}")
     if positions is not None:
         checks.whole_number("generate", "draft.positions", positions, rule=checks.at_least(2))
         if needs:
-            raise ValueError(f"generate: draft.positions must be None where it needs hidden states, got {positions}")
+            _refuse("draft.positions", "be None where it needs hidden states", positions)
     try:
         weakref.ref(draft.owner)
     except TypeError:
-        raise TypeError(
-            f"generate: draft.owner must be an object that takes weak references, got {type(draft.owner).__name__}"
-        ) from None
+        owner = type(draft.owner).__name__
+        _refuse("draft.owner", "be an object that takes weak references", owner, TypeError)
 
 
 def _check_tree(tree: GivenTree, batch_size: int) -> None:
     is_word = isinstance(tree, str) and tree in ("auto", "adaptive")
     is_each = _is_one_each(tree)
     if not (is_word or is_each or isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower))):
-        raise TypeError(
-            "generate: tree must be a TokenTree, one for each request, a TreePlan, an AdaptivePlan, a TreeFollower, "
-            f'"auto" or "adaptive", got {tree!r}'
-        )
+        rule = 'be a TokenTree, one for each request, a TreePlan, an AdaptivePlan, a TreeFollower, "auto" or "adaptive"'
+        _refuse("tree", rule, repr(tree), TypeError)
     trees = _trees(tree)
     size = max((entry.num_nodes for entry in trees), default=0)
     if size > MAX_STEP_ROWS:
-        raise ValueError(f"generate: tree must have at most {MAX_STEP_ROWS} nodes, got {size}")
+        _refuse("tree", f"have at most {MAX_STEP_ROWS} nodes", size)
     if is_each and (len(trees) != batch_size or any(entry.widths != trees[0].widths for entry in trees)):
-        raise ValueError(
-            f"generate: tree must be one tree or one for each of {batch_size} requests, all of the same widths, "
-            f"got {len(trees)} of widths {sorted({tuple(entry.widths) for entry in trees})}"
-        )
+        rule = f"be one tree or one for each of {batch_size} requests, all of the same widths"
+        _refuse("tree", rule, f"{len(trees)} of widths {sorted({tuple(entry.widths) for entry in trees})}")
 
 
 def _check_streamer(streamer: Any, batch_size: int) -> None:
     if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
-        raise TypeError(f"generate: streamer must have put(tokens) and end(), got {type(streamer).__name__}")
+        _refuse("streamer", "have put(tokens) and end()", type(streamer).__name__, TypeError)
     if batch_size > 1:
-        raise ValueError(f"generate: streamer must be used with one request, got {batch_size} requests")
+        _refuse("streamer", "be used with one request", f"{batch_size} requests")
 
 
 def _sampling(
@@ -241,16 +201,6 @@ def _sampling(
 
 def _describe(value: Any) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _warn_of_positions(target: TreeModel, num_tokens: int) -> None:
-    trained = target.trained_positions
-    if trained is not None and num_tokens > trained:
-        warn_once(
-            target.model,
-            f"generate: prompt and max_new_tokens come to more than the {trained} positions that the target was made "
-            "for (max_position_embeddings): it goes on behind them, but what it says there may be worse",
-        )
 
 
 def _inferred_mask(
@@ -284,20 +234,17 @@ def _left_aligned(
         return input_ids.to(torch.int64), [width] * batch_size
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
         got = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
-        raise ValueError(f"generate: attention_mask must have the shape of input_ids {[batch_size, width]}, got {got}")
+        _refuse("attention_mask", f"have the shape of input_ids {[batch_size, width]}", got)
     kept = attention_mask.to(torch.bool).cpu()
     rows = []
     for index in range(batch_size):
         columns = kept[index].nonzero()[:, 0].tolist()
         if not columns:
-            raise ValueError(
-                f"generate: attention_mask must keep at least one token of each prompt, got none in row {index}"
-            )
+            _refuse("attention_mask", "keep at least one token of each prompt", f"none in row {index}")
         if columns[-1] - columns[0] + 1 != len(columns):
-            raise ValueError(
-                f"generate: attention_mask must pad on one side or both, not inside a prompt, got a hole in row {index}"
-                + ("; it was inferred from the pad token, so give it where that is text" if inferred else "")
-            )
+            fix = "; it was inferred from the pad token, so give it where that is text" if inferred else ""
+            rule = "pad on one side or both, not inside a prompt"
+            _refuse("attention_mask", rule, f"a hole in row {index}{fix}")
         rows.append(input_ids[index, columns[0] : columns[-1] + 1].to(torch.int64))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
@@ -305,10 +252,8 @@ def _left_aligned(
 def _check_token_range(prompts: torch.Tensor, num_embeddings: int) -> None:
     lowest, highest = int(prompts.min()), int(prompts.max())
     if lowest < 0 or highest >= num_embeddings:
-        raise ValueError(
-            f"generate: input_ids must hold tokens in [0, {num_embeddings}), got {lowest if lowest < 0 else highest}; "
-            "was it made by another model's tokenizer?"
-        )
+        actual = f"{lowest if lowest < 0 else highest}; was it made by another model's tokenizer?"
+        _refuse("input_ids", f"hold tokens in [0, {num_embeddings})", actual)
 
 
 def _in_float32(value: float) -> float:
@@ -326,19 +271,15 @@ def _per_request(
     if isinstance(value, Real):
         value = [value] * batch_size
     elif not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise TypeError(
-            f"generate: {name} must be {noun} or one for each request in a sequence, got {_describe(value)}"
-        )
+        _refuse(name, f"be {noun} or one for each request in a sequence", _describe(value), TypeError)
     values = list(value)
     if len(values) != batch_size:
-        raise ValueError(
-            f"generate: {name} must be one value or one for each of {batch_size} requests, got {len(values)}"
-        )
+        _refuse(name, f"be one value or one for each of {batch_size} requests", len(values))
     for entry in values:
         if isinstance(entry, bool) or not isinstance(entry, kind):
-            raise TypeError(f"generate: {name} must be {noun}, got {entry!r}")
+            _refuse(name, f"be {noun}", repr(entry), TypeError)
         if not holds(entry):
-            raise ValueError(f"generate: {name} must {rule}, got {entry}")
+            _refuse(name, rule, entry)
     return values
 
 
@@ -347,12 +288,12 @@ def _eos_token_ids(target: TreeModel, eos_token_id: int | Sequence[int] | None) 
         return frozenset(target.eos_token_ids)
     ids: Any = [eos_token_id] if isinstance(eos_token_id, Integral) else eos_token_id
     if not isinstance(ids, Collection) or isinstance(ids, (str, bytes)) or getattr(ids, "ndim", 1) != 1:
-        raise TypeError(f"generate: eos_token_id must be an integer or several, got {_describe(ids)}")
+        _refuse("eos_token_id", "be an integer or several", _describe(ids), TypeError)
     for token in ids:
         if not is_integer(token):
-            raise TypeError(f"generate: eos_token_id must hold integers, got {token!r}")
+            _refuse("eos_token_id", "hold integers", repr(token), TypeError)
         if not 0 <= int(token) < target.vocab_size:
-            raise ValueError(f"generate: eos_token_id must hold tokens in [0, {target.vocab_size}), got {token!r}")
+            _refuse("eos_token_id", f"hold tokens in [0, {target.vocab_size})", repr(token))
     return frozenset(int(token) for token in ids)
 
 
@@ -393,30 +334,25 @@ def _configured_pad_token_id(target: TreeModel) -> int | None:
 def _stop_strings(stop_strings: str | Sequence[str] | None, tokenizer: Any | None) -> tuple[str, ...]:
     strings: Any = [stop_strings] if isinstance(stop_strings, str) else stop_strings or ()
     if not isinstance(strings, Collection) or not all(isinstance(string, str) for string in strings):
-        raise TypeError(f"generate: stop_strings must be a string or several, got {stop_strings!r}")
+        _refuse("stop_strings", "be a string or several", repr(stop_strings), TypeError)
     if not all(strings):
-        raise ValueError(f"generate: stop_strings must be non-empty strings, got {stop_strings!r}")
+        _refuse("stop_strings", "be non-empty strings", repr(stop_strings))
     if strings and tokenizer is None:
-        raise ValueError("generate: tokenizer must be given with stop_strings, got None")
+        _refuse("tokenizer", "be given with stop_strings", None)
     if strings and not callable(getattr(tokenizer, "decode", None)):
-        raise TypeError(f"generate: tokenizer must have decode(tokens), got {type(tokenizer).__name__}")
+        _refuse("tokenizer", "have decode(tokens)", type(tokenizer).__name__, TypeError)
     return tuple(strings)
 
 
 def _cache_limit(target: TreeModel, max_cache_len: int | None, prompt_lens: list[int]) -> int | None:
     if max_cache_len is not None:
         checks.whole_number("generate", "max_cache_len", max_cache_len, rule=checks.at_least(1))
-    limits = {
-        "max_cache_len": max_cache_len,
-        "the target's positions": target.max_positions,
-    }
-    given = {name: int(limit) for name, limit in limits.items() if limit is not None}
+    limits = ((max_cache_len, "max_cache_len"), (target.max_positions, "the target's positions"))
+    given = [(int(limit), name) for limit, name in limits if limit is not None]
     if not given:
         return None
-    name, limit = min(given.items(), key=lambda item: item[1])
+    limit, name = min(given, key=lambda entry: entry[0])
     if max(prompt_lens) > limit:
-        raise ValueError(
-            f"generate: input_ids must be at most as long as the cache, {limit} tokens ({name}), "
-            f"got a prompt of {max(prompt_lens)}"
-        )
+        rule = f"be at most as long as the cache, {limit} tokens ({name})"
+        _refuse("input_ids", rule, f"a prompt of {max(prompt_lens)}")
     return limit

@@ -28,6 +28,7 @@ from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource
+from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.models.attention import attend_along_tree
@@ -36,23 +37,14 @@ from sequoia_kernels.planner import (
     AcceptanceEvidence,
     AdaptivePlan,
     CostModel,
-    DeviceFingerprint,
     HardwareProfile,
-    ModelFingerprint,
     TreePlan,
     plan_adaptive,
     plan_from_evidence,
     plan_tree,
+    store,
 )
 from sequoia_kernels.planner.cost_model import brackets
-from sequoia_kernels.planner.store import (
-    cache_folder,
-    key_digest,
-    load_evidence,
-    load_profile,
-    save_evidence,
-    save_profile,
-)
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree
 from sequoia_kernels.version import __version__
 
@@ -82,15 +74,10 @@ class _Kept:
 
 
 class Choice(NamedTuple):
-    """What to decode with, and what to tell afterwards.
-
-    Attributes:
-        tree: the plan.
-        learn: takes the call's statistics.
-    """
+    """What to decode with, and what to tell afterwards."""
 
     tree: TokenTree | TreePlan | AdaptivePlan
-    learn: Callable[[GenerateStats], None]
+    learn: Callable[[GenerateStats], None]  # takes the call's statistics
 
 
 _numbers: WeakKeyDictionary[DraftSource, int] = WeakKeyDictionary()
@@ -109,7 +96,7 @@ def choose_tree(
     profile: HardwareProfile | None,
     adaptive: bool = False,
 ) -> Choice:
-    """Plan trees for these models, requests and machine.
+    """Plan trees for these models, requests and machine; ValueError where the draft cannot tell what it costs.
 
     Args:
         target: the target.
@@ -118,9 +105,6 @@ def choose_tree(
         acceptance: acceptance vector; None takes what the pair's calls have shown so far.
         profile: hardware profile; None measures the two models on their device, if that was not done before.
         adaptive: switch between trees as acceptance drifts, rather than towards what the calls show in the long run.
-
-    Raises:
-        ValueError: the draft cannot tell what it costs.
     """
     context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
     if target.max_positions is not None:
@@ -132,16 +116,12 @@ def choose_tree(
     with _lock:
         if profile is None:
             profile = _profile(target, draft, arguments, context_len, rows)
-        settings: dict[str, Any] = {
-            "context_len": context_len,
-            "batch_size": arguments.batch_size,
-            "target": target,
-            "draft": draft.fingerprint,
-            "temperature": max(arguments.temperature),
-            "rule": arguments.rule,
-        }
+        pair: dict[str, Any] = {"batch_size": arguments.batch_size, "target": target, "draft": draft.fingerprint}
+        settings = pair | {
+            "context_len": context_len, "temperature": max(arguments.temperature), "rule": arguments.rule
+        }  # fmt: skip
         if rows is not None:  # a row a node and two a level
-            costs = CostModel(profile, batch_size=arguments.batch_size, target=target, draft=draft.fingerprint)
+            costs = CostModel(profile, **pair)
             settings["max_levels"] = min((rows - arguments.longest) // 4, costs.max_nodes)
             settings["max_budget"] = min(rows - arguments.longest - 2 * settings["max_levels"], costs.max_nodes)
         if acceptance is not None:
@@ -149,13 +129,11 @@ def choose_tree(
             logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
             return Choice(plan, lambda stats: None)
         key = _acceptance_key(target, draft, arguments)
-        kept = _pairs.get(digest := key_digest(key))
+        kept = _pairs.get(digest := store.key_digest(key))
         if kept is None:
-            known = (load_evidence(key) if _lasts(key) else None) or AcceptanceEvidence()
-            kept = _pairs[digest] = _Kept(known, known.num_visits)
-        _pairs.move_to_end(digest)
-        while len(_pairs) > MOST_PAIRS:
-            _pairs.popitem(last=False)
+            known = (store.load_evidence(key) if _lasts(key) else None) or AcceptanceEvidence()
+            kept = _Kept(known, known.num_visits)
+        _remember(_pairs, digest, kept)
         plan = _planned(kept, profile, adaptive, arguments.max_new_tokens >= EXPLORED_TOKENS, settings)
     if arguments.logits_hook is not None:  # what is accepted under it says nothing of other calls
         return Choice(plan, lambda stats: None)
@@ -196,7 +174,7 @@ def _learn(kept: _Kept, key: dict[str, Any], stats: GenerateStats) -> None:
         kept.evidence = kept.evidence.with_run(stats.visited_by_rank, stats.accepted_by_rank, len(stats.request_steps))
         if kept.evidence.num_visits > SAVE_GROWTH * kept.saved_visits:
             if _lasts(key):
-                save_evidence(key, kept.evidence)
+                store.save_evidence(key, kept.evidence)
             kept.saved_visits = kept.evidence.num_visits
 
 
@@ -207,8 +185,8 @@ def _profile(
     steps = round(math.log(max(context_len / SMALLEST_CONTEXT, 1), CONTEXT_STEP))
     nominal = SMALLEST_CONTEXT * CONTEXT_STEP**steps
     key = _profile_key(target, draft, nominal)
-    digest = key_digest(key)
-    known = _profiles.get(digest) or (load_profile(key) if _lasts(key) else None)
+    digest = store.key_digest(key)
+    known = _profiles.get(digest) or (store.load_profile(key) if _lasts(key) else None)
     sizes = [] if known is None else [table.batch_size for table in known.forwards.get(key["target"], ())]
     if known is None or not (arguments.batch_size in sizes or brackets(sizes, arguments.batch_size)):
         measured_len = min(nominal, max(SMALLEST_CONTEXT, arguments.longest))
@@ -217,19 +195,24 @@ def _profile(
         profile = _measure(target, draft, arguments, measured_len, rows)
         known = profile if known is None else known.merged(profile)
         if _lasts(key):
-            save_profile(key, known)
-    _profiles[digest] = known
-    _profiles.move_to_end(digest)
-    while len(_profiles) > MOST_PAIRS:
-        _profiles.popitem(last=False)
+            store.save_profile(key, known)
+    _remember(_profiles, digest, known)
     return known
+
+
+def _remember(known: OrderedDict[str, Any], digest: str, value: Any) -> None:
+    """Keep a value as the most recently used one; the one that was not used for longest goes."""
+    known[digest] = value
+    known.move_to_end(digest)
+    while len(known) > MOST_PAIRS:
+        known.popitem(last=False)
 
 
 def _measure(
     target: TreeModel, draft: DraftSource, arguments: GenerationArguments, context_len: int, rows: int | None
 ) -> HardwareProfile:
     batch_size = arguments.batch_size
-    where = cache_folder()
+    where = store.cache_folder()
     logger.warning(
         "measuring %s and %s on %s once, for batches of %d and about %d tokens of context, %s; profile= skips this",
         target, draft, target.device, batch_size, context_len,
@@ -297,15 +280,13 @@ def _acceptance_key(target: TreeModel, draft: DraftSource, arguments: Generation
     count = arguments.batch_size
     columns = (arguments.temperature, arguments.top_k or [0] * count, arguments.top_p or [1.0] * count)
     rule = {} if arguments.rule == DEFAULT_RULE else {"rule": arguments.rule}
-    return (
-        rule
-        | _source(draft)
-        | {
-            "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
-            "draft": "-".join([draft.fingerprint.key, *map(_weights_digest, draft.models)]),
-            "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
-        }
-    )
+    return {
+        **rule,
+        **_source(draft),
+        "target": f"{ModelFingerprint.of(target).key}-{_weights_digest(target)}",
+        "draft": "-".join([draft.fingerprint.key, *map(_weights_digest, draft.models)]),
+        "sampling": sorted({(float(t), int(k), float(p)) for t, k, p in zip(*columns, strict=True)}),
+    }
 
 
 def _attentions(*models: TreeModel) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 
 from sequoia_kernels.cuda_graphs import Captured, CaptureError, capture, forget_refusals, refuse, refused
-from sequoia_kernels.decoding.logits_hook import LogitsHook
+from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.step import DecodingStep, EmittedTokens
 from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree
 from sequoia_kernels.guard import guarded, release_if_owned
@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 KEPT_ENGINES = 2  # for each target: say, one that speculates and one that does not
 SMALLEST_BUCKET = 512  # rows
+
+_logged: WeakSet[TreeModel] = WeakSet()  # targets that were said to be left out of graphs
 
 
 class DecodingEngine:
@@ -42,7 +44,7 @@ class DecodingEngine:
     def __init__(self, eager: DecodingStep, cuda_graphs: bool = True) -> None:
         self.eager = eager
         target, draft, state = eager.target, eager.draft, eager.state
-        self.key: _Key | None = None
+        self.key: Hashable | None = None
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
         self._out_of_memory = False  # for graphs of further trees
@@ -51,7 +53,9 @@ class DecodingEngine:
         elif cuda_graphs and draft is not None and can_capture(draft, None):
             # The target's part of a step is launched layer by layer; the draft's many forwards still are one graph.
             self._graphed_draft = GraphedSteps(self.eager.draft_tokens, state)
-            _log_once(target)
+            if target not in _logged:
+                _logged.add(target)
+                logger.info("CUDA graphs hold the draft's part of a step only: %r cannot be captured", target)
 
     def prepare(self, tree: StepTree) -> None:
         """Allocate and, on CUDA, capture a tree's step, so that its first one does not have to."""
@@ -81,7 +85,10 @@ class DecodingEngine:
             elif self._graphed is None:
                 self._graphed_draft = None
                 assert draft is not None  # whose part it was
-                _refuse_draft(draft, error)
+                for model in draft.models:
+                    refuse(model, error)
+                if not draft.models:
+                    logger.warning("CUDA-graph capture is off for %r in this call: %s", draft, error)
             else:  # one of the two models: the draft, if its part alone cannot be captured either
                 self._graphed = None
                 if draft is not None:
@@ -97,15 +104,11 @@ class DecodingEngine:
 
 
 class GraphedSteps:
-    """Captures `run_step(tree)` once for every tree and replays it; runs uncaptured trees as they are.
+    """Captures `run_step(tree)`, a step or a part of one, once for every tree and replays it; runs others as they are.
 
     The captured step reads and advances the state in place and works on buffers that live as long as the engine, so a
     replay needs no inputs. Lengths are read on the device and grids follow from shapes, so one graph serves every
     context length.
-
-    Args:
-        run_step: one uncaptured step, or a part of one that writes its results into buffers.
-        state: the state that the step advances; restored after the warm-ups.
     """
 
     def __init__(self, run_step: Callable[[StepTree], Any], state: DecodingState) -> None:
@@ -128,11 +131,7 @@ class GraphedSteps:
         return len(self._captured)
 
     def capture(self, tree: StepTree) -> None:
-        """Capture a tree's step, unless that is done. The state is as before afterwards.
-
-        Raises:
-            CaptureError: the step cannot be captured.
-        """
+        """Capture a tree's step, unless that is done, or raise CaptureError. The state is as before afterwards."""
         if tree in self._captured:
             return
         advanced = self.state.advancing()
@@ -162,43 +161,13 @@ def steps_ahead(target: TreeModel) -> int:
     return 1 if target.device.type == "cuda" and target.capturable else 0
 
 
-def _refuse_draft(draft: DraftSource, error: CaptureError) -> None:
-    for model in draft.models:
-        refuse(model, error)
-    if not draft.models:
-        logger.warning("CUDA-graph capture is off for %r in this call: %s", draft, error)
-
-
-_logged: WeakSet[TreeModel] = WeakSet()
-
-
-def _log_once(target: TreeModel) -> None:
-    if target not in _logged:
-        _logged.add(target)
-        logger.info("CUDA graphs hold the draft's part of a step only: %r cannot be captured", target)
-
-
-class _Key(NamedTuple):
-    """What an engine's buffers and graphs depend on."""
-
-    batch_size: int
-    max_cache_len: int
-    draft_cache_len: int | None  # where the draft has lengths of its own
-    backend: str
-    rule: str
-    filters: tuple[bool, bool]  # whether the state has a top_k and a top_p
-    weights: tuple[int, ...]  # where the models' weights lie: graphs read them there
-    forwards: tuple[Any, ...]  # what the models' forwards do, and how they are compiled
-    draft: tuple[Any, ...] | None  # see `_draft_key`
-
-
 class _Kept(NamedTuple):
     draft: ref[Any] | None
     engine: DecodingEngine
 
 
 # Engines without their models, so that they do not keep these alive: the most recently used one last.
-_kept: WeakKeyDictionary[Any, OrderedDict[_Key, _Kept]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Any, OrderedDict[Hashable, _Kept]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -207,53 +176,41 @@ def _locked(work: Callable[[], Result]) -> Result:
 
 
 def borrow_engine(
-    target: TreeModel,
-    draft: DraftSource | None,
-    state: DecodingState,
-    max_cache_len: int,
-    *,
-    limit: int | None,
-    rule: str,
-    logits_hook: LogitsHook | None,
-    backend: str,
-    clock: StageClock,
-    cuda_graphs: bool,
-    draft_cache_len: int | None = None,
-) -> DecodingEngine:
+    target: TreeModel, draft: DraftSource | None, state: DecodingState, arguments: GenerationArguments, room: int,
+    clock: StageClock, draft_positions: int | None = None,
+) -> DecodingEngine:  # fmt: skip
     """Give an engine for a batch: where steps are captured one that was used before, with its graphs, if it fits.
 
     Args:
         target: the target.
         draft: the draft, or None.
         state: the batch's state; the engine's own state takes over its values.
-        max_cache_len: rows that the caches need.
-        limit: rows that the caches need at most, whatever the length of the requests; None without a limit.
-        rule: verification rule.
-        logits_hook: as in `DecodingStep`; with one the target's part of a step is not captured.
-        backend: backend of the ops.
+        arguments: how the batch is decoded.
+        room: rows of the caches behind the committed tokens.
         clock: adds up the times of this batch.
-        cuda_graphs: whether steps are captured.
-        draft_cache_len: rows that the draft's cache needs, where the draft has lengths of its own in the state.
+        draft_positions: tokens that the draft sees at most, where it has lengths of its own in the state.
 
     Returns:
         The engine. Where steps are captured or compiled its caches may be longer than asked for: lengths are rounded up
         to buckets, so that batches of about the same length share what was made for them.
     """
-    captures = cuda_graphs and can_capture(target, draft) and logits_hook is None
-    static = captures or any(model.compile_mode for model in _models(target, draft))
-    rows = cache_bucket(max_cache_len, limit) if static else max_cache_len
-    draft_rows = cache_bucket(draft_cache_len, None) if static and draft_cache_len is not None else draft_cache_len
+    captures = arguments.cuda_graphs and can_capture(target, draft) and arguments.logits_hook is None
+    rows = arguments.longest + room
+    draft_rows = None if draft_positions is None else draft_positions + room
+    if captures or any(model.compile_mode for model in _models(target, draft)):
+        rows = cache_bucket(rows, None if arguments.max_cache_len is None else arguments.max_cache_len + room)
+        draft_rows = None if draft_rows is None else cache_bucket(draft_rows, None)
 
     def make() -> DecodingEngine:
         eager = DecodingStep(
-            target, draft, state, rows,
-            draft_cache_len=draft_rows, rule=rule, logits_hook=logits_hook, backend=backend, clock=clock,
+            target, draft, state, rows, draft_cache_len=draft_rows, rule=arguments.rule,
+            logits_hook=arguments.logits_hook, backend=arguments.backend, clock=clock,
         )  # fmt: skip
-        return DecodingEngine(eager, cuda_graphs)
+        return DecodingEngine(eager, arguments.cuda_graphs)
 
     if not captures:
         return make()
-    key = _key(target, draft, state, rows, draft_rows, rule, backend)
+    key = _key(target, draft, state, rows, draft_rows, arguments)
     entry = _locked(lambda: _kept.get(target.model, OrderedDict()).pop(key, None))
     owner = None if draft is None else draft.owner
     if entry is None or (entry.draft() if entry.draft is not None else None) is not owner:
@@ -312,30 +269,21 @@ def _models(*parts: TreeModel | DraftSource | None) -> list[TreeModel]:
     return [model for models in of_parts for model in models]
 
 
-def _draft_key(draft: DraftSource) -> tuple[Any, ...]:
-    """Whose buffers and graphs they are, how those look, and what else the draft says of them."""
-    looks = (draft.vocab_size, draft.logits_dtype, tuple(draft.needs), draft.positions)
-    return type(draft), id(draft.owner), *looks, draft.graph_key
-
-
 def _key(
-    target: TreeModel,
-    draft: DraftSource | None,
-    state: DecodingState,
-    rows: int,
-    draft_rows: int | None,
-    rule: str,
-    backend: str,
-) -> _Key:
+    target: TreeModel, draft: DraftSource | None, state: DecodingState, rows: int, draft_rows: int | None,
+    arguments: GenerationArguments,
+) -> Hashable:  # fmt: skip
+    """What an engine's buffers and graphs depend on."""
     models = _models(target, draft)
-    return _Key(
-        state.cache_lens.shape[0],
-        rows,
-        draft_rows,
-        backend,
-        rule,
-        (state.top_k is not None, state.top_p is not None),
-        tuple(tensor.data_ptr() for model in models for tensor in model.weights()),
-        tuple((model.compile_mode, model.forward_state()) for model in models),
-        None if draft is None else _draft_key(draft),
-    )
+    # What the draft says of its buffers and graphs, and whose they are.
+    source = None if draft is None else (
+        type(draft), id(draft.owner), draft.vocab_size, draft.logits_dtype, tuple(draft.needs), draft.positions,
+        draft.graph_key,
+    )  # fmt: skip
+    return (
+        state.cache_lens.shape[0], rows, draft_rows, arguments.backend, arguments.rule,
+        state.top_k is not None, state.top_p is not None,
+        tuple(tensor.data_ptr() for model in models for tensor in model.weights()),  # graphs read them there
+        tuple((model.compile_mode, model.forward_state()) for model in models),  # what their forwards do
+        source,
+    )  # fmt: skip

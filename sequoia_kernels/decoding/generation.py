@@ -13,7 +13,6 @@ from sequoia_kernels.decoding.arguments import GivenTree, check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
 from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.loop import decode, on_target_device
-from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import draft_source
 from sequoia_kernels.models import adapt
@@ -162,15 +161,8 @@ def generate(
     stats.seconds = time.perf_counter() - started
     if learn is not None:
         learn(stats)
-    return GenerateOutput(
-        sequences=_sequences(input_ids, requests, arguments.pad_token_id),
-        stats=stats,
-        new_tokens=[request.new_tokens for request in requests],
-        finish_reasons=[request.finish_reason or "length" for request in requests],
-    )
-
-
-def _sequences(input_ids: torch.Tensor, requests: list[Request], pad_token_id: int) -> torch.Tensor:
-    width = max(len(request.new_tokens) for request in requests)
-    rows = [request.new_tokens + [pad_token_id] * (width - len(request.new_tokens)) for request in requests]
-    return torch.cat((input_ids, torch.tensor(rows, dtype=torch.int64, device=input_ids.device)), dim=1)
+    new_tokens = [request.new_tokens for request in requests]
+    width = max(map(len, new_tokens))
+    rows = [tokens + [arguments.pad_token_id] * (width - len(tokens)) for tokens in new_tokens]
+    sequences = torch.cat((input_ids, torch.tensor(rows, dtype=torch.int64, device=input_ids.device)), dim=1)
+    return GenerateOutput(sequences, stats, new_tokens, [request.finish_reason or "length" for request in requests])

@@ -81,12 +81,8 @@ def decode(
         arguments.batch_size, device, seeds=arguments.seeds, temperature=arguments.temperature,
         top_k=arguments.top_k, top_p=arguments.top_p, own_draft_lens=context is not None,
     )  # fmt: skip
-    engine = borrow_engine(
-        target, draft, state, arguments.longest + room,
-        limit=None if arguments.max_cache_len is None else arguments.max_cache_len + room, rule=arguments.rule,
-        logits_hook=arguments.logits_hook, backend=arguments.backend, clock=clock, cuda_graphs=arguments.cuda_graphs,
-        draft_cache_len=None if context is None else context.positions + room,
-    )  # fmt: skip
+    draft_positions = None if context is None else context.positions
+    engine = borrow_engine(target, draft, state, arguments, room, clock, draft_positions)
     loop = DecodingLoop(engine, arguments, context, lag)
     if arguments.streamer is not None:
         arguments.streamer.put(arguments.input_ids.cpu())
@@ -113,8 +109,8 @@ class HostCopy:
 
     def __init__(self, emitted: EmittedTokens) -> None:
         self._event: torch.cuda.Event | None = None
+        self._tensors: list[torch.Tensor] = list(emitted)
         if emitted.tokens.device.type != "cuda":
-            self._tensors: list[torch.Tensor] = list(emitted)
             return
         with on_device(emitted.tokens.device):  # whose stream the copies and the event go to
             self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in emitted]

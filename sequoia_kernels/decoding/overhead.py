@@ -9,16 +9,12 @@ import torch
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.drafts import draft_source, request_seeds
-from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
 
 # Wide enough to see a fifth child, deep enough to be accepted often: about the optimal 24 nodes for a middling pair.
 PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 13, 13, 14, 18, 18, 21])
-
-
-def _streams(target: TreeModel) -> bool:
-    return target.device.type == "cuda" and not target.capturable
 
 
 def measure_overhead(
@@ -53,16 +49,11 @@ def measure_overhead(
         measure: it is left at 0.
     """
     target = adapt(target)
-    if _streams(target):
+    if target.device.type == "cuda" and not target.capturable:  # it streams its layers
         return profile.with_overhead(0.0)
     draft = draft_source(draft) if draft is not None else None
-    cost = CostModel(
-        profile.with_overhead(0.0),
-        batch_size=batch_size,
-        target=target,
-        draft=None if draft is None else draft.fingerprint,
-        temperature=1.0 if draft is not None else None,
-    )
+    speculates: dict[str, Any] = {} if draft is None else {"draft": draft.fingerprint, "temperature": 1.0}
+    cost = CostModel(profile.with_overhead(0.0), batch_size=batch_size, target=target, **speculates)
     if target.max_positions is not None:
         context_len = min(context_len, max(target.max_positions // 2, 1))
         num_tokens = min(num_tokens, target.max_positions - context_len)

@@ -45,18 +45,11 @@ class Request:
     """
 
     def __init__(
-        self,
-        prompt: list[int],
-        max_new_tokens: int,
-        max_len: int | None,
-        eos_token_ids: Collection[int],
+        self, prompt: list[int], max_new_tokens: int, max_len: int | None, eos_token_ids: Collection[int],
         stop_strings: StopStrings | None,
-    ) -> None:
-        self.prompt = prompt
-        self.max_new_tokens = max_new_tokens
-        self.max_len = max_len
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.stop_strings = stop_strings
+    ) -> None:  # fmt: skip
+        self.prompt, self.max_new_tokens, self.max_len = prompt, max_new_tokens, max_len
+        self.eos_token_ids, self.stop_strings = frozenset(eos_token_ids), stop_strings
         self.new_tokens: list[int] = []
         self.finish_reason: str | None = None
 

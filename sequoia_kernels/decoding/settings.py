@@ -14,40 +14,16 @@ logger = logging.getLogger("sequoia_kernels")
 
 # Settings that change which tokens transformers' own loop emits, with the values (besides None) at which they do not.
 IGNORED: dict[str, tuple[Any, ...]] = {
-    "assistant_ensemble_weight": (0, 1),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "diversity_penalty": (0,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1,),
-    "max_time": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "min_p": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "remove_invalid_values": (False,),
-    "repetition_penalty": (1,),
-    "sequence_bias": ({}, []),
-    "stop_strings": ([],),
-    "suppress_tokens": ([],),
-    "token_healing": (False,),
-    "top_h": (),
-    "typical_p": (1,),
-    "watermarking_config": (),
-}
+    "dola_layers": (), "exponential_decay_length_penalty": (), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "max_time": (), "top_h": (), "watermarking_config": (), "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "min_length": (0,),
+    "min_new_tokens": (0,), "min_p": (0,), "no_repeat_ngram_size": (0,), "penalty_alpha": (0,),
+    "assistant_ensemble_weight": (0, 1), "encoder_repetition_penalty": (1,), "guidance_scale": (1,),
+    "num_beam_groups": (1,), "num_beams": (1,), "num_return_sequences": (1,), "repetition_penalty": (1,),
+    "typical_p": (1,), "bad_words_ids": ([],), "begin_suppress_tokens": ([],), "constraints": ([],),
+    "force_words_ids": ([],), "stop_strings": ([],), "suppress_tokens": ([],), "sequence_bias": ({}, []),
+    "remove_invalid_values": (False,), "token_healing": (False,),
+}  # fmt: skip
 # These act on drawn tokens only: where neither checkpoint nor call samples they do nothing.
 _OF_SAMPLING: dict[str, tuple[Any, ...]] = {"top_k": (0,), "top_p": (1,)}
 
@@ -67,12 +43,7 @@ def warn_of_ignored_settings(
 ) -> None:
     """Name, in one warning a model, what its generation_config asks for and `generate` does not do.
 
-    Args:
-        model: the target itself.
-        temperatures: the call's temperatures. A checkpoint that asks for sampling is decoded greedily where all are 0.
-        top_k: the call's argument, None where the caller left it out.
-        top_p: likewise.
-        stop_strings: the call's stop strings.
+    A checkpoint that asks for sampling is decoded greedily where all temperatures are 0.
     """
     config = getattr(model, "generation_config", None)
     given = {"stop_strings": bool(stop_strings), "top_k": top_k is not None, "top_p": top_p is not None}

@@ -61,11 +61,7 @@ class GenerateStats:
         return 1.0 - forwards / self.decode_seconds if self.stage_seconds and self.decode_seconds > 0 else 0.0
 
     def count_path(self, tree: TokenTree, nodes: list[int], num_accepted: int) -> tuple[list[int], list[int]]:
-        """Count one request's accepted path: `nodes[:num_accepted]`, root first.
-
-        Returns:
-            What it adds to (visited_by_rank, accepted_by_rank).
-        """
+        """Count one request's accepted path, `nodes[:num_accepted]`; give what it adds to both counts by rank."""
         visited = [0] * tree.max_branching
         accepted = [0] * tree.max_branching
         while len(self.accepted_histogram) <= num_accepted:
@@ -99,7 +95,5 @@ class GenerateStats:
             {"nodes": tree.num_nodes, "levels": tree.num_levels, "steps": steps}
             for tree, steps in self.steps_by_tree.items()
         ]
-        values["tokens_per_step"] = self.tokens_per_step
-        values["tokens_per_second"] = self.tokens_per_second
-        values["overhead_fraction"] = self.overhead_fraction
-        return values
+        derived = ("tokens_per_step", "tokens_per_second", "overhead_fraction")
+        return values | {name: getattr(self, name) for name in derived}

@@ -224,26 +224,13 @@ class DecodingStep:
         return changed
 
     def _verify(
-        self,
-        tokens: torch.Tensor,
-        logits: torch.Tensor,
-        draft_logits: torch.Tensor | None,
-        tree: TokenTree | Topology,
+        self, tokens: torch.Tensor, logits: torch.Tensor, draft_logits: torch.Tensor | None, tree: TokenTree | Topology
     ) -> VerifiedPath:
         state = self.state
         return verify_tree(
-            tokens,
-            logits,
-            draft_logits,
-            tree,
-            state.temperature,
-            state.seeds,
-            state.offsets,
-            top_k=state.top_k,
-            top_p=state.top_p,
-            rule=self.rule,
-            backend=self.backend,
-        )
+            tokens, logits, draft_logits, tree, state.temperature, state.seeds, state.offsets,
+            top_k=state.top_k, top_p=state.top_p, rule=self.rule, backend=self.backend,
+        )  # fmt: skip
 
     def commit_path(
         self, tree: StepTree, path: VerifiedPath, hidden_states: Sequence[torch.Tensor] = ()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+
+_NO_STAGE = nullcontext()
 
 
 class StageClock:
@@ -34,14 +35,3 @@ class _Stage:
 
     def __exit__(self, *exception: object) -> None:
         self.clock.seconds[self.name] += time.perf_counter() - self.start
-
-
-class _NoStage:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-_NO_STAGE: Any = _NoStage()

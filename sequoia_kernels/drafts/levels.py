@@ -72,16 +72,10 @@ class TreeLayout:
         trees = each_tree(tree)
         parts = [entry.tensors(device) for entry in trees]
         topology = parts[0] if isinstance(tree, TokenTree) else Topology.stack(parts)
-        num_nodes = topology.num_nodes
-        return cls(
-            tree,
-            tree if isinstance(tree, TokenTree) else topology,
-            num_nodes,
-            TreeStep.of(topology),
-            TreeStep.of(TokenTree.chain(2).tensors(device)),
-            # the deepest level has leaves only
-            tuple(_draft_level(trees, topology, level, device) for level in range(trees[0].num_levels - 1)),
-        )
+        # the deepest level has leaves only
+        levels = tuple(_draft_level(trees, topology, level, device) for level in range(trees[0].num_levels - 1))
+        steps = TreeStep.of(topology), TreeStep.of(TokenTree.chain(2).tensors(device))
+        return cls(tree, tree if isinstance(tree, TokenTree) else topology, topology.num_nodes, *steps, levels)
 
 
 def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, device: torch.device | str) -> DraftLevel:

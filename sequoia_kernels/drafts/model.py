@@ -37,11 +37,7 @@ def draft_source(draft: Any, *, compile: bool | str = False) -> DraftSource:
 
 
 class ModelDraft(DraftSource):
-    """A language model as the draft.
-
-    Args:
-        model: the model.
-    """
+    """A language model as the draft."""
 
     def __init__(self, model: TreeModel) -> None:
         if not isinstance(model, TreeModel):
@@ -109,14 +105,9 @@ class _ModelDrafting(Drafting):
     source: ModelDraft
 
     def __init__(
-        self,
-        source: ModelDraft,
-        target: TreeModel,
-        state: DecodingState,
-        max_cache_len: int,
-        backend: str,
+        self, source: ModelDraft, target: TreeModel, state: DecodingState, max_cache_len: int, backend: str,
         clock: StageClock,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(source, state, backend, clock)
         self.cache = source.model.new_cache(state.cache_lens.shape[0], max_cache_len, beyond_positions=True)
         # Whether it may meet tokens of the target that it has no embedding of. Such a one is fed as the last one that
@@ -128,11 +119,7 @@ class _ModelDrafting(Drafting):
         return self.cache.tensors()
 
     def prefill(
-        self,
-        lanes: list[int],
-        tokens: torch.Tensor,
-        num_tokens: torch.Tensor,
-        hidden_states: Sequence[torch.Tensor],
+        self, lanes: list[int], tokens: torch.Tensor, num_tokens: torch.Tensor, hidden_states: Sequence[torch.Tensor]
     ) -> None:
         """Run the tokens through the model."""
         model, cache = self.source.model, self.cache

@@ -177,14 +177,12 @@ class Drafting(ABC):
                 kept.copy_(logits)
             else:
                 buffers.draft_logits[:, :, :vocab].index_copy_(1, level.nodes, logits)
+            state = self.state
             drawn = sample_without_replacement(
-                logits.flatten(0, 1),
-                level.num_samples,
-                self.state.temperature.repeat_interleave(width),
-                self.state.seeds.repeat_interleave(width),
-                (self.state.offsets[:, None] + level.nodes).flatten(),
+                logits.flatten(0, 1), level.num_samples, state.temperature.repeat_interleave(width),
+                state.seeds.repeat_interleave(width), (state.offsets[:, None] + level.nodes).flatten(),
                 backend=self.backend,
-            ).tokens.view(batch_size, -1)
+            ).tokens.view(batch_size, -1)  # fmt: skip
             children = buffers.tokens.narrow(1, level.first_child, level.num_children)
             if level.drawn.dim() == 2:  # each request has its own tree
                 children.copy_(drawn.gather(1, level.drawn))

@@ -41,33 +41,27 @@ class DecodingState:
 
     @classmethod
     def create(
-        cls,
-        batch_size: int,
-        device: torch.device,
-        *,
-        seeds: Sequence[int],
-        temperature: Sequence[float],
-        top_k: Sequence[int] | None,
-        top_p: Sequence[float] | None,
-        own_draft_lens: bool = False,
-    ) -> DecodingState:
+        cls, batch_size: int, device: torch.device, *, seeds: Sequence[int], temperature: Sequence[float],
+        top_k: Sequence[int] | None, top_p: Sequence[float] | None, own_draft_lens: bool = False,
+    ) -> DecodingState:  # fmt: skip
         """Create the state of requests that have committed nothing yet."""
 
-        def tokens() -> torch.Tensor:
-            return torch.zeros(batch_size, dtype=torch.int64, device=device)
+        def of(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
-        cache_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        zeros = [0] * batch_size
+        cache_lens = of(zeros, torch.int32)
         return cls(
             cache_lens=cache_lens,
             draft_lens=cache_lens.clone() if own_draft_lens else cache_lens,
-            root_tokens=tokens(),
-            last_tokens=tokens(),
-            active=torch.ones(batch_size, dtype=torch.int32, device=device),
-            seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
-            offsets=tokens(),
-            temperature=torch.tensor(temperature, dtype=torch.float32, device=device),
-            top_k=None if top_k is None else torch.tensor(top_k, dtype=torch.int32, device=device),
-            top_p=None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=device),
+            root_tokens=of(zeros, torch.int64),
+            last_tokens=of(zeros, torch.int64),
+            active=of([1] * batch_size, torch.int32),
+            seeds=of(seeds, torch.int64),
+            offsets=of(zeros, torch.int64),
+            temperature=of(temperature, torch.float32),
+            top_k=None if top_k is None else of(top_k, torch.int32),
+            top_p=None if top_p is None else of(top_p, torch.float32),
         )
 
     @property
@@ -92,11 +86,10 @@ def request_seeds(seed: int, batch_size: int) -> list[int]:
     The first request gets the seed itself; the others get seeds mixed from it and their index (the finaliser of
     SplitMix64), so that neighbouring seeds do not share streams across a batch.
     """
-    return [seed] + [_mix(seed, index) for index in range(1, batch_size)]
-
-
-def _mix(seed: int, index: int) -> int:
-    value = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return (value ^ (value >> 31)) >> 1  # a non-negative int64
+    seeds = [seed]
+    for index in range(1, batch_size):
+        value = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+        seeds.append((value ^ (value >> 31)) >> 1)  # a non-negative int64
+    return seeds

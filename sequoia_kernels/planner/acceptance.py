@@ -14,8 +14,9 @@ section 4.1, which measures it with a probe of many children instead.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -116,9 +117,6 @@ class AcceptanceEstimate(Document):
     top_p: float | None = None
     target: str | None = None
     draft: str | None = None
-    _draws: dict[tuple[int, int], NDArray[np.float64]] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
 
     def __len__(self) -> int:
         return len(self.vector)
@@ -153,23 +151,20 @@ class AcceptanceEstimate(Document):
         Returns:
             The vectors. [num_draws, ranks] float64.
         """
-        if (num_draws, seed) not in self._draws:
-            prior = np.zeros(len(self.visited))
-            prior[0] = 0.5
-            draws = _draw_vectors(self.visited, self.accepted, self.dispersion, prior, num_draws, seed)
-            tail = np.asarray(self.vector[len(self.visited) :])
-            if tail.size:
-                # the tail keeps its shape, hangs on the last measured rank as drawn, and never takes more than is left
-                last = self.vector[len(self.visited) - 1]
-                scale = draws[:, -1:] / last if last > 0 else np.zeros((num_draws, 1))
-                tails = scale * tail
-                left = np.maximum(1 - draws.sum(axis=1, keepdims=True), 0)
-                total = tails.sum(axis=1, keepdims=True)
-                tails *= np.minimum(1, np.divide(left, total, out=np.ones_like(left), where=total > 0))
-                draws = np.concatenate((draws, tails), axis=1)
-            draws.flags.writeable = False
-            self._draws[num_draws, seed] = draws
-        return self._draws[num_draws, seed]
+        prior = np.zeros(len(self.visited))
+        prior[0] = 0.5
+        draws = _draw_vectors(self.visited, self.accepted, self.dispersion, prior, num_draws, seed)
+        tail = np.asarray(self.vector[len(self.visited) :])
+        if tail.size:
+            # the tail keeps its shape, hangs on the last measured rank as drawn, and never takes more than is left
+            last = self.vector[len(self.visited) - 1]
+            scale = draws[:, -1:] / last if last > 0 else np.zeros((num_draws, 1))
+            tails = scale * tail
+            left = np.maximum(1 - draws.sum(axis=1, keepdims=True), 0)
+            total = tails.sum(axis=1, keepdims=True)
+            tails *= np.minimum(1, np.divide(left, total, out=np.ones_like(left), where=total > 0))
+            draws = np.concatenate((draws, tails), axis=1)
+        return draws
 
     def tokens_per_step(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> float:
         """Give the tree's expected accepted tokens per step under a verification rule, bonus token included."""
@@ -198,7 +193,7 @@ class AcceptanceEstimate(Document):
 
     def to_fields(self) -> dict[str, Any]:
         """Give the fields of the estimate's document. Loading derives vector and intervals from its counts again."""
-        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.init}
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
 
     @classmethod
     def from_fields(cls, fields: Fields) -> AcceptanceEstimate:
@@ -213,15 +208,12 @@ class AcceptanceEstimate(Document):
         num_extrapolated = fields.count("num_extrapolated", 0)
         if num_extrapolated > MAX_NODES:
             raise fields.refuse("num_extrapolated", f"be at most {MAX_NODES}")
+        confidence = float(fields.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)"))
+        dispersion = float(fields.number("dispersion", lambda value: 1 <= value <= MAX_COUNT, "a number >= 1"))
         estimate = _build(
-            visited,
-            accepted,
-            float(fields.number("confidence", lambda value: 0 < value < 1, "a number in (0, 1)")),
-            float(fields.number("dispersion", lambda value: 1 <= value <= MAX_COUNT, "a number >= 1")),
-            fields.count("num_runs"),
-            len(visited) + num_extrapolated,
+            visited, accepted, confidence, dispersion, fields.count("num_runs"), len(visited) + num_extrapolated,
             **{name: fields.get(name, accepts, rule, optional=True) for name, (accepts, rule) in SETTINGS.items()},
-        )
+        )  # fmt: skip
         stored = list(map(float, fields.entries("vector", is_number, "a list of numbers")))
         if len(stored) != len(estimate.vector) or not np.allclose(stored, estimate.vector, rtol=1e-6, atol=1e-9):
             raise fields.refuse(
@@ -328,14 +320,9 @@ def estimate_acceptance(
 
 
 def _build(
-    visited: tuple[int, ...],
-    accepted: tuple[int, ...],
-    confidence: float,
-    dispersion: float,
-    num_runs: int,
-    total_ranks: int,
-    **settings: Any,
-) -> AcceptanceEstimate:
+    visited: tuple[int, ...], accepted: tuple[int, ...], confidence: float, dispersion: float, num_runs: int,
+    total_ranks: int, **settings: Any,
+) -> AcceptanceEstimate:  # fmt: skip
     hazards = np.asarray(accepted) / np.asarray(visited)
     vector = vector_of_chances(hazards)
     draws = _draw_vectors(visited, accepted, dispersion, np.full(len(visited), 0.5), NUM_DRAWS, seed=0)
@@ -349,35 +336,23 @@ def _build(
         lower = np.concatenate((lower, np.zeros(num_extrapolated)))
         upper = np.concatenate((upper, np.maximum(np.full(num_extrapolated, upper[-1]), vector[len(visited) :])))
     return AcceptanceEstimate(
-        vector=tuple(vector.tolist()),
-        lower=tuple(lower.tolist()),
-        upper=tuple(upper.tolist()),
-        visited=visited,
-        accepted=accepted,
-        confidence=confidence,
-        dispersion=dispersion,
-        num_runs=num_runs,
-        num_extrapolated=num_extrapolated,
-        **settings,
-    )
+        tuple(vector.tolist()), tuple(lower.tolist()), tuple(upper.tolist()), visited, accepted,
+        confidence=confidence, dispersion=dispersion, num_runs=num_runs, num_extrapolated=num_extrapolated, **settings,
+    )  # fmt: skip
 
 
 def _draw_vectors(
-    visited: Sequence[int],
-    accepted: Sequence[int],
-    dispersion: float,
-    prior: NDArray[np.float64],  # pseudo-counts added to both sides of each rank
-    num_draws: int,
+    visited: Sequence[int], accepted: Sequence[int], dispersion: float, prior: NDArray[np.float64], num_draws: int,
     seed: int,
-) -> NDArray[np.float64]:
+) -> NDArray[np.float64]:  # fmt: skip
+    """Draw vectors from the hazards' posterior; the prior is pseudo-counts added to both sides of each rank."""
     ones = np.asarray(accepted, dtype=np.float64) / dispersion
     zeros = np.asarray(visited, dtype=np.float64) / dispersion - ones
     hazards = np.where(ones + zeros > 0, ones / (ones + zeros), 0.0)[None].repeat(num_draws, axis=0)
     spread = (ones + prior > 0) & (zeros + prior > 0)  # a rank without prior that went one way only stays there
     generator = np.random.Generator(np.random.PCG64(seed))
-    hazards[:, spread] = generator.beta(
-        (ones + prior)[spread], (zeros + prior)[spread], size=(num_draws, int(spread.sum()))
-    )
+    size = num_draws, int(spread.sum())
+    hazards[:, spread] = generator.beta((ones + prior)[spread], (zeros + prior)[spread], size=size)
     return vector_of_chances(hazards)
 
 
@@ -452,16 +427,14 @@ def _check_counts(visited: Any, accepted: Any, where: str) -> tuple[tuple[int, .
                 raise ValueError(f"{where}: {name} must hold counts >= 0 and <= 2**53, got {count} at rank {rank}")
         checked.append(tuple(int(count) for count in counts))
     if len(checked[0]) != len(checked[1]):
-        raise ValueError(
-            f"{where}: visited and accepted must have one count a rank each, "
-            f"got {len(checked[0])} and {len(checked[1])}"
-        )
+        actual = f"{len(checked[0])} and {len(checked[1])}"
+        checks.fail_range(where, "visited and accepted", "have one count a rank each", actual)
+    rejected = math.inf
     for rank, (tried, taken) in enumerate(zip(*checked)):
         if taken > tried:
             raise ValueError(f"{where}: accepted must be at most visited, got {taken} of {tried} at rank {rank}")
-        if rank and tried > checked[0][rank - 1] - checked[1][rank - 1]:
-            raise ValueError(
-                f"{where}: visited must count nodes that rejected every child before this one, got {tried} at rank "
-                f"{rank} after {checked[0][rank - 1] - checked[1][rank - 1]} rejections at rank {rank - 1}"
-            )
+        if tried > rejected:
+            actual = f"{tried} at rank {rank} after {rejected} rejections at rank {rank - 1}"
+            checks.fail_range(where, "visited", "count nodes that rejected every child before this one", actual)
+        rejected = tried - taken
     return checked[0], checked[1]

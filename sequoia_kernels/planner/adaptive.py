@@ -121,11 +121,8 @@ class AdaptivePlan:
 class TreeFollower:
     """Follows one generation: counts what is accepted and names the tree of the next step.
 
-    Args:
-        plan: the trees.
-
     Attributes:
-        tree: the tree to decode with now.
+        plan: the trees.
         shift: estimated shift of acceptance against the plan's own.
         num_switches: times that the tree has changed.
     """

@@ -28,7 +28,7 @@ their sum. Copies and arithmetic overlap layer by layer, so this is right but fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ COMPOSED_OPS = ("linear", "tree_attention", "decoder_layer_rest", "model_rest", 
 # Weights outside of the linear layers and the embedding, as a share of all, above which a model is not composed.
 MAX_UNKNOWN_SHARE = 0.05
 
+Parameters = Mapping[str, float | int | str]
 Curve = Mapping[int, float]  # rows -> milliseconds
 Array = NDArray[np.float64]
 
@@ -74,18 +75,10 @@ def can_compose(profile: HardwareProfile, fingerprint: ModelFingerprint) -> str 
 def compose_forwards(
     profile: HardwareProfile, fingerprint: ModelFingerprint, batch_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], Array]:
-    """Compose a table of forward times, without what an offloaded model copies.
-
-    Args:
-        profile: a profile with microbenchmarks.
-        fingerprint: the model's shapes.
-        batch_size: requests in a forward.
+    """Compose a table of forward times, without what an offloaded model copies; ProfileError says why it cannot be.
 
     Returns:
         Context lengths [C], node counts [N] and milliseconds [C, N]: medians times the mean over median of each part.
-
-    Raises:
-        ProfileError: the forward cannot be composed; the message says why.
     """
     reason = can_compose(profile, fingerprint)
     if reason is not None:
@@ -94,19 +87,15 @@ def compose_forwards(
     linear, attention, layer, model, beyond = (_points(profile, op, dtype) for op in COMPOSED_OPS)
     node_counts = tuple(sorted({_size(point.parameters, "nodes") for point in attention}))
     contexts = tuple(sorted({_size(point.parameters, "context_len") for point in attention}))
-    rows = batch_size * np.asarray(node_counts, dtype=np.float64)
+    nodes = np.asarray(node_counts, dtype=np.float64)
+    rows = batch_size * nodes
     scale = {op: profile.mean_over_median.get(op, 1.0) for op in COMPOSED_OPS}
 
     fixed = scale["linear"] * _linears_ms(linear, fingerprint, rows)
     fixed += scale["decoder_layer_rest"] * fingerprint.num_layers * _rest_ms(layer, _layer_elements, fingerprint, rows)
     fixed += scale["model_rest"] * _rest_ms(model, _model_elements, fingerprint, rows)
     fixed += fingerprint.num_layers * beyond[-1].p50_ms
-    attended = np.stack(
-        [
-            _attention_ms(attention, fingerprint, batch_size, context, np.asarray(node_counts, dtype=np.float64))
-            for context in contexts
-        ]
-    )
+    attended = np.stack([_attention_ms(attention, fingerprint, batch_size, context, nodes) for context in contexts])
     return contexts, node_counts, fixed + scale["tree_attention"] * fingerprint.num_layers * attended
 
 
@@ -127,11 +116,7 @@ def layer_parts_ms(
 
 
 def transfer_ms(profile: HardwareProfile, fingerprint: ModelFingerprint) -> float:
-    """Time of copying what a forward of an offloaded model streams from the host; 0 for other models.
-
-    Raises:
-        ProfileError: the profile holds no bandwidth of the host's link.
-    """
+    """Time of copying what a forward of an offloaded model streams from the host; 0 for other models."""
     if not fingerprint.streamed_bytes:
         return 0.0
     bandwidth = profile.bandwidth.get("host_to_device", 0.0)
@@ -147,7 +132,7 @@ def _points(profile: HardwareProfile, op: str, dtype: str) -> list[OpPoint]:
     return [point for point in profile.ops.get(op, ()) if point.parameters.get("dtype") == dtype]
 
 
-def _size(parameters: Mapping[str, float | int | str], name: str) -> int:
+def _size(parameters: Parameters, name: str) -> int:
     value = parameters.get(name)
     if not is_count(value, 1):
         raise ProfileError(
@@ -167,12 +152,9 @@ def _along(curve: Curve, sizes: Array) -> Array:
 
 
 def _between(place: float, knots: Sequence[float], least: float | None = None) -> list[tuple[int, float]]:
-    """Weights of the knots around a place, adding up to 1; outside of them the last two go on.
+    """Weights of the increasing knots around a place, adding up to 1; above them the last two go on.
 
-    Args:
-        place: where to read.
-        knots: increasing.
-        least: below the first knot its value is scaled down no further than to this share; None keeps it.
+    Below the first knot its value is scaled down no further than to the least share; None keeps it.
     """
     if len(knots) == 1:
         return [(0, 1.0 if place <= knots[0] else place / knots[0])]
@@ -181,9 +163,6 @@ def _between(place: float, knots: Sequence[float], least: float | None = None) -
     high = min(int(np.searchsorted(knots, place)), len(knots) - 1)
     share = (place - knots[high - 1]) / (knots[high] - knots[high - 1])
     return [(high - 1, 1.0 - share), (high, share)]
-
-
-# ---- linear layers ----
 
 
 def _linears_ms(points: list[OpPoint], fingerprint: ModelFingerprint, rows: Array) -> Array:
@@ -234,9 +213,6 @@ def _full_grid(shapes: set[tuple[int, int]]) -> tuple[list[int], list[int]]:
             outputs.remove(worst_out)
 
 
-# ---- attention ----
-
-
 def _attention_ms(
     points: list[OpPoint], fingerprint: ModelFingerprint, batch_size: int, context_len: int, nodes: Array
 ) -> Array:
@@ -252,12 +228,12 @@ def _attention_ms(
     points = [point for point in points if distance(point) <= nearest + 1e-9]
     width = _size(points[0].parameters, "head_dim")
     points = [point for point in points if _size(point.parameters, "head_dim") == width]
-    by_heads: dict[int, dict[int, Curve]] = {}  # key/value heads of all requests -> context -> nodes -> ms
+    by_heads: dict[int, dict[int, dict[int, float]]] = {}  # key/value heads of all requests -> context -> nodes -> ms
     for point in points:
-        heads = _size(point.parameters, "batch_size") * _size(point.parameters, "kv_heads")
-        table = by_heads.setdefault(heads, {}).setdefault(_size(point.parameters, "context_len"), {})
-        assert isinstance(table, dict)
-        table[_size(point.parameters, "nodes")] = point.p50_ms
+        batch, heads, context, count = (
+            _size(point.parameters, name) for name in ("batch_size", "kv_heads", "context_len", "nodes")
+        )
+        by_heads.setdefault(batch * heads, {}).setdefault(context, {})[count] = point.p50_ms
     sizes = sorted(by_heads)
     wanted = batch_size * fingerprint.num_kv_heads
     own_group = _size(points[0].parameters, "q_heads") / _size(points[0].parameters, "kv_heads")
@@ -275,10 +251,7 @@ def _at_context(curves: Mapping[int, Curve], context_len: int, nodes: Array) -> 
     return np.asarray(sum(share * _along(curves[contexts[index]], nodes) for index, share in shares))
 
 
-# ---- everything else ----
-
-
-def _layer_elements(parameters: Mapping[str, float | int | str]) -> float:
+def _layer_elements(parameters: Parameters) -> float:
     """Elements of one row that pass through the element-wise work of a decoder layer, weighted by how often."""
     hidden, intermediate, q_heads, kv_heads, head_dim = (
         _size(parameters, name) for name in ("hidden_size", "intermediate_size", "q_heads", "kv_heads", "head_dim")
@@ -286,25 +259,22 @@ def _layer_elements(parameters: Mapping[str, float | int | str]) -> float:
     return 4 * hidden + 2 * intermediate + 2 * (q_heads + 2 * kv_heads) * head_dim
 
 
-def _model_elements(parameters: Mapping[str, float | int | str]) -> float:
+def _model_elements(parameters: Parameters) -> float:
     return _size(parameters, "hidden_size")
 
 
-def _rest_ms(points: Iterable[OpPoint], elements: object, fingerprint: ModelFingerprint, rows: Array) -> Array:
-    assert callable(elements)
+def _rest_ms(
+    points: Iterable[OpPoint], elements: Callable[[Parameters], float], fingerprint: ModelFingerprint, rows: Array
+) -> Array:
     curves: dict[float, dict[int, float]] = {}
     for point in points:
         curves.setdefault(elements(point.parameters), {})[_size(point.parameters, "rows")] = point.p50_ms
     sizes = sorted(curves)
-    wanted = elements(
-        {
-            "hidden_size": fingerprint.hidden_size,
-            "intermediate_size": fingerprint.intermediate_size or 4 * fingerprint.hidden_size,
-            "q_heads": fingerprint.num_heads,
-            "kv_heads": fingerprint.num_kv_heads,
-            "head_dim": fingerprint.head_dim,
-        }
-    )
+    hidden = fingerprint.hidden_size
+    wanted = elements({
+        "hidden_size": hidden, "intermediate_size": fingerprint.intermediate_size or 4 * hidden,
+        "q_heads": fingerprint.num_heads, "kv_heads": fingerprint.num_kv_heads, "head_dim": fingerprint.head_dim,
+    })  # fmt: skip
     knots = np.asarray(sorted({count for curve in curves.values() for count in curve}), dtype=np.float64)
     # Wider rows do not take less: where they seem to, it is noise, and both are set to their mean.
     smooth = [isotonic(times) for times in np.stack([_along(curves[size], knots) for size in sizes]).T]

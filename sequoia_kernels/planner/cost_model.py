@@ -117,8 +117,7 @@ class CostModel:
             checks.check_number("CostModel", "host_ms", host_ms, checks.TIME)
         if not is_count(batch_size, 1):
             raise ValueError(f"CostModel: batch_size must be an integer >= 1, got {batch_size!r}")
-        self.profile = profile
-        self.batch_size = batch_size
+        self.profile, self.batch_size = profile, batch_size
         self.composed: list[str] = []
         self.interpolated: list[str] = []
         self.target = _fingerprint(profile, target, "target", dtype)
@@ -130,7 +129,9 @@ class CostModel:
         self.transfer_ms = transfer_ms(profile, self.target) if "target" in self.composed else 0.0
         self.max_nodes = min(int(self._target.second[-1]), MAX_NODES)  # no tree is larger
         self.context_lens = tuple(int(context) for context in self._target.first)
-        self._verify = _verify_grid(profile, self.target.vocab_size, greedy)
+        sizes = ("batch_size", "nodes")
+        points, scale = _warped_points(profile, "verify_tree", sizes, self.target.vocab_size, greedy)
+        self._verify = _curve(points, sizes, scale)
         if self.draft is not None:
             self._draft = self._forward_grid(self.draft, "draft", compose)
             self.max_draft_rows = min(int(self._draft.second[-1]), MAX_NODES)
@@ -153,10 +154,8 @@ class CostModel:
             self.profile.forward_table(key, self.batch_size)  # says what is missing
         reason = can_compose(self.profile, fingerprint)
         if reason is not None:
-            raise ProfileError(
-                f"CostModel: the {role} must be a measured model or one whose forward can be composed, got {key}: "
-                f"{reason}"
-            )
+            rule = "be a measured model or one whose forward can be composed"
+            raise ProfileError(f"CostModel: the {role} must {rule}, got {key}: {reason}")
         self.composed.append(role)
         return MonotoneGrid(*compose_forwards(self.profile, fingerprint, self.batch_size))
 
@@ -197,14 +196,11 @@ class CostModel:
         return StepTimes(self, context_len)
 
     def stages(self, tree: TokenTree | StepShape, context_len: float) -> dict[str, float]:
-        """Give the milliseconds of one step by stage.
+        """Give the milliseconds of one step by the names in `STAGES`; 0 for what the step does not do.
 
         Args:
             tree: the tree, or its shape.
             context_len: committed tokens.
-
-        Returns:
-            Milliseconds by the names in `STAGES`; 0 for what the step does not do.
 
         Raises:
             ProfileError: the tree has more than one node and there is no draft.
@@ -217,12 +213,7 @@ class CostModel:
 
 
 class StepTimes:
-    """A cost model at one context length. Every time that it reads is kept.
-
-    Args:
-        model: the cost model.
-        context_len: committed tokens.
-    """
+    """A cost model at one context length. Every time that it reads is kept."""
 
     def __init__(self, model: CostModel, context_len: float) -> None:
         self.model = model
@@ -289,10 +280,8 @@ def _between_batches(grids: Sequence[MonotoneGrid], sizes: tuple[int, int], batc
     largest = min(first.second[-1], second.second[-1])
     counts = [count for count in sorted({*first.second, *second.second}) if count <= largest]
     weight = (batch_size - low) / (high - low)
-    return MonotoneGrid(
-        contexts, counts,
-        [(1 - weight) * first.at(context, counts) + weight * second.at(context, counts) for context in contexts],
-    )  # fmt: skip
+    times = [(1 - weight) * first.at(context, counts) + weight * second.at(context, counts) for context in contexts]
+    return MonotoneGrid(contexts, counts, times)
 
 
 def _fingerprint(profile: HardwareProfile, model: Any, role: str, dtype: Any) -> ModelFingerprint:
@@ -358,18 +347,11 @@ def _curve(points: list[OpPoint], sizes: Sequence[str], scale: float) -> Monoton
     return MonotoneGrid([0], knots, [[scale * float(np.median(times[size])) for size in knots]])
 
 
-def _verify_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
-    sizes = ("batch_size", "nodes")
-    points, scale = _warped_points(profile, "verify_tree", sizes, vocab, greedy)
-    return _curve(points, sizes, scale)
-
-
 def _sample_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> MonotoneGrid:
     op = "sample_without_replacement"
     points, scale = _warped_points(profile, op, ("rows", "num_samples"), vocab, greedy)
-    times = {
-        (float(point.parameters["rows"]), float(point.parameters["num_samples"])): point.p50_ms for point in points
-    }
+    sizes = [(float(point.parameters["rows"]), float(point.parameters["num_samples"])) for point in points]
+    times = {size: point.p50_ms for size, point in zip(sizes, points)}
     rows, samples = (sorted({key[axis] for key in times}) for axis in range(2))
     missing = [(row, count) for row in rows for count in samples if (row, count) not in times]
     if missing:

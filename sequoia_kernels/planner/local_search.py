@@ -35,18 +35,7 @@ class Move(NamedTuple):
 def refine_tree(
     tree: TokenTree, vector: NDArray[np.float64], times: StepTimes, max_budget: int, max_levels: int
 ) -> TokenTree:
-    """Improve a tree's tokens per second by local moves until none helps.
-
-    Args:
-        tree: where to start.
-        vector: acceptance vector. [ranks] float64.
-        times: cost of a step.
-        max_budget: largest number of nodes.
-        max_levels: largest number of levels.
-
-    Returns:
-        A tree at least as fast as `tree`, and `tree` itself where no move gains.
-    """
+    """Improve a tree's tokens per second, at this acceptance vector [ranks], by local moves until none helps."""
     for _ in range(MAX_ROUNDS):
         state = _State(tree, vector, times, max_budget, max_levels)
         start = state.speed(Move((), ()))
@@ -108,10 +97,8 @@ class _State:
             first = self.first_child[node]
             if self.counts[first + count - 1]:
                 continue  # its last child is not a leaf
-            removals = {1}
-            if not any(self.counts[first : first + count]):
-                removals.add(count)
-            for num_removed in sorted(removals):
+            has_leaves_only = not any(self.counts[first : first + count])
+            for num_removed in sorted({1, count} if has_leaves_only else {1}):
                 removed = ((node, num_removed),)
                 yield Move(removed, ())
                 gone = range(first + count - num_removed, first + count)

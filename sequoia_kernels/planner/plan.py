@@ -71,15 +71,8 @@ class PlanCandidate:
 
     def to_fields(self) -> dict[str, Any]:
         """Give the candidate as plain JSON values."""
-        return {
-            "kind": self.kind,
-            "parents": self.tree.parents,
-            "tokens_per_step": self.tokens_per_step,
-            "step_ms": self.step_ms,
-            "ms_per_token": self.ms_per_token,
-            "speedup": self.speedup,
-            "stages": dict(self.stages),
-        }
+        numbers = {name: getattr(self, name) for name in ("tokens_per_step", "step_ms", "ms_per_token", "speedup")}
+        return {"kind": self.kind, "parents": self.tree.parents, **numbers, "stages": dict(self.stages)}
 
     @classmethod
     def read(cls, fields: Fields) -> PlanCandidate:
@@ -288,14 +281,9 @@ def plan_tree(
         checks.check_number(where, "temperature", temperature, checks.NOT_NEGATIVE)
     checks.check_number(where, "tolerance", tolerance, _TOLERANCE)
     model = CostModel(
-        profile,
-        batch_size=batch_size,
-        target=target,
-        draft=draft,
-        temperature=temperature,
-        host_ms=host_ms,
+        profile, batch_size=batch_size, target=target, draft=draft, temperature=temperature, host_ms=host_ms,
         dtype=dtype,
-    )
+    )  # fmt: skip
     if model.draft is None:
         raise ProfileError(
             f"{where}: the profile must have a draft model, got none; measure it with measure_profile(target, draft) "
@@ -311,8 +299,7 @@ def plan_tree(
             f"{where}: max_budget must be at most the {largest} nodes that were measured, got {max_budget}; "
             "measure a profile with larger node_counts"
         )
-    if max_levels is None:
-        max_levels = DEFAULT_MAX_LEVELS
+    max_levels = DEFAULT_MAX_LEVELS if max_levels is None else max_levels
     max_levels = min(checks.whole_number(where, "max_levels", max_levels, rule=POSITIVE), max_budget)
 
     search = _Search(vector, model.at_context(context_len), max_budget, max_levels, tolerance, verification)
@@ -320,22 +307,13 @@ def plan_tree(
     interval = None if estimate is None else estimate.tokens_per_step_interval(pick.tree, rule)
     factor = pick.speedup / pick.tokens_per_step  # speedup for each token per step, at this step time
     return TreePlan(
-        **vars(pick),
-        tokens_per_step_interval=interval,
+        **vars(pick), tokens_per_step_interval=interval,
         speedup_interval=None if interval is None else (factor * interval[0], factor * interval[1]),
-        candidates=tuple(candidates),
-        context_len=context_len,
-        batch_size=batch_size,
-        temperature=temperature,
-        confidence=None if estimate is None else estimate.confidence,
-        tolerance=tolerance,
-        acceptance=tuple(vector.tolist()),
-        target=model.target.key,
-        draft=model.draft.key,
-        device=str(profile.device),
-        notes=tuple(_notes(model, context_len, pick, estimate)),
-        rule=rule,
-    )
+        candidates=tuple(candidates), context_len=context_len, batch_size=batch_size, temperature=temperature,
+        confidence=None if estimate is None else estimate.confidence, tolerance=tolerance,
+        acceptance=tuple(vector.tolist()), target=model.target.key, draft=model.draft.key, device=str(profile.device),
+        notes=tuple(_notes(model, context_len, pick, estimate)), rule=rule,
+    )  # fmt: skip
 
 
 class _Search:
@@ -347,19 +325,12 @@ class _Search:
     """
 
     def __init__(
-        self,
-        vector: NDArray[np.float64],
-        times: StepTimes,
-        max_budget: int,
-        max_levels: int,
-        tolerance: float,
+        self, vector: NDArray[np.float64], times: StepTimes, max_budget: int, max_levels: int, tolerance: float,
         rule: VerificationRule,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.vector: list[float] = vector.tolist()
-        self.times = times
-        self.max_budget, self.max_levels = max_budget, max_levels
-        self.tolerance = tolerance
-        self.rule = rule
+        self.times, self.max_budget, self.max_levels = times, max_budget, max_levels
+        self.tolerance, self.rule = tolerance, rule
         self.trees = OptimalTrees(self.vector, max_budget, max_levels)
         self.single_ms = times.step_ms(StepShape(1, (), ()))
         values = self.trees.values
@@ -377,7 +348,7 @@ class _Search:
             for budget, levels in np.argwhere(counts).tolist():
                 values[budget, levels] = rule.expected_tokens(self.trees.tree(budget, levels), self.vector)
         self.values = values
-        self.bounds = np.where(counts, values / self._least_ms(max_budget, max_levels), 0.0)
+        self.bounds = np.where(counts, values / self._least_ms(), 0.0)
 
     def choose(self) -> tuple[PlanCandidate, list[PlanCandidate]]:
         """Give the pick, and what it is shown with, the pick included, fastest first."""
@@ -416,14 +387,9 @@ class _Search:
         return PlanCandidate(tree, tokens, stages, tokens * self.single_ms / sum(stages.values()))
 
     def fastest_tree(self, reference: float) -> tuple[PlanCandidate | None, list[tuple[int, int]]]:
-        """Find the fastest optimal tree.
+        """Find the fastest optimal tree, None where none exceeds a reference speed in tokens per millisecond.
 
-        Args:
-            reference: tokens per millisecond that a tree must exceed.
-
-        Returns:
-            The tree, None where none exceeds the reference, and all cells that may be within the tolerance of the
-            fastest or the reference.
+        All cells that may be within the tolerance of the fastest or the reference come with it.
         """
         best, fastest = reference, None
         near: list[tuple[float, int, int]] = []
@@ -465,11 +431,11 @@ class _Search:
         fewest = tuple(-(-nodes // width) for nodes, width in zip(widths.nodes[1:], internal, strict=True))
         return float(self.values[budget, levels]) / self.times.step_ms(StepShape(budget, internal, fewest))
 
-    def _least_ms(self, max_budget: int, max_levels: int) -> NDArray[np.float64]:
+    def _least_ms(self) -> NDArray[np.float64]:
         """The least a step of a cell's tree can take: every level of the draft is one node wide. [budget, levels]."""
         times = self.times
-        levels = np.arange(max_levels + 1)
-        by_node = np.add(times.target, times.verify)[: max_budget + 1]
+        levels = np.arange(self.max_levels + 1)
+        by_node = np.add(times.target, times.verify)[: self.max_budget + 1]
         by_level = (
             times.draft_root
             + np.maximum(levels - 2, 0) * times.draft[1]
@@ -492,10 +458,7 @@ def _size(candidate: PlanCandidate) -> tuple[int, float]:
 
 def _milestones(max_budget: int) -> Iterable[int]:
     """Budgets that the table of candidates shows: powers of two, and the largest."""
-    budget = 2
-    while budget < max_budget:
-        yield budget
-        budget *= 2
+    yield from (1 << power for power in range(1, (max_budget - 1).bit_length()))
     yield max_budget
 
 
@@ -511,10 +474,9 @@ def _notes(
         yield f"forwards of the {role} are interpolated between measured batch sizes"
     if model.transfer_ms > 0:
         yield f"the target streams its weights: no forward takes less than {model.transfer_ms:.1f} ms"
-    largest = model.max_draft_rows
-    widest = max(StepShape.of(pick.tree).widths, default=0)
-    if widest > largest:
-        yield f"a draft level feeds {widest} nodes, {largest} were measured at most: its time is extrapolated"
+    widest, measured = max(StepShape.of(pick.tree).widths, default=0), model.max_draft_rows
+    if widest > measured:
+        yield f"a draft level feeds {widest} nodes, {measured} were measured at most: its time is extrapolated"
     if pick.tree.num_nodes == min(model.max_nodes, MAX_STEP_ROWS):
         yield f"the pick has the largest measured budget, {pick.tree.num_nodes} nodes: a larger one may be faster still"
     if estimate is not None and pick.tree.max_branching > len(estimate.visited):

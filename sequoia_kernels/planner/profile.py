@@ -8,10 +8,10 @@ docs/hardware_profile.md.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -106,9 +106,7 @@ class HardwareProfile(Document):
     mean_over_median: Mapping[str, float] = field(default_factory=dict)
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    created: str = field(
-        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    )
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def check_device(self, device: torch.device | str | None = None) -> None:
         """Refuse the profile when it was measured on another device than the one at hand.
@@ -119,28 +117,22 @@ class HardwareProfile(Document):
         Raises:
             ProfileError: type, name or number of CPU threads differ; the message names both devices.
         """
+        rule = f"HardwareProfile.check_device: device must be the one of the profile, {self.device}"
         try:
             here = DeviceFingerprint.of(self.device.type if device is None else device)
         except ValueError as reason:
-            raise ProfileError(
-                f"HardwareProfile.check_device: device must be the one of the profile, {self.device}, "
-                f"got none like it ({reason})"
-            ) from None
+            raise ProfileError(f"{rule}, got none like it ({reason})") from None
         if not self.device.same_device(here):
             fix = "measure a profile on this device"
             if (self.device.type, self.device.name) == (here.type, here.name):
-                fix = (
-                    f"call torch.set_num_threads({self.device.num_threads}), or measure a profile at {here.num_threads}"
-                )
-            raise ProfileError(
-                f"HardwareProfile.check_device: device must be the one of the profile, {self.device}, got {here}; {fix}"
-            )
+                own = self.device.num_threads
+                fix = f"call torch.set_num_threads({own}), or measure a profile at {here.num_threads}"
+            raise ProfileError(f"{rule}, got {here}; {fix}")
         if self.device.torch_version != here.torch_version:
             logger.warning(
                 "the hardware profile was measured with torch %s, this is %s: its times may be off",
-                self.device.torch_version,
-                here.torch_version,
-            )
+                self.device.torch_version, here.torch_version,
+            )  # fmt: skip
 
     def find_model(self, model: Any = None, role: str = "target") -> str:
         """Give the key of a model in this profile.
@@ -182,11 +174,7 @@ class HardwareProfile(Document):
         return key
 
     def forward_table(self, key: str, batch_size: int = 1) -> ForwardTable:
-        """Give a model's forward times at a batch size.
-
-        Raises:
-            ProfileError: they were not measured.
-        """
+        """Give a model's forward times at a batch size; ProfileError where they were not measured."""
         key = self.find_model(key)
         for table in self.forwards[key]:
             if table.batch_size == batch_size:
@@ -202,11 +190,8 @@ class HardwareProfile(Document):
         key = fingerprint.key
         tables = [old for old in self.forwards.get(key, ()) if old.batch_size != table.batch_size]
         tables = sorted([*tables, table], key=lambda entry: entry.batch_size)
-        return dataclasses.replace(
-            self,
-            models={**self.models, key: fingerprint},
-            forwards={**self.forwards, key: tuple(tables)},
-        )
+        models, forwards = {**self.models, key: fingerprint}, {**self.forwards, key: tuple(tables)}
+        return dataclasses.replace(self, models=models, forwards=forwards)
 
     def with_op(self, name: str, points: Sequence[OpPoint]) -> HardwareProfile:
         """Give the profile with times of an op added; points of the same parameters are replaced."""
@@ -222,29 +207,23 @@ class HardwareProfile(Document):
 
     def with_slowdowns(self, mean_over_median: Mapping[str, float]) -> HardwareProfile:
         """Give the profile with the ratios of mean to median times set for some models (by key) and ops (by name)."""
+        where = "HardwareProfile.with_slowdowns"
         for name, value in mean_over_median.items():
             if not is_number(value) or value <= 0:
-                raise ValueError(
-                    f"HardwareProfile.with_slowdowns: mean_over_median must hold finite ratios > 0, "
-                    f"got {value!r} of {name}"
-                )
+                actual = f"{value!r} of {name}"
+                checks.fail_range(where, "mean_over_median", "hold finite ratios > 0", actual)
         return dataclasses.replace(self, mean_over_median={**self.mean_over_median, **mean_over_median})
 
     def with_measurement(
-        self,
-        target_key: str,
-        draft_key: str | None = None,
-        bandwidth: Mapping[str, float] | None = None,
+        self, target_key: str, draft_key: str | None = None, bandwidth: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
-    ) -> HardwareProfile:
+    ) -> HardwareProfile:  # fmt: skip
         """Give the profile with its own pair of models named, and what else is known of the measurement."""
         return dataclasses.replace(
-            self,
-            target_key=self.find_model(target_key, "target"),
+            self, target_key=self.find_model(target_key, "target"),
             draft_key=None if draft_key is None else self.find_model(draft_key, "draft"),
-            bandwidth={**self.bandwidth, **(bandwidth or {})},
-            settings={**self.settings, **(settings or {})},
-        )
+            bandwidth={**self.bandwidth, **(bandwidth or {})}, settings={**self.settings, **(settings or {})},
+        )  # fmt: skip
 
     def merged(self, other: HardwareProfile) -> HardwareProfile:
         """Give this profile with everything of another of the same device added; where both have a time, the other's.
@@ -262,18 +241,11 @@ class HardwareProfile(Document):
                 result = result.with_forwards(other.models[key], table)
         for name, points in other.ops.items():
             result = result.with_op(name, points)
-        return dataclasses.replace(
-            result,
-            device=other.device,
-            target_key=other.target_key or self.target_key,
-            draft_key=other.draft_key or self.draft_key,
-            step_overhead_ms=other.step_overhead_ms or self.step_overhead_ms,
-            level_overhead_ms=other.level_overhead_ms or self.level_overhead_ms,
-            mean_over_median={**self.mean_over_median, **other.mean_over_median},
-            bandwidth={**self.bandwidth, **other.bandwidth},
-            settings={**self.settings, **other.settings},
-            created=other.created,
-        )
+        either = ("target_key", "draft_key", "step_overhead_ms", "level_overhead_ms")
+        both = ("mean_over_median", "bandwidth", "settings")
+        merged: dict[str, Any] = {name: getattr(other, name) or getattr(self, name) for name in either}
+        merged |= {name: {**getattr(self, name), **getattr(other, name)} for name in both}
+        return dataclasses.replace(result, device=other.device, created=other.created, **merged)
 
     def to_fields(self) -> dict[str, Any]:
         """Give the fields of the profile's document."""
@@ -314,49 +286,37 @@ class HardwareProfile(Document):
             if not _are_increasing([table.batch_size for table in forwards[key]]):
                 raise entry.refuse("forwards", "be tables of increasing batch_size", "others")
         ops, overhead = fields.inside("ops"), fields.inside("overhead")
-        roles = {
-            role: fields.get(
-                role, lambda key: isinstance(key, str) and key in models, "one of its models", optional=True
-            )
+        target_key, draft_key = (
+            fields.get(role, lambda key: isinstance(key, str) and key in models, "one of its models", optional=True)
             for role in ("target", "draft")
-        }
+        )
         return cls(
             device=DeviceFingerprint(
-                type=device.text("type"),
-                name=device.text("name"),
-                num_threads=device.count("num_threads", optional=True),
-                memory_bytes=device.count("memory_bytes", optional=True),
+                **{name: device.text(name) for name in ("type", "name", "torch_version")},
+                **{name: device.count(name, optional=True) for name in ("num_threads", "memory_bytes")},
                 compute_capability=device.text("compute_capability", optional=True),
-                torch_version=device.text("torch_version"),
             ),
             models=fingerprints,
             forwards=forwards,
             ops={name: tuple(map(_read_point, ops.objects(name))) for name in ops},
-            target_key=roles["target"],
-            draft_key=roles["draft"],
+            target_key=target_key,
+            draft_key=draft_key,
             step_overhead_ms=overhead.time("step_ms"),
             level_overhead_ms=overhead.time("level_ms"),
-            mean_over_median=fields.inside("mean_over_median").numbers(
-                lambda value: 1e-12 <= value <= 1e12, "a number > 0"
-            ),
-            bandwidth=fields.inside("bandwidth_gb_per_s").numbers(lambda value: 0 <= value <= 1e12, "a number >= 0"),
+            mean_over_median=fields.inside("mean_over_median").numbers(lambda x: 1e-12 <= x <= 1e12, "a number > 0"),
+            bandwidth=fields.inside("bandwidth_gb_per_s").numbers(lambda x: 0 <= x <= 1e12, "a number >= 0"),
             settings=dict(fields.inside("settings").value),
             created=fields.text("created"),
         )
 
 
 def _read_fingerprint(fields: Fields) -> ModelFingerprint:
+    counts = ("num_parameters", "vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
     return ModelFingerprint(
         family=fields.text("family"),
         dtype=fields.text("dtype"),
-        num_parameters=fields.count("num_parameters"),
-        vocab_size=fields.count("vocab_size"),
-        num_layers=fields.count("num_layers"),
-        hidden_size=fields.count("hidden_size"),
+        **{name: fields.count(name) for name in counts},
         intermediate_size=fields.count("intermediate_size", optional=True),
-        num_heads=fields.count("num_heads"),
-        num_kv_heads=fields.count("num_kv_heads"),
-        head_dim=fields.count("head_dim"),
         linears=tuple(map(tuple, fields.entries("linears", _is_linear, "a list of [inputs, outputs, how many]"))),
         streamed_bytes=fields.count("streamed_bytes", 0),
     )
@@ -381,14 +341,8 @@ def _read_forwards(fields: Fields) -> ForwardTable:
                 raise fields.refuse(name, f"be {rule}", "entries that are none")
         return tuple(tuple(map(float, row)) for row in rows)
 
-    return ForwardTable(
-        batch_size=fields.count("batch_size"),
-        **sizes,
-        p20_ms=table("p20_ms"),
-        p50_ms=table("p50_ms"),
-        p80_ms=table("p80_ms"),
-        repeats=fields.count("repeats"),
-    )
+    times: dict[str, Any] = {name: table(name) for name in ("p20_ms", "p50_ms", "p80_ms")}
+    return ForwardTable(batch_size=fields.count("batch_size"), **sizes, **times, repeats=fields.count("repeats"))
 
 
 def _read_point(fields: Fields) -> OpPoint:

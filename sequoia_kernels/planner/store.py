@@ -66,8 +66,7 @@ def cache_folder() -> Path | None:
 
 def load_profile(key: Key) -> HardwareProfile | None:
     """Read the profile that was kept for a key; None where there is none."""
-    found = _load("profile", key)
-    return found[0] if found is not None else None
+    return _load("profile", key)
 
 
 def save_profile(key: Key, profile: HardwareProfile) -> None:
@@ -78,8 +77,7 @@ def save_profile(key: Key, profile: HardwareProfile) -> None:
 
 def load_evidence(key: Key) -> AcceptanceEvidence | None:
     """Read the evidence that was kept for a key; None where there is none."""
-    found = _load("acceptance", key)
-    return found[0] if found is not None else None
+    return _load("acceptance", key)
 
 
 def save_evidence(key: Key, evidence: AcceptanceEvidence) -> None:
@@ -140,7 +138,7 @@ def _read(kind: str, path: Path) -> tuple[Any, Any]:
     return AcceptanceEvidence.from_json(read_text(path), str(path))
 
 
-def _load(kind: str, key: Key) -> tuple[Any, Any] | None:
+def _load(kind: str, key: Key) -> Any | None:
     path = _path(kind, key)
     if path is None:
         return None
@@ -151,10 +149,10 @@ def _load(kind: str, key: Key) -> tuple[Any, Any] | None:
     except (OSError, ValueError) as reason:
         logger.warning("a file of the cache is passed over: %s (%s)", path, reason)
         return None
-    if found != json.loads(json.dumps(dict(key))):  # tuples are lists there
-        logger.warning("a file of the cache is passed over: %s belongs to something else", path)
-        return None
-    return content, found
+    if found == json.loads(json.dumps(dict(key))):  # tuples are lists there
+        return content
+    logger.warning("a file of the cache is passed over: %s belongs to something else", path)
+    return None
 
 
 def _save(kind: str, key: Key, text: str) -> None:

@@ -11,16 +11,10 @@ __all__ = ["tree_values"]
 
 
 def tree_values(tree: TokenTree, vectors: NDArray[np.float64], rule: str = DEFAULT_RULE) -> NDArray[np.float64]:
-    """Give the expected accepted tokens per step of one tree under many acceptance vectors.
+    """Give the expected accepted tokens per step, bonus token included, of one tree under many acceptance vectors.
 
-    Args:
-        tree: the tree.
-        vectors: one acceptance vector a row; ranks beyond its end count as 0. [draws, ranks] float64.
-        rule: verification rule, by its name.
-
-    Returns:
-        Tokens per step, bonus token included. [draws] float64. For Sequoia's rule that is the sum over nodes of the
-        product of the acceptances along the path, root 1; other rules are asked for each vector.
+    Vectors are [draws, ranks], ranks beyond their end count as 0; values are [draws], float64 both. For Sequoia's rule
+    that is the sum over nodes of the product of the acceptances along the path; other rules are asked for each vector.
     """
     if rule != DEFAULT_RULE:
         expected_tokens = rule_named("tree_values", rule).expected_tokens

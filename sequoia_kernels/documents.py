@@ -126,16 +126,14 @@ class Format:
         try:
             text = read_text(path)
         except UnicodeDecodeError:
-            raise self.error(
-                f"{where}: the document must be JSON text, got bytes that are not UTF-8{self.hint}"
-            ) from None
+            actual = f"bytes that are not UTF-8{self.hint}"
+            raise self.error(f"{where}: the document must be JSON text, got {actual}") from None
         return self.parse(text, where)
 
 
 class Document:
     """A value that is kept as a document; a subclass names the `FORMAT` and says what the fields are."""
 
-    __slots__ = ()
     FORMAT: ClassVar[Format]
 
     def to_fields(self) -> dict[str, Any]:
@@ -221,13 +219,7 @@ class Fields:
         rule = "a positive integer" if least == 1 else f"an integer >= {least}"
         return self.get(name, lambda value: is_count(value, least), rule, optional)
 
-    def number(
-        self,
-        name: str,
-        accepts: Callable[[Any], bool] = is_number,
-        rule: str = "a finite number",
-        optional: bool = False,
-    ) -> Any:
+    def number(self, name: str, accepts: Callable[[Any], bool], rule: str, optional: bool = False) -> Any:
         """Give a number as it stands there, an integer or a float."""
         return self.get(name, lambda value: is_number(value) and accepts(value), rule, optional)
 
@@ -318,7 +310,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             os.close(descriptor)
     elif stat.S_ISDIR(present.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    elif not _is_own_output(present) and not os.access(
+    elif _own_output(present) is None and not os.access(
         path, os.W_OK, effective_ids=os.access in os.supports_effective_ids
     ):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
@@ -331,40 +323,35 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _is_output(descriptor: int, present: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), present)
-    except OSError:  # closed
-        return False
-
-
-def _is_own_output(present: os.stat_result) -> bool:
-    return any(_is_output(descriptor, present) for descriptor in (1, 2))
+def _own_output(present: os.stat_result) -> int | None:
+    """Give the descriptor, 1 or 2, of the output of this process that a file is; None for any other file."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(os.fstat(descriptor), present):
+                return descriptor
+    return None
 
 
 def _is_replaced(present: os.stat_result) -> bool:
     """Tell whether a new file takes the place of this one: a regular one that nothing is being printed to."""
-    return stat.S_ISREG(present.st_mode) and not _is_own_output(present)
+    return stat.S_ISREG(present.st_mode) and _own_output(present) is None
 
 
 def _open_through(path: Path, present: os.stat_result) -> Any:
     """Open what is written to as it is; our own output through the open file, behind what was printed before."""
-    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
-        if _is_output(descriptor, present):
-            stream.flush()
-            return open(descriptor, "wb", closefd=False)
-    return open(path, "wb")
+    descriptor = _own_output(present)
+    if descriptor is None:
+        return open(path, "wb")
+    (sys.stdout if descriptor == 1 else sys.stderr).flush()
+    return open(descriptor, "wb", closefd=False)
 
 
 @contextlib.contextmanager
 def _new_file_beside(path: Path, present: os.stat_result | None) -> Iterator[tuple[str, int]]:
     """Open a new file in the folder of the file that a path leads to; if it still has its own name then, it is removed.
 
-    The name is random and must be new, so nobody can lay a link there beforehand, and writers do not share it.
-
-    Args:
-        path: the file to be replaced or made.
-        present: what is there now; its mode, owner and group are taken over.
+    The name is random and must be new, so nobody can lay a link there beforehand, and writers do not share it. Mode,
+    owner and group of what is there now are taken over.
     """
     name = os.path.join(os.path.dirname(os.path.realpath(path)), f".{secrets.token_hex(8)}.part")
     try:
@@ -373,12 +360,8 @@ def _new_file_beside(path: Path, present: os.stat_result | None) -> Iterator[tup
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(name, flags, 0o666 if present is None else 0o600)
         if present is not None:
-            kept = (
-                (os.fchown, -1, present.st_gid),
-                (os.fchown, present.st_uid, -1),
-                (os.fchmod, stat.S_IMODE(present.st_mode)),
-            )
-            for change, *values in kept:
+            owners = (os.fchown, -1, present.st_gid), (os.fchown, present.st_uid, -1)
+            for change, *values in (*owners, (os.fchmod, stat.S_IMODE(present.st_mode))):
                 with contextlib.suppress(OSError):  # only root may give files away; some file systems keep no modes
                     change(descriptor, *values)
         yield name, descriptor

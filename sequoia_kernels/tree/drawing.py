@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 from sequoia_kernels.tree.placement import Shape, horizontal_positions
@@ -31,8 +31,7 @@ HEADER = 56
 LABEL_COLUMN = 64
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """A curve from a parent's lower rim to a child's upper rim."""
 
     x0: float
@@ -43,8 +42,7 @@ class Edge:
     colour: str
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A disc, its id where there is room for it, and what a tooltip says."""
 
     x: float
@@ -58,8 +56,7 @@ class Node:
     title: str
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A line of text; y is its vertical centre."""
 
     x: float
@@ -71,8 +68,7 @@ class Text:
     bold: bool = False
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A filled rectangle."""
 
     x: float
@@ -116,12 +112,7 @@ def draw_text(tree: Shape, values: Sequence[float] | None) -> str:
 
 
 def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
-    """Lay a tree out and describe its picture.
-
-    Args:
-        tree: the tree.
-        values: value of each node, in [0, 1]; without it all nodes look alike. [nodes]
-    """
+    """Lay a tree out and describe its picture; without the nodes' values, in [0, 1], all of them look alike."""
     largest, smallest = _radii(tree.num_nodes)
     plain_radius = max(smallest, 0.6 * largest)
     if values is None:
@@ -217,9 +208,8 @@ def render_png(picture: Picture, scale: float) -> bytes:
     """Return a picture as a PNG file, `scale` image pixels to a picture pixel."""
     if scale * max(picture.width, picture.height) > MAX_PNG_PIXELS:
         limit = MAX_PNG_PIXELS / max(picture.width, picture.height)
-        raise ValueError(
-            f"TokenTree.save_png: scale must be at most {limit:.3g} for a tree of this size, got {scale:g}"
-        )
+        rule = f"at most {limit:.3g} for a tree of this size"
+        raise ValueError(f"TokenTree.save_png: scale must be {rule}, got {scale:g}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -281,9 +271,7 @@ def _add_levels(picture: Picture, tree: Shape, values: Sequence[float] | None, w
         # Acceptances of siblings exclude one another, so a level's values add up to the probability of reaching it.
         reached = math.fsum(values[node] for node in nodes)
         picture.texts.append(Text(right, middle - 8, _percent(reached), 12, INK, "end"))
-        picture.texts.append(
-            Text(right, middle + 8, f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}", 10, FAINT_INK, "end")
-        )
+        picture.texts.append(Text(right, middle + 8, _counted(len(nodes), "node"), 10, FAINT_INK, "end"))
 
 
 def _add_legend(picture: Picture) -> None:
@@ -306,11 +294,12 @@ def _add_legend(picture: Picture) -> None:
 
 
 def _headline(tree: Shape, values: Sequence[float] | None) -> str:
-    nodes = f"{tree.num_nodes} node{'s' if tree.num_nodes > 1 else ''}"
-    levels = f"{tree.num_levels} level{'s' if tree.num_levels > 1 else ''}"
-    if values is None:
-        return f"{nodes}, {levels}"
-    return f"{nodes}, {levels}, {math.fsum(values):.2f} tokens per step expected"
+    size = f"{_counted(tree.num_nodes, 'node')}, {_counted(tree.num_levels, 'level')}"
+    return size if values is None else f"{size}, {math.fsum(values):.2f} tokens per step expected"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 def _radii(num_nodes: int) -> tuple[float, float]:
@@ -324,19 +313,15 @@ def _radii(num_nodes: int) -> tuple[float, float]:
 
 def _shade(value: float) -> float:
     """Return a value's place on the colour scale, in [0, 1]."""
-    if value <= 0.0:
-        return 0.0
-    return min(1.0, max(0.0, 1.0 + math.log10(value) / VALUE_DECADES))
+    return 0.0 if value <= 0.0 else min(1.0, max(0.0, 1.0 + math.log10(value) / VALUE_DECADES))
 
 
 def _colour(value: float) -> str:
     place = _shade(value) * (len(VALUE_COLOURS) - 1)
     lower = min(int(place), len(VALUE_COLOURS) - 2)
     share = place - lower
-    mixed = (
-        round(low + share * (high - low))
-        for low, high in zip(VALUE_COLOURS[lower], VALUE_COLOURS[lower + 1], strict=True)
-    )
+    ends = zip(VALUE_COLOURS[lower], VALUE_COLOURS[lower + 1], strict=True)
+    mixed = (round(low + share * (high - low)) for low, high in ends)
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 

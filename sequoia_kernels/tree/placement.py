@@ -68,13 +68,9 @@ class _Outline:
 def horizontal_positions(
     tree: Shape, half_widths: Sequence[float], sibling_gap: float, cousin_gap: float
 ) -> list[float]:
-    """Return the horizontal centre of each node, the leftmost edge of the drawing at 0.
+    """Return the horizontal centre of each node, the leftmost edge of the drawing at 0; all sizes in pixels.
 
-    Args:
-        tree: the tree.
-        half_widths: half the width of each node. [nodes], in pixels.
-        sibling_gap: free pixels between neighbouring leaves of one parent.
-        cousin_gap: free pixels between neighbouring subtrees.
+    The gaps are those between neighbouring leaves of one parent, and between neighbouring subtrees.
     """
     first_child, num_children, parents = tree.first_child, tree.num_children, tree.parents
     outlines: list[_Outline | None] = [None] * tree.num_nodes

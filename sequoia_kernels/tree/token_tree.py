@@ -53,24 +53,12 @@ class TokenTree(Document):
         2.4
     """
 
-    __slots__ = (
-        "_depths",
-        "_device_tensors",
-        "_first_child",
-        "_hash",
-        "_level_starts",
-        "_mask",
-        "_num_children",
-        "_parents",
-    )
-
     _parents: tuple[int, ...]
     _depths: tuple[int, ...]
     _first_child: tuple[int, ...]
     _num_children: tuple[int, ...]
     _level_starts: tuple[int, ...]
     _hash: int
-    _mask: torch.Tensor | None
     _device_tensors: dict[torch.device, Topology]
 
     def __init__(self, parents: Iterable[int]) -> None:
@@ -89,18 +77,10 @@ class TokenTree(Document):
                 first_child[parent] = node
             num_children[parent] += 1
         level_starts.append(num_nodes)
-        fields = {
-            "_parents": checked,
-            "_depths": tuple(depths),
-            "_first_child": tuple(first_child),
-            "_num_children": tuple(num_children),
-            "_level_starts": tuple(level_starts),
-            "_hash": hash(checked),
-            "_mask": None,
-            "_device_tensors": {},
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(
+            _parents=checked, _depths=tuple(depths), _first_child=tuple(first_child), _num_children=tuple(num_children),
+            _level_starts=tuple(level_starts), _hash=hash(checked), _device_tensors={},
+        )  # fmt: skip
 
     # ---- identity ----
 
@@ -131,7 +111,8 @@ class TokenTree(Document):
     def __repr__(self) -> str:
         if self.num_nodes <= 16:
             return f"TokenTree({self.parents})"
-        return f"<TokenTree of {self.num_nodes} nodes on {self.num_levels} levels, widths {_shortened(self.widths)}>"
+        widths = ", ".join(map(str, self.widths[:12])) + (", ..." if self.num_levels > 12 else "")
+        return f"<TokenTree of {self.num_nodes} nodes on {self.num_levels} levels, widths [{widths}]>"
 
     # ---- topology ----
 
@@ -213,7 +194,7 @@ class TokenTree(Document):
             >>> TokenTree([-1, 0, 0, 1]).ancestor_mask().tolist()
             [[1], [3], [5], [11]]
         """
-        return self._cpu_mask().clone()
+        return self.tensors().ancestor_mask.clone()
 
     def tensors(self, device: torch.device | str = "cpu") -> Topology:
         """Return the topology as tensors on a device.
@@ -234,18 +215,12 @@ class TokenTree(Document):
         if cached is not None:
             return cached
         ranks = [self.rank(node) for node in range(self.num_nodes)]
+        by_node = (self._parents, self._depths, ranks, self._first_child, self._num_children)
         # The cache outlives the caller's inference mode, in which tensors would be unusable elsewhere.
         with torch.inference_mode(False):
-            made = Topology(
-                parents=torch.tensor(self._parents, dtype=torch.int32).to(device),
-                depths=torch.tensor(self._depths, dtype=torch.int32).to(device),
-                ranks=torch.tensor(ranks, dtype=torch.int32).to(device),
-                first_child=torch.tensor(self._first_child, dtype=torch.int32).to(device),
-                num_children=torch.tensor(self._num_children, dtype=torch.int32).to(device),
-                ancestor_mask=self._cpu_mask().to(device),
-                num_levels=self.num_levels,
-                max_branching=self.max_branching,
-            )
+            parts: list[Any] = [torch.tensor(values, dtype=torch.int32).to(device) for values in by_node]
+            parts += [torch.from_numpy(self._packed_mask()).to(device), self.num_levels, self.max_branching]
+            made = Topology(*parts)
         if type(made.ancestor_mask) is torch.Tensor:  # fake tensors of a tracer must not stay behind
             self._device_tensors[device] = made
         return made
@@ -354,12 +329,9 @@ class TokenTree(Document):
     # ---- files: {"format": "sequoia-kernels/tree", "version": 1, "parents": [...]}; TreeFormatError for others ----
 
     FORMAT = Format(
-        "sequoia-kernels/tree",
-        1,
-        TreeFormatError,
+        "sequoia-kernels/tree", 1, TreeFormatError, indent=None,
         hint="; TokenTree.from_growmap tells how to import a .pt grow map",
-        indent=None,
-    )
+    )  # fmt: skip
 
     def to_fields(self) -> dict[str, Any]:
         """Give the fields of the tree's document."""
@@ -444,26 +416,21 @@ class TokenTree(Document):
             values[node] = values[parent] * rates[rank] if rank < len(rates) else 0.0
         return values
 
-    def _cpu_mask(self) -> torch.Tensor:
-        if self._mask is None:
-            num_nodes = self.num_nodes
-            parents = np.array(self._parents)
-            words = np.zeros((num_nodes, (num_nodes + 31) // 32), dtype=np.uint32)
-            node_ids = np.arange(num_nodes)
-            own_bits = np.left_shift(np.uint32(1), (node_ids % 32).astype(np.uint32))
-            words[0, 0] = 1
-            for start, end in pairwise(self._level_starts[1:]):
-                words[start:end] = words[parents[start:end]]
-                words[node_ids[start:end], node_ids[start:end] // 32] |= own_bits[start:end]
-            with torch.inference_mode(False):
-                object.__setattr__(self, "_mask", torch.from_numpy(words.view(np.int32)))
-        assert self._mask is not None
-        return self._mask
+    def _packed_mask(self) -> np.ndarray:
+        num_nodes = self.num_nodes
+        parents = np.array(self._parents)
+        words = np.zeros((num_nodes, (num_nodes + 31) // 32), dtype=np.uint32)
+        node_ids = np.arange(num_nodes)
+        own_bits = np.left_shift(np.uint32(1), (node_ids % 32).astype(np.uint32))
+        words[0, 0] = 1
+        for start, end in pairwise(self._level_starts[1:]):
+            words[start:end] = words[parents[start:end]]
+            words[node_ids[start:end], node_ids[start:end] // 32] |= own_bits[start:end]
+        return words.view(np.int32)
 
     def _check_index(self, name: str, index: int, length: int, method: str) -> int:
-        return checks.whole_number(
-            f"TokenTree.{method}", name, index, rule=checks.within(0, length - 1), show_value=True
-        )
+        rule = checks.within(0, length - 1)
+        return checks.whole_number(f"TokenTree.{method}", name, index, rule=rule, show_value=True)
 
 
 def _check_parents(parents: Iterable[int]) -> tuple[int, ...]:
@@ -512,8 +479,3 @@ def _check_count(value: int, method: str, name: str) -> int:
     count = checks.whole_number(f"TokenTree.{method}", name, value, rule=checks.at_least(1), show_value=True)
     _check_size(count, f"TokenTree.{method}")
     return count
-
-
-def _shortened(widths: list[int]) -> str:
-    shown = ", ".join(map(str, widths[:12]))
-    return f"[{shown}, ...]" if len(widths) > 12 else f"[{shown}]"

@@ -53,26 +53,22 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--target", help="folder or hub id of the target")
     models.add_argument("--draft", help="folder or hub id of the draft")
     models.add_argument(
-        "--dtype",
-        choices=DTYPES,
+        "--dtype", choices=DTYPES,
         help="dtype to compute in (default: the one that each model is stored in; float32 for the demo pair)",
-    )
+    )  # fmt: skip
     models.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
     models.add_argument("--threads", type=positive, help="CPU threads")
     models.add_argument(
         "--offload", action="store_true", help="stream the target's layers from host memory (see docs/offloading.md)"
     )
     models.add_argument(
-        "--device-memory",
-        metavar="SIZE",
+        "--device-memory", metavar="SIZE",
         help="device memory for an offloaded target, such as 20GiB (default: 90%% of what is free)",
-    )
+    )  # fmt: skip
     models.add_argument(
-        "--host-memory",
-        choices=("packed", "mapped"),
-        default="packed",
+        "--host-memory", choices=("packed", "mapped"), default="packed",
         help="keep an offloaded target in memory, or stream it from its files",
-    )
+    )  # fmt: skip
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -88,16 +84,13 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     """Add what `pair.read_prompts` reads."""
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
-        "--prompts-file",
-        type=Path,
+        "--prompts-file", type=Path,
         help="text file with prompts (the demo pair's default: held-out files of the standard library)",
-    )
+    )  # fmt: skip
     prompts.add_argument(
-        "--separator",
-        type=separator,
-        default=r"\n\n\n",
+        "--separator", type=separator, default=r"\n\n\n",
         help=r"what stands between two prompts of the file; \n, \r, \t and \\ are line feed, return, tab and backslash",
-    )
+    )  # fmt: skip
     prompts.add_argument("--num-prompts", type=positive, default=8, help="read at most so many")
     prompts.add_argument("--prompt-tokens", type=positive, default=128, help="longer prompts are cut")
     prompts.add_argument("--new-tokens", type=positive, default=96, help="tokens generated for each prompt")
@@ -132,12 +125,7 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_tree(path: Path) -> Any:
-    """Load a tree from a tree file or a plan file, one that the ops accept.
-
-    Raises:
-        OSError: the file cannot be opened.
-        BadUsage: it is neither, or too large.
-    """
+    """Load a tree from a tree file or a plan file, one that the ops accept; BadUsage where it is neither."""
     from sequoia_kernels import TokenTree, TreePlan
     from sequoia_kernels.tree import MAX_STEP_ROWS
 

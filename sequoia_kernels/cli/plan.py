@@ -23,10 +23,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--any-device", action="store_true", help="accept a profile of another device")
     models = parser.add_argument_group("models (those of the profile when none is given)")
     models.add_argument(
-        "--target-config",
-        type=Path,
+        "--target-config", type=Path,
         help="config.json or folder of the target: no weights are loaded; needs `profile --microbenchmarks`",
-    )
+    )  # fmt: skip
     models.add_argument("--draft-config", type=Path, help="the same of the draft")
     models.add_argument("--dtype", choices=DTYPES, help="of models given by a config (default: as the config says)")
     models.add_argument("--offload", action="store_true", help="plan for a target that streams from host memory")
@@ -61,13 +60,9 @@ def _config_models(args: argparse.Namespace, device: str) -> tuple[Any, Any]:
     if args.offload:
         memory = memory_plan(
             AutoConfig.from_pretrained(args.target_config, trust_remote_code=False),
-            device=device,
-            device_memory_budget=args.device_memory,
-            dtype=getattr(torch, target.dtype),
-            batch_size=args.batch_size,
-            max_cache_len=(args.context or 4096) + MAX_STEP_ROWS,
-            max_rows=MAX_STEP_ROWS,
-        )
+            device=device, device_memory_budget=args.device_memory, dtype=getattr(torch, target.dtype),
+            batch_size=args.batch_size, max_cache_len=(args.context or 4096) + MAX_STEP_ROWS, max_rows=MAX_STEP_ROWS,
+        )  # fmt: skip
         target = dataclasses.replace(target, streamed_bytes=memory.streamed_bytes)
     return target, draft
 
@@ -81,10 +76,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         profile.check_device()
     target, draft = _config_models(args, profile.device.type)
     plan = plan_tree(
-        acceptance, profile, target=target, draft=draft,
-        context_len=args.context, batch_size=args.batch_size,
-        max_budget=args.max_budget, max_levels=args.max_levels,
-        temperature=acceptance.temperature, rule=args.rule,
+        acceptance, profile, target=target, draft=draft, context_len=args.context, batch_size=args.batch_size,
+        max_budget=args.max_budget, max_levels=args.max_levels, temperature=acceptance.temperature, rule=args.rule,
     )  # fmt: skip
     if args.out is not None:
         plan.save(args.out)

@@ -18,17 +18,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument(
-        "--microbenchmarks",
-        action="store_true",
+        "--microbenchmarks", action="store_true",
         help="also measure the parts of which forwards of other models can be composed (about a minute more)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--shapes",
-        type=Path,
-        nargs="+",
-        metavar="CONFIG",
+        "--shapes", type=Path, nargs="+", metavar="CONFIG",
         help="with --microbenchmarks: the shapes of these models (config.json or folder), not a grid of common ones",
-    )
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="write the profile to this JSON file")
 
 

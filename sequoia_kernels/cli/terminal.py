@@ -50,11 +50,7 @@ class Terminal:
     ) -> None:
         """Show a table: in a terminal folded to its width, but within no word; elsewhere as wide as it is.
 
-        Args:
-            columns: their headings.
-            rows: the cells of each.
-            title: stands above.
-            left: columns of text; the others are set to the right.
+        Columns of text are set to the left, the others to the right.
         """
         table = Table(title=title)
         for column in columns:
@@ -69,13 +65,9 @@ class Terminal:
     def progress(self, label: str) -> Iterator[Callable[..., None]]:
         """Show a bar; the yielded function takes (done, total, what)."""
         columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[what]}", style="dim", markup=False),
-        )
+        )  # fmt: skip
         with Progress(*columns, console=self.err, transient=False) as bar:
             task = bar.add_task(label, total=None, what="")
 

@@ -57,22 +57,10 @@ class Recipe:
 
 
 TARGET_RECIPE = Recipe(
-    num_layers=24,
-    hidden_size=128,
-    intermediate_size=384,
-    num_heads=4,
-    num_steps=1150,
-    matrix_lr=6e-3,
-    other_lr=4e-3,
+    num_layers=24, hidden_size=128, intermediate_size=384, num_heads=4, num_steps=1150, matrix_lr=6e-3, other_lr=4e-3
 )
 DRAFT_RECIPE = Recipe(
-    num_layers=1,
-    hidden_size=192,
-    intermediate_size=768,
-    num_heads=6,
-    num_steps=6000,
-    matrix_lr=6e-3,
-    other_lr=4e-3,
+    num_layers=1, hidden_size=192, intermediate_size=768, num_heads=6, num_steps=6000, matrix_lr=6e-3, other_lr=4e-3
 )
 DISTILL_STEPS = 500
 DISTILL_LR = 1.5e-3
@@ -87,11 +75,9 @@ def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
@@ -110,18 +96,11 @@ def build_model(recipe: Recipe, vocab_size: int, eos_token_id: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=eos_token_id,
-        eos_token_id=eos_token_id,
-        use_cache=False,
-    )
+        vocab_size=vocab_size, hidden_size=recipe.hidden_size, intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers, num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=eos_token_id, eos_token_id=eos_token_id, use_cache=False,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # keep the residual stream's variance independent of the depth
         for layer in model.model.layers:
@@ -246,10 +225,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32):
 def read_corpus(out: Path, seed: int, wanted: bool) -> tuple[Any, np.ndarray, np.ndarray]:
     """Give the tokenizer and the training and held-out token streams, from files where they are there already.
 
-    Args:
-        out: folder of the training; receives tokenizer/ and tokens.npz.
-        seed: kept with the facts.
-        wanted: train a tokenizer that is not there, and record what the corpus is.
+    Where wanted, a tokenizer that is not there is trained, and what the corpus is recorded.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -269,18 +245,11 @@ def read_corpus(out: Path, seed: int, wanted: bool) -> tuple[Any, np.ndarray, np
     num_bytes = sum(len(text.encode()) for text in held_out_texts)
     if wanted:
         record(
-            out,
-            "corpus",
-            python=platform.python_version(),
-            training_files=len(training_files),
-            held_out_files=len(held_out_files),
-            training_tokens=int(training.size),
-            held_out_tokens=int(held_out.size),
-            bytes_per_token=round(num_bytes / held_out.size, 3),
-            vocab_size=VOCAB_SIZE,
-            seed=seed,
-            torch=torch.__version__,
-        )
+            out, "corpus", python=platform.python_version(), training_files=len(training_files),
+            held_out_files=len(held_out_files), training_tokens=int(training.size),
+            held_out_tokens=int(held_out.size), bytes_per_token=round(num_bytes / held_out.size, 3),
+            vocab_size=VOCAB_SIZE, seed=seed, torch=torch.__version__,
+        )  # fmt: skip
     return tokenizer, training, held_out
 
 
@@ -298,11 +267,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder that receives target/, draft/ and training.json"
     )
     parser.add_argument(
-        "--stage",
-        choices=("all", "tokenizer", "target", "draft", "distill"),
-        default="all",
+        "--stage", choices=("all", "tokenizer", "target", "draft", "distill"), default="all",
         help="run one stage only (default: all)",
-    )
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")

@@ -17,16 +17,10 @@ from sequoia_kernels.tree import TokenTree
 
 
 def exponential_race(logits: Tensor, num_samples: int, temperature: Tensor, race: Tensor | None = None) -> Tensor:
-    """Draw without replacement: softmax, divide by exponential noise, take the largest.
+    """Draw without replacement: softmax, divide by exponential noise, take the largest, in draw order.
 
-    Args:
-        logits: [R, vocab].
-        num_samples: tokens to draw a row.
-        temperature: [R], all positive.
-        race: exponential noise; drawn here if None. [R, vocab] float32.
-
-    Returns:
-        Tokens in draw order. [R, num_samples] int64.
+    Logits [R, vocab], temperature [R], all positive; race [R, vocab] float32, drawn here if None. Gives tokens
+    [R, num_samples] int64.
     """
     probs = torch.softmax(logits.float() / temperature[:, None], dim=-1)
     if race is None:
@@ -39,14 +33,8 @@ def sort_and_mask(
 ) -> tuple[Tensor, Tensor]:
     """Warp logits as generation libraries do: mask below the k-th largest, sort, sum up, mask again.
 
-    Args:
-        logits: [R, vocab].
-        temperature: [R], all positive.
-        top_k: tokens to keep, None for all.
-        top_p: probability to keep, None for all. Tokens of equal logits are told apart by the order of the sort.
-
-    Returns:
-        (log-sum-exp of the kept logits / T [R], smallest kept logit [R]), float32.
+    Logits [R, vocab], temperature [R], all positive. Tokens of equal logits are told apart by the order of the sort.
+    Gives (log-sum-exp of the kept logits / T [R], smallest kept logit [R]), float32.
     """
     logits = logits.float()
     scaled = logits / temperature[:, None]
@@ -64,29 +52,17 @@ def sort_and_mask(
 
 
 def verify_child_by_child(
-    tokens: Tensor,
-    target_logits: Tensor,
-    draft_logits: Tensor,
+    tokens: Tensor,  # [B, N] int64
+    target_logits: Tensor,  # [B, N, vocab]
+    draft_logits: Tensor,  # [B, N, vocab]
     tree: TokenTree,
-    temperature: float,
-    uniforms: Tensor | None = None,
-    race: Tensor | None = None,
+    temperature: float,  # 0 is greedy
+    uniforms: Tensor | None = None,  # coins of the nodes; drawn here if None. [B, N] float32
+    race: Tensor | None = None,  # exponential noise of the next token; drawn here if None. [B, vocab] float32
 ) -> VerifiedPath:
     """Walk down the tree on the host, deciding one child at a time on probabilities.
 
     Every decision waits for the device. A residual that is empty up to rounding is not cared for, as is usual.
-
-    Args:
-        tokens: [B, N] int64.
-        target_logits: [B, N, vocab].
-        draft_logits: [B, N, vocab].
-        tree: topology of the N nodes.
-        temperature: 0 is greedy.
-        uniforms: coins of the nodes; drawn here if None. [B, N] float32.
-        race: exponential noise of the next token; drawn here if None. [B, vocab] float32.
-
-    Returns:
-        VerifiedPath, as `verify_tree` gives it.
     """
     if temperature == 0:
         return _follow_largest(tokens, target_logits.argmax(dim=-1), tree)
@@ -145,16 +121,12 @@ def _verified(paths: list[list[int]], next_tokens: Tensor, tree: TokenTree) -> V
 
 
 def compact_layer_by_layer(
-    caches: Sequence[Tensor], accepted_nodes: Tensor, num_accepted: Tensor, cache_lens: Tensor
+    caches: Sequence[Tensor],  # K and V of every layer. Each [B, S, H, D]
+    accepted_nodes: Tensor,  # [B, L] int32
+    num_accepted: Tensor,  # [B] int32
+    cache_lens: Tensor,  # advanced in place. [B] int32
 ) -> None:
-    """Read the path on the host, then gather and copy the accepted rows of each cache.
-
-    Args:
-        caches: K and V of every layer. Each [B, S, H, D].
-        accepted_nodes: [B, L] int32.
-        num_accepted: [B] int32.
-        cache_lens: advanced in place. [B] int32.
-    """
+    """Read the path on the host, then gather and copy the accepted rows of each cache."""
     counts, starts = num_accepted.tolist(), cache_lens.tolist()
     for request, (count, start) in enumerate(zip(counts, starts)):
         rows = start + accepted_nodes[request, :count]

@@ -1,17 +1,8 @@
 """How a call is timed: by the host's clock on a CPU; by events, uncaptured and as graph replays, on a GPU.
 
-What the modes mean:
-
-    warm        CPU: the time of a call by `perf_counter`, caches as earlier calls left them
-    graph_cold  GPU: a captured graph that runs the call once on each of several input sets, after all of L2 was
-                replaced; the time of a replay over the number of sets. No launch gaps, no input in L2: what a call
-                costs inside a captured decoding step, whose layers evict one another's data
-    graph_warm  GPU: the same number of calls in a graph, all on one input set: what fits stays in L2
-    eager_cold  GPU: events around one uncaptured call after L2 was replaced; launch gaps of slow hosts count
-    eager_warm  GPU: the same without touching L2 before
-
-Calls take turns: every round runs each provider once in each mode, in an order that is shuffled anew, so that drift of
-the machine hits all alike. A slow provider leaves after its share of the time and goes on in fewer rounds.
+What the modes mean, and why, is in docs/benchmarks.md. Calls take turns: every round runs each provider once in each
+mode, in an order that is shuffled anew, so that drift of the machine hits all alike. A slow provider leaves after its
+share of the time and goes on in fewer rounds.
 """
 
 from __future__ import annotations
@@ -47,25 +38,14 @@ def host_percentiles(call: Call, repeats: int) -> dict[str, float]:
 
 
 def take_samples(
-    samplers: Mapping[str, Mapping[str, Sample]],
+    samplers: Mapping[str, Mapping[str, Sample]],  # provider -> mode -> one timed run
     *,
-    seconds: float,
-    min_repeats: int,
-    max_repeats: int = 200,
-    seed: int = 0,
+    seconds: float,  # for everything; each provider may use its equal share, and always gets `min_repeats`
+    min_repeats: int,  # rounds that every provider takes part in
+    max_repeats: int = 200,  # rounds after which nobody goes on
+    seed: int = 0,  # of the order within rounds
 ) -> dict[str, dict[str, list[float]]]:
-    """Run interleaved rounds.
-
-    Args:
-        samplers: provider -> mode -> one timed run.
-        seconds: time for everything; each provider may use its equal share, and always gets `min_repeats`.
-        min_repeats: rounds that every provider takes part in.
-        max_repeats: rounds after which nobody goes on.
-        seed: of the order within rounds.
-
-    Returns:
-        provider -> mode -> milliseconds.
-    """
+    """Run interleaved rounds. Gives provider -> mode -> milliseconds."""
     shuffle = random.Random(seed).shuffle
     share = seconds / max(len(samplers), 1)
     used = dict.fromkeys(samplers, 0.0)
@@ -113,15 +93,10 @@ class DeviceClock:
     def samplers(
         self, calls: Sequence[Call], reset: Call, capturable: bool = True
     ) -> tuple[dict[str, Sample], str | None]:
-        """Build the samplers of a provider.
+        """The samplers of a provider, by mode, and the reason why there is no graph, or None.
 
-        Args:
-            calls: the same call on several input sets of the same shapes.
-            reset: undoes what calls changed; runs before each sample, untimed.
-            capturable: whether to try to capture the calls in graphs.
-
-        Returns:
-            (mode -> sampler, reason why there is no graph or None).
+        The calls are the same one on several input sets of the same shapes. `reset` undoes what they changed; it runs
+        before each sample, untimed. Only a `capturable` call is tried in a graph.
         """
         samplers: dict[str, Sample] = {}
         reason: str | None = None if capturable else "works on the host between launches"
@@ -151,10 +126,7 @@ class DeviceClock:
             reset()
             # Either way the device is busy while the host records the event and launches: the first launch's way to the
             # device is not part of the time, as it is not in a loop that launches ahead.
-            if cold:
-                self.replace_l2()
-            else:
-                keep_busy()
+            self.replace_l2() if cold else keep_busy()
             return event_ms(run)
 
 

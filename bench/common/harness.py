@@ -15,19 +15,11 @@ A script is a module (`bench_<op>.py`) that gives
 and calls `main`. For every case each provider is first checked against `expected`; a wrong one is not timed. What is
 right is timed as `clocks.py` describes. A provider that cannot run is skipped, and the reason is kept.
 
-The document that is written, by case and provider:
-
-    status           ok, skipped, wrong, failed; with its reason
-    ms               mode -> p20, p50, p80, repeats
-    headline         the mode that gb_per_s and the rest are computed from
-    gb_per_s, percent_of_copy, tflop_per_s, percent_of_matmul, percent_of_floor
-                     against the ceilings measured in the same run; the floor is the larger of bytes over the copy
-                     bandwidth and operations over the matrix rate
-    captured, launches
-                     on a GPU: whether a CUDA graph could be captured (which no host sync survives), and what one call
-                     puts on the device
-
-and `ratios[ours][other]`: how many times faster ours is, in the first mode that both have.
+The document has for each case and provider its status (ok, skipped, wrong or failed, with the reason); mode ->
+percentiles in ms; the headline, which is the mode that the rates and percentages are computed from, against the
+ceilings measured in the same run (the floor is the larger of bytes over the copy bandwidth and operations over the
+matrix rate); on a GPU, whether a CUDA graph could be captured, which no host sync survives, and what one call launches.
+`ratios[ours][other]` says how many times faster ours is, in the first mode that both have.
 """
 
 from __future__ import annotations
@@ -126,9 +118,7 @@ class Settings:
 def own_providers(op: str, bind: Callable[[Case, Any, str], Call]) -> dict[str, Provider]:
     """Every backend of an op as a provider: "sequoia <backend>", and "reference".
 
-    Args:
-        op: name of the op.
-        bind: gives the call to be timed for (case, inputs, backend name).
+    `bind` gives the call to be timed for (case, inputs, backend name).
     """
 
     def prepare(name: str) -> Callable[[Case, Any], Call]:

@@ -90,11 +90,9 @@ def free_memory(device: torch.device) -> None:
 
 
 def measure_peaks(device: torch.device, seconds: float = 0.5) -> dict[str, Any]:
-    """Measure the ceilings of a device: a large copy and a large matrix product, both on random data.
+    """Measure the ceilings of a device: a large copy (bytes read plus bytes written) and a large matrix product.
 
-    Returns:
-        "copy_gb_per_s" (bytes read plus bytes written), "matmul_tflop_per_s" and the "matmul_dtype" it was measured in:
-        bfloat16 on a GPU, float32 on a CPU.
+    Both on random data; the product in bfloat16 on a GPU, in float32 on a CPU.
     """
     on_cuda = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_cuda else (768, torch.float32)

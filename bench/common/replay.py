@@ -1,10 +1,8 @@
 """Tokens per step of any lossless sampler and any tree, from one text of the target.
 
-A lossless loop emits the target's distribution whatever its sampler and tree. So one text that the target wrote serves
-for all of them: what is asked is in how many steps the loop would have emitted it. At each position the probabilities
-that the emitted token was the accepted child of rank r are known (`Sampler.acceptance_of_emitted`), and the place in
-the tree moves accordingly: to that child, or back to the root, where the next step begins. The expected number of steps
-follows without drawing a coin, and samplers and trees are compared on the very same text.
+A lossless loop emits the target's distribution whatever its sampler and tree, so one text serves for all of them: in
+how many steps would the loop have emitted it? docs/robustness.md tells how the place in the tree moves along the text.
+The expected number of steps follows without drawing a coin, and samplers and trees are compared on the very same text.
 """
 
 from __future__ import annotations
@@ -98,13 +96,10 @@ class Replay(NamedTuple):
 
 
 def replay(tree: TokenTree, acceptance: Tensor, num_starts: int) -> Replay:
-    """Follow the place in the tree through the texts.
+    """Follow the place in the tree through the texts, of which `acceptance` is [P, positions, ranks].
 
-    Args:
-        tree: the tree, with at most as many children a node as there are ranks.
-        acceptance: of the emitted tokens. [P, positions, ranks].
-        num_starts: positions at which steps begin; those behind only end what was begun, so that long steps count as
-            much as short ones.
+    Steps begin at the first `num_starts` positions; those behind only end what was begun, so that long steps count as
+    much as short ones.
     """
     num_texts, num_positions, num_ranks = acceptance.shape
     if tree.max_branching > num_ranks:

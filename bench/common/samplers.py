@@ -1,12 +1,8 @@
 """Three ways to draft the children of a node and to verify them without loss, on equal terms.
 
-    without replacement   ours: `sample_without_replacement` and `verify_tree`
-    with replacement      SpecInfer (arXiv 2305.09781): independent draws, and its multi-round verification
-    top-k                 the draft's most probable tokens, verified as deterministic proposals
-
-All three keep the target's distribution exactly. Each comes in two forms. `in_loop` puts it into the package's own
-decoding loop. `acceptance_of_emitted` says what a verification does with a token that is known to be emitted, for
-replays of a given text (replay.py).
+They are told in docs/robustness.md; drawing with replacement is SpecInfer's (arXiv 2305.09781). Each comes in two
+forms. `in_loop` puts it into the package's own decoding loop. `acceptance_of_emitted` says what a verification does
+with a token that is known to be emitted, for replays of a given text (replay.py).
 """
 
 from __future__ import annotations

@@ -1,19 +1,10 @@
 """Pairs of random weights with real acceptance: shapes of known models, a draft that is right as often as wanted.
 
-The draft is a random Llama of its own shape. The target holds the same function inside: the draft's residual stream is
-the first columns of the target's, its first layers compute the draft's layers there, heads are laid into its wider
-heads (rotary frequencies of 64 wide heads are every second one of 128 wide heads), and its norms are scaled by
-sqrt(draft width / target width), since the remaining columns hold next to nothing. The target's later layers are random
-functions of that stream, and what they add to it is scaled by `divergence`: at 0 the two models give the same logits
-but for rounding, and the larger it is, the less often the draft is right. Every matrix of the target is full of random
-numbers, so a forward reads and multiplies what a trained model of the shape would; the draft has weights of its own and
-costs what a draft of its shape costs.
-
-So the drafted tokens, the acceptance and the output are real, of models that mean nothing. What the text is not: like
-language. Logits are Gaussian with a standard deviation that gives entropies like those of language models, and all
-positions are alike, where text has easy and hard ones.
-
-`calibrate` finds the divergence at which a measured acceptance meets a goal.
+What such a pair is, and what it is not, is told in docs/benchmarks.md. Of the target's inside: the draft's residual
+stream is the first columns of the target's, its first layers compute the draft's layers there, heads are laid into its
+wider heads (rotary frequencies of 64 wide heads are every second one of 128 wide heads), and its norms are scaled by
+sqrt(draft width / target width), since the remaining columns hold next to nothing. What the later layers add to the
+stream is scaled by `divergence`; `calibrate` finds the one at which a measured acceptance meets a goal.
 """
 
 from __future__ import annotations
@@ -32,7 +23,6 @@ from sequoia_kernels import TokenTree, estimate_acceptance, optimal_tree
 from sequoia_kernels.models import TreeModel, adapt, causal_step
 from sequoia_kernels.ops import sample_without_replacement, verify_tree
 from sequoia_kernels.planner import AcceptanceEstimate
-from sequoia_kernels.planner.value import tree_values
 
 VOCAB = 32000
 POSITIONS = 4096
@@ -91,20 +81,18 @@ class PairShape(NamedTuple):
     def check(self) -> None:
         """Refuse a draft that does not fit into its target."""
         target, draft = self.target, self.draft
-        heads_fit = draft.kv_heads % self.shared_kv_heads == 0
-        heads_fit = heads_fit and self.queries_per_kv <= target.heads // target.kv_heads
-        rules = (
-            ("hidden size", draft.hidden <= target.hidden),
-            ("layers", draft.layers < target.layers),
-            ("intermediate size", draft.intermediate <= target.intermediate),
-            ("heads", heads_fit),
-            ("head width, which must divide the target's", target.head_dim % draft.head_dim == 0),
-        )
-        for name, holds in rules:
+        fits = {
+            "hidden size": draft.hidden <= target.hidden,
+            "layers": draft.layers < target.layers,
+            "intermediate size": draft.intermediate <= target.intermediate,
+            "heads": draft.kv_heads % self.shared_kv_heads == 0
+            and self.queries_per_kv <= target.heads // target.kv_heads,
+            "head width, which must divide the target's": target.head_dim % draft.head_dim == 0,
+        }
+        for name, holds in fits.items():
             if not holds:
-                raise ValueError(
-                    f"PairShape: draft must fit into its target, got {draft} and {target}: mind its {name}"
-                )
+                problem = f"draft must fit into its target, got {draft} and {target}: mind its {name}"
+                raise ValueError(f"PairShape: {problem}")
 
     @property
     def shared_kv_heads(self) -> int:
@@ -135,94 +123,72 @@ class SyntheticPair:
     target: LlamaForCausalLM  # the target, a `LlamaForCausalLM` in evaluation mode
     draft: LlamaForCausalLM  # the draft, likewise
     shape: PairShape  # the shapes
-    _divergence: float = 1.0
-
-    @property
-    def divergence(self) -> float:
-        """What the target's later layers add to the stream, relative to what the draft's own layers add."""
-        return self._divergence
+    divergence: float = 1.0  # what the target's later layers add to the stream, relative to what the draft's own add
 
     @torch.no_grad()
     def set_divergence(self, divergence: float) -> None:
         """Rescale what the target's later layers write, in place."""
         if not divergence > 0:
             raise ValueError(f"set_divergence: divergence must be > 0, got {divergence}")
-        if divergence == self._divergence:
+        if divergence == self.divergence:
             return
-        live = self.shape.draft.hidden
-        scaled = set()
-        for layer in self.target.model.layers[self.shape.draft.layers :]:
-            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-                if id(weight) not in scaled:  # layers may share
-                    scaled.add(id(weight))
-                    weight[:live] *= divergence / self._divergence
-        self._divergence = divergence
+        later = self.target.model.layers[self.shape.draft.layers :]
+        written = {_linear(layer, name).weight for layer in later for name in ("o_proj", "down_proj")}  # or shared
+        for weight in written:
+            weight[: self.shape.draft.hidden] *= divergence / self.divergence
+        self.divergence = divergence
 
 
 def synthetic_pair(
     shape: PairShape,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device | str,  # of both models; no copy is made elsewhere
     *,
     seed: int = 0,
     share_layers: bool = False,
     positions: int = POSITIONS,
 ) -> SyntheticPair:
-    """Build a pair on a device, with divergence 1.
+    """Build a pair on a device, with divergence 1, both of whose models serve `positions`.
 
-    Args:
-        shape: sizes.
-        dtype: of both models.
-        device: of both models; no copy is made elsewhere.
-        seed: of the weights.
-        share_layers: the target's first layers are one and the same, and so are its later ones, each model's layer a
-            module of its own on the same memory: traffic is that of the shape, memory that of two layers.
-        positions: that both models serve.
+    With `share_layers` the target's first layers are one and the same, and so are its later ones, each model's layer a
+    module of its own on the same memory: traffic is that of the shape, memory that of two layers.
     """
     shape.check()
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
-    target_config, draft_config = (_config(part, shape, positions) for part in (shape.target, shape.draft))
-    target, draft = _empty(target_config, device), _empty(draft_config, device)
+    target, draft = (_empty(part, shape, positions, device) for part in (shape.target, shape.draft))
 
     def random(rows: int, columns: int, std: float) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-    ones = torch.ones(shape.draft.hidden, dtype=dtype, device=device)
+    def fill(layers: Sequence[nn.Module], norm: torch.Tensor, build: Callable[[int], dict[str, torch.Tensor]]) -> None:
+        for index, layer in enumerate(layers):
+            if index == 0 or not share_layers:
+                weights = {name: _parameter(tensor) for name, tensor in build(index).items()}
+            for name in MATRICES:
+                _linear(layer, name).weight = weights[name]
+            layer.input_layernorm.weight = _parameter(norm.clone())
+            layer.post_attention_layernorm.weight = _parameter(norm.clone())
+
+    live, beside, stem = shape.draft.hidden, shape.target.hidden - shape.draft.hidden, shape.draft.layers
+    ones = torch.ones(live, dtype=dtype, device=device)
+    scale = torch.full((shape.target.hidden,), math.sqrt(live / shape.target.hidden), dtype=dtype, device=device)
     with torch.no_grad():
-        live = shape.draft.hidden
         head = random(shape.vocab, live, LOGIT_STD / math.sqrt(live))
         embedding = random(shape.vocab, live, 1.0)
         _set_ends(draft, embedding, head, ones)
-        first = None
-        for layer in draft.model.layers:
-            if first is None or not share_layers:
-                first = _parameters(_draft_layer(shape, random))
-            _set_layer(layer, first, ones)
-
-        beside = shape.target.hidden - live
-        scale = torch.full((shape.target.hidden,), math.sqrt(live / shape.target.hidden), dtype=dtype, device=device)
-        _set_ends(
-            target,
-            torch.cat((embedding, random(shape.vocab, beside, QUIET)), dim=1),
-            torch.cat((head, random(shape.vocab, beside, LOGIT_STD / math.sqrt(live))), dim=1),
-            scale,
-        )
-        stem = later = None
-        for index, layer in enumerate(target.model.layers):
-            if index < shape.draft.layers:
-                if stem is None or not share_layers:
-                    stem = _parameters(_stem_layer(shape, draft.model.layers[index], random))
-                _set_layer(layer, stem, scale)
-            else:
-                if later is None or not share_layers:
-                    later = _parameters(_later_layer(shape, random))
-                _set_layer(layer, later, scale)
+        fill(draft.model.layers, ones, lambda index: _draft_layer(shape, random))
+        embedding = torch.cat((embedding, random(shape.vocab, beside, QUIET)), dim=1)
+        head = torch.cat((head, random(shape.vocab, beside, LOGIT_STD / math.sqrt(live))), dim=1)
+        _set_ends(target, embedding, head, scale)
+        layers = target.model.layers
+        fill(layers[:stem], scale, lambda index: _stem_layer(shape, draft.model.layers[index], random))
+        fill(layers[stem:], scale, lambda index: _later_layer(shape, random))
     return SyntheticPair(target, draft, shape)
 
 
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_Weights = dict[str, nn.Parameter]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MATRICES = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 Random = Callable[[int, int, float], torch.Tensor]  # rows, columns, standard deviation
 
 
@@ -240,14 +206,11 @@ def llama_config(part: Shape, vocab: int, positions: int = POSITIONS, **settings
     )
 
 
-def _config(part: Shape, shape: PairShape, positions: int) -> LlamaConfig:
+def _empty(part: Shape, shape: PairShape, positions: int, device: torch.device) -> LlamaForCausalLM:
+    """The modules without memory: weights are put in one by one, so nothing is held twice."""
     eps = RMS_EPS * shape.draft.hidden / part.hidden  # the mean is taken over the quiet columns as well
     no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return llama_config(part, shape.vocab, positions, rms_norm_eps=eps, tie_word_embeddings=False, **no_ids)
-
-
-def _empty(config: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
-    """The modules without memory: weights are put in one by one, so nothing is held twice."""
+    config = llama_config(part, shape.vocab, positions, rms_norm_eps=eps, tie_word_embeddings=False, **no_ids)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     with device:
@@ -259,8 +222,8 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _parameters(weights: dict[str, torch.Tensor]) -> _Weights:
-    return {name: _parameter(tensor) for name, tensor in weights.items()}
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    return getattr(layer.self_attn if name in ATTENTION else layer.mlp, name)
 
 
 def _set_ends(model: LlamaForCausalLM, embedding: torch.Tensor, head: torch.Tensor, norm: torch.Tensor) -> None:
@@ -269,52 +232,43 @@ def _set_ends(model: LlamaForCausalLM, embedding: torch.Tensor, head: torch.Tens
     model.model.norm.weight = _parameter(norm.clone())
 
 
-def _set_layer(layer: nn.Module, weights: _Weights, norm: torch.Tensor) -> None:
-    for name in MATRICES:
-        block = layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp
-        getattr(block, name).weight = weights[name]
-    layer.input_layernorm.weight = _parameter(norm.clone())
-    layer.post_attention_layernorm.weight = _parameter(norm.clone())
-
-
 # What attention and the gated layer put out before their last matrix, about: that matrix makes up for it.
 ATTENTION_OUT_STD = 0.6
 GATED_OUT_STD = 0.6
 
 
-def _draft_layer(shape: PairShape, random: Random) -> dict[str, torch.Tensor]:
-    part = shape.draft
-    width = part.heads * part.head_dim
-    branch = BRANCH_STD / math.sqrt(part.layers)
-    copies = part.kv_heads // shape.shared_kv_heads
-    weights = {
-        "q_proj": random(width, part.hidden, QUERY_STD / math.sqrt(part.hidden)),
-        "o_proj": random(part.hidden, width, branch / (ATTENTION_OUT_STD * math.sqrt(width))),
-        "gate_proj": random(part.intermediate, part.hidden, 1 / math.sqrt(part.hidden)),
-        "up_proj": random(part.intermediate, part.hidden, 1 / math.sqrt(part.hidden)),
-        "down_proj": random(part.hidden, part.intermediate, branch / (GATED_OUT_STD * math.sqrt(part.intermediate))),
+def _layer(
+    part: Shape, live: int, layers: int, kv_heads: int, random: Random, order: Sequence[str] = MATRICES
+) -> dict[str, torch.Tensor]:
+    """A random layer that reads `live` columns, and writes its share of what `layers` of them add to the stream."""
+    width, kv_width, read = part.heads * part.head_dim, kv_heads * part.head_dim, math.sqrt(live)
+    branch = BRANCH_STD / math.sqrt(layers)
+    sizes = {
+        "q_proj": (width, part.hidden, QUERY_STD / read),
+        "k_proj": (kv_width, part.hidden, QUERY_STD / read),
+        "v_proj": (kv_width, part.hidden, 1 / read),
+        "o_proj": (part.hidden, width, branch / (ATTENTION_OUT_STD * math.sqrt(width))),
+        "gate_proj": (part.intermediate, part.hidden, 1 / read),
+        "up_proj": (part.intermediate, part.hidden, 1 / read),
+        "down_proj": (part.hidden, part.intermediate, branch / (GATED_OUT_STD * math.sqrt(part.intermediate))),
     }
-    for name, std in (("k_proj", QUERY_STD), ("v_proj", 1.0)):
-        heads = random(shape.shared_kv_heads * part.head_dim, part.hidden, std / math.sqrt(part.hidden))
-        by_head = heads.view(shape.shared_kv_heads, part.head_dim, part.hidden)
-        weights[name] = by_head.repeat_interleave(copies, dim=0).flatten(0, 1)
+    return {name: random(*sizes[name]) for name in order}
+
+
+def _draft_layer(shape: PairShape, random: Random) -> dict[str, torch.Tensor]:
+    part, heads = shape.draft, shape.shared_kv_heads
+    order = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "k_proj", "v_proj")  # numbers follow from it
+    weights = _layer(part, part.hidden, part.layers, heads, random, order)
+    for name in ("k_proj", "v_proj"):
+        by_head = weights[name].view(heads, part.head_dim, part.hidden)
+        weights[name] = by_head.repeat_interleave(part.kv_heads // heads, dim=0).flatten(0, 1)
     return weights
 
 
 def _later_layer(shape: PairShape, random: Random) -> dict[str, torch.Tensor]:
     """A layer that reads the stream, and writes to it what a layer of the draft would, in size."""
     part, live = shape.target, shape.draft.hidden
-    width, kv_width = part.heads * part.head_dim, part.kv_heads * part.head_dim
-    branch = BRANCH_STD / math.sqrt(part.layers - shape.draft.layers)
-    weights = {
-        "q_proj": random(width, part.hidden, QUERY_STD / math.sqrt(live)),
-        "k_proj": random(kv_width, part.hidden, QUERY_STD / math.sqrt(live)),
-        "v_proj": random(kv_width, part.hidden, 1 / math.sqrt(live)),
-        "o_proj": random(part.hidden, width, branch / (ATTENTION_OUT_STD * math.sqrt(width))),
-        "gate_proj": random(part.intermediate, part.hidden, 1 / math.sqrt(live)),
-        "up_proj": random(part.intermediate, part.hidden, 1 / math.sqrt(live)),
-        "down_proj": random(part.hidden, part.intermediate, branch / (GATED_OUT_STD * math.sqrt(part.intermediate))),
-    }
+    weights = _layer(part, live, part.layers - shape.draft.layers, part.kv_heads, random)
     for name in ("o_proj", "down_proj"):
         weights[name][live:] *= QUIET
     return weights
@@ -336,9 +290,8 @@ def _stem_layer(shape: PairShape, layer: nn.Module, random: Random) -> dict[str,
     query_rows = (target_heads[:, None] * target.head_dim + rows_in_head).flatten()
     kv_rows = (torch.arange(shape.shared_kv_heads)[:, None] * target.head_dim + rows_in_head).flatten()
 
-    own = {name: _matrix(layer, name) for name in MATRICES}
-    device = own["q_proj"].device
-    query_rows, kv_rows = query_rows.to(device), kv_rows.to(device)
+    own = {name: _linear(layer, name).weight for name in MATRICES}
+    query_rows, kv_rows = (rows.to(own["q_proj"].device) for rows in (query_rows, kv_rows))
     copies = draft.kv_heads // shape.shared_kv_heads
     weights["k_proj"] *= QUIET  # or the rest of a wider head would have a say in the scores
     # scores are divided by the root of the head's width, which is larger here
@@ -353,11 +306,6 @@ def _stem_layer(shape: PairShape, layer: nn.Module, random: Random) -> dict[str,
     return weights
 
 
-def _matrix(layer: nn.Module, name: str) -> torch.Tensor:
-    block = layer.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else layer.mlp
-    return getattr(block, name).weight
-
-
 # ---- acceptance
 
 
@@ -368,20 +316,13 @@ class Goal(NamedTuple):
     budget: int = 0  # nodes of the tree; 0 where the goal is the first child's acceptance
     levels: int | None = None  # levels of the tree, None for any
 
-    def tree(self, acceptance: AcceptanceEstimate | Sequence[float]) -> TokenTree:
+    def tree(self, vector: Sequence[float]) -> TokenTree:
         """The tree that the goal is about."""
-        return optimal_tree(_vector(acceptance), self.budget, self.levels)
+        return optimal_tree(vector, self.budget, self.levels)
 
-    def of(self, acceptance: AcceptanceEstimate | Sequence[float]) -> float:
+    def of(self, vector: Sequence[float]) -> float:
         """What an acceptance vector gives."""
-        vector = _vector(acceptance)
-        if not self.budget:
-            return float(vector[0])
-        return float(tree_values(self.tree(vector), torch.tensor([vector], dtype=torch.float64).numpy())[0])
-
-
-def _vector(acceptance: AcceptanceEstimate | Sequence[float]) -> Sequence[float]:
-    return acceptance.vector if isinstance(acceptance, AcceptanceEstimate) else acceptance
+        return self.tree(vector).expected_tokens(vector) if self.budget else float(vector[0])
 
 
 @torch.inference_mode()
@@ -425,25 +366,14 @@ def measure_acceptance(
             offsets = torch.zeros(count, dtype=torch.int64, device=text.device)
             drawn = sample_without_replacement(draft_logits[rows], num_ranks, temperatures, seeds, offsets).tokens
             tokens = torch.cat((text[skip:][rows, None], drawn), dim=1)
-
-            def at_every_node(logits: torch.Tensor) -> torch.Tensor:
-                return logits[:, None].expand(-1, star.num_nodes, -1)
-
-            path = verify_tree(
-                tokens,
-                at_every_node(target_logits[rows]),
-                at_every_node(draft_logits[rows]),
-                star,
-                temperatures,
-                seeds,
-                offsets,
-            )
+            logits = (each[rows, None].expand(-1, star.num_nodes, -1) for each in (target_logits, draft_logits))
+            path = verify_tree(tokens, *logits, star, temperatures, seeds, offsets)
             for nodes, number in zip(path.nodes.tolist(), path.num_accepted.tolist(), strict=True):
-                rank = nodes[1] - 1 if number > 1 else None
-                for tried in range(num_ranks if rank is None else rank + 1):
-                    visited[tried] += 1
-                if rank is not None:
-                    accepted[rank] += 1
+                tried = nodes[1] if number > 1 else num_ranks  # child r is node r + 1
+                for rank in range(tried):
+                    visited[rank] += 1
+                if number > 1:
+                    accepted[tried - 1] += 1
     return estimate_acceptance((visited, accepted), temperature=temperature)
 
 
@@ -463,25 +393,20 @@ def calibrate(
     """
     target, draft = adapt(pair.target), adapt(pair.draft)
     low, high = 1e-3, 4.0  # the same function but for rounding; nothing in common
-    best: tuple[float, float, AcceptanceEstimate] | None = None
-    for _ in range(max_steps):
+    tried = []  # (miss, what was reached, divergence, acceptance)
+    while len(tried) < max_steps and not (tried and tried[-1][0] <= tolerance):
         pair.set_divergence(math.sqrt(low * high))
         acceptance = measure_acceptance(target, draft, texts, temperature)
-        reached = goal.of(acceptance)
-        miss = abs(reached / goal.value - 1)
-        if best is None or miss < best[0]:
-            best = miss, pair.divergence, acceptance
-        if miss <= tolerance:
-            break
+        reached = goal.of(acceptance.vector)
+        tried.append((abs(reached / goal.value - 1), reached, pair.divergence, acceptance))
         low, high = (pair.divergence, high) if reached > goal.value else (low, pair.divergence)
-    assert best is not None
-    if best[0] > max(5 * tolerance, 0.05):
+    miss, reached, divergence, acceptance = min(tried, key=lambda entry: entry[0])
+    if miss > max(5 * tolerance, 0.05):
         raise ValueError(
-            f"calibrate: goal must be within what the pair can give, got {goal.value} where {goal.of(best[2]):.3g} is "
-            "closest"
+            f"calibrate: goal must be within what the pair can give, got {goal.value} where {reached:.3g} is closest"
         )
-    pair.set_divergence(best[1])
-    return best[2]
+    pair.set_divergence(divergence)
+    return acceptance
 
 
 def meet_goal(
@@ -497,21 +422,17 @@ def meet_goal(
     The pair keeps the divergence that came closest, whose acceptance is returned. Where the goal is the first child's
     acceptance, one calibration is all.
     """
-    wanted, best = goal, None
-    for _ in range(rounds):
+    wanted, tried = goal, []  # (miss, divergence, acceptance)
+    while len(tried) < rounds and not (tried and tried[-1][0] <= GOAL_TOLERANCE):
         acceptance = calibrate(pair, wanted, temperature, texts, tolerance=0.01)
         if not goal.budget:
             return acceptance
-        reached = loop(goal.tree(acceptance))
-        miss = abs(reached / goal.value - 1)
-        if best is None or miss < best[0]:
-            best = miss, pair.divergence, acceptance
-        if miss <= GOAL_TOLERANCE:
-            break
+        reached = loop(goal.tree(acceptance.vector))
+        tried.append((abs(reached / goal.value - 1), pair.divergence, acceptance))
         wanted = wanted._replace(value=wanted.value * goal.value / reached)
-    assert best is not None
-    pair.set_divergence(best[1])
-    return best[2]
+    _, divergence, acceptance = min(tried, key=lambda entry: entry[0])
+    pair.set_divergence(divergence)
+    return acceptance
 
 
 def random_texts(shape: PairShape, rows: int, count: int, device: torch.device, seed: int) -> list[torch.Tensor]:

@@ -1,18 +1,16 @@
 """Offloaded decoding: what the link gives, what a large tree makes of it, and that the text stays the same.
 
-Three parts, on synthetic pairs (`synthetic_pair.py`): random weights, real acceptance.
+Three parts, on synthetic pairs (`synthetic_pair.py`): random weights, real acceptance. More in docs/offloading.md.
 
     stream   passes over the streamed layers alone, against the measured copy bandwidth; forwards over trees of several
              sizes against the same forwards of the resident twin: are those hidden that are shorter than the copies?
-    speedup  a target of Llama-2-70B's shape, its layers streamed from two shared host blocks (so that it fits the host
-             and, as a twin to calibrate with, the GPU; what a pass copies is the shape's): the tree of the paper's size
-             and the planner's pick against the own offloaded autoregressive loop
+    speedup  a target of Llama-2-70B's shape, its layers streamed from two shared host blocks: the tree of the paper's
+             size and the planner's pick against the own offloaded autoregressive loop
     twin     a target of a 13B shape, every layer with weights of its own: token for token what its resident twin gives
 
 A step's time is that of steady decoding over the same link; tokens per step are those of a longer text that the
 resident twin decodes, whose beginning the offloaded run must repeat. On a CPU everything is scaled down, and the link
-is simulated: a thread that copies and then waits as long as the link would. Its speedups say that the loop, the
-scheduler and the planner do what they should, and nothing about a GPU::
+is simulated::
 
     python -m bench.systems.bench_offload --json out.json
     python -m bench.systems.bench_offload --device cuda --parts stream speedup --json out.json
@@ -265,7 +263,7 @@ def measure_speedup(
 
     texts = random_texts(pair.shape, setting.calibration_rows, 1, device, seed=2)
     acceptance = meet_goal(pair, setting.goal, TEMPERATURE, texts, loop, GOAL_ROUNDS)
-    tree = setting.goal.tree(acceptance)
+    tree = setting.goal.tree(acceptance.vector)
     longest = PROMPT_TOKENS + setting.check_tokens + 2 * max(setting.node_counts)
     with offload(pair, setting, device, setting.budget, shared=True, max_cache_len=longest) as model:
         profile = measure_profile(

@@ -1,19 +1,12 @@
 """The paper's systems: a target, its draft, and what speculation gives over decoding token by token.
 
 A row is a pair of models by shape, built with random weights and calibrated so that its measured acceptance gives the
-tokens per step that the paper reports for the trained pair (`synthetic_pair.py` tells how); what decodes is the
-unmodified loop. Columns of one row take turns on the same prompts:
-
-    autoregressive           our own loop without a draft, captured on a GPU: the baseline
-    tree of given size       the best tree of the paper's nodes and levels at this acceptance
-    planned tree             the planner's own pick, from measured times of this pair on this device
-    transformers generate    the same target
-    transformers assisted    the same target and draft, transformers' defaults
+tokens per step that the paper reports for the trained pair; what decodes is the unmodified loop. Columns of one row
+take turns on the same prompts: our own loop without a draft (the baseline), with the best tree of the paper's size, and
+with the planner's pick; transformers' `generate` and its assisted generation. More in docs/benchmarks.md.
 
 Times are those of steady decoding: a streamer notes when tokens arrive; the prefill, the first steps (graph capture)
-and the last are left out. The autoregressive step stands beside its floor, one read of the weights at the copy
-bandwidth that is measured in the same run. Greedy output of the trees is compared with the autoregressive output: equal
-in float32; in bfloat16 the first difference must be a near-tie, see `LOSSLESS_TOLERANCE`::
+and the last are left out::
 
     python -m bench.systems.bench_paper_systems --json out.json                      the rows that suit the device
     python -m bench.systems.bench_paper_systems --rows 7B 33B --device cuda --json out.json
@@ -387,7 +380,7 @@ def measure_system(
                 "nodes": tree.num_nodes,
                 "levels": tree.num_levels,
                 "parents": list(tree.parents),
-                "expected_tokens_per_step": Goal(0, tree.num_nodes, tree.num_levels).of(acceptance),
+                "expected_tokens_per_step": Goal(0, tree.num_nodes, tree.num_levels).of(acceptance.vector),
             }
     plain = entries[AUTOREGRESSIVE]["ms_per_token"]
     for entry in entries.values():

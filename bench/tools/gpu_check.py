@@ -2,17 +2,9 @@
 
     python -m bench.tools.gpu_check --out results --minutes 10
 
-Stages, each with a limit of its own; one that fails does not stop the next:
-
-    doctor      what is installed, and which backend runs
-    tests       the op, decoding, model and GPU tests, with kernels compiled and not interpreted
-    kernels     bench/tools/sanitize.py in several processes: every kernel is compiled once, for the stages behind it
-    memcheck    compute-sanitizer on bench/tools/sanitize.py: out-of-bounds and misaligned accesses
-    racecheck   the same for races in shared memory
-    bench       bench/run.py --suite all --device cuda
-
-Written are OUT/gpu_check.json, OUT/logs/<stage>.log and what the benchmarks write. Exit status: 0 every stage passed,
-1 one failed or ran out of time, 2 there is no CUDA device, 3 none failed but one was skipped.
+The stages are told in docs/gpu.md; each has a limit of its own, and one that fails does not stop the next. Written are
+OUT/gpu_check.json, OUT/logs/<stage>.log and what the benchmarks write. Exit status: 0 every stage passed, 1 one failed
+or ran out of time, 2 there is no CUDA device, 3 none failed but one was skipped.
 """
 
 from __future__ import annotations

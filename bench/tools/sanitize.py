@@ -4,12 +4,10 @@
     compute-sanitizer --tool memcheck python -m bench.tools.sanitize
     compute-sanitizer --tool racecheck python -m bench.tools.sanitize
 
-The first command lets Triton compile its hundred kernels side by side and keep them in its cache. Under the sanitizer
-they would be compiled one after the other, and slowly.
-
-Inputs are made and results are checked on the CPU, so that the package's kernels are all that the sanitizer sees on the
-device. Exit status 1 if a result is wrong, 2 where there is no CUDA device. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every
-tensor is an allocation of its own, and a read one element behind it is found.
+The first command lets Triton compile its kernels side by side and keep them in its cache for the others. Inputs are
+made and results are checked on the CPU, so that the package's kernels are all that the sanitizer sees on the device.
+Exit status 1 if a result is wrong, 2 where there is no CUDA device. With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor
+is an allocation of its own, and a read one element behind it is found.
 """
 
 from __future__ import annotations

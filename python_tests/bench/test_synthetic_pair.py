@@ -119,9 +119,9 @@ def test_the_unmodified_loop_reaches_the_goal(goal, temperature):
     pair = build()
     texts = random_texts(TINY.vocab, 1, 1064)
     acceptance = module.calibrate(pair, goal, temperature, texts)
-    assert goal.of(acceptance) == pytest.approx(goal.value, rel=0.02)
-    tree = goal.tree(acceptance) if goal.budget else optimal_tree(acceptance.vector, 16)
-    expected = module.Goal(0, tree.num_nodes, tree.num_levels).of(acceptance)
+    assert goal.of(acceptance.vector) == pytest.approx(goal.value, rel=0.02)
+    tree = goal.tree(acceptance.vector) if goal.budget else optimal_tree(acceptance.vector, 16)
+    expected = module.Goal(0, tree.num_nodes, tree.num_levels).of(acceptance.vector)
     prompts = torch.stack(random_texts(TINY.vocab, 4, 32, seed=1))
     stats = generate(
         pair.target, pair.draft, prompts, tree=tree, max_new_tokens=250, temperature=temperature, eos_token_id=()

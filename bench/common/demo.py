@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.common.script import Run
 from sequoia_kernels import AcceptanceEstimate, HardwareProfile, estimate_acceptance, generate, measure_profile
 from sequoia_kernels.decoding import PROBE_TREE, GenerateStats, measure_overhead
 from sequoia_kernels.demo import DemoPair, held_out_prompts, load_demo_pair
@@ -54,22 +56,26 @@ def decoding_rate(runs: Sequence[GenerateStats]) -> float:
 
 
 class Demo:
-    """The demo pair.
+    """The demo pair, as a run's options ask for it: the Hugging Face models with their tokenizer, and both adapted."""
 
-    Attributes:
-        pair: the Hugging Face models and their tokenizer.
-        target, draft: adapted.
-        prompt_tokens: tokens of every prompt.
-    """
-
-    def __init__(self, device: torch.device, prompt_tokens: int, dtype: torch.dtype = torch.float32) -> None:
-        self.pair = load_demo_pair(dtype, device)
+    def __init__(self, bench: Run, dtype: torch.dtype = torch.float32) -> None:
+        self.pair = load_demo_pair(dtype, bench.device)
         self.target, self.draft = adapt(self.pair.target), adapt(self.pair.draft)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.new_tokens = bench.options.prompt_tokens, bench.options.new_tokens
+        self.context_len = self.prompt_tokens + self.new_tokens // 2  # of a step, on average
+
+    def decoding(self, temperature: float) -> dict[str, Any]:
+        """Options of `generate`."""
+        return {"max_new_tokens": self.new_tokens, "temperature": temperature, "eos_token_id": ()}
 
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Token ids of texts, cut to the prompts' length. [1, prompt_tokens] each."""
         return encode_prompts(self.pair.tokenizer, texts, self.prompt_tokens, self.target.device)
+
+    def prompts(self, options: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Prompts for the acceptance vector, and others that are timed."""
+        ids = self.encode(self.texts(options.prompts + options.calibration_prompts))
+        return ids[: options.calibration_prompts], ids[options.calibration_prompts :]
 
     def texts(self, count: int) -> list[str]:
         """Held-out source code, enough of it for a prompt each."""

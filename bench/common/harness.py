@@ -1,19 +1,8 @@
 """What every op's bench script shares: the correctness gate, the measurement, the JSON, the command line.
 
-A script is a module (`bench_<op>.py`) that gives
-
-    OP                                       name of the op
-    CASES                                    list of Case: sizes, for a CPU or for a GPU
-    PROVIDERS                                name -> Provider: who can do the op's work
-    make_inputs(case, device, seed)          fresh inputs, a NamedTuple; equal seeds give equal inputs
-    expected(case, inputs)                   the right result, from the same rounded inputs in float64
-    mismatch(case, inputs, expected, result) what is wrong with a result, or None
-    bytes_moved(case)                        the fewest bytes through memory: each input read, each output written once
-    flops(case)                              operations of the matrix unit; only if there are some
-    reset(inputs)                            only if calls change their inputs: sets them back for the next call
-
-and calls `main`. For every case each provider is first checked against `expected`; a wrong one is not timed. What is
-right is timed as `clocks.py` describes. A provider that cannot run is skipped, and the reason is kept.
+A script is a module (`bench_<op>.py`) with the names of `OpBench` that calls `main`. For every case each provider is
+first checked against `expected`; a wrong one is not timed. What is right is timed as `clocks.py` describes. A provider
+that cannot run is skipped, and the reason is kept.
 
 The document has for each case and provider its status (ok, skipped, wrong or failed, with the reason); mode ->
 percentiles in ms; the headline, which is the mode that the rates and percentages are computed from, against the
@@ -90,16 +79,16 @@ class Provider:
 
 
 class OpBench(Protocol):
-    """The module that a script is; `flops` and `reset` may be missing."""
+    """The module that a script is; `flops` may be missing, and `reset(inputs)` sets back what calls change, if any."""
 
     OP: str
-    CASES: list[Case]
-    PROVIDERS: dict[str, Provider]
-    make_inputs: Callable[[Case, torch.device, int], Any]
-    expected: Callable[[Case, Any], Any]
-    mismatch: Callable[[Case, Any, Any, Any], str | None]
-    bytes_moved: Callable[[Case], int]
-    flops: Callable[[Case], int]
+    CASES: list[Case]  # sizes, for a CPU or for a GPU
+    PROVIDERS: dict[str, Provider]  # who can do the op's work
+    make_inputs: Callable[[Case, torch.device, int], Any]  # fresh ones, a NamedTuple; equal seeds give equal inputs
+    expected: Callable[[Case, Any], Any]  # the right result, from the same rounded inputs in float64
+    mismatch: Callable[[Case, Any, Any, Any], str | None]  # (case, inputs, expected, result): what is wrong, or None
+    bytes_moved: Callable[[Case], int]  # the fewest through memory: each input read, each output written once
+    flops: Callable[[Case], int]  # operations of the matrix unit
 
 
 @dataclass(frozen=True)

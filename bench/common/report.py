@@ -86,7 +86,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     )
     if not on_cuda:
         parts.append("Beyond 100 %: the data were in the processor's caches, or the machine had other work meanwhile.")
-    notes = _notes(document)
+    timed = [item for case in document["cases"] for item in case["providers"].items() if "ms" in item[1]]
+    notes = {name: entry["note"] for name, entry in timed if entry["note"]}
     if notes:
         parts.append("\n".join(f"- {name}: {note}" for name, note in notes.items()))
     if remarks:
@@ -94,15 +95,6 @@ def markdown(document: Mapping[str, Any]) -> str:
     if document["skipped_cases"]:
         parts.append("\n".join(f"- {case['name']}: skipped, {case['reason']}" for case in document["skipped_cases"]))
     return "\n\n".join(parts) + "\n"
-
-
-def _notes(document: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: entry["note"]
-        for case in document["cases"]
-        for name, entry in case["providers"].items()
-        if entry["note"] and "ms" in entry
-    }
 
 
 def _merged(remarks: Sequence[tuple[str, str, str]]) -> list[str]:

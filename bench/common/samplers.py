@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,31 +53,20 @@ class Sampler(NamedTuple):
 
     def acceptance_of_emitted(
         self,
-        target_probs: Tensor,
-        draft_logits: Tensor,
-        temperature: float,
-        emitted: Tensor,
+        target_probs: Tensor,  # the warped target at R contexts. [R, vocab] float64
+        draft_logits: Tensor,  # the draft there. [R, vocab] float64
+        temperature: float,  # of the draft
+        emitted: Tensor,  # token that the target emitted at each. [R] int64
         num_ranks: int,
-        generator: torch.Generator,
+        generator: torch.Generator,  # for tokens rejected before a rank, where they matter: without replacement
     ) -> Tensor:
         """Give the probability that the child of each rank was the accepted one, once it is known what was emitted.
 
         A lossless verification emits token y with the target's probability of it, whatever the sampler. What differs
         is how: as the accepted child of rank r, which goes on to that child's node, or from the residual, which ends
         the step. Given y, rank r has probability P(child r is accepted and is y) / target(y), and that does not depend
-        on how many children follow.
-
-        Args:
-            target_probs: the warped target at R contexts. [R, vocab] float64.
-            draft_logits: the draft there. [R, vocab] float64.
-            temperature: of the draft.
-            emitted: token that the target emitted at each. [R] int64.
-            num_ranks: how many ranks.
-            generator: for the tokens drawn and rejected before rank r, where they matter (without replacement). One
-                draw a context, which leaves the result unbiased.
-
-        Returns:
-            [R, num_ranks] float64, each row's sum at most 1.
+        on how many children follow. What is drawn is drawn once a context, which leaves the result unbiased.
+        [R, num_ranks] float64, each row's sum at most 1.
         """
         if temperature == 0:
             return _emitted_of_top_k(target_probs, draft_logits, emitted, num_ranks, generator)
@@ -102,9 +92,8 @@ def draw_top_k(
     logits: Tensor, num_samples: int, temperature: Tensor, seeds: Tensor, offsets: Tensor, backend: str = "auto"
 ) -> SampledTokens:
     """The most probable tokens, most probable first, ties by rising id."""
-    return sample_without_replacement(
-        logits, num_samples, torch.zeros_like(temperature), seeds, offsets, backend=backend
-    )
+    greedy = torch.zeros_like(temperature)
+    return sample_without_replacement(logits, num_samples, greedy, seeds, offsets, backend=backend)
 
 
 def decide_with_replacement(
@@ -114,17 +103,8 @@ def decide_with_replacement(
     greedy = (temperature == 0)[:, None]
     scale = torch.where(greedy, 1.0, temperature[:, None]).to(target_probs.dtype)
     draft = torch.softmax(draft_logits.to(target_probs.dtype) / scale, dim=-1)
-    residual_at_child, draft_at_child = (torch.zeros_like(children, dtype=draft.dtype) for _ in range(2))
-    residual = target_probs
-    for rank in range(children.shape[1]):
-        is_child = children[:, rank] >= 0
-        token = children[:, rank, None].clamp(min=0)
-        draft_at_child[:, rank] = torch.where(is_child, draft.gather(1, token)[:, 0], 0)
-        residual_at_child[:, rank] = torch.where(is_child, residual.gather(1, token)[:, 0], 0)
-        left, mass = _rejected(residual, draft)
-        residual = torch.where((is_child[:, None]) & (mass > 0), left, residual)
     certain = decide_top_k(target_probs, draft_logits, children, temperature)
-    sampled = NodeDecisions(residual_at_child, draft_at_child, residual)
+    sampled = _decide(target_probs, children, lambda token: draft)
     return NodeDecisions(*(torch.where(greedy, *pair) for pair in zip(certain, sampled)))
 
 
@@ -133,16 +113,21 @@ def decide_top_k(target_probs: Tensor, draft_logits: Tensor, children: Tensor, t
 
     Together that is: draw a token from the target, and go on if it is among the children.
     """
+    return _decide(target_probs, children, lambda token: torch.zeros_like(target_probs).scatter(1, token, 1))
+
+
+def _decide(target_probs: Tensor, children: Tensor, draft_of: Callable[[Tensor], Tensor]) -> NodeDecisions:
+    """Go through the children; `draft_of` gives the distribution [R, vocab] that tokens [R, 1] are drawn from."""
     residual_at_child, draft_at_child = (torch.zeros_like(children, dtype=target_probs.dtype) for _ in range(2))
     residual = target_probs
     for rank in range(children.shape[1]):
-        is_child = children[:, rank] >= 0
+        is_child = children[:, rank, None] >= 0
         token = children[:, rank, None].clamp(min=0)
-        draft_at_child[:, rank] = is_child.to(target_probs.dtype)
-        residual_at_child[:, rank] = torch.where(is_child, residual.gather(1, token)[:, 0], 0)
-        left = residual.scatter(1, token, 0)
-        mass = left.sum(dim=1, keepdim=True)
-        residual = torch.where(is_child[:, None] & (mass > 0), left / mass.clamp(min=_TINY), residual)
+        draft = draft_of(token)
+        for at_child, probs in ((residual_at_child, residual), (draft_at_child, draft)):
+            at_child[:, rank, None] = torch.where(is_child, probs.gather(1, token), 0)
+        left, mass = _rejected(residual, draft)
+        residual = torch.where(is_child & (mass > 0), left, residual)
     return NodeDecisions(residual_at_child, draft_at_child, residual)
 
 
@@ -177,37 +162,30 @@ def _rejected(residual: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
 # rejected, max(draft_r - residual_r, 0).
 
 
-def _emitted_without_replacement(
-    target_probs: Tensor, scaled_logits: Tensor, emitted: Tensor, num_ranks: int, generator: torch.Generator
+def _emitted_in_rounds(
+    target_probs: Tensor,
+    scaled_logits: Tensor,
+    emitted: Tensor,
+    num_ranks: int,
+    generator: torch.Generator,
+    replacement: bool,
 ) -> Tensor:
     token = emitted[:, None]
-    of_emitted = _probability_of(target_probs, token)
+    of_emitted = target_probs.gather(1, token)
+    of_emitted = torch.where(of_emitted > 0, of_emitted, 1)  # where rounding left it none: counts as never accepted
     acceptance = torch.zeros(len(emitted), num_ranks, dtype=target_probs.dtype, device=target_probs.device)
     residual, scaled = target_probs, scaled_logits.clone()
-    reached = torch.ones_like(of_emitted)
-    for rank in range(num_ranks):
-        draft = torch.softmax(scaled, dim=1).nan_to_num(0.0)  # 0 once every token that the draft can give was drawn
-        acceptance[:, rank, None] = reached * torch.minimum(residual, draft).gather(1, token) / of_emitted
-        excess = (draft - residual).clamp(min=0)
-        drawn = torch.multinomial(excess + _TINY, 1, generator=generator)
-        residual, mass = _rejected(residual, draft)  # the drawn token is out: the draft had more of it
-        reached = reached * torch.where(excess.sum(dim=1, keepdim=True) > 0, mass, 0)
-        scaled.scatter_(1, drawn, -torch.inf)
-    return acceptance
-
-
-def _emitted_with_replacement(
-    target_probs: Tensor, scaled_logits: Tensor, emitted: Tensor, num_ranks: int, generator: torch.Generator
-) -> Tensor:
-    token = emitted[:, None]
-    of_emitted = _probability_of(target_probs, token)
-    acceptance = torch.zeros(len(emitted), num_ranks, dtype=target_probs.dtype, device=target_probs.device)
-    draft = torch.softmax(scaled_logits, dim=1)
-    residual, reached = target_probs, torch.ones_like(of_emitted)
+    draft, reached = torch.softmax(scaled, dim=1), torch.ones_like(of_emitted)
     for rank in range(num_ranks):
         acceptance[:, rank, None] = reached * torch.minimum(residual, draft).gather(1, token) / of_emitted
-        residual, mass = _rejected(residual, draft)
-        reached = reached * mass
+        left, mass = _rejected(residual, draft)
+        if not replacement:
+            excess = (draft - residual).clamp(min=0)
+            mass = torch.where(excess.sum(dim=1, keepdim=True) > 0, mass, 0)
+            # the drawn token is out: the draft had more of it
+            scaled.scatter_(1, torch.multinomial(excess + _TINY, 1, generator=generator), -torch.inf)
+            draft = torch.softmax(scaled, dim=1).nan_to_num(0.0)  # 0 once every token that it can give was drawn
+        residual, reached = left, reached * mass
     return acceptance
 
 
@@ -221,15 +199,12 @@ def _emitted_of_top_k(
     return acceptance
 
 
-def _probability_of(probs: Tensor, token: Tensor) -> Tensor:
-    """The emitted token's own probability; 1 where rounding left it none, which then counts as never accepted."""
-    of_token = probs.gather(1, token)
-    return torch.where(of_token > 0, of_token, 1)
-
-
-OURS = Sampler("without replacement (ours)", None, None, _emitted_without_replacement)
+OURS = Sampler("without replacement (ours)", None, None, partial(_emitted_in_rounds, replacement=False))
 WITH_REPLACEMENT = Sampler(
-    "with replacement (SpecInfer)", draw_with_replacement, decide_with_replacement, _emitted_with_replacement
+    "with replacement (SpecInfer)",
+    draw_with_replacement,
+    decide_with_replacement,
+    partial(_emitted_in_rounds, replacement=True),
 )
 TOP_K = Sampler("top-k", draw_top_k, decide_top_k, _emitted_of_top_k)
 SAMPLERS = (OURS, WITH_REPLACEMENT, TOP_K)

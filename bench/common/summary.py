@@ -21,24 +21,30 @@ class Row(NamedTuple):
     ratio: float
 
 
-def compared(
-    values: Mapping[str, float], ours: tuple[str, ...], text: Callable[[float], str], less_is_better: bool = False
-) -> Iterator[tuple[str, str, float]]:
-    """(ours, the best other, ratio), where there are both; of several that are ours, the better one."""
-    best = min if less_is_better else max
+class Comparison(NamedTuple):
+    """Who was timed in one case: `ours` names the entries that are ours."""
+
+    case: str
+    values: Mapping[str, float]
+    ours: tuple[str, ...]
+    unit: str = "tokens/s"  # or tokens/step, of which more is better, or ms, of which less is
+
+
+def compared(bench: str, comparison: Comparison) -> Iterator[Row]:
+    """The row, where there are both; of several that are ours, the better one."""
+    case, values, ours, unit = comparison
+    best = min if unit == "ms" else max
     own = [name for name in ours if name in values]
     others = [name for name in values if name not in ours]
     if own and others:
-        one, other = best(own, key=values.__getitem__), best(others, key=values.__getitem__)
-        ratio = values[other] / values[one] if less_is_better else values[one] / values[other]
-        yield f"{one}: {text(values[one])}", f"{other}: {text(values[other])}", ratio
+        found = best(own, key=values.__getitem__), best(others, key=values.__getitem__)
+        texts = {"ms": duration, "tokens/s": "{:.1f} tokens/s".format, "tokens/step": "{:.2f} tokens/step".format}
+        one, other = (values[name] for name in found)
+        ratio = other / one if unit == "ms" else one / other
+        yield Row(bench, case, *(f"{name}: {texts[unit](values[name])}" for name in found), ratio)
 
 
-def _rate(value: float) -> str:
-    return f"{value:.1f} tokens/s"
-
-
-def _op(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _op(document: Document) -> Iterator[Comparison]:
     for case in document["cases"]:
         ours = case["ours"]
         known = {} if ours is None else case["ratios"][ours]
@@ -48,69 +54,65 @@ def _op(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
             {ours: ms[ours]} if ours else {}
         )
         ms = {name: value for name, value in ms.items() if name == ours or not case["providers"][name]["ours"]}
-        yield case["name"], compared(ms, (ours,), duration, less_is_better=True)
+        yield Comparison(case["name"], ms, (ours,), "ms")
 
 
-def _demo_pair(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _demo_pair(document: Document) -> Iterator[Comparison]:
     for result in document["results"]:
-        yield f"T = {result['temperature']:g}", compared(result["tokens_per_second"], ("planned tree",), _rate)
+        yield Comparison(f"T = {result['temperature']:g}", result["tokens_per_second"], ("planned tree",))
 
 
-def _paper_systems(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _paper_systems(document: Document) -> Iterator[Comparison]:
     for result in document["results"]:
         rates = {name: 1e3 / entry["ms_per_token"] for name, entry in result["providers"].items()}
         trees = tuple(name for name, entry in result["providers"].items() if "nodes" in entry)
-        yield f"{result['title']}, T = {result['temperature']:g}", compared(rates, trees, _rate)
+        yield Comparison(f"{result['title']}, T = {result['temperature']:g}", rates, trees)
 
 
-def _adaptive(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _adaptive(document: Document) -> Iterator[Comparison]:
     for result in document["results"]:
         rates = {name: entry["tokens_per_second"] for name, entry in result["providers"].items()}
         ours = tuple(name for name in rates if name.startswith("adaptive"))
-        yield f"{result['workload']} text, T = {result['temperature']:g}", compared(rates, ours, _rate)
+        yield Comparison(f"{result['workload']} text, T = {result['temperature']:g}", rates, ours)
 
 
-def _auto(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _auto(document: Document) -> Iterator[Comparison]:
     for result in document["results"]:
         plain = result["plain_tokens_per_second"]
         rates = {"worst pick": plain * result["worst"]["pick_over_plain"], "plain": plain}
-        case = f"{result['prompts']} first prompts, T = {result['temperature']:g}"
-        yield case, compared(rates, ("worst pick",), _rate)
+        yield Comparison(f"{result['prompts']} first prompts, T = {result['temperature']:g}", rates, ("worst pick",))
 
 
-def _tree_forward_cpu(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _tree_forward_cpu(document: Document) -> Iterator[Comparison]:
     for result in document["results"]:
         ms = {"adapted": result["tree_ms"], "transformers": result["plain_ms"]}
-        yield f"{result['rows']} rows", compared(ms, ("adapted",), duration, less_is_better=True)
+        yield Comparison(f"{result['rows']} rows", ms, ("adapted",), "ms")
 
 
-def _planner_pick(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
-    rates = {
-        "the pick" if entry["is_pick"] else f"{entry['tree']} {entry['nodes']} x {entry['levels']}": entry[
-            "tokens_per_second"
-        ]
-        for entry in document["results"]
-    }
-    yield f"T = {document['temperature']:g}, {len(rates)} trees", compared(rates, ("the pick",), _rate)
+def _planner_pick(document: Document) -> Iterator[Comparison]:
+    rates = {}
+    for entry in document["results"]:
+        name = "the pick" if entry["is_pick"] else f"{entry['tree']} {entry['nodes']} x {entry['levels']}"
+        rates[name] = entry["tokens_per_second"]
+    yield Comparison(f"T = {document['temperature']:g}, {len(rates)} trees", rates, ("the pick",))
 
 
-def _offload(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _offload(document: Document) -> Iterator[Comparison]:
     part = document["parts"].get("speedup", {"trees": []})
     for tree in part["trees"]:
         rates = {tree["name"]: 1e3 * tree["tokens_per_step"] / tree["step_ms"], "plain": 1e3 / part["plain_step_ms"]}
-        yield f"{tree['nodes']} nodes, layers streamed", compared(rates, (tree["name"],), _rate)
+        yield Comparison(f"{tree['nodes']} nodes, layers streamed", rates, (tree["name"],))
 
 
-def _robustness(document: Document) -> Iterator[tuple[str, Iterator[Any]]]:
+def _robustness(document: Document) -> Iterator[Comparison]:
     ours, tree = document["samplers"][0], next(iter(document["trees"]))
     for row in document["grid"]:
         if row["tree"] == tree and row["top_p"] == max(entry["top_p"] for entry in document["grid"]):
             means = {name: entry["mean"] for name, entry in row["tokens_per_step"].items()}
-            found = compared(means, (ours,), lambda value: f"{value:.2f} tokens/step")
-            yield f"tree {tree}, T = {row['temperature']:g}", found
+            yield Comparison(f"tree {tree}, T = {row['temperature']:g}", means, (ours,), "tokens/step")
 
 
-READERS: dict[str, Callable[[Document], Iterator[tuple[str, Iterator[Any]]]]] = {
+READERS: dict[str, Callable[[Document], Iterator[Comparison]]] = {
     "demo_pair": _demo_pair,
     "paper_systems": _paper_systems,
     "adaptive": _adaptive,
@@ -124,11 +126,11 @@ READERS: dict[str, Callable[[Document], Iterator[tuple[str, Iterator[Any]]]]] = 
 
 def rows(documents: Mapping[str, Document]) -> list[Row]:
     """All cases of all documents in which somebody else was timed beside ours."""
-    found = []
+    found: list[Row] = []
     for name, document in documents.items():
         reader = _op if "cases" in document else READERS.get(name)
-        for case, comparison in reader(document) if reader else ():
-            found += [Row(name, case, *parts) for parts in comparison]
+        for comparison in reader(document) if reader else ():
+            found += compared(name, comparison)
     return found
 
 

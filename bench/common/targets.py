@@ -44,8 +44,7 @@ def cases(documents: Documents, bench: str, **sizes: Any) -> list[Case]:
 
 def ours(case: Case) -> Mapping[str, Any]:
     """The entry of the provider that the package would choose."""
-    entry: Mapping[str, Any] = case["providers"][case["ours"]]
-    return entry
+    return case["providers"][case["ours"]]
 
 
 def median_ms(case: Case) -> float:
@@ -65,18 +64,17 @@ def ratios(found: Iterable[Case], *rivals: str) -> Iterator[tuple[float, str]]:
 def at_least(values: Iterable[tuple[float, str]], bound: float, unit: str) -> Measured:
     """The smallest value must reach the bound."""
     found = sorted(values)
-    return _worst(found[0], found, unit, found[0][0] >= bound) if found else None
+    return (_worst(found[0], len(found), unit), found[0][0] >= bound) if found else None
 
 
 def at_most(values: Iterable[tuple[float, str]], bound: float, unit: str) -> Measured:
     """The largest value must stay within the bound."""
     found = sorted(values)
-    return _worst(found[-1], found, unit, found[-1][0] <= bound) if found else None
+    return (_worst(found[-1], len(found), unit), found[-1][0] <= bound) if found else None
 
 
-def _worst(entry: tuple[float, str], found: Sequence[object], unit: str, met: bool) -> Measured:
-    value, name = entry
-    return f"{value:.3g}{unit} ({name if len(found) == 1 else f'worst of {len(found)}: {name}'})", met
+def _worst(entry: tuple[float, str], count: int, unit: str) -> str:
+    return f"{entry[0]:.3g}{unit} ({'' if count == 1 else f'worst of {count}: '}{entry[1]})"
 
 
 # ---- the kernels on an H200
@@ -118,7 +116,7 @@ def _one_launch(found: Sequence[Case]) -> Measured:
     return (f"{max(launches)}", max(launches) == 1) if launches and None not in launches else None
 
 
-def kernel_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]:
+def kernel_targets(documents: Documents) -> list[tuple[str, str, Measured]]:
     """What the ops promise: (what, wanted, measured)."""
     few = cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n <= 64)
     many = cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n >= 256)
@@ -128,32 +126,32 @@ def kernel_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]:
     verification = cases(documents, "verify_tree", **sizes)
     compaction = cases(documents, "compact_kv_cache_", num_accepted=8, batch_size=1, layers=32)
 
-    what = "tree_attention, Llama-3-8B heads, bf16, contexts >= 8k, up to 64 nodes"
     bandwidth = at_least(_cache_bandwidth(documents, few), 80, " %")
-    yield what, ">= 80 % of the copy bandwidth over the K/V bytes", bandwidth
     over_sdpa = at_least(ratios(few, "torch SDPA", "torch SDPA, repeated heads"), 3, "x")
-    yield "the same against torch SDPA with a dense mask", ">= 3x", over_sdpa
-    yield "the same against FlexAttention", "> 1x", at_least(ratios(few, "FlexAttention"), 1.0, "x")
-    what = "the same against FlashInfer's custom-mask prefill, where installed"
-    yield what, ">= 1x", at_least(ratios(few, "FlashInfer"), 1.0, "x")
-    what = "tree_attention, 256 to 1024 nodes, contexts >= 8k, prefix part"
+    over_flash = at_least(ratios(few, "FlashInfer"), 1.0, "x")
     matmul = at_least(((ours(case)["percent_of_matmul"], case["name"]) for case in many), 60, " %")
-    yield what, ">= 60 % of the bf16 matrix rate", matmul
-    what = "sample_without_replacement, 16 of 128256, 64 rows"
-    reads = at_most(_times_the_read(documents, sampling, "sample_without_replacement"), 2, "x")
-    yield what, "<= 2x one read of the logits", reads
+    one_read = at_most(_times_the_read(documents, sampling, "sample_without_replacement"), 2, "x")
     over_race = at_least(ratios(sampling, "softmax + race + topk"), 10, "x")
-    yield "the same against softmax + exponential race + topk", ">= 10x", over_race
-    reads = at_most(_times_the_read(documents, verification, "verify_tree"), 4, "x")
-    yield "verify_tree, 64 and 128 nodes x 128256", "<= 4x one read of both logit tensors", reads
-    yield "the same", "no host sync", _all_captured(verification)
+    both_reads = at_most(_times_the_read(documents, verification, "verify_tree"), 4, "x")
     over_loop = at_least(ratios(verification, "child by child"), 50, "x")
-    yield "the same against the child-by-child loop", ">= 50x", over_loop
-    yield "compact_kv_cache_, 32 layers, 8 rows: launches", "1", _one_launch(compaction)
     microseconds = at_most(((1e3 * median_ms(case), case["name"]) for case in compaction), 10, " us")
-    yield "compact_kv_cache_, 32 layers, 8 rows", "<= 10 us", microseconds
     over_layers = at_least(ratios(compaction, "layer by layer", "layer by layer, known path"), 10, "x")
-    yield "the same against index_select and copy a layer", ">= 10x", over_layers
+    attention = "tree_attention, Llama-3-8B heads, bf16, contexts >= 8k, up to 64 nodes"
+    return [
+        (attention, ">= 80 % of the copy bandwidth over the K/V bytes", bandwidth),
+        ("the same against torch SDPA with a dense mask", ">= 3x", over_sdpa),
+        ("the same against FlexAttention", "> 1x", at_least(ratios(few, "FlexAttention"), 1.0, "x")),
+        ("the same against FlashInfer's custom-mask prefill, where installed", ">= 1x", over_flash),
+        ("tree_attention, 256 to 1024 nodes, contexts >= 8k, prefix part", ">= 60 % of the bf16 matrix rate", matmul),
+        ("sample_without_replacement, 16 of 128256, 64 rows", "<= 2x one read of the logits", one_read),
+        ("the same against softmax + exponential race + topk", ">= 10x", over_race),
+        ("verify_tree, 64 and 128 nodes x 128256", "<= 4x one read of both logit tensors", both_reads),
+        ("the same", "no host sync", _all_captured(verification)),
+        ("the same against the child-by-child loop", ">= 50x", over_loop),
+        ("compact_kv_cache_, 32 layers, 8 rows: launches", "1", _one_launch(compaction)),
+        ("compact_kv_cache_, 32 layers, 8 rows", "<= 10 us", microseconds),
+        ("the same against index_select and copy a layer", ">= 10x", over_layers),
+    ]
 
 
 # ---- whole systems: the captured loop, offloading on any GPU with a host that holds the layers, the paper's rows
@@ -162,7 +160,7 @@ def kernel_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]:
 GOAL_TOLERANCE = 0.05
 
 
-def offload_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]:
+def offload_targets(documents: Documents) -> list[tuple[str, str, Measured]]:
     """What offloaded decoding promises."""
     document = documents.get("offload", {"parts": {}})
     stream, speedup, twin = (document["parts"].get(name) for name in ("stream", "speedup", "twin"))
@@ -174,9 +172,6 @@ def offload_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]
         short = [entry for entry in stream["forwards"] if entry["compute_ms"] < stream["stream_ms"]]
         passes = ((entry["pass_ms"] / stream["stream_ms"], f"{entry['nodes']} nodes") for entry in short)
         hidden = at_most(passes, 1.05, "x")
-    yield "offloaded: streaming against the pinned copy bandwidth", ">= 90 %", rate
-    yield "offloaded: forwards that are shorter than the copies", "<= 1.05x the copies alone", hidden
-    yield "offloaded: peak device memory", "<= its budget", memory
 
     def tree_speedup(name: str, bound: float) -> Measured:
         for entry in speedup["trees"] if speedup is not None else ():
@@ -185,15 +180,20 @@ def offload_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]
                 return f"{entry['speedup']:.2f}x ({size})", entry["speedup"] >= bound
         return None
 
-    what = "offloaded 70B shape, (768, 18) at 10.30 tokens per step, over the own offloaded loop"
-    yield what, ">= 9.5x", tree_speedup("the paper's size", 9.5)
-    yield "the same at the planner's own pick", ">= 10.33x", tree_speedup("planned", 10.33)
     if twin is not None:
         same = f"{sum(run['tokens'] for run in twin['runs'])} tokens", all(run["equal"] for run in twin["runs"])
-    yield "offloaded 13B shape, own weights in every layer", "the resident twin's tokens", same
+    sized = "offloaded 70B shape, (768, 18) at 10.30 tokens per step, over the own offloaded loop"
+    return [
+        ("offloaded: streaming against the pinned copy bandwidth", ">= 90 %", rate),
+        ("offloaded: forwards that are shorter than the copies", "<= 1.05x the copies alone", hidden),
+        ("offloaded: peak device memory", "<= its budget", memory),
+        (sized, ">= 9.5x", tree_speedup("the paper's size", 9.5)),
+        ("the same at the planner's own pick", ">= 10.33x", tree_speedup("planned", 10.33)),
+        ("offloaded 13B shape, own weights in every layer", "the resident twin's tokens", same),
+    ]
 
 
-def paper_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]:
+def paper_targets(documents: Documents) -> list[tuple[str, str, Measured]]:
     """What the paper's rows shall give, greedy and in bfloat16."""
     results = {
         result["row"]: result
@@ -215,12 +215,14 @@ def paper_targets(documents: Documents) -> Iterator[tuple[str, str, Measured]]:
         lossless = result["lossless"]["ok"]
         return text if lossless else f"{text}, not lossless", close and lossless and best["speedup"] >= bound
 
-    what = "7B-shaped synthetic pair over the own loop, greedy, 5.08 tokens a step at (128, 10)"
-    yield what, ">= 4.04x", speedup("7B", 4.04)
     floors = [(results["7B"]["floor"]["ratio"], results["7B"]["title"])] if "7B" in results else []
-    yield "the own loop's step over one read of its weights", "<= 1.25x", at_most(floors, 1.25, "x")
-    yield "13B-shaped synthetic pair, 4.20 tokens a step at (64, 9)", ">= 3.84x", speedup("13B", 3.84)
-    yield "33B-shaped synthetic pair, 4.28 tokens a step at (64, 6)", ">= 2.37x", speedup("33B", 2.37)
+    first = "7B-shaped synthetic pair over the own loop, greedy, 5.08 tokens a step at (128, 10)"
+    return [
+        (first, ">= 4.04x", speedup("7B", 4.04)),
+        ("the own loop's step over one read of its weights", "<= 1.25x", at_most(floors, 1.25, "x")),
+        ("13B-shaped synthetic pair, 4.20 tokens a step at (64, 9)", ">= 3.84x", speedup("13B", 3.84)),
+        ("33B-shaped synthetic pair, 4.28 tokens a step at (64, 6)", ">= 2.37x", speedup("33B", 2.37)),
+    ]
 
 
 def evaluate(documents: Documents) -> list[Finding]:

@@ -1,8 +1,6 @@
 """compact_kv_cache_ against one gather and one copy a layer.
 
-GPU cases have the caches of Llama-3-8B: 32 layers of keys and values, 8 heads of 128, bfloat16::
-
-    python -m bench.ops.bench_compact_kv_cache_ --json results/compact_kv_cache_.json
+GPU cases have the caches of Llama-3-8B: 32 layers of keys and values, 8 heads of 128, bfloat16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """sample_without_replacement against softmax + exponential race + topk, and softmax + multinomial.
 
-GPU cases have the vocabulary of Llama-3 in bfloat16::
-
-    python -m bench.ops.bench_sample_without_replacement --json results/sample_without_replacement.json
+GPU cases have the vocabulary of Llama-3 in bfloat16.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 GPU cases have the heads of Llama-3-8B in bfloat16, one request, contexts of 1k to 32k and trees of 1 to 1024 nodes.
 Masks and plans of the others are built before the clock starts, though a loop builds them every step: the numbers
-favour them::
-
-    python -m bench.ops.bench_tree_attention --json results/tree_attention.json
+favour them.
 """
 
 from __future__ import annotations

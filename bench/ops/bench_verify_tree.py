@@ -1,8 +1,6 @@
 """verify_tree against the child-by-child loop on probabilities, and the tree kernels of sgl-kernel.
 
-GPU cases have the vocabulary of Llama-3, logits in bfloat16, trees that are optimal for a typical acceptance vector::
-
-    python -m bench.ops.bench_verify_tree --json results/verify_tree.json
+GPU cases have the vocabulary of Llama-3, logits in bfloat16, trees that are optimal for a typical acceptance vector.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """warped_logsumexp against the sort-based warpers of generation libraries.
 
-GPU cases have the vocabulary of Llama-3 in bfloat16::
-
-    python -m bench.ops.bench_warped_logsumexp --json results/warped_logsumexp.json
+GPU cases have the vocabulary of Llama-3 in bfloat16.
 """
 
 from __future__ import annotations

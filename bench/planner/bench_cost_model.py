@@ -2,9 +2,7 @@
 
 Microbenchmarks and whole forwards of random weights take turns in the same shuffled rounds, so that drift and
 neighbours hit both alike; then the cost model composes the forwards from the microbenchmarks and each model's
-configuration, and medians are compared at every number of nodes::
-
-    python -m bench.planner.bench_cost_model --threads 1 --json out.json
+configuration, and medians are compared at every number of nodes.
 
 Microbenchmarks are those of the default grid of shapes, or with --own-shapes of the models' own shapes.
 """
@@ -89,15 +87,10 @@ def run(bench: Run) -> None:
             parts = Microbenchmarks(device, dtype, shapes, ops=False, rows=QUICK_ROWS if options.quick else None)
             whole = forwards(configs, dtype, device, node_counts, options.context)
             timed = {**parts.calls, **whole}
-            times = time_calls(
-                timed,
-                device,
-                min_repeats=2 if options.quick else options.rounds,
-                max_repeats=5 if options.quick else options.rounds,
-                seconds=2 if options.quick else 0,
-                warmup=1,
-                prepare=parts.prepare,
-            )
+            effort = {"min_repeats": options.rounds, "max_repeats": options.rounds, "seconds": 0}
+            if options.quick:
+                effort = {"min_repeats": 2, "max_repeats": 5, "seconds": 2}
+            times = time_calls(timed, device, **effort, warmup=1, prepare=parts.prepare)
         for op, points in parts.points(times).items():
             profile = profile.with_op(op, points)
         measured.update({key: times[key] for key in whole})
@@ -111,22 +104,12 @@ def run(bench: Run) -> None:
         for count in node_counts:
             time = measured[name, count]
             predicted = float(composed.at(options.context, count))
-            results.append(
-                {
-                    "model": name,
-                    "dtype": dtype_name,
-                    "nodes": count,
-                    "composed_ms": predicted,
-                    "measured_ms": {"p20": time.p20_ms, "p50": time.p50_ms, "p80": time.p80_ms},
-                    "error": predicted / time.p50_ms - 1,
-                }
-            )
-    bench.document |= {
-        "context_len": options.context,
-        "microbenchmarks": "own shapes" if own_shapes else "default grid",
-        "rounds": options.rounds,
-        "results": results,
-    }
+            row = {"model": name, "dtype": dtype_name, "nodes": count, "composed_ms": predicted}
+            row["measured_ms"] = {"p20": time.p20_ms, "p50": time.p50_ms, "p80": time.p80_ms}
+            results.append(row | {"error": predicted / time.p50_ms - 1})
+    shapes = "own shapes" if own_shapes else "default grid"
+    bench.document |= {"context_len": options.context, "microbenchmarks": shapes, "rounds": options.rounds}
+    bench.document["results"] = results
     print(markdown(bench.document))
 
 
@@ -139,11 +122,8 @@ def markdown(document: dict[str, Any]) -> str:
         row = [str(count)]
         for name in models:
             entry = cells[name, count]
-            row += [
-                f"{entry['composed_ms']:.2f}",
-                f"{entry['measured_ms']['p50']:.2f}",
-                f"{100 * entry['error']:+.0f} %",
-            ]
+            row += [f"{entry['composed_ms']:.2f}", f"{entry['measured_ms']['p50']:.2f}"]
+            row += [f"{100 * entry['error']:+.0f} %"]
         rows.append(row)
     header = ["nodes"] + [f"{name}: {what}" for name in models for what in ("composed ms", "measured ms", "error")]
     head = f"## cost_model\n\n{document['environment']['device']['name']}, `{document['command']}`\n"
@@ -151,9 +131,9 @@ def markdown(document: dict[str, Any]) -> str:
     for name in models:
         errors = [abs(entry["error"]) for entry in results if entry["model"] == name]
         within = sum(error <= 0.15 for error in errors)
+        middle, largest = 100 * statistics.median(errors), 100 * max(errors)
         lines.append(
-            f"- {name}: {within} of {len(errors)} sizes within 15 %, median {100 * statistics.median(errors):.1f} %, "
-            f"largest {100 * max(errors):.1f} %"
+            f"- {name}: {within} of {len(errors)} sizes within 15 %, median {middle:.1f} %, largest {largest:.1f} %"
         )
     return "\n".join(lines)
 

@@ -3,9 +3,7 @@
 The search's vectors are the hard kind: not monotone, so that the dynamic programme runs, and with a likely child, so
 that no level limit leaves the tree as it is and no level can be skipped. The times in the profile do not matter for how
 long planning takes, only how many sizes there are: a tiny model is measured for a second. Trees and plans are checked
-before they are timed::
-
-    python -m bench.planner.bench_plan --json out.json
+before they are timed.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 The parts of both models are measured, no model is loaded; the planner composes the forwards from the configurations and
 picks a tree for every batch size and context length. Reported are tokens per step and speedup, with intervals from the
 acceptance vector's uncertainty, milliseconds by stage, where a tree beats a tuned chain, and where nothing beats plain
-decoding; and, for one request, the speedup over budget and levels::
-
-    python -m bench.planner.bench_planner --threads 1 --json out.json
+decoding; and, for one request, the speedup over budget and levels.
 
 The acceptance vector is a typical one as if counted over `--visits` nodes, unless one is given by --acceptance.
 """
@@ -59,32 +57,20 @@ def measure(models: list[ModelFingerprint], device: torch.device, dtype: torch.d
         pair.target, pair.draft, context_lens=(128,), seconds=2, min_repeats=2 if quick else 5, quick=True
     )
     profile = measure_overhead(pair.target, pair.draft, profile, context_len=64)
-    parts = measure_microbenchmarks(
-        device,
-        dtype,
-        shapes=models,
-        quick=quick,
-        min_repeats=1 if quick else 4,
-        seconds=2 if quick else 45,
-        rows=(1, 4, 16, 64, 256) if quick else None,
-    )
-    return profile.merged(parts)
+    effort: dict[str, Any] = {"min_repeats": 4, "seconds": 45}
+    if quick:
+        effort = {"min_repeats": 1, "seconds": 2, "rows": (1, 4, 16, 64, 256)}
+    return profile.merged(measure_microbenchmarks(device, dtype, shapes=models, quick=quick, **effort))
 
 
 def cell(plan: TreePlan, batch_size: int, context_len: int) -> dict[str, Any]:
     chain = plan.best_chain
     trees = [candidate for candidate in plan.candidates if candidate.kind == "tree"]
-    return {
-        "batch_size": batch_size,
-        "context_len": context_len,
-        "kind": plan.kind,
-        "nodes": plan.tree.num_nodes,
-        "levels": plan.tree.num_levels,
-        "tokens_per_step": plan.tokens_per_step,
-        "tokens_per_step_interval": plan.tokens_per_step_interval,
-        "step_ms": plan.step_ms,
-        "stages_ms": plan.stages,
-        "tokens_per_second": plan.tokens_per_second,
+    row = {"batch_size": batch_size, "context_len": context_len, "kind": plan.kind}
+    row |= {"nodes": plan.tree.num_nodes, "levels": plan.tree.num_levels, "tokens_per_step": plan.tokens_per_step}
+    row |= {"tokens_per_step_interval": plan.tokens_per_step_interval, "step_ms": plan.step_ms}
+    row |= {"stages_ms": plan.stages, "tokens_per_second": plan.tokens_per_second}
+    return row | {
         "speedup": plan.speedup,
         "speedup_interval": plan.speedup_interval,
         "best_tree_speedup": max((tree.speedup for tree in trees), default=None),
@@ -192,45 +178,32 @@ def run(bench: Run) -> None:
     name = options.pair or ("tiny" if options.quick else "7B/68M" if device.type == "cuda" else "350M/8M")
     pair = PAIRS[name]
     dtype = torch.bfloat16
-    target, draft = (ModelFingerprint.from_config(llama_config(shape, pair.vocab, 65536), dtype) for shape in pair[:2])
-    profile = (
-        HardwareProfile.load(options.profile)
-        if options.profile
-        else measure([target, draft], device, dtype, options.quick)
-    )
-    acceptance = (
-        AcceptanceEstimate.load(options.acceptance) if options.acceptance else typical_acceptance(options.visits)
-    )
+    shapes = {"target": pair.target, "draft": pair.draft}
+    configs = {role: llama_config(shape, pair.vocab, 65536) for role, shape in shapes.items()}
+    models = {role: ModelFingerprint.from_config(config, dtype) for role, config in configs.items()}
+    if options.profile:
+        profile = HardwareProfile.load(options.profile)
+    else:
+        profile = measure(list(models.values()), device, dtype, options.quick)
+    if options.acceptance:
+        acceptance = AcceptanceEstimate.load(options.acceptance)
+    else:
+        acceptance = typical_acceptance(options.visits)
     batches, contexts = ((1, 8), (512, 8192)) if options.quick else (BATCHES, CONTEXTS)
     max_budget = 64 if options.quick else options.max_budget
     results = []
     for batch_size in batches:
         for context_len in contexts:
-            plan = plan_tree(
-                acceptance,
-                profile,
-                target=target,
-                draft=draft,
-                batch_size=batch_size,
-                context_len=context_len,
-                max_budget=max_budget,
-                max_levels=24,
-            )
+            where = {"batch_size": batch_size, "context_len": context_len}
+            plan = plan_tree(acceptance, profile, **models, **where, max_budget=max_budget, max_levels=24)
             results.append(cell(plan, batch_size, context_len))
     budgets = tuple(budget for budget in BUDGETS if budget <= max_budget)
-    speedups = surface(CostModel(profile, target=target, draft=draft), acceptance.vector, contexts[0], budgets)
+    speedups = surface(CostModel(profile, **models), acceptance.vector, contexts[0], budgets)
     document = bench.document
-    document |= {
-        "pair": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "acceptance": {
-            "source": str(options.acceptance or f"a typical vector, as if counted over {options.visits} nodes"),
-            "vector": list(acceptance.vector),
-            "confidence": acceptance.confidence,
-        },
-        "results": results,
-        "surface": {"context_len": contexts[0], "budgets": budgets, "levels": LEVELS, "speedups": speedups},
-    }
+    source = str(options.acceptance or f"a typical vector, as if counted over {options.visits} nodes")
+    found = {"source": source, "vector": list(acceptance.vector), "confidence": acceptance.confidence}
+    document |= {"pair": name, "dtype": str(dtype).removeprefix("torch."), "acceptance": found, "results": results}
+    document["surface"] = {"context_len": contexts[0], "budgets": budgets, "levels": LEVELS, "speedups": speedups}
     print(markdown(document))
     if options.json:
         title = f"{name}, {document['dtype']}, {document['environment']['device']['name']}, context {contexts[0]}"

@@ -2,9 +2,7 @@
 
 Profile and acceptance are measured, the planner picks; then the pick and every tree of the grid (optimal trees of
 several budgets and levels, chains, no speculation) decode the same held-out prompts, taking turns in shuffled order.
-The best of the grid is the best of many noisy measurements, so the pick looks a little worse than it is::
-
-    python -m bench.planner.bench_planner_pick --threads 1 --json out.json
+The best of the grid is the best of many noisy measurements, so the pick looks a little worse than it is.
 """
 
 from __future__ import annotations
@@ -27,16 +25,12 @@ GOAL = 0.9
 
 def measure(bench: Run) -> None:
     options = bench.options
-    demo = Demo(bench.device, options.prompt_tokens)
-    ids = demo.encode(demo.texts(options.prompts + options.calibration_prompts))
-    calibration, prompts = ids[: options.calibration_prompts], ids[options.calibration_prompts :]
-    context_len = options.prompt_tokens + options.new_tokens // 2
+    demo = Demo(bench)
+    calibration, prompts = demo.prompts(options)
     profile = demo.profile(2 * options.prompt_tokens, seconds=options.profile_seconds, quick=True)
-    common: dict[str, Any] = {
-        "max_new_tokens": options.new_tokens, "temperature": options.temperature, "eos_token_id": (),
-    }  # fmt: skip
+    common = demo.decoding(options.temperature)
     acceptance = demo.acceptance(calibration, **common)
-    plan = plan_tree(acceptance, profile, context_len=context_len)
+    plan = plan_tree(acceptance, profile, context_len=demo.context_len)
     trees = grid(list(acceptance.vector), options.quick)
     trees.setdefault(plan.tree, "refined tree")
     seconds: dict[TokenTree, list[float]] = {tree: [0.0] * options.rounds for tree in trees}
@@ -54,30 +48,17 @@ def measure(bench: Run) -> None:
     results = []
     for tree, name in trees.items():
         rates = [count / time for count, time in zip(tokens[tree], seconds[tree], strict=True)]
-        results.append(
-            {
-                "tree": name,
-                "nodes": tree.num_nodes,
-                "levels": tree.num_levels,
-                "parents": list(tree.parents),
-                "tokens_per_second": sum(tokens[tree]) / sum(seconds[tree]),
-                "tokens_per_second_by_round": rates,
-                "is_pick": tree == plan.tree,
-            }
-        )
+        row = {"tree": name, "nodes": tree.num_nodes, "levels": tree.num_levels, "parents": list(tree.parents)}
+        row |= {"tokens_per_second": sum(tokens[tree]) / sum(seconds[tree]), "tokens_per_second_by_round": rates}
+        results.append(row | {"is_pick": tree == plan.tree})
     results.sort(key=lambda entry: -entry["tokens_per_second"])
     picked = next(entry for entry in results if entry["is_pick"])
     share = picked["tokens_per_second"] / results[0]["tokens_per_second"]
     bench.document |= {name: getattr(options, name) for name in ("temperature", "prompts", "new_tokens", "rounds")}
-    bench.document |= {
-        "predicted_tokens_per_second": plan.tokens_per_second,
-        "pick_over_best": share,
-        "goal": GOAL,
-        "median_spread": statistics.median(
-            max(entry["tokens_per_second_by_round"]) / min(entry["tokens_per_second_by_round"]) for entry in results
-        ),
-        "results": results,
-    }
+    by_round = [entry["tokens_per_second_by_round"] for entry in results]
+    spread = statistics.median(max(rates) / min(rates) for rates in by_round)
+    bench.document |= {"predicted_tokens_per_second": plan.tokens_per_second, "pick_over_best": share, "goal": GOAL}
+    bench.document |= {"median_spread": spread, "results": results}
     print(markdown(bench.document))
 
 
@@ -94,16 +75,11 @@ def grid(vector: list[float], quick: bool) -> dict[TokenTree, str]:
 
 def markdown(document: dict[str, Any]) -> str:
     picked = next(entry for entry in document["results"] if entry["is_pick"])
-    rows = [
-        [
-            f"**{entry['tree']}, the pick**" if entry["is_pick"] else entry["tree"],
-            str(entry["nodes"]),
-            str(entry["levels"]),
-            f"{entry['tokens_per_second']:.1f}",
-            f"{entry['tokens_per_second'] / document['results'][0]['tokens_per_second']:.3f}",
-        ]
-        for entry in document["results"]
-    ]
+    rows, best = [], document["results"][0]["tokens_per_second"]
+    for entry in document["results"]:
+        name, rate = entry["tree"], entry["tokens_per_second"]
+        cells = [f"**{name}, the pick**" if entry["is_pick"] else name, str(entry["nodes"]), str(entry["levels"])]
+        rows.append([*cells, f"{rate:.1f}", f"{rate / best:.3f}"])
     return "\n\n".join(
         [
             "## planner_pick",

@@ -62,20 +62,10 @@ class Size:
 
 
 QUICK = Size(
-    prompts=4,
-    calibration_prompts=4,
-    prompt_tokens=32,
-    starts=16,
-    tail=16,
-    temperatures=(0.0, 0.6),
-    top_ps=(0.9, 1.0),
-    budgets=(1, 8, 64),
-    budget_temperatures=(0.6,),
-    loops=((0.6, 1.0),),
-    loop_trees=(("optimal", 8),),
-    loop_prompts=4,
+    prompts=4, calibration_prompts=4, prompt_tokens=32, starts=16, tail=16, temperatures=(0.0, 0.6), top_ps=(0.9, 1.0),
+    budgets=(1, 8, 64), budget_temperatures=(0.6,), loops=((0.6, 1.0),), loop_trees=(("optimal", 8),), loop_prompts=4,
     loop_tokens=16,
-)
+)  # fmt: skip
 
 
 def first_nodes(tree: TokenTree, budget: int) -> TokenTree:
@@ -167,6 +157,12 @@ def equal_trees(study: Study) -> dict[str, TokenTree]:
 OWN_TREE = "each its own optimal, 128 nodes"
 
 
+def against(ours: Estimate, rival: Estimate) -> dict[str, Any]:
+    """A paired difference, for the document."""
+    change, se = difference(ours, rival)
+    return {"difference": change, "se": se, "verdict": verdict(change, se)}
+
+
 def verdict(change: float, se: float) -> str:
     """What a paired difference says."""
     if abs(change) <= NOISE * se or abs(change) < 1e-9:
@@ -185,18 +181,10 @@ def grid(study: Study) -> Iterator[dict[str, Any]]:
                     tree = trees.get(name) or optimal_tree(study.vector(temperature, top_p, sampler), 128)
                     found[sampler.name], _ = study.measure(tree, temperature, top_p, sampler)
                     levels[sampler.name] = tree.num_levels
-                against = {}
-                for rival in SAMPLERS[1:]:
-                    change, se = difference(found[OURS.name], found[rival.name])
-                    against[rival.name] = {"difference": change, "se": se, "verdict": verdict(change, se)}
-                yield {
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "tree": name,
-                    "levels": levels,
-                    "tokens_per_step": {sampler: as_row(estimate) for sampler, estimate in found.items()},
-                    "ours_against": against,
-                }
+                row = {"temperature": temperature, "top_p": top_p, "tree": name, "levels": levels}
+                row["tokens_per_step"] = {sampler: as_row(estimate) for sampler, estimate in found.items()}
+                rivals = (sampler.name for sampler in SAMPLERS[1:])
+                yield row | {"ours_against": {rival: against(found[OURS.name], found[rival]) for rival in rivals}}
 
 
 def cut_drafts(study: Study) -> Iterator[dict[str, Any]]:
@@ -208,10 +196,7 @@ def cut_drafts(study: Study) -> Iterator[dict[str, Any]]:
             for name, tree in equal_trees(study).items():
                 found = {s: study.measure(tree, temperature, top_p, s)[0] for s in (CUT_DRAFT, OURS, TOP_K)}
                 row = {"temperature": temperature, "top_p": top_p, "tree": name, "measured": as_row(found[CUT_DRAFT])}
-                for sampler in (OURS, TOP_K):
-                    change, se = difference(found[CUT_DRAFT], found[sampler])
-                    row[f"against {sampler.name}"] = {"difference": change, "se": se, "verdict": verdict(change, se)}
-                yield row
+                yield row | {f"against {s.name}": against(found[CUT_DRAFT], found[s]) for s in (OURS, TOP_K)}
 
 
 def budgets(study: Study) -> Iterator[dict[str, Any]]:
@@ -222,15 +207,9 @@ def budgets(study: Study) -> Iterator[dict[str, Any]]:
             for budget in study.size.budgets:
                 tree = build(vector, budget)
                 measured, cut = study.measure(tree, temperature, 1.0)
-                yield {
-                    "temperature": temperature,
-                    "family": family,
-                    "budget": budget,
-                    "levels": tree.num_levels,
-                    "predicted": tree.expected_tokens(vector),
-                    "measured": as_row(measured),
-                    "cut": cut,
-                }
+                row = {"temperature": temperature, "family": family, "budget": budget, "levels": tree.num_levels}
+                row |= {"predicted": tree.expected_tokens(vector), "measured": as_row(measured), "cut": cut}
+                yield row
 
 
 def loops(study: Study) -> Iterator[dict[str, Any]]:
@@ -243,16 +222,10 @@ def loops(study: Study) -> Iterator[dict[str, Any]]:
     for (temperature, top_p), family, tree, sampler in runs:
         loop = study.run_loop(tree, temperature, top_p, sampler)
         replayed, _ = study.measure(tree, temperature, top_p, sampler)
-        yield {
-            "temperature": temperature,
-            "top_p": top_p,
-            "sampler": sampler.name,
-            "family": family,
-            "nodes": tree.num_nodes,
-            "loop": as_row(loop),
-            "replay": as_row(replayed),
-            "standard_errors_apart": (loop.mean - replayed.mean) / max((loop.se**2 + replayed.se**2) ** 0.5, 1e-12),
-        }
+        apart = (loop.mean - replayed.mean) / max((loop.se**2 + replayed.se**2) ** 0.5, 1e-12)
+        row = {"temperature": temperature, "top_p": top_p, "sampler": sampler.name, "family": family}
+        row |= {"nodes": tree.num_nodes, "loop": as_row(loop), "replay": as_row(replayed)}
+        yield row | {"standard_errors_apart": apart}
 
 
 def read_prompts(options: Any, tokenizer: Any, size: Size, device: torch.device) -> torch.Tensor:
@@ -277,21 +250,13 @@ def run(bench: Run) -> None:
     size = QUICK if options.quick else Size()
     dtype, paths = getattr(torch, options.dtype), (options.target, options.draft)
     pair = load_demo_pair(dtype, device) if options.target is None else load_checkpoints(*paths, dtype, device)
-    target, draft, tokenizer = pair
-    prompts = read_prompts(options, tokenizer, size, device)
-    study = Study(adapt(target), adapt(draft), prompts, size, options.seed)
+    prompts = read_prompts(options, pair.tokenizer, size, device)
+    study = Study(adapt(pair.target), adapt(pair.draft), prompts, size, options.seed)
+    name = "demo pair" if options.target is None else f"{options.target} and {options.draft}"
+    document |= {"version": VERSION, "device_type": device.type, "quick": options.quick, "pair": name}
+    document |= {"dtype": options.dtype, "texts": size.prompts, "calibration_texts": size.calibration_prompts}
+    document |= {"prompt_tokens": prompts.shape[1], "starts": size.starts, "tail": size.tail, "noise": NOISE}
     document |= {
-        "version": VERSION,
-        "device_type": device.type,
-        "quick": options.quick,
-        "pair": "demo pair" if options.target is None else f"{options.target} and {options.draft}",
-        "dtype": options.dtype,
-        "texts": size.prompts,
-        "calibration_texts": size.calibration_prompts,
-        "prompt_tokens": prompts.shape[1],
-        "starts": size.starts,
-        "tail": size.tail,
-        "noise": NOISE,
         "samplers": [sampler.name for sampler in SAMPLERS],
         "trees": {name: tree.parents for name, tree in equal_trees(study).items()},
         "own_tree": OWN_TREE,

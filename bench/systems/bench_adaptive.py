@@ -2,9 +2,7 @@
 
 The static plan and the adaptive one are made from the same profile and the same acceptance, estimated on held-out
 source code. The steady workload is more of that; the drifting one mixes it with tables of numbers, counting and prose,
-on which the draft does better or worse. Providers take turns prompt by prompt::
-
-    python -m bench.systems.bench_adaptive --json bench/results/cpu/adaptive.json
+on which the draft does better or worse. Providers take turns prompt by prompt.
 """
 
 from __future__ import annotations
@@ -37,22 +35,21 @@ def drifting_texts(code: list[str]) -> list[str]:
 
 def measure(bench: Run) -> None:
     options = bench.options
-    demo = Demo(bench.device, options.prompt_tokens)
+    demo = Demo(bench)
     texts = demo.texts(3 * options.prompts)
     calibration = demo.encode(texts[: options.prompts])
     workloads = {
         "steady": demo.encode(texts[options.prompts : 2 * options.prompts]),
         "drifting": demo.encode(drifting_texts(texts[2 * options.prompts :])),
     }
-    context_len = options.prompt_tokens + options.new_tokens // 2
     profile = demo.profile(options.prompt_tokens + options.new_tokens, quick=options.quick)
     bench.document["new_tokens"] = options.new_tokens
     results = bench.document["results"] = []
     for temperature in options.temperatures:
-        common = {"max_new_tokens": options.new_tokens, "temperature": temperature, "eos_token_id": ()}
+        common = demo.decoding(temperature)
         acceptance = demo.acceptance(calibration, **common)
-        static = plan_tree(acceptance, profile, context_len=context_len)
-        adaptive = plan_adaptive(acceptance, profile, context_len=context_len)
+        static = plan_tree(acceptance, profile, context_len=demo.context_len)
+        adaptive = plan_adaptive(acceptance, profile, context_len=demo.context_len)
         for workload, prompts in workloads.items():
             trees = {
                 "autoregressive": None,
@@ -69,20 +66,19 @@ def measure(bench: Run) -> None:
                 "prompts": len(prompts),
                 "trees": [{"nodes": tree.num_nodes, "levels": tree.num_levels} for tree in adaptive.trees],
                 "mean_trees_used_beyond_the_first": switches / len(prompts),
-                "providers": {
-                    name: {
-                        "tokens_per_second": rate[name],
-                        "tokens_per_step": sum(run.new_tokens[0] - 1 for run in stats)
-                        / sum(run.num_steps for run in stats),
-                        "over_static_plan": rate[name] / rate["static plan"],
-                        "median_over_static_plan": statistics.median(
-                            own.tokens_per_second / other.tokens_per_second
-                            for own, other in zip(stats, runs["static plan"], strict=True)
-                        ),
-                    }
-                    for name, stats in runs.items()
-                },
+                "providers": {},
             }
+            for name, stats in runs.items():
+                tokens, steps = (sum(run.new_tokens[0] - 1 for run in stats), sum(run.num_steps for run in stats))
+                pairs = zip(stats, runs["static plan"], strict=True)
+                row["providers"][name] = {
+                    "tokens_per_second": rate[name],
+                    "tokens_per_step": tokens / steps,
+                    "over_static_plan": rate[name] / rate["static plan"],
+                    "median_over_static_plan": statistics.median(
+                        own.tokens_per_second / other.tokens_per_second for own, other in pairs
+                    ),
+                }
             results.append(row)
             print(f"T={temperature:g}, {workload} text, {len(prompts)} prompts")
             for name, entry in row["providers"].items():

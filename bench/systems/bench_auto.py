@@ -3,9 +3,7 @@
 Each first prompt meets a process that knows nothing: its call measures the pair and learns from its own text. Then
 all prompts are decoded in turn: without speculation, with the tree planned from every prompt's counts, with each tree
 that a first call led to (held fast), and with the plans that it led to (the loop goes on moving between their trees).
-A pick from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all::
-
-    python -m bench.systems.bench_auto --threads 1 --json bench/results/cpu/auto.json
+A pick from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all.
 """
 
 from __future__ import annotations
@@ -29,14 +27,13 @@ def forget() -> None:
 def measure(bench: Run) -> None:
     options = bench.options
     logging.getLogger("sequoia_kernels").setLevel(logging.ERROR)
-    demo = Demo(bench.device, options.prompt_tokens)
+    demo = Demo(bench)
     target, draft = demo.target, demo.draft
     prompts = demo.encode(demo.texts(options.prompts))
-    context_len = options.prompt_tokens + options.new_tokens // 2
     bench.document["new_tokens"] = options.new_tokens
     results = bench.document["results"] = []
     for temperature in options.temperatures:
-        common = {"max_new_tokens": options.new_tokens, "temperature": temperature, "eos_token_id": ()}
+        common = demo.decoding(temperature)
         generate(target, None, prompts[0], **common | {"max_new_tokens": 16})  # warm-up
         firsts, runs, plans = [], [], {}
         for index, prompt in enumerate(prompts):
@@ -49,10 +46,9 @@ def measure(bench: Run) -> None:
             runs.append(stats)
             (kept,) = auto._pairs.values()
             (profile,) = auto._profiles.values()
-            plans[index] = auto.plan_from_evidence(
-                kept.evidence, profile, context_len=context_len, temperature=temperature,
-                max_levels=auto.LEAST_LEVELS + int(kept.evidence.visited[0] / auto.VISITS_PER_LEVEL),
-            )  # fmt: skip
+            levels = auto.LEAST_LEVELS + int(kept.evidence.visited[0] / auto.VISITS_PER_LEVEL)
+            where = {"context_len": demo.context_len, "temperature": temperature}
+            plans[index] = auto.plan_from_evidence(kept.evidence, profile, **where, max_levels=levels)
             pick = plans[index].plans[plans[index].start]
             firsts.append(
                 {
@@ -66,26 +62,21 @@ def measure(bench: Run) -> None:
                     "plain_decode_seconds": plain.decode_seconds,
                 }
             )
-        everything = plan_tree(estimate_acceptance(runs), profile, context_len=context_len, temperature=temperature)
+        everything = plan_tree(estimate_acceptance(runs), profile, **where)
         picks = {plan.plans[plan.start].tree for plan in plans.values()}
         providers = {"plain": None, "all prompts": everything.tree}
-        providers |= {
-            f"pick {tree.num_nodes} x {tree.num_levels} {hash(tree)}": tree for tree in sorted(picks, key=str)
-        }
+        providers |= {f"pick {hash(tree)}": tree for tree in sorted(picks, key=str)}
         if not options.picks_only:
             providers |= {f"plans of first prompt {index}": plan for index, plan in plans.items()}
         decoders = {name: demo.decoder(tree, **common) for name, tree in providers.items()}
         rate = {name: decoding_rate(stats) for name, stats in take_turns(decoders, prompts, 100).items()}
         for index, first in enumerate(firsts):
             pick = plans[index].plans[plans[index].start].tree
-            held = rate[f"pick {pick.num_nodes} x {pick.num_levels} {hash(pick)}"]
-            first["pick_over_plain"], first["pick_over_all"] = held / rate["plain"], held / rate["all prompts"]
+            speeds = {"pick": rate[f"pick {hash(pick)}"]}
             if not options.picks_only:
-                moving = rate[f"plans of first prompt {index}"]
-                first["plans_over_plain"], first["plans_over_all"] = (
-                    moving / rate["plain"],
-                    moving / rate["all prompts"],
-                )
+                speeds["plans"] = rate[f"plans of first prompt {index}"]
+            for name, speed in speeds.items():
+                first |= {f"{name}_over_plain": speed / rate["plain"], f"{name}_over_all": speed / rate["all prompts"]}
             first["first_call_over_plain"] = first["plain_decode_seconds"] / first["decode_seconds"]
         keys = [key for key in firsts[0] if key.endswith(("_plain", "_all"))]
         row = {
@@ -99,10 +90,9 @@ def measure(bench: Run) -> None:
             "first_prompts": firsts,
         }
         results.append(row)
-        print(
-            f"T={temperature:g}, {options.prompts} first prompts; plain {rate['plain']:.1f} tokens/s, the pick from all"
-        )
-        print(f"  prompts ({everything.tree.num_nodes} x {everything.tree.num_levels}) {rate['all prompts']:.1f}")
+        print(f"T={temperature:g}, {options.prompts} first prompts; plain {rate['plain']:.1f} tokens/s")
+        size = f"{everything.tree.num_nodes} x {everything.tree.num_levels}"
+        print(f"  the pick from all prompts ({size}) {rate['all prompts']:.1f}")
         accepted = [first["first_child_accepted"] for first in firsts]
         print(f"  first child accepted in {min(accepted):.2f} to {max(accepted):.2f} of its visits")
         for key, value in row["worst"].items():

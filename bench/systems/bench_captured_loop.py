@@ -7,9 +7,7 @@ Models of random weights decode, since only times matter. Three figures a tree:
     host share   1 - device / loop: what reading tokens, deciding to go on and launching add. 0 means that the device
                  always has the next step when it ends one
 
-The plain loop (no draft) is timed as well; its floor is one read of the weights at the measured copy bandwidth::
-
-    python -m bench.systems.bench_captured_loop --json out.json
+The plain loop (no draft) is timed as well; its floor is one read of the weights at the measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -123,18 +121,10 @@ def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any
             alone = device_ms(target, drafter, tree, prompt, steps, rounds, rows)
         finally:
             engines.SMALLEST_BUCKET = smallest
-        results.append(
-            {
-                "kind": kind,
-                "nodes": tree.num_nodes,
-                "levels": tree.num_levels,
-                "cache_rows": rows,
-                "loop_ms": loop,
-                "device_ms": alone,
-                "host_share": 1 - alone / loop,
-                "weight_bytes": sum(p.numel() * p.element_size() for p in target.model.parameters()),
-            }
-        )
+        weight_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
+        row = {"kind": kind, "nodes": tree.num_nodes, "levels": tree.num_levels, "cache_rows": rows}
+        row |= {"loop_ms": loop, "device_ms": alone, "host_share": 1 - alone / loop, "weight_bytes": weight_bytes}
+        results.append(row)
     return results
 
 

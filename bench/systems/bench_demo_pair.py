@@ -2,9 +2,7 @@
 
 Every provider decodes the same held-out prompts, one after the other in turn, so that drift of the machine hits all of
 them alike. Acceptance is estimated on other prompts than those that are timed. Prediction and measurement stand side
-by side::
-
-    python -m bench.systems.bench_demo_pair --json out.json
+by side.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.common.demo import Demo
+from bench.common.demo import Demo, decoding_rate
 from bench.common.script import Run, Script, option, shared
 from sequoia_kernels import TreePlan, generate, plan_tree
 
@@ -49,24 +47,19 @@ def providers_of(
 
 def measure(bench: Run) -> None:
     options = bench.options
-    demo = Demo(bench.device, options.prompt_tokens, getattr(torch, options.dtype))
+    demo = Demo(bench, getattr(torch, options.dtype))
     for model in demo.pair[:2]:
         model.generation_config.eos_token_id = None  # every provider decodes exactly the same number of tokens
-    ids = demo.encode(demo.texts(options.prompts + options.calibration_prompts))
-    calibration, prompts = ids[: options.calibration_prompts], ids[options.calibration_prompts :]
-    context_len = options.prompt_tokens + options.new_tokens // 2
-    profile = demo.profile(
-        options.prompt_tokens + options.new_tokens,
-        seconds=options.profile_seconds,
-        quick=options.profile_seconds is not None,
-    )
+    calibration, prompts = demo.prompts(options)
+    seconds = options.profile_seconds
+    profile = demo.profile(options.prompt_tokens + options.new_tokens, seconds=seconds, quick=seconds is not None)
     bench.document |= {name: getattr(options, name) for name in ("dtype", "new_tokens", "prompt_tokens", "rounds")}
     bench.document["num_prompts"] = len(prompts)
     results = bench.document["results"] = []
     for temperature in options.temperatures:
-        common = {"max_new_tokens": options.new_tokens, "temperature": temperature, "eos_token_id": ()}
+        common = demo.decoding(temperature)
         acceptance = demo.acceptance(calibration, **common)
-        plan = plan_tree(acceptance, profile, context_len=context_len)
+        plan = plan_tree(acceptance, profile, context_len=demo.context_len)
         providers = providers_of(demo, plan, temperature, common)
         for run in providers.values():
             run(prompts[0], 0)
@@ -81,9 +74,9 @@ def measure(bench: Run) -> None:
                     if name in stats:
                         stats[name].append(result.stats)
         tokens = options.new_tokens * len(prompts)
-        planned, plain = stats["planned tree"], stats["autoregressive"]
-        step_ms = 1e3 * sum(s.decode_seconds for s in planned) / sum(s.num_steps for s in planned)
-        measured_rate = sum(sum(s.new_tokens) - 1 for s in planned) / sum(s.decode_seconds for s in planned)
+        planned, steps = stats["planned tree"], sum(s.num_steps for s in stats["planned tree"])
+        step_ms = 1e3 * sum(s.decode_seconds for s in planned) / steps
+        measured_steps = statistics.mean(s.tokens_per_step for s in planned)
         row = {
             "temperature": temperature,
             "tokens_per_second": {name: tokens / statistics.median(values) for name, values in seconds.items()},
@@ -94,19 +87,15 @@ def measure(bench: Run) -> None:
             },
             "tree": {"nodes": plan.tree.num_nodes, "levels": plan.tree.num_levels, "parents": list(plan.tree.parents)},
             "acceptance": [round(float(a), 4) for a in acceptance.vector],
-            "tokens_per_step": {
-                "predicted": plan.tokens_per_step,
-                "measured": statistics.mean(s.tokens_per_step for s in planned),
-            },
+            "tokens_per_step": {"predicted": plan.tokens_per_step, "measured": measured_steps},
             "step_ms": {"predicted": plan.step_ms, "measured": step_ms},
-            "decoding_tokens_per_second": {"predicted": 1e3 / plan.ms_per_token, "measured": measured_rate},
+            "decoding_tokens_per_second": {"predicted": 1e3 / plan.ms_per_token, "measured": decoding_rate(planned)},
             "overhead_fraction": {
-                "planned tree": statistics.mean(s.overhead_fraction for s in planned),
-                "autoregressive": statistics.mean(s.overhead_fraction for s in plain),
+                name: statistics.mean(s.overhead_fraction for s in stats[name])
+                for name in ("planned tree", "autoregressive")
             },
             "stage_ms_per_step": {
-                stage: 1e3 * sum(s.stage_seconds.get(stage, 0.0) for s in planned) / sum(s.num_steps for s in planned)
-                for stage in STAGES
+                stage: 1e3 * sum(s.stage_seconds.get(stage, 0.0) for s in planned) / steps for stage in STAGES
             },
         }
         results.append(row)

@@ -40,7 +40,7 @@ from bench.common.synthetic_pair import (
 from sequoia_kernels import TokenTree, generate, measure_profile, plan_tree
 from sequoia_kernels.measure import calls, measure_bandwidth, time_calls
 from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.offload import CudaLink, Link, OffloadedModel, ThreadLink, random_offloaded
+from sequoia_kernels.offload import CudaLink, OffloadedModel, ThreadLink, random_offloaded
 
 PARTS = ("stream", "speedup", "twin")
 TEMPERATURE = 0.0
@@ -72,39 +72,16 @@ class Setting(NamedTuple):
 SMALL = PairShape(Shape(128, 12, 4, 256), Shape(32, 1, 2, 64), vocab=1024)
 CUDA = Setting(
     "Llama-2-70B shape with a 7B-shaped draft, bfloat16; streamed layers share two host blocks",
-    PAIRS["70B/7B"],
-    PAIRS["13B/68M"],
-    Goal(10.30, 768, 18),
-    torch.bfloat16,
-    "20GiB",
-    "8GiB",
-    (1, 64, 256, 768, 1024),
-    plain_steps=8,
-    tree_tokens=80,
-    check_tokens=600,
-    calibration_rows=1088,
-    rounds=3,
-    profile_seconds=40.0,
+    PAIRS["70B/7B"], PAIRS["13B/68M"], Goal(10.30, 768, 18), torch.bfloat16, "20GiB", "8GiB", (1, 64, 256, 768, 1024),
+    plain_steps=8, tree_tokens=80, check_tokens=600, calibration_rows=1088, rounds=3, profile_seconds=40.0,
     part_seconds=(120.0, 240.0, 90.0),  # by arithmetic: 2 to 3 s a pass
-)
+)  # fmt: skip
 CPU = Setting(
     "scaled down: 12 layers of 128, float32, over a simulated link; says nothing about a GPU",
-    SMALL,
-    SMALL,
-    Goal(10.30, 768, 18),
-    torch.float32,
-    None,
-    None,
-    (1, 64, 256, 768),
-    plain_steps=12,
-    tree_tokens=100,
-    check_tokens=400,
-    calibration_rows=448,
-    rounds=3,
-    profile_seconds=10.0,
-    part_seconds=(20.0, 90.0, 25.0),
-    link_bytes_per_s=2e7,
-)
+    SMALL, SMALL, Goal(10.30, 768, 18), torch.float32, None, None, (1, 64, 256, 768),
+    plain_steps=12, tree_tokens=100, check_tokens=400, calibration_rows=448, rounds=3, profile_seconds=10.0,
+    part_seconds=(20.0, 90.0, 25.0), link_bytes_per_s=2e7,
+)  # fmt: skip
 QUICK = {"plain_steps": 4, "tree_tokens": 16, "check_tokens": 80, "rounds": 2, "profile_seconds": 1.0}
 QUICK_CPU = QUICK | {"goal": Goal(4.0, 48, 8), "node_counts": (1, 16, 48), "link_bytes_per_s": 1.5e8}
 QUICK_CPU |= {"part_seconds": (5.0, 10.0, 5.0)}
@@ -124,21 +101,11 @@ def median_ms(call: Callable[[], object], device: torch.device, rounds: int) -> 
 def link_rate(setting: Setting, device: torch.device) -> dict[str, Any]:
     """GB/s from the host to the device with one stream and with two; None, with a reason, where there is no link."""
     if setting.link_bytes_per_s is not None:
-        return {
-            "host_to_device": setting.link_bytes_per_s / 1e9,
-            "host_to_device_two_streams": None,
-            "simulated": True,
-            "reason": "the link is simulated, with one stream; a real one is measured on CUDA",
-        }
+        reason = "the link is simulated, with one stream; a real one is measured on CUDA"
+        rates = {"host_to_device": setting.link_bytes_per_s / 1e9, "host_to_device_two_streams": None}
+        return {**rates, "simulated": True, "reason": reason}
     found = measure_bandwidth(device, seconds=2.0)
     return {name: found[name] for name in ("host_to_device", "host_to_device_two_streams")} | {"simulated": False}
-
-
-def make_link(setting: Setting, device: torch.device) -> Link:
-    """The link that a target streams over."""
-    if setting.link_bytes_per_s is not None:
-        return ThreadLink(setting.link_bytes_per_s)
-    return CudaLink(device)
 
 
 def offload(
@@ -147,16 +114,15 @@ def offload(
     """Copy a pair's target into host memory, layer by layer, and stream it from there."""
     weights = dict(pair.target.named_parameters(remove_duplicate=False))
     layers, stem = pair.shape.target.layers, pair.shape.draft.layers
+    sizes = {"device_memory_budget": budget, "max_cache_len": max_cache_len, "max_rows": max(setting.node_counts)}
     model = random_offloaded(
         pair.target.config,
         fill=lambda name, tensor: tensor.copy_(weights[name]),
         share_host_layers=[0] * stem + [stem] * (layers - stem) if shared else False,
+        link=ThreadLink(setting.link_bytes_per_s) if setting.link_bytes_per_s is not None else CudaLink(device),
+        **sizes,
         device=device,
         dtype=setting.dtype,
-        device_memory_budget=budget,
-        link=make_link(setting, device),
-        max_cache_len=max_cache_len,
-        max_rows=max(setting.node_counts),
     )
     # Rotary frequencies are computed on the host here and on the device there, a bit apart: one table for both.
     pair.target.model.rotary_emb = model.model.model.rotary_emb
@@ -172,16 +138,8 @@ def decode(
     target: TreeModel, draft: Any, prompt: torch.Tensor, tree: TokenTree | None, num_tokens: int, graphs: bool = True
 ) -> tuple[list[int], Any]:
     """Decode with our loop. Returns (new tokens, statistics)."""
-    output = generate(
-        target,
-        draft,
-        prompt,
-        tree=tree if tree is not None else "auto",
-        max_new_tokens=num_tokens,
-        temperature=TEMPERATURE,
-        eos_token_id=(),
-        cuda_graphs=graphs,
-    )
+    options = {"max_new_tokens": num_tokens, "temperature": TEMPERATURE, "eos_token_id": (), "cuda_graphs": graphs}
+    output = generate(target, draft, prompt, **options, **({} if tree is None else {"tree": tree}))
     return output.new_tokens[0], output.stats
 
 
@@ -216,32 +174,19 @@ def measure_stream(pair: SyntheticPair, setting: Setting, device: torch.device, 
         caches = [each.new_cache(1, rows) for each in (model, twin)]
         transfer_ms = 1e3 * model.memory.streamed_bytes / (1e9 * link["host_to_device"])
         stream_ms = median_ms(one_pass, device, setting.rounds)
-        found: dict[str, Any] = {
-            "streamed_layers": len(model.memory.streamed),
-            "streamed_bytes": model.memory.streamed_bytes,
-            "host_bytes": model.memory.host_bytes,
-            "budget_bytes": model.memory.budget_bytes,
-            "planned_bytes": model.memory.total_bytes,
-            "transfer_ms": transfer_ms,
-            "stream_ms": stream_ms,
-            "share_of_bandwidth": transfer_ms / stream_ms,
-            "forwards": [],
-        }
+        found: dict[str, Any] = {"streamed_layers": len(model.memory.streamed)}
+        found |= {name: getattr(model.memory, name) for name in ("streamed_bytes", "host_bytes", "budget_bytes")}
+        found |= {"planned_bytes": model.memory.total_bytes, "transfer_ms": transfer_ms, "stream_ms": stream_ms}
+        found |= {"share_of_bandwidth": transfer_ms / stream_ms, "forwards": []}
         for nodes in setting.node_counts:
             step = calls.target_step(nodes, device)
-            offloaded, resident = (
-                calls.forward_call(each, cache, context_len, step) for each, cache in zip((model, twin), caches)
+            pass_ms, compute_ms = (
+                median_ms(calls.forward_call(each, cache, context_len, step), device, setting.rounds)
+                for each, cache in zip((model, twin), caches)
             )
-            pass_ms, compute_ms = (median_ms(call, device, setting.rounds) for call in (offloaded, resident))
-            found["forwards"].append(
-                {
-                    "nodes": nodes,
-                    "pass_ms": pass_ms,
-                    "compute_ms": compute_ms,
-                    "over_the_longer": pass_ms / max(stream_ms, compute_ms),
-                    "over_their_sum": pass_ms / (stream_ms + compute_ms),
-                }
-            )
+            entry = {"nodes": nodes, "pass_ms": pass_ms, "compute_ms": compute_ms}
+            entry["over_the_longer"] = pass_ms / max(stream_ms, compute_ms)
+            found["forwards"].append(entry | {"over_their_sum": pass_ms / (stream_ms + compute_ms)})
         if device.type == "cuda":  # without the twin's cache, which is not the offloaded model's
             other = sum(tensor.numel() * tensor.element_size() for tensor in caches[1].tensors())
             found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before - other
@@ -266,26 +211,14 @@ def measure_speedup(
     tree = setting.goal.tree(acceptance.vector)
     longest = PROMPT_TOKENS + setting.check_tokens + 2 * max(setting.node_counts)
     with offload(pair, setting, device, setting.budget, shared=True, max_cache_len=longest) as model:
-        profile = measure_profile(
-            model,
-            draft,
-            context_lens=(PROMPT_TOKENS,),
-            node_counts=setting.node_counts,
-            seconds=setting.profile_seconds,
-            min_repeats=2,
-        )
+        sizes = {"context_lens": (PROMPT_TOKENS,), "node_counts": setting.node_counts}
+        profile = measure_profile(model, draft, **sizes, seconds=setting.profile_seconds, min_repeats=2)
         # The loop's own overhead stays at 0: it is next to nothing beside a pass, and takes many passes to measure.
-        plan = plan_tree(
-            acceptance, profile, context_len=PROMPT_TOKENS + setting.tree_tokens // 2, temperature=TEMPERATURE
-        )
+        context_len = PROMPT_TOKENS + setting.tree_tokens // 2
+        plan = plan_tree(acceptance, profile, context_len=context_len, temperature=TEMPERATURE)
         plain_tokens, plain = decode(model, None, prompt, None, setting.plain_steps + 1)
-        found: dict[str, Any] = {
-            "goal": setting.goal.value,
-            "acceptance": list(acceptance.vector),
-            "divergence": pair.divergence,
-            "plain_step_ms": step_ms(plain),
-            "trees": [],
-        }
+        found: dict[str, Any] = {"goal": setting.goal.value, "acceptance": list(acceptance.vector)}
+        found |= {"divergence": pair.divergence, "plain_step_ms": step_ms(plain), "trees": []}
         for name, shape in (("the paper's size", tree), ("planned", plan.tree)):
             wanted, long_stats = decode(twin, draft, prompt, shape, setting.check_tokens, graphs=False)
             got, stats = decode(model, draft, prompt, shape, setting.tree_tokens)
@@ -328,12 +261,8 @@ def measure_twin(setting: Setting, device: torch.device) -> dict[str, Any]:
             )
         }
         memory = model.memory
-    found: dict[str, Any] = {
-        "parameters": pair.target.num_parameters(),
-        "streamed_bytes": memory.streamed_bytes,
-        "host_bytes": memory.host_bytes,
-        "runs": [],
-    }
+    found: dict[str, Any] = {"parameters": pair.target.num_parameters(), "streamed_bytes": memory.streamed_bytes}
+    found |= {"host_bytes": memory.host_bytes, "runs": []}
     for name, ((got, stats), (wanted, twin_stats)) in outputs.items():
         first = next((index for index, (one, other) in enumerate(zip(got, wanted)) if one != other), None)
         entry = {"name": name, "tokens": len(got), "equal": got == wanted, "first_difference": first}
@@ -381,10 +310,8 @@ def run(bench: Run) -> None:
     if options.quick:
         setting = setting._replace(**(QUICK if device.type == "cuda" else QUICK_CPU))
     began = time.perf_counter()
-    document |= {
-        **{"device_type": device.type, "label": setting.label, "link": link_rate(setting, device)},
-        **{"parts": {}, "skipped": {}},
-    }
+    document |= {"device_type": device.type, "label": setting.label, "link": link_rate(setting, device)}
+    document |= {"parts": {}, "skipped": {}}
     print(f"{setting.label}\nlink: {document['link']}")
     if device.type == "cpu":
         document["skipped"]["rows of a GPU"] = "need a CUDA device: its link, its memory, 70B and 13B shapes"

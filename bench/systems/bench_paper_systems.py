@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +75,9 @@ class Row:
     """One pair."""
 
     pair: str  # name in `PAIRS`
-    entries: Mapping[float, PaperEntry]  # by temperature
-    device: str  # where the row runs when no rows are asked for
     title: str  # in words
+    device: str  # where the row runs when no rows are asked for
+    entries: Mapping[float, PaperEntry]  # by temperature
     dtype: str = "bfloat16"  # unless told otherwise
     size: tuple[int, int | None] = (16, None)  # nodes and levels of the sized tree where the goal names none
 
@@ -88,32 +88,23 @@ class Row:
 
 ROWS = {
     "7B": Row(
-        "7B/68M",
+        "7B/68M", "Llama2-7B / 68M, C4", "cuda",
         {0.0: PaperEntry(Goal(5.08, 128, 10), 4.04), 0.6: PaperEntry(Goal(3.92, 128, 7), 3.18)},
-        "cuda",
-        "Llama2-7B / 68M, C4",
     ),
     "13B": Row(
-        "13B/68M",
+        "13B/68M", "Llama2-13B / 68M, C4", "cuda",
         {0.0: PaperEntry(Goal(4.20, 64, 9), 3.73, 3.84), 0.6: PaperEntry(Goal(3.57, 64, 7), 3.19)},
-        "cuda",
-        "Llama2-13B / 68M, C4",
     ),
     "33B": Row(
-        "33B/1.3B",
+        "33B/1.3B", "Vicuna-33B / 1.3B, C4", "cuda",
         {0.0: PaperEntry(Goal(4.28, 64, 6), 2.27, 2.37), 0.6: PaperEntry(Goal(4.16, 64, 6), 2.19)},
-        "cuda",
-        "Vicuna-33B / 1.3B, C4",
     ),
-    "350M": Row("350M/8M", {0.0: PaperEntry(Goal(0.51))}, "cpu", "350M / 8M, first child accepted with .51"),
+    "350M": Row("350M/8M", "350M / 8M, first child accepted with .51", "cpu", {0.0: PaperEntry(Goal(0.51))}),
     "tiny": Row(
-        "tiny",
-        {0.0: PaperEntry(Goal(5.08, 128, 10)), 0.6: PaperEntry(Goal(3.92, 128, 7))},
-        "cpu",
-        "a scaled-down pair at the first row's acceptance, to exercise the script",
-        dtype="float32",
+        "tiny", "a scaled-down pair at the first row's acceptance, to exercise the script", "cpu",
+        {0.0: PaperEntry(Goal(5.08, 128, 10)), 0.6: PaperEntry(Goal(3.92, 128, 7))}, dtype="float32",
     ),
-}
+}  # fmt: skip
 QUICK_ROWS = ("tiny",)
 
 
@@ -129,11 +120,8 @@ class System:
     dtype: str
     synthetic: bool
     compiled: tuple[TreeModel, TreeModel] | None = None  # what our own loop decodes with, where forwards are compiled
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def compile(self) -> None:
-        """Let our own loop run compiled forwards. The planner's times stay those of the others."""
-        self.compiled = adapt(self.target, compile=True), adapt(self.draft, compile=True)
+    packed: bool = False
+    profile: Any = None  # times do not depend on the temperature's or the weights' values
 
 
 # ---- memory
@@ -214,23 +202,14 @@ def own_loop(system: System, tree: TokenTree | None, temperature: float) -> Call
     """Our loop; without a tree it decodes token by token."""
     target, draft = system.compiled or (system.target, system.draft)
 
+    drafter, options = (None, {}) if tree is None else (draft, {"tree": tree})
+    options |= {"temperature": temperature, "eos_token_id": ()}
+
     def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
         arrivals = Arrivals()
-        output = generate(
-            target,
-            None if tree is None else draft,
-            prompt,
-            tree=tree if tree is not None else "auto",
-            max_new_tokens=num_tokens,
-            temperature=temperature,
-            eos_token_id=(),
-            seed=seed,
-            streamer=arrivals,
-        )
-        stats = output.stats
-        return Outcome(
-            *arrivals.steady(), output.new_tokens[0], list(stats.accepted_histogram), stats.overhead_fraction
-        )
+        output = generate(target, drafter, prompt, max_new_tokens=num_tokens, seed=seed, streamer=arrivals, **options)
+        histogram = list(output.stats.accepted_histogram)
+        return Outcome(*arrivals.steady(), output.new_tokens[0], histogram, output.stats.overhead_fraction)
 
     return run
 
@@ -248,15 +227,9 @@ def transformers_loop(
     def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
         torch.manual_seed(seed)
         arrivals = Arrivals()
-        output = system.target.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            pad_token_id=0,
-            streamer=arrivals,
-            **options,
-        )
+        counts = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+        given = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0, "streamer": arrivals}
+        output = system.target.model.generate(prompt, **given, **counts, **options)
         return Outcome(*arrivals.steady(), output[0, prompt.shape[1] :].tolist(), [], 0.0)
 
     return run
@@ -281,8 +254,7 @@ def check_lossless(
 ) -> dict[str, Any]:
     """Compare greedy outputs with the autoregressive ones; a difference may begin at a near-tie only.
 
-    Returns:
-        How many are equal, where the others part and by how much of the largest logit, and "ok": within the tolerance.
+    Told are how many are equal, where the others part, by how much of the largest logit, and if that is tolerated.
     """
     tolerance = LOSSLESS_TOLERANCE[system.dtype]
     facts: dict[str, Any] = {"ok": True, "tolerance": tolerance, "equal": 0, "compared": 0, "ties": []}
@@ -340,14 +312,13 @@ def measure_system(
     temperature: float,
     size: tuple[int, int | None],
     num_tokens: int,
-    profile: Any,
     copy_gb_per_s: float,
     rivals: bool,
 ) -> dict[str, Any]:
     """Time all providers in turns and check the output."""
     sized = optimal_tree(acceptance.vector, *size)
     context_len = system.prompts[0].shape[1] + num_tokens // 2
-    plan = plan_tree(acceptance, profile, context_len=context_len, temperature=temperature)
+    plan = plan_tree(acceptance, system.profile, context_len=context_len, temperature=temperature)
     trees = {SIZED_TREE: sized, PLANNED_TREE: plan.tree}
     providers = {AUTOREGRESSIVE: own_loop(system, None, temperature)}
     providers |= {name: own_loop(system, tree, temperature) for name, tree in trees.items() if tree.num_nodes > 1}
@@ -364,24 +335,17 @@ def measure_system(
     entries = {}
     for name, runs in outcomes.items():
         ms, tokens, steps = (sum(values) for values in zip(*((run.ms, run.tokens, run.steps) for run in runs)))
-        entries[name] = {
-            "ms_per_token": ms / tokens,
-            "step_ms": ms / steps,
-            "steps": steps,
-            "by_prompt": [run.ms / run.tokens for run in runs],
-        }
+        entries[name] = {"ms_per_token": ms / tokens, "step_ms": ms / steps, "steps": steps}
+        entries[name] |= {"by_prompt": [run.ms / run.tokens for run in runs]}
         if runs[0].histogram:
             entries[name]["tokens_per_step"] = mean_count([run.histogram for run in runs])
             entries[name]["step_ms"] = ms / tokens * entries[name]["tokens_per_step"]
             entries[name]["outside_the_forwards"] = sum(run.outside for run in runs) / len(runs)
         if name in trees:
             tree = trees[name]
-            entries[name] |= {
-                "nodes": tree.num_nodes,
-                "levels": tree.num_levels,
-                "parents": list(tree.parents),
-                "expected_tokens_per_step": Goal(0, tree.num_nodes, tree.num_levels).of(acceptance.vector),
-            }
+            expected = Goal(0, tree.num_nodes, tree.num_levels).of(acceptance.vector)
+            entries[name] |= {"nodes": tree.num_nodes, "levels": tree.num_levels, "parents": list(tree.parents)}
+            entries[name] |= {"expected_tokens_per_step": expected}
     plain = entries[AUTOREGRESSIVE]["ms_per_token"]
     for entry in entries.values():
         entry["speedup"] = plain / entry["ms_per_token"]
@@ -390,6 +354,11 @@ def measure_system(
         entries[PLANNED_TREE]["predicted"] |= {"speedup": plan.speedup, "stages": dict(plan.stages)}
     weight_bytes = read_bytes(system.target)
     floor_ms = weight_bytes / (copy_gb_per_s * 1e6)
+    lossless = None
+    if temperature == 0:
+        texts = {name: [run.new_tokens for run in runs] for name, runs in outcomes.items()}
+        ours = {name: texts[name] for name in trees if name in texts}
+        lossless = check_lossless(system, texts[AUTOREGRESSIVE], ours)
     return {
         "row": system.name,
         "title": system.title,
@@ -397,19 +366,13 @@ def measure_system(
         "temperature": temperature,
         "dtype": system.dtype,
         "compiled": system.compiled is not None,
-        "packed": "packed_layers" in system.facts,
+        "packed": system.packed,
         "target_parameters": system.target.num_parameters,
         "draft_parameters": system.draft.num_parameters,
         "acceptance": [round(float(value), 4) for value in acceptance.vector],
         "providers": entries,
         "floor": {"weight_bytes": weight_bytes, "ms": floor_ms, "ratio": entries[AUTOREGRESSIVE]["step_ms"] / floor_ms},
-        "lossless": check_lossless(
-            system,
-            [run.new_tokens for run in outcomes[AUTOREGRESSIVE]],
-            {name: [run.new_tokens for run in outcomes[name]] for name in trees if name in outcomes},
-        )
-        if temperature == 0
-        else None,
+        "lossless": lossless,
     }
 
 
@@ -425,14 +388,9 @@ def profile_of(system: System, num_tokens: int, seconds: float | None, largest: 
     """Measure what the planner needs."""
     context = system.prompts[0].shape[1]
     counts = [count for count in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if count <= largest]
-    profile = measure_profile(
-        system.target,
-        system.draft,
-        context_lens=(context, context + num_tokens),
-        node_counts=counts,
-        seconds=seconds,
-        bandwidth=False,
-    )
+    contexts = (context, context + num_tokens)
+    sizes = {"context_lens": contexts, "node_counts": counts}
+    profile = measure_profile(system.target, system.draft, **sizes, seconds=seconds, bandwidth=False)
     return measure_overhead(system.target, system.draft, profile, context_len=context)
 
 
@@ -517,17 +475,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     header = ["pair", "T", "tree: nodes x levels", "tokens/step", "ms/token", "over own loop", "over transformers"]
     parts = ["# Paper systems", report.provenance(document)]
     if any(result["synthetic"] for result in document["results"]):
-        parts.append(
-            "Synthetic pairs: random weights in the shapes named, acceptance calibrated to a goal; see "
-            "`bench/common/synthetic_pair.py`."
-        )
+        made = "random weights in the shapes named, acceptance calibrated to a goal"
+        parts.append(f"Synthetic pairs: {made}; see `bench/common/synthetic_pair.py`.")
     parts.append(report.table([*header, "over assisted", "paper: speedup (tokens/step)"], rows, left=3))
     header = ["pair", "T", "dtype", "parameters", "own step, ms", "weights once, ms", "ratio", "greedy output"]
     parts.append(report.table(header, plain, left=4))
     if document["skipped"]:
-        parts.append(
-            "Skipped: " + "; ".join(f"{entry['row']} {entry['reason']}" for entry in document["skipped"]) + "."
-        )
+        reasons = "; ".join(f"{entry['row']} {entry['reason']}" for entry in document["skipped"])
+        parts.append(f"Skipped: {reasons}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -538,29 +493,21 @@ def run(bench: Run) -> int:
     largest = 512 if device.type == "cuda" else 128
     started = time.perf_counter()
     peaks = measure_peaks(device)
-    document |= {
-        "device_type": device.type,
-        "peaks": peaks,
-        "quick": options.quick,
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "num_prompts": options.prompts,
-        "results": [],
-        "skipped": [],
-    }
+    document |= {"device_type": device.type, "peaks": peaks}
+    document |= {name: getattr(options, name) for name in ("quick", "prompt_tokens", "new_tokens")}
+    document |= {"num_prompts": options.prompts, "results": [], "skipped": []}
 
     def measured(system: System, acceptance: AcceptanceEstimate, temperature: float, size: Any, extra: dict) -> None:
-        if options.pack and "packed_layers" not in system.facts:
-            system.facts["packed_layers"] = [pack_linear_layers(model) for model in (system.target, system.draft)]
-        if options.compile and system.compiled is None:
-            system.compile()
-        if "profile" not in system.facts:  # times do not depend on the temperature's or the weights' values
-            system.facts["profile"] = profile_of(system, options.new_tokens, options.profile_seconds, largest)
-        profile = system.facts["profile"]
-        result = measure_system(
-            system, acceptance, temperature, size, options.new_tokens, profile, peaks["copy_gb_per_s"],
-            not options.no_rivals,
-        )  # fmt: skip
+        if options.pack and not system.packed:
+            for model in (system.target, system.draft):
+                pack_linear_layers(model)
+            system.packed = True
+        if options.compile and system.compiled is None:  # the planner's times stay those of the others
+            system.compiled = adapt(system.target, compile=True), adapt(system.draft, compile=True)
+        if system.profile is None:
+            system.profile = profile_of(system, options.new_tokens, options.profile_seconds, largest)
+        what = (system, acceptance, temperature, size, options.new_tokens)
+        result = measure_system(*what, peaks["copy_gb_per_s"], not options.no_rivals)
         document["results"].append(result | extra)
         print_result(document["results"][-1])
         bench.save()  # now, so that a later row that ends the process leaves this one
@@ -592,8 +539,8 @@ def run(bench: Run) -> int:
                 size = (entry.goal.budget, entry.goal.levels) if entry.goal.budget else row.size
                 extra = {"pair": row.pair, "divergence": pair.divergence, "goal": entry.goal._asdict(), "paper": None}
                 if entry.speedup is not None:
-                    extra["paper"] = entry._asdict() | {"tokens_per_step": entry.goal.value}
-                    del extra["paper"]["goal"]
+                    extra["paper"] = {"speedup": entry.speedup, "earlier_speedup": entry.earlier_speedup}
+                    extra["paper"]["tokens_per_step"] = entry.goal.value
                 measured(system, acceptance, temperature, size, extra)
             del system, pair
             release_engines()

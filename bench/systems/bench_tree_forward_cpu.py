@@ -2,9 +2,7 @@
 
 A Llama of random weights, small enough that what surrounds the arithmetic shows. Forwards of N rows behind a filled
 cache, in turns; the thread's CPU time counts, so other work on the machine matters little. The adapted model feeds the
-same chain of rows that the plain model does; the two must give the same logits before anything is timed::
-
-    python -m bench.systems.bench_tree_forward_cpu --json out.json
+same chain of rows that the plain model does; the two must give the same logits before anything is timed.
 """
 
 from __future__ import annotations

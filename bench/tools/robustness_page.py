@@ -46,10 +46,8 @@ def _count_of_verdicts(document: Mapping[str, Any]) -> str:
     for rival in document["samplers"][1:]:
         found = [row["ours_against"][rival] for row in _distinct(document)]
         counts = {word: sum(entry["verdict"] == word for entry in found) for word in ("ahead", "level", "behind")}
-        gains = [
-            row["tokens_per_step"][document["samplers"][0]]["mean"] / row["tokens_per_step"][rival]["mean"] - 1
-            for row in _distinct(document)
-        ]
+        means = [{name: entry["mean"] for name, entry in row["tokens_per_step"].items()} for row in _distinct(document)]
+        gains = [row[document["samplers"][0]] / row[rival] - 1 for row in means]
         lines.append(
             f"- Ours against {rival}: ahead in {counts['ahead']}, level in {counts['level']}, behind in "
             f"{counts['behind']} of {len(found)} comparisons, from {100 * min(gains):+.1f} % to "
@@ -64,6 +62,10 @@ def _distinct(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in document["grid"] if row["temperature"] > 0 or row["top_p"] == top_p]
 
 
+def _difference(entry: Mapping[str, Any]) -> str:
+    return f"{entry['difference']:+.3f} ± {entry['se']:.3f}, {entry['verdict']}"
+
+
 def _grid_tables(document: Mapping[str, Any]) -> list[str]:
     samplers = document["samplers"]
     parts = []
@@ -75,9 +77,7 @@ def _grid_tables(document: Mapping[str, Any]) -> list[str]:
             cells = [f"{row['temperature']:g}", "any" if row["temperature"] == 0 else f"{row['top_p']:g}"]
             cells += [number(row["tokens_per_step"][sampler]) for sampler in samplers]
             for rival in samplers[1:]:
-                against = row["ours_against"][rival]
-                word = f"**{against['verdict']}**" if against["verdict"] == "behind" else against["verdict"]
-                cells.append(f"{against['difference']:+.3f} ± {against['se']:.3f}, {word}")
+                cells.append(_difference(row["ours_against"][rival]).replace("behind", "**behind**"))
             rows.append(cells)
         header = ["T", "top-p", *samplers, *(f"ours - {rival}" for rival in samplers[1:])]
         parts += [f"**{name}**", table(header, rows, left=2)]
@@ -89,8 +89,7 @@ def _cut_draft_table(document: Mapping[str, Any]) -> list[str]:
     for row in document["cut_drafts"]:
         cells = [f"{row['temperature']:g}", f"{row['top_p']:g}", row["tree"], number(row["measured"])]
         for name in (document["samplers"][0], document["samplers"][2]):
-            against = row[f"against {name}"]
-            cells.append(f"{against['difference']:+.3f} ± {against['se']:.3f}, {against['verdict']}")
+            cells.append(_difference(row[f"against {name}"]))
         rows.append(cells)
     header = ["T", "top-p", "tree", "ours with the draft cut", "minus ours as it is", "minus top-k"]
     return ["### If the draft were cut too", table(header, rows, left=3)] if rows else []
@@ -117,18 +116,11 @@ def _budget_tables(document: Mapping[str, Any]) -> list[str]:
 
 
 def _loop_table(document: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            f"{row['temperature']:g}",
-            f"{row['top_p']:g}",
-            f"{row['family']}, {row['nodes']} nodes",
-            row["sampler"],
-            number(row["loop"]),
-            number(row["replay"]),
-            f"{row['standard_errors_apart']:+.1f}",
-        ]
-        for row in document["loops"]
-    ]
+    rows = []
+    for row in document["loops"]:
+        cells = [f"{row['temperature']:g}", f"{row['top_p']:g}", f"{row['family']}, {row['nodes']} nodes"]
+        cells += [row["sampler"], number(row["loop"]), number(row["replay"]), f"{row['standard_errors_apart']:+.1f}"]
+        rows.append(cells)
     return table(["T", "top-p", "tree", "sampler", "loop", "replay", "standard errors apart"], rows, left=4)
 
 

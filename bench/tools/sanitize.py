@@ -40,10 +40,8 @@ class Exercise(NamedTuple):
     name: str
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    tolerance: float
-    """largest difference of a float output from the reference's"""
-    swaps: int = 0
-    """integers that may differ: two keys that are equal up to the rounding of a logarithm may change places"""
+    tolerance: float  # largest difference of a float output from the reference's
+    swaps: int = 0  # integers that may differ: keys that are equal up to the rounding of a logarithm may change places
 
 
 def exercises() -> Iterator[Exercise]:
@@ -108,15 +106,11 @@ def vocabulary_exercises() -> Iterator[Exercise]:
     temperature = torch.tensor([0.0, 0.3, 0.7, 1.0, 2.0])
     top_k = torch.tensor([0, 5, 40, 1, VOCAB], dtype=torch.int32)
     top_p = torch.tensor([1.0, 0.9, 0.5, 0.99, 0.1])
+    cuts = {"no warp": (None, None), "top-k": (top_k, None), "top-p": (None, top_p), "top-k and top-p": (top_k, top_p)}
     seeds, offsets = torch.arange(5), torch.arange(5) * 2**33
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rounded = logits.to(dtype)
-        for name, warps in {
-            "no warp": (None, None),
-            "top-k": (top_k, None),
-            "top-p": (None, top_p),
-            "top-k and top-p": (top_k, top_p),
-        }.items():
+        for name, warps in cuts.items():
             yield Exercise("warped_logsumexp", f"{name}, {dtype}", (rounded, temperature, *warps), {}, 2e-5)
         for num_samples in (1, 7, 128):
             arguments = (rounded, num_samples, temperature, seeds, offsets)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.measure import calls
-from sequoia_kernels.models import load_model, prefill
+from sequoia_kernels.models import TreeStep, load_model, prefill
 from sequoia_kernels.offload import CudaLink, ThreadLink, load_offloaded, normal_weights, random_offloaded
 from sequoia_kernels.offload.host_memory import CudaPageLock, allocate_block
 from sequoia_kernels.offload.host_weights import PackedLayer
@@ -159,7 +159,7 @@ def outputs(model, device, rows=10):
     cache = model.new_cache(2, rows + TREE.num_nodes)
     first = prefill(model, cache, prompts, lens)
     nodes = torch.randint(0, model.vocab_size, (2, TREE.num_nodes), generator=generator).to(device)
-    step = calls._step(TREE, range(TREE.num_nodes), torch.device(device))
+    step = TreeStep.of(TREE.tensors(torch.device(device)))
     return [first, model.forward(nodes, cache, lens, step), *cache.tensors()]
 
 

@@ -258,7 +258,7 @@ def test_what_only_this_process_knows_is_not_kept_on_disk_and_not_mixed_up(monke
     monkeypatch.setattr(auto, "_pairs", type(auto._pairs)())
     saved = []
     for name in ("save_profile", "save_evidence"):
-        monkeypatch.setattr(auto, name, lambda *arguments: saved.append(arguments))
+        monkeypatch.setattr(auto.store, name, lambda *arguments: saved.append(arguments))
     target = tiny_llama(3, vocab_size=12, sharpness=4.0)
     sources = [TimedBigrams(sign * bigrams(target).table) for sign in (1, -1)]
     for source in (*sources, *sources):

@@ -8,3 +8,11 @@ tools/      what makes committed reports, tunes kernels and checks a GPU
 common/     what they share: the harness of the ops, the main of all other scripts, clocks, pairs of models, rivals
 results/    documents, by device
 """
+
+import sys
+from pathlib import Path
+
+# Python puts the folder it was started in first, and there lies the package's source. What is measured is the installed
+# package; that source only where none is installed.
+if not getattr(sys.flags, "safe_path", False) and Path(sys.path[0]).resolve() == Path(__file__).resolve().parents[1]:
+    sys.path.append(sys.path.pop(0))

@@ -151,7 +151,9 @@ def private_imports(source: str, module: str, is_package: bool = False) -> list[
 
 
 def module_path(dotted: str) -> str | None:
-    """Return the module that a dotted name is, None for a name in a module."""
+    """Return the module of the package that a dotted name is, None for a name in a module and for everybody else's."""
+    if dotted.split(".")[0] != PACKAGE.name:
+        return None
     path = PACKAGE.parent / Path(*dotted.split("."))
     return dotted if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() else None
 

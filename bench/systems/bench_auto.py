@@ -46,13 +46,14 @@ def measure(bench: Run) -> None:
             runs.append(stats)
             (kept,) = auto._pairs.values()
             (profile,) = auto._profiles.values()
-            levels = auto.LEAST_LEVELS + int(kept.evidence.visited[0] / auto.VISITS_PER_LEVEL)
+            visited, accepted = (sum(counts[:1]) for counts in (stats.visited_by_rank, stats.accepted_by_rank))
+            levels = auto.LEAST_LEVELS + int(sum(kept.evidence.visited[:1]) / auto.VISITS_PER_LEVEL)
             where = {"context_len": demo.context_len, "temperature": temperature}
             plans[index] = auto.plan_from_evidence(kept.evidence, profile, **where, max_levels=levels)
             pick = plans[index].plans[plans[index].start]
             firsts.append(
                 {
-                    "first_child_accepted": stats.accepted_by_rank[0] / stats.visited_by_rank[0],
+                    "first_child_accepted": accepted / max(visited, 1),  # a first plan may be not to speculate
                     "estimate": float(kept.evidence.vector[0]),
                     "pick": {"nodes": pick.tree.num_nodes, "levels": pick.tree.num_levels},
                     "call_seconds": seconds,

@@ -28,6 +28,7 @@ from support.bench_scripts import (
 )
 from support.processes import run_process
 
+import sequoia_kernels
 from sequoia_kernels import TokenTree
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import compact_kv_cache_, sample_without_replacement, verify_tree, warped_logsumexp
@@ -737,4 +738,10 @@ def test_sanitize_shares_its_work_out(monkeypatch):
 def test_the_scripts_start_from_the_shell(tmp_path):
     """As a user starts them: a process of its own, the package installed or on PYTHONPATH."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    assert "--suite" in run_process([sys.executable, BENCH / "run.py", "--help"], env=variables).stdout
+    for command, option in ((["bench/run.py"], "--suite"), (["-m", "bench.ops.bench_verify_tree"], "--seconds")):
+        shown = run_process([sys.executable, *command, "--help"], env=variables, cwd=BENCH.parent).stdout
+        assert option in shown
+    # What lies beside the benchmarks is not taken for the installed package.
+    asked = "import bench, sequoia_kernels; print(sequoia_kernels.__file__)"
+    found = run_process([sys.executable, "-c", asked], env=variables, cwd=BENCH.parent).stdout.strip()
+    assert found == sequoia_kernels.__file__

@@ -9,10 +9,12 @@
 void bind_tree_search(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
+void bind_forward(pybind11::module_& module);
 
 PYBIND11_MODULE(_host, module) {
     module.doc() = "Host code of sequoia-kernels: tree search, Philox streams and the CPU backends of the ops.";
     bind_tree_search(module);
     bind_philox(module);
     bind_ops(module);
+    bind_forward(module);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -28,11 +29,16 @@ from sequoia_kernels.models.families import (
     position_limit,
 )
 from sequoia_kernels.models.forward_state import Same, forget_what_forwards_write, forward_state
+from sequoia_kernels.models.native import NativeForward, NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 from sequoia_kernels.tree import TokenTree
 
-__all__ = ["ForwardInputs", "TreeModel", "adapt"]
+__all__ = ["FORWARDS", "ForwardInputs", "TreeModel", "adapt"]
+
+logger = logging.getLogger("sequoia_kernels")
+
+FORWARDS = ("auto", "native", "modules")
 
 # Modes of torch.compile that leave CUDA graphs to the decoding loop, which captures whole steps.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
@@ -62,6 +68,8 @@ class _ModelPlan(NamedTuple):
     takes_context: bool  # the model's forward accepts additional keyword arguments
     cache_argument: str
     takes_logits_to_keep: bool
+    native: NativeForward | None = None
+    not_native: str = ""  # why there is none
 
 
 # By what the model's forward depended on: adapters may be exchanged for every request.
@@ -73,7 +81,11 @@ _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeE
 
 
 def adapt(
-    model: PreTrainedModel | TreeModel, *, compile: bool | str = False, attention: str | TreeAttention | None = None
+    model: PreTrainedModel | TreeModel,
+    *,
+    compile: bool | str = False,
+    attention: str | TreeAttention | None = None,
+    forward: str | None = None,
 ) -> TreeModel:
     """Make a Hugging Face decoder-only language model decode token trees.
 
@@ -88,22 +100,26 @@ def adapt(
         attention: what reads the cache in each layer of a forward: a backend of the op `tree_attention`, or a callable
             as `sequoia_kernels.models.TreeAttention` describes it. None takes the op with the backend that it chooses
             itself, and of a `TreeModel` the one that it has.
+        forward: what runs forwards. "native": one C++ call on the model's own weights, on a CPU, for families that
+            have a description (`models/native.py`) and without code of others in them, attention of one's own or
+            compiling. "modules": the model's own forward. "auto", which None stands for, takes the native one where it
+            can be and its logits on a small tree equal the modules'; of a `TreeModel` None keeps what it has.
 
     Returns:
         The tree model.
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: the model or a module in it is in training mode, `compile` is not such a mode or not possible, or
-            `attention` no such backend.
+        ValueError: the model or a module in it is in training mode, `compile` is not such a mode or not possible,
+            `attention` no such backend, or `forward` none of the three.
         UnsupportedModelError: the model cannot decode trees; the message names the family and the reason, or the error
-            of its own forward where that fails.
+            of its own forward where that fails. Or its forward cannot be native, which was asked for.
 
     Notes:
         A forward of four tokens, once a model and whenever something has changed that its forward depends on, finds
         every layer's shape and attention window. Families that the package's tests do not cover, and models with an
         attention function, a forward or a hook that is not transformers' own, are also compared with their own plain
-        forward on a small tree (three more short forwards). Forwards of one model, and of models that share layers,
+        forward on a small tree (three more short forwards), and a native forward with the modules' (two). Forwards of one model, and of models that share layers,
         take turns between threads; while one runs, other threads must not call the model itself: they would meet the
         tree's attention function, which raises for want of a step. Soft-caps and sinks are always applied; some
         versions of transformers drop Gemma 2's soft-cap under "sdpa" attention.
@@ -125,18 +141,22 @@ def adapt(
         torch.Size([1, 2, 32])
     """
     mode = _compile_mode(compile)
+    if forward is not None and forward not in FORWARDS:
+        raise ValueError(f"adapt: forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
     if isinstance(model, TreeModel):
         model.refresh()
         mode = mode or model.compile_mode
         reads = model.attention if attention is None else _attention(attention)
-        unchanged = mode == model.compile_mode and reads is model.attention
-        return model if unchanged else model.with_settings(mode, reads)
+        runs = forward or model.forward_mode
+        unchanged = mode == model.compile_mode and reads is model.attention and runs == model.forward_mode
+        return model if unchanged else model.with_settings(mode, reads, runs)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
             "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
         )
-    return TreeModel(model, _plan_of(model), mode, _attention("auto" if attention is None else attention))
+    reads = _attention("auto" if attention is None else attention)
+    return TreeModel(model, _plan_of(model), mode, reads, forward or "auto")
 
 
 def _plan_of(model: PreTrainedModel) -> _ModelPlan:
@@ -148,7 +168,7 @@ def _plan_of(model: PreTrainedModel) -> _ModelPlan:
     if plan is None:
         check_family(model)
         try:
-            plan = _make_plan(model, state)
+            plan, probed = _make_plan(model, state)
             if forward_state(model) != state:
                 forget_what_forwards_write(model, lambda: _make_plan(model, state))
                 state = forward_state(model)
@@ -164,6 +184,8 @@ def _plan_of(model: PreTrainedModel) -> _ModelPlan:
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
                 f"function and cache ({type(error).__name__}: {error})"
             ) from error
+        if _input_device(model).type == "cpu":
+            plan = _with_native_forward(model, plan, probed)
         plans[state] = plan
         while len(plans) > _KEPT_PLANS:
             plans.popitem(last=False)
@@ -179,6 +201,9 @@ class TreeModel:
         capturable: whether a forward may become part of a CUDA graph.
         compile_mode: mode of `torch.compile` that forwards of trees run through, None where they are not compiled.
         attention: what reads the cache in each layer.
+        forward_mode: "auto", "native" or "modules"; see `adapt`.
+        runs: what runs its forwards, "native" or "modules".
+        not_native: why forwards are not native, "" where they are.
         num_layers: attention layers.
         vocab_size: width of the logits.
         logits_dtype: of the logits: not the model's where it keeps or computes its head in another one.
@@ -197,8 +222,10 @@ class TreeModel:
         plan: _ModelPlan,
         compile_mode: str | None = None,
         attention: TreeAttention = attend_along_tree,
+        forward_mode: str = "auto",
     ) -> None:
         self.model = model
+        self.forward_mode = forward_mode
         self.family = family_name(model)
         self.compile_mode = compile_mode
         self.attention = attention
@@ -216,6 +243,23 @@ class TreeModel:
         self._compiled: Callable[..., Any] | None = None
         if self.compile_mode is not None:
             self._compiled = torch.compile(self.model.forward, mode=self.compile_mode, dynamic=False)
+        self.not_native = self._why_not_native()
+        if self.forward_mode == "native" and self.not_native:
+            raise UnsupportedModelError(
+                f"adapt: forward must be 'auto' or 'modules' for this {self.family} model, got 'native': "
+                f"{self.not_native}"
+            )
+        self._native = None if self.not_native else plan.native
+        self.runs = "modules" if self._native is None else "native"
+
+    def _why_not_native(self) -> str:
+        if self.forward_mode == "modules":
+            return "the modules were asked for"
+        if self.compile_mode is not None:
+            return "the modules are compiled"
+        if self.attention is not attend_along_tree:
+            return "it has an attention of its own"
+        return self._plan.not_native
 
     def refresh(self) -> None:
         """Notice what was changed in the model since: moved, cast, resized, other layers, settings or adapters.
@@ -233,6 +277,8 @@ class TreeModel:
     def forward_state(self) -> tuple[Any, ...]:
         """Describe what a forward depends on besides inputs and numbers in weights: equal while nothing has changed."""
         state = forward_state(self.model)
+        if self.forward_mode != "auto":
+            state = (*state, self.forward_mode)
         return state if self.attention is attend_along_tree else (*state, Same(self.attention))
 
     def __repr__(self) -> str:
@@ -240,7 +286,7 @@ class TreeModel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the model, which is adapted again."""
-        return _restored, (self.model, self.compile_mode, self.attention)
+        return _restored, (self.model, self.compile_mode, self.attention, self.forward_mode)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -278,9 +324,9 @@ class TreeModel:
         """Floating-point type of the model."""
         return self.model.dtype
 
-    def with_settings(self, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
-        """Give the same model with its forwards compiled or not, and by another attention; `adapt` checks both."""
-        return TreeModel(self.model, self._plan, compile_mode, attention)
+    def with_settings(self, compile_mode: str | None, attention: TreeAttention, forward_mode: str) -> TreeModel:
+        """Give the same model with forwards of another kind; `adapt` checks the settings."""
+        return TreeModel(self.model, self._plan, compile_mode, attention, forward_mode)
 
     def weights(self) -> Iterator[torch.Tensor]:
         """Yield everything that a forward reads of the model: parameters and buffers."""
@@ -360,6 +406,10 @@ class TreeModel:
 
     def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         self._check_forward(inputs, cache)
+        if self._native is not None:
+            input_ids, cache_lens, step, last_row, hidden_states = inputs
+            limit = self._plan.max_positions
+            return self._native(input_ids, cache, cache_lens, step, last_row, hidden_states, limit)
         return self._switch.run(partial(self._run, inputs, cache))
 
     def _run(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
@@ -461,8 +511,10 @@ def _attention(asked: str | TreeAttention) -> TreeAttention:
     return asked
 
 
-def _restored(model: PreTrainedModel, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
-    return TreeModel(model, _plan_of(model), compile_mode, attention)
+def _restored(
+    model: PreTrainedModel, compile_mode: str | None, attention: TreeAttention, forward_mode: str
+) -> TreeModel:
+    return TreeModel(model, _plan_of(model), compile_mode, attention, forward_mode)
 
 
 def _check_own_forward(model: PreTrainedModel) -> None:
@@ -496,8 +548,8 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
-    """Run a few tokens through the model and record how its layers attend."""
+def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> tuple[_ModelPlan, list[LayerCall]]:
+    """Run a few tokens through the model and record how its layers attend; give their calls as well, by layer."""
     parameters = inspect.signature(model.forward).parameters
     takes_context = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
     try:
@@ -510,9 +562,10 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
         with torch.inference_mode(False):
             probed, logits = _run_probe(model, takes_context)
         inference_mode = False
-    return _ModelPlan(
+    probed = _checked_calls(model, probed)
+    plan = _ModelPlan(
         fingerprint=state,
-        specs=_layer_specs(model, probed),
+        specs=tuple(call.spec for call in probed),
         vocab_size=logits.shape[-1],
         num_embeddings=model.get_input_embeddings().weight.shape[0],
         logits_dtype=logits.dtype,
@@ -522,6 +575,7 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> _ModelPlan:
         cache_argument=cache_argument(model),
         takes_logits_to_keep="logits_to_keep" in parameters,
     )
+    return plan, probed
 
 
 def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerCall], torch.Tensor]:
@@ -538,7 +592,8 @@ def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerC
     return probed, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
 
 
-def _layer_specs(model: PreTrainedModel, probed: list[LayerCall]) -> tuple[LayerSpec, ...]:
+def _checked_calls(model: PreTrainedModel, probed: list[LayerCall]) -> list[LayerCall]:
+    """Return the layers' calls in the order of the layers; UnsupportedModelError where trees cannot take their place."""
     refusal = f"adapt: family {family_name(model)} cannot decode trees: "
     for call in probed:
         if call.problem is not None:
@@ -552,7 +607,7 @@ def _layer_specs(model: PreTrainedModel, probed: list[LayerCall]) -> tuple[Layer
         raise UnsupportedModelError(
             f"{refusal}its attention function must run once in each of {num_layers} layers, got calls from {called}"
         )
-    return tuple(call.spec for call in sorted(probed, key=lambda call: call.layer_idx or 0))
+    return sorted(probed, key=lambda call: call.layer_idx or 0)
 
 
 def _sample_tokens(model: PreTrainedModel, count: int) -> list[int]:
@@ -582,14 +637,51 @@ def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> 
     tree_model.forward(torch.tensor([prefix], device=device), cache, lens, causal_step(_CHECK_PREFIX, device))
     scored = tree_model.forward(torch.tensor([nodes], device=device), cache, lens + _CHECK_PREFIX, tree)[0].double()
     difference = (torch.stack([scored[list(path)] for path in _CHECK_PATHS]) - plain).abs()
-    # In low precision single logits may be off by more than a real error moves others (experts may even swap), so the
-    # mean decides there; a wrong mask or position changes it by far more.
-    exact = tree_model.dtype in (torch.float32, torch.float64)
-    error = float(difference.max() if exact else difference.mean())
-    allowed = (1e-3 if exact else 5e-2) * float(plain.std())
+    error, allowed = _allowed(difference, plain, tree_model.dtype)
     if not error <= allowed:
         raise UnsupportedModelError(
             f"adapt: family {tree_model.family} cannot decode trees: its logits along a small tree differ from its own "
             f"forward by {error:.2g}, more than {allowed:.2g}"
             + (f"; {foreign} is not transformers' own" if foreign is not None else "")
         )
+
+
+def _with_native_forward(model: PreTrainedModel, plan: _ModelPlan, calls: list[LayerCall]) -> _ModelPlan:
+    """Give the plan a native forward, or the reason why it has none."""
+    try:
+        native = NativeForward(model, calls, plan.logits_dtype)
+        error, allowed = _native_error(model, plan, native)
+        if not error <= allowed:
+            raise NotNativeError(f"its logits differ from the modules' by {error:.2g}, more than {allowed:.2g}")
+    except NotNativeError as reason:
+        logger.info("%s: forwards by its modules, %s", family_name(model), reason)
+        return plan._replace(not_native=str(reason))
+    logger.info("%s: native forwards, %s", family_name(model), native.instruction_set)
+    return plan._replace(native=native)
+
+
+def _native_error(model: PreTrainedModel, plan: _ModelPlan, native: NativeForward) -> tuple[float, float]:
+    """Return how far native logits are from the modules' along a small tree behind a few tokens, and what is allowed."""
+    chain = TokenTree.chain(_CHECK_PREFIX).parents
+    tree = TokenTree([*chain, *(_CHECK_PREFIX - 1 + (parent + 1) for parent in _CHECK_TREE.parents)])
+    tokens = torch.tensor([_sample_tokens(model, tree.num_nodes)])
+    lens, step = torch.zeros(1, dtype=torch.int32), TreeStep.of(tree.tensors())
+    limit = plan.max_positions
+    if limit is not None and limit <= tree.num_levels:
+        raise NotNativeError(f"it has {limit} positions only")
+    scored = [
+        TreeModel(model, entry).forward(tokens, TreeCache(plan.specs, 1, tree.num_nodes), lens, step).double()
+        for entry in (plan._replace(not_native="compared with"), plan._replace(native=native))
+    ]
+    error = (scored[0] - scored[1]).abs()
+    return _allowed(error, scored[0], model.dtype)
+
+
+def _allowed(difference: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Return a measure of logits' differences, and up to which two ways to compute them may differ.
+
+    In low precision single logits may be off by more than a real error moves others (experts may even swap), so the
+    mean decides there; a wrong mask or position changes it by far more.
+    """
+    exact = dtype in (torch.float32, torch.float64)
+    return float(difference.max() if exact else difference.mean()), (1e-3 if exact else 5e-2) * float(logits.std())

@@ -31,6 +31,10 @@ class LayerCall(NamedTuple):
     spec: LayerSpec
     chunk: int | None  # size of the chunks within which the layer attends, None for all other rules
     problem: str | None  # why tree attention cannot stand in for this call
+    num_heads: int  # of queries
+    scale: float | None  # None stands for 1 / sqrt(key_dim)
+    softcap: float | None
+    has_sinks: bool
 
 
 def _visible(rule: Callable[..., torch.Tensor], query: int, key: int, device: torch.device) -> bool:
@@ -124,8 +128,13 @@ def probe_attention_forward(
     if key.shape[2] != query.shape[2]:
         problem = "its keys do not belong to the rows that are fed"
     spec = LayerSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device, window)
-    probed.append(LayerCall(type(module).__name__, getattr(module, "layer_idx", None), spec, chunk, problem))
     batch_size, num_heads, num_rows, _ = query.shape
+    number = getattr(module, "layer_idx", None)
+    probed.append(
+        LayerCall(
+            type(module).__name__, number, spec, chunk, problem, num_heads, scaling, softcap, s_aux is not None
+        )
+    )  # fmt: skip
     return query.new_zeros(batch_size, num_rows, num_heads, value.shape[3]), None
 
 

@@ -72,12 +72,14 @@ class OffloadedModel(TreeModel):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def with_settings(self, compile_mode: str | None, attention: TreeAttention) -> TreeModel:
-        """Refuse to compile, since layers come and go, and to share the layers with a model of another attention."""
+    def with_settings(self, compile_mode: str | None, attention: TreeAttention, forward_mode: str) -> TreeModel:
+        """Refuse to compile, since layers come and go, and to share the layers with a model of other forwards."""
         if compile_mode is not None:
             raise ValueError(
                 f"adapt: compile must be False for an offloaded model, got {compile_mode!r}; keep it resident instead"
             )
+        if forward_mode != self.forward_mode:
+            raise ValueError(f"adapt: forward must be None for an offloaded model, got {forward_mode!r}")
         raise ValueError(f"adapt: attention must be None for an offloaded model, got {attention!r}")
 
     def close(self) -> None:

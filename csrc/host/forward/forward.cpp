@@ -1,0 +1,554 @@
+// Whole forwards of a decoder on a CPU, in one call and on the model's own weights.
+//
+// Computes    the logits of B x N rows (tree nodes, or a chunk of a prompt) behind what each request has committed, and
+//             writes their keys and values into the cache: embedding, norms, projections, rotary embedding, attention,
+//             MLP, head. What a model is made of is a description (model.h), so families are data.
+// Plan        Rows go through all layers in passes of up to MAX_ROWS: row-major weights are read once a pass, where they
+//             lie. A team of threads (team.h) shares out weight rows and heads; phases end at barriers (work.h).
+// Memory      Reads every weight once a pass, the visible cache rows once for ROW_BLOCK query rows; writes the rows' keys
+//             and values, and the logits. Scratch: a few rows of activations a thread.
+// Numerics    Sums in float32; weights and cache rows are widened, activations are never rounded between products. A
+//             row's numbers are added in one order, whatever rows are fed beside it and however many threads there are:
+//             a node's logits are the bits that feeding its path alone gives. The order depends on the CPU's vectors.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pass.h"
+
+namespace py = pybind11;
+
+namespace sequoia::forward {
+
+void work_portable(const Pass& pass, int thread);
+void work_avx2(const Pass& pass, int thread);
+void work_avx512(const Pass& pass, int thread);
+
+namespace {
+
+constexpr std::int64_t TILE = 16;
+constexpr std::int64_t MAX_HEAD_DIM = 512;
+constexpr int WORD_BITS = 32;
+
+// ---- instruction sets ----
+
+struct InstructionSet {
+    const char* name;
+    Work work;
+    bool available;
+};
+
+std::vector<InstructionSet> instruction_sets() {  // the best first
+    std::vector<InstructionSet> sets;
+#if defined(SEQUOIA_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool halves = __builtin_cpu_supports("f16c");
+    sets.push_back({"avx512", work_avx512, avx2 && halves && __builtin_cpu_supports("avx512f") &&
+                                               __builtin_cpu_supports("avx512bw") &&
+                                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
+    sets.push_back({"avx2", work_avx2, avx2 && halves});
+#endif
+    sets.push_back({"portable", work_portable, true});
+    return sets;
+}
+
+// The one that is named, or the best that the CPU has.
+InstructionSet choose_instruction_set(const std::string& name) {
+    std::string known;
+    for (const InstructionSet& set : instruction_sets()) {
+        if (set.available && (name.empty() || name == set.name)) return set;
+        if (name == set.name) {
+            throw std::invalid_argument("SEQUOIA_HOST_ISA: " + name + " is not what this CPU has");
+        }
+        known += (known.empty() ? "" : ", ") + std::string(set.name);
+    }
+    throw std::invalid_argument("SEQUOIA_HOST_ISA must be one of " + known + ", got " + name);
+}
+
+// ---- descriptions ----
+
+ElementType element_type(int code) {
+    const ElementType type = static_cast<ElementType>(code);
+    if (type != ElementType::float32 && type != ElementType::bfloat16 && type != ElementType::float16) {
+        throw std::invalid_argument("forward: element type must be 0, 2 or 3, got " + std::to_string(code));
+    }
+    return type;
+}
+
+// (tensor, first row, rows, columns, element type), or None
+Matrix matrix_of(const py::object& source) {
+    Matrix matrix;
+    if (source.is_none()) return matrix;
+    const auto fields = source.cast<std::vector<std::int64_t>>();
+    if (fields.size() != 5) throw std::invalid_argument("forward: a matrix must have 5 fields");
+    matrix.tensor = static_cast<int>(fields[0]);
+    matrix.first_row = fields[1];
+    matrix.rows = fields[2];
+    matrix.columns = fields[3];
+    matrix.type = element_type(static_cast<int>(fields[4]));
+    return matrix;
+}
+
+// (weight, bias), or None
+Linear linear_of(const py::object& source) {
+    Linear linear;
+    if (source.is_none()) return linear;
+    const py::tuple fields = source;
+    linear.weight = matrix_of(fields[0]);
+    linear.bias = matrix_of(fields[1]);
+    return linear;
+}
+
+// (kind, weight, bias, eps, offset), or None
+Norm norm_of(const py::object& source) {
+    Norm norm;
+    if (source.is_none()) return norm;
+    const py::tuple fields = source;
+    norm.kind = static_cast<NormKind>(fields[0].cast<int>());
+    norm.weight = matrix_of(fields[1]);
+    norm.bias = matrix_of(fields[2]);
+    norm.eps = fields[3].cast<float>();
+    norm.offset = fields[4].cast<float>();
+    return norm;
+}
+
+Heads heads_of(const py::object& source) {
+    const py::tuple fields = source;
+    return {fields[0].cast<std::int64_t>(), fields[1].cast<std::int64_t>()};
+}
+
+Layer layer_of(const py::dict& source) {
+    Layer layer;
+    layer.num_heads = source["num_heads"].cast<std::int64_t>();
+    layer.num_kv_heads = source["num_kv_heads"].cast<std::int64_t>();
+    layer.head_dim = source["head_dim"].cast<std::int64_t>();
+    layer.scale = source["scale"].cast<float>();
+    layer.softcap = source["softcap"].cast<float>();
+    layer.window = source["window"].cast<std::int64_t>();
+    layer.rotation = source["rotation"].cast<int>();
+    layer.rotated_dims = source["rotated_dims"].cast<std::int64_t>();
+    layer.parallel = source["parallel"].cast<bool>();
+    layer.norms_whole_rows = source["norms_whole_rows"].cast<bool>();
+    layer.input_norm = norm_of(source["input_norm"]);
+    layer.query_norm = norm_of(source["query_norm"]);
+    layer.key_norm = norm_of(source["key_norm"]);
+    layer.attended_norm = norm_of(source["attended_norm"]);
+    layer.mlp_norm = norm_of(source["mlp_norm"]);
+    layer.mlp_output_norm = norm_of(source["mlp_output_norm"]);
+    for (const py::handle linear : source["projections"]) {
+        layer.projections.push_back(linear_of(py::reinterpret_borrow<py::object>(linear)));
+    }
+    layer.queries = heads_of(source["queries"]);
+    layer.keys = heads_of(source["keys"]);
+    layer.values = heads_of(source["values"]);
+    layer.output = linear_of(source["output"]);
+    layer.gate = linear_of(source["gate"]);
+    layer.up = linear_of(source["up"]);
+    layer.down = linear_of(source["down"]);
+    layer.activation = static_cast<Activation>(source["activation"].cast<int>());
+    layer.cache_type = element_type(source["cache_type"].cast<int>());
+    return layer;
+}
+
+void require(bool holds, const std::string& rule) {
+    if (!holds) throw std::invalid_argument("forward: " + rule);
+}
+
+void check_norm(const Norm& norm, std::int64_t size, const char* name) {
+    require(norm.kind == NormKind::none || norm.kind == NormKind::rms || norm.kind == NormKind::layer,
+            std::string(name) + " must have kind 0, 1 or 2");
+    require(!norm.weight.given() || norm.weight.columns == size, std::string(name) + " must have a weight of its row's size");
+    require(!norm.bias.given() || norm.bias.columns == size, std::string(name) + " must have a bias of its row's size");
+}
+
+void check_linear(const Linear& linear, std::int64_t rows, std::int64_t columns, const char* name) {
+    require(linear.weight.given() && linear.weight.rows == rows && linear.weight.columns == columns,
+            std::string(name) + " must have a weight of [" + std::to_string(rows) + ", " + std::to_string(columns) +
+                "], got [" + std::to_string(linear.weight.rows) + ", " + std::to_string(linear.weight.columns) + "]");
+    require(!linear.bias.given() || linear.bias.columns == rows, std::string(name) + " must have a bias of its rows");
+}
+
+void check_layer(const Layer& layer, const Model& model) {
+    const std::int64_t d = layer.head_dim, width = model.width;
+    require(d > 0 && d <= MAX_HEAD_DIM, "head_dim must be in 1.." + std::to_string(MAX_HEAD_DIM));
+    require(layer.num_kv_heads > 0 && layer.num_heads > 0 && layer.num_heads % layer.num_kv_heads == 0,
+            "num_heads must be a multiple of num_kv_heads");
+    require(!layer.projections.empty(), "a layer must have projections");
+    std::int64_t projected = 0;
+    for (const Linear& linear : layer.projections) {
+        check_linear(linear, linear.weight.rows, width, "projections");
+        projected += linear.weight.rows;
+    }
+    const auto fits = [&](const Heads& heads, std::int64_t count) {
+        return heads.first >= 0 && heads.stride >= 0 && heads.first + (count - 1) * heads.stride + d <= projected;
+    };
+    require(fits(layer.queries, layer.num_heads) && fits(layer.keys, layer.num_kv_heads) &&
+                fits(layer.values, layer.num_kv_heads),
+            "heads must lie in the projections");
+    require(layer.rotation < static_cast<int>(model.rotation_dims.size()), "rotation must be one of the tables");
+    require(layer.rotation < 0 || (layer.rotated_dims >= 0 && layer.rotated_dims <= d && layer.rotated_dims % 2 == 0 &&
+                                   layer.rotated_dims == model.rotation_dims[static_cast<std::size_t>(layer.rotation)]),
+            "rotated_dims must be even, at most head_dim, and those of the table");
+    const std::int64_t heads = layer.norms_whole_rows ? layer.num_heads : 1;
+    const std::int64_t kv_heads = layer.norms_whole_rows ? layer.num_kv_heads : 1;
+    require(!layer.norms_whole_rows || (layer.queries.stride == d && layer.keys.stride == d),
+            "norms over all heads need heads that lie side by side");
+    check_norm(layer.input_norm, width, "input_norm");
+    check_norm(layer.query_norm, heads * d, "query_norm");
+    check_norm(layer.key_norm, kv_heads * d, "key_norm");
+    check_norm(layer.attended_norm, width, "attended_norm");
+    check_norm(layer.mlp_norm, width, "mlp_norm");
+    check_norm(layer.mlp_output_norm, width, "mlp_output_norm");
+    require(!layer.parallel || !(layer.attended_norm.given() || layer.mlp_output_norm.given()),
+            "parallel layers have no norms behind their branches");
+    check_linear(layer.output, width, layer.num_heads * d, "output");
+    const std::int64_t inner = layer.up.weight.rows;
+    check_linear(layer.up, inner, width, "up");
+    if (layer.gate.weight.given()) check_linear(layer.gate, inner, width, "gate");
+    check_linear(layer.down, width, inner, "down");
+    require(static_cast<int>(layer.activation) >= 0 && static_cast<int>(layer.activation) <= 4,
+            "activation must be in 0..4");
+}
+
+Model model_of(const py::dict& source) {
+    Model model;
+    model.width = source["width"].cast<std::int64_t>();
+    model.embedding = matrix_of(source["embedding"]);
+    model.positions = matrix_of(source["positions"]);
+    model.position_offset = source["position_offset"].cast<std::int64_t>();
+    model.embedding_scale = source["embedding_scale"].cast<float>();
+    model.residual_scale = source["residual_scale"].cast<float>();
+    model.final_norm = norm_of(source["final_norm"]);
+    model.head = linear_of(source["head"]);
+    model.logit_scale = source["logit_scale"].cast<float>();
+    model.logit_softcap = source["logit_softcap"].cast<float>();
+    model.rotation_dims = source["rotation_dims"].cast<std::vector<std::int64_t>>();
+    for (const py::handle layer : source["layers"]) {
+        model.layers.push_back(layer_of(py::reinterpret_borrow<py::dict>(layer)));
+    }
+    require(model.width > 0 && !model.layers.empty(), "a model must have a width and layers");
+    require(model.embedding.given() && model.embedding.columns == model.width, "embedding must be as wide as the stream");
+    require(!model.positions.given() || model.positions.columns == model.width,
+            "positions must be as wide as the stream");
+    check_norm(model.final_norm, model.width, "final_norm");
+    check_linear(model.head, model.head.weight.rows, model.width, "head");
+    for (const Layer& layer : model.layers) check_layer(layer, model);
+    return model;
+}
+
+// ---- passes ----
+
+// A vector that grows and is aligned to a cache line.
+class Floats {
+  public:
+    float* reserve(std::int64_t size) {
+        if (size > size_) {
+            memory_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>((size * 4 + 63) / 64 * 64))));
+            if (memory_ == nullptr) throw std::bad_alloc();
+            size_ = size;
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(float* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<float, Free> memory_;
+    std::int64_t size_ = 0;
+};
+
+// Columns of the segments of a pass under one window.
+struct ColumnsMemory {
+    std::vector<std::int32_t> rows, num_hidden;
+    std::vector<float> tree_hidden;
+    std::vector<std::uint32_t> seen;
+
+    Columns build(const Call& call, const Segment& segment, std::int64_t window) {
+        const std::int64_t cache_len = call.cache_lens[segment.request], num_words = call.num_words;
+        const std::int64_t span = window > 0 ? window : std::numeric_limits<std::int64_t>::max() / 2;
+        rows.clear();
+        num_hidden.clear();
+        seen.assign(static_cast<std::size_t>((segment.num_nodes + 1) * num_words), 0u);
+        std::uint32_t* const by_any = seen.data() + segment.num_nodes * num_words;
+        std::int64_t first_prefix = cache_len;
+        for (std::int64_t i = 0; i < segment.num_nodes; ++i) {
+            const std::int64_t row = (call.mask_per_request ? segment.request * call.num_nodes : 0) + segment.first_node + i;
+            const std::uint32_t* const mask = call.tree_mask + row * num_words;
+            std::uint32_t* const visible = seen.data() + i * num_words;
+            std::int64_t num_bits = 0;
+            for (std::int64_t w = 0; w < num_words; ++w) num_bits += __builtin_popcount(mask[w]);
+            const std::int64_t hidden = std::clamp<std::int64_t>(cache_len + num_bits - span, 0, cache_len);
+            num_hidden.push_back(static_cast<std::int32_t>(hidden));
+            first_prefix = std::min(first_prefix, hidden);
+            std::int64_t num_outside = num_bits - span;  // the row's oldest ancestors are beyond its window
+            for (std::int64_t w = 0; w < num_words; ++w) {
+                std::uint32_t word = mask[w];
+                for (; num_outside > 0 && word != 0; --num_outside) word &= word - 1;
+                visible[w] = word;
+                by_any[w] |= word;
+            }
+        }
+        for (std::int32_t& hidden : num_hidden) hidden -= static_cast<std::int32_t>(first_prefix);
+        for (std::int64_t slot = first_prefix; slot < cache_len; ++slot) rows.push_back(static_cast<std::int32_t>(slot));
+        const std::int64_t num_prefix = cache_len - first_prefix;
+        std::vector<std::int64_t> slots;
+        for (std::int64_t slot = 0; slot < num_words * WORD_BITS; ++slot) {
+            if ((by_any[slot / WORD_BITS] >> (slot % WORD_BITS) & 1u) == 0) continue;
+            slots.push_back(slot);
+            rows.push_back(static_cast<std::int32_t>(cache_len + slot));
+        }
+        const std::int64_t num_tree = static_cast<std::int64_t>(slots.size());
+        tree_hidden.assign(static_cast<std::size_t>(segment.num_nodes * num_tree), -std::numeric_limits<float>::infinity());
+        for (std::int64_t i = 0; i < segment.num_nodes; ++i) {
+            for (std::int64_t column = 0; column < num_tree; ++column) {
+                const std::int64_t slot = slots[static_cast<std::size_t>(column)];
+                const std::uint32_t word = seen[static_cast<std::size_t>(i * num_words + slot / WORD_BITS)];
+                if ((word >> (slot % WORD_BITS) & 1u) != 0) tree_hidden[static_cast<std::size_t>(i * num_tree + column)] = 0.0f;
+            }
+        }
+        return {num_prefix + num_tree, num_prefix, rows.data(), num_hidden.data(), tree_hidden.data(), num_tree};
+    }
+};
+
+std::int64_t whole_vectors(std::int64_t size) { return (size + 15) / 16 * 16; }
+
+class Forward {
+  public:
+    Forward(const py::dict& description, const std::string& instruction_set)
+        : model_(model_of(description)), set_(choose_instruction_set(instruction_set)) {
+        std::int64_t projected = 0, attended = 0, inner = 0;
+        for (const Layer& layer : model_.layers) {
+            std::int64_t rows = 0;
+            for (const Linear& linear : layer.projections) rows += linear.weight.rows;
+            projected = std::max(projected, rows);
+            attended = std::max(attended, layer.num_heads * layer.head_dim);
+            inner = std::max(inner, layer.down.weight.columns);
+            head_dim_ = std::max(head_dim_, layer.head_dim);
+            const auto known = std::find(windows_.begin(), windows_.end(), layer.window);
+            window_of_layer_.push_back(static_cast<int>(known - windows_.begin()));
+            if (known == windows_.end()) windows_.push_back(layer.window);
+        }
+        stream_stride_ = whole_vectors(std::max({model_.width, attended, projected}));
+        projected_stride_ = whole_vectors(projected);
+        attended_stride_ = whole_vectors(attended);
+        gated_stride_ = whole_vectors(inner);
+        widest_ = std::max({stream_stride_, projected_stride_, attended_stride_, gated_stride_});
+    }
+
+    const char* instruction_set() const { return set_.name; }
+
+    // What is wrong with a call's numbers, empty where nothing is. Nothing has been written then.
+    std::string refusal(const Call& call) const {
+        for (std::int64_t i = 0; i < call.num_rows(); ++i) {
+            if (call.tokens[i] < 0 || call.tokens[i] >= model_.embedding.rows) {
+                return "input_ids must be in 0.." + std::to_string(model_.embedding.rows - 1) + ", got " +
+                       std::to_string(call.tokens[i]);
+            }
+        }
+        for (std::int64_t b = 0; b < call.num_requests; ++b) {
+            for (std::int64_t i = 0; i < call.num_nodes; ++i) {
+                const std::int64_t slot = std::int64_t{call.cache_lens[b]} + call.node_ids[i];
+                if (call.cache_lens[b] < 0 || call.node_ids[i] < 0 || slot >= call.cache_rows) {
+                    return "cache_lens must leave room for the nodes in a cache of " + std::to_string(call.cache_rows) +
+                           " rows, got row " + std::to_string(slot);
+                }
+                const std::uint32_t* const mask =
+                    call.tree_mask + ((call.mask_per_request ? b * call.num_nodes : 0) + i) * call.num_words;
+                for (std::int64_t w = call.num_words; w-- > 0;) {
+                    if (mask[w] == 0) continue;
+                    const std::int64_t highest = w * WORD_BITS + 31 - __builtin_clz(mask[w]);
+                    if (call.cache_lens[b] + highest >= call.cache_rows) {
+                        return "tree_mask must show rows of the cache, got slot " + std::to_string(highest);
+                    }
+                    break;
+                }
+            }
+            if (call.wanted_nodes != nullptr && (call.wanted_nodes[b] < 0 || call.wanted_nodes[b] >= call.num_nodes)) {
+                return "last_row must be in 0.." + std::to_string(call.num_nodes - 1) + ", got " +
+                       std::to_string(call.wanted_nodes[b]);
+            }
+        }
+        return {};
+    }
+
+    void run(const Call& call, int num_threads) {
+        const std::lock_guard<std::mutex> lock(busy_);
+        for (std::int64_t first = 0; first < call.num_rows(); first += MAX_ROWS) {
+            run_pass(call, first, std::min(MAX_ROWS, call.num_rows() - first), num_threads);
+        }
+    }
+
+  private:
+    void run_pass(const Call& call, std::int64_t first_row, std::int64_t num_rows, int num_threads) {
+        Pass pass{};
+        pass.model = &model_;
+        pass.call = &call;
+        pass.first_row = first_row;
+        pass.num_rows = num_rows;
+
+        segments_.clear();
+        positions_.clear();
+        wanted_.clear();
+        logit_rows_.clear();
+        for (std::int64_t i = 0; i < num_rows; ++i) {
+            const std::int64_t request = (first_row + i) / call.num_nodes, node = (first_row + i) % call.num_nodes;
+            if (i == 0 || node == 0) segments_.push_back({request, node, 0, i});
+            ++segments_.back().num_nodes;
+            const std::int64_t position = std::int64_t{call.cache_lens[request]} + call.depths[node];
+            positions_.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(position, 0, call.max_position)));
+            if (call.wanted_nodes == nullptr || call.wanted_nodes[request] == node) {
+                wanted_.push_back(static_cast<std::int32_t>(i));
+                logit_rows_.push_back(call.wanted_nodes == nullptr ? first_row + i : request);
+            }
+        }
+        const std::size_t num_columns = windows_.size() * segments_.size();
+        if (columns_memory_.size() < num_columns) columns_memory_.resize(num_columns);
+        columns_.clear();
+        std::int64_t longest = 0;
+        for (const std::int64_t window : windows_) {
+            for (const Segment& segment : segments_) {
+                columns_.push_back(columns_memory_[columns_.size()].build(call, segment, window));
+                longest = std::max(longest, columns_.back().count);
+            }
+        }
+        pass.segments = segments_.data();
+        pass.num_segments = static_cast<std::int64_t>(segments_.size());
+        pass.columns = columns_.data();
+        pass.window_of_layer = window_of_layer_.data();
+        pass.positions = positions_.data();
+        pass.wanted = wanted_.data();
+        pass.logit_rows = logit_rows_.data();
+        pass.num_wanted = static_cast<std::int64_t>(wanted_.size());
+
+        pass.stream_stride = stream_stride_;
+        pass.projected_stride = projected_stride_;
+        pass.attended_stride = attended_stride_;
+        pass.gated_stride = gated_stride_;
+        pass.scores_stride = whole_vectors(longest);
+        pass.stream = stream_.reserve(num_rows * stream_stride_);
+        pass.branch = branch_.reserve(num_rows * stream_stride_);
+        pass.projected = projected_.reserve(num_rows * projected_stride_);
+        pass.attended = attended_.reserve(num_rows * attended_stride_);
+        pass.gated = gated_.reserve(num_rows * gated_stride_);
+        if (memory_.size() < static_cast<std::size_t>(num_threads)) memory_.resize(static_cast<std::size_t>(num_threads));
+        benches_.clear();
+        for (int thread = 0; thread < num_threads; ++thread) {
+            BenchMemory& memory = memory_[static_cast<std::size_t>(thread)];
+            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(2 * MAX_ROWS * TILE),
+                                memory.rows.reserve(2 * stream_stride_),
+                                memory.queries.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
+                                memory.scores.reserve(ROW_BLOCK * pass.scores_stride),
+                                memory.mixed.reserve(ROW_BLOCK * whole_vectors(head_dim_))});
+        }
+        pass.benches = benches_.data();
+        pass.team = &shared_team();
+        struct Argument {
+            const Pass* pass;
+            Work work;
+        } argument{&pass, set_.work};
+        run_in_team(
+            num_threads,
+            [](void* given, int thread) {
+                const Argument& here = *static_cast<const Argument*>(given);
+                here.work(*here.pass, thread);
+            },
+            &argument);
+    }
+
+    struct BenchMemory {
+        Floats panel, tiles, rows, queries, scores, mixed;
+    };
+
+    Model model_;
+    InstructionSet set_;
+    std::mutex busy_;
+    std::vector<std::int64_t> windows_;
+    std::vector<int> window_of_layer_;
+    std::int64_t head_dim_ = 0, stream_stride_ = 0, projected_stride_ = 0, attended_stride_ = 0, gated_stride_ = 0;
+    std::int64_t widest_ = 0;
+    Floats stream_, branch_, projected_, attended_, gated_;
+    std::vector<BenchMemory> memory_;
+    std::vector<Bench> benches_;
+    std::vector<Segment> segments_;
+    std::vector<ColumnsMemory> columns_memory_;
+    std::vector<Columns> columns_;
+    std::vector<std::int32_t> positions_, wanted_;
+    std::vector<std::int64_t> logit_rows_;
+};
+
+template <class Element>
+const Element* at(std::uintptr_t address) {
+    return reinterpret_cast<const Element*>(address);
+}
+
+void run_forward(Forward& forward, std::uintptr_t tensors, std::uintptr_t tokens, std::uintptr_t depths,
+                 std::uintptr_t node_ids, std::uintptr_t tree_mask, std::uintptr_t cache_lens,
+                 std::int64_t num_requests, std::int64_t num_nodes, std::int64_t num_words, bool mask_per_request,
+                 std::int64_t max_position, std::uintptr_t caches, std::int64_t cache_rows, std::uintptr_t rotations,
+                 std::uintptr_t wanted_nodes, std::uintptr_t logits, int logits_type, std::uintptr_t hidden,
+                 int num_threads) {
+    Call call{};
+    call.tensors = at<std::uintptr_t>(tensors);
+    call.tokens = at<std::int64_t>(tokens);
+    call.depths = at<std::int32_t>(depths);
+    call.node_ids = at<std::int32_t>(node_ids);
+    call.tree_mask = at<std::uint32_t>(tree_mask);
+    call.cache_lens = at<std::int32_t>(cache_lens);
+    call.num_requests = num_requests;
+    call.num_nodes = num_nodes;
+    call.num_words = num_words;
+    call.mask_per_request = mask_per_request;
+    call.max_position = max_position;
+    call.caches = at<std::uintptr_t>(caches);
+    call.cache_rows = cache_rows;
+    call.rotations = at<std::uintptr_t>(rotations);
+    call.wanted_nodes = at<std::int64_t>(wanted_nodes);
+    call.logits = reinterpret_cast<void*>(logits);
+    call.logits_type = element_type(logits_type);
+    call.hidden = reinterpret_cast<float* const*>(hidden);
+    require(num_threads >= 1 && num_threads <= 1024, "num_threads must be in 1..1024");
+    std::string refusal;
+    {
+        const py::gil_scoped_release release;
+        refusal = forward.refusal(call);
+        if (refusal.empty()) forward.run(call, num_threads);
+    }
+    if (!refusal.empty()) throw py::index_error("forward: " + refusal);
+}
+
+}  // namespace
+}  // namespace sequoia::forward
+
+void bind_forward(py::module_& module) {
+    using sequoia::forward::Forward;
+    py::class_<Forward>(module, "Forward", "A model's forward on its own weights; see csrc/host/forward.")
+        .def(py::init<const py::dict&, const std::string&>(), py::arg("description"), py::arg("instruction_set"))
+        .def_property_readonly("instruction_set", &Forward::instruction_set)
+        .def("run", &sequoia::forward::run_forward, py::arg("tensors"), py::arg("tokens"), py::arg("depths"),
+             py::arg("node_ids"), py::arg("tree_mask"), py::arg("cache_lens"), py::arg("num_requests"),
+             py::arg("num_nodes"), py::arg("num_words"), py::arg("mask_per_request"), py::arg("max_position"),
+             py::arg("caches"), py::arg("cache_rows"), py::arg("rotations"), py::arg("wanted_nodes"), py::arg("logits"),
+             py::arg("logits_type"), py::arg("hidden"), py::arg("num_threads"),
+             "Score rows and store their keys and values. IndexError, and nothing is written, if a number is out of range.");
+    module.def("forward_instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const auto& set : sequoia::forward::instruction_sets()) {
+            if (set.available) names.emplace_back(set.name);
+        }
+        return names;
+    }, "Names of the instruction sets that this CPU can run, the best first.");
+    module.def("stop_forward_threads", [] { sequoia::forward::shared_team().stop(); }, py::call_guard<py::gil_scoped_release>(),
+               "End the threads of forwards; the next forward starts them again.");
+}

@@ -1,0 +1,108 @@
+// What a forward is made of: a model as a description of its layers, and one call of it.
+//
+// Nothing is copied from the model. A description names tensors by their number in a table of addresses, which comes with
+// every call: whatever the caller's tensors hold then is what is multiplied.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "host/rows.h"
+
+namespace sequoia::forward {
+
+constexpr std::int64_t MAX_ROWS = 64;   // fed through all layers at a time
+constexpr std::int64_t ROW_BLOCK = 32;  // query rows of one unit of attention
+
+// Rows of a row-major tensor: [rows, columns].
+struct Matrix {
+    int tensor = -1;  // number in the table of addresses, -1 for none
+    std::int64_t first_row = 0;
+    std::int64_t rows = 0;
+    std::int64_t columns = 0;
+    ElementType type = ElementType::float32;
+
+    bool given() const { return tensor >= 0; }
+};
+
+// A linear layer; the bias is a matrix of one row.
+struct Linear {
+    Matrix weight;
+    Matrix bias;
+};
+
+enum class NormKind : int { none = 0, rms = 1, layer = 2 };
+
+struct Norm {
+    NormKind kind = NormKind::none;
+    Matrix weight, bias;
+    float eps = 0.0f;
+    float offset = 0.0f;  // added to the weight
+
+    bool given() const { return kind != NormKind::none; }
+};
+
+enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3, relu_squared = 4 };
+
+// Where the heads of one kind lie in a row of all projections: head h starts at first + h * stride.
+struct Heads {
+    std::int64_t first = 0, stride = 0;
+};
+
+struct Layer {
+    std::int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
+    float scale = 1.0f;
+    float softcap = 0.0f;          // 0 is off
+    std::int64_t window = 0;       // 0 is off
+    int rotation = -1;             // number of the table of sines and cosines, -1 for none
+    std::int64_t rotated_dims = 0;  // of a head, the first ones
+    bool parallel = false;         // the MLP reads what the attention reads
+    bool norms_whole_rows = false;  // query_norm and key_norm over all heads at once
+    Norm input_norm, query_norm, key_norm, attended_norm, mlp_norm, mlp_output_norm;
+    std::vector<Linear> projections;  // of queries, keys and values; their rows follow one another
+    Heads queries, keys, values;
+    Linear output, gate, up, down;  // gate: none in a plain MLP
+    Activation activation = Activation::silu;
+    ElementType cache_type = ElementType::float32;
+
+    std::int64_t group() const { return num_heads / num_kv_heads; }
+};
+
+struct Model {
+    std::int64_t width = 0;  // of the residual stream
+    Matrix embedding, positions;
+    std::int64_t position_offset = 0;  // of the table of learned positions
+    float embedding_scale = 1.0f;
+    float residual_scale = 1.0f;
+    Norm final_norm;
+    Linear head;
+    float logit_scale = 1.0f;
+    float logit_softcap = 0.0f;
+    std::vector<Layer> layers;
+    std::vector<std::int64_t> rotation_dims;  // of each table
+};
+
+// One forward: num_requests x num_nodes rows, all nodes of a request after those of the one before.
+struct Call {
+    const std::uintptr_t* tensors;  // the table of addresses
+    const std::int64_t* tokens;     // [B, N]
+    const std::int32_t* depths;     // [N]
+    const std::int32_t* node_ids;   // [N]
+    const std::uint32_t* tree_mask;  // [N, num_words] or [B, N, num_words]
+    const std::int32_t* cache_lens;  // [B]
+    std::int64_t num_requests, num_nodes, num_words;
+    bool mask_per_request;
+    std::int64_t max_position;  // positions behind it are fed as it
+    const std::uintptr_t* caches;  // keys and values of each layer, [B, cache_rows, num_kv_heads, head_dim]
+    std::int64_t cache_rows;
+    const std::uintptr_t* rotations;   // tables [positions, dims]: cosines of dims / 2 frequencies, then sines
+    const std::int64_t* wanted_nodes;  // [B], or null: the logits of all rows
+    void* logits;                      // [B, N or 1, vocab]
+    ElementType logits_type;
+    float* const* hidden;  // for each layer and behind the last norm null, or [B, N, width]; or null
+
+    std::int64_t num_rows() const { return num_requests * num_nodes; }
+};
+
+}  // namespace sequoia::forward

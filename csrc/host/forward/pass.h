@@ -1,0 +1,57 @@
+// What the threads of one pass share: up to MAX_ROWS rows of a call on their way through all layers.
+
+#pragma once
+
+#include <cstdint>
+
+#include "model.h"
+#include "team.h"
+
+namespace sequoia::forward {
+
+// The cache rows that the nodes of one request in a pass see: a run of committed ones, then tree slots.
+struct Columns {
+    std::int64_t count, num_prefix;
+    const std::int32_t* rows;         // [count], of the request's cache
+    const std::int32_t* num_hidden;   // [nodes] prefix columns before the node's window
+    const float* tree_hidden;         // [nodes, tree_stride]: 0 where the node sees the tree column, else -inf
+    std::int64_t tree_stride;
+};
+
+// Consecutive nodes of one request.
+struct Segment {
+    std::int64_t request, first_node, num_nodes;
+    std::int64_t first_row;  // of the pass
+};
+
+// One thread's memory.
+struct Bench {
+    float* panel;   // of whole rows
+    float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, 16]
+    float* rows;    // two rows of any width
+    float* queries;  // a panel of ROW_BLOCK query rows
+    float* scores;  // [ROW_BLOCK, columns]
+    float* mixed;   // [ROW_BLOCK, head_dim]
+};
+
+struct Pass {
+    const Model* model;
+    const Call* call;
+    std::int64_t first_row, num_rows;  // of the call
+    const Segment* segments;
+    std::int64_t num_segments;
+    const Columns* columns;         // [windows, segments]
+    const int* window_of_layer;     // index of the layer's window
+    const std::int32_t* positions;  // [num_rows]
+    const std::int32_t* wanted;     // [num_wanted] rows of the pass whose logits are wanted
+    const std::int64_t* logit_rows;  // [num_wanted] rows of the logits
+    std::int64_t num_wanted;
+    float *stream, *branch, *projected, *attended, *gated;  // [MAX_ROWS, stride of each]
+    std::int64_t stream_stride, projected_stride, attended_stride, gated_stride, scores_stride;
+    const Bench* benches;
+    Team* team;
+};
+
+using Work = void (*)(const Pass& pass, int thread);
+
+}  // namespace sequoia::forward

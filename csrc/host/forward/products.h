@@ -1,0 +1,191 @@
+// Products of weight rows with the activations of some nodes.
+//
+// The sum of a row and a node runs over k in order, in as many lanes as the CPU has, which are then added up in one order:
+// it does not depend on which other rows and nodes are multiplied beside it, nor on the number of threads.
+//
+// Weights stay where the model has them and are read once for all nodes, so activations are what is arranged: nodes in
+// blocks of up to NODES, within a block a vector of each node after the other. R rows times C nodes are summed in
+// registers; the rows lie in the first-level cache while the blocks of nodes pass.
+
+#pragma once
+
+#include "lanes.h"
+
+namespace sequoia::forward {
+namespace {
+
+constexpr int NODES = W >= 16 ? 6 : 3;  // of a block: with 4 rows 24 of 32 registers, or 12 of 16
+constexpr i64 TILE = 16;                // weight rows that are multiplied before anything is done with the products
+
+// Activations of `count` nodes, [count, size], `size` padded to whole vectors by zeros.
+struct Panel {
+    float* data = nullptr;
+    i64 count = 0, size = 0, padded = 0;
+
+    static i64 floats(i64 count, i64 size) { return count * up_to_lanes(size); }
+
+    // Blocks of equal sizes, those with one node more in front.
+    i64 num_blocks() const { return (count + NODES - 1) / NODES; }
+    i64 block_begin(i64 block) const { return block * (count / num_blocks()) + smaller(block, count % num_blocks()); }
+
+    struct Place {
+        float* first;
+        i64 step;  // floats between a node's vectors
+    };
+    Place place(i64 node) const {
+        const i64 blocks = num_blocks(), few = count / blocks, more = count % blocks;
+        const i64 block = node < more * (few + 1) ? node / (few + 1) : more + (node - more * (few + 1)) / few;
+        const i64 begin = block_begin(block), nodes = block_begin(block + 1) - begin;
+        return {data + begin * padded + (node - begin) * W, nodes * W};
+    }
+    // Arranges a node's row.
+    void put(i64 node, const float* row) const {
+        auto [to, step] = place(node);
+        i64 k = 0;
+        for (; k + W <= size; k += W, to += step) store(to, load(row + k));
+        if (k < size) store(to, load_some(row + k, size - k));
+    }
+};
+
+// Requests weights some way ahead of their use, into the second-level cache, in the order of their addresses, which
+// keeps the hardware's own prefetcher on one stream; behind the end of what a thread reads of one matrix it goes on with
+// what it reads next. Requests are spread over all blocks of nodes, or memory would be idle half of the time.
+struct Ahead {
+    static constexpr i64 BYTES = 16384, LINE = 64;
+    const char *at = nullptr, *end = nullptr, *then = nullptr;
+    i64 lines = 1, every = 1;  // requested, every so many steps
+
+    Ahead() = default;
+    Ahead(const void* begin_, const void* end_, const void* then_)
+        : at(static_cast<const char*>(begin_) + BYTES), end(static_cast<const char*>(end_)),
+          then(static_cast<const char*>(then_)) {
+        turn();
+    }
+    SEQUOIA_INLINE void request(i64 step) {
+        if (step % every != 0) return;
+        for (i64 i = 0; i < lines; ++i, at += LINE) __builtin_prefetch(at, 0, 2);
+        if (at >= end) turn();
+    }
+
+  private:
+    void turn() {
+        if (at < end || then == nullptr) return;
+        at = then + (at - end);
+        end = at + (i64{1} << 40);
+        then = nullptr;
+    }
+};
+
+// Rows of a matrix, or of a cache at the places that are listed.
+template <class Element>
+struct MatrixRows {
+    const Element* data;
+    i64 stride;
+    SEQUOIA_INLINE const Element* row(i64 index) const { return data + index * stride; }
+};
+template <class Element>
+struct ListedRows {
+    const Element* data;
+    const i64* offsets;
+    SEQUOIA_INLINE const Element* row(i64 index) const { return data + offsets[index]; }
+};
+
+// out[c * out_stride + r] of R rows and a block of C nodes.
+template <int R, int C, class Rows>
+SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nodes, i64 size, float* out,
+                                   i64 out_stride, Ahead* ahead) {
+    auto* base = rows.row(first);
+    decltype(base) row[R];
+    for (int r = 0; r < R; ++r) row[r] = rows.row(first + r);
+    Float sums[C][R] = {};
+    const i64 whole = size / W;
+    for (i64 step = 0; step < whole; ++step) {
+        if (ahead != nullptr) ahead->request(step);
+        Float node[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+            node[c] = load(nodes + (step * C + c) * W);
+            if (R > 1) keep(node[c]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Float weight = load(row[r] + step * W);
+            if (C > 1) keep(weight);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) sums[c][r] += weight * node[c];
+        }
+    }
+    if (whole * W < size) {
+        for (int r = 0; r < R; ++r) {
+            const Float weight = load_some(row[r] + whole * W, size - whole * W);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) sums[c][r] += weight * load(nodes + (whole * C + c) * W);
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+        if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r += 4) {
+                store_four(out + c * out_stride + r, sums_of(sums[c][r], sums[c][r + 1], sums[c][r + 2], sums[c][r + 3]));
+            }
+        } else {
+            for (int r = 0; r < R; ++r) out[c * out_stride + r] = sum_of(sums[c][r]);
+        }
+    }
+}
+
+// `count` rows from `first` on times all nodes of a panel: out[node * out_stride + row - first].
+// Not inlined: it is large, and called from many places.
+template <class Rows>
+__attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 count, const Panel& panel, float* out,
+                                  i64 out_stride, Ahead* ahead) {
+    const i64 blocks = panel.num_blocks();
+    const auto* element = rows.row(0);
+    if (ahead != nullptr) {  // 4 rows are read while `blocks` blocks pass
+        const i64 step_lines = larger(1, 4 * W * static_cast<i64>(sizeof(*element)) / Ahead::LINE);
+        ahead->lines = larger(1, step_lines / blocks);
+        ahead->every = larger(1, blocks / step_lines);
+    }
+    i64 done = 0;
+    if (panel.count == 1) {  // more rows at a time, for want of nodes
+        if (ahead != nullptr) ahead->lines *= 2;
+        for (; done + 8 <= count; done += 8) {
+            multiply_block<8, 1>(rows, first + done, panel.data, panel.size, out + done, out_stride, ahead);
+        }
+        if (ahead != nullptr) ahead->lines = larger(1, ahead->lines / 2);
+    }
+    for (; done < count;) {
+        const bool four = done + 4 <= count;
+        i64 begin = 0;
+        for (i64 block = 0; block < blocks; ++block) {
+            const i64 end = panel.block_begin(block + 1);
+            const float* const nodes = panel.data + begin * panel.padded;
+            float* const to = out + begin * out_stride + done;
+#define SEQUOIA_BLOCK(C)                                                                                     \
+    case C:                                                                                                  \
+        if (four) {                                                                                          \
+            multiply_block<4, C>(rows, first + done, nodes, panel.size, to, out_stride, ahead);              \
+        } else {                                                                                             \
+            multiply_block<1, C>(rows, first + done, nodes, panel.size, to, out_stride, ahead);              \
+        }                                                                                                    \
+        break
+            switch (end - begin) {
+                SEQUOIA_BLOCK(1);
+                SEQUOIA_BLOCK(2);
+                SEQUOIA_BLOCK(3);
+#if SEQUOIA_LANES >= 16
+                SEQUOIA_BLOCK(4);
+                SEQUOIA_BLOCK(5);
+                SEQUOIA_BLOCK(6);
+#endif
+            }
+#undef SEQUOIA_BLOCK
+            begin = end;
+        }
+        done += four ? 4 : 1;
+    }
+}
+
+}  // namespace
+}  // namespace sequoia::forward

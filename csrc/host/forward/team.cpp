@@ -1,0 +1,136 @@
+#include "team.h"
+
+#include <chrono>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <signal.h>
+#define SEQUOIA_POSIX 1
+#endif
+
+namespace sequoia::forward {
+namespace {
+
+// A member is awake for so long behind a job: the next level of a draft comes within it.
+constexpr auto AWAKE = std::chrono::microseconds(100);
+// Then somebody else has the processor that the missing thread needs.
+constexpr int PAUSES = 4000;
+constexpr int SIZE_BITS = 16;
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+struct Shared {
+    std::mutex busy;
+    Team team;
+};
+
+Shared* shared = nullptr;
+std::mutex creation;
+
+// The child of a fork has none of the members, and the locks as they happened to be: it begins anew.
+void forget() {
+    new (&creation) std::mutex;
+    shared = nullptr;
+}
+
+Shared& current() {
+    const std::lock_guard<std::mutex> lock(creation);
+    if (shared == nullptr) {
+#if defined(SEQUOIA_POSIX)
+        static const bool registered = pthread_atfork(nullptr, nullptr, forget) == 0;
+        static_cast<void>(registered);
+#endif
+        shared = new Shared;  // never freed: members wait in it until the process ends
+    }
+    return *shared;
+}
+
+}  // namespace
+
+void Team::run(int size, Job job, void* argument) {
+    size_ = size;
+    if (size == 1) return job(argument, 0);
+    job_ = job;
+    argument_ = argument;
+    while (static_cast<int>(members_.size()) + 1 < size) {
+        const int thread = static_cast<int>(members_.size()) + 1;
+        members_.emplace_back(&Team::serve, this, thread, epoch_.load());
+    }
+    begin(size);
+    job(argument, 0);
+    barrier();
+}
+
+void Team::barrier() {
+    if (size_ == 1) return;
+    const unsigned phase = phase_.load(std::memory_order_acquire);
+    if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+        num_arrived_.store(0, std::memory_order_relaxed);
+        phase_.store(phase + 1, std::memory_order_release);
+        return;
+    }
+    for (int pauses = 0; phase_.load(std::memory_order_acquire) == phase; ++pauses) {
+        if (pauses < PAUSES) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+void Team::stop() {
+    begin(0);
+    for (std::thread& member : members_) member.join();
+    members_.clear();
+}
+
+void Team::begin(int size) {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::uint64_t number = (epoch_.load() >> SIZE_BITS) + 1;
+        epoch_.store(number << SIZE_BITS | static_cast<std::uint64_t>(size));
+    }
+    if (num_sleeping_.load() != 0) changed_.notify_all();
+}
+
+void Team::serve(int thread, std::uint64_t seen) {
+#if defined(SEQUOIA_POSIX)
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);
+#endif
+    for (;;) {
+        const auto until = std::chrono::steady_clock::now() + AWAKE;
+        for (int pauses = 1; epoch_.load(std::memory_order_acquire) == seen; ++pauses) {
+            pause();
+            if (pauses % 32 == 0 && std::chrono::steady_clock::now() > until) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                num_sleeping_.fetch_add(1);
+                changed_.wait(lock, [&] { return epoch_.load() != seen; });
+                num_sleeping_.fetch_sub(1);
+            }
+        }
+        seen = epoch_.load(std::memory_order_acquire);
+        const int size = static_cast<int>(seen & ((1u << SIZE_BITS) - 1));
+        if (size == 0) return;
+        if (thread >= size) continue;
+        job_(argument_, thread);
+        barrier();
+    }
+}
+
+void run_in_team(int size, Team::Job job, void* argument) {
+    Shared& here = current();
+    const std::lock_guard<std::mutex> lock(here.busy);
+    here.team.run(size, job, argument);
+}
+
+Team& shared_team() { return current().team; }
+
+}  // namespace sequoia::forward

@@ -1,0 +1,56 @@
+// Threads that run a forward together.
+//
+// One team serves the process. Its members are started when they are first needed, wait for each other inside of a
+// forward by spinning, and sleep between forwards after a short while, so that they take nothing from other threads. A
+// forked child starts its own. Members take no signals.
+
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace sequoia::forward {
+
+class Team {
+  public:
+    // Runs job(argument, thread) in threads 0..size - 1, thread 0 being the caller. One call at a time.
+    using Job = void (*)(void* argument, int thread);
+    void run(int size, Job job, void* argument);
+
+    // Of the job that runs.
+    int size() const { return size_; }
+    // Returns when all threads of the job have come here; what they wrote before is seen by all.
+    void barrier();
+
+    // Ends the members. The next job starts new ones.
+    void stop();
+
+    ~Team() { stop(); }
+
+  private:
+    void serve(int thread, std::uint64_t seen);
+    void begin(int size);
+
+    std::vector<std::thread> members_;
+    int size_ = 1;
+    Job job_ = nullptr;
+    void* argument_ = nullptr;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    // Jobs so far, and in the low bits how many threads the last one has; none ends the members. One number, so that a
+    // member that is late cannot take one job's size for another's.
+    alignas(64) std::atomic<std::uint64_t> epoch_{0};
+    std::atomic<int> num_sleeping_{0};
+    alignas(64) std::atomic<int> num_arrived_{0};
+    alignas(64) std::atomic<unsigned> phase_{0};
+};
+
+// Runs a job on the process's team, one caller at a time.
+void run_in_team(int size, Team::Job job, void* argument);
+Team& shared_team();
+
+}  // namespace sequoia::forward

@@ -1,0 +1,402 @@
+// One thread's way through a pass.
+//
+// Phases end at barriers: embedding | projections | norms and rotation of heads, cache rows | attention | output |
+// gate and up | down | ... | head. Every thread normalises all rows for itself, which costs less than waiting; a product's
+// weight rows are shared out in tiles, and what is done with a tile's products (biases, activations, residuals) is done
+// while they lie in the first-level cache. The residual stream and everything between products are float32.
+
+#pragma once
+
+#include "attention.h"
+
+namespace sequoia::forward {
+namespace {
+
+struct Part {
+    i64 begin, end;
+};
+
+SEQUOIA_INLINE i64 bytes_of(ElementType type) { return type == ElementType::float32 ? 4 : 2; }
+
+struct Worker {
+    const Pass& pass;
+    const Model& model;
+    const Call& call;
+    const Bench& bench;
+    const int thread, threads;
+
+    Worker(const Pass& shared, int number)
+        : pass(shared), model(*shared.model), call(*shared.call), bench(shared.benches[number]), thread(number),
+          threads(shared.team->size()) {}
+
+    Part part(i64 count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
+    void wait() const { pass.team->barrier(); }
+
+    const char* address(const Matrix& matrix, i64 row) const {
+        return reinterpret_cast<const char*>(call.tensors[matrix.tensor]) +
+               (matrix.first_row + row) * matrix.columns * bytes_of(matrix.type);
+    }
+    // Where this thread begins to read a product's weights.
+    const char* begin_of(const Linear& linear) const {
+        return address(linear.weight, part(num_tiles(linear)).begin * TILE);
+    }
+    static i64 num_tiles(const Linear& linear) { return (linear.weight.rows + TILE - 1) / TILE; }
+
+    void widen(const Matrix& matrix, i64 row, float* out) const {
+        widen_row(address(matrix, row), 0, matrix.columns, matrix.type, out);
+    }
+
+    // ---- norms ----
+
+    // Turns a row of `size` numbers into its normalised form.
+    void normalise(const Norm& norm, const float* row, i64 size, float* out) const {
+        Float sums = {};
+        i64 k = 0;
+        float mean = 0.0f;
+        if (norm.kind == NormKind::layer) {
+            for (; k + W <= size; k += W) sums += load(row + k);
+            if (k < size) sums += load_some(row + k, size - k);
+            mean = sum_of(sums) / static_cast<float>(size);
+            sums = Float{};
+        }
+        for (k = 0; k + W <= size; k += W) {
+            const Float centred = load(row + k) - mean;
+            sums += centred * centred;
+        }
+        float square = sum_of(sums);
+        for (; k < size; ++k) square += (row[k] - mean) * (row[k] - mean);
+        const float factor = 1.0f / __builtin_sqrtf(square / static_cast<float>(size) + norm.eps);
+        for (k = 0; k < size; ++k) out[k] = (row[k] - mean) * factor;
+        float* const factors = bench.rows;
+        if (norm.weight.given()) {
+            widen_row(address(norm.weight, 0), 0, size, norm.weight.type, factors);
+            for (k = 0; k < size; ++k) out[k] *= factors[k] + norm.offset;
+        }
+        if (norm.bias.given()) {
+            widen_row(address(norm.bias, 0), 0, size, norm.bias.type, factors);
+            for (k = 0; k < size; ++k) out[k] += factors[k];
+        }
+    }
+
+    float* second_row() const { return bench.rows + pass.stream_stride; }
+
+    // Normalised rows as a panel; `rows` lists them, null for all.
+    Panel normalised(const Norm& norm, i64 count, const std::int32_t* rows) const {
+        const Panel panel{bench.panel, count, model.width, up_to_lanes(model.width)};
+        for (i64 i = 0; i < count; ++i) {
+            const float* const row = pass.stream + (rows == nullptr ? i : rows[i]) * pass.stream_stride;
+            if (norm.given()) {
+                normalise(norm, row, model.width, second_row());
+                panel.put(i, second_row());
+            } else {
+                panel.put(i, row);
+            }
+        }
+        return panel;
+    }
+
+    Panel arranged(const float* rows, i64 stride, i64 size) const {
+        const Panel panel{bench.panel, pass.num_rows, size, up_to_lanes(size)};
+        for (i64 i = 0; i < pass.num_rows; ++i) panel.put(i, rows + i * stride);
+        return panel;
+    }
+
+    // ---- products ----
+
+    // Products of a tile with its bias: out[node * TILE + row].
+    void multiply_tile(const Linear& linear, i64 tile, const Panel& panel, float* out, Ahead* ahead) const {
+        const Matrix& weight = linear.weight;
+        const i64 first = tile * TILE, count = smaller(TILE, weight.rows - first);
+        const char* const data = address(weight, first);
+        const i64 stride = weight.columns;
+        if (weight.type == ElementType::float32) {
+            multiply_rows(MatrixRows<float>{reinterpret_cast<const float*>(data), stride}, 0, count, panel, out, TILE,
+                          ahead);
+        } else if (weight.type == ElementType::bfloat16) {
+            multiply_rows(MatrixRows<BFloat16>{reinterpret_cast<const BFloat16*>(data), stride}, 0, count, panel, out,
+                          TILE, ahead);
+        } else {
+            multiply_rows(MatrixRows<Float16>{reinterpret_cast<const Float16*>(data), stride}, 0, count, panel, out,
+                          TILE, ahead);
+        }
+        if (!linear.bias.given()) return;
+        float bias[TILE];
+        widen_row(address(linear.bias, 0), first, count, linear.bias.type, bias);
+        for (i64 i = 0; i < panel.count; ++i) {
+            for (i64 r = 0; r < count; ++r) out[i * TILE + r] += bias[r];
+        }
+    }
+
+    // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]).
+    template <class Epilogue>
+    void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue) const {
+        const auto [begin, end] = part(num_tiles(linear));
+        if (begin == end) return;
+        Ahead ahead(address(linear.weight, begin * TILE),
+                    address(linear.weight, smaller(end * TILE, linear.weight.rows)), then);
+        for (i64 tile = begin; tile < end; ++tile) {
+            multiply_tile(linear, tile, panel, bench.tiles, &ahead);
+            epilogue(tile * TILE, smaller(TILE, linear.weight.rows - tile * TILE), bench.tiles);
+        }
+    }
+
+    // ---- phases ----
+
+    void embed() const {
+        const auto [begin, end] = part(pass.num_rows);
+        for (i64 i = begin; i < end; ++i) {
+            float* const row = pass.stream + i * pass.stream_stride;
+            widen(model.embedding, call.tokens[pass.first_row + i], row);
+            if (model.embedding_scale != 1.0f) {
+                for (i64 k = 0; k < model.width; ++k) row[k] *= model.embedding_scale;
+            }
+            if (model.positions.given()) {
+                widen(model.positions, pass.positions[i] + model.position_offset, second_row());
+                for (i64 k = 0; k < model.width; ++k) row[k] += second_row()[k];
+            }
+        }
+    }
+
+    void keep_hidden(i64 number, const Norm* norm) const {
+        if (call.hidden == nullptr || call.hidden[number] == nullptr) return;
+        const auto [begin, end] = part(pass.num_rows);
+        for (i64 i = begin; i < end; ++i) {
+            const float* const row = pass.stream + i * pass.stream_stride;
+            float* const out = call.hidden[number] + (pass.first_row + i) * model.width;
+            if (norm != nullptr) {
+                normalise(*norm, row, model.width, out);
+            } else {
+                std::memcpy(out, row, static_cast<std::size_t>(model.width) * sizeof(float));
+            }
+        }
+    }
+
+    void project(const Layer& layer, const Panel& panel) const {
+        i64 first = 0;
+        for (std::size_t i = 0; i < layer.projections.size(); ++i) {
+            const Linear& linear = layer.projections[i];
+            const Linear& next = i + 1 < layer.projections.size() ? layer.projections[i + 1] : layer.output;
+            multiply(linear, panel, begin_of(next), [&](i64 row, i64 count, const float* products) {
+                for (i64 node = 0; node < panel.count; ++node) {
+                    std::memcpy(pass.projected + node * pass.projected_stride + first + row, products + node * TILE,
+                                static_cast<std::size_t>(count) * sizeof(float));
+                }
+            });
+            first += linear.weight.rows;
+        }
+    }
+
+    void rotate(const Layer& layer, i64 row, float* head) const {
+        if (layer.rotation < 0) return;
+        const i64 half = layer.rotated_dims / 2;
+        const float* const cosines =
+            reinterpret_cast<const float*>(call.rotations[layer.rotation]) + pass.positions[row] * layer.rotated_dims;
+        const float* const sines = cosines + half;
+        for (i64 k = 0; k < half; ++k) {
+            const float a = head[k], b = head[half + k];
+            head[k] = a * cosines[k] - b * sines[k];
+            head[half + k] = b * cosines[k] + a * sines[k];
+        }
+    }
+
+    void normalise_in_place(const Norm& norm, i64 size, float* row) const {
+        if (norm.given()) normalise(norm, row, size, row);
+    }
+
+    // Query heads of key/value heads [begin, end) of a row, and those heads' cache rows.
+    void prepare_heads(const Layer& layer, i64 layer_index, i64 row, i64 begin, i64 end) const {
+        const i64 d = layer.head_dim, group = layer.group();
+        float* const projected = pass.projected + row * pass.projected_stride;
+        if (layer.norms_whole_rows) {
+            normalise_in_place(layer.query_norm, layer.num_heads * d, projected + layer.queries.first);
+            normalise_in_place(layer.key_norm, layer.num_kv_heads * d, projected + layer.keys.first);
+        }
+        const i64 flat = pass.first_row + row, request = flat / call.num_nodes;
+        const i64 slot = call.cache_lens[request] + call.node_ids[flat % call.num_nodes];
+        const i64 place = (request * call.cache_rows + slot) * layer.num_kv_heads * d;
+        for (i64 head = begin * group; head < end * group; ++head) {
+            float* const query = projected + layer.queries.first + head * layer.queries.stride;
+            if (!layer.norms_whole_rows) normalise_in_place(layer.query_norm, d, query);
+            rotate(layer, row, query);
+        }
+        for (i64 head = begin; head < end; ++head) {
+            float* const key = projected + layer.keys.first + head * layer.keys.stride;
+            const float* const value = projected + layer.values.first + head * layer.values.stride;
+            if (!layer.norms_whole_rows) normalise_in_place(layer.key_norm, d, key);
+            rotate(layer, row, key);
+            narrow_row(key, d, layer.cache_type, reinterpret_cast<void*>(call.caches[2 * layer_index]), place + head * d);
+            narrow_row(value, d, layer.cache_type, reinterpret_cast<void*>(call.caches[2 * layer_index + 1]),
+                       place + head * d);
+        }
+    }
+
+    void prepare(const Layer& layer, i64 layer_index) const {
+        const i64 heads = layer.norms_whole_rows ? 1 : layer.num_kv_heads;  // a unit: a row, or a head of it
+        const auto [begin, end] = part(pass.num_rows * heads);
+        for (i64 unit = begin; unit < end; ++unit) {
+            const i64 head = unit % heads;
+            prepare_heads(layer, layer_index, unit / heads, head,
+                          layer.norms_whole_rows ? layer.num_kv_heads : head + 1);
+        }
+    }
+
+    void attend_all(const Layer& layer, i64 layer_index) const {
+        const Columns* const columns = pass.columns + pass.window_of_layer[layer_index] * pass.num_segments;
+        i64 units = 0, unit = 0;
+        for (i64 s = 0; s < pass.num_segments; ++s) units += num_blocks(layer, pass.segments[s]) * layer.num_kv_heads;
+        const auto [begin, end] = part(units);
+        for (i64 s = 0; s < pass.num_segments; ++s) {
+            const Segment& segment = pass.segments[s];
+            const i64 rows = segment.num_nodes * layer.group(), blocks = num_blocks(layer, segment);
+            for (i64 head = 0; head < layer.num_kv_heads; ++head) {
+                for (i64 block = 0; block < blocks; ++block, ++unit) {
+                    if (unit < begin || unit >= end) continue;
+                    attend_block(layer, layer_index, segment, columns[s], head, rows * block / blocks,
+                                 rows * (block + 1) / blocks);
+                }
+            }
+        }
+    }
+    static i64 num_blocks(const Layer& layer, const Segment& segment) {
+        return (segment.num_nodes * layer.group() + ROW_BLOCK - 1) / ROW_BLOCK;
+    }
+    void attend_block(const Layer& layer, i64 index, const Segment& segment, const Columns& columns, i64 head,
+                      i64 begin, i64 end) const {
+        if (layer.cache_type == ElementType::float32) {
+            attend<float>(pass, layer, index, segment, columns, head, begin, end, bench);
+        } else if (layer.cache_type == ElementType::bfloat16) {
+            attend<BFloat16>(pass, layer, index, segment, columns, head, begin, end, bench);
+        } else {
+            attend<Float16>(pass, layer, index, segment, columns, head, begin, end, bench);
+        }
+    }
+
+    // A branch's last product, scaled and added to the stream; with `norm` normalised first; with `before` added to what
+    // another branch has left there.
+    void add_branch(const Linear& linear, const Panel& panel, const Norm& norm, const float* before,
+                    const char* then) const {
+        const float scale = model.residual_scale;
+        if (!norm.given()) {
+            multiply(linear, panel, then, [&](i64 row, i64 count, const float* products) {
+                for (i64 node = 0; node < panel.count; ++node) {
+                    float* const to = pass.stream + node * pass.stream_stride + row;
+                    const float* const from = products + node * TILE;
+                    if (before != nullptr) {
+                        const float* const other = before + node * pass.stream_stride + row;
+                        for (i64 r = 0; r < count; ++r) to[r] += (from[r] + other[r]) * scale;
+                    } else {
+                        for (i64 r = 0; r < count; ++r) to[r] += from[r] * scale;
+                    }
+                }
+            });
+            return;
+        }
+        leave_branch(linear, panel, then);
+        wait();
+        const auto [begin, end] = part(panel.count);
+        for (i64 i = begin; i < end; ++i) {
+            normalise(norm, pass.branch + i * pass.stream_stride, model.width, second_row());
+            float* const to = pass.stream + i * pass.stream_stride;
+            for (i64 k = 0; k < model.width; ++k) to[k] += second_row()[k] * scale;
+        }
+    }
+
+    void leave_branch(const Linear& linear, const Panel& panel, const char* then) const {
+        multiply(linear, panel, then, [&](i64 row, i64 count, const float* products) {
+            for (i64 node = 0; node < panel.count; ++node) {
+                std::memcpy(pass.branch + node * pass.stream_stride + row, products + node * TILE,
+                            static_cast<std::size_t>(count) * sizeof(float));
+            }
+        });
+    }
+
+    void gate_and_up(const Layer& layer, const Panel& panel) const {
+        const char* const then = begin_of(layer.down);
+        const auto keep_gated = [&](i64 row, i64 count, const float* gate, const float* up) {
+            for (i64 node = 0; node < panel.count; ++node) {
+                float* const to = pass.gated + node * pass.gated_stride + row;
+                float activated[TILE];
+                for (i64 r = 0; r < TILE; r += W) store(activated + r, activate(layer.activation, load(gate + node * TILE + r)));
+                if (up != nullptr) {
+                    for (i64 r = 0; r < count; ++r) activated[r] *= up[node * TILE + r];
+                }
+                std::memcpy(to, activated, static_cast<std::size_t>(count) * sizeof(float));
+            }
+        };
+        if (!layer.gate.weight.given()) {
+            multiply(layer.up, panel, then,
+                     [&](i64 row, i64 count, const float* products) { keep_gated(row, count, products, nullptr); });
+            return;
+        }
+        const auto [begin, end] = part(num_tiles(layer.gate));
+        if (begin == end) return;
+        const i64 last = smaller(end * TILE, layer.gate.weight.rows);
+        Ahead of_gate(address(layer.gate.weight, begin * TILE), address(layer.gate.weight, last), then);
+        Ahead of_up(address(layer.up.weight, begin * TILE), address(layer.up.weight, last), then + Ahead::BYTES);
+        float* const up = bench.tiles + MAX_ROWS * TILE;
+        for (i64 tile = begin; tile < end; ++tile) {
+            multiply_tile(layer.gate, tile, panel, bench.tiles, &of_gate);
+            multiply_tile(layer.up, tile, panel, up, &of_up);
+            keep_gated(tile * TILE, smaller(TILE, layer.gate.weight.rows - tile * TILE), bench.tiles, up);
+        }
+    }
+
+    void run_layer(i64 index) const {
+        const Layer& layer = model.layers[static_cast<std::size_t>(index)];
+        const i64 count = pass.num_rows, attended_width = layer.num_heads * layer.head_dim;
+        keep_hidden(index, nullptr);
+        project(layer, normalised(layer.input_norm, count, nullptr));
+        wait();
+        prepare(layer, index);
+        wait();
+        attend_all(layer, index);
+        wait();
+        const Panel attended = arranged(pass.attended, pass.attended_stride, attended_width);
+        const char* const mlp = begin_of(layer.gate.weight.given() ? layer.gate : layer.up);
+        if (layer.parallel) {
+            leave_branch(layer.output, attended, mlp);
+            gate_and_up(layer, normalised(layer.mlp_norm, count, nullptr));
+        } else {
+            add_branch(layer.output, attended, layer.attended_norm, nullptr, mlp);
+            wait();
+            gate_and_up(layer, normalised(layer.mlp_norm, count, nullptr));
+        }
+        wait();
+        const bool last = static_cast<std::size_t>(index) + 1 == model.layers.size();
+        const Linear& next = last ? model.head : model.layers[static_cast<std::size_t>(index) + 1].projections[0];
+        add_branch(layer.down, arranged(pass.gated, pass.gated_stride, layer.down.weight.columns),
+                   layer.mlp_output_norm, layer.parallel ? pass.branch : nullptr, begin_of(next));
+        wait();
+    }
+
+    void run_head() const {
+        keep_hidden(static_cast<i64>(model.layers.size()), &model.final_norm);
+        if (pass.num_wanted == 0) return;
+        const i64 vocab = model.head.weight.rows;
+        const Panel panel = normalised(model.final_norm, pass.num_wanted, pass.wanted);
+        multiply(model.head, panel, nullptr, [&](i64 row, i64 count, const float* products) {
+            for (i64 node = 0; node < panel.count; ++node) {
+                float logits[TILE];
+                std::memcpy(logits, products + node * TILE, sizeof(logits));
+                for (i64 r = 0; r < count; ++r) logits[r] *= model.logit_scale;
+                if (model.logit_softcap != 0.0f) {
+                    for (i64 r = 0; r < TILE; r += W) {
+                        const Float capped = hyperbolic_tangent(load(logits + r) * (1.0f / model.logit_softcap));
+                        store(logits + r, capped * model.logit_softcap);
+                    }
+                }
+                narrow_row(logits, count, call.logits_type, call.logits, pass.logit_rows[node] * vocab + row);
+            }
+        });
+    }
+
+    void run() const {
+        embed();
+        wait();
+        for (i64 index = 0; index < static_cast<i64>(model.layers.size()); ++index) run_layer(index);
+        run_head();
+    }
+};
+
+}  // namespace
+}  // namespace sequoia::forward

@@ -1,0 +1,426 @@
+"""The native forward on a CPU: a model described as data, and one C++ call a forward on the model's own weights.
+
+A family is a `Family`: where its layers, norms and projections are. What a layer computes beyond that is read from the
+modules and from the layer's probed attention call, never from a configuration's names alone. A description that leaves
+a parameter of the model out is refused, and `adapt` compares the logits with the modules' own before it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import environ
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from sequoia_kernels import _host
+from sequoia_kernels.models.attention_probe import LayerCall
+from sequoia_kernels.models.cache import TreeCache
+from sequoia_kernels.models.families import family_name, foreign_code
+from sequoia_kernels.models.switch import each_module
+from sequoia_kernels.models.tree_step import TreeStep
+
+__all__ = ["INSTRUCTION_SET_VARIABLE", "NATIVE_FAMILIES", "Family", "NativeForward", "NotNativeError"]
+
+# Names one of `_host.forward_instruction_sets()` to take instead of the best that the CPU has.
+INSTRUCTION_SET_VARIABLE = "SEQUOIA_HOST_ISA"
+
+# Codes shared with csrc/host/rows.h and csrc/host/forward/model.h.
+_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_RMS_NORM, _LAYER_NORM = 1, 2
+_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    F.silu,
+    lambda x: F.gelu(x, approximate="tanh"),
+    F.gelu,
+    F.relu,
+    lambda x: F.relu(x).square(),
+)
+
+
+class NotNativeError(Exception):
+    """Why a model's forward cannot be a native one."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps what a forward is made of: dotted names of modules, "" for what it does not have.
+
+    Names from `input_norm` on are those in a layer; so is `attention`.
+    """
+
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    positions: str = ""  # table of learned positions
+    final_norm: str = "model.norm"
+    rotary: str = "model.rotary_emb"
+    attention: str = "self_attn"
+    input_norm: str = "input_layernorm"
+    projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    interleaved: bool = False  # one projection, each head's query, key and value side by side
+    query_norm: str = ""
+    key_norm: str = ""
+    norms_whole_rows: bool = False  # over all heads at once
+    output: str = "self_attn.o_proj"
+    attended_norm: str = ""  # of what the attention adds to the residual stream
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_output_norm: str = ""
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"  # where it is the gate's name, one projection of both, the gate in front
+    down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
+    norm_offset: float = 0.0  # added to the weights of RMS norms
+    parallel: bool | str = False  # MLP and attention read the same; or the layer's attribute that says so
+    multipliers: bool = False  # Granite's, of embeddings, residuals and logits
+
+
+_LLAMA = Family()
+_GEMMA = Family(norm_offset=1.0)
+_GEMMA2 = replace(
+    _GEMMA, attended_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
+    mlp_output_norm="post_feedforward_layernorm",
+)  # fmt: skip
+_HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+
+# By `config.model_type`.
+NATIVE_FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "smollm3": _LLAMA,
+    "qwen3": replace(_LLAMA, **_HEAD_NORMS),
+    "granite": replace(_LLAMA, multipliers=True),
+    "phi3": replace(_LLAMA, projections=("self_attn.qkv_proj",), gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
+                    activation="mlp.activation_fn"),
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, **_HEAD_NORMS),
+    "olmo2": replace(_LLAMA, input_norm="", attended_norm="post_attention_layernorm", mlp_norm="",
+                     mlp_output_norm="post_feedforward_layernorm", norms_whole_rows=True, **_HEAD_NORMS),
+    "starcoder2": replace(_LLAMA, gate="", up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act"),
+    "stablelm": replace(_LLAMA, parallel="use_parallel_residual"),
+    "phi": replace(_LLAMA, final_norm="model.final_layernorm", output="self_attn.dense", mlp_norm="input_layernorm",
+                   gate="", up="mlp.fc1", down="mlp.fc2", activation="mlp.activation_fn", parallel=True),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers", embedding="gpt_neox.embed_in", final_norm="gpt_neox.final_layer_norm",
+        rotary="gpt_neox.rotary_emb", attention="attention", projections=("attention.query_key_value",),
+        interleaved=True, output="attention.dense", gate="", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
+        activation="mlp.act", parallel="use_parallel_residual",
+    ),
+}  # fmt: skip
+
+
+class NativeForward:
+    """Forwards of one model in C++; holds the model's parameters, not the model.
+
+    Attributes:
+        instruction_set: which of the CPU's it uses.
+
+    Raises:
+        NotNativeError: the model cannot be described; the message says why.
+        ValueError: `SEQUOIA_HOST_ISA` names no instruction set of this CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, calls: Sequence[LayerCall], logits_dtype: torch.dtype) -> None:
+        if logits_dtype not in _ELEMENT_TYPES:
+            raise NotNativeError(f"its logits are {logits_dtype}")
+        described = _Description(model, calls)
+        self._tensors = described.tensors
+        self._table = torch.zeros(len(self._tensors), dtype=torch.int64)
+        self._addresses: list[int] = []
+        self._rotations = described.rotations
+        self._rotation_table = torch.zeros(max(len(self._rotations), 1), dtype=torch.int64)
+        self._caches: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
+        self._width, self._num_layers = described.fields["width"], len(calls)
+        self._vocab_size = described.vocab_size
+        self._dtype, self._logits_dtype = model.dtype, logits_dtype
+        self._forward = _host.Forward(described.fields, environ.get(INSTRUCTION_SET_VARIABLE, ""))
+        self.instruction_set: str = self._forward.instruction_set
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        last_row: torch.Tensor | None,
+        hidden_states: dict[int, torch.Tensor] | None,
+        max_positions: int | None,
+    ) -> torch.Tensor:
+        """Run one forward, whose shapes are checked; see `TreeModel.forward`. IndexError for a token out of range."""
+        batch_size, num_nodes = input_ids.shape
+        cache_rows = cache.max_cache_len
+        last_position = (cache_rows if max_positions is None else max_positions) - 1
+        self._look_up_weights()
+        for rotation in self._rotations:
+            rotation.reach(min(cache_rows, last_position + 1))
+        for number, rotation in enumerate(self._rotations):
+            self._rotation_table[number] = rotation.table.data_ptr()
+        caches = self._caches.get(cache)
+        if caches is None:
+            caches = torch.tensor([tensor.data_ptr() for tensor in cache.tensors()], dtype=torch.int64)
+            self._caches[cache] = caches
+        rows = num_nodes if last_row is None else 1
+        logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype)
+        hidden, kept = None, {}
+        if hidden_states:
+            kept = {number: torch.empty(batch_size, num_nodes, self._width) for number in hidden_states}
+            addresses = [kept[number].data_ptr() if number in kept else 0 for number in range(self._num_layers + 1)]
+            hidden = torch.tensor(addresses, dtype=torch.int64)
+        mask = step.tree_mask.contiguous()
+        # Kept by name until the call is over: a copy would be freed, and its memory be another tensor's.
+        tokens, lens = input_ids.contiguous(), cache_lens.contiguous()
+        wanted = None if last_row is None else last_row.contiguous()
+        self._forward.run(
+            self._table.data_ptr(), tokens.data_ptr(), step.depths.data_ptr(), step.node_ids.data_ptr(),
+            mask.data_ptr(), lens.data_ptr(), batch_size, num_nodes, mask.shape[-1], mask.dim() == 3, last_position,
+            caches.data_ptr(), cache_rows, self._rotation_table.data_ptr(),
+            0 if wanted is None else wanted.data_ptr(), logits.data_ptr(), _ELEMENT_TYPES[self._logits_dtype],
+            0 if hidden is None else hidden.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if hidden_states:
+            hidden_states.update({number: states.to(self._dtype) for number, states in kept.items()})
+        return logits
+
+    def _look_up_weights(self) -> None:
+        """Find every weight where it lies now: weights may be exchanged between forwards."""
+        addresses = [owner[name].data_ptr() for owner, name, _ in self._tensors]
+        if addresses == self._addresses:
+            return
+        for owner, name, described in self._tensors:
+            if _form(owner[name]) != described:
+                raise ValueError(
+                    f"forward: {name} must keep its shape, dtype and layout, {described}, got {_form(owner[name])}; "
+                    "where the model was changed, make a new cache"
+                )
+        self._table = torch.tensor(addresses, dtype=torch.int64)
+        self._addresses = addresses
+
+
+def _form(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, bool]:
+    return tuple(tensor.shape), tensor.dtype, tensor.is_contiguous() and tensor.is_cpu
+
+
+class _Rotation:
+    """Cosines and sines of one rotary embedding, [positions, dims]: those of dims / 2 frequencies, one after the other."""
+
+    def __init__(self, module: nn.Module, layer_type: str | None) -> None:
+        self.module, self.layer_type = module, layer_type
+        self.table = torch.empty(0)
+        self.reach(1)
+        self.dims = self.table.shape[1]
+
+    def reach(self, num_positions: int) -> None:
+        """Make the table at least so long."""
+        if num_positions <= self.table.shape[0]:
+            return
+        positions = torch.arange(num_positions)[None]
+        arguments = (positions,) if self.layer_type is None else (positions, self.layer_type)
+        with torch.inference_mode(False), torch.no_grad():
+            cosines, sines = self.module(torch.zeros(1, 1, 1), *arguments)
+            half = cosines.shape[-1] // 2
+            if not (torch.equal(cosines[..., :half], cosines[..., half:]) and cosines.dtype == torch.float32):
+                raise NotNativeError("its rotary embedding does not rotate the two halves of a head")
+            self.table = torch.cat((cosines[0, :, :half], sines[0, :, :half]), 1).contiguous()
+
+
+class _Description:
+    """Builds what `_host.Forward` takes, with the list of tensors that it numbers."""
+
+    def __init__(self, model: PreTrainedModel, calls: Sequence[LayerCall]) -> None:
+        family = NATIVE_FAMILIES.get(family_name(model))
+        if family is None:
+            raise NotNativeError(f"family {family_name(model)} has no description")
+        _check_code(model)
+        self.model, self.family = model, family
+        self.tensors: list[tuple[dict[str, Any], str, Any]] = []
+        self._numbers: dict[int, int] = {}  # by id of the tensor
+        self.rotations: list[_Rotation] = []
+        self._rotation_numbers: dict[str | None, int] = {}
+        self.fields = self._model_fields(calls)
+        left = sum(id(weight) not in self._numbers for weight in model.parameters())
+        if left:
+            raise NotNativeError(f"{left} of its parameters have no place in the family's description")
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.fields["head"][0][2])
+
+    # ---- parts ----
+
+    def _matrix(self, module: nn.Module, name: str, first: int = 0, rows: int | None = None) -> Any:
+        """Rows of a weight, or a vector as a matrix of one row."""
+        weight = module._parameters.get(name)
+        if weight is None:
+            return None
+        if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.dtype not in _ELEMENT_TYPES:
+            raise NotNativeError(f"a weight is a {type(weight).__name__} of {weight.dtype} on {weight.device}")
+        if not weight.is_contiguous():
+            raise NotNativeError("a weight is not laid out row by row")
+        number = self._numbers.get(id(weight))
+        if number is None:
+            number = self._numbers[id(weight)] = len(self.tensors)
+            self.tensors.append((module._parameters, name, _form(weight)))
+        height, width = (1, weight.shape[0]) if weight.dim() == 1 else weight.shape
+        return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype])
+
+    def _linear(self, module: nn.Module, first: int = 0, rows: int | None = None) -> Any:
+        if type(module) is not nn.Linear:
+            raise NotNativeError(f"a layer is a {type(module).__name__}, not torch's Linear")
+        bias = self._matrix(module, "bias")
+        if bias is not None and rows is not None:
+            raise NotNativeError("projections that are split have biases")
+        return self._matrix(module, "weight", first, rows), bias
+
+    def _norm(self, owner: nn.Module, name: str) -> Any:
+        module = _part(owner, name)
+        if module is None:
+            return None
+        if type(module) is nn.LayerNorm:
+            if len(module.normalized_shape) != 1:
+                raise NotNativeError("a norm is not over one dimension")
+            return _LAYER_NORM, self._matrix(module, "weight"), self._matrix(module, "bias"), module.eps, 0.0
+        if not type(module).__name__.endswith("RMSNorm"):
+            raise NotNativeError(f"a norm is a {type(module).__name__}")
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if eps is None:
+            raise NotNativeError(f"{type(module).__name__} names no epsilon")
+        return _RMS_NORM, self._matrix(module, "weight"), None, float(eps), self.family.norm_offset
+
+    # ---- the model and its layers ----
+
+    def _model_fields(self, calls: Sequence[LayerCall]) -> dict[str, Any]:
+        model, family, config = self.model, self.family, self.model.config
+        embedding = _part(model, family.embedding)
+        layers = _part(model, family.layers)
+        if layers is None or len(layers) != len(calls):
+            raise NotNativeError("its layers are not where the family's are")
+        scale = getattr(embedding, "embed_scale", None)
+        cap = getattr(config, "final_logit_softcapping", None)
+        fields: dict[str, Any] = {
+            "width": embedding.embedding_dim,
+            "embedding": self._matrix(embedding, "weight"),
+            "positions": None,
+            "position_offset": 0,
+            # In the embedding's dtype, as the module multiplies.
+            "embedding_scale": 1.0 if scale is None else float(torch.as_tensor(scale).to(embedding.weight.dtype)),
+            "residual_scale": 1.0,
+            "final_norm": self._norm(model, family.final_norm),
+            "head": self._linear(model.get_output_embeddings()),
+            "logit_scale": 1.0,
+            "logit_softcap": float(cap or 0.0),
+        }
+        if family.multipliers:
+            fields["embedding_scale"] = float(config.embedding_multiplier)
+            fields["residual_scale"] = float(config.residual_multiplier)
+            fields["logit_scale"] = 1.0 / float(config.logits_scaling)
+        fields["layers"] = [self._layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
+        fields["rotation_dims"] = [rotation.dims for rotation in self.rotations]
+        return fields
+
+    def _layer(self, layer: nn.Module, call: LayerCall) -> dict[str, Any]:
+        family, spec = self.family, call.spec
+        attention = _part(layer, family.attention)
+        if call.has_sinks:
+            raise NotNativeError("its attention has sinks")
+        if spec.key_dim != spec.value_dim or spec.dtype not in _ELEMENT_TYPES:
+            raise NotNativeError("its keys and values differ in width, or are of another dtype than weights")
+        d, num_heads, num_kv_heads = spec.key_dim, call.num_heads, spec.num_kv_heads
+        query_width, kv_width = num_heads * d, num_kv_heads * d
+        if family.interleaved:
+            if num_heads != num_kv_heads:
+                raise NotNativeError("its heads share keys")
+            heads = {"queries": (0, 3 * d), "keys": (d, 3 * d), "values": (2 * d, 3 * d)}
+        else:
+            heads = {"queries": (0, d), "keys": (query_width, d), "values": (query_width + kv_width, d)}
+        rotation = self._rotation(attention, call.layer_idx or 0)
+        parallel = getattr(layer, family.parallel) if isinstance(family.parallel, str) else family.parallel
+        up = _part(layer, family.up)
+        gate = _part(layer, family.gate)
+        if gate is not None and gate is up:
+            inner = gate.out_features // 2
+            linears = self._linear(gate, 0, inner), self._linear(up, inner, inner)
+        else:
+            linears = None if gate is None else self._linear(gate), self._linear(up)
+        mlp_norm = family.mlp_norm
+        if mlp_norm and parallel and _part(layer, mlp_norm) is None:  # StableLM: one norm for both
+            mlp_norm = family.input_norm
+        return {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": d,
+            "scale": d**-0.5 if call.scale is None else call.scale,
+            "softcap": call.softcap or 0.0,
+            "window": spec.window or 0,
+            "rotation": rotation,
+            "rotated_dims": self.rotations[rotation].dims if rotation >= 0 else 0,
+            "parallel": bool(parallel),
+            "norms_whole_rows": family.norms_whole_rows,
+            "input_norm": self._norm(layer, family.input_norm),
+            "query_norm": self._norm(layer, family.query_norm),
+            "key_norm": self._norm(layer, family.key_norm),
+            "attended_norm": self._norm(layer, family.attended_norm),
+            "mlp_norm": self._norm(layer, mlp_norm),
+            "mlp_output_norm": self._norm(layer, family.mlp_output_norm),
+            "projections": [self._linear(_part(layer, name)) for name in family.projections],
+            **heads,
+            "output": self._linear(_part(layer, family.output)),
+            "gate": linears[0],
+            "up": linears[1],
+            "down": self._linear(_part(layer, family.down)),
+            "activation": _activation(_part(layer, family.activation)),
+            "cache_type": _ELEMENT_TYPES[spec.dtype],
+        }
+
+    def _rotation(self, attention: nn.Module, index: int) -> int:
+        """Number of a layer's rotary table, -1 where the layer does not rotate."""
+        if not getattr(attention, "use_rope", True):
+            return -1
+        module = _part(self.model, self.family.rotary)
+        layer_type = None
+        if "layer_type" in inspect.signature(module.forward).parameters:
+            layer_type = self.model.config.layer_types[index]
+        if layer_type not in self._rotation_numbers:
+            self._rotation_numbers[layer_type] = len(self.rotations)
+            self.rotations.append(_Rotation(module, layer_type))
+        return self._rotation_numbers[layer_type]
+
+
+def _part(owner: nn.Module, name: str) -> Any:
+    """Return a module, or what stands in a module's place, by its dotted name; None where there is none."""
+    part: Any = owner
+    for word in name.split(".") if name else ("",):
+        part = getattr(part, word, None) if word else None
+    return part
+
+
+def _activation(function: Any) -> int:
+    """Tell an activation by what it computes."""
+    points = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64)
+    with torch.no_grad():
+        values = function(points)
+        for code, known in enumerate(_ACTIVATIONS):
+            if torch.allclose(values, known(points), rtol=0.0, atol=1e-6):
+                return code
+    raise NotNativeError(f"its activation is {function!r}")
+
+
+def _check_code(model: PreTrainedModel) -> None:
+    """Refuse a model in which something else than its family's own code would run."""
+    if torch.is_autocast_enabled("cpu"):
+        raise NotNativeError("autocast is on")
+    foreign = foreign_code(model)
+    if foreign is not None:
+        raise NotNativeError(f"{foreign} is not transformers' own")
+    for module in each_module(model):
+        kind = type(module).__name__
+        if module._forward_pre_hooks or module._forward_hooks:
+            raise NotNativeError(f"a {kind} has a forward hook")
+        if "forward" in module.__dict__:
+            raise NotNativeError(f"a {kind} has a forward of its own")
+

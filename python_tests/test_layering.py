@@ -46,7 +46,7 @@ ALLOWED = {
     "tree": {"errors", "documents", "checks"},
     "ops": SHARED | NATIVE | {"tree"},
     "planner": {"errors", "documents", "checks", "fingerprints", "tree", "_host"},
-    "models": SHARED | {"tree", "ops"},
+    "models": SHARED | {"tree", "ops", "_host"},
     "offload": SHARED | {"tree", "ops", "models"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.

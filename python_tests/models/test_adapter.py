@@ -1,4 +1,4 @@
-"""Tree forwards of adapted models against plain sequential decoding of the same models."""
+"""Tree forwards of adapted models, by their modules, against plain sequential decoding of the same models."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from support.sequential import depths, packed_mask, tree_logits
 from support.tiny_families import FAMILIES, VOCAB, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sequoia_kernels.models as models
 import sequoia_kernels.models.adapter as adapter
 import sequoia_kernels.models.attention as attention
 import sequoia_kernels.models.cache as cache_module
 import sequoia_kernels.models.switch as switch
 from sequoia_kernels import guard
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models import TreeCache, TreeModel, TreeStep, adapt, causal_step, prefill
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep, causal_step, prefill
 from sequoia_kernels.models.families import PROVEN_FAMILIES, cache_argument
 
 # Branches at every level but the last, single children, and a path longer than the families' window of 4.
@@ -27,6 +28,11 @@ PARENTS = [-1, 0, 0, 0, 1, 1, 2, 4, 4, 7, 9]
 SMALL_PARENTS = [-1, 0, 0, 1, 3]
 # Two float32 computations of logits of order 1, which differ in the order of their sums only.
 TOLERANCE = 3e-5
+
+
+def adapt(model: Any, **settings: Any) -> TreeModel:
+    """Adapt a model whose own modules run, as they do where no native forward can."""
+    return models.adapt(model, **{"forward": "modules"} | settings)
 
 
 def tree_step(parents: list[int], nodes: list[int] | None = None) -> TreeStep:

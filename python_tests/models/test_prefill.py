@@ -51,7 +51,7 @@ def test_last_logits_of_ragged_prompts(family: str, keeps_logits: bool, chunk_ro
 
 def test_one_prompt_keeps_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_model("llama")
-    model = adapt(plain)
+    model = adapt(plain, forward="modules")
     cache = model.new_cache(1, 40)
     rows = []
     plain.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(tuple(inputs[0].shape)))

@@ -269,6 +269,7 @@ def _profile_key(target: TreeModel, draft: DraftSource, context_len: int) -> dic
         "draft": draft.fingerprint.key,
         "modules": [_modules(model) for model in (target, *draft.models)],
         "compile": [model.compile_mode for model in (target, *draft.models)],
+        "forward": [model.runs for model in (target, *draft.models)],
         "context": context_len,
         **_attentions(target, *draft.models),
         **_source(draft),

@@ -22,12 +22,13 @@ from sequoia_kernels import (
     HardwareProfile,
     TokenTree,
     TreePlan,
+    _host,
     cli,
     estimate_acceptance,
     generate,
 )
 from sequoia_kernels.measure import measure_microbenchmarks
-from sequoia_kernels.models import load_model
+from sequoia_kernels.models import load_model, native
 from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, ModelFingerprint
 
 VOCAB = 256
@@ -205,8 +206,24 @@ def test_doctor_lists_backends_and_reasons(capsys):
     assert all(entry["works"] == (entry["reason"] is None) for entry in entries)
     if not torch.cuda.is_available():
         assert not all(entry["works"] for entry in entries)
+    assert report["native_forwards"] == _host.forward_instruction_sets() and report["models"] == {}
     assert cli.main(["doctor"]) == 0
-    assert "tree_attention" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tree_attention" in shown and f"native forwards on this CPU: {report['native_forwards'][0]}" in shown
+
+
+def test_doctor_says_what_runs_a_models_forwards(pair, capsys, monkeypatch):
+    target = pair[pair.index("--target") + 1]
+    status, report = run_json(capsys, "doctor", target)
+    assert status == 0 and report["models"] == {target: ["native", ""]}
+    monkeypatch.setitem(native.NATIVE_FAMILIES, "llama", None)
+    status, report = run_json(capsys, "doctor", target)
+    assert report["models"] == {target: ["modules", "family llama has no description"]}
+    monkeypatch.setenv("SEQUOIA_HOST_ISA", "portable")
+    assert run_json(capsys, "doctor")[1]["native_forwards"][0] == "portable"
+    monkeypatch.setenv("SEQUOIA_HOST_ISA", "mmx")
+    assert cli.main(["doctor"]) == 2
+    assert "SEQUOIA_HOST_ISA must be one of" in capsys.readouterr().err
 
 
 BAD_CALLS = {

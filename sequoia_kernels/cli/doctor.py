@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,10 @@ from sequoia_kernels.version import __version__
 
 
 def add(commands: Any) -> None:
-    add_command(commands, "doctor", run, "Say what is installed, which backends work here, and why others do not.")
+    parser = add_command(
+        commands, "doctor", run, "Say what is installed, which backends work here, and why others do not."
+    )
+    parser.add_argument("models", nargs="*", help="folders or hub ids: say what runs these models' forwards, too")
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -31,6 +35,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         except ImportError as error:
             modules[module] = str(error)
     report = backend_report()
+    forwards = [] if modules["_host"] is not None else _native_forwards()
+    models = {name: _forward_of(name) for name in args.models}
     healthy = modules["_host"] is None and all(None in reasons.values() for reasons in report.values())
     document = {
         "version": __version__,
@@ -39,6 +45,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         "cuda_devices": devices,
         "modules": _verdicts(modules),
         "backends": {op: _verdicts(reasons) for op, reasons in report.items()},
+        "native_forwards": forwards,
+        "models": models,
         "healthy": healthy,
     }
 
@@ -55,6 +63,10 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             for name, reason in reasons.items()
         ]
         terminal.table(columns, rows, "backends", left=columns)
+        if forwards:
+            terminal.out.print(f"native forwards on this CPU: {forwards[0]} (of {', '.join(forwards)})")
+        for name, (runs, reason) in models.items():
+            terminal.out.print(f"{name}: {runs} forwards" + (f", since {reason}" if reason else ""))
         if modules["_host"] is not None:
             terminal.out.print("Build the host module with `pip install .` from a checkout; it needs a C++17 compiler.")
         if modules["_cuda"] is not None:
@@ -66,6 +78,23 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _verdicts(reasons: Mapping[str, str | None]) -> dict[str, dict[str, Any]]:
     return {name: {"works": reason is None, "reason": reason} for name, reason in reasons.items()}
+
+
+def _native_forwards() -> list[str]:
+    """Instruction sets that native forwards can use here, the one that they do use first."""
+    from sequoia_kernels import _host
+    from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE
+
+    chosen = _host.forward_instruction_set(os.environ.get(INSTRUCTION_SET_VARIABLE, ""))
+    return [chosen, *(name for name in _host.forward_instruction_sets() if name != chosen)]
+
+
+def _forward_of(name: str) -> tuple[str, str]:
+    """What runs a model's forwards on a CPU, and why they are not native."""
+    from sequoia_kernels.models import adapt, load_model
+
+    model = adapt(load_model(name))
+    return model.runs, model.not_native
 
 
 def _version_of(package: str) -> str | None:

@@ -119,10 +119,12 @@ def adapt(
         A forward of four tokens, once a model and whenever something has changed that its forward depends on, finds
         every layer's shape and attention window. Families that the package's tests do not cover, and models with an
         attention function, a forward or a hook that is not transformers' own, are also compared with their own plain
-        forward on a small tree (three more short forwards), and a native forward with the modules' (two). Forwards of one model, and of models that share layers,
-        take turns between threads; while one runs, other threads must not call the model itself: they would meet the
-        tree's attention function, which raises for want of a step. Soft-caps and sinks are always applied; some
-        versions of transformers drop Gemma 2's soft-cap under "sdpa" attention.
+        forward on a small tree (three more short forwards), and native forwards with the modules' (two). Forwards of
+        one model, and of models that share layers, take turns between threads; while the modules run, other threads
+        must not call the model itself: they would meet the tree's attention function, which raises for want of a step.
+        Soft-caps and sinks are always applied; some versions of transformers drop Gemma 2's soft-cap under "sdpa"
+        attention. Native logits of a node are the same bits whatever else is fed, so a tree's greedy text is plain
+        decoding's in every dtype.
 
         Compiling takes its time (about a minute for a deep model) for every number of rows that a step feeds, so it
         pays for trees that are used for long.
@@ -593,7 +595,7 @@ def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerC
 
 
 def _checked_calls(model: PreTrainedModel, probed: list[LayerCall]) -> list[LayerCall]:
-    """Return the layers' calls in the order of the layers; UnsupportedModelError where trees cannot take their place."""
+    """Return the calls in the order of the layers; UnsupportedModelError where tree attention cannot stand in."""
     refusal = f"adapt: family {family_name(model)} cannot decode trees: "
     for call in probed:
         if call.problem is not None:
@@ -661,7 +663,7 @@ def _with_native_forward(model: PreTrainedModel, plan: _ModelPlan, calls: list[L
 
 
 def _native_error(model: PreTrainedModel, plan: _ModelPlan, native: NativeForward) -> tuple[float, float]:
-    """Return how far native logits are from the modules' along a small tree behind a few tokens, and what is allowed."""
+    """Return how far native logits are from the modules' along a small tree, and how far they may be."""
     chain = TokenTree.chain(_CHECK_PREFIX).parents
     tree = TokenTree([*chain, *(_CHECK_PREFIX - 1 + (parent + 1) for parent in _CHECK_TREE.parents)])
     tokens = torch.tensor([_sample_tokens(model, tree.num_nodes)])

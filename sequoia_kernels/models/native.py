@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from sequoia_kernels import _host
+import sequoia_kernels._host as _host
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.families import family_name, foreign_code
@@ -85,7 +85,7 @@ _GEMMA2 = replace(
     _GEMMA, attended_norm="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
 )  # fmt: skip
-_HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_QWEN3 = replace(_LLAMA, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 
 # By `config.model_type`.
 NATIVE_FAMILIES: dict[str, Family] = {
@@ -93,15 +93,15 @@ NATIVE_FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "smollm3": _LLAMA,
-    "qwen3": replace(_LLAMA, **_HEAD_NORMS),
+    "qwen3": _QWEN3,
     "granite": replace(_LLAMA, multipliers=True),
     "phi3": replace(_LLAMA, projections=("self_attn.qkv_proj",), gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
                     activation="mlp.activation_fn"),
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(_GEMMA2, **_HEAD_NORMS),
-    "olmo2": replace(_LLAMA, input_norm="", attended_norm="post_attention_layernorm", mlp_norm="",
-                     mlp_output_norm="post_feedforward_layernorm", norms_whole_rows=True, **_HEAD_NORMS),
+    "gemma3_text": replace(_GEMMA2, query_norm=_QWEN3.query_norm, key_norm=_QWEN3.key_norm),
+    "olmo2": replace(_QWEN3, input_norm="", attended_norm="post_attention_layernorm", mlp_norm="",
+                     mlp_output_norm="post_feedforward_layernorm", norms_whole_rows=True),
     "starcoder2": replace(_LLAMA, gate="", up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act"),
     "stablelm": replace(_LLAMA, parallel="use_parallel_residual"),
     "phi": replace(_LLAMA, final_norm="model.final_layernorm", output="self_attn.dense", mlp_norm="input_layernorm",
@@ -207,7 +207,7 @@ def _form(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, bool]:
 
 
 class _Rotation:
-    """Cosines and sines of one rotary embedding, [positions, dims]: those of dims / 2 frequencies, one after the other."""
+    """Cosines and sines of one rotary embedding, [positions, dims]: first the cosines of dims / 2 frequencies."""
 
     def __init__(self, module: nn.Module, layer_type: str | None) -> None:
         self.module, self.layer_type = module, layer_type
@@ -423,4 +423,3 @@ def _check_code(model: PreTrainedModel) -> None:
             raise NotNativeError(f"a {kind} has a forward hook")
         if "forward" in module.__dict__:
             raise NotNativeError(f"a {kind} has a forward of its own")
-

@@ -453,6 +453,7 @@ class Forward {
                                 memory.mixed.reserve(ROW_BLOCK * whole_vectors(head_dim_))});
         }
         pass.benches = benches_.data();
+        pass.num_threads = num_threads;
         pass.team = &shared_team();
         struct Argument {
             const Pass* pass;
@@ -549,6 +550,9 @@ void bind_forward(py::module_& module) {
         }
         return names;
     }, "Names of the instruction sets that this CPU can run, the best first.");
+    module.def("forward_instruction_set", [](const std::string& name) {
+        return std::string(sequoia::forward::choose_instruction_set(name).name);
+    }, py::arg("name"), "The one that forwards use: the named one, or the best for an empty name. ValueError if it is none.");
     module.def("stop_forward_threads", [] { sequoia::forward::shared_team().stop(); }, py::call_guard<py::gil_scoped_release>(),
                "End the threads of forwards; the next forward starts them again.");
 }

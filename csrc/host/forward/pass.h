@@ -48,7 +48,8 @@ struct Pass {
     std::int64_t num_wanted;
     float *stream, *branch, *projected, *attended, *gated;  // [MAX_ROWS, stride of each]
     std::int64_t stream_stride, projected_stride, attended_stride, gated_stride, scores_stride;
-    const Bench* benches;
+    const Bench* benches;  // [num_threads]
+    int num_threads;
     Team* team;
 };
 

@@ -54,7 +54,6 @@ Shared& current() {
 }  // namespace
 
 void Team::run(int size, Job job, void* argument) {
-    size_ = size;
     if (size == 1) return job(argument, 0);
     job_ = job;
     argument_ = argument;
@@ -64,13 +63,13 @@ void Team::run(int size, Job job, void* argument) {
     }
     begin(size);
     job(argument, 0);
-    barrier();
+    barrier(size);
 }
 
-void Team::barrier() {
-    if (size_ == 1) return;
+void Team::barrier(int size) {
+    if (size == 1) return;
     const unsigned phase = phase_.load(std::memory_order_acquire);
-    if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
         num_arrived_.store(0, std::memory_order_relaxed);
         phase_.store(phase + 1, std::memory_order_release);
         return;
@@ -121,7 +120,7 @@ void Team::serve(int thread, std::uint64_t seen) {
         if (size == 0) return;
         if (thread >= size) continue;
         job_(argument_, thread);
-        barrier();
+        barrier(size);
     }
 }
 

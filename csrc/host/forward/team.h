@@ -21,10 +21,9 @@ class Team {
     using Job = void (*)(void* argument, int thread);
     void run(int size, Job job, void* argument);
 
-    // Of the job that runs.
-    int size() const { return size_; }
-    // Returns when all threads of the job have come here; what they wrote before is seen by all.
-    void barrier();
+    // Returns when all `size` threads of the job have come here; what they wrote before is seen by all. The size is the
+    // caller's own number: a thread may still be on its way out of here when the next job, of another size, begins.
+    void barrier(int size);
 
     // Ends the members. The next job starts new ones.
     void stop();
@@ -36,7 +35,6 @@ class Team {
     void begin(int size);
 
     std::vector<std::thread> members_;
-    int size_ = 1;
     Job job_ = nullptr;
     void* argument_ = nullptr;
     std::mutex mutex_;

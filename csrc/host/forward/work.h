@@ -27,10 +27,10 @@ struct Worker {
 
     Worker(const Pass& shared, int number)
         : pass(shared), model(*shared.model), call(*shared.call), bench(shared.benches[number]), thread(number),
-          threads(shared.team->size()) {}
+          threads(shared.num_threads) {}
 
     Part part(i64 count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
-    void wait() const { pass.team->barrier(); }
+    void wait() const { pass.team->barrier(threads); }
 
     const char* address(const Matrix& matrix, i64 row) const {
         return reinterpret_cast<const char*>(call.tensors[matrix.tensor]) +

@@ -39,6 +39,8 @@ namespace {
 constexpr std::int64_t TILE = 16;
 constexpr std::int64_t MAX_HEAD_DIM = 512;
 constexpr int WORD_BITS = 32;
+// Products of rows and weights for which a further thread is woken: with less its share takes no longer than the barriers.
+constexpr std::int64_t PRODUCTS_A_THREAD = 2'000'000;
 
 // ---- instruction sets ----
 
@@ -335,11 +337,13 @@ class Forward {
             projected = std::max(projected, rows);
             attended = std::max(attended, layer.num_heads * layer.head_dim);
             inner = std::max(inner, layer.down.weight.columns);
+            num_weights_ += (rows + attended) * model_.width + 2 * inner * model_.width;
             head_dim_ = std::max(head_dim_, layer.head_dim);
             const auto known = std::find(windows_.begin(), windows_.end(), layer.window);
             window_of_layer_.push_back(static_cast<int>(known - windows_.begin()));
             if (known == windows_.end()) windows_.push_back(layer.window);
         }
+        num_weights_ += model_.head.weight.rows * model_.width;
         stream_stride_ = whole_vectors(std::max({model_.width, attended, projected}));
         projected_stride_ = whole_vectors(projected);
         attended_stride_ = whole_vectors(attended);
@@ -385,6 +389,9 @@ class Forward {
 
     void run(const Call& call, int num_threads) {
         const std::lock_guard<std::mutex> lock(busy_);
+        const std::int64_t rows = std::min(MAX_ROWS, call.num_rows());
+        num_threads = static_cast<int>(
+            std::clamp<std::int64_t>(rows * num_weights_ / PRODUCTS_A_THREAD, 1, num_threads));
         for (std::int64_t first = 0; first < call.num_rows(); first += MAX_ROWS) {
             run_pass(call, first, std::min(MAX_ROWS, call.num_rows() - first), num_threads);
         }
@@ -478,7 +485,7 @@ class Forward {
     std::vector<std::int64_t> windows_;
     std::vector<int> window_of_layer_;
     std::int64_t head_dim_ = 0, stream_stride_ = 0, projected_stride_ = 0, attended_stride_ = 0, gated_stride_ = 0;
-    std::int64_t widest_ = 0;
+    std::int64_t widest_ = 0, num_weights_ = 0;  // about
     Floats stream_, branch_, projected_, attended_, gated_;
     std::vector<BenchMemory> memory_;
     std::vector<Bench> benches_;

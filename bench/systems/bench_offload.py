@@ -156,7 +156,7 @@ def measure_stream(pair: SyntheticPair, setting: Setting, device: torch.device, 
     """Passes without compute, and forwards with it, beside the resident twin's."""
     context_len = PROMPT_TOKENS
     rows = context_len + max(setting.node_counts)
-    twin = adapt(pair.target)
+    twin = adapt(pair.target, forward="modules")  # as its layers run when they stream
     free_memory(device)
     if device.type == "cuda":
         wait_for(device)
@@ -201,7 +201,7 @@ def measure_speedup(
 ) -> dict[str, Any]:
     """The tree of the paper's size and the planner's pick over the offloaded autoregressive loop."""
     prompt = prompt_of(pair.shape, device)
-    twin, draft = adapt(pair.target), adapt(pair.draft)
+    twin, draft = adapt(pair.target, forward="modules"), adapt(pair.draft)
 
     def loop(tree: TokenTree) -> float:
         return decode(twin, draft, prompt, tree, setting.check_tokens, graphs=False)[1].tokens_per_step
@@ -254,7 +254,10 @@ def measure_twin(setting: Setting, device: torch.device) -> dict[str, Any]:
     rows = PROMPT_TOKENS + 2 * setting.tree_tokens + tree.num_nodes + 64
     with offload(pair, setting, device, setting.twin_budget, shared=False, max_cache_len=rows) as model:
         outputs = {
-            name: [decode(model_, draft_, prompt, tree_, count, graphs=False) for model_ in (model, adapt(pair.target))]
+            name: [
+                decode(model_, draft_, prompt, tree_, count, graphs=False)
+                for model_ in (model, adapt(pair.target, forward="modules"))
+            ]
             for name, draft_, tree_, count in (
                 ("tree", draft, tree, setting.tree_tokens),
                 ("plain", None, None, setting.plain_steps),

@@ -179,7 +179,7 @@ def test_outputs_equal_the_resident_twins_bit_for_bit(device, dtype, resident_la
 @pytest.mark.parametrize("host_memory", ["packed", "mapped"])
 def test_a_checkpoint_streams_from_memory_and_from_its_files(tmp_path, device, host_memory):
     tiny_model("llama", num_hidden_layers=LAYERS).save_pretrained(tmp_path, max_shard_size="20KB")
-    twin = adapt(load_model(tmp_path, device=device))
+    twin = adapt(load_model(tmp_path, device=device), forward="modules")
     with load_offloaded(tmp_path, device=device, resident_layers=1, host_memory=host_memory) as model:
         for _ in range(3):
             for left, right in zip(outputs(model, device, 60), outputs(twin, device, 60), strict=True):

@@ -46,6 +46,11 @@ def saved(
     return folder
 
 
+def by_modules(model: Any) -> TreeModel:
+    """Run a resident model as layers that stream are run, by its modules: to the same bits."""
+    return adapt(model, forward="modules")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: saved(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
@@ -83,7 +88,7 @@ def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 @pytest.mark.parametrize("host_memory", ["packed", "mapped"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_equal_their_resident_twins(folders: dict[str, Path], family: str, host_memory: str) -> None:
-    expected = adapt(load_model(folders[family]))
+    expected = by_modules(load_model(folders[family]))
     with load_offloaded(folders[family], host_memory=host_memory) as model:
         for name in ("num_parameters", "dtype", "vocab_size", "max_positions", "eos_token_ids", "num_layers"):
             assert getattr(model, name) == getattr(expected, name)
@@ -101,13 +106,13 @@ def test_any_number_of_resident_layers(llama: Path, resident_layers: int, num_bu
     link = SimulatedLink(1e6, 1e-4, VirtualClock())
     with load_offloaded(llama, resident_layers=resident_layers, num_buffers=num_buffers, link=link) as model:
         assert len(model.memory.resident) == resident_layers
-        assert_equal(run(model), run(adapt(load_model(llama))))
+        assert_equal(run(model), run(by_modules(load_model(llama))))
         assert (model.streamer is None) == (resident_layers == LAYERS)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_generation_equals_the_resident_model(llama: Path, temperature: float) -> None:
-    resident = load_model(llama)
+    resident = by_modules(load_model(llama))
     draft = tiny_model("llama", seed=3, num_hidden_layers=1)
     prompts = torch.tensor([[5, 9, 11, 2], [0, 0, 7, 8]])
     arguments: dict[str, Any] = {
@@ -144,7 +149,7 @@ def test_dtypes(tmp_path: Path, host_memory: str, stored: torch.dtype, wanted: t
     folder = saved(tmp_path, "gemma2", dtype=stored)
     with load_offloaded(folder, dtype=wanted, resident_layers=1, host_memory=host_memory) as model:
         assert model.dtype == (wanted or stored)
-        assert_equal(run(model), run(adapt(load_model(folder, dtype=wanted))))
+        assert_equal(run(model), run(by_modules(load_model(folder, dtype=wanted))))
 
 
 def test_a_single_file_and_a_base_model_without_its_head(tmp_path: Path) -> None:
@@ -155,7 +160,7 @@ def test_a_single_file_and_a_base_model_without_its_head(tmp_path: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     with load_offloaded(tmp_path) as model:
-        assert_equal(run(model), run(adapt(load_model(tmp_path))))
+        assert_equal(run(model), run(by_modules(load_model(tmp_path))))
 
 
 def test_untied_embeddings_that_the_configuration_ties_are_stored_once(folders: dict[str, Path]) -> None:
@@ -175,7 +180,7 @@ def test_a_long_prompt_takes_one_pass_over_the_weights(
     folder = saved(tmp_path, family)
     link = SimulatedLink(1e6)
     with load_offloaded(folder, resident_layers=2, link=link) as model:
-        expected = run(adapt(load_model(folder)), prompt_len=60)
+        expected = run(by_modules(load_model(folder)), prompt_len=60)
         assert model.streamer is not None
         for inference in (False, True):
             before = model.streamer.num_copies
@@ -190,7 +195,7 @@ def test_a_pass_holds_a_bounded_number_of_rows(llama: Path, monkeypatch: pytest.
         OffloadedModel.forward_chunks, "__kwdefaults__", {"max_rows": 48}
     )  # three chunks of two prompts
     with load_offloaded(llama) as model:
-        expected = run(adapt(load_model(llama)), prompt_len=60)
+        expected = run(by_modules(load_model(llama)), prompt_len=60)
         assert model.streamer is not None
         before = model.streamer.num_copies
         assert_equal(run(model, prompt_len=60), expected)

@@ -57,7 +57,7 @@ class OffloadedModel(TreeModel):
         if streamer is not None:
             for position, layer in enumerate(streamer.layers):
                 _hook(layer.module, position, streamer, self._lockstep)
-        super().__init__(model, adapt(model)._plan)
+        super().__init__(model, adapt(model, forward="modules")._plan, forward_mode="modules")
 
     def __repr__(self) -> str:
         return f"Offloaded{super().__repr__()[:-1]}, {len(self.memory.streamed)} of {self.num_layers} layers streamed)"

@@ -34,6 +34,8 @@ INSTRUCTION_SET_VARIABLE = "SEQUOIA_HOST_ISA"
 # Codes shared with csrc/host/rows.h and csrc/host/forward/model.h.
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _RMS_NORM, _LAYER_NORM = 1, 2
+# Where transformers' hooks are made that take down hidden states and change none: once asked for, they stay.
+_RECORDERS = "transformers.utils.output_capturing"
 _ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     F.silu,
     lambda x: F.gelu(x, approximate="tanh"),
@@ -131,10 +133,8 @@ class NativeForward:
             raise NotNativeError(f"its logits are {logits_dtype}")
         described = _Description(model, calls)
         self._tensors = described.tensors
-        self._table = torch.zeros(len(self._tensors), dtype=torch.int64)
-        self._addresses: list[int] = []
+        self._weights: tuple[list[Any], torch.Tensor] = ([], torch.empty(0))  # where they lay, and the table of it
         self._rotations = described.rotations
-        self._rotation_table = torch.zeros(max(len(self._rotations), 1), dtype=torch.int64)
         self._caches: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
         self._width, self._num_layers = described.fields["width"], len(calls)
         self._vocab_size = described.vocab_size
@@ -156,30 +156,39 @@ class NativeForward:
         batch_size, num_nodes = input_ids.shape
         cache_rows = cache.max_cache_len
         last_position = (cache_rows if max_positions is None else max_positions) - 1
-        self._look_up_weights()
-        for rotation in self._rotations:
-            rotation.reach(min(cache_rows, last_position + 1))
-        for number, rotation in enumerate(self._rotations):
-            self._rotation_table[number] = rotation.table.data_ptr()
+        # All that the call reads is held by names of its own until it is over, in the layout that it reads: what is
+        # freed is another tensor's memory, and other threads' forwards may lengthen a table meanwhile.
+        mask, node_ids, depths = (_laid_out(part, torch.int32) for part in step[:3])
+        if depths.shape != (num_nodes,) or mask.shape[:-1] not in ((num_nodes,), (batch_size, num_nodes)):
+            raise ValueError(
+                f"forward: step must have depths [nodes] = [{num_nodes}] and a tree_mask [nodes, words] or [batch, "
+                f"nodes, words] for {batch_size} requests, got {list(depths.shape)} and {list(mask.shape)}"
+            )
+        tokens, lens = _laid_out(input_ids, torch.int64), _laid_out(cache_lens, torch.int32)
+        wanted = None if last_row is None else _laid_out(last_row, torch.int64)
+        weights = self._look_up_weights()
+        tables = [rotation.reach(min(cache_rows, last_position + 1)) for rotation in self._rotations]
+        rotations = _addresses([table.data_ptr() for table in tables])
         caches = self._caches.get(cache)
         if caches is None:
-            caches = torch.tensor([tensor.data_ptr() for tensor in cache.tensors()], dtype=torch.int64)
+            caches = _addresses([tensor.data_ptr() for tensor in cache.tensors()])
             self._caches[cache] = caches
         rows = num_nodes if last_row is None else 1
-        logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype)
+        logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype, device="cpu")
         hidden, kept = None, {}
         if hidden_states:
-            kept = {number: torch.empty(batch_size, num_nodes, self._width) for number in hidden_states}
-            addresses = [kept[number].data_ptr() if number in kept else 0 for number in range(self._num_layers + 1)]
-            hidden = torch.tensor(addresses, dtype=torch.int64)
-        mask = step.tree_mask.contiguous()
-        # Kept by name until the call is over: a copy would be freed, and its memory be another tensor's.
-        tokens, lens = input_ids.contiguous(), cache_lens.contiguous()
-        wanted = None if last_row is None else last_row.contiguous()
+            numbers = range(self._num_layers + 1)
+            if not all(number in numbers for number in hidden_states):
+                raise IndexError(
+                    f"forward: hidden_states must have keys in 0..{numbers[-1]}, got {list(hidden_states)}"
+                )
+            shape = (batch_size, num_nodes, self._width)
+            kept = {number: torch.empty(shape, dtype=torch.float32, device="cpu") for number in hidden_states}
+            hidden = _addresses([kept[number].data_ptr() if number in kept else 0 for number in numbers])
         self._forward.run(
-            self._table.data_ptr(), tokens.data_ptr(), step.depths.data_ptr(), step.node_ids.data_ptr(),
+            weights.data_ptr(), tokens.data_ptr(), depths.data_ptr(), node_ids.data_ptr(),
             mask.data_ptr(), lens.data_ptr(), batch_size, num_nodes, mask.shape[-1], mask.dim() == 3, last_position,
-            caches.data_ptr(), cache_rows, self._rotation_table.data_ptr(),
+            caches.data_ptr(), cache_rows, rotations.data_ptr(),
             0 if wanted is None else wanted.data_ptr(), logits.data_ptr(), _ELEMENT_TYPES[self._logits_dtype],
             0 if hidden is None else hidden.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -187,23 +196,36 @@ class NativeForward:
             hidden_states.update({number: states.to(self._dtype) for number, states in kept.items()})
         return logits
 
-    def _look_up_weights(self) -> None:
-        """Find every weight where it lies now: weights may be exchanged between forwards."""
-        addresses = [owner[name].data_ptr() for owner, name, _ in self._tensors]
-        if addresses == self._addresses:
-            return
-        for owner, name, described in self._tensors:
-            if _form(owner[name]) != described:
+    def _look_up_weights(self) -> torch.Tensor:
+        """Return where every weight lies now: weights may be exchanged between forwards, and in place be transposed."""
+        known, table = self._weights
+        places = [_place(owner.get(name)) for owner, name, _ in self._tensors]
+        if places == known:
+            return table
+        for (owner, name, described), (address, *form) in zip(self._tensors, places, strict=True):
+            weight = owner.get(name)
+            lies_here = weight is not None and weight.is_cpu and (address != 0 or weight.numel() == 0)
+            if tuple(form) != described or not lies_here:
                 raise ValueError(
-                    f"forward: {name} must keep its shape, dtype and layout, {described}, got {_form(owner[name])}; "
+                    f"forward: {name} must keep its shape, dtype, layout and memory, {described}, got {tuple(form)}; "
                     "where the model was changed, make a new cache"
                 )
-        self._table = torch.tensor(addresses, dtype=torch.int64)
-        self._addresses = addresses
+        table = _addresses([place[0] for place in places])
+        self._weights = places, table
+        return table
 
 
-def _form(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, bool]:
-    return tuple(tensor.shape), tensor.dtype, tensor.is_contiguous() and tensor.is_cpu
+def _place(weight: torch.Tensor | None) -> tuple[Any, ...]:
+    """Address, shape, dtype and whether row by row."""
+    return (0,) if weight is None else (weight.data_ptr(), weight.shape, weight.dtype, weight.is_contiguous())
+
+
+def _laid_out(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype).contiguous()
+
+
+def _addresses(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 class _Rotation:
@@ -215,18 +237,20 @@ class _Rotation:
         self.reach(1)
         self.dims = self.table.shape[1]
 
-    def reach(self, num_positions: int) -> None:
-        """Make the table at least so long."""
-        if num_positions <= self.table.shape[0]:
-            return
-        positions = torch.arange(num_positions)[None]
+    def reach(self, num_positions: int) -> torch.Tensor:
+        """Return a table of at least so many positions."""
+        table = self.table
+        if num_positions <= table.shape[0]:
+            return table
+        positions = torch.arange(num_positions, device="cpu")[None]
         arguments = (positions,) if self.layer_type is None else (positions, self.layer_type)
         with torch.inference_mode(False), torch.no_grad():
-            cosines, sines = self.module(torch.zeros(1, 1, 1), *arguments)
+            cosines, sines = self.module(torch.zeros(1, 1, 1, dtype=torch.float32, device="cpu"), *arguments)
             half = cosines.shape[-1] // 2
             if not (torch.equal(cosines[..., :half], cosines[..., half:]) and cosines.dtype == torch.float32):
                 raise NotNativeError("its rotary embedding does not rotate the two halves of a head")
-            self.table = torch.cat((cosines[0, :, :half], sines[0, :, :half]), 1).contiguous()
+            self.table = table = torch.cat((cosines[0, :, :half], sines[0, :, :half]), 1).contiguous()
+        return table
 
 
 class _Description:
@@ -265,7 +289,7 @@ class _Description:
         number = self._numbers.get(id(weight))
         if number is None:
             number = self._numbers[id(weight)] = len(self.tensors)
-            self.tensors.append((module._parameters, name, _form(weight)))
+            self.tensors.append((module._parameters, name, _place(weight)[1:]))
         height, width = (1, weight.shape[0]) if weight.dim() == 1 else weight.shape
         return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype])
 
@@ -419,7 +443,8 @@ def _check_code(model: PreTrainedModel) -> None:
         raise NotNativeError(f"{foreign} is not transformers' own")
     for module in each_module(model):
         kind = type(module).__name__
-        if module._forward_pre_hooks or module._forward_hooks:
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
             raise NotNativeError(f"a {kind} has a forward hook")
         if "forward" in module.__dict__:
             raise NotNativeError(f"a {kind} has a forward of its own")

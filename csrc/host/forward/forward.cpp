@@ -368,6 +368,10 @@ class Forward {
                     return "cache_lens must leave room for the nodes in a cache of " + std::to_string(call.cache_rows) +
                            " rows, got row " + std::to_string(slot);
                 }
+                const std::int64_t position = std::int64_t{call.cache_lens[b]} + call.depths[i];
+                if (call.depths[i] < 0 || position >= call.cache_rows) {  // where the tables of positions may end
+                    return "depths must be positions of the cache's rows, got depth " + std::to_string(call.depths[i]);
+                }
                 const std::uint32_t* const mask =
                     call.tree_mask + ((call.mask_per_request ? b * call.num_nodes : 0) + i) * call.num_words;
                 for (std::int64_t w = call.num_words; w-- > 0;) {
@@ -560,6 +564,6 @@ void bind_forward(py::module_& module) {
     module.def("forward_instruction_set", [](const std::string& name) {
         return std::string(sequoia::forward::choose_instruction_set(name).name);
     }, py::arg("name"), "The one that forwards use: the named one, or the best for an empty name. ValueError if it is none.");
-    module.def("stop_forward_threads", [] { sequoia::forward::shared_team().stop(); }, py::call_guard<py::gil_scoped_release>(),
+    module.def("stop_forward_threads", [] { sequoia::forward::stop_team(); }, py::call_guard<py::gil_scoped_release>(),
                "End the threads of forwards; the next forward starts them again.");
 }

@@ -130,6 +130,12 @@ void run_in_team(int size, Team::Job job, void* argument) {
     here.team.run(size, job, argument);
 }
 
+void stop_team() {
+    Shared& here = current();
+    const std::lock_guard<std::mutex> lock(here.busy);
+    here.team.stop();
+}
+
 Team& shared_team() { return current().team; }
 
 }  // namespace sequoia::forward

@@ -49,6 +49,8 @@ class Team {
 
 // Runs a job on the process's team, one caller at a time.
 void run_in_team(int size, Team::Job job, void* argument);
+// Ends the team's members, behind the job that runs.
+void stop_team();
 Team& shared_team();
 
 }  // namespace sequoia::forward

@@ -1,12 +1,18 @@
-"""Run the ops' tests on the C++ module built with address and undefined-behaviour sanitizers.
+"""Run the C++ module's tests on it built with address and undefined-behaviour sanitizers.
 
     python python_tests/sanitize_host.py [pytest arguments]
+    python python_tests/sanitize_host.py --threads
 
 Builds ``sequoia_kernels._host`` with ``SEQUOIA_SANITIZE=1`` into ``build/`` beside the installed one, which stays as it
-is, and runs the tests of the "host" backend against it, with all of torch's and NumPy's memory under the address
-sanitizer's eyes. A read or write outside of a tensor, also one that does no harm, and every overflow, shift or
-conversion that C++ leaves undefined ends the run with a report. Needs gcc on Linux, and what builds the package without
-isolation: cmake, ninja, pybind11, setuptools.
+is, and runs the tests of the "host" backend and of the native forward against it, with all of torch's and NumPy's
+memory under the address sanitizer's eyes. A read or write outside of a tensor, also one that does no harm, and every
+overflow, shift or conversion that C++ leaves undefined ends the run with a report.
+
+Before that, and with ``--threads`` alone, the team of threads behind native forwards runs under the thread sanitizer,
+in a program of its own (``support/team_threads.cpp``): Python and torch would be strangers to it.
+
+Needs gcc and setarch (util-linux) on Linux, and what builds the package without isolation: cmake, ninja, pybind11,
+setuptools.
 """
 
 from __future__ import annotations
@@ -36,8 +42,23 @@ def runtime(compiler: list[str], name: str) -> str:
     return os.path.realpath(found)
 
 
+def check_team(compiler: list[str]) -> None:
+    """Run the team of threads under the thread sanitizer; a report, or a team that waits for ever, ends this."""
+    program = ROOT / "build" / "team_threads"
+    program.parent.mkdir(exist_ok=True)
+    sources = [ROOT / "csrc" / "host" / "forward" / "team.cpp", TESTS / "support" / "team_threads.cpp"]
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(program)], check=True, timeout=LIMIT_S)
+    # The sanitizer's memory has a fixed place, which a loader that lays things out at random may have taken.
+    subprocess.run(["setarch", "-R", str(program)], check=True, timeout=LIMIT_S)
+
+
 def main() -> int:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if "--threads" in sys.argv[1:] or not sys.argv[1:]:
+        check_team(compiler)
+    if "--threads" in sys.argv[1:]:
+        return 0
     preloaded = [runtime(compiler, name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]
     build = os.environ | {"SEQUOIA_SANITIZE": "1", "SEQUOIA_CUDA": "0", "CXX": shlex.join(compiler)}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(LIBRARY)]
@@ -51,7 +72,10 @@ def main() -> int:
         "SEQUOIA_SANITIZED_HOST": str(module),
     }
     # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
-    chosen = sys.argv[1:] or ["python_tests/ops", "-k", "host", "-n", "2", "-m", "not slow"]
+    chosen = sys.argv[1:]
+    if not chosen:
+        chosen = ["python_tests/ops", "python_tests/models/test_native.py", "-n", "2", "-m", "not slow"]
+        chosen += ["-k", "host or (test_native and not compiled)"]
     arguments = [
         "-q",
         "--capture=sys",

@@ -460,7 +460,10 @@ def own_attention_of_the_tree(*args, **kwargs):
 
 @pytest.mark.parametrize(
     ("settings", "fragment"),
-    [({"compile": "default"}, "compiled"), ({"attention": own_attention_of_the_tree}, "attention of its own")],
+    [
+        pytest.param({"compile": True}, "compiled", marks=pytest.mark.slow),
+        ({"attention": own_attention_of_the_tree}, "attention of its own"),
+    ],
 )
 def test_settings_that_are_the_modules(settings, fragment):
     model = case_model("llama")

@@ -37,8 +37,8 @@ def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
     """Describe what a forward of a model depends on besides its inputs and the numbers in its weights.
 
     A hashable value that is equal as long as nothing has changed: configurations, attention functions, modules with
-    their forwards, hooks and attributes, shapes, dtypes and devices of weights, autocast. Keeps nothing of the model
-    alive. Waits for forwards of the model that other threads run through tree models.
+    their forwards, hooks and attributes, shapes, layouts, dtypes and devices of weights, autocast. Keeps nothing of the
+    model alive. Waits for forwards of the model that other threads run through tree models.
     """
     return AttentionSwitch(model, _NO_ATTENTION).at_rest(lambda: _describe(model))
 
@@ -110,7 +110,7 @@ def _describe_module(
         elif name in _WEIGHTS:
             for weight, tensor in value.items():
                 if tensor is not None:
-                    parts += weight, tensor.shape, tensor.dtype, tensor.device
+                    parts += weight, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _value(value: Any, seen: dict[int, Any], configs: list[Any]) -> Any:

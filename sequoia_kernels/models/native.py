@@ -166,10 +166,10 @@ class NativeForward:
             )
         tokens, lens = _laid_out(input_ids, torch.int64), _laid_out(cache_lens, torch.int32)
         wanted = None if last_row is None else _laid_out(last_row, torch.int64)
-        weights = self._look_up_weights()
         tables = [rotation.reach(min(cache_rows, last_position + 1)) for rotation in self._rotations]
         rotations = _addresses([table.data_ptr() for table in tables])
         caches = self._caches.get(cache)
+        weights = self._look_up_weights()
         if caches is None:
             caches = _addresses([tensor.data_ptr() for tensor in cache.tensors()])
             self._caches[cache] = caches
@@ -197,27 +197,30 @@ class NativeForward:
         return logits
 
     def _look_up_weights(self) -> torch.Tensor:
-        """Return where every weight lies now: weights may be exchanged between forwards, and in place be transposed."""
+        """Return where every weight lies now: weights may be exchanged between forwards."""
         known, table = self._weights
-        places = [_place(owner.get(name)) for owner, name, _ in self._tensors]
-        if places == known:
+        try:  # by torch's own function, since this is done for every forward
+            addresses = list(map(torch.Tensor.data_ptr, [owner[name] for owner, name, _ in self._tensors]))
+        except (KeyError, TypeError):  # one is gone
+            addresses = []
+        if addresses == known:
             return table
-        for (owner, name, described), (address, *form) in zip(self._tensors, places, strict=True):
+        for owner, name, described in self._tensors:
             weight = owner.get(name)
-            lies_here = weight is not None and weight.is_cpu and (address != 0 or weight.numel() == 0)
-            if tuple(form) != described or not lies_here:
+            form = None if weight is None else _form(weight)
+            if weight is None or form != described or (weight.data_ptr() == 0 and weight.numel() != 0):
                 raise ValueError(
-                    f"forward: {name} must keep its shape, dtype, layout and memory, {described}, got {tuple(form)}; "
+                    f"forward: {name} must keep its shape, dtype, layout and memory, {described}, got {form}; "
                     "where the model was changed, make a new cache"
                 )
-        table = _addresses([place[0] for place in places])
-        self._weights = places, table
+        table = _addresses(addresses)
+        self._weights = addresses, table
         return table
 
 
-def _place(weight: torch.Tensor | None) -> tuple[Any, ...]:
-    """Address, shape, dtype and whether row by row."""
-    return (0,) if weight is None else (weight.data_ptr(), weight.shape, weight.dtype, weight.is_contiguous())
+def _form(weight: torch.Tensor) -> tuple[Any, ...]:
+    """Shape, dtype and whether it lies row by row in the CPU's memory."""
+    return tuple(weight.shape), weight.dtype, weight.is_cpu and weight.is_contiguous()
 
 
 def _laid_out(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -289,7 +292,7 @@ class _Description:
         number = self._numbers.get(id(weight))
         if number is None:
             number = self._numbers[id(weight)] = len(self.tensors)
-            self.tensors.append((module._parameters, name, _place(weight)[1:]))
+            self.tensors.append((module._parameters, name, _form(weight)))
         height, width = (1, weight.shape[0]) if weight.dim() == 1 else weight.shape
         return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype])
 

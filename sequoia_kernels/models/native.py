@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import sequoia_kernels._host as _host
 from sequoia_kernels.models.attention_probe import LayerCall
@@ -61,6 +62,7 @@ class Family:
     positions: str = ""  # table of learned positions
     final_norm: str = "model.norm"
     rotary: str = "model.rotary_emb"
+    query_scale: str = ""  # the attention's attribute by which it multiplies queries itself
     attention: str = "self_attn"
     input_norm: str = "input_layernorm"
     projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -79,6 +81,7 @@ class Family:
     norm_offset: float = 0.0  # added to the weights of RMS norms
     parallel: bool | str = False  # MLP and attention read the same; or the layer's attribute that says so
     multipliers: bool = False  # Granite's, of embeddings, residuals and logits
+    needs: tuple[tuple[str, Any], ...] = ()  # attributes of the model that the description holds for, and their values
 
 
 _LLAMA = Family()
@@ -113,6 +116,18 @@ NATIVE_FAMILIES: dict[str, Family] = {
         rotary="gpt_neox.rotary_emb", attention="attention", projections=("attention.query_key_value",),
         interleaved=True, output="attention.dense", gate="", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h",
         activation="mlp.act", parallel="use_parallel_residual",
+    ),
+    "gpt2": Family(
+        layers="transformer.h", embedding="transformer.wte", positions="transformer.wpe", final_norm="transformer.ln_f",
+        rotary="", attention="attn", input_norm="ln_1", projections=("attn.c_attn",), output="attn.c_proj",
+        mlp_norm="ln_2", gate="", up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act",
+    ),
+    "opt": Family(
+        layers="model.decoder.layers", embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions", final_norm="model.decoder.final_layer_norm", rotary="",
+        query_scale="scaling", input_norm="self_attn_layer_norm", output="self_attn.out_proj",
+        mlp_norm="final_layer_norm", gate="", up="fc1", down="fc2", activation="activation_fn",
+        needs=(("config.do_layer_norm_before", True), ("model.decoder.project_in", None)),
     ),
 }  # fmt: skip
 
@@ -264,6 +279,9 @@ class _Description:
         if family is None:
             raise NotNativeError(f"family {family_name(model)} has no description")
         _check_code(model)
+        for name, value in family.needs:
+            if _part(model, name) != value:
+                raise NotNativeError(f"{name} must be {value} in the family's description")
         self.model, self.family = model, family
         self.tensors: list[tuple[dict[str, Any], str, Any]] = []
         self._numbers: dict[int, int] = {}  # by id of the tensor
@@ -280,7 +298,9 @@ class _Description:
 
     # ---- parts ----
 
-    def _matrix(self, module: nn.Module, name: str, first: int = 0, rows: int | None = None) -> Any:
+    def _matrix(
+        self, module: nn.Module, name: str, first: int = 0, rows: int | None = None, transposed: bool = False
+    ) -> Any:
         """Rows of a weight, or a vector as a matrix of one row."""
         weight = module._parameters.get(name)
         if weight is None:
@@ -294,9 +314,13 @@ class _Description:
             number = self._numbers[id(weight)] = len(self.tensors)
             self.tensors.append((module._parameters, name, _form(weight)))
         height, width = (1, weight.shape[0]) if weight.dim() == 1 else weight.shape
-        return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype])
+        if transposed:
+            height, width = width, height
+        return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype], transposed)
 
     def _linear(self, module: nn.Module, first: int = 0, rows: int | None = None) -> Any:
+        if type(module) is Conv1D and rows is None:
+            return self._matrix(module, "weight", transposed=True), self._matrix(module, "bias")
         if type(module) is not nn.Linear:
             raise NotNativeError(f"a layer is a {type(module).__name__}, not torch's Linear")
         bias = self._matrix(module, "bias")
@@ -327,13 +351,14 @@ class _Description:
         layers = _part(model, family.layers)
         if layers is None or len(layers) != len(calls):
             raise NotNativeError("its layers are not where the family's are")
+        positions = _part(model, family.positions)
         scale = getattr(embedding, "embed_scale", None)
         cap = getattr(config, "final_logit_softcapping", None)
         fields: dict[str, Any] = {
             "width": embedding.embedding_dim,
             "embedding": self._matrix(embedding, "weight"),
-            "positions": None,
-            "position_offset": 0,
+            "positions": None if positions is None else self._matrix(positions, "weight"),
+            "position_offset": getattr(positions, "offset", 0),
             # In the embedding's dtype, as the module multiplies.
             "embedding_scale": 1.0 if scale is None else float(torch.as_tensor(scale).to(embedding.weight.dtype)),
             "residual_scale": 1.0,
@@ -365,6 +390,9 @@ class _Description:
             heads = {"queries": (0, 3 * d), "keys": (d, 3 * d), "values": (2 * d, 3 * d)}
         else:
             heads = {"queries": (0, d), "keys": (query_width, d), "values": (query_width + kv_width, d)}
+        scale = d**-0.5 if call.scale is None else call.scale
+        if family.query_scale:
+            scale *= getattr(attention, family.query_scale)
         rotation = self._rotation(attention, call.layer_idx or 0)
         parallel = getattr(layer, family.parallel) if isinstance(family.parallel, str) else family.parallel
         up = _part(layer, family.up)
@@ -381,7 +409,7 @@ class _Description:
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": d,
-            "scale": d**-0.5 if call.scale is None else call.scale,
+            "scale": scale,
             "softcap": call.softcap or 0.0,
             "window": spec.window or 0,
             "rotation": rotation,
@@ -406,7 +434,7 @@ class _Description:
 
     def _rotation(self, attention: nn.Module, index: int) -> int:
         """Number of a layer's rotary table, -1 where the layer does not rotate."""
-        if not getattr(attention, "use_rope", True):
+        if not (self.family.rotary and getattr(attention, "use_rope", True)):
             return -1
         module = _part(self.model, self.family.rotary)
         layer_type = None

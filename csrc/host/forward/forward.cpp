@@ -36,7 +36,6 @@ void work_avx512(const Pass& pass, int thread);
 
 namespace {
 
-constexpr std::int64_t TILE = 16;
 constexpr std::int64_t MAX_HEAD_DIM = 512;
 constexpr int WORD_BITS = 32;
 // Products of rows and weights for which a further thread is woken: with less its share takes no longer than the barriers.
@@ -88,17 +87,18 @@ ElementType element_type(int code) {
     return type;
 }
 
-// (tensor, first row, rows, columns, element type), or None
+// (tensor, first row, rows, columns, element type, transposed), or None
 Matrix matrix_of(const py::object& source) {
     Matrix matrix;
     if (source.is_none()) return matrix;
     const auto fields = source.cast<std::vector<std::int64_t>>();
-    if (fields.size() != 5) throw std::invalid_argument("forward: a matrix must have 5 fields");
+    if (fields.size() != 6) throw std::invalid_argument("forward: a matrix must have 6 fields");
     matrix.tensor = static_cast<int>(fields[0]);
     matrix.first_row = fields[1];
     matrix.rows = fields[2];
     matrix.columns = fields[3];
     matrix.type = element_type(static_cast<int>(fields[4]));
+    matrix.transposed = fields[5] != 0;
     return matrix;
 }
 
@@ -178,6 +178,7 @@ void check_linear(const Linear& linear, std::int64_t rows, std::int64_t columns,
     require(linear.weight.given() && linear.weight.rows == rows && linear.weight.columns == columns,
             std::string(name) + " must have a weight of [" + std::to_string(rows) + ", " + std::to_string(columns) +
                 "], got [" + std::to_string(linear.weight.rows) + ", " + std::to_string(linear.weight.columns) + "]");
+    require(!linear.weight.transposed || linear.weight.first_row == 0, std::string(name) + " must be whole if transposed");
     require(!linear.bias.given() || linear.bias.columns == rows, std::string(name) + " must have a bias of its rows");
 }
 
@@ -217,7 +218,10 @@ void check_layer(const Layer& layer, const Model& model) {
     check_linear(layer.output, width, layer.num_heads * d, "output");
     const std::int64_t inner = layer.up.weight.rows;
     check_linear(layer.up, inner, width, "up");
-    if (layer.gate.weight.given()) check_linear(layer.gate, inner, width, "gate");
+    if (layer.gate.weight.given()) {
+        check_linear(layer.gate, inner, width, "gate");
+        require(!layer.gate.weight.transposed && !layer.up.weight.transposed, "a gate and its up must not be transposed");
+    }
     check_linear(layer.down, width, inner, "down");
     require(static_cast<int>(layer.activation) >= 0 && static_cast<int>(layer.activation) <= 4,
             "activation must be in 0..4");
@@ -243,6 +247,7 @@ Model model_of(const py::dict& source) {
     require(model.embedding.given() && model.embedding.columns == model.width, "embedding must be as wide as the stream");
     require(!model.positions.given() || model.positions.columns == model.width,
             "positions must be as wide as the stream");
+    require(model.position_offset >= 0, "position_offset must not be negative");
     check_norm(model.final_norm, model.width, "final_norm");
     check_linear(model.head, model.head.weight.rows, model.width, "head");
     for (const Layer& layer : model.layers) check_layer(layer, model);
@@ -355,6 +360,10 @@ class Forward {
 
     // What is wrong with a call's numbers, empty where nothing is. Nothing has been written then.
     std::string refusal(const Call& call) const {
+        if (model_.positions.given() && call.max_position + model_.position_offset >= model_.positions.rows) {
+            return "max_position must be in the table of " + std::to_string(model_.positions.rows) + " positions, got " +
+                   std::to_string(call.max_position + model_.position_offset);
+        }
         for (std::int64_t i = 0; i < call.num_rows(); ++i) {
             if (call.tokens[i] < 0 || call.tokens[i] >= model_.embedding.rows) {
                 return "input_ids must be in 0.." + std::to_string(model_.embedding.rows - 1) + ", got " +
@@ -457,7 +466,7 @@ class Forward {
         benches_.clear();
         for (int thread = 0; thread < num_threads; ++thread) {
             BenchMemory& memory = memory_[static_cast<std::size_t>(thread)];
-            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(2 * MAX_ROWS * TILE),
+            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(MAX_ROWS * STRIP),
                                 memory.rows.reserve(2 * stream_stride_),
                                 memory.queries.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
                                 memory.scores.reserve(ROW_BLOCK * pass.scores_stride),

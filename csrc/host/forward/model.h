@@ -15,9 +15,10 @@ namespace sequoia::forward {
 constexpr std::int64_t MAX_ROWS = 64;   // fed through all layers at a time
 constexpr std::int64_t ROW_BLOCK = 32;  // query rows of one unit of attention
 
-// Rows of a row-major tensor: [rows, columns].
+// Rows of a row-major tensor: [rows, columns]; or a whole one that lies transposed, [columns, rows].
 struct Matrix {
     int tensor = -1;  // number in the table of addresses, -1 for none
+    bool transposed = false;
     std::int64_t first_row = 0;
     std::int64_t rows = 0;
     std::int64_t columns = 0;

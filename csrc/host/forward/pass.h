@@ -18,6 +18,9 @@ struct Columns {
     std::int64_t tree_stride;
 };
 
+constexpr std::int64_t TILE = 16;    // weight rows that are multiplied before anything is done with the products
+constexpr std::int64_t STRIP = 256;  // the same where the weights lie transposed
+
 // Consecutive nodes of one request.
 struct Segment {
     std::int64_t request, first_node, num_nodes;
@@ -27,7 +30,7 @@ struct Segment {
 // One thread's memory.
 struct Bench {
     float* panel;   // of whole rows
-    float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, 16]
+    float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, TILE], or of a strip's tiles
     float* rows;    // two rows of any width
     float* queries;  // a panel of ROW_BLOCK query rows
     float* scores;  // [ROW_BLOCK, columns]

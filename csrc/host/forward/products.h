@@ -10,12 +10,12 @@
 #pragma once
 
 #include "lanes.h"
+#include "pass.h"
 
 namespace sequoia::forward {
 namespace {
 
 constexpr int NODES = W >= 16 ? 6 : 3;  // of a block: with 4 rows 24 of 32 registers, or 12 of 16
-constexpr i64 TILE = 16;                // weight rows that are multiplied before anything is done with the products
 
 // Activations of `count` nodes, [count, size], `size` padded to whole vectors by zeros.
 struct Panel {
@@ -184,6 +184,116 @@ __attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 co
             begin = end;
         }
         done += four ? 4 : 1;
+    }
+}
+
+// ---- weights that lie transposed ----
+//
+// Lanes are outputs here, and the sum of an output and a node is one chain over k. A strip of outputs is gone through in
+// blocks of DEPTH steps of k, whose rows are read side by side; between blocks the sums wait in memory.
+
+constexpr i64 DEPTH = 64;
+constexpr int VECTORS = 4;                // outputs that are summed in registers, with a block of nodes
+constexpr i64 COLUMNS = VECTORS * W;
+
+// Requests a strip's part of the rows of k that come next.
+struct RowsAhead {
+    const char* at = nullptr;
+    i64 row_bytes = 0, bytes = 0, rows = 0;
+
+    SEQUOIA_INLINE void request(i64 count) {
+        for (; count > 0 && rows > 0; --count, --rows, at += row_bytes) {
+            for (i64 byte = 0; byte < bytes; byte += Ahead::LINE) __builtin_prefetch(at + byte, 0, 2);
+        }
+    }
+};
+
+// Adds rows [0, depth) of k, `stride` apart, times a block of C nodes to sums[tile][node][TILE] of up to COLUMNS outputs.
+template <int C, bool WHOLE, class Element>
+SEQUOIA_INLINE void accumulate_block(const Element* weights, i64 stride, i64 columns, const float* nodes, i64 depth,
+                                     float* sums, i64 tile_floats, RowsAhead& ahead, i64 ahead_rows) {
+    const auto place = [&](int c, int v) { return sums + v * W / TILE * tile_floats + c * TILE + v * W % TILE; };
+    const auto width = [&](int v) { return larger(0, smaller(W, columns - v * W)); };
+    Float chains[C][VECTORS];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) chains[c][v] = WHOLE || width(v) > 0 ? load(place(c, v)) : Float{};
+    }
+    for (i64 k = 0; k < depth; nodes += C * W) {
+        ahead.request(ahead_rows);
+        const i64 end = smaller(depth, k + W);
+        for (const float* node = nodes; k < end; ++k, ++node, weights += stride) {
+            Float lanes[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                lanes[v] = WHOLE ? load(weights + v * W) : load_some(weights + smaller(v * W, columns), width(v));
+                if (C > 1) keep(lanes[v]);
+            }
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) {
+                const Float value = all_lanes(node[c * W]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) chains[c][v] += lanes[v] * value;
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            if (WHOLE || width(v) > 0) store(place(c, v), chains[c][v]);
+        }
+    }
+}
+
+// `count` outputs of a strip times all nodes of a panel, as tiles: sums[tile][node][TILE]. `weights` is the strip's part
+// of row 0 of k; `rest` outputs of the thread follow it.
+template <class Element>
+__attribute__((noinline)) void multiply_strip(const Element* weights, i64 stride, i64 count, i64 rest,
+                                              const Panel& panel, float* sums) {
+    const i64 tile_floats = panel.count * TILE, blocks = panel.num_blocks();
+    std::memset(sums, 0, static_cast<std::size_t>((count + TILE - 1) / TILE * tile_floats) * sizeof(float));
+    for (i64 k = 0; k < panel.size; k += DEPTH) {
+        const i64 depth = smaller(DEPTH, panel.size - k);
+        // The next block of this strip, or the first one of the thread's next strip.
+        const bool last = k + DEPTH >= panel.size;
+        const Element* const next = last ? weights + count : weights + (k + DEPTH) * stride;
+        const i64 next_rows = last ? smaller(DEPTH, panel.size) : smaller(DEPTH, panel.size - k - DEPTH);
+        for (i64 column = 0; column < count; column += COLUMNS) {
+            const i64 columns = smaller(COLUMNS, count - column);
+            const Element* const here = weights + k * stride + column;
+            const i64 wanted = last ? larger(0, smaller(COLUMNS, rest - column)) : columns;
+            const i64 size = static_cast<i64>(sizeof(Element));
+            for (i64 block = 0; block < blocks; ++block) {  // each requests its share of the rows
+                const i64 begin = panel.block_begin(block), nodes = panel.block_begin(block + 1) - begin;
+                const i64 first = next_rows * block / blocks;
+                RowsAhead ahead{reinterpret_cast<const char*>(next + first * stride + column), stride * size,
+                                wanted * size, next_rows * (block + 1) / blocks - first};
+                const i64 ahead_rows = (W + blocks - 1) / blocks;
+                const float* const values = panel.data + begin * panel.padded + k * nodes;
+                float* const to = sums + column / TILE * tile_floats + begin * TILE;
+#define SEQUOIA_BLOCK(C)                                                                                       \
+    case C:                                                                                                    \
+        if (columns == COLUMNS) {                                                                              \
+            accumulate_block<C, true>(here, stride, columns, values, depth, to, tile_floats, ahead, ahead_rows); \
+        } else {                                                                                               \
+            accumulate_block<C, false>(here, stride, columns, values, depth, to, tile_floats, ahead, ahead_rows); \
+        }                                                                                                      \
+        break
+                switch (nodes) {
+                    SEQUOIA_BLOCK(1);
+                    SEQUOIA_BLOCK(2);
+                    SEQUOIA_BLOCK(3);
+#if SEQUOIA_LANES >= 16
+                    SEQUOIA_BLOCK(4);
+                    SEQUOIA_BLOCK(5);
+                    SEQUOIA_BLOCK(6);
+#endif
+                }
+#undef SEQUOIA_BLOCK
+            }
+        }
     }
 }
 

@@ -34,7 +34,7 @@ struct Worker {
 
     const char* address(const Matrix& matrix, i64 row) const {
         return reinterpret_cast<const char*>(call.tensors[matrix.tensor]) +
-               (matrix.first_row + row) * matrix.columns * bytes_of(matrix.type);
+               (matrix.first_row + row) * (matrix.transposed ? 1 : matrix.columns) * bytes_of(matrix.type);
     }
     // Where this thread begins to read a product's weights.
     const char* begin_of(const Linear& linear) const {
@@ -119,17 +119,52 @@ struct Worker {
             multiply_rows(MatrixRows<Float16>{reinterpret_cast<const Float16*>(data), stride}, 0, count, panel, out,
                           TILE, ahead);
         }
+        add_bias(linear, first, count, panel.count, out);
+    }
+
+    void add_bias(const Linear& linear, i64 first, i64 count, i64 nodes, float* out) const {
         if (!linear.bias.given()) return;
         float bias[TILE];
         widen_row(address(linear.bias, 0), first, count, linear.bias.type, bias);
-        for (i64 i = 0; i < panel.count; ++i) {
+        for (i64 i = 0; i < nodes; ++i) {
             for (i64 r = 0; r < count; ++r) out[i * TILE + r] += bias[r];
+        }
+    }
+
+    template <class Element>
+    void multiply_strip_of(const Matrix& weight, i64 first, i64 count, i64 rest, const Panel& panel) const {
+        multiply_strip(reinterpret_cast<const Element*>(address(weight, first)), weight.rows, count, rest, panel,
+                       bench.tiles);
+    }
+
+    // The same as `multiply`, of a weight that lies transposed.
+    template <class Epilogue>
+    void multiply_transposed(const Linear& linear, const Panel& panel, const Epilogue& epilogue) const {
+        const Matrix& weight = linear.weight;
+        const auto [begin, end_tile] = part(num_tiles(linear));
+        const i64 end = smaller(end_tile * TILE, weight.rows);
+        for (i64 first = begin * TILE; first < end; first += STRIP) {
+            const i64 count = smaller(STRIP, end - first), rest = end - first - count;
+            if (weight.type == ElementType::float32) {
+                multiply_strip_of<float>(weight, first, count, rest, panel);
+            } else if (weight.type == ElementType::bfloat16) {
+                multiply_strip_of<BFloat16>(weight, first, count, rest, panel);
+            } else {
+                multiply_strip_of<Float16>(weight, first, count, rest, panel);
+            }
+            for (i64 row = 0; row < count; row += TILE) {
+                float* const products = bench.tiles + row * panel.count;
+                const i64 rows = smaller(TILE, count - row);
+                add_bias(linear, first + row, rows, panel.count, products);
+                epilogue(first + row, rows, products);
+            }
         }
     }
 
     // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]).
     template <class Epilogue>
     void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue) const {
+        if (linear.weight.transposed) return multiply_transposed(linear, panel, epilogue);
         const auto [begin, end] = part(num_tiles(linear));
         if (begin == end) return;
         Ahead ahead(address(linear.weight, begin * TILE),

@@ -78,6 +78,8 @@ class Family:
     up: str = "mlp.up_proj"  # where it is the gate's name, one projection of both, the gate in front
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
+    router: str = ""  # of experts; a layer without one has the MLP above
+    experts: str = ""  # their weights in stacks, `gate_up_proj` and `down_proj`, and their `act_fn`
     norm_offset: float = 0.0  # added to the weights of RMS norms
     parallel: bool | str = False  # MLP and attention read the same; or the layer's attribute that says so
     multipliers: bool = False  # Granite's, of embeddings, residuals and logits
@@ -99,6 +101,8 @@ NATIVE_FAMILIES: dict[str, Family] = {
     "qwen2": _LLAMA,
     "smollm3": _LLAMA,
     "qwen3": _QWEN3,
+    "qwen3_moe": replace(_QWEN3, router="mlp.gate", experts="mlp.experts"),
+    "mixtral": replace(_LLAMA, router="mlp.gate", experts="mlp.experts"),
     "granite": replace(_LLAMA, multipliers=True),
     "phi3": replace(_LLAMA, projections=("self_attn.qkv_proj",), gate="mlp.gate_up_proj", up="mlp.gate_up_proj",
                     activation="mlp.activation_fn"),
@@ -313,7 +317,8 @@ class _Description:
         if number is None:
             number = self._numbers[id(weight)] = len(self.tensors)
             self.tensors.append((module._parameters, name, _form(weight)))
-        height, width = (1, weight.shape[0]) if weight.dim() == 1 else weight.shape
+        width = weight.shape[-1]
+        height = weight.numel() // width
         if transposed:
             height, width = width, height
         return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype], transposed)
@@ -395,13 +400,6 @@ class _Description:
             scale *= getattr(attention, family.query_scale)
         rotation = self._rotation(attention, call.layer_idx or 0)
         parallel = getattr(layer, family.parallel) if isinstance(family.parallel, str) else family.parallel
-        up = _part(layer, family.up)
-        gate = _part(layer, family.gate)
-        if gate is not None and gate is up:
-            inner = gate.out_features // 2
-            linears = self._linear(gate, 0, inner), self._linear(up, inner, inner)
-        else:
-            linears = None if gate is None else self._linear(gate), self._linear(up)
         mlp_norm = family.mlp_norm
         if mlp_norm and parallel and _part(layer, mlp_norm) is None:  # StableLM: one norm for both
             mlp_norm = family.input_norm
@@ -425,11 +423,46 @@ class _Description:
             "projections": [self._linear(_part(layer, name)) for name in family.projections],
             **heads,
             "output": self._linear(_part(layer, family.output)),
+            **self._mlp(layer),
+            "cache_type": _ELEMENT_TYPES[spec.dtype],
+        }
+
+    def _mlp(self, layer: nn.Module) -> dict[str, Any]:
+        family = self.family
+        experts = _part(layer, family.experts)
+        if experts is not None:
+            return self._experts(_part(layer, family.router), experts)
+        up, gate = _part(layer, family.up), _part(layer, family.gate)
+        if gate is not None and gate is up:
+            inner = gate.out_features // 2
+            linears = self._linear(gate, 0, inner), self._linear(up, inner, inner)
+        else:
+            linears = None if gate is None else self._linear(gate), self._linear(up)
+        return {
             "gate": linears[0],
             "up": linears[1],
             "down": self._linear(_part(layer, family.down)),
             "activation": _activation(_part(layer, family.activation)),
-            "cache_type": _ELEMENT_TYPES[spec.dtype],
+            "experts": None,
+        }
+
+    def _experts(self, router: nn.Module, experts: nn.Module) -> dict[str, Any]:
+        """Describe an MLP of experts, whose first one stands for its shapes."""
+        stacks = [experts._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+        routes = self._matrix(router, "weight")
+        if routes is None or not all(stack is not None and stack.dim() == 3 for stack in stacks):
+            raise NotNativeError("its experts are not stacks of weights behind a router")
+        gate_ups, downs = stacks
+        count, inner, width = gate_ups.shape[0], gate_ups.shape[1] // 2, downs.shape[1]
+        if gate_ups.shape != (count, 2 * inner, width) or downs.shape != (count, width, inner):
+            raise NotNativeError("its experts' weights do not lie by outputs")
+        normalised = bool(getattr(router, "norm_topk_prob", True))
+        return {
+            "gate": (self._matrix(experts, "gate_up_proj", 0, inner), None),
+            "up": (self._matrix(experts, "gate_up_proj", inner, inner), None),
+            "down": (self._matrix(experts, "down_proj", 0, width), None),
+            "activation": _activation(_part(experts, "act_fn")),
+            "experts": ((routes, None), count, int(router.top_k), normalised, 2 * inner, 2 * inner, width),
         }
 
     def _rotation(self, attention: nn.Module, index: int) -> int:

@@ -130,6 +130,21 @@ Heads heads_of(const py::object& source) {
     return {fields[0].cast<std::int64_t>(), fields[1].cast<std::int64_t>()};
 }
 
+// (router, count, chosen, normalised, strides of gate, up and down), or None
+Experts experts_of(const py::object& source) {
+    Experts experts;
+    if (source.is_none()) return experts;
+    const py::tuple fields = source;
+    experts.router = linear_of(fields[0]);
+    experts.count = fields[1].cast<std::int64_t>();
+    experts.chosen = fields[2].cast<std::int64_t>();
+    experts.normalised = fields[3].cast<bool>();
+    experts.gate_stride = fields[4].cast<std::int64_t>();
+    experts.up_stride = fields[5].cast<std::int64_t>();
+    experts.down_stride = fields[6].cast<std::int64_t>();
+    return experts;
+}
+
 Layer layer_of(const py::dict& source) {
     Layer layer;
     layer.num_heads = source["num_heads"].cast<std::int64_t>();
@@ -158,6 +173,7 @@ Layer layer_of(const py::dict& source) {
     layer.gate = linear_of(source["gate"]);
     layer.up = linear_of(source["up"]);
     layer.down = linear_of(source["down"]);
+    layer.experts = experts_of(source["experts"]);
     layer.activation = static_cast<Activation>(source["activation"].cast<int>());
     layer.cache_type = element_type(source["cache_type"].cast<int>());
     return layer;
@@ -180,6 +196,20 @@ void check_linear(const Linear& linear, std::int64_t rows, std::int64_t columns,
                 "], got [" + std::to_string(linear.weight.rows) + ", " + std::to_string(linear.weight.columns) + "]");
     require(!linear.weight.transposed || linear.weight.first_row == 0, std::string(name) + " must be whole if transposed");
     require(!linear.bias.given() || linear.bias.columns == rows, std::string(name) + " must have a bias of its rows");
+}
+
+void check_experts(const Layer& layer, std::int64_t width) {
+    const Experts& experts = layer.experts;
+    check_linear(experts.router, experts.count, width, "router");
+    require(experts.chosen >= 1 && experts.chosen <= experts.count, "chosen experts must be in 1..their number");
+    require(layer.gate.weight.given() && !layer.gate.bias.given() && !layer.up.bias.given() && !layer.down.bias.given() &&
+                !layer.down.weight.transposed,
+            "experts must have gates, and neither biases nor transposed weights");
+    require(experts.gate_stride >= layer.gate.weight.rows && experts.up_stride >= layer.up.weight.rows &&
+                experts.down_stride >= width,
+            "an expert's weights must lie behind those of the one before");
+    require(!layer.parallel && !layer.mlp_output_norm.given(),
+            "layers with experts must not be parallel, nor have a norm behind them");
 }
 
 void check_layer(const Layer& layer, const Model& model) {
@@ -223,6 +253,7 @@ void check_layer(const Layer& layer, const Model& model) {
         require(!layer.gate.weight.transposed && !layer.up.weight.transposed, "a gate and its up must not be transposed");
     }
     check_linear(layer.down, width, inner, "down");
+    if (layer.experts.given()) check_experts(layer, width);
     require(static_cast<int>(layer.activation) >= 0 && static_cast<int>(layer.activation) <= 4,
             "activation must be in 0..4");
 }
@@ -335,14 +366,18 @@ class Forward {
   public:
     Forward(const py::dict& description, const std::string& instruction_set)
         : model_(model_of(description)), set_(choose_instruction_set(instruction_set)) {
-        std::int64_t projected = 0, attended = 0, inner = 0;
+        std::int64_t projected = 0, attended = 0, inner = 0, experts = 0;
         for (const Layer& layer : model_.layers) {
             std::int64_t rows = 0;
             for (const Linear& linear : layer.projections) rows += linear.weight.rows;
             projected = std::max(projected, rows);
             attended = std::max(attended, layer.num_heads * layer.head_dim);
             inner = std::max(inner, layer.down.weight.columns);
-            num_weights_ += (rows + attended) * model_.width + 2 * inner * model_.width;
+            const std::int64_t chosen = std::max<std::int64_t>(layer.experts.chosen, 1);
+            num_weights_ += (rows + attended) * model_.width + 2 * inner * model_.width * chosen;
+            gated_floats_ = std::max(gated_floats_, whole_vectors(layer.down.weight.columns) * chosen);
+            experts = std::max(experts, layer.experts.count);
+            chosen_ = std::max(chosen_, layer.experts.chosen);
             head_dim_ = std::max(head_dim_, layer.head_dim);
             const auto known = std::find(windows_.begin(), windows_.end(), layer.window);
             window_of_layer_.push_back(static_cast<int>(known - windows_.begin()));
@@ -353,6 +388,8 @@ class Forward {
         projected_stride_ = whole_vectors(projected);
         attended_stride_ = whole_vectors(attended);
         gated_stride_ = whole_vectors(inner);
+        gated_floats_ = std::max(gated_floats_, gated_stride_);
+        routes_stride_ = whole_vectors(experts);
         widest_ = std::max({stream_stride_, projected_stride_, attended_stride_, gated_stride_});
     }
 
@@ -461,7 +498,9 @@ class Forward {
         pass.branch = branch_.reserve(num_rows * stream_stride_);
         pass.projected = projected_.reserve(num_rows * projected_stride_);
         pass.attended = attended_.reserve(num_rows * attended_stride_);
-        pass.gated = gated_.reserve(num_rows * gated_stride_);
+        pass.gated = gated_.reserve(num_rows * gated_floats_);
+        pass.routes_stride = routes_stride_;
+        pass.routes = routes_.reserve(num_rows * routes_stride_);
         if (memory_.size() < static_cast<std::size_t>(num_threads)) memory_.resize(static_cast<std::size_t>(num_threads));
         benches_.clear();
         for (int thread = 0; thread < num_threads; ++thread) {
@@ -470,7 +509,12 @@ class Forward {
                                 memory.rows.reserve(2 * stream_stride_),
                                 memory.queries.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
                                 memory.scores.reserve(ROW_BLOCK * pass.scores_stride),
-                                memory.mixed.reserve(ROW_BLOCK * whole_vectors(head_dim_))});
+                                memory.mixed.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
+                                memory.shares.reserve(routes_stride_), memory.expert_ids.reserve(num_rows * chosen_),
+                                memory.expert_weights.reserve(num_rows * chosen_),
+                                memory.first_choices.reserve(routes_stride_ + 1),
+                                memory.choice_rows.reserve(num_rows * chosen_),
+                                memory.choice_weights.reserve(num_rows * chosen_)});
         }
         pass.benches = benches_.data();
         pass.num_threads = num_threads;
@@ -489,7 +533,8 @@ class Forward {
     }
 
     struct BenchMemory {
-        Floats panel, tiles, rows, queries, scores, mixed;
+        Floats panel, tiles, rows, queries, scores, mixed, shares, expert_weights, choice_weights;
+        Scratch<std::int32_t> expert_ids, first_choices, choice_rows;
     };
 
     Model model_;
@@ -499,7 +544,8 @@ class Forward {
     std::vector<int> window_of_layer_;
     std::int64_t head_dim_ = 0, stream_stride_ = 0, projected_stride_ = 0, attended_stride_ = 0, gated_stride_ = 0;
     std::int64_t widest_ = 0, num_weights_ = 0;  // about
-    Floats stream_, branch_, projected_, attended_, gated_;
+    std::int64_t gated_floats_ = 0, routes_stride_ = 0, chosen_ = 0;
+    Floats stream_, branch_, projected_, attended_, gated_, routes_;
     std::vector<BenchMemory> memory_;
     std::vector<Bench> benches_;
     std::vector<Segment> segments_;

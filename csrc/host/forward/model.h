@@ -46,6 +46,17 @@ struct Norm {
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3, relu_squared = 4 };
 
+// Experts of an MLP. The layer's gate, up and down are the first expert's; those of the others lie further down in the
+// same tensors.
+struct Experts {
+    Linear router;  // a row an expert
+    std::int64_t count = 0, chosen = 0;  // chosen: by each row; count 0: the MLP has no experts
+    bool normalised = false;  // the weights of a row's experts add up to 1, not those of all experts
+    std::int64_t gate_stride = 0, up_stride = 0, down_stride = 0;  // rows from an expert to the next
+
+    bool given() const { return count > 0; }
+};
+
 // Where the heads of one kind lie in a row of all projections: head h starts at first + h * stride.
 struct Heads {
     std::int64_t first = 0, stride = 0;
@@ -64,6 +75,7 @@ struct Layer {
     std::vector<Linear> projections;  // of queries, keys and values; their rows follow one another
     Heads queries, keys, values;
     Linear output, gate, up, down;  // gate: none in a plain MLP
+    Experts experts;
     Activation activation = Activation::silu;
     ElementType cache_type = ElementType::float32;
 

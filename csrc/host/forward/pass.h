@@ -35,6 +35,13 @@ struct Bench {
     float* queries;  // a panel of ROW_BLOCK query rows
     float* scores;  // [ROW_BLOCK, columns]
     float* mixed;   // [ROW_BLOCK, head_dim]
+    // Of a layer with experts. A choice is a row and an expert; choices lie in the order of their experts, then rows.
+    float* shares;                // [experts], of one row
+    std::int32_t* expert_ids;     // [MAX_ROWS, chosen]
+    float* expert_weights;        // [MAX_ROWS, chosen]
+    std::int32_t* first_choices;  // [experts + 1]
+    std::int32_t* choice_rows;    // [MAX_ROWS * chosen]
+    float* choice_weights;        // [MAX_ROWS * chosen]
 };
 
 struct Pass {
@@ -51,6 +58,8 @@ struct Pass {
     std::int64_t num_wanted;
     float *stream, *branch, *projected, *attended, *gated;  // [MAX_ROWS, stride of each]
     std::int64_t stream_stride, projected_stride, attended_stride, gated_stride, scores_stride;
+    float* routes;  // [MAX_ROWS, routes_stride], logits of experts
+    std::int64_t routes_stride;
     const Bench* benches;  // [num_threads]
     int num_threads;
     Team* team;

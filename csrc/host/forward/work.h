@@ -345,34 +345,176 @@ struct Worker {
         });
     }
 
-    void gate_and_up(const Layer& layer, const Panel& panel) const {
-        const char* const then = begin_of(layer.down);
-        const auto keep_gated = [&](i64 row, i64 count, const float* gate, const float* up) {
+    // Activated products, from `gated` on. `then_gate` and `then_up`: what this thread reads behind gates and ups.
+    void gate_and_up(const Layer& layer, const Linear& gate, const Linear& up, const Panel& panel, float* gated,
+                     i64 stride, const char* then_gate, const char* then_up) const {
+        const auto keep_gated = [&](i64 row, i64 count, const float* gates, const float* ups) {
             for (i64 node = 0; node < panel.count; ++node) {
-                float* const to = pass.gated + node * pass.gated_stride + row;
                 float activated[TILE];
-                for (i64 r = 0; r < TILE; r += W) store(activated + r, activate(layer.activation, load(gate + node * TILE + r)));
-                if (up != nullptr) {
-                    for (i64 r = 0; r < count; ++r) activated[r] *= up[node * TILE + r];
+                for (i64 r = 0; r < TILE; r += W) store(activated + r, activate(layer.activation, load(gates + node * TILE + r)));
+                if (ups != nullptr) {
+                    for (i64 r = 0; r < count; ++r) activated[r] *= ups[node * TILE + r];
                 }
-                std::memcpy(to, activated, static_cast<std::size_t>(count) * sizeof(float));
+                std::memcpy(gated + node * stride + row, activated, static_cast<std::size_t>(count) * sizeof(float));
             }
         };
-        if (!layer.gate.weight.given()) {
-            multiply(layer.up, panel, then,
+        if (!gate.weight.given()) {
+            multiply(up, panel, then_up,
                      [&](i64 row, i64 count, const float* products) { keep_gated(row, count, products, nullptr); });
             return;
         }
-        const auto [begin, end] = part(num_tiles(layer.gate));
+        const auto [begin, end] = part(num_tiles(gate));
         if (begin == end) return;
-        const i64 last = smaller(end * TILE, layer.gate.weight.rows);
-        Ahead of_gate(address(layer.gate.weight, begin * TILE), address(layer.gate.weight, last), then);
-        Ahead of_up(address(layer.up.weight, begin * TILE), address(layer.up.weight, last), then + Ahead::BYTES);
-        float* const up = bench.tiles + MAX_ROWS * TILE;
+        const i64 last = smaller(end * TILE, gate.weight.rows);
+        Ahead of_gate(address(gate.weight, begin * TILE), address(gate.weight, last), then_gate);
+        Ahead of_up(address(up.weight, begin * TILE), address(up.weight, last), then_up);
+        float* const ups = bench.tiles + MAX_ROWS * TILE;
         for (i64 tile = begin; tile < end; ++tile) {
-            multiply_tile(layer.gate, tile, panel, bench.tiles, &of_gate);
-            multiply_tile(layer.up, tile, panel, up, &of_up);
-            keep_gated(tile * TILE, smaller(TILE, layer.gate.weight.rows - tile * TILE), bench.tiles, up);
+            multiply_tile(gate, tile, panel, bench.tiles, &of_gate);
+            multiply_tile(up, tile, panel, ups, &of_up);
+            keep_gated(tile * TILE, smaller(TILE, gate.weight.rows - tile * TILE), bench.tiles, ups);
+        }
+    }
+
+    void run_mlp(const Layer& layer, const char* next) const {
+        const char* const down = begin_of(layer.down);
+        const bool gated = layer.gate.weight.given();
+        gate_and_up(layer, layer.gate, layer.up, normalised(layer.mlp_norm, pass.num_rows, nullptr), pass.gated,
+                    pass.gated_stride, down, gated ? down + Ahead::BYTES : down);
+        wait();
+        add_branch(layer.down, arranged(pass.gated, pass.gated_stride, layer.down.weight.columns),
+                   layer.mlp_output_norm, layer.parallel ? pass.branch : nullptr, next);
+    }
+
+    // ---- experts ----
+    //
+    // Every row chooses its experts by itself, and what they give is added up in the order of their numbers, so a row's
+    // result does not depend on the rows beside it. An expert's weights are read once for all rows that chose it.
+
+    static Linear of_expert(const Linear& linear, i64 stride, i64 expert) {
+        Linear own = linear;
+        own.weight.first_row += expert * stride;
+        return own;
+    }
+
+    // A row's experts and their weights: softmax, then the most probable ones; of equal ones those of lower numbers.
+    void choose(const Experts& experts, const float* logits, std::int32_t* ids, float* weights) const {
+        const i64 padded = up_to_lanes(experts.count);
+        float* const shares = bench.shares;
+        std::memcpy(shares, logits, static_cast<std::size_t>(experts.count) * sizeof(float));
+        for (i64 e = experts.count; e < padded; ++e) shares[e] = -__builtin_inff();
+        Float peaks = load(shares);
+        for (i64 e = W; e < padded; e += W) peaks = lanes_max(load(shares + e), peaks);
+        const Float peak = all_lanes(max_of(peaks));
+        Float totals = {};
+        for (i64 e = 0; e < padded; e += W) {
+            const Float share = exponential(load(shares + e) - peak);
+            totals += share;
+            store(shares + e, share);
+        }
+        float total = sum_of(totals), chosen_total = 0.0f;
+        for (i64 rank = 0; rank < experts.chosen; ++rank) {
+            i64 best = -1;
+            for (i64 e = 0; e < experts.count; ++e) {
+                bool taken = false;
+                for (i64 before = 0; before < rank; ++before) taken |= ids[before] == e;
+                if (!taken && (best < 0 || shares[e] > shares[best])) best = e;  // a NaN is as good as any
+            }
+            ids[rank] = static_cast<std::int32_t>(best);
+            chosen_total += shares[best];
+        }
+        if (experts.normalised) total = chosen_total;
+        for (i64 rank = 0; rank < experts.chosen; ++rank) weights[rank] = shares[ids[rank]] / total;
+    }
+
+    // All rows' choices, by each thread for itself.
+    void choose_all(const Experts& experts) const {
+        const i64 count = pass.num_rows * experts.chosen;
+        std::memset(bench.first_choices, 0, static_cast<std::size_t>(experts.count + 1) * sizeof(std::int32_t));
+        for (i64 i = 0; i < pass.num_rows; ++i) {
+            choose(experts, pass.routes + i * pass.routes_stride, bench.expert_ids + i * experts.chosen,
+                   bench.expert_weights + i * experts.chosen);
+        }
+        for (i64 i = 0; i < count; ++i) ++bench.first_choices[bench.expert_ids[i] + 1];
+        for (i64 e = 0; e < experts.count; ++e) bench.first_choices[e + 1] += bench.first_choices[e];
+        // Each expert's first choice moves on while its choices are filled in, and is the next one's in the end.
+        for (i64 i = 0; i < count; ++i) {
+            const std::int32_t place = bench.first_choices[bench.expert_ids[i]]++;
+            bench.choice_rows[place] = static_cast<std::int32_t>(i / experts.chosen);
+            bench.choice_weights[place] = bench.expert_weights[i];
+        }
+        for (i64 e = experts.count; e > 0; --e) bench.first_choices[e] = bench.first_choices[e - 1];
+        bench.first_choices[0] = 0;
+    }
+
+    // The next expert from `expert` on that a row chose, the number of experts behind the last one.
+    i64 next_chosen(const Experts& experts, i64 expert) const {
+        while (expert < experts.count && bench.first_choices[expert + 1] == bench.first_choices[expert]) ++expert;
+        return expert;
+    }
+
+    void run_experts(const Layer& layer, const char* next) const {
+        const Experts& experts = layer.experts;
+        const i64 width = model.width, inner = layer.down.weight.columns, stride = (inner + 15) / 16 * 16;
+        const Panel all = normalised(layer.mlp_norm, pass.num_rows, nullptr);
+        const auto [first_row, end_row] = part(pass.num_rows);  // for experts to pick from
+        for (i64 i = first_row; i < end_row; ++i) {
+            float* const to = pass.branch + i * pass.stream_stride;
+            std::memcpy(to, pass.stream + i * pass.stream_stride, static_cast<std::size_t>(width) * sizeof(float));
+            normalise_in_place(layer.mlp_norm, width, to);
+        }
+        multiply(experts.router, all, nullptr, [&](i64 row, i64 count, const float* products) {
+            for (i64 node = 0; node < all.count; ++node) {
+                std::memcpy(pass.routes + node * pass.routes_stride + row, products + node * TILE,
+                            static_cast<std::size_t>(count) * sizeof(float));
+            }
+        });
+        wait();
+        choose_all(experts);
+        const i64 first = next_chosen(experts, 0);
+        const char* const first_down = begin_of(of_expert(layer.down, experts.down_stride, first));
+        for (i64 expert = first, after; expert < experts.count; expert = after) {
+            after = next_chosen(experts, expert + 1);
+            const bool last = after == experts.count;
+            const i64 begin = bench.first_choices[expert];
+            const Panel panel{bench.panel, bench.first_choices[expert + 1] - begin, width, up_to_lanes(width)};
+            for (i64 i = 0; i < panel.count; ++i) {
+                panel.put(i, pass.branch + bench.choice_rows[begin + i] * pass.stream_stride);
+            }
+            gate_and_up(layer, of_expert(layer.gate, experts.gate_stride, expert),
+                        of_expert(layer.up, experts.up_stride, expert), panel, pass.gated + begin * stride, stride,
+                        last ? first_down : begin_of(of_expert(layer.gate, experts.gate_stride, after)),
+                        last ? first_down + Ahead::BYTES : begin_of(of_expert(layer.up, experts.up_stride, after)));
+        }
+        wait();
+        // This thread's columns of what experts give; rows of the branch are no longer needed as they were.
+        const auto [begin_tile, end_tile] = part(num_tiles(layer.down));
+        const i64 begin_column = begin_tile * TILE, columns = smaller(end_tile * TILE, width) - begin_column;
+        if (columns <= 0) return;
+        for (i64 i = 0; i < pass.num_rows; ++i) {
+            std::memset(pass.branch + i * pass.stream_stride + begin_column, 0,
+                        static_cast<std::size_t>(columns) * sizeof(float));
+        }
+        for (i64 expert = first, after; expert < experts.count; expert = after) {
+            after = next_chosen(experts, expert + 1);
+            const i64 begin = bench.first_choices[expert];
+            const Panel panel{bench.panel, bench.first_choices[expert + 1] - begin, inner, up_to_lanes(inner)};
+            for (i64 i = 0; i < panel.count; ++i) panel.put(i, pass.gated + (begin + i) * stride);
+            const char* const then =
+                after == experts.count ? next : begin_of(of_expert(layer.down, experts.down_stride, after));
+            multiply(of_expert(layer.down, experts.down_stride, expert), panel, then,
+                     [&](i64 row, i64 count, const float* products) {
+                         for (i64 i = 0; i < panel.count; ++i) {
+                             const float weight = bench.choice_weights[begin + i];
+                             float* const to = pass.branch + bench.choice_rows[begin + i] * pass.stream_stride + row;
+                             for (i64 r = 0; r < count; ++r) to[r] += products[i * TILE + r] * weight;
+                         }
+                     });
+        }
+        for (i64 i = 0; i < pass.num_rows; ++i) {
+            float* const to = pass.stream + i * pass.stream_stride + begin_column;
+            const float* const from = pass.branch + i * pass.stream_stride + begin_column;
+            for (i64 k = 0; k < columns; ++k) to[k] += from[k] * model.residual_scale;
         }
     }
 
@@ -387,20 +529,23 @@ struct Worker {
         attend_all(layer, index);
         wait();
         const Panel attended = arranged(pass.attended, pass.attended_stride, attended_width);
-        const char* const mlp = begin_of(layer.gate.weight.given() ? layer.gate : layer.up);
+        const bool last = static_cast<std::size_t>(index) + 1 == model.layers.size();
+        const char* const next =
+            begin_of(last ? model.head : model.layers[static_cast<std::size_t>(index) + 1].projections[0]);
+        const char* const mlp = begin_of(layer.experts.given()       ? layer.experts.router
+                                         : layer.gate.weight.given() ? layer.gate
+                                                                     : layer.up);
         if (layer.parallel) {
             leave_branch(layer.output, attended, mlp);
-            gate_and_up(layer, normalised(layer.mlp_norm, count, nullptr));
         } else {
             add_branch(layer.output, attended, layer.attended_norm, nullptr, mlp);
             wait();
-            gate_and_up(layer, normalised(layer.mlp_norm, count, nullptr));
         }
-        wait();
-        const bool last = static_cast<std::size_t>(index) + 1 == model.layers.size();
-        const Linear& next = last ? model.head : model.layers[static_cast<std::size_t>(index) + 1].projections[0];
-        add_branch(layer.down, arranged(pass.gated, pass.gated_stride, layer.down.weight.columns),
-                   layer.mlp_output_norm, layer.parallel ? pass.branch : nullptr, begin_of(next));
+        if (layer.experts.given()) {
+            run_experts(layer, next);
+        } else {
+            run_mlp(layer, next);
+        }
         wait();
     }
 

@@ -10,11 +10,12 @@ import torch
 from support.sequential import ancestors
 from support.tiny_families import tiny_model
 
+from sequoia_kernels import _host
 from sequoia_kernels.models import TreeModel, adapt, causal_step, prefill
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.tree import TokenTree
 
-# Widths of no whole tiles, nor of whole vectors where the modules can take them; more than one strip of transposed weights.
+# Widths of no whole tiles, nor whole vectors where the modules can take them; more than one strip of what is transposed.
 GPT2 = {"n_embd": 60, "n_head": 6, "n_inner": 333}
 OPT = {"hidden_size": 36, "word_embed_proj_dim": 36, "num_attention_heads": 3, "ffn_dim": 51}
 MIXTRAL = {"hidden_size": 40, "intermediate_size": 56, "num_local_experts": 5}
@@ -106,19 +107,19 @@ def test_a_node_has_the_bits_of_its_path_fed_alone(case, dtype, set_threads):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_errs_no_more_than_the_modules(case):
-    """Where the modules' rounded activations choose other experts than exact ones would, that is an error of theirs."""
+    """Rounded cache rows may tip a row to another expert in either forward, so single rows say nothing; many do."""
     model = model_of(case, torch.bfloat16)
     native, modules = adapt(model, forward="native"), adapt(model, forward="modules")
-    score = tree_to_score(11, 9, 30)
-    rounded = [tree_logits(runner, score).float() for runner in (native, modules)]
-    exact = tree_logits(adapt(model.float(), forward="modules"), score)
-    errors = [float((logits - exact).abs().mean()) for logits in rounded]
-    assert errors[0] <= errors[1]
+    scores = [tree_to_score(seed, 9, 30) for seed in (11, 12, 13)]
+    rounded = [torch.cat([tree_logits(runner, score).float() for score in scores]) for runner in (native, modules)]
+    runner = adapt(model.float(), forward="modules")
+    exact = torch.cat([tree_logits(runner, score) for score in scores])
+    errors = [(logits - exact).abs().mean(-1) for logits in rounded]
+    assert float(errors[0].mean()) <= float(errors[1].mean())
+    assert float(errors[0].median()) <= 0.5 * float(errors[1].median())
 
 
 def test_instruction_sets_agree(monkeypatch):
-    from sequoia_kernels import _host
-
     for case in ("gpt2", "qwen3_moe"):
         score = tree_to_score(5, 4, 23)
         logits = []
@@ -131,10 +132,10 @@ def test_instruction_sets_agree(monkeypatch):
 
 def test_all_rows_may_choose_the_same_experts():
     model = model_of("qwen3_moe")
+    native, score = adapt(model, forward="native"), tree_to_score(2, 3, 33)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.gate.weight.zero_()  # all are as probable: those of the lowest numbers
-    native, score = adapt(model, forward="native"), tree_to_score(2, 3, 33)
+            layer.mlp.gate.weight.zero_()  # all are as probable: those of the lowest numbers, other ones than torch's
     logits = tree_logits(native, score)
     assert torch.isfinite(logits).all()
     assert torch.equal(logits[-1], logits_token_by_token(native, score, 32))

@@ -15,7 +15,7 @@ from sequoia_kernels.models import TreeModel, adapt, causal_step, prefill
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.tree import TokenTree
 
-# Widths of no whole tiles, nor whole vectors where the modules can take them; more than one strip of what is transposed.
+# Widths of no whole tiles, nor whole vectors where the modules can take them; more than one strip of transposed ones.
 GPT2 = {"n_embd": 60, "n_head": 6, "n_inner": 333}
 OPT = {"hidden_size": 36, "word_embed_proj_dim": 36, "num_attention_heads": 3, "ffn_dim": 51}
 MIXTRAL = {"hidden_size": 40, "intermediate_size": 56, "num_local_experts": 5}

@@ -446,13 +446,12 @@ class _Description:
             "experts": None,
         }
 
-    def _experts(self, router: nn.Module, experts: nn.Module) -> dict[str, Any]:
+    def _experts(self, router: Any, experts: nn.Module) -> dict[str, Any]:
         """Describe an MLP of experts, whose first one stands for its shapes."""
-        stacks = [experts._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+        gate_ups, downs = (experts._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
         routes = self._matrix(router, "weight")
-        if routes is None or not all(stack is not None and stack.dim() == 3 for stack in stacks):
+        if routes is None or gate_ups is None or downs is None or not gate_ups.dim() == downs.dim() == 3:
             raise NotNativeError("its experts are not stacks of weights behind a router")
-        gate_ups, downs = stacks
         count, inner, width = gate_ups.shape[0], gate_ups.shape[1] // 2, downs.shape[1]
         if gate_ups.shape != (count, 2 * inner, width) or downs.shape != (count, width, inner):
             raise NotNativeError("its experts' weights do not lie by outputs")

@@ -49,11 +49,12 @@ struct Panel {
 
 // Requests weights some way ahead of their use, into the second-level cache, in the order of their addresses, which
 // keeps the hardware's own prefetcher on one stream; behind the end of what a thread reads of one matrix it goes on with
-// what it reads next. Requests are spread over all blocks of nodes, or memory would be idle half of the time.
+// what it reads next. Requests are spread over all blocks of nodes, or memory would be idle half of the time, and are as
+// many as what is read: those that ran ahead would push out what is still to be read.
 struct Ahead {
     static constexpr i64 BYTES = 16384, LINE = 64;
     const char *at = nullptr, *end = nullptr, *then = nullptr;
-    i64 lines = 1, every = 1;  // requested, every so many steps
+    i64 due = 0, read = 0, share = LINE;  // bytes: a line is requested for every `share` that steps of `read` make up
 
     Ahead() = default;
     Ahead(const void* begin_, const void* end_, const void* then_)
@@ -61,9 +62,13 @@ struct Ahead {
           then(static_cast<const char*>(then_)) {
         turn();
     }
-    SEQUOIA_INLINE void request(i64 step) {
-        if (step % every != 0) return;
-        for (i64 i = 0; i < lines; ++i, at += LINE) __builtin_prefetch(at, 0, 2);
+    // The steps to come read so many bytes, again for each of the blocks of nodes.
+    SEQUOIA_INLINE void pace(i64 bytes, i64 blocks) {
+        read = bytes;
+        share = LINE * blocks;
+    }
+    SEQUOIA_INLINE void request() {
+        for (due += read; due >= share; due -= share, at += LINE) __builtin_prefetch(at, 0, 2);
         if (at >= end) turn();
     }
 
@@ -100,7 +105,7 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
     Float sums[C][R] = {};
     const i64 whole = size / W;
     for (i64 step = 0; step < whole; ++step) {
-        if (ahead != nullptr) ahead->request(step);
+        if (ahead != nullptr) ahead->request();
         Float node[C];
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
@@ -141,22 +146,17 @@ template <class Rows>
 __attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 count, const Panel& panel, float* out,
                                   i64 out_stride, Ahead* ahead) {
     const i64 blocks = panel.num_blocks();
-    const auto* element = rows.row(0);
-    if (ahead != nullptr) {  // 4 rows are read while `blocks` blocks pass
-        const i64 step_lines = larger(1, 4 * W * static_cast<i64>(sizeof(*element)) / Ahead::LINE);
-        ahead->lines = larger(1, step_lines / blocks);
-        ahead->every = larger(1, blocks / step_lines);
-    }
+    const i64 vector_bytes = W * static_cast<i64>(sizeof(*rows.row(0)));
     i64 done = 0;
     if (panel.count == 1) {  // more rows at a time, for want of nodes
-        if (ahead != nullptr) ahead->lines *= 2;
+        if (ahead != nullptr) ahead->pace(8 * vector_bytes, 1);
         for (; done + 8 <= count; done += 8) {
             multiply_block<8, 1>(rows, first + done, panel.data, panel.size, out + done, out_stride, ahead);
         }
-        if (ahead != nullptr) ahead->lines = larger(1, ahead->lines / 2);
     }
     for (; done < count;) {
         const bool four = done + 4 <= count;
+        if (ahead != nullptr) ahead->pace((four ? 4 : 1) * vector_bytes, blocks);
         i64 begin = 0;
         for (i64 block = 0; block < blocks; ++block) {
             const i64 end = panel.block_begin(block + 1);

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.native_models import (
     CASES,
+    LOW_PRECISION_CASES,
     MAX_CACHE_LEN,
     VOCAB,
     behind,
@@ -79,7 +80,7 @@ def test_logits_are_the_modules_in_float32(name):
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LOW_PRECISION_CASES)
 def test_low_precision_errs_no_more_than_the_modules(name, dtype):
     """Against float32 on the same rounded weights. Sums of many errors: single ones are compared by their maximum."""
     model = case_model(name).to(dtype)
@@ -172,8 +173,11 @@ def test_nodes_beyond_the_last_position_are_fed_at_it():
 # ---- the same bits ----
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in CASES), *((name, torch.bfloat16) for name in LOW_PRECISION_CASES)],
+    ids=str,
+)
 def test_trees_are_the_bits_of_their_paths(name, dtype):
     native = case_pair(name, dtype).native
     for seed in range(2):

@@ -93,8 +93,11 @@ def test_float32_logits_are_the_modules(case):
         assert error <= 1e-4 * max(1.0, float(expected.std())), num_nodes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in CASES), ("gpt2", torch.bfloat16), ("opt", torch.float16)],
+    ids=str,
+)
 def test_a_node_has_the_bits_of_its_path_fed_alone(case, dtype, set_threads):
     model = adapt(model_of(case, dtype), forward="native")
     for threads, num_nodes in ((3, 60), (2, 5)):  # the first is enough to share for GPT-2 and the wider experts
@@ -106,18 +109,23 @@ def test_a_node_has_the_bits_of_its_path_fed_alone(case, dtype, set_threads):
             assert torch.equal(logits[node], logits_token_by_token(model, score, node)), (threads, node)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["gpt2", "opt"])
 def test_bfloat16_errs_no_more_than_the_modules(case):
-    """Rounded cache rows may tip a row to another expert in either forward, so single rows say nothing; many do."""
     model = model_of(case, torch.bfloat16)
     native, modules = adapt(model, forward="native"), adapt(model, forward="modules")
     scores = [tree_to_score(seed, 9, 30) for seed in (11, 12, 13)]
     rounded = [torch.cat([tree_logits(runner, score).float() for score in scores]) for runner in (native, modules)]
     runner = adapt(model.float(), forward="modules")
     exact = torch.cat([tree_logits(runner, score) for score in scores])
-    errors = [(logits - exact).abs().mean(-1) for logits in rounded]
-    assert float(errors[0].mean()) <= float(errors[1].mean())
-    assert float(errors[0].median()) <= 0.5 * float(errors[1].median())
+    errors = [(logits - exact).abs() for logits in rounded]
+    assert errors[0].mean() <= errors[1].mean() and errors[0].max() <= errors[1].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_experts_are_chosen_in_float32_only(case, dtype):
+    model = adapt(model_of(case, dtype))
+    assert model.runs == "modules" and model.not_native.startswith("its experts are chosen by rounded numbers")
 
 
 def test_instruction_sets_agree(monkeypatch):

@@ -84,6 +84,8 @@ CASES |= {
     family: (family, {})
     for family in sorted(NATIVE_FAMILIES.keys() & FAMILIES.keys() - {family for family, _ in CASES.values()})
 }
+# Experts are native in float32 only.
+LOW_PRECISION_CASES = [name for name, (family, _) in CASES.items() if not NATIVE_FAMILIES[family].experts]
 
 
 class Pair(NamedTuple):

@@ -455,6 +455,8 @@ class _Description:
         count, inner, width = gate_ups.shape[0], gate_ups.shape[1] // 2, downs.shape[1]
         if gate_ups.shape != (count, 2 * inner, width) or downs.shape != (count, width, inner):
             raise NotNativeError("its experts' weights do not lie by outputs")
+        if gate_ups.dtype != torch.float32:
+            raise NotNativeError("its experts are chosen by rounded numbers, which another rounding tips")
         normalised = bool(getattr(router, "norm_topk_prob", True))
         return {
             "gate": (self._matrix(experts, "gate_up_proj", 0, inner), None),

@@ -647,7 +647,7 @@ def test_teams_that_grow_and_shrink():
     cache, step, tokens = native.new_cache(1, 8), causal_step(2), tokens_of(0, 1, 2)
     expected = native.forward(tokens, cache, lens_of(0), step)
     drawn = random.Random(0)
-    for _ in range(50 if SANITIZED else 400):
+    for _ in range(50 if SANITIZED else 200):
         torch.set_num_threads(drawn.choice((1, 2, 3, 4)))
         assert torch.equal(native.forward(tokens, cache, lens_of(0), step), expected)
 
@@ -673,15 +673,13 @@ tree = random_tree(random.Random(1), 30)
 arguments = case_pair("llama").native, tokens_of(1, 1, 40), tree, tokens_of(2, 1, 30)
 torch.set_num_threads(4)
 expected = score_tree(*arguments)
-for generation in range(3):  # children of children
-    child = os.fork()
-    if child:
-        status = os.waitpid(child, 0)[1]
-        assert status == 0, status
-        assert torch.equal(score_tree(*arguments), expected)
-        break
+child = os.fork()
+if child:
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, status
+else:
     torch.set_num_threads(2)
-    assert torch.equal(score_tree(*arguments), expected)
+assert torch.equal(score_tree(*arguments), expected)
 print("agreed", flush=True)
 """  # and ends as any program does, while the members of its team spin or sleep
 
@@ -690,7 +688,7 @@ print("agreed", flush=True)
 @pytest.mark.skipif(SANITIZED, reason="other interpreters are none of the sanitizers' business")
 def test_children_of_a_fork_begin_anew_and_all_end():
     result = run_process([sys.executable, "-c", _FORKS], env=python_environment())
-    assert result.stdout.split() == ["agreed"] * 4
+    assert result.stdout.split() == ["agreed"] * 2
 
 
 _INTERRUPTED = """

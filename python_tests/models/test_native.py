@@ -16,6 +16,7 @@ from support.native_models import (
     LOW_PRECISION_CASES,
     MAX_CACHE_LEN,
     VOCAB,
+    WIDE,
     behind,
     case_model,
     case_pair,
@@ -192,7 +193,7 @@ def test_trees_are_the_bits_of_their_paths(name, dtype):
 
 @pytest.mark.parametrize("name", ["llama-biases", "gemma2", "olmo2", "phi"])
 def test_threads_change_no_bit(name):
-    native = case_pair(name, torch.bfloat16).native
+    native = case_pair(name, torch.bfloat16, wide=True).native
     prompt, tree, nodes = small_case(21)
     scored = []
     for num_threads in (1, 2, 3, 1, 5, 2):
@@ -204,7 +205,7 @@ def test_threads_change_no_bit(name):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("own_trees", [False, True])
 def test_requests_of_a_batch_are_the_bits_of_single_ones(name, own_trees):
-    native = case_pair(name).native
+    native = case_pair(name, wide=True).native
     lens, num_nodes = lens_of(7, 1, 64, 33), 27
     prompts = tokens_of(4, 4, 64)
     if own_trees:  # whose levels are equally wide
@@ -238,7 +239,7 @@ def test_requests_of_a_batch_are_the_bits_of_single_ones(name, own_trees):
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "stablelm-parallel"])
 def test_prompts_leave_the_same_rows_in_any_chunks(name):
-    native = case_pair(name, torch.bfloat16).native
+    native = case_pair(name, torch.bfloat16, wide=True).native
     prompt, whole = tokens_of(6, 1, 150), native.new_cache(1, 150)
     torch.set_num_threads(3)
     native.forward(prompt, whole, lens_of(0), causal_step(150))
@@ -613,7 +614,7 @@ def in_threads(*work):
 def test_python_threads_run_models_side_by_side():
     """Two models, and one model twice with caches of other sizes, with teams that grow and shrink, while they end."""
     torch.set_num_threads(2)
-    models = [adapt(case_model(name), forward="native") for name in ("llama", "gemma2", "llama")]
+    models = [adapt(case_model(name, **WIDE), forward="native") for name in ("llama", "gemma2", "llama")]
     models[2] = models[0]
     cases = [small_case(seed) for seed in (60, 61, 62)]
     expected = [score_tree(model, *case) for model, case in zip(models, cases)]
@@ -643,8 +644,8 @@ def test_python_threads_run_models_side_by_side():
 
 def test_teams_that_grow_and_shrink():
     """Members that a job leaves out may come late out of the job before."""
-    native = case_pair("llama").native
-    cache, step, tokens = native.new_cache(1, 8), causal_step(2), tokens_of(0, 1, 2)
+    native = case_pair("llama", wide=True).native
+    cache, step, tokens = native.new_cache(1, 64), causal_step(64), tokens_of(0, 1, 64)
     expected = native.forward(tokens, cache, lens_of(0), step)
     drawn = random.Random(0)
     for _ in range(50 if SANITIZED else 200):
@@ -653,7 +654,7 @@ def test_teams_that_grow_and_shrink():
 
 
 def test_threads_start_again_behind_an_end():
-    native = case_pair("llama").native
+    native = case_pair("llama", wide=True).native
     torch.set_num_threads(3)
     case = small_case(2)
     expected = score_tree(native, *case)
@@ -670,7 +671,7 @@ import torch
 from support.native_models import case_pair, random_tree, score_tree, tokens_of
 
 tree = random_tree(random.Random(1), 30)
-arguments = case_pair("llama").native, tokens_of(1, 1, 40), tree, tokens_of(2, 1, 30)
+arguments = case_pair("llama", wide=True).native, tokens_of(1, 1, 40), tree, tokens_of(2, 1, 30)
 torch.set_num_threads(4)
 expected = score_tree(*arguments)
 child = os.fork()

@@ -17,6 +17,8 @@ from sequoia_kernels.tree import TokenTree
 
 VOCAB = 101
 WINDOW = 4
+# Enough work for several threads: forwards of a few rows of the other models wake none.
+WIDE = {"intermediate_size": 1201}
 MAX_CACHE_LEN = 224
 
 _ODD: dict[str, Any] = {
@@ -106,9 +108,9 @@ def case_model(name: str, **overrides: Any) -> Any:
 
 
 @cache
-def case_pair(name: str, dtype: torch.dtype = torch.float32) -> Pair:
-    """Return a case's model, shared between tests: nothing may be changed in it."""
-    model = case_model(name).to(dtype)
+def case_pair(name: str, dtype: torch.dtype = torch.float32, wide: bool = False) -> Pair:
+    """Return a case's model, shared between tests: nothing may be changed in it. See `WIDE`."""
+    model = case_model(name, **(WIDE if wide else {})).to(dtype)
     return Pair(adapt(model, forward="native"), adapt(model, forward="modules"))
 
 

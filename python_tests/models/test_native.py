@@ -666,7 +666,7 @@ def test_threads_start_again_behind_an_end():
 
 
 _FORKS = """
-import os, random
+import os, random, threading
 import torch
 from support.native_models import case_pair, random_tree, score_tree, tokens_of
 
@@ -674,8 +674,20 @@ tree = random_tree(random.Random(1), 30)
 arguments = case_pair("llama", wide=True).native, tokens_of(1, 1, 40), tree, tokens_of(2, 1, 30)
 torch.set_num_threads(4)
 expected = score_tree(*arguments)
+ending = threading.Event()
+
+
+def run_on():
+    while not ending.is_set():
+        score_tree(*arguments)
+
+
+other = threading.Thread(target=run_on)  # is inside a forward, mostly
+other.start()
 child = os.fork()
 if child:
+    ending.set()
+    other.join()
     status = os.waitpid(child, 0)[1]
     assert status == 0, status
 else:

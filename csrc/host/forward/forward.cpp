@@ -438,7 +438,7 @@ class Forward {
     }
 
     void run(const Call& call, int num_threads) {
-        const std::lock_guard<std::mutex> lock(busy_);
+        const std::lock_guard<std::mutex> lock(busy_.get());
         const std::int64_t rows = std::min(MAX_ROWS, call.num_rows());
         num_threads = static_cast<int>(
             std::clamp<std::int64_t>(rows * num_weights_ / PRODUCTS_A_THREAD, 1, num_threads));
@@ -539,7 +539,7 @@ class Forward {
 
     Model model_;
     InstructionSet set_;
-    std::mutex busy_;
+    ForkedLock busy_;
     std::vector<std::int64_t> windows_;
     std::vector<int> window_of_layer_;
     std::int64_t head_dim_ = 0, stream_stride_ = 0, projected_stride_ = 0, attended_stride_ = 0, gated_stride_ = 0;

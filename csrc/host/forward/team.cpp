@@ -31,23 +31,27 @@ struct Shared {
 };
 
 Shared* shared = nullptr;
+std::uint64_t num_forks = 0;
 std::mutex creation;
 
 // The child of a fork has none of the members, and the locks as they happened to be: it begins anew.
 void forget() {
     new (&creation) std::mutex;
     shared = nullptr;
+    ++num_forks;
+}
+
+void notice_forks() {
+#if defined(SEQUOIA_POSIX)
+    static const bool registered = pthread_atfork(nullptr, nullptr, forget) == 0;
+    static_cast<void>(registered);
+#endif
 }
 
 Shared& current() {
     const std::lock_guard<std::mutex> lock(creation);
-    if (shared == nullptr) {
-#if defined(SEQUOIA_POSIX)
-        static const bool registered = pthread_atfork(nullptr, nullptr, forget) == 0;
-        static_cast<void>(registered);
-#endif
-        shared = new Shared;  // never freed: members wait in it until the process ends
-    }
+    notice_forks();
+    if (shared == nullptr) shared = new Shared;  // never freed: members wait in it until the process ends
     return *shared;
 }
 
@@ -124,7 +128,19 @@ void Team::serve(int thread, std::uint64_t seen) {
     }
 }
 
+std::mutex& ForkedLock::get() {
+    const std::lock_guard<std::mutex> lock(creation);
+    notice_forks();
+    if (mutex_ == nullptr || num_forks_ != num_forks) {
+        static_cast<void>(mutex_.release());  // never freed: who held it is not here to let it go
+        mutex_ = std::make_unique<std::mutex>();
+        num_forks_ = num_forks;
+    }
+    return *mutex_;
+}
+
 void run_in_team(int size, Team::Job job, void* argument) {
+    if (size == 1) return job(argument, 0);
     Shared& here = current();
     const std::lock_guard<std::mutex> lock(here.busy);
     here.team.run(size, job, argument);

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -47,7 +48,17 @@ class Team {
     alignas(64) std::atomic<unsigned> phase_{0};
 };
 
-// Runs a job on the process's team, one caller at a time.
+// A lock that is open in the child of a fork, whoever held it.
+class ForkedLock {
+  public:
+    std::mutex& get();
+
+  private:
+    std::unique_ptr<std::mutex> mutex_;
+    std::uint64_t num_forks_ = 0;  // before it was made
+};
+
+// Runs a job on the process's team, one caller at a time; a job of one thread needs none.
 void run_in_team(int size, Team::Job job, void* argument);
 // Ends the team's members, behind the job that runs.
 void stop_team();

@@ -22,6 +22,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "elements.h"
 #include "rows.h"
 
 #if defined(__has_builtin)
@@ -40,13 +41,6 @@ constexpr std::int64_t ROW_BLOCK = 32;
 constexpr std::int64_t VALUE_COLUMNS = 32;  // whose values are added at a time
 constexpr std::int64_t PREFETCH = 16;       // columns between a key's prefetch and its use
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
-
-struct BFloat16 {
-    std::uint16_t bits;
-};
-struct Float16 {
-    std::uint16_t bits;
-};
 
 // One argument tensor; strides in elements, the last dimension is contiguous.
 struct Rows4d {
@@ -250,31 +244,6 @@ SEQUOIA_INLINE Float<W> load_some(const Element* source, std::int64_t count) {
 template <int W>
 SEQUOIA_INLINE void store(float* target, Float<W> lanes) {
     std::memcpy(target, &lanes, sizeof(lanes));
-}
-
-SEQUOIA_INLINE void narrow(float value, float* target) { *target = value; }
-
-// Both round to nearest, ties to even.
-SEQUOIA_INLINE void narrow(float value, BFloat16* target) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(value);
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    target->bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : rounded);
-}
-
-SEQUOIA_INLINE void narrow(float value, Float16* target) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(value), magnitude = bits & 0x7fffffffu;
-    std::uint32_t rounded;
-    if (magnitude > 0x7f800000u) {
-        rounded = 0x7e00u;  // NaN
-    } else if (magnitude >= 0x477ff000u) {
-        rounded = 0x7c00u;  // 65520 and more
-    } else if (magnitude < 0x38800000u) {  // subnormal: the sum's last place is that of the result
-        rounded = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<std::uint32_t>(0.5f);
-    } else {
-        rounded = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    }
-    target->bits = static_cast<std::uint16_t>(rounded | (bits >> 16 & 0x8000u));
 }
 
 // Transpose W vectors of W lanes: blocks of 1, 2, 4, ... lanes change places across the diagonal.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host/elements.h"
 #include "model.h"
 
 #if defined(__AVX512F__)
@@ -32,13 +33,6 @@ typedef std::uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * W)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef float Float4 __attribute__((vector_size(16)));
-
-struct BFloat16 {
-    std::uint16_t bits;
-};
-struct Float16 {
-    std::uint16_t bits;
-};
 
 constexpr i64 up_to_lanes(i64 size) { return (size + W - 1) / W * W; }
 SEQUOIA_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
@@ -85,25 +79,6 @@ SEQUOIA_INLINE Float load_some(const Element* source, i64 count) {
 SEQUOIA_INLINE void store(float* target, Float lanes) { std::memcpy(target, &lanes, sizeof(lanes)); }
 
 SEQUOIA_INLINE void store_four(float* target, Float4 lanes) { std::memcpy(target, &lanes, sizeof(lanes)); }
-
-SEQUOIA_INLINE void narrow(float value, float* target) { *target = value; }
-
-// Both round to nearest, ties to even.
-SEQUOIA_INLINE void narrow(float value, BFloat16* target) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(value);
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    target->bits = static_cast<std::uint16_t>(is_nan ? 0x7fc0u : rounded);
-}
-
-SEQUOIA_INLINE void narrow(float value, Float16* target) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(value), magnitude = bits & 0x7fffffffu;
-    const std::uint32_t small = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;  // subnormal
-    const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    const std::uint32_t finite = magnitude < 0x38800000u ? small : normal;
-    const std::uint32_t rounded = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x477ff000u ? 0x7c00u : finite;
-    target->bits = static_cast<std::uint16_t>(rounded | (bits >> 16 & 0x8000u));
-}
 
 template <class Element>
 SEQUOIA_INLINE void narrow_row(const float* row, i64 count, Element* target) {

@@ -17,12 +17,17 @@ namespace {
 
 constexpr int NODES = W >= 16 ? 6 : 3;  // of a block: with 4 rows 24 of 32 registers, or 12 of 16
 
+// CASE(C) for every size that a block may have.
+#if SEQUOIA_LANES >= 16
+#define SEQUOIA_FOR_BLOCKS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#else
+#define SEQUOIA_FOR_BLOCKS(CASE) CASE(1) CASE(2) CASE(3)
+#endif
+
 // Activations of `count` nodes, [count, size], `size` padded to whole vectors by zeros.
 struct Panel {
     float* data = nullptr;
     i64 count = 0, size = 0, padded = 0;
-
-    static i64 floats(i64 count, i64 size) { return count * up_to_lanes(size); }
 
     // Blocks of equal sizes, those with one node more in front.
     i64 num_blocks() const { return (count + NODES - 1) / NODES; }
@@ -81,18 +86,12 @@ struct Ahead {
     }
 };
 
-// Rows of a matrix, or of a cache at the places that are listed.
+// Rows of a matrix.
 template <class Element>
 struct MatrixRows {
     const Element* data;
     i64 stride;
     SEQUOIA_INLINE const Element* row(i64 index) const { return data + index * stride; }
-};
-template <class Element>
-struct ListedRows {
-    const Element* data;
-    const i64* offsets;
-    SEQUOIA_INLINE const Element* row(i64 index) const { return data + offsets[index]; }
 };
 
 // out[c * out_stride + r] of R rows and a block of C nodes.
@@ -169,16 +168,9 @@ __attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 co
         } else {                                                                                             \
             multiply_block<1, C>(rows, first + done, nodes, panel.size, to, out_stride, ahead);              \
         }                                                                                                    \
-        break
+        break;
             switch (end - begin) {
-                SEQUOIA_BLOCK(1);
-                SEQUOIA_BLOCK(2);
-                SEQUOIA_BLOCK(3);
-#if SEQUOIA_LANES >= 16
-                SEQUOIA_BLOCK(4);
-                SEQUOIA_BLOCK(5);
-                SEQUOIA_BLOCK(6);
-#endif
+                SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK)
             }
 #undef SEQUOIA_BLOCK
             begin = end;
@@ -280,16 +272,9 @@ __attribute__((noinline)) void multiply_strip(const Element* weights, i64 stride
         } else {                                                                                               \
             accumulate_block<C, false>(here, stride, columns, values, depth, to, tile_floats, ahead, ahead_rows); \
         }                                                                                                      \
-        break
+        break;
                 switch (nodes) {
-                    SEQUOIA_BLOCK(1);
-                    SEQUOIA_BLOCK(2);
-                    SEQUOIA_BLOCK(3);
-#if SEQUOIA_LANES >= 16
-                    SEQUOIA_BLOCK(4);
-                    SEQUOIA_BLOCK(5);
-                    SEQUOIA_BLOCK(6);
-#endif
+                    SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK)
                 }
 #undef SEQUOIA_BLOCK
             }

@@ -257,15 +257,14 @@ def tiny_pair(folder):
     return script.build_weights("tiny", folder, options)
 
 
-def native_or_skip(weights):
+def check_native(weights):
     model = adapt(weights.pair.load("target"))
-    if model.runs != "native":
-        pytest.skip(f"our loop would not be native: {model.not_native}")
+    assert model.runs == "native", model.not_native
 
 
 def test_our_loop_plans_a_tree(monkeypatch, tmp_path):
     weights = tiny_pair(tmp_path)
-    native_or_skip(weights)
+    check_native(weights)
     monkeypatch.setattr(own_loop, "NODE_COUNTS", (1, 2, 4))
     threads = torch.get_num_threads()
     try:
@@ -320,7 +319,7 @@ class InProcess:
 
 
 def test_the_script_runs_to_the_end(monkeypatch, tmp_path, capsys):
-    native_or_skip(tiny_pair(tmp_path / "tiny"))
+    check_native(tiny_pair(tmp_path / "tiny"))
     monkeypatch.setattr(script, "RuntimeProcess", InProcess)
     monkeypatch.setattr(script, "DECODED_FOR_A_SAMPLE", 4)
     monkeypatch.setattr(script, "SETTLE_S", 0.0)

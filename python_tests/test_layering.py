@@ -51,8 +51,8 @@ ALLOWED = {
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.
     "measure": SHARED | {"tree", "ops", "models", "drafts", "planner.profile", "planner.search", "planner.compose"},
-    "drafts": SHARED | {"tree", "ops", "models"},
-    "decoding": SHARED | {"tree", "ops", "models", "drafts", "offload", "planner", "measure"},
+    "drafts": SHARED | {"tree", "ops", "models", "_host"},
+    "decoding": SHARED | {"tree", "ops", "models", "drafts", "offload", "planner", "measure", "_host"},
 }
 # At the top of the house: they may import anything, and only one another may import them.
 ENTRANCES = {"__init__", "__main__", "cli", "demo"}

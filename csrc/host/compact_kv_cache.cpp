@@ -17,6 +17,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cache_entry.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -54,16 +55,12 @@ struct Move {
     std::int64_t target_slot;
 };
 
-// The caller has checked that paths rise and stay inside the caches.
-void compact_kv_cache(std::uintptr_t table_ptr,           // [num_caches, 7] int64, see CacheEntry
-                      std::int64_t num_caches,            //
-                      std::uintptr_t accepted_nodes_ptr,  // [B, num_levels] int32
+}  // namespace
+
+void compact_kv_cache(std::uintptr_t table_ptr, std::int64_t num_caches, std::uintptr_t accepted_nodes_ptr,
                       std::int64_t nodes_stride_request, std::int64_t nodes_stride_level,
-                      std::uintptr_t num_accepted_ptr,  // [B] int32
-                      std::int64_t num_accepted_stride,
-                      std::uintptr_t cache_lens_ptr,  // in and out: [B] int32
-                      std::int64_t cache_lens_stride, std::int64_t batch_size,
-                      std::uintptr_t block_table_ptr,  // [B, max_pages] int32, or 0
+                      std::uintptr_t num_accepted_ptr, std::int64_t num_accepted_stride, std::uintptr_t cache_lens_ptr,
+                      std::int64_t cache_lens_stride, std::int64_t batch_size, std::uintptr_t block_table_ptr,
                       std::int64_t table_stride_request, std::int64_t table_stride_page, std::int64_t page_size) {
     const auto* caches = reinterpret_cast<const CacheEntry*>(table_ptr);
     const auto* num_accepted = reinterpret_cast<const std::int32_t*>(num_accepted_ptr);
@@ -91,7 +88,6 @@ void compact_kv_cache(std::uintptr_t table_ptr,           // [num_caches, 7] int
     }
 }
 
-}  // namespace
 }  // namespace sequoia
 
 void bind_compact_kv_cache(py::module_& module) {

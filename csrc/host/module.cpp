@@ -10,6 +10,8 @@ void bind_tree_search(pybind11::module_& module);
 void bind_philox(pybind11::module_& module);
 void bind_ops(pybind11::module_& module);
 void bind_forward(pybind11::module_& module);
+void bind_tree_growth(pybind11::module_& module);
+void bind_tree_commit(pybind11::module_& module);
 
 PYBIND11_MODULE(_host, module) {
     module.doc() = "Host code of sequoia-kernels: tree search, Philox streams and the CPU backends of the ops.";
@@ -17,4 +19,6 @@ PYBIND11_MODULE(_host, module) {
     bind_philox(module);
     bind_ops(module);
     bind_forward(module);
+    bind_tree_growth(module);
+    bind_tree_commit(module);
 }

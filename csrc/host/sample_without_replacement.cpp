@@ -15,6 +15,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "ops.h"
 #include "rows.h"
 #include "streams.h"
 
@@ -171,16 +172,12 @@ void sample_rows(const LogitRows& logits, std::int64_t num_rows, std::int64_t nu
     }
 }
 
-// Returns false, and has written nothing, if `check_values` finds a temperature or a row of logits out of range.
-bool sample_without_replacement(std::uintptr_t logits_ptr,          // [R, vocab] type, rows row_stride apart
-                                int type,                           //
-                                std::uintptr_t temperature_ptr,     // [R] float32
-                                std::uintptr_t seeds_ptr,           // [R] int64
-                                std::uintptr_t offsets_ptr,         // [R] int64
-                                std::uintptr_t tokens_ptr,          // out: [R, num_samples] int64
-                                std::uintptr_t log_normaliser_ptr,  // out: [R] float32; float64 for float64
-                                std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride,
-                                std::int64_t num_samples, bool check_values) {
+}  // namespace
+
+bool sample_without_replacement(std::uintptr_t logits_ptr, int type, std::uintptr_t temperature_ptr,
+                                std::uintptr_t seeds_ptr, std::uintptr_t offsets_ptr, std::uintptr_t tokens_ptr,
+                                std::uintptr_t log_normaliser_ptr, std::int64_t num_rows, std::int64_t vocab,
+                                std::int64_t row_stride, std::int64_t num_samples, bool check_values) {
     const ElementType element = static_cast<ElementType>(type);
     const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element),
                            vocab};
@@ -199,7 +196,6 @@ bool sample_without_replacement(std::uintptr_t logits_ptr,          // [R, vocab
     return true;
 }
 
-}  // namespace
 }  // namespace sequoia
 
 void bind_sample_without_replacement(py::module_& module) {

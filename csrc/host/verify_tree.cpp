@@ -22,6 +22,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "ops.h"
 #include "streams.h"
 #include "warp.h"
 
@@ -294,28 +295,16 @@ bool values_valid(const Request& request) {
     return true;
 }
 
-// Returns false, and has written nothing, if `check_values` finds a tree, temperature, top_p, token, a row of the
-// target's logits or a row of the draft's at a node with children out of range.
-bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests tokens_stride apart
-                 std::uintptr_t target_ptr,         // [B, N, vocab] target_type
-                 int target_type,                   //
-                 std::uintptr_t draft_ptr,          // [B, N, vocab] draft_type, or 0 for a tree of one node
-                 int draft_type,                    //
-                 std::uintptr_t first_child_ptr,    // [N] int32, requests topology_stride apart: 0 where they share it
-                 std::uintptr_t num_children_ptr,   // [N] int32, likewise
-                 std::int64_t max_branching,        //
-                 std::uintptr_t temperature_ptr,    // [B] float32
-                 std::uintptr_t seeds_ptr,          // [B] int64
-                 std::uintptr_t offsets_ptr,        // [B] int64
-                 std::uintptr_t top_k_ptr,          // [B] int32, or 0
-                 std::uintptr_t top_p_ptr,          // [B] float32, or 0
-                 std::uintptr_t nodes_ptr,          // out: [B, num_levels] int32
-                 std::uintptr_t num_accepted_ptr,   // out: [B] int32
-                 std::uintptr_t next_token_ptr,     // out: [B] int64
+}  // namespace
+
+bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int target_type, std::uintptr_t draft_ptr,
+                 int draft_type, std::uintptr_t first_child_ptr, std::uintptr_t num_children_ptr,
+                 std::int64_t max_branching, std::uintptr_t temperature_ptr, std::uintptr_t seeds_ptr,
+                 std::uintptr_t offsets_ptr, std::uintptr_t top_k_ptr, std::uintptr_t top_p_ptr,
+                 std::uintptr_t nodes_ptr, std::uintptr_t num_accepted_ptr, std::uintptr_t next_token_ptr,
                  std::int64_t batch_size, std::int64_t num_nodes, std::int64_t num_levels, std::int64_t vocab,
-                 std::int64_t topology_stride, std::int64_t tokens_stride,           // elements
-                 std::int64_t target_batch_stride, std::int64_t target_node_stride,  //
-                 std::int64_t draft_batch_stride, std::int64_t draft_node_stride,    //
+                 std::int64_t topology_stride, std::int64_t tokens_stride, std::int64_t target_batch_stride,
+                 std::int64_t target_node_stride, std::int64_t draft_batch_stride, std::int64_t draft_node_stride,
                  bool check_values) {
     const auto target_element = static_cast<ElementType>(target_type);
     const auto draft_element = static_cast<ElementType>(draft_type);
@@ -356,7 +345,6 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
     return true;
 }
 
-}  // namespace
 }  // namespace sequoia
 
 void bind_verify_tree(py::module_& module) {

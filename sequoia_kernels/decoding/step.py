@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from sequoia_kernels.decoding.host_step import HostStep
 from sequoia_kernels.decoding.logits_hook import LogitsHook, NodePaths
 from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.models import TreeModel, prefill
@@ -83,6 +84,9 @@ class DecodingStep:
             parts[0][0].extend(draft_tensors)
         self.cache_tables = [(CacheTable.by_device(tensors), cache_lens) for tensors, cache_lens in parts]
         self._prepared: dict[StepTree, tuple[TreeLayout, TokenBuffers]] = {}
+        self._on_host = target.device.type == "cpu" and logits_hook is None and HostStep.serves(backend, rule)
+        self._host_steps: dict[StepTree, HostStep] = {}
+        self._scored = torch.empty(0)  # where bound forwards leave their logits
 
     # Between steps
 
@@ -95,6 +99,10 @@ class DecodingStep:
             batch_size = self.state.cache_lens.shape[0]
             buffers = TokenBuffers.allocate(layout, batch_size, target.vocab_size, dtype, target.device)
             self._prepared[tree] = layout, buffers
+            if self._on_host and all(table.entries.is_cpu for tables, _ in self.cache_tables for table in tables):
+                self._host_steps[tree] = HostStep(
+                    target, self.target_cache, self.state, layout, buffers, self.cache_tables
+                )
         return self._prepared[tree]
 
     def prefill(
@@ -194,18 +202,34 @@ class DecodingStep:
             The path, and the hidden states that the draft needs. [B, N, width] each.
         """
         layout, buffers = self.prepare(tree)
+        host = self._host_steps.get(tree)
+        wanted = self._wanted_states()
         with self.clock.stage("target"):
-            # A token that could not be drawn is -1: it is fed as token 0 and never accepted. One that the target has no
-            # embedding of is fed as the last one that it has.
-            fed = buffers.tokens.clamp(0, self.target.num_embeddings - 1)
-            wanted = self._wanted_states()
-            logits = self.target.forward(
-                fed, self.target_cache, self.state.cache_lens, layout.target_step, hidden_states=wanted
-            )
+            logits = None if host is None or wanted else self._score_in_place(host)
+            if logits is None:
+                # A token that could not be drawn is -1: it is fed as token 0 and never accepted. One that the target
+                # has no embedding of is fed as the last one that it has.
+                fed = buffers.tokens.clamp(0, self.target.num_embeddings - 1)
+                logits = self.target.forward(
+                    fed, self.target_cache, self.state.cache_lens, layout.target_step, hidden_states=wanted
+                )
         with self.clock.stage("verify"):
-            logits = self._hooked(buffers.tokens, logits, layout.topology)
-            path = self._verify(buffers.tokens, logits, buffers.draft_logits, layout.topology)
+            path = None if host is None else host.verify(logits)
+            if path is None:  # where a value is out of range, the op says which
+                logits = self._hooked(buffers.tokens, logits, layout.topology)
+                path = self._verify(buffers.tokens, logits, buffers.draft_logits, layout.topology)
         return path, list(wanted.values())
+
+    def _score_in_place(self, host: HostStep) -> torch.Tensor | None:
+        """Run the target's bound forward; None where there is none, or a length leaves no room."""
+        if host.forward is None:
+            return None
+        self.target.check_evaluation()
+        shape = host.forward.shape
+        if self._scored.numel() < shape.numel():
+            self._scored = torch.empty(shape.numel(), dtype=self.target.logits_dtype)
+        logits = self._scored[: shape.numel()].view(shape)
+        return logits if host.forward.run(logits) else None
 
     def _wanted_states(self) -> dict[int, torch.Tensor]:
         """What a forward of the target is to leave for the draft; by the number of the hidden state."""
@@ -241,6 +265,14 @@ class DecodingStep:
         """
         state, (layout, buffers) = self.state, self.prepare(tree)
         tokens = buffers.tokens
+        host = self._host_steps.get(tree)
+        if host is not None and path is host.path:
+            with self.clock.stage("commit"):
+                committed = host.commit()
+            if committed:
+                if self.drafting is not None:
+                    self.drafting.committed(path, hidden_states)
+                return EmittedTokens(*host.emitted)
         with self.clock.stage("commit"):
             num_accepted = path.num_accepted * state.active
             if layout.num_nodes == 1:  # plain decoding: the root's row is in place already

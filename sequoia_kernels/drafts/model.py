@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from sequoia_kernels.drafts.clock import StageClock
-from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.host_growth import HostGrowth
+from sequoia_kernels.drafts.levels import StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
@@ -113,6 +114,7 @@ class _ModelDrafting(Drafting):
         # Whether it may meet tokens of the target that it has no embedding of. Such a one is fed as the last one that
         # it has: what grows behind it is a worse guess, and verified like any other.
         self.lacks_tokens = source.model.num_embeddings < max(target.num_embeddings, target.vocab_size)
+        self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
 
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the cache's."""
@@ -145,6 +147,11 @@ class _ModelDrafting(Drafting):
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Draw level by level; leaves are never fed. Mutates the cache's rows behind the committed ones."""
         state, model, cache = self.state, self.source.model, self.cache
+        host = self._host_growth(layout, buffers)
+        if host is not None:
+            model.check_evaluation()
+            if host.run(self.clock):
+                return  # where a value is out of range, the ops below say which
         for index, level in enumerate(layout.levels):
             with self.clock.stage("draft"):
                 if index == 0:
@@ -157,3 +164,13 @@ class _ModelDrafting(Drafting):
                     fed.clamp_(0, model.num_embeddings - 1)  # one that could not be drawn is -1
                     logits = model.forward(fed, cache, state.draft_lens, level.step)
             self.draw_children(level, logits, buffers)
+
+    def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
+        """What grows this tree in one call, where something does; made when the tree is first met."""
+        known = self._grown.get(layout.tree)
+        if known is None or known[0] is not buffers:
+            host = None
+            if self.state.cache_lens.is_cpu and type(self).draw_children is Drafting.draw_children:
+                host = HostGrowth.bind(self.source.model, self.cache, self.state, layout, buffers, self.backend)
+            known = self._grown[layout.tree] = buffers, host
+        return known[1]

@@ -29,7 +29,7 @@ from sequoia_kernels.models.families import (
     position_limit,
 )
 from sequoia_kernels.models.forward_state import Same, forget_what_forwards_write, forward_state
-from sequoia_kernels.models.native import NativeForward, NotNativeError
+from sequoia_kernels.models.native import BoundForward, NativeForward, NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 from sequoia_kernels.tree import TokenTree
@@ -401,6 +401,41 @@ class TreeModel:
             they score means nothing, and no token that it decides may be kept. No host sync on accelerators.
         """
         return self._forward(ForwardInputs(input_ids, cache_lens, step, last_row, hidden_states), cache)
+
+    def bind(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        *,
+        last_row: torch.Tensor | None = None,
+    ) -> BoundForward | None:
+        """Prepare native forwards that read the same tensors every time, for a loop that fills them anew.
+
+        Args:
+            input_ids: as for `forward`; contiguous. Other than there, tokens out of range are fed as the nearest one
+                that the model has an embedding of.
+            cache: as for `forward`.
+            cache_lens: as for `forward`; contiguous. What it holds then is checked at every run.
+            step: as for `forward`.
+            last_row: as for `forward`.
+
+        Returns:
+            What runs them, with the model as it is now; None where forwards are not native.
+
+        Raises:
+            ValueError: shapes do not fit together.
+        """
+        if self._native is None or type(self)._forward is not TreeModel._forward:
+            return None
+        inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
+        self._check_forward(inputs, cache)
+        return self._native.bind(input_ids, cache, cache_lens, step, last_row, self.max_positions)
+
+    def check_evaluation(self) -> None:
+        """Raise ValueError if the model is in training mode."""
+        self._evaluation.check()
 
     def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does, in order; return each one's logits."""

@@ -172,6 +172,60 @@ class NativeForward:
         max_positions: int | None,
     ) -> torch.Tensor:
         """Run one forward, whose shapes are checked; see `TreeModel.forward`. IndexError for a token out of range."""
+        call, held = self._describe_call(input_ids, cache, cache_lens, step, last_row, max_positions)
+        batch_size, num_nodes = input_ids.shape
+        rows = num_nodes if last_row is None else 1
+        logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype, device="cpu")
+        hidden, kept = None, {}
+        if hidden_states:
+            numbers = range(self._num_layers + 1)
+            if not all(number in numbers for number in hidden_states):
+                raise IndexError(
+                    f"forward: hidden_states must have keys in 0..{numbers[-1]}, got {list(hidden_states)}"
+                )
+            shape = (batch_size, num_nodes, self._width)
+            kept = {number: torch.empty(shape, dtype=torch.float32, device="cpu") for number in hidden_states}
+            hidden = _addresses([kept[number].data_ptr() if number in kept else 0 for number in numbers])
+        weights = self.look_up_weights()
+        self._forward.run(
+            call, weights.data_ptr(), logits.data_ptr(), 0 if hidden is None else hidden.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        del held  # until here
+        if hidden_states:
+            hidden_states.update({number: states.to(self._dtype) for number, states in kept.items()})
+        return logits
+
+    def bind(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        last_row: torch.Tensor | None,
+        max_positions: int | None,
+    ) -> BoundForward:
+        """Prepare forwards of what will lie in these tensors; see `TreeModel.bind`."""
+        for name, tensor, dtype in (("input_ids", input_ids, torch.int64), ("cache_lens", cache_lens, torch.int32)):
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(
+                    f"bind: {name} must be contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}"
+                )
+        call, held = self._describe_call(input_ids, cache, cache_lens, step, last_row, max_positions)
+        rows = input_ids.shape[1] if last_row is None else 1
+        shape = torch.Size((input_ids.shape[0], rows, self._vocab_size))
+        return BoundForward(self, _host.BoundForward(self._forward, call), shape, (held, cache))
+
+    def _describe_call(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        last_row: torch.Tensor | None,
+        max_positions: int | None,
+    ) -> tuple[dict[str, int], list[Any]]:
+        """Give a call but for its weights and outputs, and what must live as long as it is used."""
         batch_size, num_nodes = input_ids.shape
         cache_rows = cache.max_cache_len
         last_position = (cache_rows if max_positions is None else max_positions) - 1
@@ -188,35 +242,36 @@ class NativeForward:
         tables = [rotation.reach(min(cache_rows, last_position + 1)) for rotation in self._rotations]
         rotations = _addresses([table.data_ptr() for table in tables])
         caches = self._caches.get(cache)
-        weights = self._look_up_weights()
         if caches is None:
             caches = _addresses([tensor.data_ptr() for tensor in cache.tensors()])
             self._caches[cache] = caches
-        rows = num_nodes if last_row is None else 1
-        logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype, device="cpu")
-        hidden, kept = None, {}
-        if hidden_states:
-            numbers = range(self._num_layers + 1)
-            if not all(number in numbers for number in hidden_states):
-                raise IndexError(
-                    f"forward: hidden_states must have keys in 0..{numbers[-1]}, got {list(hidden_states)}"
-                )
-            shape = (batch_size, num_nodes, self._width)
-            kept = {number: torch.empty(shape, dtype=torch.float32, device="cpu") for number in hidden_states}
-            hidden = _addresses([kept[number].data_ptr() if number in kept else 0 for number in numbers])
-        self._forward.run(
-            weights.data_ptr(), tokens.data_ptr(), depths.data_ptr(), node_ids.data_ptr(),
-            mask.data_ptr(), lens.data_ptr(), batch_size, num_nodes, mask.shape[-1], mask.dim() == 3, last_position,
-            caches.data_ptr(), cache_rows, rotations.data_ptr(),
-            0 if wanted is None else wanted.data_ptr(), logits.data_ptr(), _ELEMENT_TYPES[self._logits_dtype],
-            0 if hidden is None else hidden.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        if hidden_states:
-            hidden_states.update({number: states.to(self._dtype) for number, states in kept.items()})
-        return logits
+        call = {
+            "tokens": tokens.data_ptr(),
+            "depths": depths.data_ptr(),
+            "node_ids": node_ids.data_ptr(),
+            "tree_mask": mask.data_ptr(),
+            "cache_lens": lens.data_ptr(),
+            "num_requests": batch_size,
+            "num_nodes": num_nodes,
+            "num_words": mask.shape[-1],
+            "mask_per_request": mask.dim() == 3,
+            "max_position": last_position,
+            "caches": caches.data_ptr(),
+            "cache_rows": cache_rows,
+            "rotations": rotations.data_ptr(),
+            "wanted_nodes": 0 if wanted is None else wanted.data_ptr(),
+            "logits_type": _ELEMENT_TYPES[self._logits_dtype],
+        }
+        return call, [mask, node_ids, depths, tokens, lens, wanted, tables, rotations, caches]
 
-    def _look_up_weights(self) -> torch.Tensor:
-        """Return where every weight lies now: weights may be exchanged between forwards."""
+    def look_up_weights(self) -> torch.Tensor:
+        """Give the table of addresses that a call takes: where every weight lies now.
+
+        Weights may be exchanged between forwards. Hold the table for as long as its address is used.
+
+        Raises:
+            ValueError: a weight has another form than when the model was described.
+        """
         known, table = self._weights
         try:  # by torch's own function, since this is done for every forward
             addresses = list(map(torch.Tensor.data_ptr, [owner[name] for owner, name, _ in self._tensors]))
@@ -235,6 +290,35 @@ class NativeForward:
         table = _addresses(addresses)
         self._weights = addresses, table
         return table
+
+
+class BoundForward:
+    """Forwards of the same rows, again and again: tokens and lengths are read where they lie; see `TreeModel.bind`.
+
+    Attributes:
+        native: whose forwards these are.
+        prepared: the same for what is written in C++.
+        shape: of the logits.
+    """
+
+    def __init__(self, native: NativeForward, prepared: Any, shape: torch.Size, held: Any) -> None:
+        self.native, self.prepared, self.shape = native, prepared, shape
+        self._held = held
+
+    def run(self, logits: torch.Tensor) -> bool:
+        """Run one forward.
+
+        Args:
+            logits: takes the logits. Contiguous, of `shape` and the model's `logits_dtype`.
+
+        Returns:
+            False, and nothing is written, where a length leaves no room in the cache.
+
+        Raises:
+            ValueError: a weight has another form than when the model was adapted.
+        """
+        weights = self.native.look_up_weights()
+        return bool(self.prepared.run(weights.data_ptr(), logits.data_ptr(), torch.get_num_threads()))
 
 
 def _form(weight: torch.Tensor) -> tuple[Any, ...]:

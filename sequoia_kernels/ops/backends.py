@@ -50,6 +50,7 @@ __all__ = [
     "choose",
     "register_backend",
     "register_room",
+    "runs_own",
     "unavailable_reason",
 ]
 
@@ -222,6 +223,31 @@ def backend_report() -> dict[str, dict[str, str | None]]:
         True
     """
     return {op: {name: unavailable_reason(op, name) for name in names} for op, names in sorted(_modules.items())}
+
+
+def runs_own(op: str, requested: str, device_type: str, name: str) -> bool:
+    """Tell whether calls that a backend of this package supports are run by it, for who goes past the op.
+
+    Args:
+        op: name of the op.
+        requested: a backend name, or "auto".
+        device_type: where the tensors are.
+        name: the backend.
+
+    Returns:
+        False too where somebody has registered another one in its place.
+    """
+    if requested == "auto":
+        if (op, device_type) not in _auto:
+            _auto[op, device_type] = _available(op, device_type)
+        first = next(iter(_auto[op, device_type]), None)
+    else:
+        first = _loaded[op].get(requested) if requested in _modules[op] and _load(op, requested) else None
+    if first is None or first.name != name or not _modules[op][name]:
+        return False
+    if requested == "auto" and (key := (op, device_type, name, ())) not in _logged:
+        _log_choice(key)
+    return True
 
 
 def choose(op: str, requested: str, device_type: str, inputs: Sequence[Any]) -> Backend:

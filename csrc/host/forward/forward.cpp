@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "bound.h"
 #include "pass.h"
 
 namespace py = pybind11;
@@ -362,7 +363,7 @@ struct ColumnsMemory {
 
 std::int64_t whole_vectors(std::int64_t size) { return (size + 15) / 16 * 16; }
 
-class Forward {
+class Forward : public Runner {
   public:
     Forward(const py::dict& description, const std::string& instruction_set)
         : model_(model_of(description)), set_(choose_instruction_set(instruction_set)) {
@@ -394,6 +395,9 @@ class Forward {
     }
 
     const char* instruction_set() const { return set_.name; }
+    std::int64_t num_embeddings() const override { return model_.embedding.rows; }
+    std::int64_t vocab() const override { return model_.head.weight.rows; }
+    bool accepts(const Call& call) const override { return refusal(call).empty(); }
 
     // What is wrong with a call's numbers, empty where nothing is. Nothing has been written then.
     std::string refusal(const Call& call) const {
@@ -437,7 +441,7 @@ class Forward {
         return {};
     }
 
-    void run(const Call& call, int num_threads) {
+    void run(const Call& call, int num_threads) override {
         const std::lock_guard<std::mutex> lock(busy_.get());
         const std::int64_t rows = std::min(MAX_ROWS, call.num_rows());
         num_threads = static_cast<int>(
@@ -560,32 +564,40 @@ const Element* at(std::uintptr_t address) {
     return reinterpret_cast<const Element*>(address);
 }
 
-void run_forward(Forward& forward, std::uintptr_t tensors, std::uintptr_t tokens, std::uintptr_t depths,
-                 std::uintptr_t node_ids, std::uintptr_t tree_mask, std::uintptr_t cache_lens,
-                 std::int64_t num_requests, std::int64_t num_nodes, std::int64_t num_words, bool mask_per_request,
-                 std::int64_t max_position, std::uintptr_t caches, std::int64_t cache_rows, std::uintptr_t rotations,
-                 std::uintptr_t wanted_nodes, std::uintptr_t logits, int logits_type, std::uintptr_t hidden,
-                 int num_threads) {
+// A call but for its tensors and logits.
+Call call_of(const py::dict& source) {
+    const auto number = [&](const char* name) { return source[name].cast<std::int64_t>(); };
+    const auto address = [&](const char* name) { return source[name].cast<std::uintptr_t>(); };
     Call call{};
-    call.tensors = at<std::uintptr_t>(tensors);
-    call.tokens = at<std::int64_t>(tokens);
-    call.depths = at<std::int32_t>(depths);
-    call.node_ids = at<std::int32_t>(node_ids);
-    call.tree_mask = at<std::uint32_t>(tree_mask);
-    call.cache_lens = at<std::int32_t>(cache_lens);
-    call.num_requests = num_requests;
-    call.num_nodes = num_nodes;
-    call.num_words = num_words;
-    call.mask_per_request = mask_per_request;
-    call.max_position = max_position;
-    call.caches = at<std::uintptr_t>(caches);
-    call.cache_rows = cache_rows;
-    call.rotations = at<std::uintptr_t>(rotations);
-    call.wanted_nodes = at<std::int64_t>(wanted_nodes);
-    call.logits = reinterpret_cast<void*>(logits);
-    call.logits_type = element_type(logits_type);
-    call.hidden = reinterpret_cast<float* const*>(hidden);
+    call.tokens = at<std::int64_t>(address("tokens"));
+    call.depths = at<std::int32_t>(address("depths"));
+    call.node_ids = at<std::int32_t>(address("node_ids"));
+    call.tree_mask = at<std::uint32_t>(address("tree_mask"));
+    call.cache_lens = at<std::int32_t>(address("cache_lens"));
+    call.num_requests = number("num_requests");
+    call.num_nodes = number("num_nodes");
+    call.num_words = number("num_words");
+    call.mask_per_request = source["mask_per_request"].cast<bool>();
+    call.max_position = number("max_position");
+    call.caches = at<std::uintptr_t>(address("caches"));
+    call.cache_rows = number("cache_rows");
+    call.rotations = at<std::uintptr_t>(address("rotations"));
+    call.wanted_nodes = at<std::int64_t>(address("wanted_nodes"));
+    call.logits_type = element_type(static_cast<int>(number("logits_type")));
+    return call;
+}
+
+void check_num_threads(int num_threads) {
     require(num_threads >= 1 && num_threads <= 1024, "num_threads must be in 1..1024");
+}
+
+void run_forward(Forward& forward, const py::dict& source, std::uintptr_t tensors, std::uintptr_t logits,
+                 std::uintptr_t hidden, int num_threads) {
+    Call call = call_of(source);
+    call.tensors = at<std::uintptr_t>(tensors);
+    call.logits = reinterpret_cast<void*>(logits);
+    call.hidden = reinterpret_cast<float* const*>(hidden);
+    check_num_threads(num_threads);
     std::string refusal;
     {
         const py::gil_scoped_release release;
@@ -595,20 +607,30 @@ void run_forward(Forward& forward, std::uintptr_t tensors, std::uintptr_t tokens
     if (!refusal.empty()) throw py::index_error("forward: " + refusal);
 }
 
+bool run_bound(BoundForward& bound, std::uintptr_t tensors, std::uintptr_t logits, int num_threads) {
+    check_num_threads(num_threads);
+    const py::gil_scoped_release release;
+    return bound.run(at<std::uintptr_t>(tensors), reinterpret_cast<void*>(logits), num_threads);
+}
+
 }  // namespace
 }  // namespace sequoia::forward
 
 void bind_forward(py::module_& module) {
+    using sequoia::forward::BoundForward;
     using sequoia::forward::Forward;
     py::class_<Forward>(module, "Forward", "A model's forward on its own weights; see csrc/host/forward.")
         .def(py::init<const py::dict&, const std::string&>(), py::arg("description"), py::arg("instruction_set"))
         .def_property_readonly("instruction_set", &Forward::instruction_set)
-        .def("run", &sequoia::forward::run_forward, py::arg("tensors"), py::arg("tokens"), py::arg("depths"),
-             py::arg("node_ids"), py::arg("tree_mask"), py::arg("cache_lens"), py::arg("num_requests"),
-             py::arg("num_nodes"), py::arg("num_words"), py::arg("mask_per_request"), py::arg("max_position"),
-             py::arg("caches"), py::arg("cache_rows"), py::arg("rotations"), py::arg("wanted_nodes"), py::arg("logits"),
-             py::arg("logits_type"), py::arg("hidden"), py::arg("num_threads"),
+        .def("run", &sequoia::forward::run_forward, py::arg("call"), py::arg("tensors"), py::arg("logits"),
+             py::arg("hidden"), py::arg("num_threads"),
              "Score rows and store their keys and values. IndexError, and nothing is written, if a number is out of range.");
+    py::class_<BoundForward>(module, "BoundForward", "A forward on memory that is known beforehand.")
+        .def(py::init([](Forward& forward, const py::dict& call) {
+                 return std::make_unique<BoundForward>(forward, sequoia::forward::call_of(call));
+             }), py::arg("forward"), py::arg("call"), py::keep_alive<1, 2>())
+        .def("run", &sequoia::forward::run_bound, py::arg("tensors"), py::arg("logits"), py::arg("num_threads"),
+             "Score what lies there now. False, and nothing is written, if a length is out of range.");
     module.def("forward_instruction_sets", [] {
         std::vector<std::string> names;
         for (const auto& set : sequoia::forward::instruction_sets()) {

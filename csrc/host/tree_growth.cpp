@@ -1,0 +1,215 @@
+// The draft's part of a decoding step in one call: a forward and a draw for every level of a tree.
+//
+// Computes    for each level whose nodes have children: the draft's logits at these nodes, kept for the verification;
+//             children drawn from them without replacement; their tokens. What `Drafting.grow` of a model computes.
+// Plan        The forwards are bound to their memory beforehand (forward/bound.h), and so is everything else: a level
+//             takes no allocation and nothing of Python, whose caches the target's weights have emptied by then.
+// Memory      Logits go straight to where they are kept, if the nodes' rows lie there side by side.
+// Numerics    Those of the forward and of sample_without_replacement.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "forward/bound.h"
+#include "ops.h"
+#include "rows.h"
+
+namespace py = pybind11;
+
+namespace sequoia {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_between(Clock::time_point begin, Clock::time_point end) {
+    return std::chrono::duration<double>(end - begin).count();
+}
+
+std::uintptr_t address_of(const py::dict& source, const char* name) { return source[name].cast<std::uintptr_t>(); }
+
+template <class Element>
+Element* pointer_of(const py::dict& source, const char* name) {
+    return reinterpret_cast<Element*>(address_of(source, name));
+}
+
+std::int64_t number_of(const py::dict& source, const char* name) { return source[name].cast<std::int64_t>(); }
+
+// One level; the first one's forward feeds the last committed token before the root.
+struct GrowthLevel {
+    forward::BoundForward* forward;
+    std::int64_t* fed;          // [B, W], or [B, 2] for the first level: what the forward reads
+    const std::int64_t* nodes;  // [W]
+    std::int64_t width;         // W
+    bool adjacent;              // the nodes follow one another
+    std::int64_t num_samples, first_child, num_children;
+    const std::int64_t* drawn;  // [C], or [B, C]: each child's place in the request's draw [W * num_samples]
+    bool drawn_per_request;
+};
+
+class TreeGrowth {
+  public:
+    explicit TreeGrowth(const py::dict& source)
+        : batch_size_(number_of(source, "batch_size")),
+          num_nodes_(number_of(source, "num_nodes")),
+          vocab_(number_of(source, "vocab")),
+          tokens_(pointer_of<std::int64_t>(source, "tokens")),
+          draft_logits_(pointer_of<char>(source, "draft_logits")),
+          last_tokens_(pointer_of<std::int64_t>(source, "last_tokens")),
+          root_tokens_(pointer_of<std::int64_t>(source, "root_tokens")),
+          draft_lens_(pointer_of<std::int32_t>(source, "draft_lens")),
+          first_lens_(pointer_of<std::int32_t>(source, "first_lens")),
+          temperature_(pointer_of<float>(source, "temperature")),
+          seeds_(pointer_of<std::int64_t>(source, "seeds")),
+          offsets_(pointer_of<std::int64_t>(source, "offsets")) {
+        std::int64_t widest = 0, most_samples = 0;
+        for (const py::handle entry : source["levels"]) {
+            const py::dict fields = py::reinterpret_borrow<py::dict>(entry);
+            GrowthLevel level{};
+            level.forward = fields["forward"].cast<forward::BoundForward*>();
+            level.fed = pointer_of<std::int64_t>(fields, "fed");
+            level.nodes = pointer_of<std::int64_t>(fields, "nodes");
+            level.width = number_of(fields, "width");
+            level.adjacent = fields["adjacent"].cast<bool>();
+            level.num_samples = number_of(fields, "num_samples");
+            level.first_child = number_of(fields, "first_child");
+            level.num_children = number_of(fields, "num_children");
+            level.drawn = pointer_of<std::int64_t>(fields, "drawn");
+            level.drawn_per_request = fields["drawn_per_request"].cast<bool>();
+            const std::int64_t fed = levels_.empty() ? 2 : level.width;
+            if (level.forward->num_requests() != batch_size_ || level.forward->num_nodes() != fed) {
+                throw std::invalid_argument("TreeGrowth: a level's forward must feed the level's nodes of all requests");
+            }
+            type_ = level.forward->logits_type();
+            widest = std::max(widest, level.width);
+            most_samples = std::max(most_samples, level.width * level.num_samples);
+            levels_.push_back(level);
+        }
+        if (levels_.empty()) throw std::invalid_argument("TreeGrowth: levels must have entries");
+        drafted_ = levels_.front().forward->vocab();
+        const auto rows = static_cast<std::size_t>(batch_size_ * widest);
+        temperatures_.resize(rows);
+        row_seeds_.resize(rows);
+        row_offsets_.resize(rows);
+        log_normalisers_.resize(rows);
+        draws_.resize(static_cast<std::size_t>(batch_size_ * most_samples));
+    }
+
+    // Returns false where a draw's input or a length is out of range: tokens and logits are then of no use.
+    bool run(const std::uintptr_t* weights, int num_threads) {
+        forward_seconds_ = draw_seconds_ = 0;
+        for (std::size_t index = 0; index < levels_.size(); ++index) {
+            const GrowthLevel& level = levels_[index];
+            const Clock::time_point begin = Clock::now();
+            feed(level, index == 0);
+            const std::int64_t row_bytes = drafted_ * element_bytes(type_);
+            const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_;
+            char* logits = in_place ? kept_row(0, level.nodes[0])
+                                    : scratch_.reserve(batch_size_ * level.width * row_bytes);
+            if (!level.forward->run(weights, logits, num_threads)) return false;
+            const Clock::time_point scored = Clock::now();
+            forward_seconds_ += seconds_between(begin, scored);
+            if (!in_place) keep(level, logits, row_bytes);
+            if (!draw(level, logits)) return false;
+            draw_seconds_ += seconds_between(scored, Clock::now());
+        }
+        return true;
+    }
+
+    double forward_seconds() const { return forward_seconds_; }
+    double draw_seconds() const { return draw_seconds_; }
+
+  private:
+    char* kept_row(std::int64_t request, std::int64_t node) const {
+        return draft_logits_ + (request * num_nodes_ + node) * vocab_ * element_bytes(type_);
+    }
+
+    void feed(const GrowthLevel& level, bool first) {
+        for (std::int64_t b = 0; b < batch_size_; ++b) {
+            if (first) {
+                level.fed[2 * b] = last_tokens_[b];
+                level.fed[2 * b + 1] = root_tokens_[b];
+                first_lens_[b] = draft_lens_[b] - 1;
+                continue;
+            }
+            for (std::int64_t i = 0; i < level.width; ++i) {
+                level.fed[b * level.width + i] = tokens_[b * num_nodes_ + level.nodes[i]];
+            }
+        }
+    }
+
+    // Where the draft knows more tokens than the target, those are left out.
+    void keep(const GrowthLevel& level, const char* logits, std::int64_t row_bytes) const {
+        const auto bytes = static_cast<std::size_t>(std::min(drafted_, vocab_) * element_bytes(type_));
+        for (std::int64_t b = 0; b < batch_size_; ++b) {
+            for (std::int64_t i = 0; i < level.width; ++i) {
+                std::memcpy(kept_row(b, level.nodes[i]), logits + (b * level.width + i) * row_bytes, bytes);
+            }
+        }
+    }
+
+    bool draw(const GrowthLevel& level, const char* logits) {
+        std::size_t row = 0;
+        for (std::int64_t b = 0; b < batch_size_; ++b) {
+            for (std::int64_t i = 0; i < level.width; ++i, ++row) {
+                temperatures_[row] = temperature_[b];
+                row_seeds_[row] = seeds_[b];
+                row_offsets_[row] = offsets_[b] + level.nodes[i];
+            }
+        }
+        const auto at = [](const auto* data) { return reinterpret_cast<std::uintptr_t>(data); };
+        const std::int64_t draws = level.width * level.num_samples;
+        if (!sample_without_replacement(at(logits), static_cast<int>(type_), at(temperatures_.data()),
+                                        at(row_seeds_.data()), at(row_offsets_.data()), at(draws_.data()),
+                                        at(log_normalisers_.data()), batch_size_ * level.width,
+                                        std::min(drafted_, vocab_), drafted_, level.num_samples, true)) {
+            return false;
+        }
+        for (std::int64_t b = 0; b < batch_size_; ++b) {
+            const std::int64_t* const places = level.drawn + (level.drawn_per_request ? b * level.num_children : 0);
+            for (std::int64_t child = 0; child < level.num_children; ++child) {
+                tokens_[b * num_nodes_ + level.first_child + child] = draws_[static_cast<std::size_t>(b * draws + places[child])];
+            }
+        }
+        return true;
+    }
+
+    std::int64_t batch_size_, num_nodes_, vocab_;  // vocab: the target's
+    std::int64_t* tokens_;                         // [B, N]
+    char* draft_logits_;                           // [B, N, vocab]
+    const std::int64_t *last_tokens_, *root_tokens_;  // [B]
+    const std::int32_t* draft_lens_;                  // [B]
+    std::int32_t* first_lens_;                        // [B], what the first level's forward reads: one less
+    const float* temperature_;                        // [B]
+    const std::int64_t *seeds_, *offsets_;            // [B]
+    std::vector<GrowthLevel> levels_;
+    std::int64_t drafted_ = 0;  // the draft's vocabulary
+    ElementType type_ = ElementType::float32;
+    Scratch<char> scratch_;
+    // Of the rows of a draw.
+    std::vector<float> temperatures_;
+    std::vector<std::int64_t> row_seeds_, row_offsets_, draws_;
+    std::vector<double> log_normalisers_;  // room for both types
+    double forward_seconds_ = 0, draw_seconds_ = 0;
+};
+
+}  // namespace
+}  // namespace sequoia
+
+void bind_tree_growth(py::module_& module) {
+    using sequoia::TreeGrowth;
+    py::class_<TreeGrowth>(module, "TreeGrowth", "Draws a tree's tokens from a draft, level by level; see tree_growth.cpp.")
+        .def(py::init<const py::dict&>(), py::arg("buffers"), py::keep_alive<1, 2>())
+        .def("run", [](TreeGrowth& growth, std::uintptr_t weights, int num_threads) {
+            const py::gil_scoped_release release;
+            return growth.run(reinterpret_cast<const std::uintptr_t*>(weights), num_threads);
+        }, py::arg("weights"), py::arg("num_threads"), "Grow the tree; False, and the tree is of no use, if a value is out of range.")
+        .def_property_readonly("forward_seconds", &TreeGrowth::forward_seconds)
+        .def_property_readonly("draw_seconds", &TreeGrowth::draw_seconds);
+}

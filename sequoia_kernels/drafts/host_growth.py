@@ -1,0 +1,99 @@
+"""A tree grown by a native draft on the CPU: all levels in one call; see csrc/host/tree_growth.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sequoia_kernels import _host
+from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.models import TreeCache, TreeModel
+from sequoia_kernels.ops import sample_without_replacement
+from sequoia_kernels.ops.backends import runs_own
+
+__all__ = ["HostGrowth"]
+
+
+class HostGrowth:
+    """Grows one tree in its buffers, on what the state holds then.
+
+    Args:
+        prepared: the C++ object.
+        look_up_weights: gives the draft's table of weights.
+        held: what its addresses lie in.
+    """
+
+    def __init__(self, prepared: Any, look_up_weights: Any, held: list[Any]) -> None:
+        self._prepared, self._look_up_weights, self._held = prepared, look_up_weights, held
+
+    @classmethod
+    def bind(
+        cls, model: TreeModel, cache: TreeCache, state: DecodingState, layout: TreeLayout, buffers: TokenBuffers,
+        backend: str,
+    ) -> HostGrowth | None:  # fmt: skip
+        """Prepare growing a tree; None where the draft's forwards or draws run elsewhere."""
+        kept, tokens = buffers.draft_logits, buffers.tokens
+        if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu:
+            return None
+        if not runs_own(sample_without_replacement.__name__, backend, "cpu", "host"):
+            return None
+        batch_size = tokens.shape[0]
+        first_lens = torch.zeros_like(state.draft_lens)
+        last_row = torch.ones(batch_size, dtype=torch.int64)  # of the last committed token and the root, the root's
+        held: list[Any] = [state, layout, buffers, first_lens]
+        levels = []
+        bound = None
+        for index, level in enumerate(layout.levels):
+            width = level.nodes.shape[0]
+            fed = torch.zeros(batch_size, width if index else 2, dtype=torch.int64)
+            if index == 0:
+                bound = model.bind(fed, cache, first_lens, layout.root_step, last_row=last_row)
+            else:
+                bound = model.bind(fed, cache, state.draft_lens, level.step)
+            if bound is None:
+                return None
+            held += bound, fed
+            levels.append(_fields(level, fed, bound.prepared))
+        if bound is None:
+            return None
+        numbers = {"batch_size": batch_size, "num_nodes": layout.num_nodes, "vocab": kept.shape[2], "levels": levels}
+        tensors = {
+            "tokens": tokens,
+            "draft_logits": kept,
+            "last_tokens": state.last_tokens,
+            "root_tokens": state.root_tokens,
+            "draft_lens": state.draft_lens,
+            "first_lens": first_lens,
+            "temperature": state.temperature,
+            "seeds": state.seeds,
+            "offsets": state.offsets,
+        }
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        return cls(_host.TreeGrowth(numbers | addresses), bound.native.look_up_weights, held)
+
+    def run(self, clock: StageClock) -> bool:
+        """Grow the tree; False, and the tree is of no use, where a value is out of range."""
+        weights = self._look_up_weights()
+        grown = bool(self._prepared.run(weights.data_ptr(), torch.get_num_threads()))
+        if clock.enabled:
+            clock.seconds["draft"] += self._prepared.forward_seconds
+            clock.seconds["sample"] += self._prepared.draw_seconds
+        return grown
+
+
+def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any]:
+    return {
+        "forward": forward,
+        "fed": fed.data_ptr(),
+        "nodes": level.nodes.data_ptr(),
+        "width": level.nodes.shape[0],
+        "adjacent": level.step.first_node is not None,
+        "num_samples": level.num_samples,
+        "first_child": level.first_child,
+        "num_children": level.num_children,
+        "drawn": level.drawn.data_ptr(),
+        "drawn_per_request": level.drawn.dim() == 2,
+    }

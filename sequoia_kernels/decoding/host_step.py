@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels import _host
+import sequoia_kernels._host as _host
 from sequoia_kernels.drafts import DecodingState, TokenBuffers, TreeLayout
 from sequoia_kernels.models import TreeCache, TreeModel
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree

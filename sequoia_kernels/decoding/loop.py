@@ -20,7 +20,7 @@ from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import EmittedTokens
 from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, each_tree
-from sequoia_kernels.models import TreeModel
+from sequoia_kernels.models import TreeModel, foreign_code_ran
 from sequoia_kernels.planner import TreeFollower
 from sequoia_kernels.tree import TokenTree
 
@@ -217,6 +217,7 @@ class DecodingLoop:
         if self.streamer is not None:
             for token in taken:
                 self.streamer.put(torch.tensor([token]))
+            foreign_code_ran()
         if not request.is_active:
             self.engine.eager.end_request(index)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.loop import decode
+from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import draft_source, request_seeds
 from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import CostModel, HardwareProfile
@@ -39,14 +40,15 @@ def measure_overhead(
         num_runs: runs behind one that warms up.
 
     Returns:
-        The profile with `step_overhead_ms` and `level_overhead_ms` set. The median run counts. The draft's
-        draws that take longer than the op alone are charged to the levels, the rest to the step. Where stages cannot
-        be timed apart (CUDA), the whole difference is charged to the step.
+        The profile with its overheads set. The median run counts. The draft's draws that take longer than the op alone
+        are charged to the levels; of the rest what plain decoding takes too to the step, and what it does not to having
+        a draft. Where stages cannot be timed apart (CUDA), the whole difference is charged to the step.
 
     Notes:
-        The forwards' own times are not corrected: on a CPU only what happens outside of them counts. Beside a pass of
-        a target that streams its layers to a GPU the rest is next to nothing, and would take hundreds of passes to
-        measure: it is left at 0.
+        The target's own times are not corrected: on a CPU only what happens outside of its forwards counts. What the
+        draft's take beyond the profile's is overhead: the first one of a step finds the caches full of the
+        target's weights. Beside a pass of a target that streams its layers to a GPU the rest is next to nothing, and
+        would take hundreds of passes to measure: it is left at 0.
     """
     target = adapt(target)
     if target.device.type == "cuda" and not target.capturable:  # it streams its layers
@@ -67,18 +69,34 @@ def measure_overhead(
             temperature=[1.0] * batch_size, top_k=None, top_p=None, eos_token_ids=frozenset(), pad_token_id=0,
             seeds=request_seeds(run, batch_size), max_cache_len=target.max_positions,
         )  # fmt: skip
-        stats = decode(target, draft, tree, arguments).stats
-        assert stats.tree is not None
-        known = cost.stages(stats.tree, context_len + num_tokens / 2)
-        step_ms = 1e3 * stats.decode_seconds / stats.num_steps
-        num_draws = stats.tree.num_levels - 1
-        if not stats.stage_seconds:
-            overheads.append((max(0.0, step_ms - sum(known.values())), 0.0))
-            continue
-        measured = {name: 1e3 * seconds / stats.num_steps for name, seconds in stats.stage_seconds.items()}
-        draws = max(0.0, measured.get("sample", 0.0) - known["sample"])
-        outside = step_ms - measured["target"] - measured.get("draft", 0.0) - measured.get("sample", 0.0)
-        rest = max(0.0, outside - known["verify"] - known["commit"])
-        overheads.append((rest, draws / num_draws if num_draws else 0.0))
-    step_ms, level_ms = sorted(overheads[1:])[num_runs // 2]
-    return profile.with_overhead(step_ms, level_ms)
+        drafted = _overhead(decode(target, draft, tree, arguments).stats, cost, context_len + num_tokens / 2)
+        plain = drafted
+        if draft is not None and drafted.staged:
+            plain = _overhead(
+                decode(target, None, TokenTree.single(), arguments).stats, cost, context_len + num_tokens / 2
+            )
+        overheads.append((plain.step_ms, drafted.level_ms, max(0.0, drafted.step_ms - plain.step_ms)))
+    return profile.with_overhead(*(sorted(parts[1:])[num_runs // 2] for parts in zip(*overheads)))
+
+
+class _Overhead(NamedTuple):
+    step_ms: float
+    level_ms: float
+    staged: bool  # whether the stages were timed apart
+
+
+def _overhead(stats: GenerateStats, cost: CostModel, context_len: float) -> _Overhead:
+    """Give what one run's steps took beyond what is known of their forwards and ops."""
+    assert stats.tree is not None
+    known = cost.stages(stats.tree, context_len)
+    step_ms = 1e3 * stats.decode_seconds / stats.num_steps
+    num_draws = stats.tree.num_levels - 1
+    if not stats.stage_seconds:
+        return _Overhead(max(0.0, step_ms - sum(known.values())), 0.0, False)
+    measured = {name: 1e3 * seconds / stats.num_steps for name, seconds in stats.stage_seconds.items()}
+    draws = max(0.0, measured.get("sample", 0.0) - known["sample"])
+    # Of the forwards only the draft's: its levels' times are those of a model that has just run, which the first level,
+    # behind the target, is not.
+    outside = step_ms - measured["target"] - measured.get("sample", 0.0) - known["draft"]
+    rest = max(0.0, outside - known["verify"] - known["commit"])
+    return _Overhead(rest, draws / num_draws if num_draws else 0.0, True)

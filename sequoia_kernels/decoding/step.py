@@ -10,7 +10,7 @@ import torch
 from sequoia_kernels.decoding.host_step import HostStep
 from sequoia_kernels.decoding.logits_hook import LogitsHook, NodePaths
 from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, TokenBuffers, TreeLayout
-from sequoia_kernels.models import TreeModel, prefill
+from sequoia_kernels.models import TreeModel, foreign_code_ran, prefill
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, Topology
 
@@ -224,7 +224,6 @@ class DecodingStep:
         """Run the target's bound forward; None where there is none, or a length leaves no room."""
         if host.forward is None:
             return None
-        self.target.check_evaluation()
         shape = host.forward.shape
         if self._scored.numel() < shape.numel():
             self._scored = torch.empty(shape.numel(), dtype=self.target.logits_dtype)
@@ -240,6 +239,7 @@ class DecodingStep:
             return logits
         topology = tree.tensors(logits.device) if isinstance(tree, TokenTree) else tree
         changed = self.logits_hook(NodePaths(self.history, self.state.cache_lens, tokens, topology), logits)
+        foreign_code_ran()
         given = isinstance(changed, torch.Tensor) and (changed.shape, changed.device, changed.is_floating_point())
         if given != (logits.shape, logits.device, True):
             looks = f"{list(changed.shape)} {changed.dtype} on {changed.device}" if given else type(changed).__name__

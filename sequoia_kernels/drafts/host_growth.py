@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from sequoia_kernels import _host
+import sequoia_kernels._host as _host
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.state import DecodingState
-from sequoia_kernels.models import TreeCache, TreeModel
+from sequoia_kernels.models import BoundForward, TreeCache, TreeModel
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own
 
@@ -22,12 +22,12 @@ class HostGrowth:
 
     Args:
         prepared: the C++ object.
-        look_up_weights: gives the draft's table of weights.
+        bound: the forward of one of its levels, which knows where the weights lie.
         held: what its addresses lie in.
     """
 
-    def __init__(self, prepared: Any, look_up_weights: Any, held: list[Any]) -> None:
-        self._prepared, self._look_up_weights, self._held = prepared, look_up_weights, held
+    def __init__(self, prepared: Any, bound: BoundForward, held: list[Any]) -> None:
+        self._prepared, self._bound, self._held = prepared, bound, held
 
     @classmethod
     def bind(
@@ -72,12 +72,11 @@ class HostGrowth:
             "offsets": state.offsets,
         }
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-        return cls(_host.TreeGrowth(numbers | addresses), bound.native.look_up_weights, held)
+        return cls(_host.TreeGrowth(numbers | addresses), bound, held)
 
     def run(self, clock: StageClock) -> bool:
         """Grow the tree; False, and the tree is of no use, where a value is out of range."""
-        weights = self._look_up_weights()
-        grown = bool(self._prepared.run(weights.data_ptr(), torch.get_num_threads()))
+        grown = bool(self._prepared.run(self._bound.weights(), torch.get_num_threads()))
         if clock.enabled:
             clock.seconds["draft"] += self._prepared.forward_seconds
             clock.seconds["sample"] += self._prepared.draw_seconds

@@ -142,16 +142,18 @@ class _ModelDrafting(Drafting):
         generator = torch.Generator().manual_seed(num_rows)
         tokens = torch.randint(model.num_embeddings, (cache.batch_size, num_rows), generator=generator).to(model.device)
         cache_lens = torch.full((cache.batch_size,), context_len, dtype=torch.int32, device=model.device)
-        return lambda: model.forward(tokens, cache, cache_lens, step)
+        bound = model.bind(tokens, cache, cache_lens, step)
+        if bound is None:
+            return lambda: model.forward(tokens, cache, cache_lens, step)
+        logits = torch.empty(bound.shape, dtype=model.logits_dtype)
+        return lambda: bound.run(logits)
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Draw level by level; leaves are never fed. Mutates the cache's rows behind the committed ones."""
         state, model, cache = self.state, self.source.model, self.cache
         host = self._host_growth(layout, buffers)
-        if host is not None:
-            model.check_evaluation()
-            if host.run(self.clock):
-                return  # where a value is out of range, the ops below say which
+        if host is not None and host.run(self.clock):
+            return  # where a value is out of range, the ops below say which
         for index, level in enumerate(layout.levels):
             with self.clock.stage("draft"):
                 if index == 0:

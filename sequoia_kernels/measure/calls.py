@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, sample_without_replacement, verify_tree
+from sequoia_kernels.ops.backends import runs_own
+from sequoia_kernels.ops.compact_kv_cache_ import host as moves_on_host
+from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
+from sequoia_kernels.ops.sample_without_replacement import host as draws_on_host
+from sequoia_kernels.ops.sample_without_replacement.op import SampleInputs
+from sequoia_kernels.ops.verify_tree import host as paths_on_host
+from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.planner import optimal_tree
-from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, TokenTree
+from sequoia_kernels.tree import DEFAULT_RULE, TYPICAL_ACCEPTANCE, TokenTree
 
 __all__ = [
     "compact_call", "draft_step", "draft_tree_rows", "draw_and_verify_calls", "forward_call", "op_key", "sample_call",
@@ -61,7 +68,17 @@ def forward_call(model: TreeModel, caches: TreeCache, context_len: int, step: Tr
     generator = torch.Generator().manual_seed(num_rows)
     input_ids = torch.randint(model.num_embeddings, (batch_size, num_rows), generator=generator).to(model.device)
     cache_lens = torch.full((batch_size,), context_len, dtype=torch.int32, device=model.device)
-    return lambda: model.forward(input_ids, caches, cache_lens, step)
+    bound = model.bind(input_ids, caches, cache_lens, step)
+    if bound is None:
+        return lambda: model.forward(input_ids, caches, cache_lens, step)
+    logits = torch.empty(bound.shape, dtype=model.logits_dtype)
+
+    def call() -> torch.Tensor:
+        if not bound.run(logits):  # as a step of the loop does
+            raise ValueError(f"forward_call: caches must have room behind {context_len} tokens")
+        return logits
+
+    return call
 
 
 def draw_and_verify_calls(
@@ -93,7 +110,11 @@ def sample_call(
     """Build a draw of `num_samples` children for each of `rows` nodes."""
     logits = _logits((rows, vocab), dtype, device)
     temperatures, seeds, offsets = _streams(rows, temperature, device)
-    return lambda: sample_without_replacement(logits, num_samples, temperatures, seeds, offsets)
+    if not _in_place(sample_without_replacement, device):
+        return lambda: sample_without_replacement(logits, num_samples, temperatures, seeds, offsets)
+    drawn = sample_without_replacement(logits, num_samples, temperatures, seeds, offsets)
+    inputs = SampleInputs(logits, num_samples, temperatures, seeds, offsets)
+    return _returning(drawn, partial(draws_on_host.bind(inputs, drawn), True))
 
 
 def verify_call(
@@ -118,7 +139,14 @@ def verify_call(
         tokens[:, 1:] = likeliest[:, topology.parents[1:].to(torch.int64), ranks]
     temperatures, seeds, offsets = _streams(batch_size, temperature, device)
     draft_or_none = draft_logits if nodes > 1 else None
-    return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
+    if not _in_place(verify_tree, device):
+        return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
+    path = verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
+    inputs = VerifyTreeInputs(
+        tokens, target_logits, draft_or_none, topology.first_child, topology.num_children, topology.num_levels,
+        topology.max_branching, temperatures, seeds, offsets, None, None, DEFAULT_RULE,
+    )  # fmt: skip
+    return _returning(path, partial(paths_on_host.bind(inputs, path), True))
 
 
 def compact_call(tensors: Sequence[torch.Tensor], context_len: int, num_levels: int, num_tree_rows: int) -> Call:
@@ -133,10 +161,35 @@ def compact_call(tensors: Sequence[torch.Tensor], context_len: int, num_levels: 
     num_accepted = torch.full((batch_size,), num_levels, dtype=torch.int32, device=device)
     committed = torch.full((batch_size,), context_len, dtype=torch.int32, device=device)
     cache_lens = committed.clone()
+    moves: list[Call] = [lambda: compact_kv_cache_(tables, accepted_nodes, num_accepted, cache_lens)]
+    if _in_place(compact_kv_cache_, device):
+        moves = [
+            moves_on_host.bind(
+                CompactInputs(
+                    list(table.caches), accepted_nodes, num_accepted, cache_lens, None, table.entries,
+                    table.max_row_bytes, table.num_slots, table is tables[-1],
+                )
+            )
+            for table in tables
+        ]  # fmt: skip
 
     def call() -> None:
         cache_lens.copy_(committed)
-        compact_kv_cache_(tables, accepted_nodes, num_accepted, cache_lens)
+        for move in moves:
+            move()
+
+    return call
+
+
+def _in_place(op: Callable[..., object], device: torch.device) -> bool:
+    """Tell whether the loop goes past an op, straight to what runs it on the CPU."""
+    return device.type == "cpu" and runs_own(op.__name__, "auto", "cpu", "host")
+
+
+def _returning(result: object, work: Call) -> Call:
+    def call() -> object:
+        work()
+        return result
 
     return call
 

@@ -431,11 +431,9 @@ class TreeModel:
             return None
         inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
         self._check_forward(inputs, cache)
-        return self._native.bind(input_ids, cache, cache_lens, step, last_row, self.max_positions)
-
-    def check_evaluation(self) -> None:
-        """Raise ValueError if the model is in training mode."""
-        self._evaluation.check()
+        return self._native.bind(
+            input_ids, cache, cache_lens, step, last_row, self.max_positions, self._evaluation.check
+        )
 
     def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does, in order; return each one's logits."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import environ
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,7 @@ class NativeForward:
         described = _Description(model, calls)
         self._tensors = described.tensors
         self._weights: tuple[list[Any], torch.Tensor] = ([], torch.empty(0))  # where they lay, and the table of it
+        self._leased: Callable[[], _Lease | None] = lambda: None
         self._rotations = described.rotations
         self._caches: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
         self._width, self._num_layers = described.fields["width"], len(calls)
@@ -204,6 +205,7 @@ class NativeForward:
         step: TreeStep,
         last_row: torch.Tensor | None,
         max_positions: int | None,
+        check: Callable[[], None],
     ) -> BoundForward:
         """Prepare forwards of what will lie in these tensors; see `TreeModel.bind`."""
         for name, tensor, dtype in (("input_ids", input_ids, torch.int64), ("cache_lens", cache_lens, torch.int32)):
@@ -214,7 +216,16 @@ class NativeForward:
         call, held = self._describe_call(input_ids, cache, cache_lens, step, last_row, max_positions)
         rows = input_ids.shape[1] if last_row is None else 1
         shape = torch.Size((input_ids.shape[0], rows, self._vocab_size))
-        return BoundForward(self, _host.BoundForward(self._forward, call), shape, (held, cache))
+        return BoundForward(self, _host.BoundForward(self._forward, call), shape, (held, cache), check)
+
+    def lease(self) -> _Lease:
+        """Look the weights up and hold their memory, for as long as the lease lives."""
+        table = self.look_up_weights()
+        lease = self._leased()
+        if lease is None or lease.table is not table:
+            lease = _Lease(table, [owner[name] for owner, name, _ in self._tensors])
+            self._leased = ref(lease)
+        return lease
 
     def _describe_call(
         self,
@@ -295,15 +306,35 @@ class NativeForward:
 class BoundForward:
     """Forwards of the same rows, again and again: tokens and lengths are read where they lie; see `TreeModel.bind`.
 
+    Where the weights lie is looked up when it is made, and again behind foreign code (`foreign_code_ran`): looking takes
+    as long as a forward of a small draft. Until then the memory that was found is held.
+
     Attributes:
-        native: whose forwards these are.
         prepared: the same for what is written in C++.
         shape: of the logits.
     """
 
-    def __init__(self, native: NativeForward, prepared: Any, shape: torch.Size, held: Any) -> None:
-        self.native, self.prepared, self.shape = native, prepared, shape
-        self._held = held
+    def __init__(
+        self, native: NativeForward, prepared: Any, shape: torch.Size, held: Any, check: Callable[[], None]
+    ) -> None:
+        self.prepared, self.shape = prepared, shape
+        self._native, self._held, self._check = native, held, check
+        self._look()
+
+    def _look(self) -> None:
+        self._seen = _num_foreign
+        self._check()
+        self._lease = self._native.lease()
+
+    def weights(self) -> int:
+        """Give the address of the table of weights, for a run now.
+
+        Raises:
+            ValueError: a weight has another form than when the model was adapted, or the model is in training mode.
+        """
+        if self._seen != _num_foreign:
+            self._look()
+        return self._lease.address
 
     def run(self, logits: torch.Tensor) -> bool:
         """Run one forward.
@@ -315,10 +346,26 @@ class BoundForward:
             False, and nothing is written, where a length leaves no room in the cache.
 
         Raises:
-            ValueError: a weight has another form than when the model was adapted.
+            ValueError: as in `weights`.
         """
-        weights = self.native.look_up_weights()
-        return bool(self.prepared.run(weights.data_ptr(), logits.data_ptr(), torch.get_num_threads()))
+        return bool(self.prepared.run(self.weights(), logits.data_ptr(), torch.get_num_threads()))
+
+
+class _Lease:
+    """Where the weights lie, and their memory, which is held even where a parameter is given other memory."""
+
+    def __init__(self, table: torch.Tensor, weights: list[torch.Tensor]) -> None:
+        self.table, self.address = table, table.data_ptr()
+        self._weights = [weight.detach() for weight in weights]
+
+
+_num_foreign = 0
+
+
+def foreign_code_ran() -> None:
+    """Say that code of others has run in the middle of decoding: whatever it may have done to models is seen next."""
+    global _num_foreign
+    _num_foreign += 1
 
 
 def _form(weight: torch.Tensor) -> tuple[Any, ...]:

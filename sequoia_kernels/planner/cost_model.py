@@ -189,7 +189,9 @@ class CostModel:
         levels = np.asarray(num_levels, dtype=np.float64)
         if self.host_override_ms is not None:
             return np.full_like(levels, self.host_override_ms)
-        return self.profile.step_overhead_ms + self.profile.level_overhead_ms * (levels - 1)
+        profile = self.profile
+        drafting = np.where(levels > 1, profile.draft_overhead_ms, 0.0)
+        return profile.step_overhead_ms + drafting + profile.level_overhead_ms * (levels - 1)
 
     def at_context(self, context_len: float) -> StepTimes:
         """Fix the context length: the fast way to cost many trees."""

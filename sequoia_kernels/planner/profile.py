@@ -81,6 +81,8 @@ class HardwareProfile(Document):
         draft_key: model taken as the draft when none is named.
         step_overhead_ms: time of one decoding step outside the forwards and ops.
         level_overhead_ms: the same for each forward of the draft.
+        draft_overhead_ms: the same for a step with a draft, once: what its first forward takes longer than those behind
+            it, and what the loop does for a tree that it does not for plain decoding.
         mean_over_median: mean time over median time of the calls of a model (by key) or an op (by name), 1 where there
             is none; one measurement pools all of its calls. A step's mean time is the sum of its parts' means, not of
             their medians: on a busy machine an interruption hits few of the short calls, but costs many times what
@@ -103,6 +105,7 @@ class HardwareProfile(Document):
     draft_key: str | None = None
     step_overhead_ms: float = 0.0
     level_overhead_ms: float = 0.0
+    draft_overhead_ms: float = 0.0
     mean_over_median: Mapping[str, float] = field(default_factory=dict)
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -199,11 +202,13 @@ class HardwareProfile(Document):
         kept = [point for point in self.ops.get(name, ()) if dict(point.parameters) not in new]
         return dataclasses.replace(self, ops={**self.ops, name: (*kept, *points)})
 
-    def with_overhead(self, step_ms: float, level_ms: float = 0.0) -> HardwareProfile:
-        """Give the profile with the loop's own overhead a step, and a forward of the draft, set."""
-        for name, value in (("step_ms", step_ms), ("level_ms", level_ms)):
+    def with_overhead(self, step_ms: float, level_ms: float = 0.0, draft_ms: float = 0.0) -> HardwareProfile:
+        """Give the profile with the loop's own overhead set: of a step, of a draft's forward, of having a draft."""
+        for name, value in (("step_ms", step_ms), ("level_ms", level_ms), ("draft_ms", draft_ms)):
             checks.check_number("HardwareProfile.with_overhead", name, value, checks.TIME)
-        return dataclasses.replace(self, step_overhead_ms=float(step_ms), level_overhead_ms=float(level_ms))
+        return dataclasses.replace(
+            self, step_overhead_ms=float(step_ms), level_overhead_ms=float(level_ms), draft_overhead_ms=float(draft_ms)
+        )
 
     def with_slowdowns(self, mean_over_median: Mapping[str, float]) -> HardwareProfile:
         """Give the profile with the ratios of mean to median times set for some models (by key) and ops (by name)."""
@@ -241,7 +246,7 @@ class HardwareProfile(Document):
                 result = result.with_forwards(other.models[key], table)
         for name, points in other.ops.items():
             result = result.with_op(name, points)
-        either = ("target_key", "draft_key", "step_overhead_ms", "level_overhead_ms")
+        either = ("target_key", "draft_key", "step_overhead_ms", "level_overhead_ms", "draft_overhead_ms")
         both = ("mean_over_median", "bandwidth", "settings")
         merged: dict[str, Any] = {name: getattr(other, name) or getattr(self, name) for name in either}
         merged |= {name: {**getattr(self, name), **getattr(other, name)} for name in both}
@@ -265,7 +270,11 @@ class HardwareProfile(Document):
                 name: [{**dataclasses.asdict(point), "parameters": dict(point.parameters)} for point in points]
                 for name, points in self.ops.items()
             },
-            "overhead": {"step_ms": self.step_overhead_ms, "level_ms": self.level_overhead_ms},
+            "overhead": {
+                "step_ms": self.step_overhead_ms,
+                "level_ms": self.level_overhead_ms,
+                "draft_ms": self.draft_overhead_ms,
+            },
             "mean_over_median": dict(self.mean_over_median),
             "bandwidth_gb_per_s": dict(self.bandwidth),
             "settings": dict(self.settings),
@@ -303,6 +312,7 @@ class HardwareProfile(Document):
             draft_key=draft_key,
             step_overhead_ms=overhead.time("step_ms"),
             level_overhead_ms=overhead.time("level_ms"),
+            draft_overhead_ms=overhead.time("draft_ms") if "draft_ms" in overhead else 0.0,
             mean_over_median=fields.inside("mean_over_median").numbers(lambda x: 1e-12 <= x <= 1e12, "a number > 0"),
             bandwidth=fields.inside("bandwidth_gb_per_s").numbers(lambda x: 0 <= x <= 1e12, "a number >= 0"),
             settings=dict(fields.inside("settings").value),

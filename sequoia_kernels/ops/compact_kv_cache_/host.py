@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from sequoia_kernels import _host
+from collections.abc import Callable
+
+import sequoia_kernels._host as _host
 from sequoia_kernels.ops.host_calls import address
 
 from .op import CompactInputs
 
-__all__ = ["run", "supports"]
+__all__ = ["bind", "run", "supports"]
 
 
 def supports(inputs: CompactInputs) -> str | None:
@@ -15,12 +17,12 @@ def supports(inputs: CompactInputs) -> str | None:
     return None if inputs.cache_lens.is_cpu else "takes CPU tensors"
 
 
-def run(inputs: CompactInputs, outputs: None = None) -> None:
-    """Move the rows and advance the lengths."""
+def bind(inputs: CompactInputs) -> Callable[[], None]:
+    """Prepare moves by what will lie in these tensors then."""
     accepted_nodes, num_accepted = inputs.accepted_nodes, inputs.num_accepted
     cache_lens = inputs.cache_lens if inputs.advance else inputs.cache_lens.clone()  # what the module advances
     entries, page_size = inputs.table(), inputs.page_size
-    _host.compact_kv_cache(
+    arguments = (
         entries.data_ptr(),
         len(inputs.caches),
         accepted_nodes.data_ptr(),
@@ -34,3 +36,13 @@ def run(inputs: CompactInputs, outputs: None = None) -> None:
         *inputs.table_strides,
         page_size or 1,
     )
+
+    def call(held: object = (inputs, cache_lens, entries)) -> None:
+        _host.compact_kv_cache(*arguments)
+
+    return call
+
+
+def run(inputs: CompactInputs, outputs: None = None) -> None:
+    """Move the rows and advance the lengths."""
+    bind(inputs)()

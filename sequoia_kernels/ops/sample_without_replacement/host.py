@@ -5,12 +5,14 @@ Inputs and outputs as in op.py.
 
 from __future__ import annotations
 
-from sequoia_kernels import _host
+from collections.abc import Callable
+
+import sequoia_kernels._host as _host
 from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, contiguous, deliver, writable
 
 from .op import SampledTokens, SampleInputs, check_values
 
-__all__ = ["CHECKS_VALUES", "run", "supports"]
+__all__ = ["CHECKS_VALUES", "bind", "run", "supports"]
 
 CHECKS_VALUES = True
 
@@ -20,25 +22,34 @@ def supports(inputs: SampleInputs) -> str | None:
     return None if inputs.logits.is_cpu else "takes CPU tensors"
 
 
+def bind(inputs: SampleInputs, outputs: SampledTokens) -> Callable[[bool], bool]:
+    """Prepare calls on what will lie in these tensors then.
+
+    Args:
+        inputs: the inputs.
+        outputs: contiguous outputs.
+
+    Returns:
+        A call that takes whether to check values; False, and nothing is written, where one is out of range.
+    """
+    logits = inputs.logits
+    rows = contiguous(inputs.temperature, inputs.seeds, inputs.offsets)
+    arguments = (
+        logits.data_ptr(), ELEMENT_TYPES[logits.dtype], *map(address, rows), *map(address, outputs), *logits.shape,
+        logits.stride(0), inputs.num_samples,
+    )  # fmt: skip
+
+    def call(check: bool, held: object = (inputs, outputs, rows)) -> bool:
+        return _host.sample_without_replacement(*arguments, check)
+
+    return call
+
+
 def run(inputs: SampleInputs, outputs: SampledTokens) -> None:
     """Write the outputs."""
-    logits = inputs.logits
     results = writable(outputs)
-    rows = contiguous(inputs.temperature, inputs.seeds, inputs.offsets)
-
-    def call(check: bool) -> bool:
-        return _host.sample_without_replacement(
-            logits.data_ptr(),
-            ELEMENT_TYPES[logits.dtype],
-            *map(address, rows),
-            *map(address, results),
-            *logits.shape,
-            logits.stride(0),
-            inputs.num_samples,
-            check,
-        )
-
-    if not call(check=True):  # something looks out of range: name it
+    call = bind(inputs, results)
+    if not call(True):  # something looks out of range: name it
         check_values(inputs)
-        call(check=False)
+        call(False)
     deliver(results, outputs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from sequoia_kernels import _host
+from collections.abc import Callable
+
+import sequoia_kernels._host as _host
 from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, contiguous, deliver, writable
 from sequoia_kernels.tree import DEFAULT_RULE
 
 from .op import VerifiedPath, VerifyTreeInputs, check_values
 
-__all__ = ["CHECKS_VALUES", "run", "supports"]
+__all__ = ["CHECKS_VALUES", "bind", "run", "supports"]
 
 CHECKS_VALUES = True
 
@@ -20,41 +22,54 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
     return None if inputs.tokens.is_cpu else "takes CPU tensors"
 
 
-def run(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> None:
-    """Write the outputs."""
+def bind(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> Callable[[bool], bool]:
+    """Prepare calls on what will lie in these tensors then.
+
+    Args:
+        inputs: the inputs.
+        outputs: contiguous outputs.
+
+    Returns:
+        A call that takes whether to check values; False, and nothing is written, where one is out of range.
+    """
     tokens, target, draft = inputs[:3]
     batch_size, num_nodes, vocab = target.shape
     drafted = target if draft is None else draft
-    results = writable(outputs)
-    # The tensors stay referenced while their addresses are in use.
     topology = contiguous(inputs.first_child, inputs.num_children)
     rows = contiguous(inputs.temperature, inputs.seeds, inputs.offsets, inputs.top_k, inputs.top_p)
+    arguments = (
+        tokens.data_ptr(),
+        target.data_ptr(),
+        ELEMENT_TYPES[target.dtype],
+        address(draft),
+        ELEMENT_TYPES[drafted.dtype],
+        *map(address, topology),
+        inputs.max_branching,
+        *map(address, rows),
+        *map(address, outputs),
+        batch_size,
+        num_nodes,
+        inputs.num_levels,
+        vocab,
+        num_nodes if inputs.first_child.dim() == 2 else 0,
+        tokens.stride(0),
+        target.stride(0),
+        target.stride(1),
+        drafted.stride(0),
+        drafted.stride(1),
+    )
 
-    def call(check: bool) -> bool:
-        return _host.verify_tree(
-            tokens.data_ptr(),
-            target.data_ptr(),
-            ELEMENT_TYPES[target.dtype],
-            address(draft),
-            ELEMENT_TYPES[drafted.dtype],
-            *map(address, topology),
-            inputs.max_branching,
-            *map(address, rows),
-            *map(address, results),
-            batch_size,
-            num_nodes,
-            inputs.num_levels,
-            vocab,
-            num_nodes if inputs.first_child.dim() == 2 else 0,
-            tokens.stride(0),
-            target.stride(0),
-            target.stride(1),
-            drafted.stride(0),
-            drafted.stride(1),
-            check,
-        )
+    def call(check: bool, held: object = (inputs, outputs, topology, rows)) -> bool:
+        return _host.verify_tree(*arguments, check)
 
-    if not call(check=True):  # something looks out of range: name it
+    return call
+
+
+def run(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> None:
+    """Write the outputs."""
+    results = writable(outputs)
+    call = bind(inputs, results)
+    if not call(True):  # something looks out of range: name it
         check_values(inputs)
-        call(check=False)
+        call(False)
     deliver(results, outputs)

@@ -259,8 +259,9 @@ def test_what_only_this_process_knows_is_not_kept_on_disk_and_not_mixed_up(monke
     saved = []
     for name in ("save_profile", "save_evidence"):
         monkeypatch.setattr(auto.store, name, lambda *arguments: saved.append(arguments))
-    target = tiny_llama(3, vocab_size=12, sharpness=4.0)
-    sources = [TimedBigrams(sign * bigrams(target).table) for sign in (1, -1)]
+    # slow enough for a draft in Python to be worth its time
+    target = adapt(tiny_llama(3, vocab_size=12, sharpness=4.0), forward="modules")
+    sources = [TimedBigrams(sign * bigrams(target.model).table) for sign in (1, -1)]
     for source in (*sources, *sources):
         generate(target, source, torch.tensor([[1, 2, 3]]), max_new_tokens=12)
     assert len(auto._profiles) == len(auto._pairs) == 2 and not saved

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -110,7 +110,9 @@ class HostCopy:
     def __init__(self, emitted: EmittedTokens) -> None:
         self._event: torch.cuda.Event | None = None
         self._tensors: list[torch.Tensor] = list(emitted)
-        if emitted.tokens.device.type != "cuda":
+        self._lists: list[Any] = []
+        if emitted.tokens.device.type != "cuda":  # nothing to wait for, and the next step may overwrite them
+            self._lists = [tensor.tolist() for tensor in emitted]
             return
         with on_device(emitted.tokens.device):  # whose stream the copies and the event go to
             self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in emitted]
@@ -123,7 +125,7 @@ class HostCopy:
         """Return (tokens [B][levels], nodes [B][levels], num_tokens [B])."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, nodes, num_tokens = (tensor.tolist() for tensor in self._tensors)
+        tokens, nodes, num_tokens = self._lists or [tensor.tolist() for tensor in self._tensors]
         return tokens, nodes, num_tokens
 
 

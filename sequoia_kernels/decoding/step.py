@@ -84,7 +84,8 @@ class DecodingStep:
             parts[0][0].extend(draft_tensors)
         self.cache_tables = [(CacheTable.by_device(tensors), cache_lens) for tensors, cache_lens in parts]
         self._prepared: dict[StepTree, tuple[TreeLayout, TokenBuffers]] = {}
-        self._on_host = target.device.type == "cpu" and logits_hook is None and HostStep.serves(backend, rule)
+        on_cpu = all(table.entries.is_cpu for tables, _ in self.cache_tables for table in tables)
+        self._on_host = on_cpu and logits_hook is None and HostStep.serves(backend, rule)
         self._host_steps: dict[StepTree, HostStep] = {}
         self._scored = torch.empty(0)  # where bound forwards leave their logits
 
@@ -99,11 +100,18 @@ class DecodingStep:
             batch_size = self.state.cache_lens.shape[0]
             buffers = TokenBuffers.allocate(layout, batch_size, target.vocab_size, dtype, target.device)
             self._prepared[tree] = layout, buffers
-            if self._on_host and all(table.entries.is_cpu for tables, _ in self.cache_tables for table in tables):
-                self._host_steps[tree] = HostStep(
-                    target, self.target_cache, self.state, layout, buffers, self.cache_tables
-                )
         return self._prepared[tree]
+
+    def _host_step(self, tree: StepTree) -> HostStep | None:
+        """What goes past the ops for this tree, where something does; made when the tree is first met."""
+        if not self._on_host:
+            return None
+        host = self._host_steps.get(tree)
+        if host is None:
+            layout, buffers = self.prepare(tree)
+            host = HostStep(self.target, self.target_cache, self.state, layout, buffers, self.cache_tables)
+            self._host_steps[tree] = host
+        return host
 
     def prefill(
         self, prompts: torch.Tensor, prompt_lens: torch.Tensor, draft_tokens: Sequence[list[int]] | None = None
@@ -170,8 +178,9 @@ class DecodingStep:
     def use(self, target: TreeModel | None, draft: DraftSource | None, clock: StageClock) -> None:
         """Go on with these objects of the same models; without any while nobody decodes, so that none is kept alive."""
         self.target, self.draft, self.clock = target, draft, clock  # type: ignore[assignment]
+        self._host_steps.clear()  # they hold the models' weights
         if self.drafting is not None:
-            self.drafting.source, self.drafting.clock = draft, clock
+            self.drafting.use(draft, clock)
 
     # A step
 
@@ -202,7 +211,7 @@ class DecodingStep:
             The path, and the hidden states that the draft needs. [B, N, width] each.
         """
         layout, buffers = self.prepare(tree)
-        host = self._host_steps.get(tree)
+        host = self._host_step(tree)
         wanted = self._wanted_states()
         with self.clock.stage("target"):
             logits = None if host is None or wanted else self._score_in_place(host)

@@ -116,6 +116,11 @@ class _ModelDrafting(Drafting):
         self.lacks_tokens = source.model.num_embeddings < max(target.num_embeddings, target.vocab_size)
         self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
 
+    def use(self, source: DraftSource | None, clock: StageClock) -> None:
+        """Go on with a source of the same model, or let go of it."""
+        super().use(source, clock)
+        self._grown.clear()  # what holds the model's weights
+
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the cache's."""
         return self.cache.tensors()

@@ -104,6 +104,10 @@ class Drafting(ABC):
         self.source: Any = source
         self.state, self.backend, self.clock = state, backend, clock
 
+    def use(self, source: DraftSource | None, clock: StageClock) -> None:
+        """Go on with this object of the same source; without any while nobody decodes, so that none is kept alive."""
+        self.source, self.clock = source, clock
+
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the caches whose tree rows lie as the target's do, node j at row lens + j: they are compacted with it.
 

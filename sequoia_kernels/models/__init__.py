@@ -10,6 +10,7 @@ from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 
 __all__ = [
-    "BoundForward", "LayerSpec", "StepContext", "TreeAttention", "TreeCache", "TreeCacheLayer", "TreeModel", "TreeStep", "adapt",
-    "causal_step", "check_pair", "foreign_code_ran", "load_model", "pack_linear_layers", "prefill", "unpack_linear_layers",
+    "BoundForward", "LayerSpec", "StepContext", "TreeAttention", "TreeCache", "TreeCacheLayer", "TreeModel", "TreeStep",
+    "adapt", "causal_step", "check_pair", "foreign_code_ran", "load_model", "pack_linear_layers", "prefill",
+    "unpack_linear_layers",
 ]  # fmt: skip

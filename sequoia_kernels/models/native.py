@@ -306,7 +306,7 @@ class NativeForward:
 class BoundForward:
     """Forwards of the same rows, again and again: tokens and lengths are read where they lie; see `TreeModel.bind`.
 
-    Where the weights lie is looked up when it is made, and again behind foreign code (`foreign_code_ran`): looking takes
+    Where the weights lie is looked up when it is made and again behind foreign code (`foreign_code_ran`): to look takes
     as long as a forward of a small draft. Until then the memory that was found is held.
 
     Attributes:

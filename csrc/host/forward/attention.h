@@ -59,7 +59,13 @@ SEQUOIA_INLINE void weigh_row(const Layer& layer, const Columns& columns, i64 no
 template <int M, int CHUNKS, class Element>
 SEQUOIA_INLINE void mix_rows(const float* weights, i64 weights_stride, const CacheRows<Element>& values, i64 count,
                              i64 d, i64 head_dim, float* out, i64 out_stride) {
-    Float sums[M][CHUNKS] = {}, totals[M] = {};
+    Float sums[M][CHUNKS], totals[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+        totals[m] = Float{};
+#pragma GCC unroll 8
+        for (int c = 0; c < CHUNKS; ++c) sums[m][c] = Float{};
+    }
     const bool whole = d + CHUNKS * W <= head_dim;
     for (i64 column = 0; column < count; ++column) {
         const Element* const row = values.row(column) + d;
@@ -76,9 +82,11 @@ SEQUOIA_INLINE void mix_rows(const float* weights, i64 weights_stride, const Cac
             for (int c = 0; c < CHUNKS; ++c) sums[m][c] += weight * chunks[c];
         }
     }
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
         // Nothing seen leaves zeros; a NaN stays visible.
         const Float inverse = totals[m] == 0.0f ? all_lanes(0.0f) : 1.0f / totals[m];
+#pragma GCC unroll 8
         for (int c = 0; c < CHUNKS; ++c) store(out + m * out_stride + d + c * W, sums[m][c] * inverse);
     }
 }
@@ -118,7 +126,7 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
         prefetch_columns(keys, column + NEAR, TILE, columns.count, d);
         prefetch_columns(values, column, TILE, columns.count, d);
         multiply_rows(keys, column, smaller(TILE, columns.count - column), queries, bench.scores + column,
-                      pass.scores_stride, static_cast<Ahead*>(nullptr));
+                      pass.scores_stride, static_cast<Ahead*>(nullptr), bench.wide);
     }
     for (i64 r = begin; r < end; ++r) {
         weigh_row(layer, columns, r / group, bench.scores + (r - begin) * pass.scores_stride);

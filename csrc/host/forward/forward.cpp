@@ -510,7 +510,7 @@ class Forward : public Runner {
         for (int thread = 0; thread < num_threads; ++thread) {
             BenchMemory& memory = memory_[static_cast<std::size_t>(thread)];
             benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(MAX_ROWS * STRIP),
-                                memory.rows.reserve(2 * stream_stride_),
+                                memory.rows.reserve(2 * stream_stride_), memory.wide.reserve(4 * widest_),
                                 memory.queries.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
                                 memory.scores.reserve(ROW_BLOCK * pass.scores_stride),
                                 memory.mixed.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
@@ -537,7 +537,7 @@ class Forward : public Runner {
     }
 
     struct BenchMemory {
-        Floats panel, tiles, rows, queries, scores, mixed, shares, expert_weights, choice_weights;
+        Floats panel, tiles, rows, wide, queries, scores, mixed, shares, expert_weights, choice_weights;
         Scratch<std::int32_t> expert_ids, first_choices, choice_rows;
     };
 

@@ -32,6 +32,7 @@ struct Bench {
     float* panel;   // of whole rows
     float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, TILE], or of a strip's tiles
     float* rows;    // two rows of any width
+    float* wide;    // four rows of a matrix
     float* queries;  // a panel of ROW_BLOCK query rows
     float* scores;  // [ROW_BLOCK, columns]
     float* mixed;   // [ROW_BLOCK, head_dim]

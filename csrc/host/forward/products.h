@@ -4,8 +4,9 @@
 // it does not depend on which other rows and nodes are multiplied beside it, nor on the number of threads.
 //
 // Weights stay where the model has them and are read once for all nodes, so activations are what is arranged: nodes in
-// blocks of up to NODES, within a block a vector of each node after the other. R rows times C nodes are summed in
-// registers; the rows lie in the first-level cache while the blocks of nodes pass.
+// blocks, within a block a vector of each node after the other. R rows times C nodes are summed in registers: four rows
+// times up to NODES, or two rows times more, where all nodes then are one block and a weight is widened once. The rows lie
+// in the first-level cache while the blocks of nodes pass.
 
 #pragma once
 
@@ -16,12 +17,14 @@ namespace sequoia::forward {
 namespace {
 
 constexpr int NODES = W >= 16 ? 6 : 3;  // of a block: with 4 rows 24 of 32 registers, or 12 of 16
+constexpr int MOST_NODES = 6;           // of a block that is the only one
 
-// CASE(C) for every size that a block may have.
-#if SEQUOIA_LANES >= 16
+// CASE(C) for every size that a block may have, and for those up to NODES.
 #define SEQUOIA_FOR_BLOCKS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if SEQUOIA_LANES >= 16
+#define SEQUOIA_FOR_PARTS(CASE) SEQUOIA_FOR_BLOCKS(CASE)
 #else
-#define SEQUOIA_FOR_BLOCKS(CASE) CASE(1) CASE(2) CASE(3)
+#define SEQUOIA_FOR_PARTS(CASE) CASE(1) CASE(2) CASE(3)
 #endif
 
 // Activations of `count` nodes, [count, size], `size` padded to whole vectors by zeros.
@@ -30,7 +33,7 @@ struct Panel {
     i64 count = 0, size = 0, padded = 0;
 
     // Blocks of equal sizes, those with one node more in front.
-    i64 num_blocks() const { return (count + NODES - 1) / NODES; }
+    i64 num_blocks() const { return count <= MOST_NODES ? 1 : (count + NODES - 1) / NODES; }
     i64 block_begin(i64 block) const { return block * (count / num_blocks()) + smaller(block, count % num_blocks()); }
 
     struct Place {
@@ -101,10 +104,17 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
     auto* base = rows.row(first);
     decltype(base) row[R];
     for (int r = 0; r < R; ++r) row[r] = rows.row(first + r);
-    Float sums[C][R] = {};
+    Float sums[C][R];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {  // not by an initialiser: GCC would clear memory, by an instruction that takes long
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[c][r] = Float{};
+    }
     const i64 whole = size / W;
+    Ahead requests;  // in registers while the block is summed
+    if (ahead != nullptr) requests = *ahead;
     for (i64 step = 0; step < whole; ++step) {
-        if (ahead != nullptr) ahead->request();
+        if (ahead != nullptr) requests.request();
         Float node[C];
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
@@ -119,12 +129,23 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
             for (int c = 0; c < C; ++c) sums[c][r] += weight * node[c];
         }
     }
+    if (ahead != nullptr) *ahead = requests;
     if (whole * W < size) {
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const Float weight = load_some(row[r] + whole * W, size - whole * W);
 #pragma GCC unroll 8
             for (int c = 0; c < C; ++c) sums[c][r] += weight * load(nodes + (whole * C + c) * W);
         }
+    }
+    if constexpr (R == 2 && C % 2 == 0) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c += 2) {
+            const Float4 four = sums_of(sums[c][0], sums[c][1], sums[c + 1][0], sums[c + 1][1]);
+            std::memcpy(out + c * out_stride, &four, 8);
+            std::memcpy(out + (c + 1) * out_stride, reinterpret_cast<const char*>(&four) + 8, 8);
+        }
+        return;
     }
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
@@ -134,48 +155,67 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
                 store_four(out + c * out_stride + r, sums_of(sums[c][r], sums[c][r + 1], sums[c][r + 2], sums[c][r + 3]));
             }
         } else {
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) out[c * out_stride + r] = sum_of(sums[c][r]);
         }
     }
 }
 
-// `count` rows from `first` on times all nodes of a panel: out[node * out_stride + row - first].
+// Rows that are multiplied together with a block of so many nodes.
+constexpr int rows_beside(i64 nodes) { return nodes > NODES ? 2 : 4; }
+
+// One row from `first` on, or as many as are multiplied together, times all nodes of a panel.
+template <class Rows>
+SEQUOIA_INLINE void multiply_blocks(const Rows& rows, i64 first, bool one, const Panel& panel, float* out, i64 out_stride,
+                                    Ahead* ahead) {
+    const i64 blocks = panel.num_blocks();
+    i64 begin = 0;
+    for (i64 block = 0; block < blocks; ++block) {
+        const i64 end = panel.block_begin(block + 1);
+        const float* const nodes = panel.data + begin * panel.padded;
+        float* const to = out + begin * out_stride;
+#define SEQUOIA_BLOCK(C)                                                                                      \
+    case C:                                                                                                   \
+        if (one) {                                                                                            \
+            multiply_block<1, C>(rows, first, nodes, panel.size, to, out_stride, ahead);                      \
+        } else {                                                                                              \
+            multiply_block<rows_beside(C), C>(rows, first, nodes, panel.size, to, out_stride, ahead);         \
+        }                                                                                                     \
+        break;
+        switch (end - begin) {
+            SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK)
+        }
+#undef SEQUOIA_BLOCK
+        begin = end;
+    }
+}
+
+// `count` rows from `first` on times all nodes of a panel: out[node * out_stride + row - first]. `wide` has room for four
+// rows: narrow weights that meet several blocks of nodes are widened once, not for each block.
 // Not inlined: it is large, and called from many places.
 template <class Rows>
 __attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 count, const Panel& panel, float* out,
-                                  i64 out_stride, Ahead* ahead) {
+                                             i64 out_stride, Ahead* ahead, float* wide) {
+    constexpr i64 element_bytes = static_cast<i64>(sizeof(*rows.row(0)));
     const i64 blocks = panel.num_blocks();
-    const i64 vector_bytes = W * static_cast<i64>(sizeof(*rows.row(0)));
     i64 done = 0;
     if (panel.count == 1) {  // more rows at a time, for want of nodes
-        if (ahead != nullptr) ahead->pace(8 * vector_bytes, 1);
+        if (ahead != nullptr) ahead->pace(8 * W * element_bytes, 1);
         for (; done + 8 <= count; done += 8) {
             multiply_block<8, 1>(rows, first + done, panel.data, panel.size, out + done, out_stride, ahead);
         }
     }
-    for (; done < count;) {
-        const bool four = done + 4 <= count;
-        if (ahead != nullptr) ahead->pace((four ? 4 : 1) * vector_bytes, blocks);
-        i64 begin = 0;
-        for (i64 block = 0; block < blocks; ++block) {
-            const i64 end = panel.block_begin(block + 1);
-            const float* const nodes = panel.data + begin * panel.padded;
-            float* const to = out + begin * out_stride + done;
-#define SEQUOIA_BLOCK(C)                                                                                     \
-    case C:                                                                                                  \
-        if (four) {                                                                                          \
-            multiply_block<4, C>(rows, first + done, nodes, panel.size, to, out_stride, ahead);              \
-        } else {                                                                                             \
-            multiply_block<1, C>(rows, first + done, nodes, panel.size, to, out_stride, ahead);              \
-        }                                                                                                    \
-        break;
-            switch (end - begin) {
-                SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK)
-            }
-#undef SEQUOIA_BLOCK
-            begin = end;
+    const i64 together = rows_beside(blocks > 1 ? 1 : panel.count);
+    while (done < count) {
+        const i64 next = done + together <= count ? together : 1;
+        if (ahead != nullptr) ahead->pace(next * W * element_bytes, blocks);
+        if (element_bytes < 4 && blocks > 1) {
+            for (i64 r = 0; r < next; ++r) widen_row(rows.row(first + done + r), panel.size, wide + r * panel.padded);
+            multiply_blocks(MatrixRows<float>{wide, panel.padded}, 0, next == 1, panel, out + done, out_stride, ahead);
+        } else {
+            multiply_blocks(rows, first + done, next == 1, panel, out + done, out_stride, ahead);
         }
-        done += four ? 4 : 1;
+        done += next;
     }
 }
 
@@ -200,10 +240,11 @@ struct RowsAhead {
     }
 };
 
-// Adds rows [0, depth) of k, `stride` apart, times a block of C nodes to sums[tile][node][TILE] of up to COLUMNS outputs.
+// Adds rows [0, depth) of k, `stride` apart, times C nodes of a block to sums[tile][node][TILE] of up to COLUMNS outputs;
+// `step` floats lie between a node's vectors.
 template <int C, bool WHOLE, class Element>
-SEQUOIA_INLINE void accumulate_block(const Element* weights, i64 stride, i64 columns, const float* nodes, i64 depth,
-                                     float* sums, i64 tile_floats, RowsAhead& ahead, i64 ahead_rows) {
+SEQUOIA_INLINE void accumulate_block(const Element* weights, i64 stride, i64 columns, const float* nodes, i64 step,
+                                     i64 depth, float* sums, i64 tile_floats, RowsAhead& ahead, i64 ahead_rows) {
     const auto place = [&](int c, int v) { return sums + v * W / TILE * tile_floats + c * TILE + v * W % TILE; };
     const auto width = [&](int v) { return larger(0, smaller(W, columns - v * W)); };
     Float chains[C][VECTORS];
@@ -212,7 +253,7 @@ SEQUOIA_INLINE void accumulate_block(const Element* weights, i64 stride, i64 col
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) chains[c][v] = WHOLE || width(v) > 0 ? load(place(c, v)) : Float{};
     }
-    for (i64 k = 0; k < depth; nodes += C * W) {
+    for (i64 k = 0; k < depth; nodes += step) {
         ahead.request(ahead_rows);
         const i64 end = smaller(depth, k + W);
         for (const float* node = nodes; k < end; ++k, ++node, weights += stride) {
@@ -265,18 +306,24 @@ __attribute__((noinline)) void multiply_strip(const Element* weights, i64 stride
                 const i64 ahead_rows = (W + blocks - 1) / blocks;
                 const float* const values = panel.data + begin * panel.padded + k * nodes;
                 float* const to = sums + column / TILE * tile_floats + begin * TILE;
-#define SEQUOIA_BLOCK(C)                                                                                       \
-    case C:                                                                                                    \
-        if (columns == COLUMNS) {                                                                              \
-            accumulate_block<C, true>(here, stride, columns, values, depth, to, tile_floats, ahead, ahead_rows); \
-        } else {                                                                                               \
-            accumulate_block<C, false>(here, stride, columns, values, depth, to, tile_floats, ahead, ahead_rows); \
-        }                                                                                                      \
+                for (i64 part = 0; part < nodes; part += NODES) {
+                    const i64 step = nodes * W;
+                    const float* const these = values + part * W;
+                    float* const out = to + part * TILE;
+#define SEQUOIA_PART(C)                                                                                              \
+    case C:                                                                                                          \
+        if (columns == COLUMNS) {                                                                                    \
+            accumulate_block<C, true>(here, stride, columns, these, step, depth, out, tile_floats, ahead, ahead_rows); \
+        } else {                                                                                                     \
+            accumulate_block<C, false>(here, stride, columns, these, step, depth, out, tile_floats, ahead,           \
+                                       ahead_rows);                                                                  \
+        }                                                                                                            \
         break;
-                switch (nodes) {
-                    SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK)
+                    switch (smaller(NODES, nodes - part)) {
+                        SEQUOIA_FOR_PARTS(SEQUOIA_PART)
+                    }
+#undef SEQUOIA_PART
                 }
-#undef SEQUOIA_BLOCK
             }
         }
     }

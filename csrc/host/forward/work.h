@@ -111,13 +111,13 @@ struct Worker {
         const i64 stride = weight.columns;
         if (weight.type == ElementType::float32) {
             multiply_rows(MatrixRows<float>{reinterpret_cast<const float*>(data), stride}, 0, count, panel, out, TILE,
-                          ahead);
+                          ahead, bench.wide);
         } else if (weight.type == ElementType::bfloat16) {
             multiply_rows(MatrixRows<BFloat16>{reinterpret_cast<const BFloat16*>(data), stride}, 0, count, panel, out,
-                          TILE, ahead);
+                          TILE, ahead, bench.wide);
         } else {
             multiply_rows(MatrixRows<Float16>{reinterpret_cast<const Float16*>(data), stride}, 0, count, panel, out,
-                          TILE, ahead);
+                          TILE, ahead, bench.wide);
         }
         add_bias(linear, first, count, panel.count, out);
     }

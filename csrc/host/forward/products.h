@@ -115,18 +115,34 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
     if (ahead != nullptr) requests = *ahead;
     for (i64 step = 0; step < whole; ++step) {
         if (ahead != nullptr) requests.request();
-        Float node[C];
+        if constexpr (C > R) {  // the fewer ones wait in registers for the others to pass
+            Float weight[R];
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) {
-            node[c] = load(nodes + (step * C + c) * W);
-            if (R > 1) keep(node[c]);
-        }
+            for (int r = 0; r < R; ++r) {
+                weight[r] = load(row[r] + step * W);
+                keep(weight[r]);
+            }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            Float weight = load(row[r] + step * W);
-            if (C > 1) keep(weight);
+            for (int c = 0; c < C; ++c) {
+                Float node = load(nodes + (step * C + c) * W);
+                if (R > 1) keep(node);
 #pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) sums[c][r] += weight * node[c];
+                for (int r = 0; r < R; ++r) sums[c][r] += weight[r] * node;
+            }
+        } else {
+            Float node[C];
+#pragma GCC unroll 8
+            for (int c = 0; c < C; ++c) {
+                node[c] = load(nodes + (step * C + c) * W);
+                if (R > 1) keep(node[c]);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                Float weight = load(row[r] + step * W);
+                if (C > 1) keep(weight);
+#pragma GCC unroll 8
+                for (int c = 0; c < C; ++c) sums[c][r] += weight * node[c];
+            }
         }
     }
     if (ahead != nullptr) *ahead = requests;

@@ -18,7 +18,7 @@
 #else
 #define SEQUOIA_LANES 4
 #endif
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -47,9 +47,15 @@ SEQUOIA_INLINE Float load(const float* source) {
 }
 
 SEQUOIA_INLINE Float load(const BFloat16* source) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))), 16);
+#elif defined(__AVX2__)
+    return (Float)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))), 16);
+#else
     Halves halves;
     std::memcpy(&halves, source, sizeof(halves));
     return (Float)(__builtin_convertvector(halves, Bits) << 16);
+#endif
 }
 
 SEQUOIA_INLINE Float load(const Float16* source) {

@@ -19,7 +19,7 @@ struct CacheRows {
     SEQUOIA_INLINE const Element* row(i64 column) const { return data + rows[column] * stride; }
 };
 
-// Request `count` columns from `first` on.
+// Requests `count` columns from `first` on, `size` elements of each.
 template <class Element>
 SEQUOIA_INLINE void prefetch_columns(const CacheRows<Element>& rows, i64 first, i64 count, i64 num_columns, i64 size) {
     for (i64 column = first; column < smaller(first + count, num_columns); ++column) {
@@ -103,10 +103,11 @@ SEQUOIA_INLINE void mix_heads(const float* weights, i64 weights_stride, const Ca
     }
 }
 
-// Query rows [begin, end) of a segment's head, of nodes times the head's group of query heads.
+// Query rows [begin, end) of a segment's head, of nodes times the head's group of query heads. `heads` from this one on
+// are requested from memory.
 template <class Element>
 void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment& segment, const Columns& columns,
-            i64 head, i64 begin, i64 end, const Bench& bench) {
+            i64 head, i64 heads, i64 begin, i64 end, const Bench& bench) {
     const Call& call = *pass.call;
     const i64 d = layer.head_dim, group = layer.group(), stride = layer.num_kv_heads * d;
     const i64 request = segment.request * call.cache_rows * stride + head * d;
@@ -121,10 +122,10 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
                                    query_head * layer.queries.stride);
     }
     constexpr i64 NEAR = 2 * TILE;
-    prefetch_columns(keys, 0, NEAR, columns.count, d);
+    prefetch_columns(keys, 0, NEAR, columns.count, heads * d);
     for (i64 column = 0; column < columns.count; column += TILE) {
-        prefetch_columns(keys, column + NEAR, TILE, columns.count, d);
-        prefetch_columns(values, column, TILE, columns.count, d);
+        prefetch_columns(keys, column + NEAR, TILE, columns.count, heads * d);
+        prefetch_columns(values, column, TILE, columns.count, heads * d);
         multiply_rows(keys, column, smaller(TILE, columns.count - column), queries, bench.scores + column,
                       pass.scores_stride, static_cast<Ahead*>(nullptr), bench.wide);
     }

@@ -283,26 +283,33 @@ struct Worker {
         for (i64 s = 0; s < pass.num_segments; ++s) {
             const Segment& segment = pass.segments[s];
             const i64 rows = segment.num_nodes * layer.group(), blocks = num_blocks(layer, segment);
+            // Memory gives whole cache rows sooner than a head's parts of them, which then wait in the second-level cache.
+            const i64 bytes = 2 * columns[s].count * layer.num_kv_heads * layer.head_dim *
+                              (layer.cache_type == ElementType::float32 ? 4 : 2);
+            bool first = bytes <= NEAR_BYTES;
             for (i64 head = 0; head < layer.num_kv_heads; ++head) {
                 for (i64 block = 0; block < blocks; ++block, ++unit) {
                     if (unit < begin || unit >= end) continue;
-                    attend_block(layer, layer_index, segment, columns[s], head, rows * block / blocks,
-                                 rows * (block + 1) / blocks);
+                    const i64 to_come = smaller(layer.num_kv_heads - head, (end - unit + blocks - 1) / blocks);
+                    attend_block(layer, layer_index, segment, columns[s], head, first ? to_come : 1,
+                                 rows * block / blocks, rows * (block + 1) / blocks);
+                    first = false;
                 }
             }
         }
     }
+    static constexpr i64 NEAR_BYTES = 262144;
     static i64 num_blocks(const Layer& layer, const Segment& segment) {
         return (segment.num_nodes * layer.group() + ROW_BLOCK - 1) / ROW_BLOCK;
     }
     void attend_block(const Layer& layer, i64 index, const Segment& segment, const Columns& columns, i64 head,
-                      i64 begin, i64 end) const {
+                      i64 heads, i64 begin, i64 end) const {
         if (layer.cache_type == ElementType::float32) {
-            attend<float>(pass, layer, index, segment, columns, head, begin, end, bench);
+            attend<float>(pass, layer, index, segment, columns, head, heads, begin, end, bench);
         } else if (layer.cache_type == ElementType::bfloat16) {
-            attend<BFloat16>(pass, layer, index, segment, columns, head, begin, end, bench);
+            attend<BFloat16>(pass, layer, index, segment, columns, head, heads, begin, end, bench);
         } else {
-            attend<Float16>(pass, layer, index, segment, columns, head, begin, end, bench);
+            attend<Float16>(pass, layer, index, segment, columns, head, heads, begin, end, bench);
         }
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -40,14 +40,14 @@ def measure_overhead(
         num_runs: runs behind one that warms up.
 
     Returns:
-        The profile with its overheads set. The median run counts. The draft's draws that take longer than the op alone
-        are charged to the levels; of the rest what plain decoding takes too to the step, and what it does not to having
-        a draft. Where stages cannot be timed apart (CUDA), the whole difference is charged to the step.
+        The profile with its overheads set. The median run counts. What plain decoding takes is charged to the step,
+        what two trees of different depth take beyond it to having a draft and to its forwards. Where stages cannot be
+        timed apart (CUDA), the whole difference is charged to the step.
 
     Notes:
         The target's own times are not corrected: on a CPU only what happens outside of its forwards counts. What the
-        draft's take beyond the profile's is overhead: the first one of a step finds the caches full of the
-        target's weights. Beside a pass of a target that streams its layers to a GPU the rest is next to nothing, and
+        draft's take beyond the profile's is overhead: the first one of a step finds the caches full of the target's
+        weights. Beside a pass of a target that streams its layers to a GPU the rest is next to nothing, and
         would take hundreds of passes to measure: it is left at 0.
     """
     target = adapt(target)
@@ -59,7 +59,8 @@ def measure_overhead(
     if target.max_positions is not None:
         context_len = min(context_len, max(target.max_positions // 2, 1))
         num_tokens = min(num_tokens, target.max_positions - context_len)
-    tree = TokenTree(PROBE_TREE.parents[: cost.max_nodes])  # no larger than what was measured
+    # No larger than what was measured. The small one tells what is once a step from what is once a level.
+    trees = [TokenTree(PROBE_TREE.parents[: min(nodes, cost.max_nodes)]) for nodes in (PROBE_TREE.num_nodes, 4)]
     overheads = []
     for run in range(num_runs + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)
@@ -69,34 +70,25 @@ def measure_overhead(
             temperature=[1.0] * batch_size, top_k=None, top_p=None, eos_token_ids=frozenset(), pad_token_id=0,
             seeds=request_seeds(run, batch_size), max_cache_len=target.max_positions,
         )  # fmt: skip
-        drafted = _overhead(decode(target, draft, tree, arguments).stats, cost, context_len + num_tokens / 2)
-        plain = drafted
-        if draft is not None and drafted.staged:
-            plain = _overhead(
-                decode(target, None, TokenTree.single(), arguments).stats, cost, context_len + num_tokens / 2
-            )
-        overheads.append((plain.step_ms, drafted.level_ms, max(0.0, drafted.step_ms - plain.step_ms)))
+        means = context_len + num_tokens / 2
+        stats = decode(target, draft, trees[0], arguments).stats
+        step_ms, level_ms, draft_ms = _overhead(stats, cost, means), 0.0, 0.0
+        if draft is not None and stats.stage_seconds:
+            small = _overhead(decode(target, draft, trees[1], arguments).stats, cost, means)
+            plain = _overhead(decode(target, None, TokenTree.single(), arguments).stats, cost, means)
+            if trees[0].num_levels > trees[1].num_levels:
+                level_ms = max(0.0, (step_ms - small) / (trees[0].num_levels - trees[1].num_levels))
+            draft_ms = max(0.0, small - plain - level_ms * (trees[1].num_levels - 1))
+            step_ms = plain
+        overheads.append((step_ms, level_ms, draft_ms))
     return profile.with_overhead(*(sorted(parts[1:])[num_runs // 2] for parts in zip(*overheads)))
 
 
-class _Overhead(NamedTuple):
-    step_ms: float
-    level_ms: float
-    staged: bool  # whether the stages were timed apart
-
-
-def _overhead(stats: GenerateStats, cost: CostModel, context_len: float) -> _Overhead:
-    """Give what one run's steps took beyond what is known of their forwards and ops."""
+def _overhead(stats: GenerateStats, cost: CostModel, context_len: float) -> float:
+    """Give the milliseconds that one run's steps took beyond what is known of their forwards and ops."""
     assert stats.tree is not None
     known = cost.stages(stats.tree, context_len)
     step_ms = 1e3 * stats.decode_seconds / stats.num_steps
-    num_draws = stats.tree.num_levels - 1
-    if not stats.stage_seconds:
-        return _Overhead(max(0.0, step_ms - sum(known.values())), 0.0, False)
-    measured = {name: 1e3 * seconds / stats.num_steps for name, seconds in stats.stage_seconds.items()}
-    draws = max(0.0, measured.get("sample", 0.0) - known["sample"])
-    # Of the forwards only the draft's: its levels' times are those of a model that has just run, which the first level,
-    # behind the target, is not.
-    outside = step_ms - measured["target"] - measured.get("sample", 0.0) - known["draft"]
-    rest = max(0.0, outside - known["verify"] - known["commit"])
-    return _Overhead(rest, draws / num_draws if num_draws else 0.0, True)
+    if stats.stage_seconds:  # the target's own time is what it was
+        known["target"] = 1e3 * stats.stage_seconds["target"] / stats.num_steps
+    return max(0.0, step_ms - sum(known.values()))

@@ -25,7 +25,7 @@ NODE_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # An offloaded forward takes as long as copying its weights up to several hundred nodes, and takes seconds.
 OFFLOADED_NODE_COUNTS = (1, 16, 64, 128, 256, 512, 768, 1024)
 CUDA_NODE_COUNTS = (*NODE_COUNTS, 192, 256, 384, 512)
-QUICK_NODE_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+QUICK_NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 QUICK_DRAFT_NODE_COUNTS = (1, 2, 4, 8, 16)
 CONTEXT_LENS = (128, 512, 2048)
@@ -34,7 +34,7 @@ QUICK_SAMPLE_COUNTS = (1, 4, 16)
 QUICK_COMPACT_LEVELS = (1, 8, 32)
 SECONDS, QUICK_SECONDS = 40.0, 9.0
 
-LEAST_NODE_COUNTS = 4  # sizes that are timed whatever they take
+LEAST_NODE_COUNTS = 5  # sizes that are timed whatever they take
 CALLS_A_SIZE = 6  # calls that timing a size takes, its share of the draft's and the ops' times included
 
 

@@ -14,12 +14,8 @@
 #include <cstring>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-
 #include "cache_entry.h"
 #include "ops.h"
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -89,23 +85,3 @@ void compact_kv_cache(std::uintptr_t table_ptr, std::int64_t num_caches, std::ui
 }
 
 }  // namespace sequoia
-
-void bind_compact_kv_cache(py::module_& module) {
-    using sequoia::CacheEntry;
-    py::dict offsets;  // in bytes, in the order of the fields
-    offsets["base"] = offsetof(CacheEntry, base);
-    offsets["stride_outer"] = offsetof(CacheEntry, stride_outer);
-    offsets["stride_slot"] = offsetof(CacheEntry, stride_slot);
-    offsets["stride_head"] = offsetof(CacheEntry, stride_head);
-    offsets["num_heads"] = offsetof(CacheEntry, num_heads);
-    offsets["head_bytes"] = offsetof(CacheEntry, head_bytes);
-    offsets["extent"] = offsetof(CacheEntry, extent);
-    module.attr("cache_entry_offsets") = offsets;
-    module.def("compact_kv_cache", &sequoia::compact_kv_cache, py::call_guard<py::gil_scoped_release>(),
-               py::arg("table_ptr"), py::arg("num_caches"), py::arg("accepted_nodes_ptr"),
-               py::arg("nodes_stride_request"), py::arg("nodes_stride_level"),
-               py::arg("num_accepted_ptr"), py::arg("num_accepted_stride"), py::arg("cache_lens_ptr"),
-               py::arg("cache_lens_stride"), py::arg("batch_size"), py::arg("block_table_ptr"),
-               py::arg("table_stride_request"), py::arg("table_stride_page"), py::arg("page_size"),
-               "Move accepted rows behind the committed prefix of all caches; see compact_kv_cache.cpp.");
-}

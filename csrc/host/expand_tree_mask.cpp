@@ -16,12 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "ops.h"
 #include "rows.h"
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -100,13 +96,11 @@ std::int64_t rows_of(std::string_view packed, std::int64_t num_words) {
     return static_cast<std::int64_t>(packed.size()) / row_bytes;
 }
 
-std::pair<bool, bool> expand_tree_mask(std::string_view packed,  // [B or 1, N, num_words] int32
-                                       std::int64_t num_words, std::int64_t num_rows,
-                                       const std::vector<std::int64_t>& cache_lens,  // [B]
-                                       std::int64_t sliding_window,                  // 0 is off
-                                       std::uintptr_t out_ptr,                       // out: [B, 1, N, num_slots] type
-                                       int type,  // a code of ElementType (additive), or 4 (boolean)
-                                       std::int64_t num_slots) {
+}  // namespace
+
+std::pair<bool, bool> expand_tree_mask(std::string_view packed, std::int64_t num_words, std::int64_t num_rows,
+                                       const std::vector<std::int64_t>& cache_lens, std::int64_t sliding_window,
+                                       std::uintptr_t out_ptr, int type, std::int64_t num_slots) {
     const std::int64_t total_rows = rows_of(packed, num_words);
     const bool mask_per_request = total_rows != num_rows;
     if (mask_per_request && total_rows != num_rows * static_cast<std::int64_t>(cache_lens.size())) {
@@ -117,7 +111,6 @@ std::pair<bool, bool> expand_tree_mask(std::string_view packed,  // [B or 1, N, 
     // Half of the range: no slot is further away, and adding to it cannot overflow.
     const std::int64_t window = sliding_window > 0 ? sliding_window : std::numeric_limits<std::int64_t>::max() / 2;
     const auto expand_as = [&](auto seen, auto hidden) {
-        const py::gil_scoped_release release;
         const Coverage coverage = expand(mask, mask_per_request, cache_lens, num_rows, num_slots, window, seen, hidden,
                                          reinterpret_cast<decltype(seen)*>(out_ptr));
         return std::pair(coverage.all_seen, coverage.has_unseen_slot);
@@ -132,13 +125,4 @@ std::pair<bool, bool> expand_tree_mask(std::string_view packed,  // [B or 1, N, 
     }
 }
 
-}  // namespace
 }  // namespace sequoia
-
-void bind_expand_tree_mask(py::module_& module) {
-    module.def("expand_tree_mask", &sequoia::expand_tree_mask, py::arg("packed"), py::arg("num_words"),
-               py::arg("num_rows"), py::arg("cache_lens"), py::arg("sliding_window"), py::arg("out_ptr"),
-               py::arg("type"), py::arg("num_slots"),
-               "Expand a packed tree mask to the dense mask of attention libraries; see expand_tree_mask.cpp. Returns "
-               "(every row sees every slot, a request has a slot that none of its rows sees).");
-}

@@ -1,9 +1,14 @@
-// The ops as they are called from inside of this module; see each one's file for what it computes. Pointers as in the
-// bindings: addresses of the caller's memory.
+// The ops, and what else Python calls: each function is defined in the file of its name, which tells what it computes,
+// those of Philox streams in philox.cpp. Pointers are addresses of the caller's memory. module.cpp binds them all; they run
+// without the interpreter's lock.
 
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace sequoia {
 
@@ -53,5 +58,49 @@ void compact_kv_cache(std::uintptr_t table_ptr,           // [num_caches, 7] int
                       std::int64_t cache_lens_stride, std::int64_t batch_size,
                       std::uintptr_t block_table_ptr,  // [B, max_pages] int32, or 0
                       std::int64_t table_stride_request, std::int64_t table_stride_page, std::int64_t page_size);
+
+std::pair<bool, bool> expand_tree_mask(std::string_view packed,  // [B or 1, N, num_words] int32
+                                       std::int64_t num_words, std::int64_t num_rows,
+                                       const std::vector<std::int64_t>& cache_lens,  // [B]
+                                       std::int64_t sliding_window,                  // 0 is off
+                                       std::uintptr_t out_ptr,                       // out: [B, 1, N, num_slots] type
+                                       int type,  // a code of ElementType (additive), or 4 (boolean)
+                                       std::int64_t num_slots);
+
+// Returns false, and has written nothing, if `check_values` finds a temperature, top_p or row of logits out of range.
+bool warped_logsumexp(std::uintptr_t logits_ptr,          // [R, vocab] type, rows row_stride apart
+                      int type,                           //
+                      std::uintptr_t temperature_ptr,     // [R] float32
+                      std::uintptr_t top_k_ptr,           // [R] int32, or 0
+                      std::uintptr_t top_p_ptr,           // [R] float32, or 0
+                      std::uintptr_t log_normaliser_ptr,  // out: [R] float32; float64 for float64
+                      std::uintptr_t cut_ptr,             // out: [R], as log_normaliser
+                      std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride, bool check_values);
+
+// Of a tensor of 4 dimensions; strides in elements.
+struct Layout4d {
+    std::int64_t shape[4], strides[4];
+};
+
+// Returns false, and has written nothing, if a length or page lies outside the cache.
+bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr_t keys_ptr,
+                    const Layout4d& keys_layout, std::uintptr_t values_ptr, const Layout4d& values_layout, int type,
+                    std::uintptr_t mask_ptr, std::int64_t num_words, bool mask_per_request,
+                    std::uintptr_t cache_lens_ptr, double scale, double softcap, std::int64_t sliding_window,
+                    std::uintptr_t sinks_ptr, std::uintptr_t block_table_ptr, std::int64_t max_pages,
+                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr);
+
+// ---- Philox streams ----
+
+std::array<std::uint32_t, 4> philox_block(const std::array<std::uint32_t, 4>& counter,
+                                          const std::array<std::uint32_t, 2>& key);
+
+void token_words(std::int64_t seed, std::int64_t offset, std::uint32_t tag, std::int64_t vocab, std::uintptr_t out_ptr);
+
+void token_gumbel(std::uintptr_t seeds_ptr, std::uintptr_t offsets_ptr, std::int64_t num_rows, std::int64_t vocab,
+                  std::uint32_t tag, std::uintptr_t out_ptr);
+
+void node_coins(std::uintptr_t seeds_ptr, std::uintptr_t offsets_ptr, std::int64_t num_rows, std::int64_t num_nodes,
+                std::uintptr_t out_ptr);
 
 }  // namespace sequoia

@@ -4,12 +4,8 @@
 
 #include <array>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "ops.h"
 #include "streams.h"
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -24,6 +20,8 @@ void fill_token_words(std::uint64_t seed, std::uint64_t offset, std::uint32_t ta
         std::memcpy(out + first, words, static_cast<std::size_t>(count) * sizeof(std::uint32_t));
     }
 }
+
+}  // namespace
 
 std::array<std::uint32_t, 4> philox_block(const std::array<std::uint32_t, 4>& counter,
                                           const std::array<std::uint32_t, 2>& key) {
@@ -60,19 +58,4 @@ void node_coins(std::uintptr_t seeds_ptr, std::uintptr_t offsets_ptr, std::int64
     }
 }
 
-}  // namespace
 }  // namespace sequoia
-
-void bind_philox(py::module_& module) {
-    const py::call_guard<py::gil_scoped_release> release_gil;
-    module.def("philox4x32", &sequoia::philox_block, py::arg("counter"), py::arg("key"),
-               "Compute one Philox4x32-10 block: four words from four counter words and two key words.");
-    module.def("token_words", &sequoia::token_words, release_gil, py::arg("seed"), py::arg("offset"), py::arg("tag"),
-               py::arg("vocab"), py::arg("out_ptr"), "Write the words of a token stream. out: [vocab] uint32.");
-    module.def("token_gumbel", &sequoia::token_gumbel, release_gil, py::arg("seeds_ptr"), py::arg("offsets_ptr"),
-               py::arg("num_rows"), py::arg("vocab"), py::arg("tag"), py::arg("out_ptr"),
-               "Write the Gumbel noise of token streams. seeds, offsets: [R] int64; out: [R, vocab] float32.");
-    module.def("node_coins", &sequoia::node_coins, release_gil, py::arg("seeds_ptr"), py::arg("offsets_ptr"),
-               py::arg("num_rows"), py::arg("num_nodes"), py::arg("out_ptr"),
-               "Write the acceptance coins of tree nodes. seeds, offsets: [B] int64; out: [B, N] float32.");
-}

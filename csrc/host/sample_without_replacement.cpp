@@ -13,13 +13,9 @@
 #include <cmath>
 #include <limits>
 
-#include <pybind11/pybind11.h>
-
 #include "ops.h"
 #include "rows.h"
 #include "streams.h"
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -197,12 +193,3 @@ bool sample_without_replacement(std::uintptr_t logits_ptr, int type, std::uintpt
 }
 
 }  // namespace sequoia
-
-void bind_sample_without_replacement(py::module_& module) {
-    module.def("sample_without_replacement", &sequoia::sample_without_replacement,
-               py::call_guard<py::gil_scoped_release>(), py::arg("logits_ptr"), py::arg("type"),
-               py::arg("temperature_ptr"), py::arg("seeds_ptr"), py::arg("offsets_ptr"), py::arg("tokens_ptr"),
-               py::arg("log_normaliser_ptr"), py::arg("num_rows"), py::arg("vocab"), py::arg("row_stride"),
-               py::arg("num_samples"), py::arg("check_values"),
-               "Draw tokens without replacement from rows of logits; see sample_without_replacement.cpp.");
-}

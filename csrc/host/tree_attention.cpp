@@ -20,9 +20,8 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-
 #include "elements.h"
+#include "ops.h"
 #include "rows.h"
 
 #if defined(__has_builtin)
@@ -30,8 +29,6 @@
 #define SEQUOIA_HAS_SHUFFLES 1
 #endif
 #endif
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -377,8 +374,8 @@ SEQUOIA_INLINE float tanh_of(float x) {
 
 // Scores of one row to weights exp(score - peak); returns (peak, sum of the weights and the sink's).
 template <int W>
-SEQUOIA_INLINE std::pair<float, float> softmax_row(const Call& call, const Columns& columns, std::int64_t row,
-                                                   std::int64_t head, std::int64_t stride, float* scores) {
+SEQUOIA_INLINE std::pair<float, float> softmax_row_inline(const Call& call, const Columns& columns, std::int64_t row,
+                                                          std::int64_t head, std::int64_t stride, float* scores) {
     if (call.softcap > 0.0f) {
         const float softcap = call.softcap;
         for (std::int64_t c = 0; c < stride; ++c) scores[c] = softcap * tanh_of(scores[c] / softcap);
@@ -427,6 +424,87 @@ SEQUOIA_INLINE std::pair<float, float> softmax_row(const Call& call, const Colum
         for (; tile_row + 2 <= all; tile_row += 2) TILE(2);           \
         for (; tile_row < all; ++tile_row) TILE(1);                   \
     } while (false)
+
+// ---- functions of their own ----
+//
+// One for each width of vectors, and for each type of element where that matters: in one function of all tiles the
+// compiler would take several times as long, and find nothing more. Those at the end of this section set the CPU's
+// instructions, which a template cannot.
+
+template <int W>
+SEQUOIA_INLINE void score_rows_inline(const float* queries,  // [num_rows, head_dim]
+                                      std::int64_t num_rows, const float* keys, std::int64_t head_dim, float* scores,
+                                      std::int64_t stride) {
+#define SEQUOIA_SCORE_TILE(ROWS) \
+    score_tile<W, ROWS>(queries + tile_row * head_dim, keys, head_dim, scores + tile_row * stride, stride)
+    SEQUOIA_FOR_TILES(num_rows, SEQUOIA_SCORE_TILE);
+#undef SEQUOIA_SCORE_TILE
+}
+
+// mixed[r, :] += the weighted values of `num_columns` columns, for all rows of a head.
+template <int W, class Element>
+SEQUOIA_INLINE void mix_rows_inline(const float* weights, std::int64_t stride, std::int64_t num_rows,
+                                    const Element* values, const std::int64_t* offsets, std::int64_t num_columns,
+                                    std::int64_t value_dim, float* mixed, std::int64_t mixed_stride) {
+    for (std::int64_t d = 0; d < value_dim;) {
+        const bool two_chunks = value_dim - d > W;
+        const std::int64_t num_lanes = two_chunks ? value_dim - d - W : value_dim - d;
+#define SEQUOIA_VALUE_TILE(ROWS)                                                                                        \
+    (two_chunks ? value_tile<W, ROWS, 2>(weights + tile_row * stride, stride, values + d, offsets, num_columns,         \
+                                         num_lanes, mixed + tile_row * mixed_stride + d, mixed_stride)                  \
+                : value_tile<W, ROWS, 1>(weights + tile_row * stride, stride, values + d, offsets, num_columns,         \
+                                         num_lanes, mixed + tile_row * mixed_stride + d, mixed_stride))
+        SEQUOIA_FOR_TILES(num_rows, SEQUOIA_VALUE_TILE);
+#undef SEQUOIA_VALUE_TILE
+        d += two_chunks ? 2 * W : W;
+    }
+}
+
+template <int W>
+void score_rows(const float* queries, std::int64_t num_rows, const float* keys, std::int64_t head_dim, float* scores,
+                std::int64_t stride);
+template <int W>
+std::pair<float, float> softmax_row(const Call& call, const Columns& columns, std::int64_t row, std::int64_t head,
+                                    std::int64_t stride, float* scores);
+template <int W, class Element>
+void mix_rows(const float* weights, std::int64_t stride, std::int64_t num_rows, const Element* values,
+              const std::int64_t* offsets, std::int64_t num_columns, std::int64_t value_dim, float* mixed,
+              std::int64_t mixed_stride);
+
+#define SEQUOIA_MIX_ROWS(WIDTH, TARGET, ELEMENT)                                                                      \
+    template <>                                                                                                       \
+    TARGET void mix_rows<WIDTH, ELEMENT>(const float* weights, std::int64_t stride, std::int64_t num_rows,            \
+                                         const ELEMENT* values, const std::int64_t* offsets, std::int64_t num_columns, \
+                                         std::int64_t value_dim, float* mixed, std::int64_t mixed_stride) {           \
+        mix_rows_inline<WIDTH>(weights, stride, num_rows, values, offsets, num_columns, value_dim, mixed,             \
+                               mixed_stride);                                                                         \
+    }
+#define SEQUOIA_FUNCTIONS(WIDTH, TARGET)                                                                             \
+    template <>                                                                                                      \
+    TARGET void score_rows<WIDTH>(const float* queries, std::int64_t num_rows, const float* keys,                    \
+                                  std::int64_t head_dim, float* scores, std::int64_t stride) {                       \
+        score_rows_inline<WIDTH>(queries, num_rows, keys, head_dim, scores, stride);                                 \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    TARGET std::pair<float, float> softmax_row<WIDTH>(const Call& call, const Columns& columns, std::int64_t row,    \
+                                                      std::int64_t head, std::int64_t stride, float* scores) {       \
+        return softmax_row_inline<WIDTH>(call, columns, row, head, stride, scores);                                  \
+    }                                                                                                                \
+    SEQUOIA_MIX_ROWS(WIDTH, TARGET, float)                                                                           \
+    SEQUOIA_MIX_ROWS(WIDTH, TARGET, BFloat16)                                                                        \
+    SEQUOIA_MIX_ROWS(WIDTH, TARGET, Float16)
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SEQUOIA_AVX2 __attribute__((target("avx2,fma")))
+#define SEQUOIA_AVX512 __attribute__((target("avx512f")))
+SEQUOIA_FUNCTIONS(8, SEQUOIA_AVX2)
+SEQUOIA_FUNCTIONS(16, SEQUOIA_AVX512)
+#endif
+SEQUOIA_FUNCTIONS(4, )
+#undef SEQUOIA_FUNCTIONS
+#undef SEQUOIA_MIX_ROWS
+
+// ---- blocks ----
 
 struct Workspace {
     Columns columns;
@@ -506,13 +584,8 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
 #pragma GCC unroll 16
                 for (int j = 0; j < W; ++j) store<W>(key_block + (d + j) * W, lanes[j]);
             }
-            const float* const head_queries = queries + head * num_rows * head_dim;
-            float* const head_scores = scores + head * num_rows * stride + column;
-#define SEQUOIA_SCORE_TILE(ROWS)                                                                                  \
-    score_tile<W, ROWS>(head_queries + tile_row * head_dim, key_block, head_dim, head_scores + tile_row * stride, \
-                        stride)
-            SEQUOIA_FOR_TILES(num_rows, SEQUOIA_SCORE_TILE);
-#undef SEQUOIA_SCORE_TILE
+            score_rows<W>(queries + head * num_rows * head_dim, num_rows, key_block, head_dim,
+                          scores + head * num_rows * stride + column, stride);
         }
     }
 
@@ -532,23 +605,9 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
         prefetch_rows(values, columns.value_offsets, column + VALUE_COLUMNS, column + 2 * VALUE_COLUMNS, value_span);
         const std::int64_t* const offsets = columns.value_offsets.data() + column;
         for (std::int64_t head = 0; head < block.num_heads; ++head) {
-            const Element* const head_values = values + head * call.values.strides[2];
-            const float* const weights = scores + head * num_rows * stride + column;
-            float* const head_mixed = mixed + head * num_rows * padded_value_dim;
-            for (std::int64_t d = 0; d < value_dim;) {
-                const bool two_chunks = value_dim - d > W;
-                const std::int64_t num_lanes = two_chunks ? value_dim - d - W : value_dim - d;
-#define SEQUOIA_VALUE_TILE(ROWS)                                                                                   \
-    (two_chunks ? value_tile<W, ROWS, 2>(weights + tile_row * stride, stride, head_values + d, offsets,            \
-                                         num_columns, num_lanes, head_mixed + tile_row * padded_value_dim + d,     \
-                                         padded_value_dim)                                                         \
-                : value_tile<W, ROWS, 1>(weights + tile_row * stride, stride, head_values + d, offsets,            \
-                                         num_columns, num_lanes, head_mixed + tile_row * padded_value_dim + d,     \
-                                         padded_value_dim))
-                SEQUOIA_FOR_TILES(num_rows, SEQUOIA_VALUE_TILE);
-#undef SEQUOIA_VALUE_TILE
-                d += two_chunks ? 2 * W : W;
-            }
+            mix_rows<W>(scores + head * num_rows * stride + column, stride, num_rows,
+                        values + head * call.values.strides[2], offsets, num_columns, value_dim,
+                        mixed + head * num_rows * padded_value_dim, padded_value_dim);
         }
     }
 
@@ -590,10 +649,10 @@ SEQUOIA_INLINE void attend_any_type(const Call& call, Workspace& work) {
 using Attend = void (*)(const Call&, Workspace&);
 void attend_baseline(const Call& call, Workspace& work) { attend_any_type<4>(call, work); }
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) void attend_avx2(const Call& call, Workspace& work) {
+SEQUOIA_AVX2 void attend_avx2(const Call& call, Workspace& work) {
     attend_any_type<8>(call, work);
 }
-__attribute__((target("avx512f"))) void attend_avx512(const Call& call, Workspace& work) {
+SEQUOIA_AVX512 void attend_avx512(const Call& call, Workspace& work) {
     attend_any_type<16>(call, work);
 }
 Attend fastest_attend() {
@@ -606,31 +665,25 @@ Attend fastest_attend() {
 Attend fastest_attend() { return attend_baseline; }
 #endif
 
-Rows4d rows_of(std::uintptr_t data, const py::tuple& shape, const py::tuple& strides) {
+Rows4d rows_of(std::uintptr_t data, const Layout4d& layout) {
     Rows4d rows{reinterpret_cast<const void*>(data), {}, {}};
-    if (shape.size() != 4 || strides.size() != 4) {
-        throw std::invalid_argument("tree_attention: q and the caches must have 4 dimensions, got " +
-                                    std::to_string(shape.size()));
-    }
-    for (std::size_t i = 0; i < 4; ++i) {
-        rows.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(i)));
-        rows.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), static_cast<Py_ssize_t>(i)));
-    }
-    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    std::copy_n(layout.shape, 4, rows.shape);
+    std::copy_n(layout.strides, 4, rows.strides);
     return rows;
 }
 
-bool tree_attention(std::uintptr_t q_ptr, const py::tuple& q_shape, const py::tuple& q_strides,
-                    std::uintptr_t keys_ptr, const py::tuple& keys_shape, const py::tuple& keys_strides,
-                    std::uintptr_t values_ptr, const py::tuple& values_shape, const py::tuple& values_strides, int type,
-                    std::uintptr_t mask_ptr, std::int64_t num_words, bool mask_per_request,
-                    std::uintptr_t cache_lens_ptr, double scale, double softcap, std::int64_t sliding_window,
-                    std::uintptr_t sinks_ptr, std::uintptr_t block_table_ptr, std::int64_t max_pages,
-                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr) {
+}  // namespace
+
+bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr_t keys_ptr, const Layout4d& keys_layout,
+                    std::uintptr_t values_ptr, const Layout4d& values_layout, int type, std::uintptr_t mask_ptr,
+                    std::int64_t num_words, bool mask_per_request, std::uintptr_t cache_lens_ptr, double scale,
+                    double softcap, std::int64_t sliding_window, std::uintptr_t sinks_ptr,
+                    std::uintptr_t block_table_ptr, std::int64_t max_pages, std::uintptr_t out_ptr,
+                    std::uintptr_t lse_ptr) {
     Call call{};
-    call.q = rows_of(q_ptr, q_shape, q_strides);
-    call.keys = rows_of(keys_ptr, keys_shape, keys_strides);
-    call.values = rows_of(values_ptr, values_shape, values_strides);
+    call.q = rows_of(q_ptr, q_layout);
+    call.keys = rows_of(keys_ptr, keys_layout);
+    call.values = rows_of(values_ptr, values_layout);
     call.type = static_cast<ElementType>(type);
     if (call.type != ElementType::float32 && call.type != ElementType::bfloat16 && call.type != ElementType::float16) {
         throw std::invalid_argument("tree_attention: type must be 0, 2 or 3, got " + std::to_string(type));
@@ -649,7 +702,6 @@ bool tree_attention(std::uintptr_t q_ptr, const py::tuple& q_shape, const py::tu
     call.out = reinterpret_cast<void*>(out_ptr);
     call.lse = reinterpret_cast<float*>(lse_ptr);
 
-    const py::gil_scoped_release release;
     if (!values_valid(call)) return false;
     static const Attend attend_fastest = fastest_attend();
     static thread_local Workspace workspace;
@@ -657,16 +709,4 @@ bool tree_attention(std::uintptr_t q_ptr, const py::tuple& q_shape, const py::tu
     return true;
 }
 
-}  // namespace
 }  // namespace sequoia
-
-void bind_tree_attention(py::module_& module) {
-    module.def("tree_attention", &sequoia::tree_attention, py::arg("q_ptr"), py::arg("q_shape"), py::arg("q_strides"),
-               py::arg("keys_ptr"), py::arg("keys_shape"), py::arg("keys_strides"), py::arg("values_ptr"),
-               py::arg("values_shape"), py::arg("values_strides"), py::arg("type"), py::arg("mask_ptr"),
-               py::arg("num_words"), py::arg("mask_per_request"), py::arg("cache_lens_ptr"), py::arg("scale"),
-               py::arg("softcap"), py::arg("sliding_window"), py::arg("sinks_ptr"), py::arg("block_table_ptr"),
-               py::arg("max_pages"), py::arg("out_ptr"), py::arg("lse_ptr"),
-               "Attend along a packed tree mask; see tree_attention.cpp. Returns False, and has written nothing, if a "
-               "length or page lies outside the cache.");
-}

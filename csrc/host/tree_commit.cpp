@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "buffers.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -18,9 +19,6 @@ namespace py = pybind11;
 
 namespace sequoia {
 namespace {
-
-std::uintptr_t address_of(const py::dict& source, const char* name) { return source[name].cast<std::uintptr_t>(); }
-std::int64_t number_of(const py::dict& source, const char* name) { return source[name].cast<std::int64_t>(); }
 
 // Caches that share their lengths.
 struct CacheGroup {

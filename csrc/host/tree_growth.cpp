@@ -17,6 +17,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "buffers.h"
 #include "forward/bound.h"
 #include "ops.h"
 #include "rows.h"
@@ -32,14 +33,10 @@ double seconds_between(Clock::time_point begin, Clock::time_point end) {
     return std::chrono::duration<double>(end - begin).count();
 }
 
-std::uintptr_t address_of(const py::dict& source, const char* name) { return source[name].cast<std::uintptr_t>(); }
-
 template <class Element>
 Element* pointer_of(const py::dict& source, const char* name) {
     return reinterpret_cast<Element*>(address_of(source, name));
 }
-
-std::int64_t number_of(const py::dict& source, const char* name) { return source[name].cast<std::int64_t>(); }
 
 // One level; the first one's forward feeds the last committed token before the root.
 struct GrowthLevel {

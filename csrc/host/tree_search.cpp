@@ -1,9 +1,5 @@
 #include "tree_search.h"
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <chrono>
 #include <limits>
@@ -359,79 +355,3 @@ std::vector<std::int32_t> TreeTable::tree(int budget, int levels) const {
 }
 
 }  // namespace sequoia
-
-namespace py = pybind11;
-
-namespace {
-
-void raise_pending_signal() {
-    py::gil_scoped_acquire lock;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
-py::array_t<double> empty_table(int max_budget, int max_levels) {
-    return py::array_t<double>({static_cast<py::ssize_t>(max_budget) + 1, static_cast<py::ssize_t>(max_levels) + 1});
-}
-
-}  // namespace
-
-void bind_tree_search(py::module_& module) {
-    using sequoia::TreeTable;
-
-    module.def(
-        "level_widths",
-        [](const std::vector<std::int32_t>& parents) {
-            for (std::size_t i = 1; i < parents.size(); ++i) {
-                if (parents[i] < 0 || parents[i] >= static_cast<std::int32_t>(i) || parents[i] < parents[i - 1]) {
-                    throw std::invalid_argument("level_widths: parents must be breadth-first");
-                }
-            }
-            sequoia::LevelWidths widths = sequoia::level_widths(parents);
-            return std::make_pair(std::move(widths.nodes), std::move(widths.internal));
-        },
-        py::arg("parents"), "Nodes per level, and internal nodes per level, of a breadth-first tree.");
-
-    module.def(
-        "best_first_tree",
-        [](const std::vector<double>& acceptance, int budget, int max_levels) {
-            if (budget < 1 || max_levels < 1) {
-                throw std::invalid_argument("best_first_tree: budget and max_levels must be at least 1");
-            }
-            py::gil_scoped_release unlocked;
-            return sequoia::best_first_tree(acceptance, budget, max_levels);
-        },
-        py::arg("acceptance"), py::arg("budget"), py::arg("max_levels"),
-        "Parents of an optimal tree for a non-increasing acceptance vector.");
-
-    module.def(
-        "best_first_values",
-        [](const std::vector<double>& acceptance, int max_budget, int max_levels) {
-            if (max_budget < 0 || max_levels < 0) {
-                throw std::invalid_argument("best_first_values: max_budget and max_levels must be at least 0");
-            }
-            py::array_t<double> values = empty_table(max_budget, max_levels);
-            double* data = values.mutable_data();
-            {
-                py::gil_scoped_release unlocked;
-                sequoia::best_first_values(acceptance, max_budget, max_levels, data, raise_pending_signal);
-            }
-            return values;
-        },
-        py::arg("acceptance"), py::arg("max_budget"), py::arg("max_levels"),
-        "Optimal values [max_budget + 1, max_levels + 1] for a non-increasing acceptance vector.");
-
-    py::class_<TreeTable>(module, "TreeTable", "Solved dynamic programme over (nodes, levels, children), any vector.")
-        .def(py::init([](std::vector<double> acceptance, int max_budget, int max_levels) {
-                 py::gil_scoped_release unlocked;
-                 return std::make_unique<TreeTable>(std::move(acceptance), max_budget, max_levels,
-                                                    raise_pending_signal);
-             }),
-             py::arg("acceptance"), py::arg("max_budget"), py::arg("max_levels"))
-        .def("values",
-             [](const TreeTable& table) {
-                 py::array_t<double> values = empty_table(table.max_budget(), table.max_levels());
-                 table.values(values.mutable_data());
-                 return values;
-             })
-        .def("tree", &TreeTable::tree, py::arg("budget"), py::arg("levels"), py::call_guard<py::gil_scoped_release>());
-}

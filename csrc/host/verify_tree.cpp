@@ -20,13 +20,9 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-
 #include "ops.h"
 #include "streams.h"
 #include "warp.h"
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -346,15 +342,3 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
 }
 
 }  // namespace sequoia
-
-void bind_verify_tree(py::module_& module) {
-    module.def("verify_tree", &sequoia::verify_tree, py::call_guard<py::gil_scoped_release>(), py::arg("tokens_ptr"),
-               py::arg("target_ptr"), py::arg("target_type"), py::arg("draft_ptr"), py::arg("draft_type"),
-               py::arg("first_child_ptr"), py::arg("num_children_ptr"), py::arg("max_branching"),
-               py::arg("temperature_ptr"), py::arg("seeds_ptr"), py::arg("offsets_ptr"), py::arg("top_k_ptr"),
-               py::arg("top_p_ptr"), py::arg("nodes_ptr"), py::arg("num_accepted_ptr"), py::arg("next_token_ptr"),
-               py::arg("batch_size"), py::arg("num_nodes"), py::arg("num_levels"), py::arg("vocab"),
-               py::arg("topology_stride"), py::arg("tokens_stride"), py::arg("target_batch_stride"), py::arg("target_node_stride"), py::arg("draft_batch_stride"),
-               py::arg("draft_node_stride"),
-               py::arg("check_values"), "Walk token trees down their accepted paths; see verify_tree.cpp.");
-}

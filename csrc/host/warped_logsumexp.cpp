@@ -9,11 +9,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include <pybind11/pybind11.h>
-
+#include "ops.h"
 #include "warp.h"
-
-namespace py = pybind11;
 
 namespace sequoia {
 namespace {
@@ -38,14 +35,10 @@ void warp_rows(const LogitRows& logits, std::int64_t num_rows, const float* temp
     }
 }
 
-// Returns false, and has written nothing, if `check_values` finds a temperature, top_p or row of logits out of range.
-bool warped_logsumexp(std::uintptr_t logits_ptr,          // [R, vocab] type, rows row_stride apart
-                      int type,                           //
-                      std::uintptr_t temperature_ptr,     // [R] float32
-                      std::uintptr_t top_k_ptr,           // [R] int32, or 0
-                      std::uintptr_t top_p_ptr,           // [R] float32, or 0
-                      std::uintptr_t log_normaliser_ptr,  // out: [R] float32; float64 for float64
-                      std::uintptr_t cut_ptr,             // out: [R], as log_normaliser
+}  // namespace
+
+bool warped_logsumexp(std::uintptr_t logits_ptr, int type, std::uintptr_t temperature_ptr, std::uintptr_t top_k_ptr,
+                      std::uintptr_t top_p_ptr, std::uintptr_t log_normaliser_ptr, std::uintptr_t cut_ptr,
                       std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride, bool check_values) {
     const ElementType element = static_cast<ElementType>(type);
     const LogitRows logits{reinterpret_cast<const char*>(logits_ptr), element, row_stride * element_bytes(element),
@@ -67,13 +60,4 @@ bool warped_logsumexp(std::uintptr_t logits_ptr,          // [R, vocab] type, ro
     return true;
 }
 
-}  // namespace
 }  // namespace sequoia
-
-void bind_warped_logsumexp(py::module_& module) {
-    module.def("warped_logsumexp", &sequoia::warped_logsumexp, py::call_guard<py::gil_scoped_release>(),
-               py::arg("logits_ptr"), py::arg("type"), py::arg("temperature_ptr"), py::arg("top_k_ptr"),
-               py::arg("top_p_ptr"), py::arg("log_normaliser_ptr"), py::arg("cut_ptr"), py::arg("num_rows"),
-               py::arg("vocab"), py::arg("row_stride"), py::arg("check_values"),
-               "Normalise rows of logits warped by temperature, top-k and top-p; see warped_logsumexp.cpp.");
-}

@@ -58,6 +58,7 @@ SCRIPTS = (
     Script("demo_pair", "decode", weight=3.0),
     Script("paper_systems", "decode", takes_seconds=True, weight=6.0),
     Script("tree_forward_cpu", "decode", ("cpu",), "times forwards on the CPU", takes_device=False),
+    Script("forward_floors", "decode", ("cpu",), "times forwards on the CPU", takes_device=False, weight=2.0),
     Script("offload", "decode", takes_seconds=True, weight=4.0),
     Script("adaptive", "planner"),
     Script("auto", "planner", weight=2.0),

@@ -89,6 +89,12 @@ def _tree_forward_cpu(document: Document) -> Iterator[Comparison]:
         yield Comparison(f"{result['rows']} rows", ms, ("adapted",), "ms")
 
 
+def _forward_floors(document: Document) -> Iterator[Comparison]:
+    for result in document["results"]:
+        ms = {"native": result["best_ms"], "floor": result["floor_ms"]}
+        yield Comparison(f"{result['rows']} rows of {document['size']}, {document['dtype']}", ms, ("native",), "ms")
+
+
 def _planner_pick(document: Document) -> Iterator[Comparison]:
     rates = {}
     for entry in document["results"]:
@@ -118,6 +124,7 @@ READERS: dict[str, Callable[[Document], Iterator[Comparison]]] = {
     "adaptive": _adaptive,
     "auto": _auto,
     "tree_forward_cpu": _tree_forward_cpu,
+    "forward_floors": _forward_floors,
     "planner_pick": _planner_pick,
     "offload": _offload,
     "robustness": _robustness,

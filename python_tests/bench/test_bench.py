@@ -29,7 +29,7 @@ from support.bench_scripts import (
 from support.processes import run_process
 
 import sequoia_kernels
-from sequoia_kernels import TokenTree
+from sequoia_kernels import TokenTree, _host
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import compact_kv_cache_, sample_without_replacement, verify_tree, warped_logsumexp
 from sequoia_kernels.rng import DRAFT_TAG, RESIDUAL_TAG, node_coins, token_gumbel
@@ -554,6 +554,32 @@ def test_targets_read_a_folder_of_results(tmp_path, capsys):
     (tmp_path / "summary.json").write_text("{}")
     assert targets.main([str(tmp_path)]) == 1
     assert "| <= 10 us | 20 us (the case) | **no** |" in capsys.readouterr().out
+
+
+def test_floors_of_a_forward_are_the_longer_of_reading_and_multiplying(tmp_path):
+    path = tmp_path / "floors.json"
+    arguments = ["--quick", "--dtype", "float32", "--rows", "1", "5", "--json", str(path)]
+    assert bench_script("forward_floors").main(arguments) == 0
+    document = json.loads(path.read_text())
+    assert document["weight_bytes"] == document["read_bytes"] == 4 * document["multiplied_weights"]
+    assert document["threads"] == torch.get_num_threads()
+    assert [result["rows"] for result in document["results"]] == [1, 5]
+    for result in document["results"]:
+        assert 0 < result["best_ms"] <= result["median_ms"]
+        assert result["floor_ms"] == max(result["read_ms"], result["multiply_ms"]) > 0
+        assert math.isclose(result["ratio"], result["best_ms"] / result["floor_ms"])
+    one, five = (result["multiply_ms"] for result in document["results"])
+    assert five > 5 * one
+
+
+def test_peaks_refuse_what_they_cannot_measure():
+    for name in _host.forward_instruction_sets():
+        assert _host.multiply_add_rate(name, 1000, 1) > 0
+        assert _host.read_seconds(name, 0, 0, 2) >= 0
+    with pytest.raises(ValueError, match="SEQUOIA_HOST_ISA must be one of"):
+        _host.multiply_add_rate("sse9", 1000, 1)
+    with pytest.raises(ValueError, match="a peak needs threads"):
+        _host.multiply_add_rate(_host.forward_instruction_sets()[0], 1000, 0)
 
 
 # bench/run.py

@@ -15,6 +15,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <limits>
 #include <map>
@@ -26,6 +27,7 @@
 
 #include "bound.h"
 #include "pass.h"
+#include "peaks.h"
 
 namespace py = pybind11;
 
@@ -34,6 +36,9 @@ namespace sequoia::forward {
 void work_portable(const Pass& pass, int thread);
 void work_avx2(const Pass& pass, int thread);
 void work_avx512(const Pass& pass, int thread);
+void measure_portable(const Peak& peak, int thread);
+void measure_avx2(const Peak& peak, int thread);
+void measure_avx512(const Peak& peak, int thread);
 
 namespace {
 
@@ -47,6 +52,7 @@ constexpr std::int64_t PRODUCTS_A_THREAD = 2'000'000;
 struct InstructionSet {
     const char* name;
     Work work;
+    MeasurePeak measure;
     bool available;
 };
 
@@ -56,12 +62,12 @@ std::vector<InstructionSet> instruction_sets() {  // the best first
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool halves = __builtin_cpu_supports("f16c");
-    sets.push_back({"avx512", work_avx512, avx2 && halves && __builtin_cpu_supports("avx512f") &&
-                                               __builtin_cpu_supports("avx512bw") &&
-                                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
-    sets.push_back({"avx2", work_avx2, avx2 && halves});
+    sets.push_back({"avx512", work_avx512, measure_avx512,
+                    avx2 && halves && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
+    sets.push_back({"avx2", work_avx2, measure_avx2, avx2 && halves});
 #endif
-    sets.push_back({"portable", work_portable, true});
+    sets.push_back({"portable", work_portable, measure_portable, true});
     return sets;
 }
 
@@ -76,6 +82,39 @@ InstructionSet choose_instruction_set(const std::string& name) {
         known += (known.empty() ? "" : ", ") + std::string(set.name);
     }
     throw std::invalid_argument("SEQUOIA_HOST_ISA must be one of " + known + ", got " + name);
+}
+
+// ---- peaks ----
+
+// Seconds of one measurement by a team of threads.
+double seconds_of(const std::string& instruction_set, const float* data, std::int64_t count, int num_threads) {
+    if (num_threads < 1 || count < 0) throw std::invalid_argument("forward: a peak needs threads and a count");
+    struct Job {
+        Peak peak;
+        MeasurePeak measure;
+    };
+    std::vector<float> sums(static_cast<std::size_t>(num_threads) * 16);
+    Job job{{data, count, num_threads, sums.data()}, choose_instruction_set(instruction_set).measure};
+    const auto begin = std::chrono::steady_clock::now();
+    run_in_team(
+        num_threads,
+        [](void* argument, int thread) {
+            const Job& shared = *static_cast<const Job*>(argument);
+            shared.measure(shared.peak, thread);
+        },
+        &job);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+double read_seconds(const std::string& instruction_set, std::uintptr_t data, std::int64_t num_bytes, int num_threads) {
+    return seconds_of(instruction_set, reinterpret_cast<const float*>(data), num_bytes / 4, num_threads);
+}
+
+// Multiply-adds of single floats a second.
+double multiply_add_rate(const std::string& instruction_set, std::int64_t steps, int num_threads) {
+    const int lanes = instruction_set == "avx512" ? 16 : instruction_set == "avx2" ? 8 : 4;
+    const double count = static_cast<double>(steps * PEAK_CHAINS * lanes * num_threads);
+    return count / seconds_of(instruction_set, nullptr, steps, num_threads);
 }
 
 // ---- descriptions ----
@@ -641,6 +680,12 @@ void bind_forward(py::module_& module) {
     module.def("forward_instruction_set", [](const std::string& name) {
         return std::string(sequoia::forward::choose_instruction_set(name).name);
     }, py::arg("name"), "The one that forwards use: the named one, or the best for an empty name. ValueError if it is none.");
+    module.def("read_seconds", &sequoia::forward::read_seconds, py::call_guard<py::gil_scoped_release>(),
+               py::arg("instruction_set"), py::arg("data"), py::arg("num_bytes"), py::arg("num_threads"),
+               "Read memory once, each thread its part, with the vectors of a named instruction set; returns the seconds.");
+    module.def("multiply_add_rate", &sequoia::forward::multiply_add_rate, py::call_guard<py::gil_scoped_release>(),
+               py::arg("instruction_set"), py::arg("steps"), py::arg("num_threads"),
+               "Multiply-adds of single floats a second that threads make in registers, in `steps` steps.");
     module.def("stop_forward_threads", [] { sequoia::forward::stop_team(); }, py::call_guard<py::gil_scoped_release>(),
                "End the threads of forwards; the next forward starts them again.");
 }

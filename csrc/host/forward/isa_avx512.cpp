@@ -2,11 +2,13 @@
 
 #if defined(SEQUOIA_X86)
 
+#include "peak_loops.h"
 #include "work.h"
 
 namespace sequoia::forward {
 
 void work_avx512(const Pass& pass, int thread) { Worker(pass, thread).run(); }
+void measure_avx512(const Peak& peak, int thread) { measure(peak, thread); }
 
 }  // namespace sequoia::forward
 

@@ -28,6 +28,32 @@ SEQUOIA_INLINE void prefetch_columns(const CacheRows<Element>& rows, i64 first, 
     }
 }
 
+// Weights that are read behind the attention, requested while its numbers are computed from rows that have come already.
+struct Later {
+    static constexpr i64 LINE = 64;
+    struct Range {
+        const char* at;
+        i64 bytes;
+    };
+    Range ranges[3] = {};
+    int next = 0;
+    i64 lines = 0;  // of each request
+
+    SEQUOIA_INLINE void request(i64 times) {
+        for (i64 left = times * lines; left > 0 && next < 3;) {
+            Range& range = ranges[next];
+            if (range.bytes <= 0) {
+                ++next;
+                continue;
+            }
+            __builtin_prefetch(range.at, 0, 2);
+            range.at += LINE;
+            range.bytes -= LINE;
+            --left;
+        }
+    }
+};
+
 // Scores to weights, not yet divided by their sum.
 SEQUOIA_INLINE void weigh_row(const Layer& layer, const Columns& columns, i64 node, float* row) {
     const float minus_infinity = -__builtin_inff();
@@ -48,9 +74,15 @@ SEQUOIA_INLINE void weigh_row(const Layer& layer, const Columns& columns, i64 no
     for (i64 column = columns.num_prefix; column < columns.count; ++column) {  // not added: a hidden score may be NaN
         row[column] = hidden[column - columns.num_prefix] == 0.0f ? row[column] : minus_infinity;
     }
-    Float peaks = all_lanes(minus_infinity);
-    for (i64 column = 0; column < padded; column += W) peaks = lanes_max(load(row + column), peaks);
-    const float most = max_of(peaks);
+    Float peaks[4];  // one alone would wait for itself in every step
+    for (Float& peak : peaks) peak = all_lanes(minus_infinity);
+    i64 from = 0;
+    for (; from + 4 * W <= padded; from += 4 * W) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) peaks[i] = lanes_max(load(row + from + i * W), peaks[i]);
+    }
+    for (; from < padded; from += W) peaks[0] = lanes_max(load(row + from), peaks[0]);
+    const float most = max_of(lanes_max(lanes_max(peaks[0], peaks[1]), lanes_max(peaks[2], peaks[3])));
     const Float peak = all_lanes(most == minus_infinity ? 0.0f : most);
     for (i64 column = 0; column < padded; column += W) store(row + column, exponential(load(row + column) - peak));
 }
@@ -104,10 +136,10 @@ SEQUOIA_INLINE void mix_heads(const float* weights, i64 weights_stride, const Ca
 }
 
 // Query rows [begin, end) of a segment's head, of nodes times the head's group of query heads. `heads` from this one on
-// are requested from memory.
+// are requested from memory; `later` what comes behind all of them.
 template <class Element>
 void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment& segment, const Columns& columns,
-            i64 head, i64 heads, i64 begin, i64 end, const Bench& bench) {
+            i64 head, i64 heads, i64 begin, i64 end, Later* later, const Bench& bench) {
     const Call& call = *pass.call;
     const i64 d = layer.head_dim, group = layer.group(), stride = layer.num_kv_heads * d;
     const i64 request = segment.request * call.cache_rows * stride + head * d;
@@ -126,6 +158,7 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
     for (i64 column = 0; column < columns.count; column += TILE) {
         prefetch_columns(keys, column + NEAR, TILE, columns.count, heads * d);
         prefetch_columns(values, column, TILE, columns.count, heads * d);
+        if (later != nullptr) later->request(1);
         multiply_rows(keys, column, smaller(TILE, columns.count - column), queries, bench.scores + column,
                       pass.scores_stride, static_cast<Ahead*>(nullptr), bench.wide);
     }
@@ -135,6 +168,7 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
     const i64 count = end - begin, out_stride = up_to_lanes(d);
     i64 r = 0;
     for (; r + 2 <= count; r += 2) {
+        if (later != nullptr) later->request(larger(1, 2 * columns.count / (TILE * count)));
         mix_heads<2>(bench.scores + r * pass.scores_stride, pass.scores_stride, values, columns.count, d,
                      bench.mixed + r * out_stride, out_stride);
     }

@@ -280,6 +280,10 @@ struct Worker {
         i64 units = 0, unit = 0;
         for (i64 s = 0; s < pass.num_segments; ++s) units += num_blocks(layer, pass.segments[s]) * layer.num_kv_heads;
         const auto [begin, end] = part(units);
+        Later later = later_of(layer);
+        i64 requests = 1;
+        for (i64 s = 0; s < pass.num_segments; ++s) requests += columns[s].count / TILE * 2;
+        later.lines = LATER_BYTES / Later::LINE * pass.num_segments / (requests * larger(1, end - begin)) + 1;
         for (i64 s = 0; s < pass.num_segments; ++s) {
             const Segment& segment = pass.segments[s];
             const i64 rows = segment.num_nodes * layer.group(), blocks = num_blocks(layer, segment);
@@ -292,24 +296,42 @@ struct Worker {
                     if (unit < begin || unit >= end) continue;
                     const i64 to_come = smaller(layer.num_kv_heads - head, (end - unit + blocks - 1) / blocks);
                     attend_block(layer, layer_index, segment, columns[s], head, first ? to_come : 1,
-                                 rows * block / blocks, rows * (block + 1) / blocks);
+                                 rows * block / blocks, rows * (block + 1) / blocks, first ? nullptr : &later);
                     first = false;
                 }
             }
         }
     }
-    static constexpr i64 NEAR_BYTES = 262144;
+    static constexpr i64 NEAR_BYTES = 262144, LATER_BYTES = 131072;
+
+    // What this thread reads behind the attention, as far as it was not requested before.
+    Later later_of(const Layer& layer) const {
+        Later later;
+        i64 left = LATER_BYTES;
+        const Linear* const linears[3] = {&layer.output, layer.gate.weight.given() ? &layer.gate : &layer.up, &layer.up};
+        for (int i = 0; i < (layer.gate.weight.given() ? 3 : 2) && !layer.experts.given(); ++i) {
+            const Matrix& weight = linears[i]->weight;
+            if (weight.transposed) continue;
+            const auto [begin, end] = part(num_tiles(*linears[i]));
+            const char* const from = address(weight, begin * TILE);
+            const i64 bytes = address(weight, smaller(end * TILE, weight.rows)) - from;
+            const i64 share = smaller(bytes, i == 0 ? left : left / (3 - i));
+            later.ranges[i] = {from, share};
+            left -= share;
+        }
+        return later;
+    }
     static i64 num_blocks(const Layer& layer, const Segment& segment) {
         return (segment.num_nodes * layer.group() + ROW_BLOCK - 1) / ROW_BLOCK;
     }
     void attend_block(const Layer& layer, i64 index, const Segment& segment, const Columns& columns, i64 head,
-                      i64 heads, i64 begin, i64 end) const {
+                      i64 heads, i64 begin, i64 end, Later* later) const {
         if (layer.cache_type == ElementType::float32) {
-            attend<float>(pass, layer, index, segment, columns, head, heads, begin, end, bench);
+            attend<float>(pass, layer, index, segment, columns, head, heads, begin, end, later, bench);
         } else if (layer.cache_type == ElementType::bfloat16) {
-            attend<BFloat16>(pass, layer, index, segment, columns, head, heads, begin, end, bench);
+            attend<BFloat16>(pass, layer, index, segment, columns, head, heads, begin, end, later, bench);
         } else {
-            attend<Float16>(pass, layer, index, segment, columns, head, heads, begin, end, bench);
+            attend<Float16>(pass, layer, index, segment, columns, head, heads, begin, end, later, bench);
         }
     }
 

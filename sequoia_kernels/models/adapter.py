@@ -695,7 +695,9 @@ def _with_native_forward(model: PreTrainedModel, plan: _ModelPlan, calls: list[L
     except NotNativeError as reason:
         logger.info("%s: forwards by its modules, %s", family_name(model), reason)
         return plan._replace(not_native=str(reason))
-    logger.info("%s: native forwards, %s", family_name(model), native.instruction_set)
+    logger.info(
+        "%s: native forwards, %s, weights of %s", family_name(model), native.instruction_set, native.weight_forms
+    )
     return plan._replace(native=native)
 
 

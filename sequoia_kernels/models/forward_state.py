@@ -25,6 +25,7 @@ __all__ = ["Same", "forget_what_forwards_write", "forward_state"]
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _WEIGHTS = ("_parameters", "_buffers")
+_PLAIN_WEIGHTS = (nn.Parameter, torch.Tensor)
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None)))
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _NO_ATTENTION = ""
@@ -111,6 +112,18 @@ def _describe_module(
             for weight, tensor in value.items():
                 if tensor is not None:
                     parts += weight, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+                    if type(tensor) not in _PLAIN_WEIGHTS:
+                        _describe_wrapped(tensor, parts, seen, configs)
+
+
+def _describe_wrapped(tensor: torch.Tensor, parts: list[Any], seen: dict[int, Any], configs: list[Any]) -> None:
+    """Describe a weight that is made of others, as quantisers': the forms of those, and what it says of itself."""
+    parts.append(type(tensor))
+    for name, value in vars(tensor).items():
+        if isinstance(value, torch.Tensor):
+            parts += name, value.shape, value.stride(), value.dtype, value.device
+        else:
+            parts += name, _value(value, seen, configs)
 
 
 def _value(value: Any, seen: dict[int, Any], configs: list[Any]) -> Any:

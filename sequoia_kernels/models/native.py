@@ -24,6 +24,8 @@ import sequoia_kernels._host as _host
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.families import family_name, foreign_code
+from sequoia_kernels.models.quantised import ELEMENT_TYPES as _ELEMENT_TYPES
+from sequoia_kernels.models.quantised import NotNativeError, QuantisedWeight, TensorPlace, quantised_weight
 from sequoia_kernels.models.switch import each_module
 from sequoia_kernels.models.tree_step import TreeStep
 
@@ -32,8 +34,7 @@ __all__ = ["INSTRUCTION_SET_VARIABLE", "NATIVE_FAMILIES", "Family", "NativeForwa
 # Names one of `_host.forward_instruction_sets()` to take instead of the best that the CPU has.
 INSTRUCTION_SET_VARIABLE = "SEQUOIA_HOST_ISA"
 
-# Codes shared with csrc/host/rows.h and csrc/host/forward/model.h.
-_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+# Codes shared with csrc/host/forward/model.h.
 _RMS_NORM, _LAYER_NORM = 1, 2
 # Where transformers' hooks are made that take down hidden states and change none: once asked for, they stay.
 _RECORDERS = "transformers.utils.output_capturing"
@@ -44,10 +45,6 @@ _ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     F.relu,
     lambda x: F.relu(x).square(),
 )
-
-
-class NotNativeError(Exception):
-    """Why a model's forward cannot be a native one."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,7 @@ class NativeForward:
 
     Attributes:
         instruction_set: which of the CPU's it uses.
+        weight_forms: of its linear layers, such as "int8, bfloat16".
 
     Raises:
         NotNativeError: the model cannot be described; the message says why.
@@ -161,6 +159,7 @@ class NativeForward:
         self._dtype, self._logits_dtype = model.dtype, logits_dtype
         self._forward = _host.Forward(described.fields, environ.get(INSTRUCTION_SET_VARIABLE, ""))
         self.instruction_set: str = self._forward.instruction_set
+        self.weight_forms = ", ".join(described.forms)
 
     def __call__(
         self,
@@ -422,6 +421,7 @@ class _Description:
         self._numbers: dict[int, int] = {}  # by id of the tensor
         self.rotations: list[_Rotation] = []
         self._rotation_numbers: dict[str | None, int] = {}
+        self.forms: dict[str, None] = {}  # of weights, in the order in which they were met
         self.fields = self._model_fields(calls)
         left = sum(id(weight) not in self._numbers for weight in model.parameters())
         if left:
@@ -437,24 +437,56 @@ class _Description:
         self, module: nn.Module, name: str, first: int = 0, rows: int | None = None, transposed: bool = False
     ) -> Any:
         """Rows of a weight, or a vector as a matrix of one row."""
-        weight = module._parameters.get(name)
+        owner = module._buffers if name in module._buffers else module._parameters
+        weight = owner.get(name)
         if weight is None:
             return None
-        if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.dtype not in _ELEMENT_TYPES:
+        if (
+            type(weight) not in (nn.Parameter, torch.Tensor)
+            or weight.device.type != "cpu"
+            or weight.dtype not in _ELEMENT_TYPES
+        ):
             raise NotNativeError(f"a weight is a {type(weight).__name__} of {weight.dtype} on {weight.device}")
         if not weight.is_contiguous():
             raise NotNativeError("a weight is not laid out row by row")
-        number = self._numbers.get(id(weight))
-        if number is None:
-            number = self._numbers[id(weight)] = len(self.tensors)
-            self.tensors.append((module._parameters, name, _form(weight)))
+        number = self._number(TensorPlace(owner, name))
         width = weight.shape[-1]
         height = weight.numel() // width
         if transposed:
             height, width = width, height
         return (number, first, height if rows is None else rows, width, _ELEMENT_TYPES[weight.dtype], transposed)
 
+    def _number(self, place: TensorPlace | None) -> int:
+        if place is None:
+            return -1
+        number = self._numbers.get(id(place.tensor))
+        if number is None:
+            number = self._numbers[id(place.tensor)] = len(self.tensors)
+            self.tensors.append((place.owner, place.name, _form(place.tensor)))
+        return number
+
+    def _quantised(self, weight: QuantisedWeight, first: int, rows: int | None) -> Any:
+        """Rows of a weight of few bits, as which its parts are numbered."""
+        if weight.bits == 4 and first % 64:
+            raise NotNativeError(f"projections of int4 are split behind {first} rows, not a multiple of 64")
+        self.forms[f"int{weight.bits}"] = None
+        return (
+            self._number(weight.data), first, weight.rows if rows is None else rows, weight.columns, 0, False,
+            weight.packing, self._number(weight.scales), _ELEMENT_TYPES[weight.scales.tensor.dtype],
+            self._number(weight.zeros), self._number(weight.order), weight.group, weight.rows, weight.block,
+            weight.zero_shift,
+        )  # fmt: skip
+
     def _linear(self, module: nn.Module, first: int = 0, rows: int | None = None) -> Any:
+        quantised = quantised_weight(module)
+        if quantised is not None:
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                self._numbers[id(weight)] = -1  # has its place by its parts
+            bias = self._matrix(module, "bias")
+            if bias is not None and rows is not None:
+                raise NotNativeError("projections that are split have biases")
+            return self._quantised(quantised, first, rows), bias
         if type(module) is Conv1D and rows is None:
             return self._matrix(module, "weight", transposed=True), self._matrix(module, "bias")
         if type(module) is not nn.Linear:
@@ -462,6 +494,7 @@ class _Description:
         bias = self._matrix(module, "bias")
         if bias is not None and rows is not None:
             raise NotNativeError("projections that are split have biases")
+        self.forms[str(module.weight.dtype).removeprefix("torch.")] = None
         return self._matrix(module, "weight", first, rows), bias
 
     def _norm(self, owner: nn.Module, name: str) -> Any:

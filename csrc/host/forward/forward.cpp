@@ -127,18 +127,53 @@ ElementType element_type(int code) {
     return type;
 }
 
-// (tensor, first row, rows, columns, element type, transposed), or None
+void require(bool holds, const std::string& rule) {
+    if (!holds) throw std::invalid_argument("forward: " + rule);
+}
+
+// (packing, scales, their element type, zeros, order, columns of a group, the tensor's rows, block, zero shift)
+Quantised quantised_of(const std::vector<std::int64_t>& fields, const Matrix& matrix) {
+    require(fields.size() == 9, "a matrix of few bits must have 9 fields more");
+    Quantised form;
+    require(fields[0] >= 1 && fields[0] <= 3, "packing must be in 1..3");
+    form.packing = static_cast<Packing>(fields[0]);
+    form.scales = static_cast<int>(fields[1]);
+    form.scales_type = element_type(static_cast<int>(fields[2]));
+    form.zeros = static_cast<int>(fields[3]);
+    form.order = static_cast<int>(fields[4]);
+    form.group = fields[5];
+    form.whole_rows = fields[6];
+    form.block = fields[7];
+    form.zero_shift = static_cast<float>(fields[8]);
+    require(form.scales >= 0 && !matrix.transposed && matrix.first_row + matrix.rows <= form.whole_rows,
+            "a matrix of few bits must have scales, and rows of its tensor");
+    if (!form.four_bits()) return form;
+    require(form.group >= 1 && (form.group % 16 == 0 || form.group >= matrix.columns), "a group must be of a multiple of 16 columns");
+    require(matrix.first_row % PACKED_ROWS == 0 && matrix.columns % 8 == 0,
+            "a matrix of 4 bits must have a multiple of 8 columns, and begin at a multiple of 64 rows");
+    if (form.packing == Packing::int4_words) {
+        require(form.zeros >= 0 && form.order >= 0 && form.whole_rows % 8 == 0 && matrix.rows % 8 == 0,
+                "words must have zeros, an order, and a multiple of 8 rows");
+    } else {
+        require((form.block == 32 || form.block == 64) && form.whole_rows % 16 == 0 && matrix.rows % 16 == 0,
+                "blocks must be of 32 or 64 rows, and have a multiple of 16 rows together");
+    }
+    return form;
+}
+
+// (tensor, first row, rows, columns, element type, transposed) and what quantised_of takes, if anything; or None
 Matrix matrix_of(const py::object& source) {
     Matrix matrix;
     if (source.is_none()) return matrix;
     const auto fields = source.cast<std::vector<std::int64_t>>();
-    if (fields.size() != 6) throw std::invalid_argument("forward: a matrix must have 6 fields");
+    require(fields.size() >= 6, "a matrix must have 6 fields");
     matrix.tensor = static_cast<int>(fields[0]);
     matrix.first_row = fields[1];
     matrix.rows = fields[2];
     matrix.columns = fields[3];
     matrix.type = element_type(static_cast<int>(fields[4]));
     matrix.transposed = fields[5] != 0;
+    if (fields.size() > 6) matrix.quantised = quantised_of({fields.begin() + 6, fields.end()}, matrix);
     return matrix;
 }
 
@@ -219,15 +254,12 @@ Layer layer_of(const py::dict& source) {
     return layer;
 }
 
-void require(bool holds, const std::string& rule) {
-    if (!holds) throw std::invalid_argument("forward: " + rule);
-}
-
 void check_norm(const Norm& norm, std::int64_t size, const char* name) {
     require(norm.kind == NormKind::none || norm.kind == NormKind::rms || norm.kind == NormKind::layer,
             std::string(name) + " must have kind 0, 1 or 2");
     require(!norm.weight.given() || norm.weight.columns == size, std::string(name) + " must have a weight of its row's size");
     require(!norm.bias.given() || norm.bias.columns == size, std::string(name) + " must have a bias of its row's size");
+    require(!norm.weight.packed() && !norm.bias.packed(), std::string(name) + " must not be of few bits");
 }
 
 void check_linear(const Linear& linear, std::int64_t rows, std::int64_t columns, const char* name) {
@@ -235,7 +267,8 @@ void check_linear(const Linear& linear, std::int64_t rows, std::int64_t columns,
             std::string(name) + " must have a weight of [" + std::to_string(rows) + ", " + std::to_string(columns) +
                 "], got [" + std::to_string(linear.weight.rows) + ", " + std::to_string(linear.weight.columns) + "]");
     require(!linear.weight.transposed || linear.weight.first_row == 0, std::string(name) + " must be whole if transposed");
-    require(!linear.bias.given() || linear.bias.columns == rows, std::string(name) + " must have a bias of its rows");
+    require(!linear.bias.given() || (linear.bias.columns == rows && !linear.bias.packed()),
+            std::string(name) + " must have a bias of its rows");
 }
 
 void check_experts(const Layer& layer, std::int64_t width) {
@@ -243,8 +276,9 @@ void check_experts(const Layer& layer, std::int64_t width) {
     check_linear(experts.router, experts.count, width, "router");
     require(experts.chosen >= 1 && experts.chosen <= experts.count, "chosen experts must be in 1..their number");
     require(layer.gate.weight.given() && !layer.gate.bias.given() && !layer.up.bias.given() && !layer.down.bias.given() &&
-                !layer.down.weight.transposed,
-            "experts must have gates, and neither biases nor transposed weights");
+                !layer.down.weight.transposed && !layer.gate.weight.packed() && !layer.up.weight.packed() &&
+                !layer.down.weight.packed() && !experts.router.weight.packed(),
+            "experts must have gates, and neither biases nor weights that are transposed or of few bits");
     require(experts.gate_stride >= layer.gate.weight.rows && experts.up_stride >= layer.up.weight.rows &&
                 experts.down_stride >= width,
             "an expert's weights must lie behind those of the one before");
@@ -318,6 +352,7 @@ Model model_of(const py::dict& source) {
     require(model.embedding.given() && model.embedding.columns == model.width, "embedding must be as wide as the stream");
     require(!model.positions.given() || model.positions.columns == model.width,
             "positions must be as wide as the stream");
+    require(!model.embedding.packed() && !model.positions.packed(), "embedding and positions must not be of few bits");
     require(model.position_offset >= 0, "position_offset must not be negative");
     check_norm(model.final_norm, model.width, "final_norm");
     check_linear(model.head, model.head.weight.rows, model.width, "head");
@@ -424,6 +459,10 @@ class Forward : public Runner {
             if (known == windows_.end()) windows_.push_back(layer.window);
         }
         num_weights_ += model_.head.weight.rows * model_.width;
+        for_each_linear([this](const Linear& linear) {
+            if (!linear.weight.quantised.four_bits()) return;
+            packed_floats_ = std::max(packed_floats_, PACKED_FLOATS + linear.weight.num_groups() * 2 * PACKED_ROWS);
+        });
         stream_stride_ = whole_vectors(std::max({model_.width, attended, projected}));
         projected_stride_ = whole_vectors(projected);
         attended_stride_ = whole_vectors(attended);
@@ -548,7 +587,8 @@ class Forward : public Runner {
         benches_.clear();
         for (int thread = 0; thread < num_threads; ++thread) {
             BenchMemory& memory = memory_[static_cast<std::size_t>(thread)];
-            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(MAX_ROWS * STRIP),
+            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(2 * MAX_ROWS * STRIP),
+                                memory.unpacked.reserve(packed_floats_),
                                 memory.rows.reserve(2 * stream_stride_), memory.wide.reserve(4 * widest_),
                                 memory.queries.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
                                 memory.scores.reserve(ROW_BLOCK * pass.scores_stride),
@@ -575,8 +615,17 @@ class Forward : public Runner {
             &argument);
     }
 
+    template <class Visit>
+    void for_each_linear(const Visit& visit) const {
+        for (const Layer& layer : model_.layers) {
+            for (const Linear& linear : layer.projections) visit(linear);
+            for (const Linear* linear : {&layer.output, &layer.gate, &layer.up, &layer.down}) visit(*linear);
+        }
+        visit(model_.head);
+    }
+
     struct BenchMemory {
-        Floats panel, tiles, rows, wide, queries, scores, mixed, shares, expert_weights, choice_weights;
+        Floats panel, tiles, unpacked, rows, wide, queries, scores, mixed, shares, expert_weights, choice_weights;
         Scratch<std::int32_t> expert_ids, first_choices, choice_rows;
     };
 
@@ -587,7 +636,7 @@ class Forward : public Runner {
     std::vector<int> window_of_layer_;
     std::int64_t head_dim_ = 0, stream_stride_ = 0, projected_stride_ = 0, attended_stride_ = 0, gated_stride_ = 0;
     std::int64_t widest_ = 0, num_weights_ = 0;  // about
-    std::int64_t gated_floats_ = 0, routes_stride_ = 0, chosen_ = 0;
+    std::int64_t gated_floats_ = 0, routes_stride_ = 0, chosen_ = 0, packed_floats_ = 0;
     Floats stream_, branch_, projected_, attended_, gated_, routes_;
     std::vector<BenchMemory> memory_;
     std::vector<Bench> benches_;

@@ -74,6 +74,44 @@ SEQUOIA_INLINE Float load(const Float16* source) {
 #endif
 }
 
+struct Int8 {
+    std::int8_t bits;
+};
+
+SEQUOIA_INLINE Float load(const Int8* source) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#elif defined(__AVX2__)
+    return (Float)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+#else
+    Ints lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = source[i].bits;
+    return __builtin_convertvector(lanes, Float);
+#endif
+}
+
+// A byte a lane.
+SEQUOIA_INLINE Bits load_bytes(const std::uint8_t* source) {
+#if defined(__AVX512F__)
+    return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#elif defined(__AVX2__)
+    return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+#else
+    Bits lanes;
+    for (int i = 0; i < W; ++i) lanes[i] = source[i];
+    return lanes;
+#endif
+}
+
+SEQUOIA_INLINE Bits load_words(const std::uint32_t* source) {
+    Bits lanes;
+    std::memcpy(&lanes, source, sizeof(lanes));
+    return lanes;
+}
+
+// Of numbers below 2^31.
+SEQUOIA_INLINE Float to_float(Bits numbers) { return __builtin_convertvector((Ints)numbers, Float); }
+
 // The first `count` lanes from memory, 0 in the others.
 template <class Element>
 SEQUOIA_INLINE Float load_some(const Element* source, i64 count) {

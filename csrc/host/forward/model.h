@@ -15,7 +15,33 @@ namespace sequoia::forward {
 constexpr std::int64_t MAX_ROWS = 64;   // fed through all layers at a time
 constexpr std::int64_t ROW_BLOCK = 32;  // query rows of one unit of attention
 
-// Rows of a row-major tensor: [rows, columns]; or a whole one that lies transposed, [columns, rows].
+constexpr std::int64_t PACKED_ROWS = 64;  // of a matrix of 4 bits, which are shared out together
+
+// How a matrix of few bits lies. Words are GPTQ's: the columns 8 i + j of a row are bits 4 j.. of its word i, and so are
+// the rows 8 i + j of zeros. Blocks are those that torch makes for its kernel on CPUs: the low bits of a column's bytes
+// are the first half of a block's rows, the high bits the second; in a last block that is not whole they are turns.
+enum class Packing : int {
+    none = 0,
+    int8_rows = 1,    // [rows, columns] int8; scales [rows]
+    int4_words = 2,   // [columns / 8, rows] int32; scales [groups, rows], zeros [groups, rows / 8] int32
+    int4_blocks = 3,  // [rows / block][columns, block / 2] bytes; scales and zeros side by side, [groups, rows, 2]
+};
+
+// What a matrix of few bits has beside its numbers. Of 4 bits a weight is (number - zero) * scale in words, where the
+// zero is what lies there + `zero_shift`; (number - 8) * scale + zero in blocks.
+struct Quantised {
+    Packing packing = Packing::none;
+    int scales = -1, zeros = -1, order = -1;  // numbers in the table of addresses; order: of words, [columns] int32, the group of each column
+    ElementType scales_type = ElementType::float32;
+    std::int64_t group = 0;       // columns of a group
+    std::int64_t whole_rows = 0;  // of the tensor, where the matrix has some of its rows
+    std::int64_t block = 0;
+    float zero_shift = 0.0f;
+
+    bool four_bits() const { return packing == Packing::int4_words || packing == Packing::int4_blocks; }
+};
+
+// Rows of a row-major tensor: [rows, columns]; or a whole one that lies transposed, [columns, rows]; or packed ones.
 struct Matrix {
     int tensor = -1;  // number in the table of addresses, -1 for none
     bool transposed = false;
@@ -23,8 +49,11 @@ struct Matrix {
     std::int64_t rows = 0;
     std::int64_t columns = 0;
     ElementType type = ElementType::float32;
+    Quantised quantised;
 
     bool given() const { return tensor >= 0; }
+    bool packed() const { return quantised.packing != Packing::none; }
+    std::int64_t num_groups() const { return (columns + quantised.group - 1) / quantised.group; }
 };
 
 // A linear layer; the bias is a matrix of one row.

@@ -20,6 +20,7 @@ struct Columns {
 
 constexpr std::int64_t TILE = 16;    // weight rows that are multiplied before anything is done with the products
 constexpr std::int64_t STRIP = 256;  // the same where the weights lie transposed
+constexpr std::int64_t PACKED_FLOATS = 16384;  // for a strip of a matrix of four bits, whatever its groups
 
 // Consecutive nodes of one request.
 struct Segment {
@@ -30,7 +31,8 @@ struct Segment {
 // One thread's memory.
 struct Bench {
     float* panel;   // of whole rows
-    float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, TILE], or of a strip's tiles
+    float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, TILE], or of a strip's tiles of each
+    float* unpacked;  // of a strip of a matrix of four bits, [PACKED_FLOATS + groups * 2 * PACKED_ROWS]
     float* rows;    // two rows of any width
     float* wide;    // four rows of a matrix
     float* queries;  // a panel of ROW_BLOCK query rows

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention.h"
+#include "packed.h"
 
 namespace sequoia::forward {
 namespace {
@@ -33,14 +34,27 @@ struct Worker {
     void wait() const { pass.team->barrier(threads); }
 
     const char* address(const Matrix& matrix, i64 row) const {
-        return reinterpret_cast<const char*>(call.tensors[matrix.tensor]) +
-               (matrix.first_row + row) * (matrix.transposed ? 1 : matrix.columns) * bytes_of(matrix.type);
+        const char* const data = reinterpret_cast<const char*>(call.tensors[matrix.tensor]);
+        row += matrix.first_row;
+        switch (matrix.quantised.packing) {
+            case Packing::none: break;
+            case Packing::int8_rows: return data + row * matrix.columns;
+            case Packing::int4_words: return data + row * 4;
+            case Packing::int4_blocks:  // of a whole block, whichever row of it
+                return data + row / matrix.quantised.block * matrix.columns * matrix.quantised.block / 2;
+        }
+        return data + row * (matrix.transposed ? 1 : matrix.columns) * bytes_of(matrix.type);
     }
+    const void* tensor(int number) const { return reinterpret_cast<const void*>(call.tensors[number]); }
     // Where this thread begins to read a product's weights.
-    const char* begin_of(const Linear& linear) const {
-        return address(linear.weight, part(num_tiles(linear)).begin * TILE);
-    }
+    const char* begin_of(const Linear& linear) const { return address(linear.weight, rows_of(linear).begin); }
     static i64 num_tiles(const Linear& linear) { return (linear.weight.rows + TILE - 1) / TILE; }
+    // This thread's rows of a product: whole tiles, or as many as lie together.
+    Part rows_of(const Linear& linear) const {
+        const i64 rows = linear.weight.rows, unit = linear.weight.quantised.four_bits() ? PACKED_ROWS : TILE;
+        const auto [begin, end] = part((rows + unit - 1) / unit);
+        return {begin * unit, smaller(end * unit, rows)};
+    }
 
     void widen(const Matrix& matrix, i64 row, float* out) const {
         widen_row(address(matrix, row), 0, matrix.columns, matrix.type, out);
@@ -109,7 +123,15 @@ struct Worker {
         const i64 first = tile * TILE, count = smaller(TILE, weight.rows - first);
         const char* const data = address(weight, first);
         const i64 stride = weight.columns;
-        if (weight.type == ElementType::float32) {
+        if (weight.quantised.packing == Packing::int8_rows) {
+            multiply_rows(MatrixRows<Int8>{reinterpret_cast<const Int8*>(data), stride}, 0, count, panel, out, TILE, ahead,
+                          bench.wide);
+            float scales[TILE];
+            widen_row(tensor(weight.quantised.scales), weight.first_row + first, count, weight.quantised.scales_type, scales);
+            for (i64 i = 0; i < panel.count; ++i) {
+                for (i64 r = 0; r < count; ++r) out[i * TILE + r] *= scales[r];
+            }
+        } else if (weight.type == ElementType::float32) {
             multiply_rows(MatrixRows<float>{reinterpret_cast<const float*>(data), stride}, 0, count, panel, out, TILE,
                           ahead, bench.wide);
         } else if (weight.type == ElementType::bfloat16) {
@@ -132,31 +154,59 @@ struct Worker {
     }
 
     template <class Element>
-    void multiply_strip_of(const Matrix& weight, i64 first, i64 count, i64 rest, const Panel& panel) const {
-        multiply_strip(reinterpret_cast<const Element*>(address(weight, first)), weight.rows, count, rest, panel,
-                       bench.tiles);
+    void multiply_strip_of(const Matrix& weight, i64 first, i64 count, i64 rest, const Panel& panel, float* out) const {
+        multiply_strip(reinterpret_cast<const Element*>(address(weight, first)), weight.rows, count, rest, panel, out);
     }
 
-    // The same as `multiply`, of a weight that lies transposed.
-    template <class Epilogue>
-    void multiply_transposed(const Linear& linear, const Panel& panel, const Epilogue& epilogue) const {
+    PackedWeight packed_weight(const Matrix& matrix) const {
+        const Quantised& form = matrix.quantised;
+        PackedWeight weight{&matrix, static_cast<const char*>(tensor(matrix.tensor)), tensor(form.scales), nullptr, nullptr,
+                            false};
+        if (!weight.in_words()) return weight;
+        weight.zeros = static_cast<const std::uint32_t*>(tensor(form.zeros));
+        weight.order = static_cast<const std::int32_t*>(tensor(form.order));
+        weight.scattered = is_scattered(weight.order, matrix.columns, form.group);
+        return weight;
+    }
+
+    // Products of up to STRIP rows from `first` on with their bias, as tiles: out[tile][node][TILE]. Of weights of which
+    // more than a tile's rows lie together, and of others that are wanted beside such. `rest` rows of the thread follow.
+    void multiply_strip_of(const Linear& linear, i64 first, i64 count, i64 rest, const Panel& panel, float* out) const {
         const Matrix& weight = linear.weight;
-        const auto [begin, end_tile] = part(num_tiles(linear));
-        const i64 end = smaller(end_tile * TILE, weight.rows);
-        for (i64 first = begin * TILE; first < end; first += STRIP) {
-            const i64 count = smaller(STRIP, end - first), rest = end - first - count;
-            if (weight.type == ElementType::float32) {
-                multiply_strip_of<float>(weight, first, count, rest, panel);
-            } else if (weight.type == ElementType::bfloat16) {
-                multiply_strip_of<BFloat16>(weight, first, count, rest, panel);
-            } else {
-                multiply_strip_of<Float16>(weight, first, count, rest, panel);
-            }
+        const i64 tile_floats = panel.count * TILE;
+        if (!in_strips(linear)) {
             for (i64 row = 0; row < count; row += TILE) {
-                float* const products = bench.tiles + row * panel.count;
-                const i64 rows = smaller(TILE, count - row);
-                add_bias(linear, first + row, rows, panel.count, products);
-                epilogue(first + row, rows, products);
+                multiply_tile(linear, (first + row) / TILE, panel, out + row / TILE * tile_floats, nullptr);
+            }
+            return;
+        }
+        if (weight.packed()) {
+            multiply_packed(packed_weight(weight), weight.first_row + first, count, rest, panel, out,
+                            Unpacked(bench.unpacked));
+        } else if (weight.type == ElementType::float32) {
+            multiply_strip_of<float>(weight, first, count, rest, panel, out);
+        } else if (weight.type == ElementType::bfloat16) {
+            multiply_strip_of<BFloat16>(weight, first, count, rest, panel, out);
+        } else {
+            multiply_strip_of<Float16>(weight, first, count, rest, panel, out);
+        }
+        for (i64 row = 0; row < count; row += TILE) {
+            add_bias(linear, first + row, smaller(TILE, count - row), panel.count, out + row / TILE * tile_floats);
+        }
+    }
+    static bool in_strips(const Linear& linear) {
+        return linear.weight.transposed || linear.weight.quantised.four_bits();
+    }
+
+    // The same as `multiply`, in strips.
+    template <class Epilogue>
+    void multiply_strips(const Linear& linear, const Panel& panel, const Epilogue& epilogue) const {
+        const auto [begin, end] = rows_of(linear);
+        for (i64 first = begin; first < end; first += STRIP) {
+            const i64 count = smaller(STRIP, end - first);
+            multiply_strip_of(linear, first, count, end - first - count, panel, bench.tiles);
+            for (i64 row = 0; row < count; row += TILE) {
+                epilogue(first + row, smaller(TILE, count - row), bench.tiles + row * panel.count);
             }
         }
     }
@@ -164,7 +214,7 @@ struct Worker {
     // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]).
     template <class Epilogue>
     void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue) const {
-        if (linear.weight.transposed) return multiply_transposed(linear, panel, epilogue);
+        if (in_strips(linear)) return multiply_strips(linear, panel, epilogue);
         const auto [begin, end] = part(num_tiles(linear));
         if (begin == end) return;
         Ahead ahead(address(linear.weight, begin * TILE),
@@ -390,6 +440,20 @@ struct Worker {
         if (!gate.weight.given()) {
             multiply(up, panel, then_up,
                      [&](i64 row, i64 count, const float* products) { keep_gated(row, count, products, nullptr); });
+            return;
+        }
+        if (in_strips(gate) || in_strips(up)) {
+            const auto [first, end] = rows_of(in_strips(gate) ? gate : up);
+            float* const ups = bench.tiles + MAX_ROWS * STRIP;
+            for (i64 begin = first; begin < end; begin += STRIP) {
+                const i64 count = smaller(STRIP, end - begin), rest = end - begin - count;
+                multiply_strip_of(gate, begin, count, rest, panel, bench.tiles);
+                multiply_strip_of(up, begin, count, rest, panel, ups);
+                for (i64 row = 0; row < count; row += TILE) {
+                    keep_gated(begin + row, smaller(TILE, count - row), bench.tiles + row * panel.count,
+                               ups + row * panel.count);
+                }
+            }
             return;
         }
         const auto [begin, end] = part(num_tiles(gate));

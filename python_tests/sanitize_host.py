@@ -74,7 +74,8 @@ def main() -> int:
     # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
     chosen = sys.argv[1:]
     if not chosen:
-        chosen = ["python_tests/ops", "python_tests/models/test_native.py", "-n", "2", "-m", "not slow"]
+        natives = ["python_tests/models/test_native.py", "python_tests/models/test_native_quantised.py"]
+        chosen = ["python_tests/ops", *natives, "-n", "2", "-m", "not slow"]
         chosen += ["-k", "host or (test_native and not compiled)"]
     arguments = [
         "-q",

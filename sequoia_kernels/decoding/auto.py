@@ -233,8 +233,8 @@ def _measure(
         )  # fmt: skip
     if rows is not None:  # beside a pass that streams its weights the rest is nothing, and its own prompts may not fit
         return profile
-    return measure_overhead(
-        target, draft, profile, context_len=min(context_len, 64), batch_size=batch_size, num_tokens=16, num_runs=1
+    return measure_overhead(  # the median of three short runs is not moved by one interruption
+        target, draft, profile, context_len=min(context_len, 32), batch_size=batch_size, num_tokens=11, num_runs=3
     )
 
 

@@ -100,6 +100,9 @@ class DecodingStep:
             batch_size = self.state.cache_lens.shape[0]
             buffers = TokenBuffers.allocate(layout, batch_size, target.vocab_size, dtype, target.device)
             self._prepared[tree] = layout, buffers
+            self._host_step(tree)
+            if self.drafting is not None and layout.levels:
+                self.drafting.prepare(layout, buffers)
         return self._prepared[tree]
 
     def _host_step(self, tree: StepTree) -> HostStep | None:

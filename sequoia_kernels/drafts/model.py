@@ -153,6 +153,10 @@ class _ModelDrafting(Drafting):
         logits = torch.empty(bound.shape, dtype=model.logits_dtype)
         return lambda: bound.run(logits)
 
+    def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Bind the forwards of all levels, where they are native."""
+        self._host_growth(layout, buffers)
+
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Draw level by level; leaves are never fed. Mutates the cache's rows behind the committed ones."""
         state, model, cache = self.state, self.source.model, self.cache

@@ -132,6 +132,9 @@ class Drafting(ABC):
             hidden_states: what `needs` names, of these tokens. [R, longest, width] each.
         """
 
+    def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:  # noqa: B027
+        """Make what growing this tree in these buffers takes, ahead of its first step."""
+
     @abstractmethod
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Fill the tokens of a tree behind the root, and the logits of its nodes with children.

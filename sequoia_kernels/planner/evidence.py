@@ -29,8 +29,8 @@ FORMAT = Format("sequoia-kernels/acceptance-evidence", version=1)
 
 # Chance of a child once those before it were rejected, by rank, of a middling draft; and how many visits that is worth.
 # An optimist's: it costs a bad draft a few steps once, but too small a tree is not found out by what it shows.
-PRIOR_HAZARDS = (0.7, 0.3, 0.2, 0.13, 0.1, 0.08, 0.06, 0.05)
-PRIOR_VISITS = 20.0
+PRIOR_HAZARDS = (0.65, 0.3, 0.2, 0.13, 0.1, 0.08, 0.06, 0.05)
+PRIOR_VISITS = 10.0
 # Over 16 texts of the demo pair the first child has a chance of .7, with a standard deviation of .12 between them.
 REQUEST_CORRELATION = 0.08
 REQUEST_SPREAD = 0.6  # the same in logits

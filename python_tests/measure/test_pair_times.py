@@ -121,7 +121,7 @@ def test_a_draft_of_the_targets_shapes_shares_its_table(target):
 def test_quick_defaults(target, draft):
     profile = measure_profile(target, draft, quick=True, **{**FAST, "bandwidth": True})
     table = profile.forward_table(profile.target_key)
-    assert table.node_counts == (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+    assert table.node_counts == (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     assert table.context_lens == (128, 512)
     assert profile.forward_table(profile.draft_key).node_counts == (1, 2, 4, 8, 16)
     assert profile.bandwidth["memory_copy"] > 0

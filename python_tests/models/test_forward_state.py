@@ -15,11 +15,13 @@ import torch
 from support.adapters import add_adapters
 from support.sequential import tree_logits
 from support.tiny_families import tiny_model
+from support.tiny_models import tiny_llama
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import sequoia_kernels.models.adapter as adapter
+import sequoia_kernels.models.forward_state as forward_states
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step
@@ -508,3 +510,24 @@ def test_eos_tokens_are_those_of_now() -> None:
     assert model.eos_token_ids == ()
     model.model.generation_config.eos_token_id = [3, 4]
     assert model.eos_token_ids == (3, 4)
+
+
+def test_a_call_describes_each_model_once_until_foreign_code_has_run(monkeypatch):
+    described = []
+    plain = forward_states.forward_state
+    monkeypatch.setattr(forward_states, "forward_state", lambda model: (described.append(model), plain(model))[1])
+    model, other = tiny_llama(0), tiny_llama(1)
+    forward_states.known_state(model)
+    with forward_states.described_once():
+        states = [forward_states.known_state(model) for _ in range(3)]
+        forward_states.known_state(other)
+        assert described == [model, model, other] and states[0] == states[2] == plain(model)
+        with forward_states.described_once():  # another call, made in the middle of this one
+            forward_states.known_state(model)
+        assert len(described) == 4
+        model.model.layers[0].self_attn.scaling = 0.5
+        assert forward_states.known_state(model) == states[0]
+        forward_states.foreign_code_ran()
+        assert forward_states.known_state(model) != states[0]
+    forward_states.known_state(model)
+    assert len(described) == 6

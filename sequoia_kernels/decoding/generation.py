@@ -15,7 +15,7 @@ from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import draft_source
-from sequoia_kernels.models import adapt
+from sequoia_kernels.models import adapt, described_once
 from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
 from sequoia_kernels.tree import TokenTree
 
@@ -39,6 +39,7 @@ class GenerateOutput:
 
 @on_target_device
 @torch.inference_mode()
+@described_once()
 def generate(
     target: Any,
     draft: Any | None,

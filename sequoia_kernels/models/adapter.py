@@ -28,7 +28,13 @@ from sequoia_kernels.models.families import (
     foreign_code,
     position_limit,
 )
-from sequoia_kernels.models.forward_state import Same, forget_what_forwards_write, forward_state
+from sequoia_kernels.models.forward_state import (
+    Same,
+    foreign_code_ran,
+    forget_what_forwards_write,
+    forward_state,
+    known_state,
+)
 from sequoia_kernels.models.native import BoundForward, NativeForward, NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
@@ -164,11 +170,12 @@ def adapt(
 def _plan_of(model: PreTrainedModel) -> _ModelPlan:
     """Return the plan of a model as it is now: one that was made before, where nothing has changed since."""
     EvaluationCheck(model).check()
-    state = forward_state(model)
+    state = known_state(model)
     plans = _plans.setdefault(model, OrderedDict())
     plan = plans.get(state)
     if plan is None:
         check_family(model)
+        foreign_code_ran()  # the model's own forwards are, below
         try:
             plan, probed = _make_plan(model, state)
             if forward_state(model) != state:
@@ -272,7 +279,7 @@ class TreeModel:
             ValueError: the model is in training mode.
             UnsupportedModelError: it cannot decode trees any more.
         """
-        if self._plan.fingerprint != forward_state(self.model):
+        if self._plan.fingerprint != known_state(self.model):
             self._use(_plan_of(self.model))
         self._evaluation.check()
 

@@ -6,9 +6,10 @@ place, by hooks, and by what its plain attributes say, such as which adapters ar
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sequoia_kernels.models.switch import ATTENTION_FIELD, AttentionSwitch, each_module
 
-__all__ = ["Same", "forget_what_forwards_write", "forward_state"]
+__all__ = [
+    "Same",
+    "described_once",
+    "foreign_code_ran",
+    "forget_what_forwards_write",
+    "forward_state",
+    "known_state",
+    "num_foreign",
+]  # fmt: skip
 
 # Attributes of every module: its children and weights, which are looked at by themselves, and hooks that do not belong
 # to a forward.
@@ -32,6 +41,43 @@ _NO_ATTENTION = ""
 # By module, attributes that say nothing about its next forward.
 _written: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _NOTHING: frozenset[str] = frozenset()
+
+_num_foreign = 0  # times that code of others is known to have run
+_call = threading.local()  # `states` by model while there is a `described_once`
+
+
+def foreign_code_ran() -> None:
+    """Say that code of others has run in the middle of decoding: whatever it may have done to models is seen next."""
+    global _num_foreign
+    _num_foreign += 1
+
+
+def num_foreign() -> int:
+    """How often `foreign_code_ran` was called."""
+    return _num_foreign
+
+
+@contextmanager
+def described_once() -> Iterator[None]:
+    """Let this thread describe each model once in the body, which runs none of others' code without saying so."""
+    before = getattr(_call, "states", None)
+    _call.states = {}
+    try:
+        yield
+    finally:
+        _call.states = before
+
+
+def known_state(model: PreTrainedModel) -> tuple[Any, ...]:
+    """As `forward_state`, or what that said before in the same `described_once` if no foreign code has run since."""
+    states = getattr(_call, "states", None)
+    if states is None:
+        return forward_state(model)
+    when, state = states.get(model, (-1, ()))
+    if when != _num_foreign:
+        state = forward_state(model)
+        states[model] = _num_foreign, state
+    return state
 
 
 def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ import sequoia_kernels._host as _host
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.families import family_name, foreign_code
+from sequoia_kernels.models.forward_state import num_foreign
 from sequoia_kernels.models.quantised import ELEMENT_TYPES as _ELEMENT_TYPES
 from sequoia_kernels.models.quantised import NotNativeError, QuantisedWeight, TensorPlace, quantised_weight
 from sequoia_kernels.models.switch import each_module
@@ -321,7 +322,7 @@ class BoundForward:
         self._look()
 
     def _look(self) -> None:
-        self._seen = _num_foreign
+        self._seen = num_foreign()
         self._check()
         self._lease = self._native.lease()
 
@@ -331,7 +332,7 @@ class BoundForward:
         Raises:
             ValueError: a weight has another form than when the model was adapted, or the model is in training mode.
         """
-        if self._seen != _num_foreign:
+        if self._seen != num_foreign():
             self._look()
         return self._lease.address
 
@@ -356,15 +357,6 @@ class _Lease:
     def __init__(self, table: torch.Tensor, weights: list[torch.Tensor]) -> None:
         self.table, self.address = table, table.data_ptr()
         self._weights = [weight.detach() for weight in weights]
-
-
-_num_foreign = 0
-
-
-def foreign_code_ran() -> None:
-    """Say that code of others has run in the middle of decoding: whatever it may have done to models is seen next."""
-    global _num_foreign
-    _num_foreign += 1
 
 
 def _form(weight: torch.Tensor) -> tuple[Any, ...]:

@@ -171,6 +171,20 @@ def test_bad_logits_are_refused_as_the_op_refuses_them_and_nothing_advances(whos
     assert all(torch.equal(tensor, old) for tensor, old in zip(state.advancing(), before, strict=True))
 
 
+def test_logits_of_another_layout_go_to_the_op():
+    state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
+    step = DecodingStep(adapt(TARGET), draft_source(DRAFT), state, 64)
+    tree = TokenTree.chain(3)
+    with torch.inference_mode():
+        step.prefill(prompts(1), torch.tensor([9], dtype=torch.int32))
+        step.draft_tokens(tree)
+        host = step._host_step(tree)
+        logits = torch.randn(1, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+        assert host.verify(logits) is host.path and host.verify(logits.double()) is host.path
+        for other in (logits[:, :, :-1], logits[:, :2], logits.mT.contiguous().mT, logits.to(torch.int64)):
+            assert host.verify(other) is None
+
+
 def test_a_cache_that_is_full_is_refused_and_nothing_advances():
     state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
     step = DecodingStep(adapt(TARGET), draft_source(DRAFT), state, 9 + TREES[0].num_nodes)

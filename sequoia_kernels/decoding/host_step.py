@@ -53,6 +53,7 @@ class HostStep:
         self.emitted = emitted, self.path.nodes, num_emitted
         self.forward = target.bind(tokens, cache, state.cache_lens, layout.target_step)
         self._held = state, buffers, topology, caches
+        self._shape = (batch_size, num_nodes, target.vocab_size)
         numbers: dict[str, Any] = {
             "batch_size": batch_size,
             "num_nodes": num_nodes,
@@ -96,12 +97,14 @@ class HostStep:
         return rule == DEFAULT_RULE and all(runs_own(op.__name__, backend, "cpu", "host") for op in ops)
 
     def verify(self, logits: torch.Tensor) -> VerifiedPath | None:
-        """Decide the path. None, and nothing is written, where a value is out of range.
+        """Decide the path. None, and nothing is written, where a value or the logits' layout is not what it can be.
 
         Args:
-            logits: the target's. [B, N, vocab], rows contiguous.
+            logits: the target's. [B, N, vocab].
         """
-        code = ELEMENT_TYPES[logits.dtype]
+        code = ELEMENT_TYPES.get(logits.dtype)
+        if code is None or logits.shape != self._shape or logits.stride(2) != 1 or not logits.is_cpu:
+            return None
         verified = self._commit.verify(logits.data_ptr(), code, logits.stride(0), logits.stride(1))
         return self.path if verified else None
 

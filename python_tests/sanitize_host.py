@@ -74,9 +74,9 @@ def main() -> int:
     # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
     chosen = sys.argv[1:]
     if not chosen:
-        natives = ["python_tests/models/test_native.py", "python_tests/models/test_native_quantised.py"]
-        chosen = ["python_tests/ops", *natives, "-n", "2", "-m", "not slow"]
-        chosen += ["-k", "host or (test_native and not compiled)"]
+        natives = ["models/test_native.py", "models/test_native_quantised.py", "decoding/test_in_place.py"]
+        chosen = ["python_tests/ops", *(f"python_tests/{name}" for name in natives), "-n", "2", "-m", "not slow"]
+        chosen += ["-k", "host or (test_native and not compiled) or test_in_place"]
     arguments = [
         "-q",
         "--capture=sys",

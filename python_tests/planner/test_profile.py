@@ -7,6 +7,7 @@ import json
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.synthetic_profile import DEVICE, DRAFT, TARGET, forward_table, synthetic_profile
@@ -14,6 +15,7 @@ from support.tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 from sequoia_kernels.errors import ProfileError
+from sequoia_kernels.planner import CostModel
 from sequoia_kernels.planner.profile import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
 
 
@@ -41,6 +43,18 @@ def test_json_is_versioned(profile):
     document = json.loads(profile.to_json())
     assert (document["format"], document["version"]) == ("sequoia-kernels/hardware-profile", 2)
     assert HardwareProfile.from_json(profile.to_json()) == profile
+
+
+def test_what_having_a_draft_adds_is_kept_and_may_be_missing_in_older_files(profile):
+    drafted = profile.with_overhead(0.25, 0.05, 0.4)
+    assert HardwareProfile.from_json(drafted.to_json()) == drafted and drafted.draft_overhead_ms == 0.4
+    older = json.loads(profile.to_json())
+    del older["overhead"]["draft_ms"]
+    assert HardwareProfile.from_json(json.dumps(older)) == profile
+    cost, plain = (CostModel(entry, target=TARGET, draft=DRAFT) for entry in (drafted, profile))
+    np.testing.assert_allclose(cost.host_ms([1, 2, 5]) - plain.host_ms([1, 2, 5]), [0.0, 0.4, 0.4])
+    with pytest.raises(ValueError, match="draft_ms"):
+        profile.with_overhead(0.25, 0.05, -0.1)
 
 
 def test_an_empty_profile_is_a_profile():

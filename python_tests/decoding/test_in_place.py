@@ -13,9 +13,11 @@ import sequoia_kernels
 from sequoia_kernels import TokenTree, adapt, generate
 from sequoia_kernels.decoding import step as steps
 from sequoia_kernels.decoding.step import DecodingStep
-from sequoia_kernels.drafts import DecodingState, draft_source, host_growth
+from sequoia_kernels.drafts import DecodingState, Drafting, DraftSource, draft_source, host_growth
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.ops import backends, verify_tree
+from sequoia_kernels.ops import CacheTable, backends, verify_tree
+from sequoia_kernels.ops.compact_kv_cache_ import host as host_moves
+from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 
 TREES = [
     TokenTree([-1, 0, 0, 0, 1, 1, 2, 4, 5]),
@@ -245,6 +247,59 @@ def test_training_mode_in_the_middle_of_decoding_is_refused():
         with pytest.raises(ValueError, match="must be in evaluation mode"):
             generate(target, draft, prompts(1), tree=TREES[0], max_new_tokens=40, streamer=Changing(model.train, 12))
         model.eval()
+
+
+class MeddlingDrafting(Drafting):
+    """Draws nothing, and gives the target another head in the middle of a step."""
+
+    def grow(self, layout, buffers):
+        buffers.tokens[:, 1:] = -1
+        buffers.draft_logits.zero_()
+        self.source.num_steps += 1
+        if self.source.num_steps == 4:
+            self.source.head.weight.data = self.source.other
+
+
+class MeddlingDraft(DraftSource):
+    def __init__(self, head, other):
+        self.head, self.other, self.num_steps = head, other, 0
+        self.device, self.vocab_size, self.logits_dtype = torch.device("cpu"), VOCAB, torch.float32
+        self.positions = None
+
+    def check_target(self, target):
+        pass
+
+    def start(self, target, state, max_cache_len, *, backend, clock):
+        return MeddlingDrafting(self, state, backend, clock)
+
+
+def test_what_a_draft_of_ones_own_does_to_the_target_is_seen(op_by_op):
+    def decoded():
+        target = tiny_llama(3, vocab_size=VOCAB, sharpness=6.0)
+        other = torch.randn(target.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        source = MeddlingDraft(target.lm_head, other)
+        return generate(target, source, prompts(1), tree=TREES[0], max_new_tokens=20, temperature=0.0).new_tokens
+
+    found = decoded()
+    op_by_op()
+    assert found == decoded()
+
+
+@pytest.mark.parametrize("advance", [True, False])
+def test_bound_moves_can_be_repeated(advance):
+    cache = torch.arange(16.0).view(1, 16, 1, 1)
+    table = CacheTable([cache])
+    lens = torch.tensor([4], dtype=torch.int32)
+    move = host_moves.bind(
+        CompactInputs(
+            [cache], torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([2], dtype=torch.int32), lens, None,
+            table.entries, table.max_row_bytes, table.num_slots, advance,
+        )
+    )  # fmt: skip
+    for count in (1, 2):
+        move()
+        assert lens.tolist() == [4 + 2 * count * advance]
+    assert cache.flatten().tolist() == [*range(5), 6, 6, *((8,) if advance else (7,)), *range(8, 16)]
 
 
 def test_the_weights_of_a_call_are_held_whoever_drops_them():

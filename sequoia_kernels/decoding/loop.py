@@ -86,6 +86,7 @@ def decode(
     loop = DecodingLoop(engine, arguments, context, lag)
     if arguments.streamer is not None:
         arguments.streamer.put(arguments.input_ids.cpu())
+        foreign_code_ran()
     first_tokens = engine.eager.prefill(
         arguments.prompts.to(device),
         torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device),

@@ -204,6 +204,8 @@ class DecodingStep:
         buffers.tokens[:, 0].copy_(self.state.root_tokens)
         if self.drafting is not None and layout.levels:
             self.drafting.grow(layout, buffers)
+            if self.drafting.foreign:
+                foreign_code_ran()
 
     def verify_tokens(self, tree: StepTree) -> tuple[VerifiedPath, list[torch.Tensor]]:
         """Score the tree with the target and decide which path of it is accepted.

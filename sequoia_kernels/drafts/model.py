@@ -104,6 +104,7 @@ class ModelDraft(DraftSource):
 
 class _ModelDrafting(Drafting):
     source: ModelDraft
+    foreign = False
 
     def __init__(
         self, source: ModelDraft, target: TreeModel, state: DecodingState, max_cache_len: int, backend: str,

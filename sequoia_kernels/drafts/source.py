@@ -100,6 +100,8 @@ class Drafting(ABC):
         clock: adds up the times of the stages.
     """
 
+    foreign = True  # whether code outside of this package may run in it, which might change models
+
     def __init__(self, source: DraftSource, state: DecodingState, backend: str, clock: StageClock) -> None:
         self.source: Any = source
         self.state, self.backend, self.clock = state, backend, clock

@@ -361,7 +361,7 @@ struct Worker {
         const Linear* const linears[3] = {&layer.output, layer.gate.weight.given() ? &layer.gate : &layer.up, &layer.up};
         for (int i = 0; i < (layer.gate.weight.given() ? 3 : 2) && !layer.experts.given(); ++i) {
             const Matrix& weight = linears[i]->weight;
-            if (weight.transposed) continue;
+            if (in_strips(*linears[i])) continue;
             const auto [begin, end] = part(num_tiles(*linears[i]));
             const char* const from = address(weight, begin * TILE);
             const i64 bytes = address(weight, smaller(end * TILE, weight.rows)) - from;

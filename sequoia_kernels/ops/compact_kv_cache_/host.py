@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 import sequoia_kernels._host as _host
 from sequoia_kernels.ops.host_calls import address
 
@@ -20,7 +22,8 @@ def supports(inputs: CompactInputs) -> str | None:
 def bind(inputs: CompactInputs) -> Callable[[], None]:
     """Prepare moves by what will lie in these tensors then."""
     accepted_nodes, num_accepted = inputs.accepted_nodes, inputs.num_accepted
-    cache_lens = inputs.cache_lens if inputs.advance else inputs.cache_lens.clone()  # what the module advances
+    # what the module advances
+    cache_lens = inputs.cache_lens if inputs.advance else torch.empty_like(inputs.cache_lens)
     entries, page_size = inputs.table(), inputs.page_size
     arguments = (
         entries.data_ptr(),
@@ -38,6 +41,8 @@ def bind(inputs: CompactInputs) -> Callable[[], None]:
     )
 
     def call(held: object = (inputs, cache_lens, entries)) -> None:
+        if not inputs.advance:
+            cache_lens.copy_(inputs.cache_lens)
         _host.compact_kv_cache(*arguments)
 
     return call

@@ -13,6 +13,7 @@ if anything failed, and pytest's closing line is the last line of the output.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import filecmp
 import importlib.metadata
 import importlib.util
@@ -151,8 +152,11 @@ def main() -> int:
         else:
             print(f"the Triton kernels are not interpreted: {obstacle}", flush=True)
     print(f"$ pytest, testing {package}", flush=True)
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    return result.returncode or (1 if failed else 0)
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        while process.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):  # pytest gets Ctrl-C, too, and sums up before it ends
+                process.wait()
+    return process.returncode or (1 if failed else 0)
 
 
 if __name__ == "__main__":

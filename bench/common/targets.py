@@ -247,11 +247,14 @@ def markdown(findings: Sequence[Finding]) -> str:
 
 
 def load_documents(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the documents that lie in a folder, by the bench that wrote them."""
-    documents = {}
+    """Read the documents that lie in a folder, by the bench that wrote them; results of one bench are joined."""
+    documents: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(document, dict) and "bench" in document:
+            earlier = documents.get(document["bench"], {})
+            if "results" in earlier and "results" in document:  # e.g. rows that were timed one by one
+                document["results"] = [*earlier["results"], *document["results"]]
             documents[document["bench"]] = document
     return documents
 

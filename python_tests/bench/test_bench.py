@@ -645,73 +645,7 @@ def test_a_script_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     assert run.run_script(slow, tmp_path, "cpu", quick=False, timeout=-1.0)["reason"] == "the time was over"
 
 
-# The GPU command
-
-
-def python_stage(name, code, weight=1.0, skip=None):
-    return gpu_check.Stage(name, weight, [sys.executable, "-c", code], {"A_VARIABLE": name}, skip)
-
-
-def test_a_failing_stage_does_not_stop_the_next(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    outcomes = gpu_check.run_all(
-        [
-            python_stage("fails", "print('a reason'); raise SystemExit(3)"),
-            python_stage("finds", f"raise SystemExit({gpu_check.SANITIZER_FOUND})"),
-            python_stage("absent", "", skip="no such tool"),
-            python_stage("sees", "import os; print(os.environ['A_VARIABLE'], os.environ.get('TRITON_INTERPRET'))"),
-        ],
-        1.0,
-        tmp_path,
-    )
-    assert [outcome.status for outcome in outcomes] == ["failed", "failed", "skipped", "passed"]
-    assert outcomes[0].detail == "exit status 3: a reason"
-    assert outcomes[1].detail.startswith("the sanitizer found something")
-    assert outcomes[2].detail == "no such tool"
-    assert outcomes[3].detail == "sees None"
-    assert (tmp_path / "logs" / "sees.log").read_text() == "sees None\n"
-    assert [gpu_check.exit_status(outcomes[start:]) for start in (0, 2, 3)] == [1, 3, 0]
-
-
-def test_a_stage_has_its_own_limit(tmp_path):
-    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-    outcome = gpu_check.run_stage(
-        python_stage("hangs", code + "print('begun', flush=True); time.sleep(600)"), 1.5, tmp_path
-    )
-    assert outcome.status == "out of time" and outcome.seconds < 300  # it did not wait for either
-    assert gpu_check.exit_status([outcome]) == 1
-
-
-def test_an_interrupted_stage_is_ended(tmp_path, monkeypatch):
-    """Ctrl-C on a terminal does not reach it: it has a session of its own."""
-    ended = []
-
-    class Interrupted(gpu_check.subprocess.Popen):
-        def wait(self, timeout=None):
-            if timeout == 100.0:
-                raise KeyboardInterrupt
-            ended.append(code := super().wait(timeout))
-            return code
-
-    monkeypatch.setattr(gpu_check.subprocess, "Popen", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        gpu_check.run_stage(python_stage("hangs", "import time; time.sleep(3600)"), 100.0, tmp_path)
-    assert ended and ended[0] < 0
-
-
-def test_the_stages_run_what_the_document_says(tmp_path):
-    planned = {stage.name: stage for stage in gpu_check.stages(tmp_path, workers=3)}
-    assert list(planned) == ["doctor", "tests", "kernels", "memcheck", "racecheck", "bench"]
-    assert "--no-lint" in planned["tests"].command and "3" in planned["tests"].command
-    for path in gpu_check.TEST_PATHS:
-        assert (BENCH.parent / path).exists()
-    for tool in ("memcheck", "racecheck"):
-        assert planned[tool].command[1:3] == ["--tool", tool]
-        # what was compiled without the sanitizer, side by side, is what it runs: the same calls on the same tensors
-        assert planned[tool].command[-3:] == planned["kernels"].command[:3]
-        assert planned[tool].variables == planned["kernels"].variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert planned["kernels"].command[3:] == ["--processes", "3"]
-    assert "MINUTES" in planned["bench"].command
+# The GPU commands: more of the one that runs everything in test_gpu_check.py
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -28,7 +28,7 @@ from sequoia_kernels import (
     generate,
 )
 from sequoia_kernels.measure import measure_microbenchmarks
-from sequoia_kernels.models import load_model, native
+from sequoia_kernels.models import description, load_model
 from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, ModelFingerprint
 
 VOCAB = 256
@@ -216,7 +216,7 @@ def test_doctor_says_what_runs_a_models_forwards(pair, capsys, monkeypatch):
     target = pair[pair.index("--target") + 1]
     status, report = run_json(capsys, "doctor", target)
     assert status == 0 and report["models"] == {target: ["native", ""]}
-    monkeypatch.setitem(native.NATIVE_FAMILIES, "llama", None)
+    monkeypatch.setitem(description.NATIVE_FAMILIES, "llama", None)
     status, report = run_json(capsys, "doctor", target)
     assert report["models"] == {target: ["modules", "family llama has no description"]}
     monkeypatch.setenv("SEQUOIA_HOST_ISA", "portable")

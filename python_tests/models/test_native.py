@@ -37,7 +37,8 @@ from sequoia_kernels import _host
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step, pack_linear_layers, packing, prefill
 from sequoia_kernels.models.attention import attend_along_tree
-from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE, NATIVE_FAMILIES
+from sequoia_kernels.models.description import NATIVE_FAMILIES
+from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.tree import TokenTree, Topology
 

@@ -204,3 +204,32 @@ def test_a_closed_simulation_refuses() -> None:
     link.close()
     with pytest.raises(RuntimeError, match="must be open"):
         link.wait(transfer)
+
+
+def test_where_the_link_refuses_nothing_is_changed() -> None:
+    """A mark that is made inside a graph's capture would mean nothing to the copies behind it."""
+
+    class Refusing(SimulatedLink):
+        refuses = False
+        marks = 0
+
+        def check(self) -> None:
+            if self.refuses:
+                raise RuntimeError("not from here")
+
+        def mark(self) -> float:
+            self.marks += 1
+            return super().mark()
+
+    link = Refusing(BANDWIDTH)
+    layers, streamer = build(3, 2, link)
+    run_pass(layers, streamer, link.clock, 1.0)
+    marks, copies = link.marks, streamer.num_copies
+    link.refuses = True
+    for layer in (0, 2):
+        with pytest.raises(RuntimeError, match="not from here"):
+            streamer.acquire(layer)
+        streamer.release()  # as the hooks do
+    assert (link.marks, streamer.num_copies) == (marks, copies)
+    link.refuses = False
+    run_pass(layers, streamer, link.clock, 1.0)

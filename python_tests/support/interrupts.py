@@ -44,6 +44,7 @@ def interrupt_everywhere(
             return trace
 
         before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = event == "opcode"  # Python 3.12 looks for a frame that has it here only
         sys.settrace(trace)
         try:
             work()

@@ -11,7 +11,7 @@ from support.tiny_families import FAMILIES, tiny_model
 
 from sequoia_kernels.models import TreeModel, adapt, causal_step, prefill
 from sequoia_kernels.models.cache import TreeCache
-from sequoia_kernels.models.native import NATIVE_FAMILIES
+from sequoia_kernels.models.description import NATIVE_FAMILIES
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.tree import TokenTree
 

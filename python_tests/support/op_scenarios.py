@@ -191,7 +191,8 @@ def _single_inputs(seed: int) -> Tensors:
 
 def _single(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
     tokens, target_logits, *streams = inputs.values()
-    return lambda: list(verify_tree(tokens, target_logits, None, TokenTree([-1]), *streams, backend=backend))
+    tree = TokenTree.single()  # one object, whose tensors are copied to the device once
+    return lambda: list(verify_tree(tokens, target_logits, None, tree, *streams, backend=backend))
 
 
 def _compaction_inputs(seed: int) -> Tensors:

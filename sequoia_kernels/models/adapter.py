@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,16 +35,21 @@ from sequoia_kernels.models.forward_state import (
     forward_state,
     known_state,
 )
-from sequoia_kernels.models.native import BoundForward, NativeForward, NotNativeError
+from sequoia_kernels.models.fused import fused_forward
+from sequoia_kernels.models.native import BoundForward, NativeForward
+from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 from sequoia_kernels.tree import TokenTree
+
+if TYPE_CHECKING:
+    from sequoia_kernels.models.fused.forward import FusedForward
 
 __all__ = ["FORWARDS", "ForwardInputs", "TreeModel", "adapt"]
 
 logger = logging.getLogger("sequoia_kernels")
 
-FORWARDS = ("auto", "native", "modules")
+FORWARDS = ("auto", "native", "fused", "modules")
 
 # Modes of torch.compile that leave CUDA graphs to the decoding loop, which captures whole steps.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
@@ -74,8 +79,9 @@ class _ModelPlan(NamedTuple):
     takes_context: bool  # the model's forward accepts additional keyword arguments
     cache_argument: str
     takes_logits_to_keep: bool
-    native: NativeForward | None = None
-    not_native: str = ""  # why there is none
+    calls: tuple[LayerCall, ...] = ()  # by layer
+    own: NativeForward | FusedForward | None = None
+    not_own: str | None = None  # why there is none; None as long as nobody wanted one
 
 
 # By what the model's forward depended on: adapters may be exchanged for every request.
@@ -106,10 +112,12 @@ def adapt(
         attention: what reads the cache in each layer of a forward: a backend of the op `tree_attention`, or a callable
             as `sequoia_kernels.models.TreeAttention` describes it. None takes the op with the backend that it chooses
             itself, and of a `TreeModel` the one that it has.
-        forward: what runs forwards. "native": one C++ call on the model's own weights, on a CPU, for families that
-            have a description (`models/native.py`) and without code of others in them, attention of one's own or
-            compiling. "modules": the model's own forward. "auto", which None stands for, takes the native one where it
-            can be and its logits on a small tree equal the modules'; of a `TreeModel` None keeps what it has.
+        forward: what runs forwards. "native": one C++ call on the model's own weights, on a CPU. "fused": few kernels
+            on one GPU, which read weights where the model has them; parameters that are read together become views of
+            one tensor, with the same numbers. Both for families that have a description (`models/description.py`) and
+            without code of others in them, attention of one's own or compiling. "modules": the model's own forward.
+            "auto", which None stands for, takes the one for the model's device where it can be and its logits on a
+            small tree equal the modules'; of a `TreeModel` None keeps what it has.
 
     Returns:
         The tree model.
@@ -117,16 +125,16 @@ def adapt(
     Raises:
         TypeError: `model` is not a transformers model.
         ValueError: the model or a module in it is in training mode, `compile` is not such a mode or not possible,
-            `attention` no such backend, or `forward` none of the three.
+            `attention` no such backend, or `forward` none of the four.
         UnsupportedModelError: the model cannot decode trees; the message names the family and the reason, or the error
-            of its own forward where that fails. Or its forward cannot be native, which was asked for.
+            of its own forward where that fails. Or its forward cannot be native or fused, which was asked for.
 
     Notes:
         A forward of four tokens, once a model and whenever something has changed that its forward depends on, finds
         every layer's shape and attention window. Families that the package's tests do not cover, and models with an
         attention function, a forward or a hook that is not transformers' own, are also compared with their own plain
-        forward on a small tree (three more short forwards), and native forwards with the modules' (two). Forwards of
-        one model, and of models that share layers, take turns between threads; while the modules run, other threads
+        forward on a small tree (three more short forwards), and native or fused ones with the modules' (two). Forwards
+        of one model, and of models that share layers, take turns between threads; while the modules run, other threads
         must not call the model itself: they would meet the tree's attention function, which raises for want of a step.
         Soft-caps and sinks are always applied; some versions of transformers drop Gemma 2's soft-cap under "sdpa"
         attention. Native logits of a node are the same bits whatever else is fed, so a tree's greedy text is plain
@@ -164,11 +172,16 @@ def adapt(
             "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
         )
     reads = _attention("auto" if attention is None else attention)
-    return TreeModel(model, _plan_of(model), mode, reads, forward or "auto")
+    runs = forward or "auto"
+    plan = _plan_of(model, _is_modules(mode, reads, runs) is None)
+    return TreeModel(model, plan, mode, reads, runs)
 
 
-def _plan_of(model: PreTrainedModel) -> _ModelPlan:
-    """Return the plan of a model as it is now: one that was made before, where nothing has changed since."""
+def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
+    """Return the plan of a model as it is now: one that was made before, where nothing has changed since.
+
+    `wants_own` a forward of our own in it, or the reason why there is none.
+    """
     EvaluationCheck(model).check()
     state = known_state(model)
     plans = _plans.setdefault(model, OrderedDict())
@@ -193,11 +206,12 @@ def _plan_of(model: PreTrainedModel) -> _ModelPlan:
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
                 f"function and cache ({type(error).__name__}: {error})"
             ) from error
-        if _input_device(model).type == "cpu":
-            plan = _with_native_forward(model, plan, probed)
+        plan = plan._replace(calls=tuple(probed))
         plans[state] = plan
         while len(plans) > _KEPT_PLANS:
             plans.popitem(last=False)
+    if wants_own and plan.own is None and plan.not_own is None:
+        plan = plans[state] = _with_own_forward(model, plan)
     return plan
 
 
@@ -210,9 +224,9 @@ class TreeModel:
         capturable: whether a forward may become part of a CUDA graph.
         compile_mode: mode of `torch.compile` that forwards of trees run through, None where they are not compiled.
         attention: what reads the cache in each layer.
-        forward_mode: "auto", "native" or "modules"; see `adapt`.
-        runs: what runs its forwards, "native" or "modules".
-        not_native: why forwards are not native, "" where they are.
+        forward_mode: "auto", "native", "fused" or "modules"; see `adapt`.
+        runs: what runs its forwards, "native", "fused" or "modules".
+        not_native: why forwards are neither native nor fused, "" where they are.
         num_layers: attention layers.
         vocab_size: width of the logits.
         logits_dtype: of the logits: not the model's where it keeps or computes its head in another one.
@@ -252,23 +266,19 @@ class TreeModel:
         self._compiled: Callable[..., Any] | None = None
         if self.compile_mode is not None:
             self._compiled = torch.compile(self.model.forward, mode=self.compile_mode, dynamic=False)
-        self.not_native = self._why_not_native()
-        if self.forward_mode == "native" and self.not_native:
+        self.not_native = _is_modules(self.compile_mode, self.attention, self.forward_mode) or ""
+        if not self.not_native and plan.own is None:
+            if plan.not_own is None:  # until now there were others' settings
+                plan = self._plan = _plan_of(self.model, True)
+            self.not_native = plan.not_own or ""
+        self._own = None if self.not_native else plan.own
+        self.runs = "modules" if self._own is None else self._own.name
+        if self.forward_mode != "auto" and self.runs != self.forward_mode:
+            reason = self.not_native or f"on this device they are {self.runs}"
             raise UnsupportedModelError(
-                f"adapt: forward must be 'auto' or 'modules' for this {self.family} model, got 'native': "
-                f"{self.not_native}"
+                f"adapt: forward must be 'auto' or 'modules' for this {self.family} model, got {self.forward_mode!r}: "
+                f"{reason}"
             )
-        self._native = None if self.not_native else plan.native
-        self.runs = "modules" if self._native is None else "native"
-
-    def _why_not_native(self) -> str:
-        if self.forward_mode == "modules":
-            return "the modules were asked for"
-        if self.compile_mode is not None:
-            return "the modules are compiled"
-        if self.attention is not attend_along_tree:
-            return "it has an attention of its own"
-        return self._plan.not_native
 
     def refresh(self) -> None:
         """Notice what was changed in the model since: moved, cast, resized, other layers, settings or adapters.
@@ -280,7 +290,8 @@ class TreeModel:
             UnsupportedModelError: it cannot decode trees any more.
         """
         if self._plan.fingerprint != known_state(self.model):
-            self._use(_plan_of(self.model))
+            wants_own = _is_modules(self.compile_mode, self.attention, self.forward_mode) is None
+            self._use(_plan_of(self.model, wants_own))
         self._evaluation.check()
 
     def forward_state(self) -> tuple[Any, ...]:
@@ -435,13 +446,12 @@ class TreeModel:
             ValueError: shapes do not fit together.
         """
         own = type(self).forward is _OWN_FORWARDS[0] and type(self)._forward is _OWN_FORWARDS[1]
-        if self._native is None or not own or "forward" in vars(self):  # whoever replaced it wants to be called
-            return None
+        native = self._own
+        if not isinstance(native, NativeForward) or not own or "forward" in vars(self):
+            return None  # whoever replaced it wants to be called
         inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
         self._check_forward(inputs, cache)
-        return self._native.bind(
-            input_ids, cache, cache_lens, step, last_row, self.max_positions, self._evaluation.check
-        )
+        return native.bind(input_ids, cache, cache_lens, step, last_row, self.max_positions, self._evaluation.check)
 
     def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does, in order; return each one's logits."""
@@ -449,10 +459,10 @@ class TreeModel:
 
     def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         self._check_forward(inputs, cache)
-        if self._native is not None:
+        if self._own is not None:
             input_ids, cache_lens, step, last_row, hidden_states = inputs
             limit = self._plan.max_positions
-            return self._native(input_ids, cache, cache_lens, step, last_row, hidden_states, limit)
+            return self._own(input_ids, cache, cache_lens, step, last_row, hidden_states, limit)
         return self._switch.run(partial(self._run, inputs, cache))
 
     def _run(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
@@ -528,6 +538,17 @@ class TreeModel:
 _OWN_FORWARDS = TreeModel.forward, TreeModel._forward
 
 
+def _is_modules(compile_mode: str | None, attention: TreeAttention, forward_mode: str) -> str | None:
+    """Return why a model's settings leave its forwards to its modules, or None."""
+    if forward_mode == "modules":
+        return "the modules were asked for"
+    if compile_mode is not None:
+        return "the modules are compiled"
+    if attention is not attend_along_tree:
+        return "it has an attention of its own"
+    return None
+
+
 def _compile_mode(compile: bool | str) -> str | None:
     """Return the mode of `torch.compile` that an argument asks for, None for none."""
     if isinstance(compile, bool):
@@ -560,7 +581,8 @@ def _attention(asked: str | TreeAttention) -> TreeAttention:
 def _restored(
     model: PreTrainedModel, compile_mode: str | None, attention: TreeAttention, forward_mode: str
 ) -> TreeModel:
-    return TreeModel(model, _plan_of(model), compile_mode, attention, forward_mode)
+    plan = _plan_of(model, _is_modules(compile_mode, attention, forward_mode) is None)
+    return TreeModel(model, plan, compile_mode, attention, forward_mode)
 
 
 def _check_own_forward(model: PreTrainedModel) -> None:
@@ -692,34 +714,42 @@ def _check_against_plain_forward(tree_model: TreeModel, foreign: str | None) -> 
         )
 
 
-def _with_native_forward(model: PreTrainedModel, plan: _ModelPlan, calls: list[LayerCall]) -> _ModelPlan:
-    """Give the plan a native forward, or the reason why it has none."""
+def _with_own_forward(model: PreTrainedModel, plan: _ModelPlan) -> _ModelPlan:
+    """Give the plan a forward of our own for the model's device, or the reason why it has none."""
+    device = _input_device(model)
+    own: NativeForward | FusedForward
     try:
-        native = NativeForward(model, calls, plan.logits_dtype)
-        error, allowed = _native_error(model, plan, native)
+        if device.type == "cpu":
+            own = NativeForward(model, plan.calls, plan.logits_dtype)
+            how = f"native forwards, {own.instruction_set}"
+        elif device.type == "cuda":
+            own, how = fused_forward(model, plan.calls, plan.logits_dtype, device), "fused forwards"
+        else:
+            raise NotNativeError(f"there are none on {device.type}")
+        error, allowed = _own_error(model, plan, own, device)
         if not error <= allowed:
             raise NotNativeError(f"its logits differ from the modules' by {error:.2g}, more than {allowed:.2g}")
     except NotNativeError as reason:
         logger.info("%s: forwards by its modules, %s", family_name(model), reason)
-        return plan._replace(not_native=str(reason))
-    logger.info(
-        "%s: native forwards, %s, weights of %s", family_name(model), native.instruction_set, native.weight_forms
-    )
-    return plan._replace(native=native)
+        return plan._replace(not_own=str(reason))
+    logger.info("%s: %s, weights of %s", family_name(model), how, own.weight_forms)
+    return plan._replace(own=own)
 
 
-def _native_error(model: PreTrainedModel, plan: _ModelPlan, native: NativeForward) -> tuple[float, float]:
-    """Return how far native logits are from the modules' along a small tree, and how far they may be."""
+def _own_error(
+    model: PreTrainedModel, plan: _ModelPlan, own: NativeForward | FusedForward, device: torch.device
+) -> tuple[float, float]:
+    """Return how far logits of our own are from the modules' along a small tree, and how far they may be."""
     chain = TokenTree.chain(_CHECK_PREFIX).parents
     tree = TokenTree([*chain, *(_CHECK_PREFIX - 1 + (parent + 1) for parent in _CHECK_TREE.parents)])
-    tokens = torch.tensor([_sample_tokens(model, tree.num_nodes)])
-    lens, step = torch.zeros(1, dtype=torch.int32), TreeStep.of(tree.tensors())
+    tokens = torch.tensor([_sample_tokens(model, tree.num_nodes)], device=device)
+    lens, step = torch.zeros(1, dtype=torch.int32, device=device), TreeStep.of(tree.tensors(device))
     limit = plan.max_positions
     if limit is not None and limit <= tree.num_levels:
         raise NotNativeError(f"it has {limit} positions only")
     scored = [
         TreeModel(model, entry).forward(tokens, TreeCache(plan.specs, 1, tree.num_nodes), lens, step).double()
-        for entry in (plan._replace(not_native="compared with"), plan._replace(native=native))
+        for entry in (plan._replace(not_own="compared with"), plan._replace(own=own))
     ]
     error = (scored[0] - scored[1]).abs()
     return _allowed(error, scored[0], model.dtype)

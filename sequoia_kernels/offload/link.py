@@ -24,6 +24,9 @@ __all__ = ["CudaLink", "Link", "ThreadLink"]
 class Link(ABC):
     """Copies blocks from the host into device buffers, one after the other."""
 
+    def check(self) -> None:  # noqa: B027
+        """Refuse to be used from here; called before anything is changed for a copy."""
+
     @abstractmethod
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
         """Start a copy and return the transfer, for `wait`, at once.
@@ -152,11 +155,15 @@ class CudaLink(Link):
         if staging_bytes:
             self._reader = _StagingReader(self, _locked_blocks(staging_bytes, 2, CudaPageLock(device)))
 
+    def check(self) -> None:
+        """Refuse a CUDA graph: marks made in it would mean nothing to later copies."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("layers that stream from the host cannot be captured in a CUDA graph")
+
     def copy(self, source: HostLayer, destination: torch.Tensor, after: Any) -> Any:
         """Launch a copy."""
         if self._closed:
             raise _closed()
-        _refuse_capture()
         self._outer_stream = torch.cuda.current_stream(self._device)
         if source.block is not None:
             return self.launch(source.block, destination[: source.num_bytes], after)
@@ -180,7 +187,6 @@ class CudaLink(Link):
 
     def wait(self, transfer: Any) -> None:
         """Let the current stream wait for the copy; the host goes on."""
-        _refuse_capture()  # CUDA would, with a message about isolation
         if isinstance(transfer, _ThreadTransfer):
             transfer.result()
             transfer = transfer.event
@@ -209,11 +215,6 @@ class CudaLink(Link):
             finally:
                 if self._reader is not None:
                     self._reader.free()
-
-
-def _refuse_capture() -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("layers that stream from the host cannot be captured in a CUDA graph")
 
 
 class _StagingReader(ThreadLink):

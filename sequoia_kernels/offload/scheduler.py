@@ -66,6 +66,7 @@ class LayerStreamer:
         """Bind a layer's weights; what is computed from now on may use them. No-op where it is bound already."""
         if self._closed:
             raise RuntimeError("OffloadedModel: the model must be open, got a closed one; load it again")
+        self.link.check()
         if self._held == layer and not self._changing:
             return
         self.release()

@@ -18,7 +18,7 @@ class CacheTable:
 
     Building the table at every call would cost more than the moves themselves, and could not be captured in a CUDA
     graph. It holds the caches, so their memory stays where it is; it is void if a cache is resized or set to other
-    storage.
+    storage. A graph reads the table at every replay: keep it for as long as the graph.
 
     Args:
         caches: K and V of every layer, in any order, on one device. Each [B, S, H, D], or pages [P, page, H, D] with

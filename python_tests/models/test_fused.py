@@ -1,0 +1,412 @@
+"""The fused forward: its steps against their specification, its logits against the modules', weights that stay theirs.
+
+On a CPU Triton's interpreter runs the kernels, where it is asked for; on a GPU `adapt` takes the forward by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from support.native_models import CASES, case_model, lens_of, path_to, random_tree, score_tree, tokens_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from sequoia_kernels.cuda_graphs import capture
+from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models import adapt, causal_step
+from sequoia_kernels.models.adapter import TreeModel
+from sequoia_kernels.models.quantised import NotNativeError
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sequoia_kernels.models.fused import fused_forward, reference, steps
+from sequoia_kernels.models.fused.packing import packed_rows
+from sequoia_kernels.ops import triton_device
+
+DEVICE = torch.device("cpu" if triton_device.INTERPRETED else "cuda:0")
+_REASON = triton_device.unavailable_reason()
+needs_kernels = pytest.mark.skipif(_REASON is not None, reason=f"the kernels cannot run: {_REASON}")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# One case for each thing that a layer may do; on a GPU all of them run.
+FEW = (
+    "llama", "llama-biases", "qwen3", "gemma2", "olmo2", "phi", "phi3", "gpt_neox", "gpt2", "granite",
+)  # fmt: skip
+FUSED_CASES = [
+    name for name, (family, _) in CASES.items()
+    if family not in ("mixtral", "qwen3_moe") and (DEVICE.type == "cuda" or name in FEW)
+]  # fmt: skip
+
+
+def fused_pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[TreeModel, TreeModel]:
+    """A model of its own with fused forwards, and a copy of it with the modules'."""
+    model = copy.deepcopy(case_model(name)).to(DEVICE, dtype)
+    return with_fused_forward(model), adapt(copy.deepcopy(model), forward="modules")
+
+
+def with_fused_forward(model) -> TreeModel:
+    """What `adapt` does on a GPU, on any device that the kernels run on."""
+    plan = adapt(model, forward="modules")._plan
+    own = fused_forward(model, plan.calls, plan.logits_dtype, DEVICE)
+    return TreeModel(model, plan._replace(own=own))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def norm_of(kind: int, width: int, dtype: torch.dtype, *, bias: bool = False, offset: float = 0.0, seed: int = 9):
+    weight = 1 + 0.3 * normal(width, dtype=dtype, seed=seed)
+    return steps.Norm(kind, weight, normal(width, dtype=dtype, seed=seed + 1) if bias else None, 1e-5, offset)
+
+
+def assert_near(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Up to a unit in the last place, of numbers up to 4 that may cancel, of which float32 has some more."""
+    tolerance = {torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[wanted.dtype]
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=4 * tolerance)
+
+
+# ---- the steps
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 8, 96, 1000])
+@pytest.mark.parametrize("kind", ["rms", "offset", "layer", "layer without bias", "none"])
+@pytest.mark.parametrize("update", ["none", "plain", "scaled", "normed"])
+def test_residual_norms(dtype, width, kind, update):
+    if kind == "none" and update == "none":
+        pytest.skip("nothing is left to do")
+    norm = {
+        "rms": norm_of(1, width, dtype),
+        "offset": norm_of(1, width, dtype, offset=1.0),
+        "layer": norm_of(2, width, dtype, bias=True),
+        "layer without bias": norm_of(2, width, dtype),
+        "none": None,
+    }[kind]
+    settings = {"scaled": {"update_scale": 0.22}, "normed": {"update_norm": norm or norm_of(1, width, dtype)}}
+    streams = [normal(5, width, dtype=dtype) for _ in range(2)]
+    branch = None if update == "none" else normal(5, width + 3, dtype=dtype, seed=1)[:, :width]
+    outputs = [
+        room.residual_norm_(stream, branch, norm, **settings.get(update, {}))
+        for room, stream in zip((steps, reference), streams)
+    ]
+    assert_near(*streams)
+    assert_near(*outputs)
+
+
+HEADS = {
+    "all dims": steps.Heads(4, 2, 16, 0, 64, 96, 16, 16),
+    "some dims": steps.Heads(3, 3, 20, 0, 60, 120, 20, 8),
+    "none": steps.Heads(5, 1, 24, 0, 120, 144, 24, 0),
+    "interleaved": steps.Heads(4, 4, 8, 0, 8, 16, 24, 8),
+    "many": steps.Heads(12, 4, 8, 0, 96, 128, 8, 8),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", ["none", "rms", "offset", "layer"])
+@pytest.mark.parametrize("layout", HEADS)
+def test_rotation_and_cache_rows(layout, norms, dtype):
+    """Also of rows that have no room: nothing is written for them, and nothing beside the rows that have."""
+    heads = HEADS[layout]
+    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    places = steps.RowPlaces(
+        torch.tensor([3, 0, 17], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 1, 1, 2], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 1, 2, 5], dtype=torch.int32, device=DEVICE),
+        16,
+    )
+    table = normal(18, heads.rotated_dims, seed=3) if heads.rotated_dims else None
+    settings = {}
+    if norms != "none":
+        kinds = {"rms": (1, False, 0.0), "offset": (1, False, 1.0), "layer": (2, True, 0.0)}
+        kind, bias, offset = kinds[norms]
+        settings = {
+            name: norm_of(kind, heads.head_dim, dtype, bias=bias, offset=offset, seed=seed)
+            for name, seed in (("query_norm", 20), ("key_norm", 30))
+        }
+    results = []
+    for room in (steps, reference):
+        projected = normal(12, width + 8, dtype=dtype, seed=4)[:, :width]
+        caches = [torch.full((3, 20, heads.num_kv_heads, heads.head_dim), 7.0, dtype=dtype, device=DEVICE)] * 1
+        keys, values = caches[0], caches[0].clone()
+        queries = room.rotate_and_store_(projected, keys, values, places, heads, table, **settings)
+        assert queries.shape == (3, 4, heads.num_heads, heads.head_dim)
+        assert queries.untyped_storage().data_ptr() == projected.untyped_storage().data_ptr()
+        results.append((queries, keys, values))
+    for got, wanted in zip(*results):
+        assert_near(got, wanted)
+    assert (results[0][1][2, :17] == 7.0).all() and (results[0][1][0, 6:8] == 7.0).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", range(5))
+def test_activations(activation, gated, dtype):
+    projected = 2 * normal(3, 2 * 300, dtype=dtype)
+    got = steps.gated_activation(projected, gated, activation)
+    assert_near(got, reference.gated_activation(projected, gated, activation))
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_a_row_is_the_same_bits_among_any_others(rows):
+    """Sums follow from the width alone, so a tree's rows are those of plain decoding, as far as products allow."""
+    stream, update = normal(40, 96, dtype=torch.bfloat16), normal(40, 96, dtype=torch.bfloat16, seed=1)
+    norm = norm_of(1, 96, torch.bfloat16)
+    whole = steps.residual_norm_(stream.clone(), update, norm)
+    assert torch.equal(steps.residual_norm_(stream[:rows].clone(), update[:rows], norm), whole[:rows])
+
+
+# ---- the forward
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_logits_are_the_modules_in_float32(name):
+    fused, modules = fused_pair(name)
+    assert (fused.runs, fused.not_native, modules.runs) == ("fused", "", "modules")
+    drawn = random.Random(3)
+    prompt, tree = tokens_of(3, 1, 21).to(DEVICE), random_tree(drawn, 12)
+    nodes = tokens_of(5, 1, tree.num_nodes).to(DEVICE)
+    expected = score_tree(modules, prompt, tree, nodes)
+    error = (score_tree(fused, prompt, tree, nodes) - expected).abs().max() / max(1.0, float(expected.std()))
+    assert 0.1 < float(expected.std()) < 10.0 and float(error) <= 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", [name for name in FUSED_CASES if name in ("llama", "gemma2", "phi")])
+def test_low_precision_errs_no_more_than_the_modules(name):
+    """Beside float32, in the mean, with a tenth and a little to spare for other orders of summation."""
+    fused, modules = fused_pair(name, torch.bfloat16)
+    exact = adapt(copy.deepcopy(modules.model).float(), forward="modules")
+    drawn = random.Random(3)
+    prompt, tree = tokens_of(3, 1, 21).to(DEVICE), random_tree(drawn, 12)
+    nodes = tokens_of(5, 1, tree.num_nodes).to(DEVICE)
+    wanted = score_tree(exact, prompt, tree, nodes)
+    errors = [
+        float((score_tree(model, prompt, tree, nodes).float() - wanted).abs().mean()) for model in (fused, modules)
+    ]
+    assert errors[0] <= 1.1 * errors[1] + 1e-3
+
+
+@needs_kernels
+def test_batches_rows_and_hidden_states_are_the_modules():
+    fused, modules = fused_pair("qwen3")
+    tokens = tokens_of(1, 2, 5).to(DEVICE)
+    lens = lens_of(0, 0).to(DEVICE)
+    found = []
+    for model in (fused, modules):
+        cache = model.new_cache(2, 32)
+        hidden = {0: torch.empty(0), 1: torch.empty(0), model.num_layers: torch.empty(0)}
+        rows = torch.tensor([4, 2], device=DEVICE)
+        logits = model.forward(tokens, cache, lens, causal_step(5, DEVICE), last_row=rows, hidden_states=hidden)
+        short = model.forward(tokens, model.new_cache(2, 32), lens, causal_step(5, DEVICE), last_row=rows)
+        assert logits.shape == (2, 1, model.vocab_size)
+        torch.testing.assert_close(short, logits, rtol=1e-5, atol=1e-5)
+        found.append([logits, *hidden.values(), *cache.tensors()])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(IndexError, match=r"hidden_states must have keys in 0\.\."):
+        hidden = {99: torch.empty(0)}
+        fused.forward(tokens, fused.new_cache(2, 32), lens, causal_step(5, DEVICE), hidden_states=hidden)
+
+
+@needs_kernels
+def test_a_tree_scores_what_its_paths_score():
+    fused, _ = fused_pair("llama")
+    prompt, tree = tokens_of(3, 1, 9).to(DEVICE), random_tree(random.Random(1), 8)
+    nodes = tokens_of(5, 1, tree.num_nodes).to(DEVICE)
+    scored = score_tree(fused, prompt, tree, nodes)
+    for node in (0, tree.num_nodes - 1):
+        path = path_to(tree, node)
+        cache = fused.new_cache(1, 32)
+        text = torch.cat((prompt, nodes[:, path]), 1)
+        alone = fused.forward(text, cache, lens_of(0).to(DEVICE), causal_step(text.shape[1], DEVICE))[0, -1]
+        torch.testing.assert_close(scored[node], alone, rtol=1e-4, atol=1e-4)
+
+
+def shortened(layers: int) -> TreeModel:
+    """A model of so many equal layers, with fused forwards."""
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    model.model.layers = nn.ModuleList([copy.deepcopy(model.model.layers[0]) for _ in range(layers)])
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number
+    model.config.num_hidden_layers = layers
+    return with_fused_forward(model)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function).removeprefix("aten.").startswith(("mm", "addmm", "linear", "matmul"))
+        return function(*args, **(kwargs or {}))
+
+
+@needs_kernels
+def test_a_layer_takes_four_products_and_four_steps(monkeypatch):
+    """By the difference of two depths; beside them there is the attention only."""
+    calls = []
+
+    class Counting:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            calls.append(grid)
+            return self.kernel[grid]
+
+    for name in ("residual_norm_kernel", "rotate_and_store_kernel", "gated_activation_kernel"):
+        monkeypatch.setattr(steps, name, Counting(getattr(steps, name)))
+    counts = []
+    for layers in (1, 3):
+        fused = shortened(layers)
+        cache, lens = fused.new_cache(1, 16), lens_of(0).to(DEVICE)
+        calls.clear()
+        with torch.inference_mode(), Products() as products:
+            fused._own(tokens_of(1, 1, 4).to(DEVICE), cache, lens, causal_step(4, DEVICE), None, None, None)
+        counts.append((products.count, len(calls)))
+    assert [after - before for before, after in zip(*counts)] == [8, 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 12])
+def test_a_captured_layer_is_at_most_eleven_launches(rows):
+    """Four products, of which some are split and added up, four steps, and the attention with its merge; no masks."""
+    counts = []
+    for layers in (1, 3):
+        fused = shortened(layers)
+        cache, lens = fused.new_cache(1, 512), lens_of(300).to(DEVICE)
+        tokens, step = tokens_of(1, 1, rows).to(DEVICE), causal_step(rows, DEVICE)
+        graph, _ = capture(lambda: fused.forward(tokens, cache, lens, step), DEVICE)  # noqa: B023
+        graph.replay()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
+    assert 18 <= counts[1] - counts[0] <= 22, counts
+
+
+# ---- the weights
+
+
+@needs_kernels
+def test_parameters_stay_and_are_read_where_they_lie():
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    fused = with_fused_forward(model)
+    layer = model.model.layers[0]
+    memory = {part.weight.untyped_storage().data_ptr() for part in (layer.self_attn.q_proj, layer.self_attn.v_proj)}
+    assert len(memory) == 1
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+        assert parameter.is_contiguous()
+    tokens, lens = tokens_of(1, 1, 4).to(DEVICE), lens_of(0).to(DEVICE)
+
+    def scored():
+        return fused.forward(tokens, fused.new_cache(1, 8), lens, causal_step(4, DEVICE)).clone()
+
+    def by_modules():
+        modules = adapt(copy.deepcopy(model), forward="modules")
+        return modules.forward(tokens, modules.new_cache(1, 8), lens, causal_step(4, DEVICE))
+
+    first = scored()
+    with torch.no_grad():
+        layer.self_attn.k_proj.weight.mul_(1.5)  # in place
+    second = scored()
+    layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach() * 2)  # another one
+    third = scored()
+    assert not torch.allclose(first, second) and not torch.allclose(second, third)
+    torch.testing.assert_close(third, by_modules(), rtol=1e-4, atol=1e-4)
+    assert (
+        layer.mlp.up_proj.weight.untyped_storage().data_ptr() == layer.mlp.gate_proj.weight.untyped_storage().data_ptr()
+    )
+    layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach()[:, :-1].contiguous())
+    with pytest.raises(ValueError, match="forward: weight must keep its shape, dtype, layout and device"):
+        fused._own(tokens, fused.new_cache, lens, causal_step(4, DEVICE), None, None, None)
+
+
+@needs_kernels
+def test_a_model_whose_weights_lie_together_is_saved_generates_copies_and_pickles(tmp_path):
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    tokens = tokens_of(1, 1, 6).to(DEVICE)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(tokens, **options)
+    with_fused_forward(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    for other in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(tokens, **options), expected)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_are_laid_together_once_and_views_of_others_memory_are_not():
+    modules = [nn.Linear(3, rows, dtype=torch.float32) for rows in (2, 5)]
+    places = [(module._parameters, "weight") for module in modules]
+    wanted = torch.cat([module.weight.detach() for module in modules])
+    packed = packed_rows(places)
+    assert torch.equal(packed, wanted)
+    again = packed_rows(places)
+    assert again.data_ptr() == packed.data_ptr() == modules[0].weight.data_ptr()
+    flat = torch.zeros(12)
+    modules[1].weight = nn.Parameter(flat[:6].view(2, 3))
+    with pytest.raises(NotNativeError, match="views of other memory"):
+        packed_rows(places)
+    assert modules[0].weight.data_ptr() == packed.data_ptr()
+
+
+# ---- who gets one
+
+
+def test_a_cpu_model_refuses_the_fused_forward_by_name():
+    model = copy.deepcopy(case_model("llama"))
+    with pytest.raises(UnsupportedModelError, match="got 'fused': on this device they are native"):
+        adapt(model, forward="fused")
+    assert adapt(model).runs == "native"
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.lm_head.float(), "its weights are of several types"),
+        (lambda model: model.model.layers[0].register_forward_hook(lambda *args: None), "has a forward hook"),
+        (lambda model: setattr(model.config, "model_type", "bloom"), "has no description"),
+    ],
+)
+def test_what_the_kernels_do_not_compute_is_refused(change, reason):
+    model = copy.deepcopy(case_model("llama")).to(DEVICE, torch.bfloat16)
+    plan = adapt(model, forward="modules")._plan
+    change(model)
+    with pytest.raises(NotNativeError, match=reason):
+        fused_forward(model, plan.calls, plan.logits_dtype, DEVICE)
+
+
+@needs_kernels
+def test_experts_and_weights_of_few_bits_are_left_to_the_modules():
+    model = copy.deepcopy(case_model("mixtral")).to(DEVICE)
+    plan = adapt(model, forward="modules")._plan
+    with pytest.raises(NotNativeError, match="experts"):
+        fused_forward(model, plan.calls, plan.logits_dtype, DEVICE)
+
+
+@pytest.mark.gpu
+def test_adapt_takes_it_on_a_gpu_and_leaves_it_where_it_is_told_to():
+    model = copy.deepcopy(case_model("llama")).cuda()
+    assert adapt(model).runs == adapt(model, forward="fused").runs == "fused"
+    assert adapt(model, forward="modules").runs == adapt(model, compile=True).runs == "modules"
+    assert adapt(adapt(model, forward="modules"), forward="auto").runs == "fused"
+    with pytest.raises(UnsupportedModelError, match="got 'native': on this device they are fused"):
+        adapt(model, forward="native")

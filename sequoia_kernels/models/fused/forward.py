@@ -1,0 +1,327 @@
+"""The fused forward: a described model on one GPU, its products by torch and three kernels of our own between them.
+
+Of a decoder layer these are launched: norm (with the residual sum), one product for queries, keys and values, rotation
+and cache rows, attention along the tree, one product, norm, one product for gate and up, activation, one product.
+Products read weights where the model has them; what is read together is laid together (`packing.py`), the parameters
+being views of it, so nothing is held twice and the model's own forward goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from sequoia_kernels.models.attention_probe import LayerCall
+from sequoia_kernels.models.cache import TreeCache
+from sequoia_kernels.models.description import Description, Matrix, form_of
+from sequoia_kernels.models.fused.packing import packed_rows
+from sequoia_kernels.models.fused.steps import (
+    MAX_WIDTH,
+    Heads,
+    Norm,
+    RowPlaces,
+    gated_activation,
+    residual_norm_,
+    rotate_and_store_,
+)
+from sequoia_kernels.models.quantised import ELEMENT_TYPES, NotNativeError
+from sequoia_kernels.models.tree_step import TreeStep
+from sequoia_kernels.ops import tree_attention, triton_device
+
+__all__ = ["FusedForward"]
+
+Linear = tuple[torch.Tensor, torch.Tensor | None]  # weight as `F.linear` takes it, bias
+
+
+class _Layer(NamedTuple):
+    """What a layer runs with: its weights as they lie now."""
+
+    input_norm: Norm | None
+    attended_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp_output_norm: Norm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    norms_whole_rows: bool
+    projections: Linear
+    heads: Heads
+    rotation: int  # of the description's, -1 for none
+    scale: float
+    softcap: float | None
+    window: int | None
+    output: Linear
+    inner: Linear  # gate and up, or up
+    gated: bool
+    activation: int
+    down: Linear
+    parallel: bool
+    shares_norm: bool  # MLP and attention read the same rows
+
+
+class FusedForward:
+    """Forwards of one model by fused kernels; holds the model's parameters, not the model.
+
+    Attributes:
+        name: "fused".
+        weight_forms: of its linear layers, such as "bfloat16".
+
+    Raises:
+        NotNativeError: the model cannot be described, or no kernel can run on its device; the message says why.
+    """
+
+    name = "fused"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calls: Sequence[LayerCall],
+        logits_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        reason = triton_device.unavailable_reason() or triton_device.device_reason(device)
+        if reason is not None:
+            raise NotNativeError(f"the kernels cannot run: {reason}")
+        self._described = Description(model, calls, device)
+        self._check()
+        self._dtype, self._logits_dtype = model.dtype, logits_dtype
+        self._addresses: list[int] = []
+        self._look_up()
+        self.weight_forms = ", ".join(self._described.forms)
+
+    def _check(self) -> None:
+        """Refuse what the kernels do not compute."""
+        fields = self._described.fields
+        types = {form[1] for _, _, form in self._described.tensors}
+        if len(types) != 1:
+            raise NotNativeError(f"its weights are of several types, {', '.join(sorted(map(str, types)))}")
+        if fields["width"] > MAX_WIDTH:
+            raise NotNativeError(f"its rows are wider than {MAX_WIDTH}")
+        for layer in fields["layers"]:
+            if layer["experts"] is not None:
+                raise NotNativeError("its layers have experts")
+            linears = [*layer["projections"], layer["output"], layer["up"], layer["down"], layer["gate"]]
+            if any(linear is not None and not isinstance(linear[0], Matrix) for linear in linears):
+                raise NotNativeError("its weights have few bits")
+            biases = {bias is None for _, bias in layer["projections"]}
+            if len(biases) > 1 or (layer["gate"] and (layer["gate"][1] is None) != (layer["up"][1] is None)):
+                raise NotNativeError("of layers that are read together some have biases")
+            if layer["cache_type"] != ELEMENT_TYPES[next(iter(types))]:
+                raise NotNativeError("its caches are of another type than its weights")
+            for name in ("query_norm", "key_norm"):
+                norm = layer[name]
+                if norm is None or layer["norms_whole_rows"]:
+                    continue
+                if norm[1] is None or norm[1].rows * norm[1].columns != layer["head_dim"]:
+                    raise NotNativeError("its heads have norms of their own")
+                if layer["rotation"] < 0 and layer["head_dim"] > 512:
+                    raise NotNativeError("its heads are wider than 512")
+
+    # ---- weights ----
+
+    def _look_up(self) -> None:
+        """Find where the weights lie now, and lay those together that are read together.
+
+        Raises:
+            ValueError: a weight has another form than when the model was described.
+        """
+        tensors = self._described.tensors
+        try:
+            addresses = [owner[name].data_ptr() for owner, name, _ in tensors]
+        except (KeyError, AttributeError):  # one is gone
+            addresses = []
+        if addresses and addresses == self._addresses:
+            return
+        for owner, name, described in tensors:
+            weight = owner.get(name)
+            form = None if weight is None else form_of(weight)
+            if form != described:
+                raise ValueError(
+                    f"forward: {name} must keep its shape, dtype, layout and device, {described}, got {form}; "
+                    "where the model was changed, make a new cache"
+                )
+        fields = self._described.fields
+        self._layers = [self._layer(layer) for layer in fields["layers"]]
+        self._embedding = self._matrix(fields["embedding"])
+        self._positions = None if fields["positions"] is None else self._matrix(fields["positions"])
+        self._final_norm = self._norm(fields["final_norm"])
+        self._head = self._linear(fields["head"])
+        self._addresses = [owner[name].data_ptr() for owner, name, _ in tensors]
+
+    def _tensor(self, number: int) -> torch.Tensor:
+        owner, name, _ = self._described.tensors[number]
+        return owner[name].detach()
+
+    def _matrix(self, matrix: Matrix) -> torch.Tensor:
+        weight = self._tensor(matrix.number)
+        if matrix.transposed:
+            weight = weight.t()
+        return weight[matrix.first : matrix.first + matrix.rows]
+
+    def _vector(self, matrix: Matrix | None) -> torch.Tensor | None:
+        return None if matrix is None else self._tensor(matrix.number).reshape(-1)
+
+    def _norm(self, norm: Any) -> Norm | None:
+        if norm is None:
+            return None
+        kind, weight, bias, eps, offset = norm
+        return Norm(kind, self._vector(weight), self._vector(bias), eps, offset)
+
+    def _linear(self, linear: Any) -> Linear:
+        matrix, bias = linear
+        return self._matrix(matrix), self._vector(bias)
+
+    def _together(self, linears: Sequence[Any]) -> Linear:
+        """Several layers that read the same rows as one."""
+        matrices, biases = zip(*linears)
+        if len(linears) == 1:
+            return self._linear(linears[0])
+        if len({matrix.number for matrix in matrices}) == 1:  # one weight that was described in parts
+            return self._tensor(matrices[0].number), self._vector(biases[0])
+        if any(matrix.transposed for matrix in matrices):
+            raise NotNativeError("weights that are read together lie by columns")
+        places = [self._described.tensors[matrix.number][:2] for matrix in matrices]
+        weight = packed_rows(places)
+        if biases[0] is None:
+            return weight, None
+        return weight, packed_rows([self._described.tensors[bias.number][:2] for bias in biases])
+
+    def _layer(self, layer: dict[str, Any]) -> _Layer:
+        gate, up = layer["gate"], layer["up"]
+        first_query, stride = layer["queries"]
+        dims = self._described.rotations[layer["rotation"]].dims if layer["rotation"] >= 0 else 0
+        heads = Heads(
+            layer["num_heads"], layer["num_kv_heads"], layer["head_dim"],
+            first_query, layer["keys"][0], layer["values"][0], stride, dims,
+        )  # fmt: skip
+        return _Layer(
+            input_norm=self._norm(layer["input_norm"]),
+            attended_norm=self._norm(layer["attended_norm"]),
+            mlp_norm=self._norm(layer["mlp_norm"]),
+            mlp_output_norm=self._norm(layer["mlp_output_norm"]),
+            query_norm=self._norm(layer["query_norm"]),
+            key_norm=self._norm(layer["key_norm"]),
+            norms_whole_rows=layer["norms_whole_rows"],
+            projections=self._together(layer["projections"]),
+            heads=heads,
+            rotation=layer["rotation"],
+            scale=layer["scale"],
+            softcap=layer["softcap"] or None,
+            window=layer["window"] or None,
+            output=self._linear(layer["output"]),
+            inner=self._linear(up) if gate is None else self._together((gate, up)),
+            gated=gate is not None,
+            activation=layer["activation"],
+            down=self._linear(layer["down"]),
+            parallel=layer["parallel"],
+            shares_norm=layer["mlp_norm"] in (None, layer["input_norm"]),
+        )
+
+    # ---- the forward ----
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        cache: TreeCache,
+        cache_lens: torch.Tensor,
+        step: TreeStep,
+        last_row: torch.Tensor | None,
+        hidden_states: dict[int, torch.Tensor] | None,
+        max_positions: int | None,
+    ) -> torch.Tensor:
+        """Run one forward, whose shapes are checked; see `TreeModel.forward`."""
+        self._look_up()
+        fields, num_layers = self._described.fields, len(self._layers)
+        for number in hidden_states or ():
+            if not 0 <= number <= num_layers:
+                raise IndexError(
+                    f"forward: hidden_states must have keys in 0..{num_layers}, got {list(hidden_states or ())}"
+                )
+        wanted = set(hidden_states or ())
+        kept: dict[int, torch.Tensor] = {}
+        batch_size, num_nodes = input_ids.shape
+        last_position = (cache.max_cache_len if max_positions is None else max_positions) - 1
+        places = RowPlaces(cache_lens, step.depths, step.node_ids, last_position)
+        tables = [rotation.reach(min(cache.max_cache_len, last_position + 1)) for rotation in self._described.rotations]
+
+        stream = F.embedding(input_ids.reshape(-1), self._embedding)  # [B * N, width]
+        if fields["embedding_scale"] != 1.0:
+            stream *= fields["embedding_scale"]
+        if self._positions is not None:
+            positions = (cache_lens[:, None] + step.depths).clamp_(max=last_position) + fields["position_offset"]
+            stream += F.embedding(positions.reshape(-1), self._positions)
+        scale = fields["residual_scale"]
+        update, update_norm = None, None
+        for number, (layer, stored) in enumerate(zip(self._layers, cache.layers, strict=True)):
+            normed = residual_norm_(stream, update, layer.input_norm, update_norm=update_norm, update_scale=scale)
+            if number in wanted:
+                kept[number] = stream.clone()
+            table = tables[layer.rotation] if layer.rotation >= 0 else None
+            attended = self._attend(layer, normed, stored, places, step, table)
+            if layer.parallel:
+                inner = normed if layer.shares_norm else residual_norm_(stream, None, layer.mlp_norm)
+                update, update_norm = attended.add_(_mlp(layer, inner)), None
+                continue
+            normed = residual_norm_(
+                stream, attended, layer.mlp_norm, update_norm=layer.attended_norm, update_scale=scale
+            )
+            update, update_norm = _mlp(layer, normed), layer.mlp_output_norm
+        if last_row is not None and num_layers not in wanted:
+            stream, update = (_row_of_each(rows, last_row, num_nodes) for rows in (stream, update))
+        normed = residual_norm_(stream, update, self._final_norm, update_norm=update_norm, update_scale=scale)
+        if num_layers in wanted:
+            kept[num_layers] = normed
+            if last_row is not None:
+                normed = _row_of_each(normed, last_row, num_nodes)
+        if hidden_states:
+            hidden_states.update({number: rows.view(batch_size, num_nodes, -1) for number, rows in kept.items()})
+        logits = F.linear(normed, *self._head)
+        if fields["logit_scale"] != 1.0:
+            logits *= fields["logit_scale"]
+        if fields["logit_softcap"]:
+            logits = torch.tanh(logits / fields["logit_softcap"]) * fields["logit_softcap"]
+        return logits.to(self._logits_dtype).view(batch_size, -1, logits.shape[-1])
+
+    def _attend(
+        self,
+        layer: _Layer,
+        rows: torch.Tensor,
+        stored: Any,
+        places: RowPlaces,
+        step: TreeStep,
+        table: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The attention's branch. [B * N, width] -> [B * N, width]."""
+        projected = F.linear(rows, *layer.projections)
+        heads, norms = layer.heads, {"query_norm": layer.query_norm, "key_norm": layer.key_norm}
+        if layer.norms_whole_rows:
+            for norm, first, count in (
+                (layer.query_norm, heads.first_query, heads.num_heads),
+                (layer.key_norm, heads.first_key, heads.num_kv_heads),
+            ):
+                part = projected[:, first : first + count * heads.head_dim]
+                part.copy_(residual_norm_(part, None, norm))
+            norms = {}
+        queries = rotate_and_store_(projected, stored.keys, stored.values, places, heads, table, **norms)
+        attended = tree_attention(
+            queries, stored.keys, stored.values, step.tree_mask, places.cache_lens,
+            scale=layer.scale, softcap=layer.softcap, sliding_window=layer.window,
+        ).out  # fmt: skip
+        return F.linear(attended.reshape(rows.shape[0], -1), *layer.output)
+
+
+def _mlp(layer: _Layer, rows: torch.Tensor) -> torch.Tensor:
+    inner = gated_activation(F.linear(rows, *layer.inner), layer.gated, layer.activation)
+    return F.linear(inner, *layer.down)
+
+
+def _row_of_each(rows: torch.Tensor | None, last_row: torch.Tensor, num_nodes: int) -> Any:
+    """One row of each request. [B * N, width] -> [B, width]."""
+    if rows is None:
+        return None
+    by_request = rows.view(len(last_row), num_nodes, -1)
+    return by_request.take_along_dim(last_row[:, None, None], dim=1)[:, 0]

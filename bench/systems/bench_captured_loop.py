@@ -6,6 +6,7 @@ Models of random weights decode, since only times matter. Three figures a tree:
     device ms    wall time of a step when steps are launched one behind another and nothing is read
     host share   1 - device / loop: what reading tokens, deciding to go on and launching add. 0 means that the device
                  always has the next step when it ends one
+    launches     kernels, copies and fills of a step on the device, and its time divided by them
 
 The plain loop (no draft) is timed as well; its floor is one read of the weights at the measured copy bandwidth.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from bench.common.clocks import count_launches
 from bench.common.machine import measure_peaks, wait_for
 from bench.common.script import Run, Script, option, shared
 from bench.common.synthetic_pair import Shape, llama_config
@@ -78,8 +80,8 @@ def device_ms(
     steps: int,
     rounds: int,
     capacity: int,
-) -> float:
-    """Milliseconds of a step when the host launches `steps` of them and reads nothing."""
+) -> tuple[float, int | None]:
+    """Milliseconds of a step when the host launches `steps` of them and reads nothing, and what one launches."""
     device = target.device
     state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
     engine = DecodingEngine(DecodingStep(target, None if draft is None else draft_source(draft), state, capacity))
@@ -96,7 +98,9 @@ def device_ms(
             engine.step(tree)
         wait_for(device)
         times.append(1e3 * (time.perf_counter() - started) / steps)
-    return statistics.median(times)
+    state.cache_lens.copy_(committed)
+    launches = count_launches(lambda: engine.step(tree)) if device.type == "cuda" else None
+    return statistics.median(times), launches
 
 
 def cache_rows(tree: TokenTree, steps: int) -> int:
@@ -118,12 +122,13 @@ def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any
         rows = engines.SMALLEST_BUCKET = cache_rows(tree, steps)
         try:
             loop = loop_ms(target, drafter, tree, prompt, steps, rounds)
-            alone = device_ms(target, drafter, tree, prompt, steps, rounds, rows)
+            alone, launches = device_ms(target, drafter, tree, prompt, steps, rounds, rows)
         finally:
             engines.SMALLEST_BUCKET = smallest
         weight_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
         row = {"kind": kind, "nodes": tree.num_nodes, "levels": tree.num_levels, "cache_rows": rows}
         row |= {"loop_ms": loop, "device_ms": alone, "host_share": 1 - alone / loop, "weight_bytes": weight_bytes}
+        row |= {"launches": launches, "forwards": target.runs}
         results.append(row)
     return results
 
@@ -138,6 +143,11 @@ def run(bench: Run) -> None:
         print(
             f"{entry['kind']:<6}{entry['nodes']:5d} nodes  loop {entry['loop_ms']:8.3f} ms  device "
             f"{entry['device_ms']:8.3f} ms  host {100 * entry['host_share']:5.1f} %  weights once {floor_ms:7.3f} ms"
+            + (
+                f"  {entry['launches']} launches, {1e3 * entry['device_ms'] / entry['launches']:.2f} us each"
+                if entry["launches"]
+                else ""
+            )
         )
 
 

@@ -382,7 +382,10 @@ def test_a_cpu_model_refuses_the_fused_forward_by_name():
     ("change", "reason"),
     [
         (lambda model: model.lm_head.float(), "its weights are of several types"),
-        (lambda model: model.model.layers[0].register_forward_hook(lambda *args: None), "has a forward hook"),
+        (
+            lambda model: model.model.layers[0].register_forward_hook(lambda *args: None),
+            "a forward hook of a LlamaDecoderLayer is not",
+        ),
         (lambda model: setattr(model.config, "model_type", "bloom"), "has no description"),
     ],
 )

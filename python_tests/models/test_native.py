@@ -286,7 +286,7 @@ def test_every_instruction_set(monkeypatch, name, dtype):
     for instruction_set in _host.forward_instruction_sets():
         monkeypatch.setenv(INSTRUCTION_SET_VARIABLE, instruction_set)
         native = adapt(case_model(name).to(dtype), forward="native")
-        assert native._native.instruction_set == instruction_set
+        assert native._own.instruction_set == instruction_set
         scored.append(score_tree(native, prompt, tree, nodes))
         path = path_to(tree, tree.num_nodes - 1)
         assert torch.equal(decode(native, behind(native, prompt), prompt.shape[1], nodes[0, path]), scored[-1][path])
@@ -519,7 +519,7 @@ def test_the_mode_is_kept_and_switched():
     for tree_model in (native, modules):
         for again in (copy.copy(tree_model), copy.deepcopy(tree_model), pickle.loads(pickle.dumps(tree_model))):
             assert (again.forward_mode, again.runs) == (tree_model.forward_mode, tree_model.runs)
-    with pytest.raises(ValueError, match="forward must be one of auto, native, modules, got 'fast'"):
+    with pytest.raises(ValueError, match="forward must be one of auto, native, fused, modules, got 'fast'"):
         adapt(model, forward="fast")
 
 

@@ -95,7 +95,7 @@ def assert_close(native, exact, seeds=(0, 1)):
 def test_logits_are_those_of_the_weights_in_float32(form, name):
     model = few_bits(form, name=name)
     native = adapt(model, forward="native")
-    assert ("int8" if form == "int8" else "int4") in native._native.weight_forms
+    assert ("int8" if form == "int8" else "int4") in native._own.weight_forms
     assert_close(native, adapt(dequantised(model), forward="modules"))
 
 
@@ -178,7 +178,7 @@ def test_every_instruction_set(monkeypatch, form):
     for instruction_set in _host.forward_instruction_sets():
         monkeypatch.setenv(INSTRUCTION_SET_VARIABLE, instruction_set)
         native = adapt(few_bits(form), forward="native")
-        assert native._native.instruction_set == instruction_set
+        assert native._own.instruction_set == instruction_set
         assert_close(native, exact, seeds=(40,))
         prompt, tree, nodes = case
         path = path_to(tree, tree.num_nodes - 1)
@@ -198,7 +198,7 @@ def test_blocks_of_wider_vectors(monkeypatch):
                 weight = kind.of(module.weight.exact())
                 module.weight = nn.Parameter(weight, requires_grad=False)
         native = adapt(model, forward="native")
-        assert native._native.weight_forms == "int4"
+        assert native._own.weight_forms == "int4"
         assert_close(native, adapt(dequantised(model), forward="modules"))
 
 
@@ -269,7 +269,7 @@ def test_nothing_is_copied():
     """Every tensor that a call reads is one of the model's."""
     model = few_bits("gptq")
     own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    table = adapt(model, forward="native")._native.look_up_weights()
+    table = adapt(model, forward="native")._own.look_up_weights()
     assert set(table.tolist()) <= own
 
 
@@ -383,7 +383,7 @@ def test_torchao(form, dtype):
     model = tiny_model("llama", seed=3, **COMMON, **SIZES["llama"]).to(dtype)
     quantization.quantize_(model, config)
     native, modules = adapt(model, forward="native"), adapt(model, forward="modules")
-    assert native._native.weight_forms == form
+    assert native._own.weight_forms == form
     case = small_case(1)
     expected = score_tree(modules, *case).float()
     error = (score_tree(native, *case).float() - expected).abs()

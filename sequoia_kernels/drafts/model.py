@@ -172,8 +172,10 @@ class _ModelDrafting(Drafting):
                         fed.clamp_(max=model.num_embeddings - 1)
                     logits = model.forward(fed, cache, state.draft_lens - 1, layout.root_step)[:, 1:]
                 else:
-                    fed = buffers.tokens.index_select(1, level.nodes)
-                    fed.clamp_(0, model.num_embeddings - 1)  # one that could not be drawn is -1
+                    first, width = level.step.first_node, level.nodes.shape[0]
+                    drawn = buffers.tokens
+                    drawn = drawn.index_select(1, level.nodes) if first is None else drawn.narrow(1, first, width)
+                    fed = drawn.clamp(0, model.num_embeddings - 1)  # one that could not be drawn is -1
                     logits = model.forward(fed, cache, state.draft_lens, level.step)
             self.draw_children(level, logits, buffers)
 

@@ -187,10 +187,14 @@ class Drafting(ABC):
             else:
                 buffers.draft_logits[:, :, :vocab].index_copy_(1, level.nodes, logits)
             state = self.state
+            per_request = (state.temperature, state.seeds)
+            if batch_size == 1:  # views, for which nothing is launched
+                temperatures, seeds = (values.expand(width) for values in per_request)
+            else:
+                temperatures, seeds = (values.repeat_interleave(width) for values in per_request)
             drawn = sample_without_replacement(
-                logits.flatten(0, 1), level.num_samples, state.temperature.repeat_interleave(width),
-                state.seeds.repeat_interleave(width), (state.offsets[:, None] + level.nodes).flatten(),
-                backend=self.backend,
+                logits.flatten(0, 1), level.num_samples, temperatures, seeds,
+                (state.offsets[:, None] + level.nodes).flatten(), backend=self.backend,
             ).tokens.view(batch_size, -1)  # fmt: skip
             children = buffers.tokens.narrow(1, level.first_child, level.num_children)
             if level.drawn.dim() == 2:  # each request has its own tree

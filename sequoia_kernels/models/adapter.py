@@ -197,7 +197,7 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
                 plan = plan._replace(fingerprint=state)
             foreign = foreign_code(model)
             if foreign is not None or family_name(model) not in PROVEN_FAMILIES:
-                _check_against_plain_forward(TreeModel(model, plan), foreign)
+                _check_against_plain_forward(TreeModel(model, plan, forward_mode="modules"), foreign)
         except (UnsupportedModelError, torch.OutOfMemoryError):
             raise
         except _FAILURES as error:
@@ -749,7 +749,7 @@ def _own_error(
         raise NotNativeError(f"it has {limit} positions only")
     scored = [
         TreeModel(model, entry).forward(tokens, TreeCache(plan.specs, 1, tree.num_nodes), lens, step).double()
-        for entry in (plan._replace(not_own="compared with"), plan._replace(own=own))
+        for entry in (plan._replace(not_own="it is what is compared with"), plan._replace(own=own))
     ]
     error = (scored[0] - scored[1]).abs()
     return _allowed(error, scored[0], model.dtype)

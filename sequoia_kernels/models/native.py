@@ -212,13 +212,13 @@ class BoundForward:
         self, native: NativeForward, prepared: Any, shape: torch.Size, held: Any, check: Callable[[], None]
     ) -> None:
         self.prepared, self.shape = prepared, shape
-        self._native, self._held, self._check = native, held, check
+        self._own, self._held, self._check = native, held, check
         self._look()
 
     def _look(self) -> None:
         self._seen = num_foreign()
         self._check()
-        self._lease = self._native.lease()
+        self._lease = self._own.lease()
 
     def weights(self) -> int:
         """Give the address of the table of weights, for a run now.

@@ -150,6 +150,8 @@ class FusedForward:
         self._final_norm = self._norm(fields["final_norm"])
         self._head = self._linear(fields["head"])
         self._addresses = [owner[name].data_ptr() for owner, name, _ in tensors]
+        if self._addresses != addresses and self._embedding.is_cuda:
+            torch.cuda.empty_cache()  # what weights had before they were laid together, of sizes that nobody asks for
 
     def _tensor(self, number: int) -> torch.Tensor:
         owner, name, _ = self._described.tensors[number]

@@ -145,7 +145,7 @@ def _collect(logits_ptr, size, threshold, scratch_ptr, TILE: tl.constexpr):
 def find_cut(
     logits_ptr,  # [vocab] fp32, bf16, fp16: one row
     scratch_ptr,  # [CANDIDATES] fp32, this program's own
-    vocab,
+    vocab,  # at least 2
     peak,  # the row's largest logit, finite
     lowest,  # its smallest
     mass,  # of all its logits
@@ -161,6 +161,9 @@ def find_cut(
     Each reading asks whether the logits above some value are enough. Once at most CANDIDATES are left above the
     value that is, they are copied together, and the search ends among them. Ordinary rows take three to six readings.
     """
+    # Triton makes a constant of a size of 1. By it triton 3.6 proves that the loops never turn, and then fails on the
+    # loads inside, which its analysis has left out; and there is no cut to search.
+    tl.static_assert(isinstance(vocab, tl.tensor), "find_cut takes vocabularies of 2 tokens and more")
     low = _rank(lowest)
     count = vocab
     num_candidates = 0

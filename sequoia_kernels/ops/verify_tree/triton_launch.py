@@ -140,6 +140,8 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
     temperature, seeds, offsets, top_k, top_p = inputs[7:12]
     nodes, num_accepted, next_token = outputs
     batch_size, num_nodes, vocab = target_logits.shape
+    if vocab == 1:
+        top_k = top_p = None  # they leave a single token; find_cut takes two and more
     if config is None:
         config = _launch_config(batch_size, num_nodes, vocab, triton_device.device_traits(tokens.device))
     if draft_logits is None:

@@ -100,6 +100,8 @@ def run(inputs: WarpInputs, outputs: WarpedNormaliser, config: LaunchConfig | No
     logits, temperature, top_k, top_p = inputs
     log_normaliser, cut = outputs
     num_rows, vocab = logits.shape
+    if vocab == 1:
+        top_k = top_p = None  # they leave a single token; find_cut takes two and more
     if config is None:
         config = _launch_config(num_rows, vocab, triton_device.device_traits(logits.device))
 

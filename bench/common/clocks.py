@@ -132,6 +132,15 @@ class DeviceClock:
 
 def count_launches(call: Call) -> int | None:
     """Kernels, copies and fills that one call puts on the device; None where the profiler cannot tell."""
+    return sum(kernel["launches"] for kernel in launched_kernels(call)) or None
+
+
+def launched_kernels(call: Call) -> list[dict[str, Any]]:
+    """What one call puts on the device: kernels, copies and fills by name, with their number and time in all.
+
+    Returns:
+        {"name", "launches", "us"} each, those that take most time first; nothing where the profiler cannot tell.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     try:
         torch.cuda.synchronize()
@@ -140,5 +149,10 @@ def count_launches(call: Call) -> int | None:
             torch.cuda.synchronize()
         on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     except RuntimeError:
-        return None
-    return len(on_device) or None
+        return []
+    found: dict[str, dict[str, Any]] = {}
+    for event in on_device:
+        kernel = found.setdefault(event.name, {"name": event.name, "launches": 0, "us": 0.0})
+        kernel["launches"] += 1
+        kernel["us"] += event.device_time_total
+    return sorted(found.values(), key=lambda kernel: -kernel["us"])

@@ -6,7 +6,8 @@ Models of random weights decode, since only times matter. Three figures a tree:
     device ms    wall time of a step when steps are launched one behind another and nothing is read
     host share   1 - device / loop: what reading tokens, deciding to go on and launching add. 0 means that the device
                  always has the next step when it ends one
-    launches     kernels, copies and fills of a step on the device, and its time divided by them
+    launches     kernels, copies and fills of a step on the device, and the step's time divided by them; --kernels shows
+                 which
 
 The plain loop (no draft) is timed as well; its floor is one read of the weights at the measured copy bandwidth.
 """
@@ -21,16 +22,17 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.common.clocks import count_launches
+from bench.common.clocks import launched_kernels
 from bench.common.machine import measure_peaks, wait_for
 from bench.common.script import Run, Script, option, shared
-from bench.common.synthetic_pair import Shape, llama_config
+from bench.common.synthetic_pair import PAIRS, Shape, llama_config, synthetic_pair
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import DecodingEngine, DecodingStep
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.drafts import DecodingState, draft_source
 from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.models.adapter import FORWARDS
 
 # (target, draft) shapes: about 1B and 68M parameters on a GPU, next to nothing on a CPU
 SHAPES = {
@@ -43,13 +45,24 @@ PROMPT_TOKENS = 128
 TEMPERATURE = 0.6
 
 
-def random_model(shape: Shape, device: torch.device, seed: int) -> TreeModel:
+def random_model(shape: Shape, device: torch.device, seed: int, forward: str = "auto") -> TreeModel:
     """A Llama of random weights: bfloat16 on a GPU, float32 on a CPU."""
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with device:
         model = LlamaForCausalLM(llama_config(shape, VOCAB[device.type], eos_token_id=None))
-        return adapt(model.to(dtype).eval())
+        return adapt(model.to(dtype).eval(), forward=forward)
+
+
+def models(device: torch.device, pair: str | None, forward: str) -> tuple[TreeModel, TreeModel]:
+    """Target and draft: of the device's shapes, or a pair of known ones."""
+    if pair is None:
+        target, draft = (random_model(shape, device, seed, forward) for seed, shape in enumerate(SHAPES[device.type]))
+        return target, draft
+    made = synthetic_pair(PAIRS[pair], torch.bfloat16, device)
+    for model in (made.target, made.draft):
+        model.generation_config.eos_token_id = None
+    return adapt(made.target, forward=forward), adapt(made.draft, forward=forward)
 
 
 def loop_ms(
@@ -80,7 +93,7 @@ def device_ms(
     steps: int,
     rounds: int,
     capacity: int,
-) -> tuple[float, int | None]:
+) -> tuple[float, list[dict[str, Any]]]:
     """Milliseconds of a step when the host launches `steps` of them and reads nothing, and what one launches."""
     device = target.device
     state = DecodingState.create(1, device, seeds=[0], temperature=[TEMPERATURE], top_k=None, top_p=None)
@@ -99,8 +112,8 @@ def device_ms(
         wait_for(device)
         times.append(1e3 * (time.perf_counter() - started) / steps)
     state.cache_lens.copy_(committed)
-    launches = count_launches(lambda: engine.step(tree)) if device.type == "cuda" else None
-    return statistics.median(times), launches
+    kernels = launched_kernels(lambda: engine.step(tree)) if device.type == "cuda" else []
+    return statistics.median(times), kernels
 
 
 def cache_rows(tree: TokenTree, steps: int) -> int:
@@ -108,10 +121,12 @@ def cache_rows(tree: TokenTree, steps: int) -> int:
     return engines.cache_bucket(PROMPT_TOKENS + (steps + 12) * tree.num_levels + tree.num_nodes, None)
 
 
-def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    device: torch.device, steps: int, rounds: int, pair: str | None = None, forward: str = "auto"
+) -> list[dict[str, Any]]:
     """All trees, then the plain loop."""
-    target, draft = (random_model(shape, device, seed) for seed, shape in enumerate(SHAPES[device.type]))
-    prompt = torch.randint(VOCAB[device.type], (1, PROMPT_TOKENS), device=device)
+    target, draft = models(device, pair, forward)
+    prompt = torch.randint(target.vocab_size, (1, PROMPT_TOKENS), device=device)
     cases = [("tree", typical_tree(count), draft) for count in NODE_COUNTS[device.type]]
     cases.append(("plain", TokenTree.single(), None))
     results = []
@@ -122,38 +137,43 @@ def measure(device: torch.device, steps: int, rounds: int) -> list[dict[str, Any
         rows = engines.SMALLEST_BUCKET = cache_rows(tree, steps)
         try:
             loop = loop_ms(target, drafter, tree, prompt, steps, rounds)
-            alone, launches = device_ms(target, drafter, tree, prompt, steps, rounds, rows)
+            alone, kernels = device_ms(target, drafter, tree, prompt, steps, rounds, rows)
         finally:
             engines.SMALLEST_BUCKET = smallest
         weight_bytes = sum(p.numel() * p.element_size() for p in target.model.parameters())
         row = {"kind": kind, "nodes": tree.num_nodes, "levels": tree.num_levels, "cache_rows": rows}
         row |= {"loop_ms": loop, "device_ms": alone, "host_share": 1 - alone / loop, "weight_bytes": weight_bytes}
-        row |= {"launches": launches, "forwards": target.runs}
+        row |= {"forwards": target.runs, "launches": sum(kernel["launches"] for kernel in kernels), "kernels": kernels}
         results.append(row)
     return results
 
 
 def run(bench: Run) -> None:
     peaks = measure_peaks(bench.device)
-    results = measure(bench.device, bench.options.steps, bench.options.rounds)
+    options = bench.options
+    results = measure(bench.device, options.steps, options.rounds, options.pair, options.forward)
     bench.document |= {"device_type": bench.device.type, "peaks": peaks, "results": results}
     for entry in results:
         floor_ms = entry["weight_bytes"] / (peaks["copy_gb_per_s"] * 1e6)
         entry["weights_floor_ms"] = floor_ms
+        launches = max(entry["launches"], 1)
+        each = f"{launches} launches, {1e3 * entry['device_ms'] / launches:.2f} us each"
         print(
             f"{entry['kind']:<6}{entry['nodes']:5d} nodes  loop {entry['loop_ms']:8.3f} ms  device "
-            f"{entry['device_ms']:8.3f} ms  host {100 * entry['host_share']:5.1f} %  weights once {floor_ms:7.3f} ms"
-            + (
-                f"  {entry['launches']} launches, {1e3 * entry['device_ms'] / entry['launches']:.2f} us each"
-                if entry["launches"]
-                else ""
-            )
+            f"{entry['device_ms']:8.3f} ms  host {100 * entry['host_share']:5.1f} %  weights once {floor_ms:7.3f} ms  "
+            f"{entry['forwards']} forwards  {each if entry['launches'] else ''}".rstrip()
         )
+        for kernel in entry["kernels"][: options.kernels]:
+            mean = kernel["us"] / kernel["launches"]
+            print(f"  {kernel['us'] / 1e3:8.3f} ms = {kernel['launches']:4d} x {mean:7.2f} us  {kernel['name'][:90]}")
 
 
 OPTIONS = [
     *shared(device="auto", quick=False, rounds=5),
     option("--steps", type=int, default=50, help="steps in a row (default %(default)s)"),
+    option("--pair", choices=tuple(PAIRS), help="known shapes, in bfloat16, instead of small ones"),
+    option("--forward", choices=FORWARDS, default="auto", help="what runs forwards; see adapt (default %(default)s)"),
+    option("--kernels", type=int, default=0, metavar="N", help="print the kernels that take most of a step (on a GPU)"),
 ]
 main = Script(__spec__, run, __doc__, OPTIONS, quick={"rounds": 2}).main
 

@@ -74,7 +74,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Resources of the Triton kernels",
         "",
-        f"Compiled by triton {report['triton']}, on a machine without a GPU; none of this was run on one. Made by",
+        f"Compiled by triton {report['triton']}, on a machine without a GPU. Made by",
         f"`{report['command']}`; the same numbers for programs are in triton_resources.json. A cell reads",
         "registers of a thread / KiB of shared memory of a program / warps x pipeline stages; `spills` marks a kernel",
         "with a stack. An empty cell was not compiled: of sm_89, whose shared memory is smaller, only some cases were.",

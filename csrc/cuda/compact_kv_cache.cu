@@ -1,7 +1,7 @@
 // compact_kv_cache_: move the accepted tree rows behind the committed prefix, in every cache of every layer, in place.
 //
 // This kernel compiles for all architectures of the build without spills (53 to 149 registers for 8 to 64 levels on sm_80,
-// sm_90 and sm_100). It has not run on a GPU.
+// sm_90 and sm_100). Its tests passed on an H100, where memcheck found nothing; it has not been timed.
 //
 // Computes
 //   for every cache, request b and d < num_accepted[b]:  row[cache_lens[b] + d] <- row[cache_lens[b] + accepted_nodes[b, d]]

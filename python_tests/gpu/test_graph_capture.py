@@ -1,7 +1,7 @@
 """On a CUDA device: every op and the whole decoding step in a graph, no host sync, the same bits on every run.
 
-Skipped, with the reason, where there is no device. Written without one: these bodies have not run on a GPU yet. What
-they share with the CPU (the calls and their inputs) is checked there by the last tests of this file.
+Skipped, with the reason, where there is no device. What they share with the CPU (the calls and their inputs) is checked
+there by the last tests of this file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """On a CUDA device: layers that stream over its link, in order, without a host sync, within the budget.
 
-Skipped, with the reason, where there is no device. Written without one: what needs it has not run on a GPU yet. Bodies
-that take a `device` run on the CPU as well, over a thread instead of CUDA streams.
+Skipped, with the reason, where there is no device. Bodies that take a `device` run on the CPU as well, over a thread
+instead of CUDA streams.
 """
 
 from __future__ import annotations

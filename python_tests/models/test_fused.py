@@ -6,8 +6,10 @@ On a CPU Triton's interpreter runs the kernels, where it is asked for; on a GPU 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 
 import pytest
 import torch
@@ -235,8 +237,9 @@ def test_a_tree_scores_what_its_paths_score():
 
 
 def shortened(layers: int) -> TreeModel:
-    """A model of so many equal layers, with fused forwards."""
-    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    """A model of so many equal layers, with fused forwards; of heads that the attention's kernels take."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = case_model("llama", hidden_size=64, intermediate_size=96, **heads).to(DEVICE, torch.bfloat16)
     model.model.layers = nn.ModuleList([copy.deepcopy(model.model.layers[0]) for _ in range(layers)])
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
@@ -350,6 +353,17 @@ def test_a_model_whose_weights_lie_together_is_saved_generates_copies_and_pickle
     for other in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.generate(tokens, **options), expected)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@needs_kernels
+def test_it_holds_parameters_and_not_the_model():
+    """Plans are kept by the model: one that held it would keep both for good."""
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    plan = adapt(model, forward="modules")._plan
+    own, gone = fused_forward(model, plan.calls, plan.logits_dtype, DEVICE), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and own.name == "fused"
 
 
 def test_weights_are_laid_together_once_and_views_of_others_memory_are_not():

@@ -143,14 +143,14 @@ def tokens_of(seed: int, *shape: int) -> torch.Tensor:
 def behind(model: TreeModel, prompt: torch.Tensor, max_cache_len: int = MAX_CACHE_LEN) -> TreeCache:
     """Return a cache with one prompt, [1, L], committed."""
     filled = model.new_cache(1, max_cache_len)
-    prefill(model, filled, prompt, lens_of(prompt.shape[1]))
+    prefill(model, filled, prompt, lens_of(prompt.shape[1]).to(prompt.device))
     return filled
 
 
 def score_tree(model: TreeModel, prompt: torch.Tensor, tree: TokenTree, nodes: torch.Tensor) -> torch.Tensor:
     """Logits of a tree's nodes, [1, N], behind a prompt. [N, vocab]"""
-    lens = lens_of(prompt.shape[1])
-    return model.forward(nodes, behind(model, prompt), lens, TreeStep.of(tree.tensors()))[0]
+    lens = lens_of(prompt.shape[1]).to(prompt.device)
+    return model.forward(nodes, behind(model, prompt), lens, TreeStep.of(tree.tensors(prompt.device)))[0]
 
 
 def decode(model: TreeModel, cache: TreeCache, length: int, tokens: torch.Tensor) -> torch.Tensor:

@@ -173,7 +173,7 @@ class Rotation:
 
 
 class Description:
-    """What a model on one device computes.
+    """What a model on one device computes; holds its parameters, not the model.
 
     Attributes:
         fields: the model, its layers in a list; what `_host.Forward` takes. Weights are `Matrix`es.
@@ -193,13 +193,13 @@ class Description:
         for name, value in family.needs:
             if _part(model, name) != value:
                 raise NotNativeError(f"{name} must be {value} in the family's description")
-        self.model, self.family, self.device = model, family, device
+        self.family, self.device = family, device
         self.tensors: list[tuple[dict[str, Any], str, Any]] = []
         self._numbers: dict[int, int] = {}  # by id of the tensor
         self.rotations: list[Rotation] = []
         self._rotation_numbers: dict[str | None, int] = {}
         self.forms: dict[str, None] = {}
-        self.fields = self._model_fields(calls)
+        self.fields = self._model_fields(model, calls)
         left = sum(id(weight) not in self._numbers for weight in model.parameters())
         if left:
             raise NotNativeError(f"{left} of its parameters have no place in the family's description")
@@ -291,8 +291,8 @@ class Description:
 
     # ---- the model and its layers ----
 
-    def _model_fields(self, calls: Sequence[LayerCall]) -> dict[str, Any]:
-        model, family, config = self.model, self.family, self.model.config
+    def _model_fields(self, model: PreTrainedModel, calls: Sequence[LayerCall]) -> dict[str, Any]:
+        family, config = self.family, model.config
         embedding = _part(model, family.embedding)
         layers = _part(model, family.layers)
         if layers is None or len(layers) != len(calls):
@@ -317,11 +317,11 @@ class Description:
             fields["embedding_scale"] = float(config.embedding_multiplier)
             fields["residual_scale"] = float(config.residual_multiplier)
             fields["logit_scale"] = 1.0 / float(config.logits_scaling)
-        fields["layers"] = [self._layer(layer, call) for layer, call in zip(layers, calls, strict=True)]
+        fields["layers"] = [self._layer(model, layer, call) for layer, call in zip(layers, calls, strict=True)]
         fields["rotation_dims"] = [rotation.dims for rotation in self.rotations]
         return fields
 
-    def _layer(self, layer: nn.Module, call: LayerCall) -> dict[str, Any]:
+    def _layer(self, model: PreTrainedModel, layer: nn.Module, call: LayerCall) -> dict[str, Any]:
         family, spec = self.family, call.spec
         attention = _part(layer, family.attention)
         if call.has_sinks:
@@ -339,7 +339,7 @@ class Description:
         scale = d**-0.5 if call.scale is None else call.scale
         if family.query_scale:
             scale *= getattr(attention, family.query_scale)
-        rotation = self._rotation(attention, call.layer_idx or 0)
+        rotation = self._rotation(model, attention, call.layer_idx or 0)
         parallel = getattr(layer, family.parallel) if isinstance(family.parallel, str) else family.parallel
         mlp_norm = family.mlp_norm
         if mlp_norm and parallel and _part(layer, mlp_norm) is None:  # StableLM: one norm for both
@@ -407,14 +407,14 @@ class Description:
             "experts": ((routes, None), count, int(router.top_k), normalised, 2 * inner, 2 * inner, width),
         }
 
-    def _rotation(self, attention: nn.Module, index: int) -> int:
+    def _rotation(self, model: PreTrainedModel, attention: nn.Module, index: int) -> int:
         """Number of a layer's rotary table, -1 where the layer does not rotate."""
         if not (self.family.rotary and getattr(attention, "use_rope", True)):
             return -1
-        module = _part(self.model, self.family.rotary)
+        module = _part(model, self.family.rotary)
         layer_type = None
         if "layer_type" in inspect.signature(module.forward).parameters:
-            layer_type = self.model.config.layer_types[index]
+            layer_type = model.config.layer_types[index]
         if layer_type not in self._rotation_numbers:
             self._rotation_numbers[layer_type] = len(self.rotations)
             self.rotations.append(Rotation(module, layer_type, self.device))

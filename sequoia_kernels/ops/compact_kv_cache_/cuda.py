@@ -1,8 +1,8 @@
 """compact_kv_cache_ in CUDA; see csrc/cuda/compact_kv_cache.cu. Inputs as in op.py.
 
 One launch moves K and V of all layers and advances the lengths, as in Triton: what it spares is Triton itself, its
-compilation and its launcher's time on the host. Which of the two is faster on a device has not been measured; this
-kernel has been compiled and not run on a GPU.
+compilation and its launcher's time on the host. Which of the two is faster on a device has not been measured; the
+tests of both passed on an H100.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ Memory: bytes read and written
     64 x 128256 7.6 us, 128 x 128256 15.3 us.
     Estimate for a tree of 64 nodes, 30 of them with children, 8 at most: 16 MB of first reads 5 us, the first
     rejections 4 us, six further ranks at about 2 us, the draw 3.5 us, the end 2 us: 27 to 30 us in a CUDA graph, of
-    which half is launches; 128 nodes 38 us. With top-k or top-p add 20 to 40 us for the search of the cuts. Not run on
-    a GPU.
+    which half is launches; 128 nodes 38 us. With top-k or top-p add 20 to 40 us for the search of the cuts. An H100
+    with other work on it took 55 us for the 64 nodes (`bench/results/nvidia-h100-80gb-hbm3/verify_tree.json`).
 
 Numerics
     float32 throughout; weights are relative to the row's peak. Sums run over chunks, so coins within a rounding error
@@ -74,7 +74,7 @@ __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
 
 # tuning table --------------------------------------------------------------------------------------------------------
 
-# Chosen by compiling (no spills) and by the estimate above. None has timed these; bench/ops/bench_verify_tree.py will.
+# Chosen by compiling (no spills) and by the estimate above. Not tuned on a device.
 _MOST_CHUNK = 4096
 _LEAST_CHUNK = 512
 _CHUNK_TOKENS_PER_WARP = 512

@@ -9,6 +9,7 @@ import copy
 import gc
 import pickle
 import random
+import threading
 import weakref
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from sequoia_kernels import generate
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step
@@ -33,6 +35,8 @@ from sequoia_kernels.ops import triton_device
 DEVICE = torch.device("cpu" if triton_device.INTERPRETED else "cuda:0")
 _REASON = triton_device.unavailable_reason()
 needs_kernels = pytest.mark.skipif(_REASON is not None, reason=f"the kernels cannot run: {_REASON}")
+# Rows of a prompt and nodes of a tree: an interpreted kernel takes a millisecond for every few heads of a row.
+PROMPT, NODES = (5, 6) if triton_device.INTERPRETED else (21, 12)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # One case for each thing that a layer may do; on a GPU all of them run.
@@ -107,7 +111,7 @@ HEADS = {
     "some dims": steps.Heads(3, 3, 20, 0, 60, 120, 20, 8),
     "none": steps.Heads(5, 1, 24, 0, 120, 144, 24, 0),
     "interleaved": steps.Heads(4, 4, 8, 0, 8, 16, 24, 8),
-    "many": steps.Heads(12, 4, 8, 0, 96, 128, 8, 8),
+    "several at once": steps.Heads(12, 4, 8, 0, 96, 128, 8, 8),
 }
 
 
@@ -115,9 +119,11 @@ HEADS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norms", ["none", "rms", "offset", "layer"])
 @pytest.mark.parametrize("layout", HEADS)
-def test_rotation_and_cache_rows(layout, norms, dtype):
+def test_rotation_and_cache_rows(layout, norms, dtype, monkeypatch):
     """Also of rows that have no room: nothing is written for them, and nothing beside the rows that have."""
     heads = HEADS[layout]
+    if layout == "several at once":  # as where there are many rows
+        monkeypatch.setattr(steps, "_heads_at_once", lambda rows, num_heads, traits: 8)
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
     places = steps.RowPlaces(
         torch.tensor([3, 0, 17], dtype=torch.int32, device=DEVICE),
@@ -177,7 +183,7 @@ def test_logits_are_the_modules_in_float32(name):
     fused, modules = fused_pair(name)
     assert (fused.runs, fused.not_native, modules.runs) == ("fused", "", "modules")
     drawn = random.Random(3)
-    prompt, tree = tokens_of(3, 1, 21).to(DEVICE), random_tree(drawn, 12)
+    prompt, tree = tokens_of(3, 1, PROMPT).to(DEVICE), random_tree(drawn, NODES)
     nodes = tokens_of(5, 1, tree.num_nodes).to(DEVICE)
     expected = score_tree(modules, prompt, tree, nodes)
     error = (score_tree(fused, prompt, tree, nodes) - expected).abs().max() / max(1.0, float(expected.std()))
@@ -191,7 +197,7 @@ def test_low_precision_errs_no_more_than_the_modules(name):
     fused, modules = fused_pair(name, torch.bfloat16)
     exact = adapt(copy.deepcopy(modules.model).float(), forward="modules")
     drawn = random.Random(3)
-    prompt, tree = tokens_of(3, 1, 21).to(DEVICE), random_tree(drawn, 12)
+    prompt, tree = tokens_of(3, 1, PROMPT).to(DEVICE), random_tree(drawn, NODES)
     nodes = tokens_of(5, 1, tree.num_nodes).to(DEVICE)
     wanted = score_tree(exact, prompt, tree, nodes)
     errors = [
@@ -353,6 +359,36 @@ def test_a_model_whose_weights_lie_together_is_saved_generates_copies_and_pickle
     for other in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.generate(tokens, **options), expected)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@needs_kernels
+def test_between_calls_nothing_but_the_parameters_holds_weights():
+    """Else a model that is moved or cast would be there twice."""
+    fused, _ = fused_pair("llama")
+    tokens = tokens_of(1, 1, 4).to(DEVICE)
+    output = generate(fused, None, tokens, max_new_tokens=3, temperature=0.0, eos_token_id=())
+    assert fused.runs == "fused" and fused._own._weights is None
+    again = generate(fused, None, tokens, max_new_tokens=3, temperature=0.0, eos_token_id=())
+    assert again.new_tokens == output.new_tokens
+
+
+@needs_kernels
+def test_threads_that_meet_a_changed_weight_lay_it_once():
+    fused, modules = fused_pair("llama")
+    tokens, lens = tokens_of(1, 1, 4).to(DEVICE), lens_of(0).to(DEVICE)
+    step = causal_step(4, DEVICE)
+    wanted = modules.forward(tokens, modules.new_cache(1, 8), lens, step)
+    for layer in fused.model.model.layers:
+        layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach().clone())
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fused._own._look_up().addresses)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+    got = fused.forward(tokens, fused.new_cache(1, 8), lens, step)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels

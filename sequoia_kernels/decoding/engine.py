@@ -229,6 +229,8 @@ def return_engine(engine: DecodingEngine) -> None:
     The two most recently used engines of a target stay, until the target itself goes or `release_engines` is called.
     """
     target, draft, key = engine.eager.target, engine.eager.draft, engine.key
+    for model in _models(target, draft):
+        model.let_go()
     if key is None or engine._graphed is None or not engine._graphed.num_captured:
         return
     engine.eager.use(None, None, StageClock(enabled=False))

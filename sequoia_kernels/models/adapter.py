@@ -206,6 +206,9 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
                 f"function and cache ({type(error).__name__}: {error})"
             ) from error
+        for other in plans.values():  # of the model as it was
+            if other.own is not None and not isinstance(other.own, NativeForward):
+                other.own.let_go()
         plan = plan._replace(calls=tuple(probed))
         plans[state] = plan
         while len(plans) > _KEPT_PLANS:
@@ -452,6 +455,11 @@ class TreeModel:
         inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
         self._check_forward(inputs, cache)
         return native.bind(input_ids, cache, cache_lens, step, last_row, self.max_positions, self._evaluation.check)
+
+    def let_go(self) -> None:
+        """Hold no weights beside the model's own parameters while nobody decodes; the next forward looks them up."""
+        if self._own is not None and not isinstance(self._own, NativeForward):
+            self._own.let_go()
 
     def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
         """Run forwards whose chunks build on one another, as a long prompt does, in order; return each one's logits."""

@@ -8,6 +8,7 @@ being views of it, so nothing is held twice and the model's own forward goes on 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,17 @@ class _Layer(NamedTuple):
     shares_norm: bool  # MLP and attention read the same rows
 
 
+class _Weights(NamedTuple):
+    """A model's weights as they lie now."""
+
+    addresses: list[int]
+    layers: list[_Layer]
+    embedding: torch.Tensor
+    positions: torch.Tensor | None
+    final_norm: Norm | None
+    head: Linear
+
+
 class FusedForward:
     """Forwards of one model by fused kernels; holds the model's parameters, not the model.
 
@@ -88,7 +100,8 @@ class FusedForward:
         self._described = Description(model, calls, device)
         self._check()
         self._dtype, self._logits_dtype = model.dtype, logits_dtype
-        self._addresses: list[int] = []
+        self._weights: _Weights | None = None
+        self._lock = threading.Lock()
         self._look_up()
         self.weight_forms = ", ".join(self._described.forms)
 
@@ -122,36 +135,49 @@ class FusedForward:
 
     # ---- weights ----
 
-    def _look_up(self) -> None:
+    def _look_up(self) -> _Weights:
         """Find where the weights lie now, and lay those together that are read together.
 
         Raises:
             ValueError: a weight has another form than when the model was described.
         """
-        tensors = self._described.tensors
+        known = self._weights
+        if known is not None and self._addresses() == known.addresses:
+            return known
+        with self._lock:  # threads may meet the same change
+            for owner, name, described in self._described.tensors:
+                weight = owner.get(name)
+                form = None if weight is None else form_of(weight)
+                if form != described:
+                    raise ValueError(
+                        f"forward: {name} must keep its shape, dtype, layout and device, {described}, got {form}; "
+                        "where the model was changed, make a new cache"
+                    )
+            before = self._addresses()
+            fields = self._described.fields
+            layers = [self._layer(layer) for layer in fields["layers"]]
+            positions = None if fields["positions"] is None else self._matrix(fields["positions"])
+            addresses = self._addresses()
+            if addresses != before and self._described.device.type == "cuda":
+                # Other streams may read the weights next; and what they had before is of sizes that nobody asks for.
+                torch.cuda.synchronize(self._described.device)
+                torch.cuda.empty_cache()
+            found = self._weights = _Weights(
+                addresses, layers, self._matrix(fields["embedding"]), positions,
+                self._norm(fields["final_norm"]), self._linear(fields["head"]),
+            )  # fmt: skip
+            return found
+
+    def _addresses(self) -> list[int]:
+        """Where the weights are; nothing where one is gone."""
         try:
-            addresses = [owner[name].data_ptr() for owner, name, _ in tensors]
-        except (KeyError, AttributeError):  # one is gone
-            addresses = []
-        if addresses and addresses == self._addresses:
-            return
-        for owner, name, described in tensors:
-            weight = owner.get(name)
-            form = None if weight is None else form_of(weight)
-            if form != described:
-                raise ValueError(
-                    f"forward: {name} must keep its shape, dtype, layout and device, {described}, got {form}; "
-                    "where the model was changed, make a new cache"
-                )
-        fields = self._described.fields
-        self._layers = [self._layer(layer) for layer in fields["layers"]]
-        self._embedding = self._matrix(fields["embedding"])
-        self._positions = None if fields["positions"] is None else self._matrix(fields["positions"])
-        self._final_norm = self._norm(fields["final_norm"])
-        self._head = self._linear(fields["head"])
-        self._addresses = [owner[name].data_ptr() for owner, name, _ in tensors]
-        if self._addresses != addresses and self._embedding.is_cuda:
-            torch.cuda.empty_cache()  # what weights had before they were laid together, of sizes that nobody asks for
+            return [owner[name].data_ptr() for owner, name, _ in self._described.tensors]
+        except (KeyError, AttributeError):
+            return []
+
+    def let_go(self) -> None:
+        """Hold no weights until the next forward, which looks them up again: nobody else may want them any more."""
+        self._weights = None
 
     def _tensor(self, number: int) -> torch.Tensor:
         owner, name, _ = self._described.tensors[number]
@@ -236,8 +262,8 @@ class FusedForward:
         max_positions: int | None,
     ) -> torch.Tensor:
         """Run one forward, whose shapes are checked; see `TreeModel.forward`."""
-        self._look_up()
-        fields, num_layers = self._described.fields, len(self._layers)
+        weights = self._look_up()
+        fields, num_layers = self._described.fields, len(weights.layers)
         for number in hidden_states or ():
             if not 0 <= number <= num_layers:
                 raise IndexError(
@@ -250,15 +276,15 @@ class FusedForward:
         places = RowPlaces(cache_lens, step.depths, step.node_ids, last_position)
         tables = [rotation.reach(min(cache.max_cache_len, last_position + 1)) for rotation in self._described.rotations]
 
-        stream = F.embedding(input_ids.reshape(-1), self._embedding)  # [B * N, width]
+        stream = F.embedding(input_ids.reshape(-1), weights.embedding)  # [B * N, width]
         if fields["embedding_scale"] != 1.0:
             stream *= fields["embedding_scale"]
-        if self._positions is not None:
+        if weights.positions is not None:
             positions = (cache_lens[:, None] + step.depths).clamp_(max=last_position) + fields["position_offset"]
-            stream += F.embedding(positions.reshape(-1), self._positions)
+            stream += F.embedding(positions.reshape(-1), weights.positions)
         scale = fields["residual_scale"]
         update, update_norm = None, None
-        for number, (layer, stored) in enumerate(zip(self._layers, cache.layers, strict=True)):
+        for number, (layer, stored) in enumerate(zip(weights.layers, cache.layers, strict=True)):
             normed = residual_norm_(stream, update, layer.input_norm, update_norm=update_norm, update_scale=scale)
             if number in wanted:
                 kept[number] = stream.clone()
@@ -274,14 +300,14 @@ class FusedForward:
             update, update_norm = _mlp(layer, normed), layer.mlp_output_norm
         if last_row is not None and num_layers not in wanted:
             stream, update = (_row_of_each(rows, last_row, num_nodes) for rows in (stream, update))
-        normed = residual_norm_(stream, update, self._final_norm, update_norm=update_norm, update_scale=scale)
+        normed = residual_norm_(stream, update, weights.final_norm, update_norm=update_norm, update_scale=scale)
         if num_layers in wanted:
             kept[num_layers] = normed
             if last_row is not None:
                 normed = _row_of_each(normed, last_row, num_nodes)
         if hidden_states:
             hidden_states.update({number: rows.view(batch_size, num_nodes, -1) for number, rows in kept.items()})
-        logits = F.linear(normed, *self._head)
+        logits = F.linear(normed, *weights.head)
         if fields["logit_scale"] != 1.0:
             logits *= fields["logit_scale"]
         if fields["logit_softcap"]:

@@ -281,6 +281,12 @@ def test_a_call_that_is_captured_cannot_capture(fake_cuda, run):
     fake_cuda.assert_untouched()
 
 
+def test_what_torch_says_of_its_debug_mode_is_nobodys_business(fake_cuda):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(Counter(fake_cuda), OTHER)
+
+
 @pytest.mark.parametrize("event", ["line", "opcode"])
 @pytest.mark.parametrize("invalid", [False, True])
 def test_an_interrupt_at_any_line_leaves_nothing_behind(fake_cuda, invalid, event):

@@ -33,6 +33,7 @@ logger = logging.getLogger("sequoia_kernels")
 _lock = threading.RLock()
 
 _WAITS = "called a synchronizing CUDA operation"  # torch's words
+_IS_PROTOTYPE = "Synchronization debug mode is a prototype"  # what torch says of it once a process, to nobody's use
 _IS_EMPTY = "The CUDA Graph is empty"
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _NONE, _INVALIDATED = 0, 2  # CU_STREAM_CAPTURE_STATUS_*
@@ -154,6 +155,7 @@ class _Capture:
 
         warnings.showwarning = keep  # type: ignore[assignment]
         warnings.filterwarnings("always", message=_WAITS)
+        warnings.filterwarnings("ignore", message=_IS_PROTOTYPE)
         torch.cuda.set_sync_debug_mode("warn")
 
     def stop_listening(self) -> None:

@@ -121,6 +121,7 @@ class FakeCuda:
         self.log.append(f"synchronize {stream.device}")
 
     def set_sync_debug_mode(self, mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
         self.sync_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
 
     def assert_untouched(self):

@@ -194,7 +194,7 @@ def _rotated_heads(
         tl.store(targets + ROTATED + rest, behind.to(dtype), mask=may_store & (rest < REST))
 
 
-@triton.jit(do_not_specialize=["num_slots", "last_position"])
+@triton.jit(do_not_specialize=["num_nodes", "num_slots", "last_position"])
 def rotate_and_store_kernel(
     # inputs and outputs
     projected_ptr,  # [rows, width]: queries, which are changed in place, keys and values of each row

@@ -326,6 +326,9 @@ def test_vocabularies_of_odd_sizes(backend, vocab):
     step = _random_step(MIXED, batch_size, vocab)
     streams = (torch.full((batch_size,), 1.0), torch.arange(batch_size), torch.arange(batch_size))
     assert _equal(backend(*step, MIXED, *streams), plain_verify(*step, MIXED, *streams))
+    cuts = (torch.full((batch_size,), 2, dtype=torch.int32), torch.full((batch_size,), 0.8))
+    warped = backend(*step, MIXED, *streams, top_k=cuts[0], top_p=cuts[1])
+    assert _equal(warped, plain_verify(*step, MIXED, *streams, *cuts))
 
 
 def test_trees_of_1024_nodes(backend):

@@ -1,5 +1,7 @@
 """The calls whose kernels are compiled: every dtype, head dim, block and option that changes a kernel's code.
 
+Sizes of 1 are among them: Triton makes a constant of each, which is other code than that of a size it does not know.
+
 `CASES` is the table. An op joins by adding its cases here, each a `CompileCase` that calls the op's own `run` with
 tensors of the meta device.
 """
@@ -66,6 +68,7 @@ def attention_case(
         *([f"{NAMES[cache_dtype]} cache"] if is_float8 else []),
         *([f"group {group}"] if group != 4 else []),
         *([f"pages of {page_size}"] if page_size else []),
+        *([f"slots {num_slots}"] if num_slots < 8192 else []),
         *(["window"] if window else []),
         *(["soft-cap"] if softcap else []),
         *(["sinks"] if sinks else []),
@@ -173,14 +176,23 @@ def _attention_cases() -> Iterator[CompileCase]:
         yield attention_case(half, 128, 8, group=group)
     yield attention_case(torch.float16, 128, 8, cache_dtype=FLOAT8)
     yield attention_case(torch.float32, 128, 8, cache_dtype=FLOAT8)
+    yield attention_case(half, 64, 1, group=1, num_slots=1, quick=(90,))
+    yield attention_case(half, 64, 1, group=1, num_slots=1, **{**everything, "page_size": 1}, quick=(90,))
 
 
 # compact_kv_cache_
 
 
-def compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ...] = ()) -> CompileCase:
-    """A call of compact_kv_cache_ on the 64 caches of a Llama-3-8B."""
-    num_caches, batch_size, num_slots = 64, 2, 8192
+def compaction_case(
+    num_levels: int,
+    *,
+    num_caches: int = 64,
+    batch_size: int = 2,
+    num_slots: int = 8192,
+    page_size: int = 0,
+    quick: tuple[int, ...] = (),
+) -> CompileCase:
+    """A call of compact_kv_cache_, on the 64 caches of a Llama-3-8B if no other number is given."""
 
     def launch() -> None:
         outer = (batch_size * num_slots // page_size, page_size) if page_size else (batch_size, num_slots)
@@ -191,7 +203,13 @@ def compaction_case(num_levels: int, *, page_size: int = 0, quick: tuple[int, ..
         path = _empty(batch_size, num_levels, dtype=torch.int32)
         compaction.run(CompactInputs(caches, path, lens, lens, block_table, entries, 8 * 128 * 2, num_slots, True))
 
-    name = f"{num_levels} levels" + (f", pages of {page_size}" if page_size else "")
+    options = [
+        *([f"pages of {page_size}"] if page_size else []),
+        *([f"caches {num_caches}"] if num_caches != 64 else []),
+        *([f"batch {batch_size}"] if batch_size != 2 else []),
+        *([f"slots {num_slots}"] if num_slots != 8192 else []),
+    ]
+    name = ", ".join([f"{num_levels} levels", *options])
     return CompileCase("compact_kv_cache_", name, launch, quick=quick)
 
 
@@ -199,6 +217,8 @@ def _compaction_cases() -> Iterator[CompileCase]:
     for num_levels in (1, 8, 32, 100):
         yield compaction_case(num_levels, quick=(80, 100) if num_levels == 8 else ())
         yield compaction_case(num_levels, page_size=16)
+    for page_size in (0, 1):
+        yield compaction_case(1, num_caches=1, batch_size=1, num_slots=1, page_size=page_size, quick=(90,))
 
 
 # the ops on logits
@@ -236,8 +256,9 @@ def _warping_cases() -> Iterator[CompileCase]:
         yield warping_case(dtype, top_k=True, top_p=True, quick=tested)
     yield warping_case(torch.bfloat16, top_k=True)
     yield warping_case(torch.bfloat16, top_p=True)
-    for num_rows, vocab in ((1, 32000), (1, 61)):
-        yield warping_case(torch.bfloat16, num_rows=num_rows, vocab=vocab, top_k=True, top_p=True)
+    for num_rows, vocab in ((1, 32000), (1, 61), (1, 2), (1, 1), (4, 1)):
+        tested = (90,) if vocab == 1 else ()
+        yield warping_case(torch.bfloat16, num_rows=num_rows, vocab=vocab, top_k=True, top_p=True, quick=tested)
 
 
 def sampling_case(
@@ -270,8 +291,9 @@ def _sampling_cases() -> Iterator[CompileCase]:
         for num_samples in (1, 16, 128):
             tested = (80, 100) if dtype == torch.bfloat16 and num_samples == 16 else ()
             yield sampling_case(dtype, num_samples, quick=tested)
-    for num_rows, vocab, num_samples in ((1, 128256, 8), (4, 32000, 4), (1, 61, 2), (1, 1, 1)):
-        yield sampling_case(torch.bfloat16, num_samples, num_rows=num_rows, vocab=vocab)
+    for num_rows, vocab, num_samples in ((1, 128256, 8), (4, 32000, 4), (1, 61, 2), (1, 1, 1), (4, 1, 1)):
+        tested = (90,) if vocab == 1 else ()
+        yield sampling_case(torch.bfloat16, num_samples, num_rows=num_rows, vocab=vocab, quick=tested)
 
 
 def verification_case(
@@ -325,7 +347,11 @@ def _verification_cases() -> Iterator[CompileCase]:
     for warped in (False, True):
         yield verification_case(half, "1 node", 1, 1, 0, vocab=61, warped=warped)
         yield verification_case(half, "2 nodes, 1 child", 2, 2, 1, vocab=61, warped=warped)
+        yield verification_case(half, "1 node", 1, 1, 0, vocab=1, warped=warped, quick=(90,) if warped else ())
+        yield verification_case(half, "11 nodes, 10 children", 11, 2, 10, vocab=1, warped=warped, quick=(90,))
     yield verification_case(half, "6 nodes, 1 child", 6, 6, 1, vocab=32000)
+    for warped in (False, True):
+        yield verification_case(half, "13 nodes, 12 children", 13, 2, 12, vocab=600, warped=warped)
 
 
 CASES: list[CompileCase] = [

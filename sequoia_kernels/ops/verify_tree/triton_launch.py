@@ -224,6 +224,7 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
                 CHUNK=config.row_tile if is_rest else config.chunk,
                 **blocks,
                 num_warps=config.row_warps if is_rest else config.chunk_warps,
+                maxnreg=triton_device.most_registers(config.row_warps) if is_rest else None,
                 enable_fp_fusion=True,
             )  # fmt: skip
         draw_kernel[(num_chunks, batch_size)](

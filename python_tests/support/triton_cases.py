@@ -3,7 +3,7 @@
 Sizes of 1 are among them: Triton makes a constant of each, which is other code than that of a size it does not know.
 
 `CASES` is the table. An op joins by adding its cases here, each a `CompileCase` that calls the op's own `run` with
-tensors of the meta device.
+tensors of the meta device. The steps of the fused forward are no op, but compiled as one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from support.triton_compile import DEVICES, CompileCase
 
+from sequoia_kernels.models.fused import steps
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
@@ -29,7 +30,9 @@ from sequoia_kernels.ops.warped_logsumexp import triton_launch as warping
 from sequoia_kernels.ops.warped_logsumexp.op import OPERATOR as warping_operator
 from sequoia_kernels.ops.warped_logsumexp.op import WarpInputs
 
-__all__ = ["CASES", "attention_case", "compaction_case", "sampling_case", "verification_case", "warping_case"]
+__all__ = [
+    "CASES", "FUSED", "attention_case", "compaction_case", "sampling_case", "verification_case", "warping_case",
+]  # fmt: skip
 
 FLOAT8 = torch.float8_e4m3fn
 ALL_BUT_SMALL = (80, 90, 100)
@@ -354,10 +357,100 @@ def _verification_cases() -> Iterator[CompileCase]:
         yield verification_case(half, "13 nodes, 12 children", 13, 2, 12, vocab=600, warped=warped)
 
 
+# the fused forward's steps
+
+FUSED = "fused_forward"
+
+
+def _norm(width: int, dtype: torch.dtype, kind: int = 1, offset: float = 0.0) -> steps.Norm:
+    bias = _empty(width, dtype=dtype) if kind == 2 else None
+    return steps.Norm(kind, _empty(width, dtype=dtype), bias, 1e-5, offset)
+
+
+def residual_case(
+    rows: int, width: int, norm: str, dtype: torch.dtype = torch.bfloat16, quick: tuple[int, ...] = ()
+) -> CompileCase:
+    """The sum and norm before a product."""
+
+    def launch() -> None:
+        stream, update = (_empty(rows, width, dtype=dtype) for _ in range(2))
+        if norm == "layer":
+            steps.residual_norm_(stream, update, _norm(width, dtype, kind=2))
+        elif norm == "first":
+            steps.residual_norm_(stream, None, _norm(width, dtype))
+        elif norm == "of the branch, too":
+            offset = _norm(width, dtype, offset=1.0)
+            steps.residual_norm_(stream, update, offset, update_norm=offset, update_scale=0.5)
+        else:
+            steps.residual_norm_(stream, update, _norm(width, dtype))
+
+    return CompileCase(FUSED, f"{NAMES[dtype]}, {rows} x {width}, norm {norm}", launch, quick=quick)
+
+
+def rotation_case(
+    rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotated: int,
+    *,
+    norms: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    quick: tuple[int, ...] = (),
+) -> CompileCase:
+    """Rotation, norms of heads and cache rows."""
+    width, keys = (num_heads + 2 * num_kv_heads) * head_dim, num_heads * head_dim
+    values = keys + num_kv_heads * head_dim
+    heads = steps.Heads(num_heads, num_kv_heads, head_dim, 0, keys, values, head_dim, rotated)
+
+    def launch() -> None:
+        places = steps.RowPlaces(*(_empty(count, dtype=torch.int32) for count in (1, rows, rows)), 4095)
+        caches = [_empty(1, 2048, num_kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+        table = _empty(4096, rotated, dtype=torch.float32) if rotated else None
+        norm = _norm(head_dim, dtype) if norms else None
+        projected = _empty(rows, width, dtype=dtype)
+        steps.rotate_and_store_(projected, *caches, places, heads, table, query_norm=norm, key_norm=norm)
+
+    name = f"{NAMES[dtype]}, {rows} rows, {num_heads}/{num_kv_heads} heads of {head_dim}, {rotated} rotated"
+    return CompileCase(FUSED, name + (", norms" if norms else ""), launch, quick=quick)
+
+
+def activation_case(rows: int, width: int, activation: int, gated: bool = True) -> CompileCase:
+    """The activation between two products."""
+    kind = "gated" if gated else "plain"
+
+    def launch() -> None:
+        steps.gated_activation(_empty(rows, 2 * width if gated else width, dtype=torch.bfloat16), gated, activation)
+
+    return CompileCase(FUSED, f"bf16, {rows} x {width}, {kind} activation {activation}", launch)
+
+
+def _fused_cases() -> Iterator[CompileCase]:
+    for norm in ("first", "after a branch", "layer", "of the branch, too"):
+        yield residual_case(1, 4096, norm, quick=(90,) if norm == "after a branch" else ())
+        yield residual_case(128, 768, norm)
+    yield residual_case(128, steps.MAX_WIDTH, "after a branch")
+    yield residual_case(128, 8192, "of the branch, too", torch.float32)
+    yield residual_case(1, 1, "after a branch")
+    yield rotation_case(1, 32, 32, 128, 128, quick=(80,))
+    yield rotation_case(128, 32, 8, 128, 128)
+    yield rotation_case(128, 32, 8, 128, 128, norms=True, quick=(100,))
+    yield rotation_case(64, 32, 32, 80, 32)
+    yield rotation_case(64, 12, 12, 64, 0)
+    yield rotation_case(256, 8, 4, 256, 256, norms=True, dtype=torch.float32)
+    yield rotation_case(1, 1, 1, 8, 8)
+    for activation in range(5):
+        yield activation_case(128, 11008, activation)
+    yield activation_case(1, 11008, 0)
+    yield activation_case(1, 3072, 2, gated=False)
+    yield activation_case(1, 1, 0)
+
+
 CASES: list[CompileCase] = [
     *_attention_cases(),
     *_warping_cases(),
     *_sampling_cases(),
     *_verification_cases(),
     *_compaction_cases(),
+    *_fused_cases(),
 ]

@@ -32,6 +32,7 @@ class HostStep:
     Attributes:
         path: what `verify` decides; overwritten by the next step.
         emitted: tokens, nodes and their number, as `commit` leaves them; overwritten by the next step.
+        scored: memory of logits, and what of it takes this tree's; for whoever runs `forward`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class HostStep:
         num_emitted = torch.empty(batch_size, dtype=torch.int32)
         self.emitted = emitted, self.path.nodes, num_emitted
         self.forward = target.bind(tokens, cache, state.cache_lens, layout.target_step)
+        self.scored = (torch.empty(0), torch.empty(0))
         self._held = state, buffers, topology, caches
         self._shape = (batch_size, num_nodes, target.vocab_size)
         numbers: dict[str, Any] = {

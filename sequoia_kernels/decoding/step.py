@@ -238,10 +238,13 @@ class DecodingStep:
         """Run the target's bound forward; None where there is none, or a length leaves no room."""
         if host.forward is None:
             return None
-        shape = host.forward.shape
-        if self._scored.numel() < shape.numel():
-            self._scored = torch.empty(shape.numel(), dtype=self.target.logits_dtype)
-        logits = self._scored[: shape.numel()].view(shape)
+        memory, logits = host.scored
+        if memory is not self._scored:
+            shape = host.forward.shape
+            if self._scored.numel() < shape.numel():
+                self._scored = torch.empty(shape.numel(), dtype=self.target.logits_dtype)
+            logits = self._scored[: shape.numel()].view(shape)
+            host.scored = self._scored, logits
         return logits if host.forward.run(logits) else None
 
     def _wanted_states(self) -> dict[int, torch.Tensor]:

@@ -339,6 +339,10 @@ def test_tied_embeddings_are_one_weight():
     scored = assert_follows(native, modules)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5).add_(0.1)
+    scored = assert_follows(native, modules, scored)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * -1.5)  # not tied any more
+    scored = assert_follows(native, modules, scored)
+    model.model.embed_tokens.weight = model.lm_head.weight
     assert_follows(native, modules, scored)
 
 
@@ -348,6 +352,15 @@ def test_a_new_cache_notices_exchanged_modules():
     scored = assert_follows(native, modules)
     own = nn.Linear(39, 18, bias=False)
     model.model.layers[0].self_attn.q_proj = own
+    assert_follows(native, modules, scored)
+    model.model.layers[0].mlp.up_proj = copy.deepcopy(model.model.layers[0].mlp.up_proj)  # in nothing another one
+    scored = assert_follows(native, modules)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(-1.5)
+    scored = assert_follows(native, modules, scored)
+    first, second = model.model.layers
+    first.self_attn.layer_idx, second.self_attn.layer_idx = 1, 0
+    model.model.layers = nn.ModuleList([second, first])
     assert_follows(native, modules, scored)
 
 

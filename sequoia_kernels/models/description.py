@@ -195,12 +195,13 @@ class Description:
                 raise NotNativeError(f"{name} must be {value} in the family's description")
         self.family, self.device = family, device
         self.tensors: list[tuple[dict[str, Any], str, Any]] = []
-        self._numbers: dict[int, int] = {}  # by id of the tensor
+        self._numbers: dict[tuple[int, str], int] = {}  # by place: what shares a tensor now may be untied later
+        self._described: set[int] = set()  # ids of tensors
         self.rotations: list[Rotation] = []
         self._rotation_numbers: dict[str | None, int] = {}
         self.forms: dict[str, None] = {}
         self.fields = self._model_fields(model, calls)
-        left = sum(id(weight) not in self._numbers for weight in model.parameters())
+        left = sum(id(weight) not in self._described for weight in model.parameters())
         if left:
             raise NotNativeError(f"{left} of its parameters have no place in the family's description")
 
@@ -236,10 +237,11 @@ class Description:
     def _number(self, place: TensorPlace | None) -> int:
         if place is None:
             return -1
-        number = self._numbers.get(id(place.tensor))
+        number = self._numbers.get((id(place.owner), place.name))
         if number is None:
-            number = self._numbers[id(place.tensor)] = len(self.tensors)
+            number = self._numbers[id(place.owner), place.name] = len(self.tensors)
             self.tensors.append((place.owner, place.name, form_of(place.tensor)))
+            self._described.add(id(place.tensor))
         return number
 
     def _quantised(self, weight: QuantisedWeight, first: int, rows: int | None) -> Any:
@@ -259,7 +261,7 @@ class Description:
         if quantised is not None:
             weight = module._parameters.get("weight")
             if weight is not None:
-                self._numbers[id(weight)] = -1  # has its place by its parts
+                self._described.add(id(weight))  # by its parts
             bias = self._matrix(module, "bias")
             if bias is not None and rows is not None:
                 raise NotNativeError("projections that are split have biases")

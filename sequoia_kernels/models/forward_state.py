@@ -83,8 +83,8 @@ def known_state(model: PreTrainedModel) -> tuple[Any, ...]:
 def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
     """Describe what a forward of a model depends on besides its inputs and the numbers in its weights.
 
-    A hashable value that is equal as long as nothing has changed: configurations, attention functions, modules with
-    their forwards, hooks and attributes, shapes, layouts, dtypes and devices of weights, autocast. Keeps nothing of the
+    A hashable value that is equal as long as nothing has changed: configurations, attention functions, which modules
+    it has, with their forwards, hooks and attributes, shapes, layouts, dtypes and devices of weights, autocast. Keeps nothing of the
     model alive. Waits for forwards of the model that other threads run through tree models.
     """
     return AttentionSwitch(model, _NO_ATTENTION).at_rest(lambda: _describe(model))
@@ -146,6 +146,7 @@ def _describe_module(
     if kind not in classes:
         classes[kind] = _value(getattr(kind, "forward", None), seen, configs)  # scripted ones have none
     parts.append(kind)
+    parts.append(weakref.ref(module))  # another one of the same form has other weights; and in this order they run
     written = _written.get(module, _NOTHING) if _written else _NOTHING
     for name, value in module.__dict__.items():
         if name in written:

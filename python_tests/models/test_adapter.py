@@ -548,6 +548,16 @@ def test_a_cache_of_another_model_is_refused() -> None:
         model.forward(torch.tensor([[1]]), other.new_cache(1, 4), int32(0), causal_step(1))
 
 
+@pytest.mark.parametrize("forward", ["native", "modules"])
+def test_a_cache_of_a_model_with_other_heads_is_refused(forward: str) -> None:
+    """A forward in C++ or on a GPU would write where its own rows were: elsewhere, or behind the cache's end."""
+    narrow, wide = (adapt(tiny_model("llama", head_dim=width), forward=forward) for width in (8, 64))
+    cache = narrow.new_cache(1, 4)
+    with pytest.raises(ValueError, match=r"cache must be this model's cache as .* key_dim=64, .* got .* key_dim=8, "):
+        wide.forward(torch.tensor([[1, 2]]), cache, int32(0), causal_step(2))
+    assert all(not tensor.any() for tensor in cache.tensors())
+
+
 @pytest.mark.parametrize(("batch_size", "max_cache_len"), [(0, 4), (1, 0), (-1, 4)])
 def test_bad_cache_sizes(batch_size: int, max_cache_len: int) -> None:
     with pytest.raises(ValueError, match="new_cache: batch_size and max_cache_len must be at least 1"):

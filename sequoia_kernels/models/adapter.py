@@ -526,6 +526,12 @@ class TreeModel:
                 f"forward: cache must be this model's cache for {batch_size} requests, "
                 f"got one of {len(cache.layers)} layers for {cache.batch_size}"
             )
+        if cache.specs is not self._plan.specs and cache.specs != self._plan.specs:  # rows of other widths, say
+            number = [one == other for one, other in zip(cache.specs, self._plan.specs)].index(False)
+            raise ValueError(
+                f"forward: cache must be this model's cache as the model is now, with {self._plan.specs[number]} in "
+                f"layer {number}, got one with {cache.specs[number]}"
+            )
         for name, tensor in (("cache_lens", cache_lens), ("last_row", last_row)):
             if tensor is not None and tensor.shape != (batch_size,):
                 raise ValueError(f"forward: {name} must have shape [batch] = [{batch_size}], got {list(tensor.shape)}")

@@ -82,13 +82,14 @@ class TreeCache(Cache):
 
     Rows [0, cache_lens[b]) of request b are committed; the rows behind them belong to the current tree. The lengths are
     kept by the caller, since several caches (target and draft) share them. `layers` are `TreeCacheLayer`s, one
-    a layer of the model, with `.keys` and `.values`.
+    a layer of the model, with `.keys` and `.values`; `specs` says what each of them stores.
     """
 
     def __init__(self, specs: tuple[LayerSpec, ...], batch_size: int, max_cache_len: int) -> None:
         # Normal tensors even inside inference mode, so that the cache can be used outside of it as well.
         with torch.inference_mode(False):
             super().__init__(layers=[TreeCacheLayer(spec, batch_size, max_cache_len) for spec in specs])
+        self.specs = specs
         self._shape = (batch_size, max_cache_len)
 
     @property

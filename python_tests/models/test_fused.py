@@ -9,6 +9,7 @@ import copy
 import gc
 import pickle
 import random
+import sys
 import threading
 import weakref
 
@@ -24,12 +25,13 @@ from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step
 from sequoia_kernels.models.adapter import TreeModel
+from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.quantised import NotNativeError
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from sequoia_kernels.models.fused import fused_forward, reference, steps
-from sequoia_kernels.models.fused.packing import packed_rows
+from sequoia_kernels.models.fused.packing import movable, packed_rows
 from sequoia_kernels.ops import triton_device
 
 DEVICE = torch.device("cpu" if triton_device.INTERPRETED else "cuda:0")
@@ -343,7 +345,7 @@ def test_parameters_stay_and_are_read_where_they_lie():
         layer.mlp.up_proj.weight.untyped_storage().data_ptr() == layer.mlp.gate_proj.weight.untyped_storage().data_ptr()
     )
     layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach()[:, :-1].contiguous())
-    with pytest.raises(ValueError, match="forward: weight must keep its shape, dtype, layout and device"):
+    with pytest.raises(ValueError, match="forward: weight must keep its shape, dtype, layout, device and memory"):
         fused._own(tokens, fused.new_cache, lens, causal_step(4, DEVICE), None, None, None)
 
 
@@ -403,18 +405,139 @@ def test_it_holds_parameters_and_not_the_model():
 
 
 def test_weights_are_laid_together_once_and_views_of_others_memory_are_not():
-    modules = [nn.Linear(3, rows, dtype=torch.float32) for rows in (2, 5)]
-    places = [(module._parameters, "weight") for module in modules]
-    wanted = torch.cat([module.weight.detach() for module in modules])
-    packed = packed_rows(places)
+    one, two = (nn.Parameter(torch.randn(rows, 3)) for rows in (2, 5))
+    wanted = torch.cat([one.detach(), two.detach()])
+    assert packed_rows([one, two], False) is None and movable([[one, two]]) == [True]
+    packed = packed_rows([one, two])
     assert torch.equal(packed, wanted)
-    again = packed_rows(places)
-    assert again.data_ptr() == packed.data_ptr() == modules[0].weight.data_ptr()
-    flat = torch.zeros(12)
-    modules[1].weight = nn.Parameter(flat[:6].view(2, 3))
-    with pytest.raises(NotNativeError, match="views of other memory"):
-        packed_rows(places)
-    assert modules[0].weight.data_ptr() == packed.data_ptr()
+    again = packed_rows([one, two], False)
+    assert again.data_ptr() == packed.data_ptr() == one.data_ptr()
+    view, other = nn.Parameter(torch.zeros(12)[:6].view(2, 3)), nn.Parameter(torch.zeros(2, 3))
+    alias = nn.Parameter(other.detach())
+    with torch.inference_mode():
+        held = nn.Parameter(torch.zeros(2, 3))
+    groups = [[one, view], [two, other], [alias], [held], [two, two]]
+    assert movable(groups) == [False] * 5 and movable([[one, nn.Parameter(torch.zeros(2, 3))]]) == [True]
+
+
+WAYS_TO_LIE_APART = {
+    "one weight in two places of a group": lambda first, second: setattr(
+        first.self_attn.k_proj, "weight", first.self_attn.v_proj.weight
+    ),
+    "one weight in two groups": lambda first, second: setattr(second.mlp.up_proj, "weight", first.mlp.gate_proj.weight),
+    "a view": lambda first, second: setattr(
+        first.mlp.up_proj, "weight", nn.Parameter(torch.stack([first.mlp.up_proj.weight.detach()] * 2)[0])
+    ),
+    "weights of one memory": lambda first, second: setattr(
+        second.self_attn.k_proj, "weight", nn.Parameter(first.self_attn.k_proj.weight.detach())
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_adapted", [False, True])
+@pytest.mark.parametrize("way", WAYS_TO_LIE_APART)
+def test_weights_that_cannot_lie_together_are_read_where_they_are(way, is_adapted):
+    """Each of them followed when it is changed in place, before the forward is made and behind it."""
+    model = copy.deepcopy(case_model("llama", num_hidden_layers=2)).to(DEVICE)
+    first, second = model.model.layers
+    if is_adapted:
+        fused = with_fused_forward(model)
+        WAYS_TO_LIE_APART[way](first, second)
+    else:
+        WAYS_TO_LIE_APART[way](first, second)
+        fused = with_fused_forward(model)
+    addresses = {}
+    for _ in range(2):
+        logits_are_the_modules(fused, model)
+        addresses.setdefault("once", [weight.data_ptr() for weight in model.parameters()])
+        with torch.no_grad():
+            for layer in (first, second):
+                for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+                    linear.weight.mul_(1.3)
+        logits_are_the_modules(fused, model)
+        fused.let_go()
+    logits_are_the_modules(fused, model)
+    assert addresses["once"] == [weight.data_ptr() for weight in model.parameters()]
+
+
+def logits_are_the_modules(fused: TreeModel, model) -> None:
+    tokens, lens, step = tokens_of(1, 1, 4).to(DEVICE), lens_of(0).to(DEVICE), causal_step(4, DEVICE)
+    modules = adapt(copy.deepcopy(model), forward="modules")
+    wanted = modules.forward(tokens, modules.new_cache(1, 8), lens, step)
+    got = fused.forward(tokens, TreeCache(fused._plan.specs, 1, 8), lens, step)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupt_between_two_weights_of_a_product_leaves_them_right():
+    class Stopping(nn.Parameter):
+        @property
+        def data(self):
+            return self.detach()
+
+        @data.setter
+        def data(self, rows):
+            raise KeyboardInterrupt
+
+    one, two = (nn.Parameter(torch.randn(rows, 3)) for rows in (2, 5))
+    wanted = torch.cat([one.detach(), two.detach()])
+    two.__class__ = Stopping
+    with pytest.raises(KeyboardInterrupt):
+        packed_rows([one, two])
+    two.__class__ = nn.Parameter
+    assert torch.equal(torch.cat([one.detach(), two.detach()]), wanted) and packed_rows([one, two], False) is None
+    assert movable([[one, two]]) == [True] and torch.equal(packed_rows([one, two]), wanted)
+
+
+@needs_kernels
+def test_where_there_is_no_memory_to_lay_weights_together_they_are_read_apart(monkeypatch):
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    plan = adapt(model, forward="modules")._plan
+    concatenate, calls = torch.cat, []
+
+    def stopping(*arguments, **settings):
+        calls.append(sys._getframe(1).f_code.co_name)
+        if calls.count("packed_rows") == 2 and calls[-1] == "packed_rows":
+            raise torch.OutOfMemoryError
+        return concatenate(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "cat", stopping)
+    fused = TreeModel(model, plan._replace(own=fused_forward(model, plan.calls, plan.logits_dtype, DEVICE)))
+    monkeypatch.undo()
+    logits_are_the_modules(fused, model)
+    gate, up = (
+        part.weight.untyped_storage()
+        for part in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj)
+    )
+    assert calls.count("packed_rows") == 4 and gate.data_ptr() != up.data_ptr()
+    fused.let_go()
+    logits_are_the_modules(fused, model)  # there is memory now
+    gate, up = (
+        part.weight.untyped_storage()
+        for part in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj)
+    )
+    assert gate.data_ptr() == up.data_ptr()
+
+
+@needs_kernels
+def test_models_that_are_stored_as_they_lie_and_exchanged_as_a_whole(tmp_path):
+    """State dicts whose weights lie together, weights taken from them, and conversions that swap tensors."""
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    with_fused_forward(model)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = copy.deepcopy(case_model("llama")).to(DEVICE)
+    fused = with_fused_forward(other)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"), assign=True)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    up = other.model.layers[0].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.detach() * 2)  # the memory that its neighbour still lies in is not our own
+    logits_are_the_modules(fused, other)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16).to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    logits_are_the_modules(with_fused_forward(model), model)
 
 
 # ---- who gets one

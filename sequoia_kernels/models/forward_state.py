@@ -84,8 +84,8 @@ def forward_state(model: PreTrainedModel) -> tuple[Any, ...]:
     """Describe what a forward of a model depends on besides its inputs and the numbers in its weights.
 
     A hashable value that is equal as long as nothing has changed: configurations, attention functions, which modules
-    it has, with their forwards, hooks and attributes, shapes, layouts, dtypes and devices of weights, autocast. Keeps nothing of the
-    model alive. Waits for forwards of the model that other threads run through tree models.
+    it has, with their forwards, hooks and attributes, shapes, layouts, dtypes and devices of weights, autocast. Keeps
+    nothing of the model alive. Waits for forwards of the model that other threads run through tree models.
     """
     return AttentionSwitch(model, _NO_ATTENTION).at_rest(lambda: _describe(model))
 

@@ -3,7 +3,8 @@
 Of a decoder layer these are launched: norm (with the residual sum), one product for queries, keys and values, rotation
 and cache rows, attention along the tree, one product, norm, one product for gate and up, activation, one product.
 Products read weights where the model has them; what is read together is laid together (`packing.py`), the parameters
-being views of it, so nothing is held twice and the model's own forward goes on working.
+being views of it, so nothing is held twice and the model's own forward goes on working. What must stay where it is, is
+read by a product of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.description import Description, Matrix, form_of
-from sequoia_kernels.models.fused.packing import packed_rows
+from sequoia_kernels.models.fused.packing import Group, movable, packed_rows
 from sequoia_kernels.models.fused.steps import (
     MAX_WIDTH,
     Heads,
@@ -38,6 +39,16 @@ __all__ = ["FusedForward"]
 Linear = tuple[torch.Tensor, torch.Tensor | None]  # weight as `F.linear` takes it, bias
 
 
+class _Together(NamedTuple):
+    """Layers that read the same rows: one where their weights lie together, else each of them."""
+
+    parts: tuple[Linear, ...]
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        products = [F.linear(rows, *part) for part in self.parts]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
 class _Layer(NamedTuple):
     """What a layer runs with: its weights as they lie now."""
 
@@ -48,14 +59,14 @@ class _Layer(NamedTuple):
     query_norm: Norm | None
     key_norm: Norm | None
     norms_whole_rows: bool
-    projections: Linear
+    projections: _Together
     heads: Heads
     rotation: int  # of the description's, -1 for none
     scale: float
     softcap: float | None
     window: int | None
     output: Linear
-    inner: Linear  # gate and up, or up
+    inner: _Together  # gate and up, or up
     gated: bool
     activation: int
     down: Linear
@@ -122,6 +133,8 @@ class FusedForward:
             biases = {bias is None for _, bias in layer["projections"]}
             if len(biases) > 1 or (layer["gate"] and (layer["gate"][1] is None) != (layer["up"][1] is None)):
                 raise NotNativeError("of layers that are read together some have biases")
+            if len(layer["projections"]) > 1 and any(linear[0].transposed for linear in layer["projections"]):
+                raise NotNativeError("weights that are read together lie by columns")
             if layer["cache_type"] != ELEMENT_TYPES[next(iter(types))]:
                 raise NotNativeError("its caches are of another type than its weights")
             for name in ("query_norm", "key_norm"):
@@ -148,14 +161,15 @@ class FusedForward:
             for owner, name, described in self._described.tensors:
                 weight = owner.get(name)
                 form = None if weight is None else form_of(weight)
-                if form != described:
+                if weight is None or form != described or (weight.data_ptr() == 0 and weight.numel() != 0):
                     raise ValueError(
-                        f"forward: {name} must keep its shape, dtype, layout and device, {described}, got {form}; "
-                        "where the model was changed, make a new cache"
+                        f"forward: {name} must keep its shape, dtype, layout, device and memory, {described}, got "
+                        f"{form}; where the model was changed, make a new cache"
                     )
             before = self._addresses()
             fields = self._described.fields
-            layers = [self._layer(layer) for layer in fields["layers"]]
+            whole = self._lay_together()
+            layers = [self._layer(layer, whole) for layer in fields["layers"]]
             positions = None if fields["positions"] is None else self._matrix(fields["positions"])
             addresses = self._addresses()
             if addresses != before and self._described.device.type == "cuda":
@@ -179,9 +193,26 @@ class FusedForward:
         """Hold no weights until the next forward, which looks them up again: nobody else may want them any more."""
         self._weights = None
 
-    def _tensor(self, number: int) -> torch.Tensor:
+    def _lay_together(self) -> dict[tuple[int, ...], torch.Tensor]:
+        """Lay together what may be; give what lies so, by the numbers of its parts."""
+        numbers = {
+            tuple(part.number for part in parts): None
+            for layer in self._described.fields["layers"]
+            for linears in (layer["projections"], [layer["gate"] or layer["up"], layer["up"]])
+            for parts in zip(*linears)  # weights, then biases
+            if parts[0] is not None and len({part.number for part in parts}) > 1
+        }
+        groups: list[Group] = [[self._parameter(number) for number in group] for group in numbers]
+        whole = zip(numbers, map(packed_rows, groups, movable(groups)), strict=True)
+        return {group: rows for group, rows in whole if rows is not None}
+
+    def _parameter(self, number: int) -> torch.Tensor:
         owner, name, _ = self._described.tensors[number]
-        return owner[name].detach()
+        parameter: torch.Tensor = owner[name]
+        return parameter
+
+    def _tensor(self, number: int) -> torch.Tensor:
+        return self._parameter(number).detach()
 
     def _matrix(self, matrix: Matrix) -> torch.Tensor:
         weight = self._tensor(matrix.number)
@@ -202,22 +233,19 @@ class FusedForward:
         matrix, bias = linear
         return self._matrix(matrix), self._vector(bias)
 
-    def _together(self, linears: Sequence[Any]) -> Linear:
-        """Several layers that read the same rows as one."""
-        matrices, biases = zip(*linears)
+    def _together(self, linears: Sequence[Any], whole: dict[tuple[int, ...], torch.Tensor]) -> _Together:
+        """Several layers that read the same rows, as one where they lie together."""
         if len(linears) == 1:
-            return self._linear(linears[0])
-        if len({matrix.number for matrix in matrices}) == 1:  # one weight that was described in parts
-            return self._tensor(matrices[0].number), self._vector(biases[0])
-        if any(matrix.transposed for matrix in matrices):
-            raise NotNativeError("weights that are read together lie by columns")
-        places = [self._described.tensors[matrix.number][:2] for matrix in matrices]
-        weight = packed_rows(places)
-        if biases[0] is None:
-            return weight, None
-        return weight, packed_rows([self._described.tensors[bias.number][:2] for bias in biases])
+            return _Together((self._linear(linears[0]),))
+        weights, biases = (tuple(part and part.number for part in parts) for parts in zip(*linears))
+        if len(set(weights)) == 1:  # one weight that was described in parts
+            return _Together(((self._tensor(weights[0]), self._vector(linears[0][1])),))
+        weight, bias = whole.get(weights), whole.get(biases)
+        if weight is None or (bias is None and biases[0] is not None):
+            return _Together(tuple(map(self._linear, linears)))
+        return _Together(((weight, bias),))
 
-    def _layer(self, layer: dict[str, Any]) -> _Layer:
+    def _layer(self, layer: dict[str, Any], whole: dict[tuple[int, ...], torch.Tensor]) -> _Layer:
         gate, up = layer["gate"], layer["up"]
         first_query, stride = layer["queries"]
         dims = self._described.rotations[layer["rotation"]].dims if layer["rotation"] >= 0 else 0
@@ -233,14 +261,14 @@ class FusedForward:
             query_norm=self._norm(layer["query_norm"]),
             key_norm=self._norm(layer["key_norm"]),
             norms_whole_rows=layer["norms_whole_rows"],
-            projections=self._together(layer["projections"]),
+            projections=self._together(layer["projections"], whole),
             heads=heads,
             rotation=layer["rotation"],
             scale=layer["scale"],
             softcap=layer["softcap"] or None,
             window=layer["window"] or None,
             output=self._linear(layer["output"]),
-            inner=self._linear(up) if gate is None else self._together((gate, up)),
+            inner=self._together((up,) if gate is None else (gate, up), whole),
             gated=gate is not None,
             activation=layer["activation"],
             down=self._linear(layer["down"]),
@@ -324,7 +352,7 @@ class FusedForward:
         table: torch.Tensor | None,
     ) -> torch.Tensor:
         """The attention's branch. [B * N, width] -> [B * N, width]."""
-        projected = F.linear(rows, *layer.projections)
+        projected = layer.projections.product(rows)
         heads, norms = layer.heads, {"query_norm": layer.query_norm, "key_norm": layer.key_norm}
         if layer.norms_whole_rows:
             for norm, first, count in (
@@ -343,7 +371,7 @@ class FusedForward:
 
 
 def _mlp(layer: _Layer, rows: torch.Tensor) -> torch.Tensor:
-    inner = gated_activation(F.linear(rows, *layer.inner), layer.gated, layer.activation)
+    inner = gated_activation(layer.inner.product(rows), layer.gated, layer.activation)
     return F.linear(inner, *layer.down)
 
 

@@ -231,6 +231,38 @@ def test_batches_rows_and_hidden_states_are_the_modules():
 
 
 @needs_kernels
+def test_inputs_of_other_dtypes_and_strides_count_as_their_numbers():
+    """Before any row is written; and what has other shapes is refused before that."""
+    fused, _ = fused_pair("llama")
+    tokens, lens, step = tokens_of(1, 2, 3).to(DEVICE), lens_of(2, 4).to(DEVICE), causal_step(3, DEVICE)
+    spread = [tensor.repeat_interleave(2, 0)[::2] for tensor in (step.node_ids, step.depths.long(), lens.long())]
+    assert not any(tensor.is_contiguous() for tensor in spread)
+    same = step._replace(tree_mask=step.tree_mask.repeat_interleave(2, 1)[:, ::2], node_ids=spread[0], depths=spread[1])
+    caches = [fused.new_cache(2, 8) for _ in range(2)]
+    expected = fused.forward(tokens, caches[0], lens, step)
+    assert torch.equal(fused.forward(tokens, caches[1], spread[2], same), expected)
+    assert all(map(torch.equal, *(cache.tensors() for cache in caches)))
+    cache = fused.new_cache(2, 8)
+    for changes in ({"depths": step.depths[:2]}, {"tree_mask": step.tree_mask[:2]}):
+        with pytest.raises(ValueError, match=r"forward: step must have depths \[nodes\] = \[3\] and a tree_mask"):
+            fused.forward(tokens, cache, lens, step._replace(**changes))
+    assert not any(tensor.any() for tensor in cache.tensors())
+
+
+@needs_kernels
+def test_what_a_forward_gives_may_be_changed_and_learned_from():
+    fused, modules = fused_pair("llama")
+    tokens, lens, step = tokens_of(1, 1, 3).to(DEVICE), lens_of(0).to(DEVICE), causal_step(3, DEVICE)
+    for model in (fused, modules):
+        hidden = {1: torch.empty(0), model.num_layers: torch.empty(0)}
+        logits = model.forward(tokens, model.new_cache(1, 8), lens, step, hidden_states=hidden)
+        for tensor in (logits, *hidden.values()):
+            assert not tensor.is_inference() and not tensor.requires_grad
+            tensor[..., 0] = 0.0
+            nn.Linear(tensor.shape[-1], 1).to(DEVICE)(tensor).sum().backward()
+
+
+@needs_kernels
 def test_a_tree_scores_what_its_paths_score():
     fused, _ = fused_pair("llama")
     prompt, tree = tokens_of(3, 1, 9).to(DEVICE), random_tree(random.Random(1), 8)

@@ -278,7 +278,7 @@ class FusedForward:
 
     # ---- the forward ----
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference mode, whose tensors could be neither changed nor learned from by the caller
     def __call__(
         self,
         input_ids: torch.Tensor,
@@ -300,15 +300,23 @@ class FusedForward:
         wanted = set(hidden_states or ())
         kept: dict[int, torch.Tensor] = {}
         batch_size, num_nodes = input_ids.shape
+        # In the layout that kernels read.
+        mask, node_ids, depths = (part.to(torch.int32).contiguous() for part in step[:3])
+        cache_lens = cache_lens.to(torch.int32).contiguous()
+        if depths.shape != (num_nodes,) or mask.shape[:-1] not in ((num_nodes,), (batch_size, num_nodes)):
+            raise ValueError(
+                f"forward: step must have depths [nodes] = [{num_nodes}] and a tree_mask [nodes, words] or [batch, "
+                f"nodes, words] for {batch_size} requests, got {list(depths.shape)} and {list(mask.shape)}"
+            )
         last_position = (cache.max_cache_len if max_positions is None else max_positions) - 1
-        places = RowPlaces(cache_lens, step.depths, step.node_ids, last_position)
+        places = RowPlaces(cache_lens, depths, node_ids, last_position)
         tables = [rotation.reach(min(cache.max_cache_len, last_position + 1)) for rotation in self._described.rotations]
 
         stream = F.embedding(input_ids.reshape(-1), weights.embedding)  # [B * N, width]
         if fields["embedding_scale"] != 1.0:
             stream *= fields["embedding_scale"]
         if weights.positions is not None:
-            positions = (cache_lens[:, None] + step.depths).clamp_(max=last_position) + fields["position_offset"]
+            positions = (cache_lens[:, None] + depths).clamp_(max=last_position) + fields["position_offset"]
             stream += F.embedding(positions.reshape(-1), weights.positions)
         scale = fields["residual_scale"]
         update, update_norm = None, None
@@ -317,7 +325,7 @@ class FusedForward:
             if number in wanted:
                 kept[number] = stream.clone()
             table = tables[layer.rotation] if layer.rotation >= 0 else None
-            attended = self._attend(layer, normed, stored, places, step, table)
+            attended = self._attend(layer, normed, stored, places, mask, table)
             if layer.parallel:
                 inner = normed if layer.shares_norm else residual_norm_(stream, None, layer.mlp_norm)
                 update, update_norm = attended.add_(_mlp(layer, inner)), None
@@ -348,7 +356,7 @@ class FusedForward:
         rows: torch.Tensor,
         stored: Any,
         places: RowPlaces,
-        step: TreeStep,
+        mask: torch.Tensor,
         table: torch.Tensor | None,
     ) -> torch.Tensor:
         """The attention's branch. [B * N, width] -> [B * N, width]."""
@@ -364,7 +372,7 @@ class FusedForward:
             norms = {}
         queries = rotate_and_store_(projected, stored.keys, stored.values, places, heads, table, **norms)
         attended = tree_attention(
-            queries, stored.keys, stored.values, step.tree_mask, places.cache_lens,
+            queries, stored.keys, stored.values, mask, places.cache_lens,
             scale=layer.scale, softcap=layer.softcap, sliding_window=layer.window,
         ).out  # fmt: skip
         return F.linear(attended.reshape(rows.shape[0], -1), *layer.output)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from sequoia_kernels import generate
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models import adapt, causal_step
+from sequoia_kernels.models import adapt, adapter, causal_step
 from sequoia_kernels.models.adapter import TreeModel
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.quantised import NotNativeError
@@ -404,6 +404,40 @@ def test_between_calls_nothing_but_the_parameters_holds_weights():
     assert fused.runs == "fused" and fused._own._weights is None
     again = generate(fused, None, tokens, max_new_tokens=3, temperature=0.0, eos_token_id=())
     assert again.new_tokens == output.new_tokens
+    with pytest.raises(RuntimeError, match="enough"):
+        generate(fused, None, tokens, max_new_tokens=3, temperature=0.0, eos_token_id=(), logits_hook=give_up)
+    assert fused._own._weights is None
+
+
+def give_up(*arguments: object) -> None:
+    raise RuntimeError("enough")
+
+
+@needs_kernels
+def test_a_model_that_is_again_what_it_was_before_holds_its_weights_once():
+    model = copy.deepcopy(case_model("llama")).to(DEVICE)
+    forwards = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        fused = adapt(model.to(dtype), forward="modules")
+        plan = fused._plan
+        if plan.own is None:  # as `adapt` does on a GPU
+            own = fused_forward(model, plan.calls, plan.logits_dtype, DEVICE)
+            adapter._plans[model][plan.fingerprint] = plan._replace(own=own)
+            forwards.append(own)
+    assert adapter._plans[model][plan.fingerprint].own is forwards[0]
+    assert len(forwards) == 2 and forwards[1]._weights is None
+
+
+@needs_kernels
+def test_weights_that_were_exchanged_are_settled_before_somebody_notes_where_they_lie():
+    fused, _ = fused_pair("llama")
+    layer = fused.model.model.layers[0]
+    layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach().clone())
+    fused.settle()
+    noted = [weight.data_ptr() for weight in fused.weights()]
+    tokens, lens = tokens_of(1, 1, 4).to(DEVICE), lens_of(0).to(DEVICE)
+    fused.forward(tokens, fused.new_cache(1, 8), lens, causal_step(4, DEVICE))
+    assert [weight.data_ptr() for weight in fused.weights()] == noted
 
 
 @needs_kernels

@@ -18,7 +18,7 @@ from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepT
 from sequoia_kernels.guard import guarded, release_if_owned
 from sequoia_kernels.models import TreeModel
 
-__all__ = ["DecodingEngine", "borrow_engine", "release_engines", "return_engine", "steps_ahead"]
+__all__ = ["DecodingEngine", "borrow_engine", "let_go", "release_engines", "return_engine", "steps_ahead"]
 
 logger = logging.getLogger("sequoia_kernels")
 
@@ -229,8 +229,6 @@ def return_engine(engine: DecodingEngine) -> None:
     The two most recently used engines of a target stay, until the target itself goes or `release_engines` is called.
     """
     target, draft, key = engine.eager.target, engine.eager.draft, engine.key
-    for model in _models(target, draft):
-        model.let_go()
     if key is None or engine._graphed is None or not engine._graphed.num_captured:
         return
     engine.eager.use(None, None, StageClock(enabled=False))
@@ -242,6 +240,12 @@ def return_engine(engine: DecodingEngine) -> None:
             kept.popitem(last=False)
 
     _locked(keep)
+
+
+def let_go(target: TreeModel, draft: DraftSource | None) -> None:
+    """Hold no weights of the models that a step ran, however it ended: they may be moved or cast next."""
+    for model in _models(target, draft):
+        model.let_go()
 
 
 def release_engines() -> None:
@@ -277,6 +281,8 @@ def _key(
 ) -> Hashable:  # fmt: skip
     """What an engine's buffers and graphs depend on."""
     models = _models(target, draft)
+    for model in models:
+        model.settle()
     # What the draft says of its buffers and graphs, and whose they are.
     source = None if draft is None else (
         type(draft), id(draft.owner), draft.vocab_size, draft.logits_dtype, tuple(draft.needs), draft.positions,

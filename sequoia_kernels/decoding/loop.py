@@ -15,7 +15,7 @@ import torch
 from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.draft_context import DraftContext
-from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, return_engine, steps_ahead
+from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, let_go, return_engine, steps_ahead
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import EmittedTokens
@@ -63,6 +63,15 @@ def decode(
     Returns:
         The requests and statistics, all but the wall time of the whole call.
     """
+    try:
+        return _decode(target, draft, tree, arguments)
+    finally:
+        let_go(target, draft)
+
+
+def _decode(
+    target: TreeModel, draft: DraftSource | None, tree: StepTree | TreeFollower, arguments: GenerationArguments
+) -> Decoded:
     if draft is None:
         tree = TokenTree.single()
     step_trees: Sequence[StepTree] = tree.plan.trees if isinstance(tree, TreeFollower) else [tree]

@@ -206,13 +206,13 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
                 f"function and cache ({type(error).__name__}: {error})"
             ) from error
-        for other in plans.values():  # of the model as it was
-            if other.own is not None and not isinstance(other.own, NativeForward):
-                other.own.let_go()
         plan = plan._replace(calls=tuple(probed))
         plans[state] = plan
         while len(plans) > _KEPT_PLANS:
             plans.popitem(last=False)
+    for other in plans.values():  # of the model as it was
+        if other.own not in (None, plan.own) and not isinstance(other.own, NativeForward):
+            other.own.let_go()
     if wants_own and plan.own is None and plan.not_own is None:
         plan = plans[state] = _with_own_forward(model, plan)
     return plan
@@ -455,6 +455,15 @@ class TreeModel:
         inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
         self._check_forward(inputs, cache)
         return native.bind(input_ids, cache, cache_lens, step, last_row, self.max_positions, self._evaluation.check)
+
+    def settle(self) -> None:
+        """Give weights the places where forwards read them, for who notes down where they lie.
+
+        Raises:
+            ValueError: a weight has another form than when the model was adapted.
+        """
+        if self._own is not None and not isinstance(self._own, NativeForward):
+            self._own.settle()
 
     def let_go(self) -> None:
         """Hold no weights beside the model's own parameters while nobody decodes; the next forward looks them up."""

@@ -189,6 +189,10 @@ class FusedForward:
         except (KeyError, AttributeError):
             return []
 
+    def settle(self) -> None:
+        """Lay the weights as the next forward would."""
+        self._look_up()
+
     def let_go(self) -> None:
         """Hold no weights until the next forward, which looks them up again: nobody else may want them any more."""
         self._weights = None

@@ -438,6 +438,10 @@ def test_weights_that_were_exchanged_are_settled_before_somebody_notes_where_the
     tokens, lens = tokens_of(1, 1, 4).to(DEVICE), lens_of(0).to(DEVICE)
     fused.forward(tokens, fused.new_cache(1, 8), lens, causal_step(4, DEVICE))
     assert [weight.data_ptr() for weight in fused.weights()] == noted
+    before = fused.forward_state()
+    fused.model.model.rotary_emb.inv_freq.mul_(0.5)  # of which captured forwards read a table
+    assert fused.forward_state() != before
+    logits_are_the_modules(fused, fused.model)
 
 
 @needs_kernels

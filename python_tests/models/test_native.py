@@ -332,6 +332,14 @@ def test_changed_weights_are_seen_by_the_next_forward():
         assert_follows(native, modules, scored)
 
 
+def test_changed_rotary_frequencies_are_seen_by_the_next_forward():
+    model = case_model("llama")
+    native, modules = both(model)
+    scored = assert_follows(native, modules)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    assert_follows(native, modules, scored)
+
+
 def test_tied_embeddings_are_one_weight():
     model = case_model("llama-tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight

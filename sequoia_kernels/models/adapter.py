@@ -302,6 +302,8 @@ class TreeModel:
         state = forward_state(self.model)
         if self.forward_mode != "auto":
             state = (*state, self.forward_mode)
+        if self._own is not None and not isinstance(self._own, NativeForward):
+            state = (*state, self._own.state)
         return state if self.attention is attend_along_tree else (*state, Same(self.attention))
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ a parameter of the model out is refused, and `adapt` compares the logits with th
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -151,14 +152,38 @@ class Rotation:
         self.module, self.layer_type, self.device = module, layer_type, device
         self.table = torch.empty(0)
         self._outgrown: list[torch.Tensor] = []  # captured graphs read them
+        self._made_of: list[tuple[torch.Tensor, int]] = []  # the module's buffers, and how often each was written
+        self._lock = threading.Lock()  # a table that another thread's forward took must be among the outgrown ones
         self.reach(1)
         self.dims = self.table.shape[1]
 
+    @property
+    def state(self) -> list[tuple[torch.Tensor, int]]:
+        """Buffers that the table is made of, frequencies say, and how often each was written."""
+        buffers = self.module._buffers.values()
+        return [(buffer, 0 if buffer.is_inference() else buffer._version) for buffer in buffers if buffer is not None]
+
     def reach(self, num_positions: int) -> torch.Tensor:
-        """Return a table of at least so many positions."""
-        table = self.table
-        if num_positions <= table.shape[0]:
-            return table
+        """Return a table of at least so many positions, by the frequencies that the module has now."""
+        if self._reaches(num_positions):
+            return self.table
+        with self._lock:
+            if self._reaches(num_positions):
+                return self.table
+            return self._made(max(num_positions, self.table.shape[0]))
+
+    def _reaches(self, num_positions: int) -> bool:
+        state = self.state
+        return (
+            num_positions <= self.table.shape[0]
+            and len(state) == len(self._made_of)
+            and all(
+                buffer is before and version == count
+                for (buffer, version), (before, count) in zip(state, self._made_of, strict=True)
+            )
+        )
+
+    def _made(self, num_positions: int) -> torch.Tensor:
         positions = torch.arange(num_positions, device=self.device)[None]
         arguments = (positions,) if self.layer_type is None else (positions, self.layer_type)
         with torch.inference_mode(False), torch.no_grad():
@@ -167,8 +192,9 @@ class Rotation:
             if not (torch.equal(cosines[..., :half], cosines[..., half:]) and cosines.dtype == torch.float32):
                 raise NotNativeError("its rotary embedding does not rotate the two halves of a head")
             if self.device.type != "cpu":
-                self._outgrown.append(table)
+                self._outgrown.append(self.table)
             self.table = table = torch.cat((cosines[0, :, :half], sines[0, :, :half]), 1).contiguous()
+        self._made_of = self.state
         return table
 
 

@@ -189,6 +189,11 @@ class FusedForward:
         except (KeyError, AttributeError):
             return []
 
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What captured forwards depend on besides the model's state: how often rotary frequencies were written."""
+        return tuple(version for rotation in self._described.rotations for _, version in rotation.state)
+
     def settle(self) -> None:
         """Lay the weights as the next forward would."""
         self._look_up()

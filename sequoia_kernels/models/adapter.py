@@ -134,8 +134,9 @@ def adapt(
         every layer's shape and attention window. Families that the package's tests do not cover, and models with an
         attention function, a forward or a hook that is not transformers' own, are also compared with their own plain
         forward on a small tree (three more short forwards), and native or fused ones with the modules' (two). Forwards
-        of one model, and of models that share layers, take turns between threads; while the modules run, other threads
-        must not call the model itself: they would meet the tree's attention function, which raises for want of a step.
+        by the modules of one model, and of models that share layers, take turns between threads; meanwhile other
+        threads must not call the model itself: they would meet the tree's attention function, which raises for want of
+        a step.
         Soft-caps and sinks are always applied; some versions of transformers drop Gemma 2's soft-cap under "sdpa"
         attention. Native logits of a node are the same bits whatever else is fed, so a tree's greedy text is plain
         decoding's in every dtype.

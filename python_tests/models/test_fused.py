@@ -648,6 +648,23 @@ def test_experts_and_weights_of_few_bits_are_left_to_the_modules():
         fused_forward(model, plan.calls, plan.logits_dtype, DEVICE)
 
 
+def test_kernels_that_do_not_compile_leave_a_model_to_its_modules(monkeypatch):
+    model = copy.deepcopy(case_model("llama"))
+    plan = adapt(model, forward="modules")._plan
+
+    def fails(*arguments):
+        raise RuntimeError("PassManager::run failed\nand a page of code")
+
+    monkeypatch.setattr(adapter, "_input_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(adapter, "fused_forward", fails)
+    made = adapter._with_own_forward(model, plan)
+    assert (made.own, made.not_own) == (None, "its kernels do not run here: RuntimeError: PassManager::run failed")
+    monkeypatch.setattr(adapter, "_input_device", lambda model: torch.device("cpu"))
+    monkeypatch.setattr(adapter, "NativeForward", fails)
+    with pytest.raises(RuntimeError, match="PassManager"):
+        adapter._with_own_forward(model, plan)
+
+
 @pytest.mark.gpu
 def test_adapt_takes_it_on_a_gpu_and_leaves_it_where_it_is_told_to():
     model = copy.deepcopy(case_model("llama")).cuda()

@@ -756,10 +756,22 @@ def _with_own_forward(model: PreTrainedModel, plan: _ModelPlan) -> _ModelPlan:
         if not error <= allowed:
             raise NotNativeError(f"its logits differ from the modules' by {error:.2g}, more than {allowed:.2g}")
     except NotNativeError as reason:
-        logger.info("%s: forwards by its modules, %s", family_name(model), reason)
-        return plan._replace(not_own=str(reason))
+        return _by_modules(model, plan, str(reason))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if device.type != "cuda":
+            raise
+        # A compiler that does not know the card, say: what runs without the kernels shall go on running.
+        first_line = next(iter(str(error).splitlines()), "")
+        return _by_modules(model, plan, f"its kernels do not run here: {type(error).__name__}: {first_line}")
     logger.info("%s: %s, weights of %s", family_name(model), how, own.weight_forms)
     return plan._replace(own=own)
+
+
+def _by_modules(model: PreTrainedModel, plan: _ModelPlan, reason: str) -> _ModelPlan:
+    logger.info("%s: forwards by its modules, %s", family_name(model), reason)
+    return plan._replace(not_own=reason)
 
 
 def _own_error(

@@ -31,7 +31,7 @@ SANITIZER_FOUND = 97  # exit status that compute-sanitizer is told to give for a
 SANITIZE = (sys.executable, "-m", "bench.tools.sanitize")
 ONE_ALLOCATION_A_TENSOR = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-TESTS = ("python_tests/ops", "python_tests/gpu")
+TESTS = ("python_tests/ops", "python_tests/gpu", "python_tests/models/test_fused.py")
 FAR_OFFSETS = "python_tests/gpu/test_far_offsets.py"  # 20 GiB a test: in one process, with nothing beside it
 MORE_TESTS = (
     *("python_tests/test_lossless.py", "python_tests/test_known_defects.py", "python_tests/test_cuda_graphs.py"),
@@ -135,12 +135,12 @@ def stages(out: Path, results: Path, workers: int) -> list[Stage]:
     return [
         Stage("doctor", 10, [sys.executable, "-c", doctor]),
         Stage("kernels", 20 * slower, [*SANITIZE, "--processes", str(workers)], ONE_ALLOCATION_A_TENSOR),
-        test_stage("tests", 100 * slower, failures, workers, f"--ignore={FAR_OFFSETS}", *TESTS),
+        test_stage("tests", 120 * slower, failures, workers, f"--ignore={FAR_OFFSETS}", *TESTS),
         test_stage("far_offsets", 40, failures, 1, FAR_OFFSETS),
-        bench_stage("captured_loop", 40, results, "captured_loop"),
-        paper_stage("7B", 45, results),
-        paper_stage("13B", 55, results),
-        paper_stage("33B", 90, results),
+        bench_stage("captured_loop", 50, results, "captured_loop"),
+        paper_stage("7B", 125, results),
+        paper_stage("13B", 135, results),
+        paper_stage("33B", 185, results),
         suite_stage("ops", 240, out, "MINUTES", Short(130, ("--quick", "--minutes", "LIMIT_MINUTES"))),
         sanitizer_stage("memcheck", 110),
         sanitizer_stage("racecheck", 120),

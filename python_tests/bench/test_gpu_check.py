@@ -142,7 +142,7 @@ def simulated(minutes, takes=lambda stage: stage.seconds, workers=gpu_check.WORK
 def test_ten_minutes_and_an_hour():
     left_out = {name: share for name, share in simulated(10).items() if isinstance(share, str)}
     names = [stage.name for stage in gpu_check.stages(BENCH, BENCH, 16)]
-    assert set(names[: names.index("memcheck")]).isdisjoint(left_out)  # through the benchmarks of the ops
+    assert set(names[: names.index("ops")]).isdisjoint(left_out)  # through the paper's rows
     assert {"more_tests", "offload", "planner"} <= set(left_out)
     assert left_out["offload"].endswith("s left, needs about 240")
     hour = simulated(60)
@@ -152,7 +152,7 @@ def test_ten_minutes_and_an_hour():
 
 def test_a_stage_that_hangs_takes_its_limit_and_no_more():
     shares = simulated(10, lambda stage: 1e9 if stage.name == "tests" else stage.seconds)
-    assert shares["tests"].limit_seconds == gpu_check.PATIENCE * 100
+    assert shares["tests"].limit_seconds == gpu_check.PATIENCE * 120
     assert isinstance(shares["paper_systems_7B"], gpu_check.Share)
 
 

@@ -39,7 +39,7 @@ from sequoia_kernels.models.fused import fused_forward
 from sequoia_kernels.models.native import BoundForward, NativeForward
 from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
-from sequoia_kernels.models.tree_step import TreeStep, causal_step
+from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep, causal_step
 from sequoia_kernels.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -54,16 +54,6 @@ FORWARDS = ("auto", "native", "fused", "modules")
 # Modes of torch.compile that leave CUDA graphs to the decoding loop, which captures whole steps.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 MAX_COMPILED_SHAPES = 256
-
-
-class ForwardInputs(NamedTuple):
-    """What one forward is given besides its cache; see `TreeModel.forward`."""
-
-    input_ids: torch.Tensor
-    cache_lens: torch.Tensor
-    step: TreeStep
-    last_row: torch.Tensor | None
-    hidden_states: dict[int, torch.Tensor] | None = None
 
 
 class _ModelPlan(NamedTuple):
@@ -174,7 +164,7 @@ def adapt(
         )
     reads = _attention("auto" if attention is None else attention)
     runs = forward or "auto"
-    plan = _plan_of(model, _is_modules(mode, reads, runs) is None)
+    plan = _plan_of(model, _why_modules(mode, reads, runs) is None)
     return TreeModel(model, plan, mode, reads, runs)
 
 
@@ -212,7 +202,7 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
         while len(plans) > _KEPT_PLANS:
             plans.popitem(last=False)
     for other in plans.values():  # of the model as it was
-        if other.own not in (None, plan.own) and not isinstance(other.own, NativeForward):
+        if other.own is not None and other.own is not plan.own:
             other.own.let_go()
     if wants_own and plan.own is None and plan.not_own is None:
         plan = plans[state] = _with_own_forward(model, plan)
@@ -270,7 +260,7 @@ class TreeModel:
         self._compiled: Callable[..., Any] | None = None
         if self.compile_mode is not None:
             self._compiled = torch.compile(self.model.forward, mode=self.compile_mode, dynamic=False)
-        self.not_native = _is_modules(self.compile_mode, self.attention, self.forward_mode) or ""
+        self.not_native = _why_modules(self.compile_mode, self.attention, self.forward_mode) or ""
         if not self.not_native and plan.own is None:
             if plan.not_own is None:  # until now there were others' settings
                 plan = self._plan = _plan_of(self.model, True)
@@ -294,7 +284,7 @@ class TreeModel:
             UnsupportedModelError: it cannot decode trees any more.
         """
         if self._plan.fingerprint != known_state(self.model):
-            wants_own = _is_modules(self.compile_mode, self.attention, self.forward_mode) is None
+            wants_own = _why_modules(self.compile_mode, self.attention, self.forward_mode) is None
             self._use(_plan_of(self.model, wants_own))
         self._evaluation.check()
 
@@ -303,8 +293,8 @@ class TreeModel:
         state = forward_state(self.model)
         if self.forward_mode != "auto":
             state = (*state, self.forward_mode)
-        if self._own is not None and not isinstance(self._own, NativeForward):
-            state = (*state, self._own.state)
+        if self._own is not None:
+            state = (*state, *self._own.state)
         return state if self.attention is attend_along_tree else (*state, Same(self.attention))
 
     def __repr__(self) -> str:
@@ -457,7 +447,7 @@ class TreeModel:
             return None  # whoever replaced it wants to be called
         inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
         self._check_forward(inputs, cache)
-        return native.bind(input_ids, cache, cache_lens, step, last_row, self.max_positions, self._evaluation.check)
+        return native.bind(inputs, cache, self.max_positions, self._evaluation.check)
 
     def settle(self) -> None:
         """Give weights the places where forwards read them, for who notes down where they lie.
@@ -465,12 +455,12 @@ class TreeModel:
         Raises:
             ValueError: a weight has another form than when the model was adapted.
         """
-        if self._own is not None and not isinstance(self._own, NativeForward):
+        if self._own is not None:
             self._own.settle()
 
     def let_go(self) -> None:
         """Hold no weights beside the model's own parameters while nobody decodes; the next forward looks them up."""
-        if self._own is not None and not isinstance(self._own, NativeForward):
+        if self._own is not None:
             self._own.let_go()
 
     def forward_chunks(self, chunks: Sequence[ForwardInputs], cache: TreeCache) -> list[torch.Tensor]:
@@ -480,9 +470,7 @@ class TreeModel:
     def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         self._check_forward(inputs, cache)
         if self._own is not None:
-            input_ids, cache_lens, step, last_row, hidden_states = inputs
-            limit = self._plan.max_positions
-            return self._own(input_ids, cache, cache_lens, step, last_row, hidden_states, limit)
+            return self._own(inputs, cache, self._plan.max_positions)
         return self._switch.run(partial(self._run, inputs, cache))
 
     def _run(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
@@ -564,7 +552,7 @@ class TreeModel:
 _OWN_FORWARDS = TreeModel.forward, TreeModel._forward
 
 
-def _is_modules(compile_mode: str | None, attention: TreeAttention, forward_mode: str) -> str | None:
+def _why_modules(compile_mode: str | None, attention: TreeAttention, forward_mode: str) -> str | None:
     """Return why a model's settings leave its forwards to its modules, or None."""
     if forward_mode == "modules":
         return "the modules were asked for"
@@ -607,7 +595,7 @@ def _attention(asked: str | TreeAttention) -> TreeAttention:
 def _restored(
     model: PreTrainedModel, compile_mode: str | None, attention: TreeAttention, forward_mode: str
 ) -> TreeModel:
-    plan = _plan_of(model, _is_modules(compile_mode, attention, forward_mode) is None)
+    plan = _plan_of(model, _why_modules(compile_mode, attention, forward_mode) is None)
     return TreeModel(model, plan, compile_mode, attention, forward_mode)
 
 

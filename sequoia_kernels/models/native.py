@@ -17,7 +17,7 @@ from sequoia_kernels.models.description import Description, form_of
 from sequoia_kernels.models.forward_state import num_foreign
 from sequoia_kernels.models.quantised import ELEMENT_TYPES as _ELEMENT_TYPES
 from sequoia_kernels.models.quantised import NotNativeError
-from sequoia_kernels.models.tree_step import TreeStep
+from sequoia_kernels.models.tree_step import ForwardInputs
 
 __all__ = ["INSTRUCTION_SET_VARIABLE", "BoundForward", "NativeForward"]
 
@@ -56,28 +56,16 @@ class NativeForward:
         self.instruction_set: str = self._forward.instruction_set
         self.weight_forms = ", ".join(described.forms)
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        cache: TreeCache,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        last_row: torch.Tensor | None,
-        hidden_states: dict[int, torch.Tensor] | None,
-        max_positions: int | None,
-    ) -> torch.Tensor:
+    def __call__(self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None) -> torch.Tensor:
         """Run one forward, whose shapes are checked; see `TreeModel.forward`. IndexError for a token out of range."""
-        call, held = self._describe_call(input_ids, cache, cache_lens, step, last_row, max_positions)
+        call, held = self._describe_call(inputs, cache, max_positions)
+        input_ids, last_row, hidden_states = inputs.input_ids, inputs.last_row, inputs.hidden_states
         batch_size, num_nodes = input_ids.shape
         rows = num_nodes if last_row is None else 1
         logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype, device="cpu")
         hidden, kept = None, {}
         if hidden_states:
             numbers = range(self._num_layers + 1)
-            if not all(number in numbers for number in hidden_states):
-                raise IndexError(
-                    f"forward: hidden_states must have keys in 0..{numbers[-1]}, got {list(hidden_states)}"
-                )
             shape = (batch_size, num_nodes, self._width)
             kept = {number: torch.empty(shape, dtype=torch.float32, device="cpu") for number in hidden_states}
             hidden = _addresses([kept[number].data_ptr() if number in kept else 0 for number in numbers])
@@ -91,24 +79,26 @@ class NativeForward:
             hidden_states.update({number: states.to(self._dtype) for number, states in kept.items()})
         return logits
 
+    state: tuple[Any, ...] = ()  # beside the model's: nothing here is captured
+
+    def settle(self) -> None:
+        """Do nothing: weights stay where the model has them."""
+
+    def let_go(self) -> None:
+        """Do nothing: no weights are held between forwards."""
+
     def bind(
-        self,
-        input_ids: torch.Tensor,
-        cache: TreeCache,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        last_row: torch.Tensor | None,
-        max_positions: int | None,
-        check: Callable[[], None],
+        self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None, check: Callable[[], None]
     ) -> BoundForward:
         """Prepare forwards of what will lie in these tensors; see `TreeModel.bind`."""
+        input_ids, cache_lens = inputs.input_ids, inputs.cache_lens
         for name, tensor, dtype in (("input_ids", input_ids, torch.int64), ("cache_lens", cache_lens, torch.int32)):
             if tensor.dtype != dtype or not tensor.is_contiguous():
                 raise ValueError(
                     f"bind: {name} must be contiguous {dtype}, got {tensor.dtype} with strides {tensor.stride()}"
                 )
-        call, held = self._describe_call(input_ids, cache, cache_lens, step, last_row, max_positions)
-        rows = input_ids.shape[1] if last_row is None else 1
+        call, held = self._describe_call(inputs, cache, max_positions)
+        rows = input_ids.shape[1] if inputs.last_row is None else 1
         shape = torch.Size((input_ids.shape[0], rows, self._vocab_size))
         return BoundForward(self, _host.BoundForward(self._forward, call), shape, (held, cache), check)
 
@@ -122,26 +112,17 @@ class NativeForward:
         return lease
 
     def _describe_call(
-        self,
-        input_ids: torch.Tensor,
-        cache: TreeCache,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        last_row: torch.Tensor | None,
-        max_positions: int | None,
+        self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None
     ) -> tuple[dict[str, int], list[Any]]:
         """Give a call but for its weights and outputs, and what must live as long as it is used."""
+        inputs.check_for_kernels(self._num_layers)
+        input_ids, cache_lens, step, last_row, _ = inputs
         batch_size, num_nodes = input_ids.shape
         cache_rows = cache.max_cache_len
         last_position = (cache_rows if max_positions is None else max_positions) - 1
         # All that the call reads is held by names of its own until it is over, in the layout that it reads: what is
         # freed is another tensor's memory, and other threads' forwards may lengthen a table meanwhile.
         mask, node_ids, depths = (_laid_out(part, torch.int32) for part in step[:3])
-        if depths.shape != (num_nodes,) or mask.shape[:-1] not in ((num_nodes,), (batch_size, num_nodes)):
-            raise ValueError(
-                f"forward: step must have depths [nodes] = [{num_nodes}] and a tree_mask [nodes, words] or [batch, "
-                f"nodes, words] for {batch_size} requests, got {list(depths.shape)} and {list(mask.shape)}"
-            )
         tokens, lens = _laid_out(input_ids, torch.int64), _laid_out(cache_lens, torch.int32)
         wanted = None if last_row is None else _laid_out(last_row, torch.int64)
         tables = [rotation.reach(min(cache_rows, last_position + 1)) for rotation in self._rotations]

@@ -10,7 +10,7 @@ import torch
 
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree, Topology
 
-__all__ = ["TreeStep", "causal_step"]
+__all__ = ["ForwardInputs", "TreeStep", "causal_step"]
 
 
 class TreeStep(NamedTuple):
@@ -49,6 +49,35 @@ class TreeStep(NamedTuple):
         ids = torch.tensor(nodes, dtype=torch.int32, device=mask.device)
         first = nodes[0] if nodes[-1] - nodes[0] + 1 == len(nodes) else None
         return cls(mask.index_select(-2, ids), ids, depths.index_select(0, ids), nodes[-1] + 1, first)
+
+
+class ForwardInputs(NamedTuple):
+    """What one forward is given besides its cache; see `TreeModel.forward`."""
+
+    input_ids: torch.Tensor
+    cache_lens: torch.Tensor
+    step: TreeStep
+    last_row: torch.Tensor | None
+    hidden_states: dict[int, torch.Tensor] | None = None
+
+    def check_for_kernels(self, num_layers: int) -> None:
+        """Refuse what a forward of our own would read or write out of bounds.
+
+        Raises:
+            ValueError: the step has other nodes than are fed, or masks of another number.
+            IndexError: `hidden_states` has a key that is no layer's.
+        """
+        batch_size, num_nodes = self.input_ids.shape
+        mask, depths = self.step.tree_mask, self.step.depths
+        if depths.shape != (num_nodes,) or mask.shape[:-1] not in ((num_nodes,), (batch_size, num_nodes)):
+            raise ValueError(
+                f"forward: step must have depths [nodes] = [{num_nodes}] and a tree_mask [nodes, words] or [batch, "
+                f"nodes, words] for {batch_size} requests, got {list(depths.shape)} and {list(mask.shape)}"
+            )
+        if self.hidden_states and not all(0 <= number <= num_layers for number in self.hidden_states):
+            raise IndexError(
+                f"forward: hidden_states must have keys in 0..{num_layers}, got {list(self.hidden_states)}"
+            )
 
 
 @lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ from sequoia_kernels.models.fused.steps import (
     rotate_and_store_,
 )
 from sequoia_kernels.models.quantised import ELEMENT_TYPES, NotNativeError
-from sequoia_kernels.models.tree_step import TreeStep
+from sequoia_kernels.models.tree_step import ForwardInputs
 from sequoia_kernels.ops import tree_attention, triton_device
 
 __all__ = ["FusedForward"]
@@ -110,7 +110,7 @@ class FusedForward:
             raise NotNativeError(f"the kernels cannot run: {reason}")
         self._described = Description(model, calls, device)
         self._check()
-        self._dtype, self._logits_dtype = model.dtype, logits_dtype
+        self._logits_dtype = logits_dtype
         self._weights: _Weights | None = None
         self._lock = threading.Lock()
         self._look_up()
@@ -143,8 +143,6 @@ class FusedForward:
                     continue
                 if norm[1] is None or norm[1].rows * norm[1].columns != layer["head_dim"]:
                     raise NotNativeError("its heads have norms of their own")
-                if layer["rotation"] < 0 and layer["head_dim"] > 512:
-                    raise NotNativeError("its heads are wider than 512")
 
     # ---- weights ----
 
@@ -288,35 +286,18 @@ class FusedForward:
     # ---- the forward ----
 
     @torch.no_grad()  # and not inference mode, whose tensors could be neither changed nor learned from by the caller
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        cache: TreeCache,
-        cache_lens: torch.Tensor,
-        step: TreeStep,
-        last_row: torch.Tensor | None,
-        hidden_states: dict[int, torch.Tensor] | None,
-        max_positions: int | None,
-    ) -> torch.Tensor:
+    def __call__(self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None) -> torch.Tensor:
         """Run one forward, whose shapes are checked; see `TreeModel.forward`."""
         weights = self._look_up()
         fields, num_layers = self._described.fields, len(weights.layers)
-        for number in hidden_states or ():
-            if not 0 <= number <= num_layers:
-                raise IndexError(
-                    f"forward: hidden_states must have keys in 0..{num_layers}, got {list(hidden_states or ())}"
-                )
+        inputs.check_for_kernels(num_layers)
+        input_ids, cache_lens, step, last_row, hidden_states = inputs
         wanted = set(hidden_states or ())
         kept: dict[int, torch.Tensor] = {}
         batch_size, num_nodes = input_ids.shape
         # In the layout that kernels read.
         mask, node_ids, depths = (part.to(torch.int32).contiguous() for part in step[:3])
         cache_lens = cache_lens.to(torch.int32).contiguous()
-        if depths.shape != (num_nodes,) or mask.shape[:-1] not in ((num_nodes,), (batch_size, num_nodes)):
-            raise ValueError(
-                f"forward: step must have depths [nodes] = [{num_nodes}] and a tree_mask [nodes, words] or [batch, "
-                f"nodes, words] for {batch_size} requests, got {list(depths.shape)} and {list(mask.shape)}"
-            )
         last_position = (cache.max_cache_len if max_positions is None else max_positions) - 1
         places = RowPlaces(cache_lens, depths, node_ids, last_position)
         tables = [rotation.reach(min(cache.max_cache_len, last_position + 1)) for rotation in self._described.rotations]

@@ -34,9 +34,14 @@ TREES = {
 }
 
 
-@pytest.fixture(params=op_backends("verify_tree"))
-def backend(request):
+@pytest.fixture(params=["sequoia", "traversal"])
+def rule(request):
     return request.param
+
+
+@pytest.fixture(params=op_backends("verify_tree"))
+def backend(request, rule):
+    return request.param.with_always(rule=rule)
 
 
 def _random_step(tree, batch_size, vocab, seed=0, dtype=torch.float32, spread=1.0):
@@ -63,13 +68,17 @@ def _affordable(backend, batch_size):
     return batch_size if backend.at_scale else min(batch_size, 5)
 
 
+def _plain(backend, *step):
+    return plain_verify(*step, rule=backend.always["rule"])
+
+
 def _equal(path, expected):
     return all(torch.equal(got, wanted) for got, wanted in zip(path, expected, strict=True))
 
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_it_decides_as_the_plain_walk(backend, tree, dtype):
+def test_it_decides_as_the_plain_verifier(backend, tree, dtype):
     if not backend.at_scale and (tree == "many words" or dtype == torch.float16):
         pytest.skip("interpreted kernels run fewer cases of this grid")
     tree = TREES[tree]
@@ -80,9 +89,9 @@ def test_it_decides_as_the_plain_walk(backend, tree, dtype):
         top_p = torch.tensor([1.0, 0.9, 1.0, 0.7, 1.0, 0.5, 1.0, 0.95])
         seeds, offsets = torch.arange(8) - 3, torch.arange(8) * 2**31
         streams = (temperature, seeds, offsets)
-        assert _equal(backend(*step[:3], tree, *streams), plain_verify(*step, tree, *streams))
+        assert _equal(backend(*step[:3], tree, *streams), _plain(backend, *step, tree, *streams))
         warped = backend(*step[:3], tree, *streams, top_k=top_k, top_p=top_p)
-        assert _equal(warped, plain_verify(*step, tree, *streams, top_k, top_p))
+        assert _equal(warped, _plain(backend, *step, tree, *streams, top_k, top_p))
 
 
 def test_results_have_their_shapes_and_dtypes(backend):
@@ -315,7 +324,7 @@ def test_logits_may_differ_in_dtype(backend):
     batch_size = _affordable(backend, 16)
     tokens, target_logits, draft_logits = _random_step(MIXED, batch_size, 9, dtype=torch.bfloat16)
     streams = (torch.full((batch_size,), 0.9), torch.arange(batch_size), torch.arange(batch_size))
-    expected = plain_verify(tokens, target_logits, draft_logits, MIXED, *streams)
+    expected = _plain(backend, tokens, target_logits, draft_logits, MIXED, *streams)
     assert _equal(backend(tokens, target_logits, draft_logits.float(), MIXED, *streams), expected)
     assert _equal(backend(tokens, target_logits.float(), draft_logits, MIXED, *streams), expected)
 
@@ -325,10 +334,10 @@ def test_vocabularies_of_odd_sizes(backend, vocab):
     batch_size = _affordable(backend, 16)
     step = _random_step(MIXED, batch_size, vocab)
     streams = (torch.full((batch_size,), 1.0), torch.arange(batch_size), torch.arange(batch_size))
-    assert _equal(backend(*step, MIXED, *streams), plain_verify(*step, MIXED, *streams))
+    assert _equal(backend(*step, MIXED, *streams), _plain(backend, *step, MIXED, *streams))
     cuts = (torch.full((batch_size,), 2, dtype=torch.int32), torch.full((batch_size,), 0.8))
     warped = backend(*step, MIXED, *streams, top_k=cuts[0], top_p=cuts[1])
-    assert _equal(warped, plain_verify(*step, MIXED, *streams, *cuts))
+    assert _equal(warped, _plain(backend, *step, MIXED, *streams, *cuts))
 
 
 def test_trees_of_1024_nodes(backend):
@@ -337,7 +346,7 @@ def test_trees_of_1024_nodes(backend):
     streams = (torch.tensor([1.0, 0.3, 0.0]), torch.arange(3), torch.arange(3))
     for tree, vocab in ((TokenTree.kary(1023, 2), 1031), (TokenTree([-1] + [node // 4 for node in range(1023)]), 7)):
         step = _random_step(tree, 3, vocab)
-        assert _equal(backend(*step, tree, *streams), plain_verify(*step, tree, *streams))
+        assert _equal(backend(*step, tree, *streams), _plain(backend, *step, tree, *streams))
 
 
 def test_out_is_written_and_nothing_beside_it(backend):
@@ -624,14 +633,14 @@ def test_a_rule_of_ones_own_is_a_backend_that_knows_it(monkeypatch):
     """A toy rule: nothing is accepted, and the next token is token 1."""
     monkeypatch.setattr(rules, "_rules", dict(rules._rules))
     step = _random_step(MIXED, 2, 13)
-    with pytest.raises(ValueError, match=r"^verify_tree: rule must be one of sequoia, got 'toy'"):
+    with pytest.raises(ValueError, match=r"^verify_tree: rule must be one of sequoia, traversal, got 'toy'"):
         verify_tree(*step, MIXED, 1.0, 0, 0, rule="toy")
     with pytest.raises(TypeError, match=r"^verify_tree: rule must be a string, got int"):
         verify_tree(*step, MIXED, 1.0, 0, 0, rule=1)
     register_rule(VerificationRule("toy", lambda tree, acceptance: 1.0))
     for name in ("auto", "reference", "host"):
         if name in ("auto", "reference") or backends.unavailable_reason("verify_tree", name) is None:
-            with pytest.raises(BackendUnavailableError, match="knows the rule sequoia"):
+            with pytest.raises(BackendUnavailableError, match="knows the rule"):
                 verify_tree(*step, MIXED, 1.0, 0, 0, rule="toy", backend=name)
 
     def run(inputs, outputs):

@@ -9,7 +9,9 @@ import torch
 from support.toy_models import TableModel, chain_probs
 
 from sequoia_kernels import TokenTree
+from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.verify_tree.reference import node_decisions
+from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
 from sequoia_kernels.ops.warping import warped_probs
 
 __all__ = ["draft_outcomes", "emitted_distribution", "ordered_draws"]
@@ -77,6 +79,7 @@ def emitted_distribution(
     top_k: int | None = None,
     top_p: float | None = None,
     dtype: torch.dtype = torch.float64,
+    rule: str = "sequoia",
 ) -> torch.Tensor:
     """The exact distribution of the first `num_levels` tokens when one speculative step is followed by plain decoding.
 
@@ -93,32 +96,60 @@ def emitted_distribution(
         torch.full((num_outcomes,), value, dtype=dtype) if value is not None else None
         for value, dtype in ((temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32))
     ]
-    reached = torch.zeros(num_outcomes, tree.num_nodes, dtype=torch.float64)
-    reached[:, 0] = probability
+    target_logits = torch.stack([target.logits(_path_tokens(tree, tokens, node)) for node in range(tree.num_nodes)], 1)
+    target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
+    endings = {"sequoia": _sequoia_endings, "traversal": _traversal_endings}[rule]
+    ends, residuals = endings(tree, tokens, target_logits, draft_logits, per_row)
     emitted = [torch.zeros([vocab] * (level + 1), dtype=torch.float64) for level in range(tree.num_levels)]
     for node in range(tree.num_nodes):
         path = _path_tokens(tree, tokens, node)
-        children = tree.children(node)
-        target_probs = warped_probs(target.logits(path).to(dtype), *per_row)
-        node_draft = draft_logits[:, node].to(dtype) if children else torch.zeros_like(target_probs)
-        decisions = node_decisions(target_probs, node_draft, tokens[:, children], per_row[0])
-        left = reached[:, node]
-        for rank, child in enumerate(children):
-            accepted = decisions.acceptance()[:, rank].double()
-            reached[:, child] = left * accepted
-            left = left * (1 - accepted)
         flat = torch.zeros(num_outcomes, dtype=torch.int64)
         for position in range(1, path.shape[1]):
             flat = flat * vocab + path[:, position]
         cells = (flat[:, None] * vocab + torch.arange(vocab)).flatten()
-        emitted[path.shape[1] - 1].view(-1).index_add_(
-            0, cells, (left[:, None] * decisions.residual.double()).flatten()
-        )
+        chances = (probability * ends[:, node])[:, None] * residuals[:, node].double()
+        emitted[path.shape[1] - 1].view(-1).index_add_(0, cells, chances.flatten())
     joint = emitted[0]
     conditionals = chain_probs(target, root, tree.num_levels, temperature, top_k, top_p)
     for level in range(1, tree.num_levels):
         joint = joint[..., None] * conditionals[level] + emitted[level]
     return joint
+
+
+def _sequoia_endings(
+    tree: TokenTree, tokens: torch.Tensor, target_logits: torch.Tensor, draft_logits: torch.Tensor, per_row: list
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probability of ending at each node [M, N], and the distribution of the next token there [M, N, vocab]."""
+    ends = torch.zeros(tokens.shape, dtype=torch.float64)
+    ends[:, 0] = 1
+    residuals = torch.zeros_like(target_logits)
+    for node in range(tree.num_nodes):
+        children = tree.children(node)
+        target_probs = warped_probs(target_logits[:, node], *per_row)
+        node_draft = draft_logits[:, node] if children else torch.zeros_like(target_probs)
+        decisions = node_decisions(target_probs, node_draft, tokens[:, children], per_row[0])
+        for rank, child in enumerate(children):
+            accepted = decisions.acceptance()[:, rank].double()
+            ends[:, child] = ends[:, node] * accepted
+            ends[:, node] = ends[:, node] * (1 - accepted)
+        residuals[:, node] = decisions.residual
+    return ends, residuals
+
+
+def _traversal_endings(
+    tree: TokenTree, tokens: torch.Tensor, target_logits: torch.Tensor, draft_logits: torch.Tensor, per_row: list
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the rule "traversal"."""
+    nothing, shape = torch.zeros(len(tokens), dtype=torch.int64), tree.tensors()
+    inputs = VerifyTreeInputs(
+        tokens, target_logits, draft_logits if tree.num_nodes > 1 else None, shape.first_child, shape.num_children,
+        shape.num_levels, shape.max_branching, per_row[0], nothing, nothing, *per_row[1:], "traversal",
+    )  # fmt: skip
+    chances = traversal_chances(inputs)
+    order = chances.turn.argsort(dim=1)
+    chance = chances.chance.double().gather(1, order)
+    failed = torch.cat((torch.ones(len(tokens), 1, dtype=torch.float64), (1 - chance).cumprod(dim=1)[:, :-1]), dim=1)
+    return torch.zeros_like(chance).scatter_(1, order, chance * failed), chances.residual
 
 
 def _largest(row: list[float], count: int) -> tuple[int, ...]:

@@ -24,15 +24,16 @@ class OpBackend:
     `at_scale` tells whether thousands of rows are affordable: an interpreted kernel takes milliseconds for each.
     """
 
-    def __init__(self, op: str, name: str, device: str) -> None:
+    def __init__(self, op: str, name: str, device: str, **always: Any) -> None:
         self.op = op
+        self.always = always
         self.name = name
         self.device = torch.device(device)
         self.at_scale = not (name == "triton" and device == "cpu")
 
     def __call__(self, *args: Any, raw: bool = False, **kwargs: Any) -> Any:
         function: Callable[..., Any] = getattr(sequoia_kernels.ops, self.op)
-        kwargs.setdefault("backend", self.name)
+        kwargs = {"backend": self.name, **self.always, **kwargs}
         if not raw:
             args = tuple(_to(value, self.device) for value in args)
             kwargs = {name: _to(value, self.device) for name, value in kwargs.items()}
@@ -53,6 +54,10 @@ class OpBackend:
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
         else:
             assert torch.equal(got, wanted)
+
+    def with_always(self, **always: Any) -> OpBackend:
+        """The same with arguments that every call is given which does not give its own."""
+        return OpBackend(self.op, self.name, str(self.device), **always)
 
     def bound_to(self, op: str) -> OpBackend:
         """The same backend of another op."""

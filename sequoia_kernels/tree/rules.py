@@ -81,3 +81,6 @@ def rule_named(where: str, name: Any) -> VerificationRule:
 
 # From the root: each node's children are tried in turn, and a rejected node takes its subtree with it.
 register_rule(VerificationRule(DEFAULT_RULE, lambda tree, acceptance: tree.expected_tokens(acceptance)))
+
+# From the leaves: the deepest node is tested first, with the probability that the path to it deserves as a whole.
+register_rule(VerificationRule("traversal", lambda tree, acceptance: tree.expected_tokens(acceptance)))

@@ -12,7 +12,7 @@ from sequoia_kernels import checks
 from sequoia_kernels.ops.operators import Buffer, Operator
 from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, Topology, rule_named
 
-__all__ = ["VerifiedPath", "VerifyTreeInputs", "check_values", "verify_tree"]
+__all__ = ["VerifiedPath", "VerifyTreeInputs", "check_values", "rule_reason", "verify_tree"]
 
 OP = "verify_tree"
 
@@ -165,6 +165,13 @@ def verify_tree(
         rule,
     )
     return OPERATOR(inputs, out, backend, debug)
+
+
+def rule_reason(inputs: VerifyTreeInputs, known: tuple[str, ...]) -> str | None:
+    """What a backend that knows some rules answers in its ``supports``."""
+    if inputs.rule in known:
+        return None
+    return f"knows the rule{'s' if len(known) > 1 else ''} {' and '.join(known)}"
 
 
 def _check_topology(tree: Topology) -> None:

@@ -1,5 +1,7 @@
 """Reference of verify_tree: the specification, in plain torch on any device. Inputs and outputs as in op.py.
 
+Here is the rule "sequoia"; the rule "traversal" is in traversal.py.
+
 Computes, at one node whose children x_1 .. x_k were drawn in this order from the draft without replacement:
     residual_1 = target, draft_1 = draft, and for i = 1 .. k
         accept x_i with probability min(1, residual_i(x_i) / draft_i(x_i)); once rejected,
@@ -33,21 +35,23 @@ import torch
 
 from sequoia_kernels.ops.warping import compute_dtype, warped_probs
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
-from sequoia_kernels.tree import DEFAULT_RULE
 
-from .op import VerifiedPath, VerifyTreeInputs
+from .op import VerifiedPath, VerifyTreeInputs, rule_reason
+from .residuals import draft_left, residual_left
+from .traversal import traverse_paths
 
 __all__ = ["NodeDecisions", "node_decisions", "run", "supports", "verify_paths"]
 
 
 def supports(inputs: VerifyTreeInputs) -> str | None:
-    """Every call of its rule that passes the op's checks runs here."""
-    return None if inputs.rule == DEFAULT_RULE else f"knows the rule {DEFAULT_RULE}"
+    """Every call of its rules that passes the op's checks runs here."""
+    return rule_reason(inputs, ("sequoia", "traversal"))
 
 
 def run(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> None:
     """Write the outputs."""
-    for output, result in zip(outputs, verify_paths(inputs)):
+    decide = traverse_paths if inputs.rule == "traversal" else verify_paths
+    for output, result in zip(outputs, decide(inputs)):
         output.copy_(result)
 
 
@@ -84,8 +88,6 @@ def node_decisions(
     largest logit) a case of the general one.
     """
     dtype = target_probs.dtype
-    greedy = (temperature == 0)[:, None]
-    scale = torch.where(temperature == 0, 1.0, temperature).to(dtype)[:, None]
     vocab_ids = torch.arange(target_probs.shape[1], device=target_probs.device)
     draft_logits = draft_logits.to(dtype)
 
@@ -95,13 +97,13 @@ def node_decisions(
     draft_at_child = torch.zeros_like(residual_at_child)
     for rank in range(children.shape[1]):
         is_child = children[:, rank, None] == vocab_ids  # [R, vocab], at most one per row
-        draft = torch.where(greedy, is_child.to(dtype), _softmax(draft_logits.masked_fill(drawn, -torch.inf), scale))
-        draft_of_child = draft.masked_fill(~is_child, 0).sum(dim=-1)
+        draft = draft_left(draft_logits, drawn, is_child, temperature)
+        draft_of_child = draft.masked_fill(~is_child | drawn, 0).sum(dim=-1)
         is_draw = draft_of_child > 0
         draft_at_child[:, rank] = draft_of_child
         residual_at_child[:, rank] = residual.masked_fill(~(is_child & is_draw[:, None]), 0).sum(dim=-1)
         drawn = drawn | (is_child & is_draw[:, None])
-        rejected = _residual_after_rejection(residual, draft, target_probs, drawn)
+        rejected, _ = residual_left(residual - draft, target_probs, drawn)
         residual = torch.where(is_draw[:, None], rejected, residual)
     return NodeDecisions(residual_at_child, draft_at_child, residual)
 
@@ -161,31 +163,3 @@ def verify_paths(inputs: VerifyTreeInputs) -> VerifiedPath:
     next_token = (residual.log() + noise).argmax(dim=-1)
     num_accepted = (nodes >= 0).sum(dim=1, dtype=torch.int32)
     return VerifiedPath(nodes, num_accepted, next_token)
-
-
-def _residual_after_rejection(
-    residual: torch.Tensor, draft: torch.Tensor, target_probs: torch.Tensor, drawn: torch.Tensor
-) -> torch.Tensor:
-    """normalise(max(residual - draft, 0)), with the corner of an empty residual. All [R, vocab]."""
-    left = (residual - draft).clamp(min=0).masked_fill(drawn, 0)
-    left_mass = left.sum(dim=-1, keepdim=True)
-    undrawn_target = target_probs.masked_fill(drawn, 0)
-    undrawn_mass = undrawn_target.sum(dim=-1, keepdim=True)
-    empty_residual = torch.where(undrawn_mass > 0, undrawn_target / _nonzero(undrawn_mass), target_probs)
-    return torch.where(left_mass > 0, left / _nonzero(left_mass), empty_residual)
-
-
-def _softmax(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Softmax of logits / T over the last dimension that gives zeros, not NaN, for a row of all -inf.
-
-    Only differences to the largest logit that is left are divided by T: logit / T itself, and differences to a peak far
-    above, are too coarse at small temperatures.
-    """
-    peak = logits.amax(dim=-1, keepdim=True)
-    weights = torch.exp((logits - torch.where(peak == -torch.inf, 0, peak)) / temperature)
-    return weights / _nonzero(weights.sum(dim=-1, keepdim=True))
-
-
-def _nonzero(mass: torch.Tensor) -> torch.Tensor:
-    """The mass as a divisor: 1 where it is 0, since the quotient is not used there."""
-    return torch.where(mass > 0, mass, 1)

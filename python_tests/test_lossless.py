@@ -19,12 +19,14 @@ from support.chi_square import joint_probs, p_value, sequence_counts
 from support.closed_form import closed_form_decisions
 from support.enumeration import emitted_distribution, ordered_draws
 from support.op_backends import OpBackend, op_backends
-from support.speculative_steps import decode
+from support.speculative_steps import decode, grow
 from support.toy_models import chain_probs, plain_probs, toy_pair
 
 from sequoia_kernels import TokenTree
 from sequoia_kernels.ops import sample_without_replacement
+from sequoia_kernels.ops.verify_tree import traversal
 from sequoia_kernels.ops.verify_tree.reference import NodeDecisions, node_decisions
+from sequoia_kernels.ops.verify_tree.residuals import draft_left, residual_left
 from sequoia_kernels.ops.warping import warped_probs
 from sequoia_kernels.rng import DRAFT_TAG
 
@@ -64,10 +66,15 @@ PLAIN = OpBackend("verify_tree", "reference", "cpu")
 REFERENCE = sys.modules["sequoia_kernels.ops.verify_tree.reference"]
 
 
-def _exact_error(parents, kind, vocab, warp, seed=0, dtype=torch.float64):
+@pytest.fixture(params=["sequoia", "traversal"])
+def rule(request):
+    return request.param
+
+
+def _exact_error(parents, kind, vocab, warp, seed=0, dtype=torch.float64, rule="sequoia"):
     tree = TokenTree(parents)
     target, draft = toy_pair(kind, vocab, context=3, seed=seed)
-    emitted = emitted_distribution(tree, target, draft, 1 % vocab, *warp, dtype=dtype)
+    emitted = emitted_distribution(tree, target, draft, 1 % vocab, *warp, dtype=dtype, rule=rule)
     expected = joint_probs(chain_probs(target, 1 % vocab, tree.num_levels, *warp))
     assert emitted.shape == expected.shape
     return float((emitted - expected).abs().max())
@@ -75,47 +82,47 @@ def _exact_error(parents, kind, vocab, warp, seed=0, dtype=torch.float64):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tree", TREES)
-def test_whole_trees_are_exact(tree, kind):
+def test_whole_trees_are_exact(tree, kind, rule):
     for warp, vocab in itertools.product(WARPS, (2, 3)):
-        error = _exact_error(TREES[tree], kind, vocab, warp)
+        error = _exact_error(TREES[tree], kind, vocab, warp, rule=rule)
         assert error <= 1e-12, (warp, vocab, error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_trees_are_exact_with_four_tokens(kind):
+def test_whole_trees_are_exact_with_four_tokens(kind, rule):
     for warp in WARPS[3:6]:
-        error = _exact_error([-1, 0, 0, 1, 1], kind, 4, warp)
+        error = _exact_error([-1, 0, 0, 1, 1], kind, 4, warp, rule=rule)
         assert error <= 1e-12, (warp, error)
 
 
-def test_random_trees_are_exact():
+def test_random_trees_are_exact(rule):
     rng = random.Random(0)
     for seed in range(40):
         parents = [-1, *sorted(rng.randrange(node) for node in range(1, rng.randint(2, 6)))]
-        error = _exact_error(parents, rng.choice(KINDS), rng.choice((2, 3)), rng.choice(WARPS), seed)
+        error = _exact_error(parents, rng.choice(KINDS), rng.choice((2, 3)), rng.choice(WARPS), seed, rule=rule)
         assert error <= 1e-12, (seed, parents, error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_arithmetic_moves_no_probability_by_more_than_its_rounding(kind):
+def test_float32_arithmetic_moves_no_probability_by_more_than_its_rounding(kind, rule):
     # Errors up to 1.0e-7 were measured, as large as those of the float32 softmax itself.
     for tree, warp in itertools.product(("star", "uneven"), WARPS):
-        error = _exact_error(TREES[tree], kind, 3, warp, dtype=torch.float32)
+        error = _exact_error(TREES[tree], kind, 3, warp, dtype=torch.float32, rule=rule)
         assert error <= 3e-7, (tree, warp, error)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_temperatures_are_exact(temperature, dtype):
+def test_small_temperatures_are_exact(temperature, dtype, rule):
     # Logits that differ in their last places only, in the draft also far below its peak: there the enumeration itself
     # has exponents of 8e6, which are 1e-9 apart in float64.
     for tree in ("star", "binary"):
-        error = _exact_error(TREES[tree], "close", 3, (temperature, None, None), dtype=dtype)
+        error = _exact_error(TREES[tree], "close", 3, (temperature, None, None), dtype=dtype, rule=rule)
         assert error <= (3e-7 if dtype == torch.float32 else 1e-10), (tree, error)
 
 
-def test_a_vocabulary_of_one_token_is_exact():
-    assert _exact_error([-1, 0, 0, 1], "unrelated", 1, (1.0, None, None)) == 0.0
+def test_a_vocabulary_of_one_token_is_exact(rule):
+    assert _exact_error([-1, 0, 0, 1], "unrelated", 1, (1.0, None, None), rule=rule) == 0.0
 
 
 def test_every_branch_of_the_decision_emits_only_what_the_target_can_emit():
@@ -180,11 +187,12 @@ def backend(request):
     return request.param
 
 
-def _decode_counts(backend, parents, kind, warp, vocab=5, length=3, batch_size=20_000, seed=0, **ops):
+def _decode_counts(backend, parents, kind, warp, vocab=5, length=3, batch_size=20_000, seed=0, rule="sequoia", **ops):
     tree = TokenTree(parents)
     target, draft = toy_pair(kind, vocab, context=2, seed=seed)
     temperature, top_k, top_p = warp
-    ops = {"sample": backend.bound_to("sample_without_replacement"), "verify": backend.bound_to("verify_tree")} | ops
+    verify = backend.bound_to("verify_tree").with_always(rule=rule)
+    ops = {"sample": backend.bound_to("sample_without_replacement"), "verify": verify} | ops
     sequences = decode(tree, target, draft, 1, length, batch_size, temperature, top_k=top_k, top_p=top_p, **ops)
     expected = joint_probs(chain_probs(target, 1, length, temperature, top_k, top_p))
     return sequence_counts(sequences, vocab), expected
@@ -195,40 +203,42 @@ MIXED = [-1, 0, 0, 0, 1, 1, 2, 4]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.1, 0.3, 0.6, 1.0])
-def test_joint_sequences_have_the_targets_distribution(backend, temperature):
-    counts, expected = _decode_counts(backend, MIXED, "near", (temperature, None, None))
+def test_joint_sequences_have_the_targets_distribution(backend, temperature, rule):
+    counts, expected = _decode_counts(backend, MIXED, "near", (temperature, None, None), rule=rule)
     assert p_value(counts, expected) > 1e-4
-    counts, expected = _decode_counts(backend, MIXED, "unrelated", (temperature, None, None), length=4, seed=5)
+    counts, expected = _decode_counts(
+        backend, MIXED, "unrelated", (temperature, None, None), length=4, seed=5, rule=rule
+    )
     assert p_value(counts, expected) > 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-4])
-def test_joint_sequences_at_small_temperatures(backend, temperature):
-    counts, expected = _decode_counts(backend, MIXED, "close", (temperature, None, None), batch_size=50_000)
+def test_joint_sequences_at_small_temperatures(backend, temperature, rule):
+    counts, expected = _decode_counts(backend, MIXED, "close", (temperature, None, None), batch_size=50_000, rule=rule)
     assert p_value(counts, expected) > 1e-4
 
 
 @pytest.mark.parametrize("warp", [(1.0, 3, None), (1.0, None, 0.7), (0.6, 4, 0.9), (1.0, 1, None)])
-def test_joint_sequences_with_top_k_and_top_p(backend, warp):
-    counts, expected = _decode_counts(backend, MIXED, "unrelated", warp, vocab=7)
+def test_joint_sequences_with_top_k_and_top_p(backend, warp, rule):
+    counts, expected = _decode_counts(backend, MIXED, "unrelated", warp, vocab=7, rule=rule)
     assert p_value(counts, expected) > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_joint_sequences_with_degenerate_drafts(backend, kind):
-    counts, expected = _decode_counts(backend, MIXED, kind, (1.0, None, None))
+def test_joint_sequences_with_degenerate_drafts(backend, kind, rule):
+    counts, expected = _decode_counts(backend, MIXED, kind, (1.0, None, None), rule=rule)
     assert p_value(counts, expected) > 1e-4
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_joint_sequences_with_every_shape_of_tree(backend, tree):
-    counts, expected = _decode_counts(backend, TREES[tree], "unrelated", (1.0, None, None), vocab=4)
+def test_joint_sequences_with_every_shape_of_tree(backend, tree, rule):
+    counts, expected = _decode_counts(backend, TREES[tree], "unrelated", (1.0, None, None), vocab=4, rule=rule)
     assert p_value(counts, expected) > 1e-4
 
 
-def test_greedy_sequences_are_the_targets_arg_maxima(backend):
+def test_greedy_sequences_are_the_targets_arg_maxima(backend, rule):
     for kind in KINDS:
-        counts, expected = _decode_counts(backend, MIXED, kind, (0.0, None, None), batch_size=50)
+        counts, expected = _decode_counts(backend, MIXED, kind, (0.0, None, None), batch_size=50, rule=rule)
         assert torch.equal(counts, (expected * 50).round().long())
 
 
@@ -290,6 +300,64 @@ def test_a_broken_verifier_fails_the_joint_test(monkeypatch, broken):
     if broken is _keep_draft_after_rejection:
         # the first token by itself does not show this one
         assert p_value(counts.sum(dim=(1, 2)), expected.sum(dim=(1, 2))) > 1e-2
+
+
+def _draft_as_at_first(draft_logits, drawn, is_child, temperature):
+    """A traversal that tests siblings against the draft of the first one."""
+    return draft_left(draft_logits, torch.zeros_like(drawn), is_child, temperature)
+
+
+def _no_mass_lost(weights, target_probs, drawn):
+    """A traversal that gives a node all of its chance back when a child fails."""
+    residual, mass = residual_left(weights, target_probs, drawn)
+    return residual, torch.where(mass > 0, 1e30, mass)
+
+
+def _residual_blind_to_the_draft(weights, target_probs, drawn):
+    """A traversal that draws the next token from the target without the tokens that failed."""
+    _, mass = residual_left(weights, target_probs, drawn)
+    return residual_left(target_probs, target_probs, drawn)[0], mass
+
+
+BROKEN_TRAVERSALS = [
+    ("draft_left", _draft_as_at_first),
+    ("residual_left", _no_mass_lost),
+    ("residual_left", _residual_blind_to_the_draft),
+]
+
+
+@pytest.mark.parametrize(("name", "broken"), BROKEN_TRAVERSALS)
+def test_a_broken_traversal_fails_both_tests(monkeypatch, name, broken):
+    monkeypatch.setattr(traversal, name, broken)
+    assert _exact_error(TREES["binary"], "unrelated", 3, (1.0, None, None), rule="traversal") > 1e-3
+    counts, expected = _decode_counts(PLAIN, MIXED, "unrelated", (1.0, None, None), rule="traversal")
+    assert p_value(counts, expected) < 1e-6
+
+
+def test_with_certain_chances_the_rules_are_one():
+    """Stars: below the root there is nothing that a chance could be carried to."""
+    generator = torch.Generator().manual_seed(2)
+    tree = TokenTree.kary(4, 2)
+    logits = [torch.randn(500, 5, 6, generator=generator) for _ in range(2)]
+    tokens = torch.cat([torch.zeros(500, 1), torch.multinomial(logits[1][:, 0].softmax(1), 4, generator=generator)], 1)
+    arguments = (tokens.long(), *logits, tree, 1.0, torch.arange(500), 0)
+    paths = [PLAIN.with_always(rule=rule)(*arguments) for rule in ("sequoia", "traversal")]
+    assert all(torch.equal(one, other) for one, other in zip(*paths))
+    assert len(set(paths[0].nodes[:, 1].tolist())) == 5
+
+
+def test_traversal_emits_more_tokens():
+    """A chain: the whole of it is accepted more often than one token after the other."""
+    tree = TokenTree.chain(6)
+    target, draft = toy_pair("unrelated", 6, context=2, seed=0)
+    means = []
+    for rule in ("sequoia", "traversal"):
+        streams = (torch.ones(20_000), torch.arange(20_000), torch.zeros(20_000, dtype=torch.int64))
+        tail = torch.ones(20_000, 2, dtype=torch.int64)
+        sample = PLAIN.bound_to("sample_without_replacement")
+        path = PLAIN.with_always(rule=rule)(*grow(tree, target, draft, tail, *streams, sample), tree, *streams)
+        means.append(float(path.num_accepted.double().mean()))
+    assert means[1] > 1.05 * means[0]
 
 
 def test_noise_shared_by_a_node_and_its_parent_fails_the_joint_test():

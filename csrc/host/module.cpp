@@ -102,8 +102,8 @@ void bind_ops(py::module_& module) {
                py::arg("num_accepted_ptr"), py::arg("next_token_ptr"), py::arg("batch_size"), py::arg("num_nodes"),
                py::arg("num_levels"), py::arg("vocab"), py::arg("topology_stride"), py::arg("tokens_stride"),
                py::arg("target_batch_stride"), py::arg("target_node_stride"), py::arg("draft_batch_stride"),
-               py::arg("draft_node_stride"), py::arg("check_values"),
-               "Walk token trees down their accepted paths; see verify_tree.cpp.");
+               py::arg("draft_node_stride"), py::arg("rule_code"), py::arg("check_values"),
+               "Decide which paths of token trees are accepted; see verify_tree.cpp.");
     module.def("warped_logsumexp", &warped_logsumexp, release_gil, py::arg("logits_ptr"), py::arg("type"),
                py::arg("temperature_ptr"), py::arg("top_k_ptr"), py::arg("top_p_ptr"), py::arg("log_normaliser_ptr"),
                py::arg("cut_ptr"), py::arg("num_rows"), py::arg("vocab"), py::arg("row_stride"), py::arg("check_values"),

@@ -23,6 +23,9 @@ bool sample_without_replacement(std::uintptr_t logits_ptr,          // [R, vocab
                                 std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride,
                                 std::int64_t num_samples, bool check_values);
 
+// Codes shared with sequoia_kernels/ops/host_calls.py.
+enum class VerificationRule : int { sequoia = 0, traversal = 1 };
+
 // Returns false, and has written nothing, if `check_values` finds a tree, temperature, top_p, token, a row of the
 // target's logits or a row of the draft's at a node with children out of range.
 bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests tokens_stride apart
@@ -45,6 +48,7 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
                  std::int64_t topology_stride, std::int64_t tokens_stride,           // elements
                  std::int64_t target_batch_stride, std::int64_t target_node_stride,  //
                  std::int64_t draft_batch_stride, std::int64_t draft_node_stride,    //
+                 int rule_code,                                                      // of VerificationRule
                  bool check_values);
 
 // The caller has checked that paths rise and stay inside the caches.

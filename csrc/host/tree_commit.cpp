@@ -39,6 +39,7 @@ class TreeCommit {
         max_branching_ = number_of(source, "max_branching");
         topology_stride_ = number_of(source, "topology_stride");
         draft_type_ = static_cast<int>(number_of(source, "draft_type"));
+        rule_code_ = static_cast<int>(number_of(source, "rule_code"));
         tokens_ = at("tokens"), draft_logits_ = at("draft_logits");
         first_child_ = at("first_child"), num_children_ = at("num_children");
         temperature_ = at("temperature"), seeds_ = at("seeds"), offsets_ = at("offsets");
@@ -58,7 +59,7 @@ class TreeCommit {
         return verify_tree(tokens_, target_logits, target_type, draft_logits_, draft_type_, first_child_, num_children_,
                            max_branching_, temperature_, seeds_, offsets_, top_k_, top_p_, nodes_, num_accepted_,
                            next_token_, batch_size_, num_nodes_, num_levels_, vocab_, topology_stride_, num_nodes_,
-                           batch_stride, node_stride, num_nodes_ * vocab_, vocab_, true);
+                           batch_stride, node_stride, num_nodes_ * vocab_, vocab_, rule_code_, true);
     }
 
     // Returns false, and has written nothing, if a tree does not fit behind a cache's committed rows.
@@ -99,7 +100,7 @@ class TreeCommit {
   private:
     py::dict source_;  // holds what the caller put beside the addresses
     std::int64_t batch_size_, num_nodes_, num_levels_, vocab_, max_branching_, topology_stride_;
-    int draft_type_;
+    int draft_type_, rule_code_;
     std::uintptr_t tokens_, draft_logits_;  // [B, N] int64, [B, N, vocab]
     std::uintptr_t first_child_, num_children_;  // [N] or [B, N] int32
     std::uintptr_t temperature_, seeds_, offsets_, top_k_, top_p_, active_, last_tokens_, root_tokens_;  // [B]

@@ -1,174 +1,30 @@
 // verify_tree on the CPU.
 //
-// Computes    the accepted path and the next token of each request; the rule, its corners and their reasons are in
-//             sequoia_kernels/ops/verify_tree/reference.py.
-// Plan        one thread; requests one after the other, each walking from the root, so that only nodes on the accepted
-//             path cost anything (a GPU decides all nodes at once instead).
+// Computes    the accepted path and the next token of each request; the rules, their corners and their reasons are in
+//             sequoia_kernels/ops/verify_tree/reference.py and traversal.py.
+// Plan        one thread; requests one after the other. Here is the rule "sequoia", which walks from the root, so that
+//             only nodes on the accepted path cost anything (a GPU decides all nodes at once instead); the rule
+//             "traversal" is in traverse_tree.cpp.
 // Memory      two rows of logits per visited node; scratch of a few rows.
 // Numerics    float64 throughout; only the keys of the next token are rounded to float32 (but for float64 logits), as
 //             in the reference. Weights that underflow in float32 are 0: both agree on what cannot be drawn.
-//
-// At a node, with unnormalised weights t(x) of the target and d(x) of the draft, drawn tokens zeroed, and D = sum d:
-//     residual(x) = max(alpha t(x) - gamma d(x), 0), at first alpha = 1 / sum t and gamma = 0;
-//     rejecting x_i: gamma' = gamma + 1 / D; zero x_i; Z = sum max(alpha t - gamma' d, 0);
-//                    alpha /= Z; gamma = gamma' / Z.
-// Two numbers are the whole state; a rejection is one pass over two rows.
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <utility>
 #include <vector>
 
 #include "ops.h"
-#include "streams.h"
-#include "warp.h"
+#include "philox.h"
+#include "tried_node.h"
 
 namespace sequoia {
 namespace {
 
-// The draft's mass below which its weights are computed afresh from the largest logit left: they are relative to a
-// token that is no longer there, and would underflow.
-constexpr double REBASE_BELOW = 0x1p-10;
-
-constexpr double NEVER = -std::numeric_limits<double>::infinity();
-
-struct Residual {
-    const double* target;  // weights
-    const double* draft;   // weights, drawn tokens zeroed as in target; null if gamma is 0 for good
-    double alpha;
-    double gamma;
-
-    double at(std::int64_t token) const {
-        const double value = alpha * target[token] - (draft == nullptr ? 0.0 : gamma * draft[token]);
-        return value > 0 ? value : 0;
-    }
-};
-
-struct Masses {
-    double residual;
-    double draft;
-};
-
-struct Stream {
-    std::uint64_t seed;
-    std::uint64_t offset;
-};
-
-}  // namespace
-
-// Sums of max(alpha target - gamma draft, 0) and of draft.
-SEQUOIA_CLONES Masses masses_left(const double* target, const double* draft, std::int64_t size, double alpha,
-                                  double gamma) {
-    double residual_lanes[LANES] = {}, draft_lanes[LANES] = {};
-    for (std::int64_t i = 0; i < size; i += LANES) {
-        for (std::int64_t lane = 0; lane < LANES; ++lane) {
-            const double value = alpha * target[i + lane] - gamma * draft[i + lane];
-            residual_lanes[lane] += value > 0 ? value : 0.0;
-            draft_lanes[lane] += draft[i + lane];
-        }
-    }
-    Masses masses{0, 0};
-    for (std::int64_t lane = 0; lane < LANES; ++lane) {
-        masses.residual += residual_lanes[lane];
-        masses.draft += draft_lanes[lane];
-    }
-    return masses;
-}
-
-SEQUOIA_CLONES double mass_left(const double* weights, std::int64_t size) {
-    double lanes[LANES] = {};
-    for (std::int64_t i = 0; i < size; i += LANES) {
-        for (std::int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += weights[i + lane];
-    }
-    double mass = 0;
-    for (const double lane : lanes) mass += lane;
-    return mass;
-}
-
-// The token with the largest log(residual) + gumbel, lowest on ties. Weights padded with zeros to whole stretches.
-SEQUOIA_CLONES std::int64_t draw_residual(const Residual& residual, std::int64_t vocab, Stream stream, bool wide) {
-    const double* const target = residual.target;
-    // Without a draft any finite row stands in for it, times a gamma of 0.
-    const double* const draft = residual.draft == nullptr ? residual.target : residual.draft;
-    const double gamma = residual.draft == nullptr ? 0.0 : residual.gamma;
-    std::int64_t best_token = 0;
-    double best_key = NEVER;
-    for (std::int64_t first = 0; first < vocab; first += STRETCH) {
-        float probs[STRETCH];
-        int any = 0;
-        for (std::int64_t i = 0; i < STRETCH; ++i) {
-            const double value = residual.alpha * target[first + i] - gamma * draft[first + i];
-            probs[i] = static_cast<float>(value > 0 ? value : 0.0);
-            any |= value > 0;
-        }
-        if (any == 0) continue;
-
-        std::uint32_t words[STRETCH];
-        stretch_words(stream.seed, stream.offset, RESIDUAL_TAG, first, words);
-        float bounds[STRETCH];
-        const float best = static_cast<float>(best_key);
-        any = 0;
-        for (std::int64_t i = 0; i < STRETCH; ++i) {
-            bounds[i] = log_upper_bound(probs[i]) + gumbel_upper_bound(words[i]);
-            any |= bounds[i] > best;
-        }
-        if (any == 0) continue;
-
-        for (std::int64_t i = 0; i < STRETCH; ++i) {
-            if (!(static_cast<double>(bounds[i]) > best_key)) continue;
-            const double prob = residual.at(first + i);
-            const float noise = gumbel(words[i]);
-            const double key = wide ? std::log(prob) + static_cast<double>(noise)
-                                    : static_cast<double>(static_cast<float>(std::log(prob)) + noise);
-            if (key > best_key) {
-                best_key = key;
-                best_token = first + i;
-            }
-        }
-    }
-    return best_token;
-}
-
-namespace {
-
-struct Tree {
-    const std::int32_t* first_child;
-    const std::int32_t* num_children;
-    std::int64_t num_nodes;
-    std::int64_t num_levels;
-    std::int64_t max_branching;
-};
-
-struct Request {
-    Tree tree;
-    const std::int64_t* tokens;  // [N]
-    LogitRows target;            // rows are nodes
-    LogitRows draft;
-    Warp warp;
-    Stream stream;
-    bool wide;
-};
-
-struct Emitted {
-    std::int32_t* nodes;  // [num_levels]
-    std::int32_t num_accepted;
-    std::int64_t next_token;
-};
-
-// Memory of one walk, rows padded to whole stretches.
+// Memory of the walks of one thread.
 struct Workspace {
-    Scratch<double> target_logits, target_weights, draft_logits, draft_weights;
-    std::vector<std::pair<std::int64_t, double>> drawn_targets;  // drawn tokens with the target weights they had
-    std::vector<std::int64_t> depths;                            // of the nodes, while a tree is looked at
+    TriedNode tried;
+    NodeRows rows;
+    std::vector<std::int64_t> depths;  // of the nodes, while a tree is looked at
 };
-
-double* reserve_row(Scratch<double>& scratch, std::int64_t vocab, double padding) {
-    const std::int64_t room = (vocab + STRETCH - 1) / STRETCH * STRETCH;
-    double* const row = scratch.reserve(room);
-    std::fill(row + vocab, row + room, padding);
-    return row;
-}
 
 // What is decided at one node: the accepted child, or the next token where there is none.
 struct Decision {
@@ -176,12 +32,9 @@ struct Decision {
     std::int64_t next_token;
 };
 
-Decision decide_greedily(const Request& request, std::int32_t node, Workspace& workspace) {
+Decision decide_greedily(const VerifyRequest& request, std::int32_t node, Workspace& workspace) {
     const Tree& tree = request.tree;
-    const std::int64_t vocab = request.target.vocab;
-    double* const logits = reserve_row(workspace.target_logits, vocab, NEVER);
-    const double peak = load_row(request.target.row(node), request.target.type, vocab, logits);
-    const std::int64_t largest = first_index_of(logits, peak);
+    const std::int64_t largest = greedy_token(request, node, workspace.rows);
     for (std::int32_t rank = 0; rank < tree.num_children[node]; ++rank) {
         const std::int32_t child = tree.first_child[node] + rank;
         if (request.tokens[child] == largest) return {child, -1};
@@ -189,66 +42,22 @@ Decision decide_greedily(const Request& request, std::int32_t node, Workspace& w
     return {-1, largest};
 }
 
-Decision decide(const Request& request, std::int32_t node, Workspace& workspace) {
+Decision decide(const VerifyRequest& request, std::int32_t node, Workspace& workspace) {
     const Tree& tree = request.tree;
-    const std::int64_t vocab = request.target.vocab;
-    const std::int64_t size = padded(vocab);
-    const double temperature = request.warp.temperature;
-    double* const logits = reserve_row(workspace.target_logits, vocab, NEVER);
-    double* const target = reserve_row(workspace.target_weights, vocab, 0);
-    const double target_peak = load_row(request.target.row(node), request.target.type, vocab, logits);
-    const WarpedRow warped = warp_row(logits, vocab, target_peak, request.warp, request.wide, target);
-    Residual residual{target, nullptr, 1.0 / warped.mass, 0.0};
-
-    const std::int32_t num_children = tree.num_children[node];
-    if (num_children == 0) return {-1, draw_residual(residual, vocab, request.stream, request.wide)};
-
-    double* const draft_logits = reserve_row(workspace.draft_logits, vocab, NEVER);
-    double* const draft = reserve_row(workspace.draft_weights, vocab, 0);
-    double draft_peak = load_row(request.draft.row(node), request.draft.type, vocab, draft_logits);
-    double draft_mass = softmax_weights(draft_logits, vocab, draft_peak, temperature, request.wide, draft);
-    residual.draft = draft;
-    workspace.drawn_targets.clear();
-
-    for (std::int32_t rank = 0; rank < num_children; ++rank) {
+    TriedNode& tried = workspace.tried;
+    tried.open(request, node, workspace.rows);
+    for (std::int32_t rank = 0; rank < tree.num_children[node]; ++rank) {
         const std::int32_t child = tree.first_child[node] + rank;
         const std::int64_t token = request.tokens[child];
-        if (token < 0 || token >= vocab || draft[token] == 0) continue;  // not a draw
-
+        if (!tried.is_draw(token, request.target.vocab)) continue;
         const double coin = node_coin(request.stream.seed, request.stream.offset, static_cast<std::uint32_t>(child));
-        if (coin * (draft[token] / draft_mass) < residual.at(token)) return {child, -1};
-
-        workspace.drawn_targets.emplace_back(token, target[token]);
-        target[token] = 0;
-        draft[token] = 0;
-        draft_logits[token] = NEVER;
-        residual.gamma += 1.0 / draft_mass;
-        const Masses left = masses_left(target, draft, size, residual.alpha, residual.gamma);
-        draft_mass = left.draft;
-        if (left.residual > 0) {
-            residual.alpha /= left.residual;
-            residual.gamma /= left.residual;
-        } else {  // empty residual: the target without the drawn tokens, or all of it where nothing else is left
-            const double undrawn_mass = mass_left(target, size);
-            residual.gamma = 0;
-            residual.alpha = 1.0 / (undrawn_mass > 0 ? undrawn_mass : warped.mass);
-            if (undrawn_mass == 0) {
-                for (const auto& [drawn, weight] : workspace.drawn_targets) target[drawn] = weight;
-                break;  // no token that is still to come has any mass
-            }
-        }
-        if (draft_mass < REBASE_BELOW) {
-            const double peak = *std::max_element(draft_logits, draft_logits + vocab);
-            if (peak == NEVER) break;  // empty draft: no further child can be a draw
-            residual.gamma *= std::exp((peak - draft_peak) / temperature);
-            draft_peak = peak;
-            draft_mass = softmax_weights(draft_logits, vocab, draft_peak, temperature, request.wide, draft);
-        }
+        if (coin * tried.draft_at(token) < tried.residual_at(token)) return {child, -1};
+        tried.drop(request, token, 1.0);
     }
-    return {-1, draw_residual(residual, vocab, request.stream, request.wide)};
+    return {-1, tried.draw_next(request)};
 }
 
-void walk(const Request& request, Workspace& workspace, Emitted& emitted) {
+void walk(const VerifyRequest& request, Workspace& workspace, Emitted& emitted) {
     std::fill(emitted.nodes, emitted.nodes + request.tree.num_levels, -1);
     emitted.num_accepted = 0;
     for (std::int32_t node = 0; node >= 0;) {
@@ -276,7 +85,7 @@ bool tree_valid(const Tree& tree, std::vector<std::int64_t>& depths) {
     return true;
 }
 
-bool values_valid(const Request& request) {
+bool values_valid(const VerifyRequest& request) {
     const Tree& tree = request.tree;
     const float temperature = static_cast<float>(request.warp.temperature);
     const float top_p = static_cast<float>(request.warp.top_p);
@@ -301,7 +110,8 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
                  std::int64_t batch_size, std::int64_t num_nodes, std::int64_t num_levels, std::int64_t vocab,
                  std::int64_t topology_stride, std::int64_t tokens_stride, std::int64_t target_batch_stride,
                  std::int64_t target_node_stride, std::int64_t draft_batch_stride, std::int64_t draft_node_stride,
-                 bool check_values) {
+                 int rule_code, bool check_values) {
+    const auto rule = static_cast<VerificationRule>(rule_code);
     const auto target_element = static_cast<ElementType>(target_type);
     const auto draft_element = static_cast<ElementType>(draft_type);
     const std::int64_t target_bytes = element_bytes(target_element), draft_bytes = element_bytes(draft_element);
@@ -312,7 +122,7 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
         const char* const target = reinterpret_cast<const char*>(target_ptr) + b * target_batch_stride * target_bytes;
         const char* const draft =
             draft_ptr == 0 ? nullptr : reinterpret_cast<const char*>(draft_ptr) + b * draft_batch_stride * draft_bytes;
-        return Request{
+        return VerifyRequest{
             Tree{reinterpret_cast<const std::int32_t*>(first_child_ptr) + b * topology_stride,
                  reinterpret_cast<const std::int32_t*>(num_children_ptr) + b * topology_stride, num_nodes, num_levels,
                  max_branching},
@@ -327,14 +137,19 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
     };
     static thread_local Workspace workspace;
     for (std::int64_t b = 0; b < batch_size && check_values; ++b) {
-        const Request checked = request(b);
+        const VerifyRequest checked = request(b);
         // A tree that all share is looked at once.
         if ((b == 0 || topology_stride != 0) && !tree_valid(checked.tree, workspace.depths)) return false;
         if (!values_valid(checked)) return false;
     }
     for (std::int64_t b = 0; b < batch_size; ++b) {
         Emitted emitted{reinterpret_cast<std::int32_t*>(nodes_ptr) + b * num_levels, 0, -1};
-        walk(request(b), workspace, emitted);
+        const VerifyRequest own = request(b);
+        if (rule == VerificationRule::traversal && own.warp.temperature != 0) {  // greedily all rules are one
+            traverse(own, emitted);
+        } else {
+            walk(own, workspace, emitted);
+        }
         reinterpret_cast<std::int32_t*>(num_accepted_ptr)[b] = emitted.num_accepted;
         reinterpret_cast<std::int64_t*>(next_token_ptr)[b] = emitted.next_token;
     }

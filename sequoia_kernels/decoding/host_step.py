@@ -12,8 +12,7 @@ from sequoia_kernels.drafts import DecodingState, TokenBuffers, TreeLayout
 from sequoia_kernels.models import TreeCache, TreeModel
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
 from sequoia_kernels.ops.backends import runs_own
-from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address
-from sequoia_kernels.tree import DEFAULT_RULE
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, VERIFICATION_RULES, address
 
 __all__ = ["HostStep"]
 
@@ -28,6 +27,7 @@ class HostStep:
         layout: the tree.
         buffers: its tokens and the draft's logits.
         caches: all caches, by the lengths that count their rows.
+        rule: verification rule, one that `serves` knows.
 
     Attributes:
         path: what `verify` decides; overwritten by the next step.
@@ -37,7 +37,7 @@ class HostStep:
 
     def __init__(
         self, target: TreeModel, cache: TreeCache, state: DecodingState, layout: TreeLayout, buffers: TokenBuffers,
-        caches: Sequence[tuple[Sequence[CacheTable], torch.Tensor]],
+        caches: Sequence[tuple[Sequence[CacheTable], torch.Tensor]], rule: str,
     ) -> None:  # fmt: skip
         tokens, draft_logits = buffers.tokens, buffers.draft_logits
         topology = layout.topology
@@ -64,6 +64,7 @@ class HostStep:
             "max_branching": topology.max_branching,
             "topology_stride": num_nodes if topology.first_child.dim() == 2 else 0,
             "draft_type": ELEMENT_TYPES[target.logits_dtype if draft_logits is None else draft_logits.dtype],
+            "rule_code": VERIFICATION_RULES[rule],
             "caches": [
                 (table.entries.data_ptr(), len(table), lens.data_ptr(), table.num_slots)
                 for tables, lens in caches
@@ -96,7 +97,7 @@ class HostStep:
     def serves(backend: str, rule: str) -> bool:
         """Tell whether the ops that are gone past here would run in C++ on the CPU."""
         ops = (verify_tree, compact_kv_cache_)
-        return rule == DEFAULT_RULE and all(runs_own(op.__name__, backend, "cpu", "host") for op in ops)
+        return rule in VERIFICATION_RULES and all(runs_own(op.__name__, backend, "cpu", "host") for op in ops)
 
     def verify(self, logits: torch.Tensor) -> VerifiedPath | None:
         """Decide the path. None, and nothing is written, where a value or the logits' layout is not what it can be.

@@ -112,7 +112,7 @@ class DecodingStep:
         host = self._host_steps.get(tree)
         if host is None:
             layout, buffers = self.prepare(tree)
-            host = HostStep(self.target, self.target_cache, self.state, layout, buffers, self.cache_tables)
+            host = HostStep(self.target, self.target_cache, self.state, layout, buffers, self.cache_tables, self.rule)
             self._host_steps[tree] = host
         return host
 

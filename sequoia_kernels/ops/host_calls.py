@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["BOOLEAN", "ELEMENT_TYPES", "address", "contiguous", "deliver", "writable"]
+__all__ = ["BOOLEAN", "ELEMENT_TYPES", "VERIFICATION_RULES", "address", "contiguous", "deliver", "writable"]
 
 Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
 
@@ -19,6 +19,8 @@ Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
 ELEMENT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # One more code, for masks only.
 BOOLEAN = 4
+# The codes of VerificationRule in csrc/host/ops.h.
+VERIFICATION_RULES = {"sequoia": 0, "traversal": 1}
 
 
 def address(tensor: Tensor | None) -> int:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import sequoia_kernels._host as _host
-from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, contiguous, deliver, writable
-from sequoia_kernels.tree import DEFAULT_RULE
+from sequoia_kernels.ops.host_calls import (
+    ELEMENT_TYPES,
+    VERIFICATION_RULES,
+    address,
+    contiguous,
+    deliver,
+    writable,
+)
 
-from .op import VerifiedPath, VerifyTreeInputs, check_values
+from .op import VerifiedPath, VerifyTreeInputs, check_values, rule_reason
 
 __all__ = ["CHECKS_VALUES", "bind", "run", "supports"]
 
@@ -17,8 +23,9 @@ CHECKS_VALUES = True
 
 def supports(inputs: VerifyTreeInputs) -> str | None:
     """CPU tensors of every shape and dtype of the contract."""
-    if inputs.rule != DEFAULT_RULE:
-        return f"knows the rule {DEFAULT_RULE}"
+    reason = rule_reason(inputs, tuple(VERIFICATION_RULES))
+    if reason is not None:
+        return reason
     return None if inputs.tokens.is_cpu else "takes CPU tensors"
 
 
@@ -57,6 +64,7 @@ def bind(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> Callable[[bool], bo
         target.stride(1),
         drafted.stride(0),
         drafted.stride(1),
+        VERIFICATION_RULES[inputs.rule],
     )
 
     def call(check: bool, held: object = (inputs, outputs, topology, rows)) -> bool:

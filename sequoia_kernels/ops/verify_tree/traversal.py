@@ -30,7 +30,7 @@ Corners:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,8 +72,8 @@ def traversal_chances(inputs: VerifyTreeInputs) -> TraversalChances:
         part.long().expand(batch_size, -1) for part in (inputs.first_child, inputs.num_children)
     )
     last_turn = 2 * num_nodes
-    of_nodes = [None if values is None else values.repeat_interleave(num_nodes)
-                for values in (temperature, inputs.top_k, inputs.top_p)]  # fmt: skip
+    of_nodes: list[Any] = [None if values is None else values.repeat_interleave(num_nodes)
+                           for values in (temperature, inputs.top_k, inputs.top_p)]  # fmt: skip
     target_probs = warped_probs(target_logits.reshape(-1, vocab).to(dtype), *of_nodes).view(target_logits.shape)
 
     parents = torch.zeros(batch_size, num_nodes, dtype=torch.int64, device=device)

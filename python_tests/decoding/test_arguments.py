@@ -113,7 +113,7 @@ def target():
         (
             {"tree": dataclasses.replace(plan_tree([0.5], synthetic_profile()), rule="nope")},
             ValueError,
-            "rule must be one of sequoia, got 'nope'",
+            "rule must be one of sequoia, traversal, got 'nope'",
         ),
         ({"tree": "auto", "acceptance": 0.5}, ValueError, r"acceptance must have shape \[max_children\]"),
         ({"tree": "auto", "acceptance": "half"}, ValueError, r"acceptance must have shape \[max_children\]"),

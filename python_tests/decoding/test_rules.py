@@ -57,7 +57,7 @@ def test_a_rule_decides_by_the_backend_that_knows_it(root_rule):
 
 def test_an_unknown_rule_is_refused_before_anything_runs():
     target = tiny_llama(3)
-    with pytest.raises(ValueError, match="generate: rule must be one of sequoia, got 'root'"):
+    with pytest.raises(ValueError, match="generate: rule must be one of sequoia, traversal, got 'root'"):
         generate(target, None, PROMPT, rule="root")
     with pytest.raises(TypeError, match="generate: rule must be a string, got int"):
         generate(target, None, PROMPT, rule=3)

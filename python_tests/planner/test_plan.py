@@ -411,7 +411,7 @@ def test_foreign_and_broken_files_are_refused(plan, change, message, tmp_path):
         ({"batch_size": 2}, ProfileError, "batch_size must be a measured one"),
         ({"target": "other"}, ProfileError, "the target must be a measured model, got other"),
         ({"draft": "other"}, ProfileError, "the draft must be a measured model, got other"),
-        ({"rule": "nope"}, ValueError, "rule must be one of sequoia, got 'nope'"),
+        ({"rule": "nope"}, ValueError, "rule must be one of sequoia, traversal, got 'nope'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):

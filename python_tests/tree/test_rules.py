@@ -22,7 +22,7 @@ def test_a_rule_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="generate: rule must be one of sequoia, got 'nope'"):
+    with pytest.raises(ValueError, match="generate: rule must be one of sequoia, traversal, got 'nope'"):
         rule_named("generate", "nope")
     with pytest.raises(TypeError, match="plan_tree: rule must be a string, got int"):
         rule_named("plan_tree", 3)

@@ -3,16 +3,19 @@
 from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
 from sequoia_kernels.decoding.generation import GenerateOutput, generate
 from sequoia_kernels.decoding.overhead import PROBE_TREE, measure_overhead
+from sequoia_kernels.decoding.recording import RECORD_TREE, record_steps
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import DecodingStep
 
 __all__ = [
     "PROBE_TREE",
+    "RECORD_TREE",
     "DecodingEngine",
     "DecodingStep",
     "GenerateOutput",
     "GenerateStats",
     "generate",
     "measure_overhead",
+    "record_steps",
     "release_engines",
 ]

@@ -16,7 +16,7 @@ from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.request import StopStrings
 from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
 from sequoia_kernels.documents import is_integer
-from sequoia_kernels.drafts import DraftSource, request_seeds
+from sequoia_kernels.drafts import DraftSource, TokenBuffers, request_seeds
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.ops import backends
 from sequoia_kernels.planner import AdaptivePlan, HardwareProfile, TreeFollower, TreePlan, validate_acceptance
@@ -54,6 +54,7 @@ class GenerationArguments:
     logits_hook: LogitsHook | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
+    observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None  # is shown every step's tree and logits
 
     @property
     def batch_size(self) -> int:

@@ -48,7 +48,8 @@ class DecodingEngine:
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
         self._out_of_memory = False  # for graphs of further trees
-        if cuda_graphs and can_capture(target, draft) and eager.logits_hook is None:
+        looked_at = eager.logits_hook is not None or eager.observer is not None
+        if cuda_graphs and can_capture(target, draft) and not looked_at:
             self._graphed = GraphedSteps(self.eager.run, state)
         elif cuda_graphs and draft is not None and can_capture(draft, None):
             # The target's part of a step is launched layer by layer; the draft's many forwards still are one graph.
@@ -194,7 +195,8 @@ def borrow_engine(
         The engine. Where steps are captured or compiled its caches may be longer than asked for: lengths are rounded up
         to buckets, so that batches of about the same length share what was made for them.
     """
-    captures = arguments.cuda_graphs and can_capture(target, draft) and arguments.logits_hook is None
+    looked_at = arguments.logits_hook is not None or arguments.observer is not None
+    captures = arguments.cuda_graphs and can_capture(target, draft) and not looked_at
     rows = arguments.longest + room
     draft_rows = None if draft_positions is None else draft_positions + room
     if captures or any(model.compile_mode for model in _models(target, draft)):
@@ -204,7 +206,7 @@ def borrow_engine(
     def make() -> DecodingEngine:
         eager = DecodingStep(
             target, draft, state, rows, draft_cache_len=draft_rows, rule=arguments.rule,
-            logits_hook=arguments.logits_hook, backend=arguments.backend, clock=clock,
+            logits_hook=arguments.logits_hook, observer=arguments.observer, backend=arguments.backend, clock=clock,
         )  # fmt: skip
         return DecodingEngine(eager, arguments.cuda_graphs)
 

@@ -45,6 +45,8 @@ class DecodingStep:
         draft_cache_len: rows of the draft's, where it has lengths of its own in the state.
         rule: verification rule.
         logits_hook: changes the target's logits before tokens are decided from them.
+        observer: is shown every step's tree with its tokens and draft logits, and the target's logits, before they are
+            decided; it leaves them as they are, and steps that have one are not captured.
         backend: backend of the ops.
         clock: adds up the times of the stages.
     """
@@ -59,12 +61,13 @@ class DecodingStep:
         draft_cache_len: int | None = None,
         rule: str = DEFAULT_RULE,
         logits_hook: LogitsHook | None = None,
+        observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None,
         backend: str = "auto",
         clock: StageClock | None = None,
     ) -> None:
         self.target, self.draft, self.state, self.rule, self.backend = target, draft, state, rule, backend
         self.clock = clock or StageClock(enabled=False)
-        self.logits_hook = logits_hook
+        self.logits_hook, self.observer = logits_hook, observer
         batch_size = state.cache_lens.shape[0]
         self.target_cache = target.new_cache(batch_size, max_cache_len, beyond_positions=True)
         self.history: torch.Tensor | None = None  # committed tokens. [B, max_cache_len] int64
@@ -227,6 +230,8 @@ class DecodingStep:
                 logits = self.target.forward(
                     fed, self.target_cache, self.state.cache_lens, layout.target_step, hidden_states=wanted
                 )
+        if self.observer is not None:
+            self.observer(buffers, logits)
         with self.clock.stage("verify"):
             path = None if host is None else host.verify(logits)
             if path is None:  # where a value is out of range, the op says which

@@ -9,11 +9,13 @@ from sequoia_kernels.planner.adaptive import (
     plan_from_evidence,
     shift_acceptance,
 )
+from sequoia_kernels.planner.candidates import PlanCandidate
 from sequoia_kernels.planner.cost_model import CostModel
 from sequoia_kernels.planner.evidence import AcceptanceEvidence
-from sequoia_kernels.planner.plan import PlanCandidate, TreePlan, plan_tree
+from sequoia_kernels.planner.plan import TreePlan, plan_tree
 from sequoia_kernels.planner.profile import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tree, optimal_values
+from sequoia_kernels.planner.step_records import StepRecords
 
 __all__ = [
     "AcceptanceEstimate",
@@ -28,6 +30,7 @@ __all__ = [
     "OpPoint",
     "OptimalTrees",
     "PlanCandidate",
+    "StepRecords",
     "TreeFollower",
     "TreePlan",
     "estimate_acceptance",

@@ -13,7 +13,7 @@ until no bound reaches the best speed found, less the tolerance; the result is t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,72 +24,20 @@ from sequoia_kernels import checks
 from sequoia_kernels.documents import Document, Fields, Format, is_number, is_text
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner.acceptance import POSITIVE, AcceptanceEstimate, validate_acceptance
+from sequoia_kernels.planner.candidates import PlanCandidate, milestones, size_of, speed_of
 from sequoia_kernels.planner.cost_model import STAGES, CostModel, StepShape, StepTimes
 from sequoia_kernels.planner.local_search import refine_tree
 from sequoia_kernels.planner.profile import HardwareProfile
+from sequoia_kernels.planner.recorded_search import RecordedSearch
 from sequoia_kernels.planner.search import OptimalTrees
+from sequoia_kernels.planner.step_records import StepRecords
 from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, VerificationRule, check_acceptance, rule_named
 
-__all__ = ["PlanCandidate", "TreePlan", "plan_tree"]
+__all__ = ["TreePlan", "plan_tree"]
 
 DEFAULT_MAX_LEVELS = 32
-MAX_RATIO = 1e12  # of speeds, in a plan that is read
 _TOLERANCE = checks.Rule("be in [0, 1)", lambda value: 0 <= value < 1)
 VALUE_ROUNDING = 1e-12  # two values nearer than this are the same
-
-
-@dataclass(frozen=True)
-class PlanCandidate:
-    """One tree with its predicted speed.
-
-    Attributes:
-        tree: the tree.
-        tokens_per_step: expected accepted tokens per step and request, bonus token included.
-        stages: predicted milliseconds of a step by stage.
-        speedup: tokens per second over those of no speculation.
-    """
-
-    tree: TokenTree
-    tokens_per_step: float
-    stages: dict[str, float]
-    speedup: float
-
-    @property
-    def kind(self) -> str:
-        """ "tree", "chain" or "no speculation"."""
-        return "no speculation" if self.tree.num_nodes == 1 else "chain" if self.tree.is_chain else "tree"
-
-    @property
-    def step_ms(self) -> float:
-        """Predicted milliseconds of a step."""
-        return sum(self.stages.values())
-
-    @property
-    def ms_per_token(self) -> float:
-        """Predicted milliseconds for each token of a request."""
-        return self.step_ms / self.tokens_per_step
-
-    def to_fields(self) -> dict[str, Any]:
-        """Give the candidate as plain JSON values."""
-        numbers = {name: getattr(self, name) for name in ("tokens_per_step", "step_ms", "ms_per_token", "speedup")}
-        return {"kind": self.kind, "parents": self.tree.parents, **numbers, "stages": dict(self.stages)}
-
-    @classmethod
-    def read(cls, fields: Fields) -> PlanCandidate:
-        """Read a candidate from the fields that `to_fields` gave."""
-        tree = TokenTree.from_parents_field(fields)
-        if tree.num_nodes > MAX_STEP_ROWS:
-            raise fields.refuse("parents", f"be a tree of at most {MAX_STEP_ROWS} nodes", f"one of {tree.num_nodes}")
-        stages = fields.inside("stages")
-        if set(stages) != set(STAGES):
-            actual = f"those of {', '.join(stages)[:60]}"
-            raise fields.refuse("stages", f"hold the times of {', '.join(STAGES)}", actual)
-        times = {name: stages.time(name) for name in STAGES}
-        if not sum(times.values()) > 0:
-            raise fields.refuse("stages", "add up to more than 0 milliseconds", "0")
-        tokens = fields.number("tokens_per_step", lambda value: 1 <= value <= MAX_RATIO, "a number >= 1")
-        speedup = fields.number("speedup", lambda value: 1 / MAX_RATIO <= value <= MAX_RATIO, "a number > 0")
-        return PlanCandidate(tree, float(tokens), times, float(speedup))
 
 
 @dataclass(frozen=True)
@@ -222,7 +170,8 @@ def plan_tree(
     """Choose the tree that gives the most tokens per second on the profile's device.
 
     Args:
-        acceptance: an `AcceptanceEstimate`, or a plain acceptance vector (then without intervals).
+        acceptance: `StepRecords`, whose trees are valued in recorded steps; an `AcceptanceEstimate`; or a plain
+            acceptance vector (then without intervals).
         profile: the device's measured times; see `measure_profile`. Call its `check_device` for this machine.
         context_len: committed tokens to plan for; the middle of the measured contexts when None. Times are interpolated
             between measured contexts; a note says so where they had to be extrapolated.
@@ -241,7 +190,8 @@ def plan_tree(
             times are not more exact than that, and a smaller tree suffers less from a wrong acceptance vector.
         dtype: dtype of models given by a configuration; the configuration's own when None.
         rule: verification rule to decode with, by its name (see `tree.rules`): candidates are valued by its
-            `expected_tokens`. For another rule than "sequoia" they are Sequoia's optimal trees at a few budgets.
+            `expected_tokens`, or in the records. Without records, for a rule whose trees are not worth the sum of their
+            nodes, they are Sequoia's optimal trees at a few budgets.
 
     Returns:
         The plan. No speculation is always among its candidates, and is the pick where nothing beats it.
@@ -269,8 +219,10 @@ def plan_tree(
         'no speculation'
     """
     where = "plan_tree"
-    vector = validate_acceptance(acceptance, where)
-    estimate = acceptance if isinstance(acceptance, AcceptanceEstimate) else None
+    records = acceptance if isinstance(acceptance, StepRecords) else None
+    given = acceptance if records is None else records.acceptance
+    vector = validate_acceptance(given, where)
+    estimate = given if isinstance(given, AcceptanceEstimate) else None
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"{where}: profile must be a HardwareProfile, got {type(profile).__name__}")
     verification = rule_named(where, rule)
@@ -302,9 +254,15 @@ def plan_tree(
     max_levels = DEFAULT_MAX_LEVELS if max_levels is None else max_levels
     max_levels = min(checks.whole_number(where, "max_levels", max_levels, rule=POSITIVE), max_budget)
 
-    search = _Search(vector, model.at_context(context_len), max_budget, max_levels, tolerance, verification)
+    times = model.at_context(context_len)
+    search: _Search | RecordedSearch
+    if records is None:
+        search = _Search(vector, times, max_budget, max_levels, tolerance, verification)
+    else:
+        search = RecordedSearch(records, times, max_budget, max_levels, tolerance, rule)
     pick, candidates = search.choose()
-    interval = None if estimate is None else estimate.tokens_per_step_interval(pick.tree, rule)
+    valued = estimate if records is None else records
+    interval = None if valued is None else valued.tokens_per_step_interval(pick.tree, rule)
     factor = pick.speedup / pick.tokens_per_step  # speedup for each token per step, at this step time
     return TreePlan(
         **vars(pick), tokens_per_step_interval=interval,
@@ -342,7 +300,7 @@ class _Search:
         counts[:, :2] = False  # a single node is no tree
         if rule.name != DEFAULT_RULE:  # another rule says only what a tree is worth that it is shown
             shown = np.zeros(max_budget + 1, dtype=bool)
-            shown[[*_milestones(max_budget), *(3 * budget // 2 for budget in _milestones(2 * max_budget // 3))]] = True
+            shown[[*milestones(max_budget), *(3 * budget // 2 for budget in milestones(2 * max_budget // 3))]] = True
             counts &= shown[:, None]
             values = np.zeros(values.shape)
             for budget, levels in np.argwhere(counts).tolist():
@@ -355,30 +313,30 @@ class _Search:
         single = self.candidate(TokenTree.single())
         chains = [self.candidate(TokenTree.chain(length)) for length in range(2, self.max_levels + 1)]
         others = [single, *chains]
-        fastest, near = self.fastest_tree(max(map(_speed, others)))
+        fastest, near = self.fastest_tree(max(map(speed_of, others)))
         trees = chains if fastest is None else [*chains, fastest]
         if trees and self.rule.name == DEFAULT_RULE:  # whose values the moves add up
-            start, vector = max(trees, key=_speed).tree, np.asarray(self.vector)
+            start, vector = max(trees, key=speed_of).tree, np.asarray(self.vector)
             refined = refine_tree(start, vector, self.times, self.max_budget, self.max_levels)
             others.append(self.candidate(refined))
-        least = (1 - self.tolerance) * max(map(_speed, others if fastest is None else [*others, fastest]))
-        pick = min((other for other in others if _speed(other) >= least), key=_size, default=None) or fastest
+        least = (1 - self.tolerance) * max(map(speed_of, others if fastest is None else [*others, fastest]))
+        pick = min((other for other in others if speed_of(other) >= least), key=size_of, default=None) or fastest
         assert pick is not None
         for budget, levels in sorted(near):
             if budget > pick.tree.num_nodes:
                 break
             candidate = self.cell(budget, levels, least)
-            if candidate is not None and _size(candidate) < _size(pick):
+            if candidate is not None and size_of(candidate) < size_of(pick):
                 pick = candidate
         shown = {single.tree: single, pick.tree: pick}
         if chains:
-            chain = max(chains, key=_speed)
+            chain = max(chains, key=speed_of)
             shown[chain.tree] = chain
-        for budget in _milestones(self.max_budget):
+        for budget in milestones(self.max_budget):
             tree = self.best_tree(budget)
             if tree is not None:
                 shown.setdefault(tree.tree, tree)
-        return pick, sorted(shown.values(), key=_speed, reverse=True)
+        return pick, sorted(shown.values(), key=speed_of, reverse=True)
 
     def candidate(self, tree: TokenTree) -> PlanCandidate:
         """Cost a tree."""
@@ -401,8 +359,8 @@ class _Search:
             bound = self._narrow_bound(budget, levels)
             if bound > best:
                 candidate = self.candidate(self.trees.tree(budget, levels))
-                if _speed(candidate) > best:
-                    best, fastest = _speed(candidate), candidate
+                if speed_of(candidate) > best:
+                    best, fastest = speed_of(candidate), candidate
             near.append((bound, budget, levels))
         return fastest, [(budget, levels) for bound, budget, levels in near if bound >= (1 - self.tolerance) * best]
 
@@ -410,7 +368,7 @@ class _Search:
         """Give the fastest optimal tree of one budget, None where no tree uses it up."""
         best: PlanCandidate | None = None
         for levels in np.argsort(-self.bounds[budget], kind="stable").tolist():
-            least = 0.0 if best is None else _speed(best)
+            least = 0.0 if best is None else speed_of(best)
             if self.bounds[budget, levels] <= least:
                 break
             best = self.cell(budget, levels, least) or best
@@ -421,7 +379,7 @@ class _Search:
         if self._narrow_bound(budget, levels) < least:
             return None
         candidate = self.candidate(self.trees.tree(budget, levels))
-        return candidate if _speed(candidate) >= least else None
+        return candidate if speed_of(candidate) >= least else None
 
     def _narrow_bound(self, budget: int, levels: int) -> float:
         """A bound on a cell's tokens per millisecond, exact but for the number of samples that its levels draw."""
@@ -444,22 +402,6 @@ class _Search:
             + np.asarray(times.host)[levels]
         )
         return by_node[:, None] + by_level
-
-
-def _speed(candidate: PlanCandidate) -> float:
-    """Tokens per millisecond."""
-    return candidate.tokens_per_step / candidate.step_ms
-
-
-def _size(candidate: PlanCandidate) -> tuple[int, float]:
-    """Order of preference among candidates of about the same speed."""
-    return candidate.tree.num_nodes, -_speed(candidate)
-
-
-def _milestones(max_budget: int) -> Iterable[int]:
-    """Budgets that the table of candidates shows: powers of two, and the largest."""
-    yield from (1 << power for power in range(1, (max_budget - 1).bit_length()))
-    yield max_budget
 
 
 def _notes(

@@ -1,0 +1,181 @@
+"""Decode with a large tree and keep of every step what values smaller trees: see `planner.step_records`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sequoia_kernels import checks
+from sequoia_kernels.decoding.arguments import check_arguments
+from sequoia_kernels.decoding.loop import decode, on_target_device
+from sequoia_kernels.drafts import TokenBuffers, draft_source
+from sequoia_kernels.models import adapt, described_once
+from sequoia_kernels.ops.warping import warped_probs
+from sequoia_kernels.planner import StepRecords, estimate_acceptance, optimal_tree
+from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
+from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
+
+__all__ = ["RECORD_TREE", "record_steps"]
+
+
+def _joined(*trees: TokenTree) -> TokenTree:
+    """The smallest tree that all of these lie within."""
+    counts: dict[tuple[int, ...], int] = {}  # children by path of ranks
+    for tree in trees:
+        paths: list[tuple[int, ...]] = [()]
+        for node, parent in enumerate(tree.parents[1:], start=1):
+            paths.append((*paths[parent], node - tree.first_child[parent]))
+        for path, count in zip(paths, tree.num_children):
+            counts[path] = max(counts.get(path, 0), count)
+    parents: list[int] = [-1]
+    queue: list[tuple[int, ...]] = [()]
+    for index, path in enumerate(queue):
+        for rank in range(counts[path]):
+            parents.append(index)
+            queue.append((*path, rank))
+    return TokenTree(parents)
+
+
+# The optimal one of a good pair, which the best trees of others lie within, or nearly; and a chain.
+RECORD_TREE = _joined(optimal_tree((0.7, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.007), 96), TokenTree.chain(16))
+
+
+@on_target_device
+@torch.inference_mode()
+@described_once()
+def record_steps(
+    target: Any,
+    draft: Any,
+    prompts: Sequence[torch.Tensor],
+    *,
+    tree: TokenTree | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> StepRecords:
+    """Decode prompts with a large tree, and keep of every step what tells the worth of every smaller tree.
+
+    Args:
+        target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
+        draft: what proposes tokens: a smaller model of the same vocabulary, or any other `DraftSource`.
+        prompts: token ids. [1, L] int64 each, on the target's device.
+        tree: the tree to decode with; the trees within it can be valued. `RECORD_TREE` when None.
+        max_new_tokens: tokens to decode behind each prompt.
+        temperature: as in `generate`, like the next three.
+        top_k: see there.
+        top_p: see there.
+        seed: of the first prompt; the others count on from it.
+        backend: backend of the ops.
+        progress: called with (prompts done, prompts, what is being done).
+
+    Returns:
+        `StepRecords`, which `plan_tree` takes in place of an acceptance vector.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or there are no prompts.
+
+    Notes:
+        Decodes without CUDA graphs: for what steps are worth, not for what they take. Some 10 kB a step are kept.
+
+    Example:
+        >>> from sequoia_kernels.demo import load_demo_pair
+        >>> pair = load_demo_pair()
+        >>> prompt = pair.tokenizer("def main(", return_tensors="pt").input_ids
+        >>> records = record_steps(pair.target, pair.draft, [prompt], max_new_tokens=16, temperature=0.6)
+        >>> 1 < records.tokens_per_step(TokenTree.chain(4), "traversal") < 4
+        True
+    """
+    where = "record_steps"
+    tree = RECORD_TREE if tree is None else tree
+    if not isinstance(tree, TokenTree):
+        raise TypeError(f"{where}: tree must be a TokenTree, got {type(tree).__name__}")
+    if not 1 < tree.num_nodes <= MAX_STEP_ROWS:
+        checks.fail_range(where, "tree", f"have 2 to {MAX_STEP_ROWS} nodes", tree.num_nodes)
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"{where}: prompts must be a sequence of tensors, got {type(prompts).__name__}")
+    if not prompts:
+        checks.fail_range(where, "prompts", "be at least one", "none")
+    checks.whole_number(where, "seed", seed, rule=checks.at_least(0))
+    target, source = adapt(target), draft_source(draft)
+    recorder = _Recorder(tree)
+    runs = []
+    for index, prompt in enumerate(prompts):
+        if progress is not None:
+            progress(index, len(prompts), f"prompt {index + 1}")
+        arguments = check_arguments(
+            target, source, prompt, torch.ones_like(prompt), max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, eos_token_id=(), pad_token_id=0, seed=seed + index, stop_strings=None,
+            tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None, profile=None,
+            rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
+        )  # fmt: skip
+        recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
+        runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
+    if progress is not None:
+        progress(len(prompts), len(prompts), "done")
+    acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
+    return recorder.records(acceptance)
+
+
+class _Recorder:
+    """Takes every step's logits, and keeps little of them."""
+
+    def __init__(self, tree: TokenTree) -> None:
+        self.tree = tree
+        self.internal = [node for node, count in enumerate(tree.num_children) if count]
+        self.steps: list[list[torch.Tensor]] = []
+        self.requests: list[int] = []
+
+    def begin(
+        self, request: int, temperature: list[float], top_k: list[int] | None, top_p: list[float] | None,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """Say whose steps come next."""
+        self.request = request
+        rows = len(self.internal)
+        of_rows = [(temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32)]
+        self.warps: list[Any] = [
+            None if values is None else torch.tensor(values, dtype=dtype, device=device).expand(rows)
+            for values, dtype in of_rows
+        ]
+        self.parents = torch.tensor([self.internal.index(parent) for parent in self.tree.parents[1:]], device=device)
+        self.ratios = torch.tensor(EXCESS_RATIOS, device=device)
+
+    def __call__(self, buffers: TokenBuffers, target_logits: torch.Tensor) -> None:
+        """Take one step of one request. target_logits: [1, N, vocab]."""
+        draft_logits = buffers.draft_logits
+        assert draft_logits is not None  # there is a draft
+        temperature = self.warps[0]
+        target = warped_probs(target_logits[0, self.internal].double(), *self.warps)
+        draft = torch.softmax(draft_logits[0, self.internal].double() / temperature.clamp(min=1e-5)[:, None], dim=1)
+        tokens = buffers.tokens[0, 1:]
+        places = self.parents, tokens.clamp(min=0)
+        is_draw = tokens >= 0
+        at_nodes = [
+            torch.cat((values.new_zeros(1), torch.where(is_draw, values[places], 0))) for values in (target, draft)
+        ]
+        outside = [values.index_put(places, torch.where(is_draw, 0.0, values[places])) for values in (target, draft)]
+        ratio = torch.where(outside[0] > 0, outside[0] / outside[1], 0)
+        place = torch.bucketize(ratio, self.ratios)  # how many of the ratios it exceeds
+        sums = [
+            values.new_zeros(len(values), len(self.ratios) + 1).scatter_add_(1, place, values)
+            .flip(1).cumsum(1).flip(1)[:, 1:]
+            for values in outside
+        ]  # fmt: skip
+        excess = sums[0] - self.ratios * sums[1]
+        slope = torch.cat((outside[1].sum(dim=1, keepdim=True), sums[1][:, 1:]), dim=1)
+        self.steps.append([part.float().cpu() for part in (*at_nodes, excess.clamp(min=0), slope)])
+        self.requests.append(self.request)
+
+    def records(self, acceptance: Any) -> StepRecords:
+        """Give what was recorded."""
+        parts = (torch.stack(part).numpy() for part in zip(*self.steps))
+        return StepRecords(self.tree, NodeRecords(*parts), np.asarray(self.requests, dtype=np.int64), acceptance)

@@ -1,0 +1,267 @@
+"""Recorded steps: what any tree would have been worth in them, under any verification rule.
+
+An acceptance vector says how often the child of a rank is accepted, whatever its node. That is not all there is: a node
+deep in the tree lies behind tokens that were easy to guess, so that more of its children are accepted, and under the
+rule "traversal" the worth of a node depends on what is below it. So a few hundred steps are decoded with a large tree,
+and of each is kept what decides, at every node: the probabilities of the children's tokens, and how much of the target
+exceeds so many times the draft. From this the expected number of tokens of every smaller tree is computed in every
+step, without drawing coins, and averaged.
+
+At a node with the target's probabilities t(x) and the draft's d(x) the rules need, outside the tokens tried,
+
+    excess(g) = sum of max(t(x) - g d(x), 0).
+
+Tokens of the recorded node's children are added up one by one; for all other tokens the sum and its slope are recorded
+at fixed values of g, and taken from the cubic between them (which moves a step's value by half a percent at most where
+single tokens make corners, and a mean not at all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sequoia_kernels.planner.acceptance import AcceptanceEstimate
+from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
+
+__all__ = ["EXCESS_RATIOS", "NodeRecords", "StepRecords"]
+
+Floats = NDArray[np.float64]
+
+# g. A first rejection brings it to 1 or more, where a good draft has most tokens; what exceeds the draft a hundred
+# times is little, and mostly one token.
+EXCESS_RATIOS = np.concatenate(
+    ([0.0], 2.0 ** np.arange(0, 2, 1 / 8), 2.0 ** np.arange(2, 8, 0.5), 2.0 ** np.arange(8, 26, 2))
+)
+TAIL = 0.025  # of the draws beyond each end of an interval
+NUM_DRAWS = 512
+
+
+class NodeRecords(NamedTuple):
+    """What is kept of S steps with a tree of N nodes, of which I have children; all float32.
+
+    Attributes:
+        target: the target's probability of each node's token behind its parent; 0 for the root. [S, N]
+        draft: the draft's; 0 for the root and for what is no draw. [S, N]
+        excess: `excess` of a node with children over the tokens that are none of them. [S, I, ratios]
+        slope: the draft's mass of those among them that exceed: minus the slope of `excess`; at the ratio 0 all of its
+            mass outside the children. [S, I, ratios]
+    """
+
+    target: NDArray[np.float32]
+    draft: NDArray[np.float32]
+    excess: NDArray[np.float32]
+    slope: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecords:
+    """Steps that were decoded with a large tree, and what smaller ones would have been worth in them.
+
+    Attributes:
+        tree: the tree that was recorded; trees within it can be valued.
+        nodes: of every step.
+        requests: which request each step belongs to. [S] int64.
+        acceptance: acceptance vector of the same steps, with its counts; its temperature, top-k and top-p are those
+            that the steps were decoded with.
+    """
+
+    tree: TokenTree
+    nodes: NodeRecords
+    requests: NDArray[np.int64]
+    acceptance: AcceptanceEstimate
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def holds(self, tree: TokenTree) -> bool:
+        """Tell whether a tree lies within the one that was recorded, child by child from the first."""
+        return self._places(tree) is not None
+
+    def nodes_of(self, tree: TokenTree) -> list[int]:
+        """Give the recorded nodes that stand for a tree's, in its order; ValueError where one was not recorded."""
+        places = self._places(tree)
+        if places is None:
+            raise ValueError(
+                f"StepRecords: tree must lie within the recorded tree, got one of {tree.num_nodes} nodes that does not"
+            )
+        return places
+
+    def sample(self, num_steps: int) -> StepRecords:
+        """Give about so many of the steps, evenly spaced; all of them where there are not many more."""
+        stride = len(self) // num_steps
+        if stride < 2:
+            return self
+        nodes = NodeRecords(*(part[::stride] for part in self.nodes))
+        return StepRecords(self.tree, nodes, self.requests[::stride], self.acceptance)
+
+    def values(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> Floats:
+        """Give the expected number of tokens, the bonus token included, of a tree in every step. [S] float64.
+
+        Args:
+            tree: a tree within the recorded one.
+            rule: verification rule, by its name.
+
+        Raises:
+            ValueError: the tree does not lie within the recorded one; the rule is unknown, or has no values of steps.
+        """
+        where = "StepRecords.values"
+        places = self.nodes_of(tree)
+        name = rule_named(where, rule).name
+        if self.acceptance.temperature == 0 or name == "sequoia":  # greedily all rules are one
+            return np.asarray(self._reached[:, places].sum(axis=1))
+        if name != "traversal":
+            raise ValueError(f"{where}: rule must be sequoia or traversal, got {rule!r}")
+        return _Traversal(self, tree, places).expected_tokens()
+
+    def tokens_per_step(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> float:
+        """Give a tree's mean number of tokens per step; see `values`.
+
+        Every request counts by its steps.
+        """
+        return float(self.values(tree, rule).mean())
+
+    def tokens_per_step_interval(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> tuple[float, float]:
+        """Give the 95 % interval of a tree's tokens per step, by a bootstrap over requests."""
+        values = self.values(tree, rule)
+        _, of_step = np.unique(self.requests, return_inverse=True)
+        sums, counts = np.bincount(of_step, weights=values), np.bincount(of_step)
+        drawn = np.random.Generator(np.random.PCG64(0)).integers(len(counts), size=(NUM_DRAWS, len(counts)))
+        means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+        lower, upper = np.quantile(means, [TAIL, 1 - TAIL])
+        mean = float(values.mean())
+        return min(float(lower), mean), max(float(upper), mean)
+
+    @cached_property
+    def node_worths(self) -> list[float]:
+        """How often each recorded node is accepted by the rule "sequoia": a tree is worth the sum over its nodes."""
+        worths: list[float] = self._reached.mean(axis=0).tolist()
+        return worths
+
+    @cached_property
+    def _internal(self) -> dict[int, int]:
+        """Place of each node with children among them."""
+        nodes = [node for node, count in enumerate(self.tree.num_children) if count]
+        return {node: place for place, node in enumerate(nodes)}
+
+    @cached_property
+    def _reached(self) -> Floats:
+        """The probability that the rule "sequoia" accepts each node, in every step. [S, N]"""
+        reached = np.zeros(self.nodes.target.shape)
+        reached[:, 0] = 1
+        for node in self._internal:
+            state = _NodeState(self, node)
+            left = reached[:, node].copy()
+            for child in self.tree.children(node):
+                accepted = state.chance(child) if self.acceptance.temperature else self.nodes.target[:, child]
+                reached[:, child] = left * accepted
+                left *= 1 - accepted
+                state.drop(child)
+        return reached
+
+    def _places(self, tree: TokenTree) -> list[int] | None:
+        """Which recorded node stands for each node of a tree, None if one of them was not recorded."""
+        places = [0]
+        for node, parent in enumerate(tree.parents[1:], start=1):
+            above = places[parent]
+            rank = node - tree.first_child[parent]
+            if rank >= self.tree.num_children[above]:
+                return None
+            places.append(self.tree.first_child[above] + rank)
+        return places
+
+
+class _NodeState:
+    """A recorded node while its children are tried, in every step at once.
+
+    With g and f of the residual max(t - g d, 0) / f, and D the draft's mass of what was not tried, a child enters with
+    min(1, chance * residual(x) / (d(x) / D)); dropping it takes g to g + f / (chance D), f to the excess there, and the
+    chance to Z / (Z + 1 - chance) with Z = chance f' / f.
+    """
+
+    def __init__(self, records: StepRecords, node: int, chance: Floats | float = 1.0) -> None:
+        nodes = records.nodes
+        self.children = records.tree.children(node)
+        self.target = nodes.target[:, self.children].astype(np.float64)  # of what was not tried
+        self.draft = nodes.draft[:, self.children].astype(np.float64)
+        place = records._internal[node]
+        self.excess, self.slope = nodes.excess[:, place], nodes.slope[:, place]
+        num_steps = len(records)
+        self.own_chance = np.broadcast_to(np.asarray(chance, dtype=np.float64), (num_steps,)).copy()
+        self.ratio, self.mass = np.zeros(num_steps), np.ones(num_steps)
+        self.outside = self.slope[:, 0].astype(np.float64)  # the draft's mass outside the recorded children
+
+    def chance(self, child: int) -> Floats:
+        """The chance that a child enters with, 0 where it is no draw."""
+        place = child - self.children[0]
+        target, draft = self.target[:, place], self.draft[:, place]
+        left = self.outside + self.draft.sum(axis=1)
+        wanted = self.own_chance * np.maximum(target - self.ratio * draft, 0) * left
+        given = self.mass * draft
+        return np.minimum(np.divide(wanted, given, out=np.zeros_like(wanted), where=given > 0), 1.0)
+
+    def drop(self, child: int) -> None:
+        """Give a child up."""
+        place = child - self.children[0]
+        drawn = self.draft[:, place] > 0
+        left = self.outside + self.draft.sum(axis=1)
+        given = self.own_chance * left
+        ratio = self.ratio + np.divide(self.mass, given, out=np.full_like(given, np.inf), where=given > 0)
+        self.target[drawn, place] = 0
+        self.draft[drawn, place] = 0
+        self.ratio = np.where(drawn, np.minimum(ratio, EXCESS_RATIOS[-1]), self.ratio)
+        mass = self._excess()
+        rest = np.divide(self.own_chance * mass, self.mass, out=np.zeros_like(mass), where=self.mass > 0)
+        total = rest + (1 - self.own_chance)
+        dropped = np.divide(rest, total, out=np.ones_like(rest), where=total > 0)
+        self.own_chance = np.where(drawn, dropped, self.own_chance)
+        self.mass = np.where(drawn, mass, self.mass)
+
+    def _excess(self) -> Floats:
+        """The residual's mass at the ratio."""
+        steps = np.arange(len(self.ratio))
+        place = np.clip(np.searchsorted(EXCESS_RATIOS, self.ratio, side="right") - 1, 0, len(EXCESS_RATIOS) - 2)
+        low, high = EXCESS_RATIOS[place], EXCESS_RATIOS[place + 1]
+        width = high - low
+        way = (self.ratio - low) / width
+        ends = [values[steps, place + side] for values in (self.excess, self.slope) for side in (0, 1)]
+        low_excess, high_excess, low_slope, high_slope = (end.astype(np.float64) for end in ends)
+        between = (
+            low_excess * (1 + 2 * way) * (1 - way) ** 2
+            + high_excess * way**2 * (3 - 2 * way)
+            - low_slope * width * way * (1 - way) ** 2
+            - high_slope * width * way**2 * (way - 1)
+        )
+        children = np.maximum(self.target - self.ratio[:, None] * self.draft, 0).sum(axis=1)
+        return np.asarray(np.clip(between, high_excess, low_excess) + children)
+
+
+class _Traversal:
+    """The expected tokens of one tree under the rule "traversal", in every step at once."""
+
+    def __init__(self, records: StepRecords, tree: TokenTree, places: Sequence[int]) -> None:
+        self.records, self.tree, self.places = records, tree, places
+        self.failed = np.ones(len(records))  # the probability that no node was accepted so far
+        self.tokens = np.zeros(len(records))
+
+    def expected_tokens(self) -> Floats:
+        self._visit(0, np.ones(len(self.records)))
+        return self.tokens
+
+    def _visit(self, node: int, chance: Floats) -> None:
+        """Enter a node with a chance, try what is below it, and leave it."""
+        children = self.tree.children(node)
+        if children:
+            state = _NodeState(self.records, self.places[node], chance)
+            for child in children:
+                place = self.places[child]
+                self._visit(child, state.chance(place))
+                state.drop(place)
+            chance = state.own_chance
+        self.tokens += self.failed * chance * (self.tree.depths[node] + 1)
+        self.failed = self.failed * (1 - chance)

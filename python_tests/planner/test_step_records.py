@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from support.closed_form import closed_form_decisions
+from support.synthetic_profile import synthetic_profile
 from support.tiny_models import noisy_copy, tiny_llama
 from support.toy_models import plain_probs
 
-from sequoia_kernels import TokenTree, generate
+from sequoia_kernels import TokenTree, TreePlan, adapt, generate, optimal_tree, plan_tree
 from sequoia_kernels.decoding import RECORD_TREE, record_steps
 from sequoia_kernels.decoding.recording import _Recorder
 from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
-from sequoia_kernels.planner import estimate_acceptance
+from sequoia_kernels.planner import CostModel, ModelFingerprint, StepRecords, estimate_acceptance
 
 RECORDED = TokenTree([-1, 0, 0, 0, 1, 1, 1, 2, 4, 4, 5, 8, 8, 11])
 WITHIN = [
@@ -204,3 +207,111 @@ def test_arguments_of_wrong_types_are_refused(recorded, changes, message):
     target, draft, prompts, _ = recorded
     with pytest.raises(TypeError, match=f"^record_steps: {message}"):
         record_steps(**{"target": target, "draft": draft, "prompts": prompts} | changes)
+
+
+def test_records_are_kept_in_a_file(recorded, tmp_path):
+    records = recorded[3]
+    path = tmp_path / "records.npz"
+    records.save(path)
+    read = StepRecords.load(path)
+    assert read.tree == records.tree and read.acceptance == records.acceptance
+    assert all(np.array_equal(*pair) for pair in zip((*read.nodes, read.requests), (*records.nodes, records.requests)))
+    tree = TokenTree.chain(4)
+    assert read.tokens_per_step(tree, "traversal") == records.tokens_per_step(tree, "traversal")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": None}, "the file must hold recorded steps, got one that does not: .*target"),
+        ({"draft": lambda array: array.astype(np.float64)}, r"draft must be \[.*\] float32, got \[.*\] float64"),
+        ({"excess": lambda array: array[:, 1:]}, r"excess must be \[.*\] float32, got"),
+        ({"slope": lambda array: array - 2}, "slope must hold probabilities, got entries that are none"),
+        ({"target": lambda array: array * np.float32("nan")}, "target must hold probabilities"),
+        ({"requests": lambda array: array[:0]}, "requests must be"),
+        ({"requests": lambda array: array.astype(np.int32)}, "requests must be .* int32"),
+        ({"header": lambda array: array[:-9]}, "the document must be JSON"),
+        ({"header": lambda array: np.array([255], dtype=np.uint8)}, "the header must be JSON text"),
+        ({"header": lambda array: _header(array, format="other")}, 'must have "format"'),
+        ({"header": lambda array: _header(array, parents=[-1, 0, 9])}, "parents must be a tree"),
+        ({"header": lambda array: _header(array, excess_ratios=[1, 2])}, "excess_ratios must be those of this"),
+        ({"header": lambda array: _header(array, acceptance={})}, "acceptance"),
+        ({"nodes": lambda array: np.array([object()], dtype=object)}, "Object arrays"),
+    ],
+)
+def test_files_that_are_no_records_are_refused(recorded, tmp_path, changes, message):
+    path = tmp_path / "records.npz"
+    recorded[3].save(path)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    for name, change in changes.items():
+        if name == "nodes":
+            arrays["header"] = change(None)
+        elif change is None:
+            del arrays[name]
+        else:
+            arrays[name] = change(arrays[name])
+    np.savez(path, **arrays, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        StepRecords.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not an archive", b"PK\x05\x06" + bytes(18)])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "records.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^StepRecords.load: .*: the file must hold recorded steps"):
+        StepRecords.load(path)
+    with pytest.raises(FileNotFoundError):
+        StepRecords.load(tmp_path / "none.npz")
+
+
+def _header(array, **changes):
+    fields = json.loads(array.tobytes()) | changes
+    return np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
+
+
+# plan_tree on records
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return synthetic_profile()
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_a_plan_from_records_is_the_best_of_a_grid(recorded, profile, rule):
+    """Of all chains and of optimal trees none is predicted to be faster by more than the tolerance."""
+    records = recorded[3]
+    plan = plan_tree(records, profile, rule=rule)
+    assert plan.rule == rule and records.holds(plan.tree)
+    assert plan.tokens_per_step == pytest.approx(records.tokens_per_step(plan.tree, rule))
+    assert plan.tokens_per_step_interval == records.tokens_per_step_interval(plan.tree, rule)
+    cost = CostModel(profile, temperature=1.0)
+    single = cost.step_ms(TokenTree.single(), plan.context_len)
+    grid = [TokenTree.chain(length) for length in range(2, 12)]
+    grid += [optimal_tree(records.acceptance.vector, nodes) for nodes in (4, 8, 16, 32)]
+    grid += [candidate.tree for candidate in plan_tree(records.acceptance, profile).candidates]
+    for tree in grid:
+        if records.holds(tree):
+            speedup = records.tokens_per_step(tree, rule) * single / cost.step_ms(tree, plan.context_len)
+            assert speedup <= plan.speedup * 1.011, (tree.parents, speedup, plan.speedup)
+    assert plan.speedup == max(candidate.speedup for candidate in plan.candidates) or plan.tolerance
+    assert {candidate.kind for candidate in plan.candidates} >= {"no speculation", "chain"}
+    assert TreePlan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_from_records_keeps_its_bounds(recorded, profile):
+    plan = plan_tree(recorded[3], profile, rule="traversal", max_budget=6, max_levels=3, tolerance=0.0)
+    assert plan.tree.num_nodes <= 6 and plan.tree.num_levels <= 3
+    assert all(candidate.tree.num_nodes <= 6 and candidate.tree.num_levels <= 3 for candidate in plan.candidates)
+    assert plan_tree(recorded[3], profile, max_budget=1).kind == "no speculation"
+
+
+def test_generate_takes_records(recorded):
+    target, draft, prompts, records = recorded
+    profile = synthetic_profile(target=ModelFingerprint.of(adapt(target)), draft=ModelFingerprint.of(adapt(draft)))
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "profile": profile, "acceptance": records}
+    for tree in ("auto", "adaptive"):
+        output = generate(target, draft, prompts[0], tree=tree, rule="traversal", **settings)
+        assert len(output.new_tokens[0]) == 8

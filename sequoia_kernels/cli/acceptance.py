@@ -14,7 +14,7 @@ from sequoia_kernels.cli.arguments import (
     load_tree,
     sampling_settings,
 )
-from sequoia_kernels.cli.pair import encode_prompts, estimate_pair, load_pair, need_draft, read_prompts
+from sequoia_kernels.cli.pair import encode_prompts, estimate_pair, load_pair, need_draft, read_prompts, record_pair
 from sequoia_kernels.cli.terminal import Terminal
 
 
@@ -25,6 +25,10 @@ def add(commands: Any) -> None:
     add_prompts(parser)
     parser.add_argument("--tree", type=Path, help="tree JSON to run with (default: a wide probe)")
     parser.add_argument("--out", type=Path, help="write the estimate to this JSON file")
+    parser.add_argument(
+        "--records", type=Path,
+        help="decode with a large tree and keep every step in this file (.npz), which `plan --records` values trees in",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -33,7 +37,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     texts = read_prompts(args, terminal)
     pair = load_pair(args, terminal)
     prompts = encode_prompts(texts, pair, args.prompt_tokens)
-    estimate = estimate_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
+    if args.records is None:
+        estimate = estimate_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
+    else:
+        records = record_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
+        records.save(args.records)
+        estimate = records.acceptance
     if args.out is not None:
         estimate.save(args.out)
 

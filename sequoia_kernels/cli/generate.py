@@ -26,6 +26,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--profile", type=Path, help="profile JSON for auto and adaptive")
     parser.add_argument("--acceptance", type=Path, help="acceptance JSON for them")
+    parser.add_argument(
+        "--rule", help="verification rule: sequoia or traversal (default: the plan's, or generate's own)"
+    )
     parser.add_argument("--compile", action="store_true", help="run forwards of trees through torch.compile")
     parser.add_argument("--stop", action="append", default=[], help="string that ends the text; may be repeated")
 
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     output = generate(
         pair.target, None if tree is None else pair.draft, ids, tree="auto" if tree is None else tree,
         max_new_tokens=args.new_tokens, stop_strings=args.stop, tokenizer=pair.tokenizer, profile=profile,
-        acceptance=acceptance, compile=args.compile,
+        acceptance=acceptance, rule=args.rule, compile=args.compile,
         streamer=None if terminal.as_json else text_streamer(pair.tokenizer), **sampling_settings(args),
     )  # fmt: skip
     stats = output.stats

@@ -183,6 +183,18 @@ def estimate_pair(
     )
 
 
+def record_pair(
+    pair: Pair, prompts: Sequence[Any], new_tokens: int, sampling: dict[str, Any], terminal: Terminal, tree: Any = None
+) -> Any:
+    """Record the steps of continuations of the prompts."""
+    from sequoia_kernels.decoding import record_steps
+
+    with terminal.progress("recording steps") as advance:
+        return record_steps(
+            pair.target, pair.draft, prompts, tree=tree, max_new_tokens=new_tokens, progress=advance, **sampling
+        )
+
+
 def text_streamer(tokenizer: Any) -> Any:
     """Give what prints a text while it is generated."""
     from transformers import TextStreamer

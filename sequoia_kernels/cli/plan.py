@@ -12,14 +12,16 @@ from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "plan", run, "Choose a tree from an acceptance file and a profile file.")
-    parser.add_argument("--acceptance", type=Path, required=True, help="JSON written by `acceptance --out`")
+    parser = add_command(commands, "plan", run, "Choose a tree from an acceptance or records file and a profile file.")
+    evidence = parser.add_mutually_exclusive_group(required=True)
+    evidence.add_argument("--acceptance", type=Path, help="JSON written by `acceptance --out`")
+    evidence.add_argument("--records", type=Path, help="steps kept by `acceptance --records`: trees are valued in them")
     parser.add_argument("--profile", type=Path, required=True, help="JSON written by `profile --out`")
     parser.add_argument("--context", type=positive, help="committed tokens to plan for")
     parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--max-budget", type=positive, help="largest number of nodes")
     parser.add_argument("--max-levels", type=positive, help="largest number of levels")
-    parser.add_argument("--rule", default="sequoia", help="verification rule to plan for")
+    parser.add_argument("--rule", default="sequoia", help="verification rule to plan for: sequoia or traversal")
     parser.add_argument("--any-device", action="store_true", help="accept a profile of another device")
     models = parser.add_argument_group("models (those of the profile when none is given)")
     models.add_argument(
@@ -69,14 +71,16 @@ def _config_models(args: argparse.Namespace, device: str) -> tuple[Any, Any]:
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     from sequoia_kernels import AcceptanceEstimate, HardwareProfile, plan_tree
+    from sequoia_kernels.planner import StepRecords
 
-    acceptance = AcceptanceEstimate.load(args.acceptance)
+    known = AcceptanceEstimate.load(args.acceptance) if args.records is None else StepRecords.load(args.records)
+    acceptance = known.acceptance if isinstance(known, StepRecords) else known
     profile = HardwareProfile.load(args.profile)
     if not args.any_device:
         profile.check_device()
     target, draft = _config_models(args, profile.device.type)
     plan = plan_tree(
-        acceptance, profile, target=target, draft=draft, context_len=args.context, batch_size=args.batch_size,
+        known, profile, target=target, draft=draft, context_len=args.context, batch_size=args.batch_size,
         max_budget=args.max_budget, max_levels=args.max_levels, temperature=acceptance.temperature, rule=args.rule,
     )  # fmt: skip
     if args.out is not None:

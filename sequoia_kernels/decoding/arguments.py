@@ -19,7 +19,14 @@ from sequoia_kernels.documents import is_integer
 from sequoia_kernels.drafts import DraftSource, TokenBuffers, request_seeds
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.ops import backends
-from sequoia_kernels.planner import AdaptivePlan, HardwareProfile, TreeFollower, TreePlan, validate_acceptance
+from sequoia_kernels.planner import (
+    AdaptivePlan,
+    HardwareProfile,
+    StepRecords,
+    TreeFollower,
+    TreePlan,
+    validate_acceptance,
+)
 from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, rule_named
 
 GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | TreePlan | AdaptivePlan | TreeFollower | str
@@ -86,7 +93,7 @@ def check_arguments(
     if draft is not None:
         _check_draft(target, draft)
     _check_tree(tree, batch_size)
-    if acceptance is not None:
+    if acceptance is not None and not isinstance(acceptance, StepRecords):
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
         _refuse("profile", "be a HardwareProfile", _describe(profile), TypeError)

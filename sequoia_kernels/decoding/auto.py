@@ -38,6 +38,7 @@ from sequoia_kernels.planner import (
     AdaptivePlan,
     CostModel,
     HardwareProfile,
+    StepRecords,
     TreePlan,
     plan_adaptive,
     plan_from_evidence,
@@ -92,7 +93,7 @@ def choose_tree(
     draft: DraftSource,
     arguments: GenerationArguments,
     *,
-    acceptance: AcceptanceEstimate | Sequence[float] | None,
+    acceptance: StepRecords | AcceptanceEstimate | Sequence[float] | None,
     profile: HardwareProfile | None,
     adaptive: bool = False,
 ) -> Choice:
@@ -102,7 +103,7 @@ def choose_tree(
         target: the target.
         draft: the draft.
         arguments: the call's checked arguments.
-        acceptance: acceptance vector; None takes what the pair's calls have shown so far.
+        acceptance: recorded steps or an acceptance vector; None takes what the pair's calls have shown so far.
         profile: hardware profile; None measures the two models on their device, if that was not done before.
         adaptive: switch between trees as acceptance drifts, rather than towards what the calls show in the long run.
     """
@@ -125,6 +126,8 @@ def choose_tree(
             settings["max_levels"] = min((rows - arguments.longest) // 4, costs.max_nodes)
             settings["max_budget"] = min(rows - arguments.longest - 2 * settings["max_levels"], costs.max_nodes)
         if acceptance is not None:
+            if adaptive and isinstance(acceptance, StepRecords):
+                acceptance = acceptance.acceptance
             plan = (plan_adaptive if adaptive else plan_tree)(acceptance, profile, **settings)
             logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
             return Choice(plan, lambda stats: None)

@@ -16,7 +16,14 @@ from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import draft_source
 from sequoia_kernels.models import adapt, described_once
-from sequoia_kernels.planner import AcceptanceEstimate, AdaptivePlan, HardwareProfile, TreeFollower, TreePlan
+from sequoia_kernels.planner import (
+    AcceptanceEstimate,
+    AdaptivePlan,
+    HardwareProfile,
+    StepRecords,
+    TreeFollower,
+    TreePlan,
+)
 from sequoia_kernels.tree import TokenTree
 
 
@@ -58,7 +65,7 @@ def generate(
     tokenizer: Any | None = None,
     streamer: Any | None = None,
     max_cache_len: int | None = None,
-    acceptance: AcceptanceEstimate | Sequence[float] | None = None,
+    acceptance: StepRecords | AcceptanceEstimate | Sequence[float] | None = None,
     profile: HardwareProfile | None = None,
     rule: str | None = None,
     logits_hook: LogitsHook | None = None,
@@ -97,7 +104,7 @@ def generate(
             out, and positions of the target at most. A request that reaches this ends with "cache_full". The cache has
             rows for a tree more. The draft's positions limit nothing: where they are used up, it goes on with the
             newest tokens of a request (`stats.draft_restarts`).
-        acceptance: acceptance vector for tree="auto" and "adaptive".
+        acceptance: recorded steps or an acceptance vector for tree="auto" and "adaptive".
         profile: hardware profile for them.
         rule: verification rule; None takes the plan's, or "sequoia".
         logits_hook: changes the target's logits before tokens are decided from them (`LogitsHook`): penalties,

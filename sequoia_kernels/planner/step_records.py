@@ -18,14 +18,19 @@ single tokens make corners, and a mean not at all).
 
 from __future__ import annotations
 
+import io
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia_kernels.documents import Format, is_number, write_bytes
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
 
@@ -40,6 +45,10 @@ EXCESS_RATIOS = np.concatenate(
 )
 TAIL = 0.025  # of the draws beyond each end of an interval
 NUM_DRAWS = 512
+
+
+FORMAT = Format("sequoia-kernels/step-records", 1, indent=None)
+MOST_BYTES = 1 << 32  # of a file's arrays
 
 
 class NodeRecords(NamedTuple):
@@ -136,6 +145,57 @@ class StepRecords:
         lower, upper = np.quantile(means, [TAIL, 1 - TAIL])
         mean = float(values.mean())
         return min(float(lower), mean), max(float(upper), mean)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the records to a file, an archive of numpy arrays, which appears whole or not at all."""
+        fields = {"parents": self.tree.parents, "acceptance": self.acceptance.to_document()}
+        header = FORMAT.dump({**fields, "excess_ratios": EXCESS_RATIOS.tolist()}).encode()
+        archive = io.BytesIO()
+        np.savez_compressed(
+            archive, header=np.frombuffer(header, dtype=np.uint8), requests=self.requests, **self.nodes._asdict()
+        )
+        write_bytes(path, archive.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StepRecords:
+        """Read records from a file that `save` wrote.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: it is no such file of this version, or something in it breaks its rule; the message names both.
+        """
+        where = f"StepRecords.load: {os.fspath(path)}"
+        data = Path(path).read_bytes()
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
+                    raise ValueError(f"{where}: the arrays must take at most {MOST_BYTES} bytes, got more")
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                wanted = ("header", "requests", *NodeRecords._fields)
+                header, requests, *nodes = (arrays[name] for name in wanted)
+        except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError) as reason:
+            raise ValueError(f"{where}: the file must hold recorded steps, got one that does not: {reason}") from None
+        try:
+            text = header.tobytes().decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{where}: the header must be JSON text, got bytes that are not UTF-8") from None
+        fields = FORMAT.parse(text, where)
+        tree = TokenTree.from_parents_field(fields)
+        if not np.array_equal(fields.entries("excess_ratios", is_number, "a list of numbers"), EXCESS_RATIOS):
+            raise fields.refuse("excess_ratios", "be those of this sequoia-kernels", "others; record the steps again")
+        inner = fields.inside("acceptance")
+        acceptance = AcceptanceEstimate.from_fields(inner)
+        num_steps, num_internal = len(np.atleast_1d(requests)), sum(map(bool, tree.num_children))
+        shapes = [(num_steps, tree.num_nodes)] * 2 + [(num_steps, num_internal, len(EXCESS_RATIOS))] * 2
+        if requests.shape != (num_steps,) or requests.dtype != np.int64 or num_steps == 0:
+            raise ValueError(f"{where}: requests must be [steps] int64, got {list(requests.shape)} {requests.dtype}")
+        for name, array, shape in zip(NodeRecords._fields, nodes, shapes):
+            if array.shape != shape or array.dtype != np.float32:
+                got = f"{list(array.shape)} {array.dtype}"
+                raise ValueError(f"{where}: {name} must be {list(shape)} float32, got {got}")
+            if not bool(((array >= 0) & (array <= 1 + 1e-5)).all()):
+                raise ValueError(f"{where}: {name} must hold probabilities, got entries that are none")
+        return cls(tree, NodeRecords(*nodes), requests, acceptance)
 
     @cached_property
     def node_worths(self) -> list[float]:

@@ -67,6 +67,7 @@ SCRIPTS = (
     Script("cost_model", "planner", weight=3.0),
     Script("planner", "planner", weight=3.0),
     Script("planner_pick", "planner", weight=3.0),
+    Script("rules", "planner", weight=3.0),
 )
 SUITES = ("ops", "decode", "planner")
 

@@ -69,6 +69,10 @@ def test_op_times_cover_what_a_step_does(profile):
     assert settings("verify_tree", "nodes", "vocab", "temperature") == {
         (nodes, 32, temperature) for nodes in (1, 2, 4, 8) for temperature in (0.0, 1.0)
     }
+    by_rule = [point for point in profile.ops["verify_tree"] if point.parameters.get("rule") == "traversal"]
+    assert [(point.parameters["nodes"], point.parameters["temperature"]) for point in by_rule] == [
+        (nodes, 1.0) for nodes in (1, 2, 4, 8)
+    ]
     assert settings("sample_without_replacement", "rows", "num_samples", "vocab", "temperature") == {
         (rows, samples, 32, temperature)
         for rows in (1, 2, 4)

@@ -150,6 +150,26 @@ def test_greedy_decoding_takes_the_greedy_times():
         assert greedy[stage] == pytest.approx(0.5 * sampled[stage])
 
 
+def test_verification_takes_what_its_rule_takes():
+    """Where it was measured; greedily all rules are one."""
+    profile = synthetic_profile()
+    own = [
+        OpPoint({**point.parameters, "rule": "traversal"}, 1.0, 1.0 + point.parameters["nodes"], 99.0)
+        for point in profile.ops["verify_tree"]
+        if point.parameters["temperature"] > 0
+    ]
+    measured = profile.with_op("verify_tree", own)
+    nodes = TREE.num_nodes
+
+    def verify_ms(profile, **settings):
+        return CostModel(profile, **settings).stages(TREE, 128)["verify"]
+
+    assert verify_ms(measured, temperature=1.0) == pytest.approx(0.05 + 0.001 * nodes)
+    assert verify_ms(measured, temperature=1.0, rule="traversal") == pytest.approx(1.0 + nodes)
+    assert verify_ms(measured, temperature=0.0, rule="traversal") == pytest.approx(0.05 + 0.001 * nodes)
+    assert verify_ms(profile, temperature=1.0, rule="traversal") == pytest.approx(0.05 + 0.001 * nodes)
+
+
 def test_batches_draw_and_verify_more_rows():
     profile = synthetic_profile(batch_size=4)
     stages = CostModel(profile, batch_size=4).stages(TREE, 128)

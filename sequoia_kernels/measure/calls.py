@@ -96,6 +96,9 @@ def draw_and_verify_calls(
             sizes: dict[str, Any] = {"batch_size": batch_size, "nodes": nodes, "vocab": vocabs[0]}
             sizes["temperature"] = temperature
             yield op_key("verify_tree", **sizes), verify_call(**sizes, dtypes=dtypes, device=device)
+            if temperature > 0:  # greedily all rules are one
+                sizes["rule"] = "traversal"
+                yield op_key("verify_tree", **sizes), verify_call(**sizes, dtypes=dtypes, device=device)
         for rows in draw_rows:
             for num_samples in sample_counts:
                 if num_samples <= vocabs[1]:
@@ -124,8 +127,12 @@ def verify_call(
     temperature: float,
     dtypes: tuple[torch.dtype, torch.dtype],  # of the target's and of the draft's logits
     device: torch.device,
+    rule: str = DEFAULT_RULE,
 ) -> Call:
-    """Build a verification of a tree whose draft resembles its target; children are the draft's likeliest tokens."""
+    """Build a verification of a tree whose draft resembles its target; children are the draft's likeliest tokens.
+
+    On a CPU, where it depends on the coins which nodes cost anything, every call has other ones.
+    """
     tree = typical_tree(nodes)
     shape = (batch_size, nodes, vocab)
     common = _logits(shape, torch.float32, device)
@@ -140,13 +147,19 @@ def verify_call(
     temperatures, seeds, offsets = _streams(batch_size, temperature, device)
     draft_or_none = draft_logits if nodes > 1 else None
     if not _in_place(verify_tree, device):
-        return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
+        return lambda: verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets, rule=rule)
     path = verify_tree(tokens, target_logits, draft_or_none, tree, temperatures, seeds, offsets)
     inputs = VerifyTreeInputs(
         tokens, target_logits, draft_or_none, topology.first_child, topology.num_children, topology.num_levels,
-        topology.max_branching, temperatures, seeds, offsets, None, None, DEFAULT_RULE,
+        topology.max_branching, temperatures, seeds, offsets, None, None, rule,
     )  # fmt: skip
-    return _returning(path, partial(paths_on_host.bind(inputs, path), True))
+    verify, streams = paths_on_host.bind(inputs, path), offsets.numpy()
+
+    def work() -> None:
+        streams[:] += nodes
+        verify(True)
+
+    return _returning(path, work)
 
 
 def compact_call(tensors: Sequence[torch.Tensor], context_len: int, num_levels: int, num_tree_rows: int) -> Call:

@@ -38,7 +38,7 @@ from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
 from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
-from sequoia_kernels.tree import MAX_NODES, TokenTree
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, TokenTree
 
 __all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes", "brackets"]
 
@@ -86,6 +86,7 @@ class CostModel:
         host_ms: overhead of a step outside forwards and ops, instead of the profile's (which grows with the levels).
         dtype: dtype of models given by a configuration; the configuration's own when None.
         compose: compose every forward, measured or not.
+        rule: verification rule, by its name; the times of the usual one where it was not measured.
 
     Attributes:
         target: fingerprint of the target.
@@ -112,6 +113,7 @@ class CostModel:
         host_ms: float | None = None,
         dtype: Any = None,
         compose: bool = False,
+        rule: str = DEFAULT_RULE,
     ) -> None:
         if host_ms is not None:
             checks.check_number("CostModel", "host_ms", host_ms, checks.TIME)
@@ -130,7 +132,7 @@ class CostModel:
         self.max_nodes = min(int(self._target.second[-1]), MAX_NODES)  # no tree is larger
         self.context_lens = tuple(int(context) for context in self._target.first)
         sizes = ("batch_size", "nodes")
-        points, scale = _warped_points(profile, "verify_tree", sizes, self.target.vocab_size, greedy)
+        points, scale = _warped_points(profile, "verify_tree", sizes, self.target.vocab_size, greedy, rule)
         self._verify = _curve(points, sizes, scale)
         if self.draft is not None:
             self._draft = self._forward_grid(self.draft, "draft", compose)
@@ -325,14 +327,18 @@ def _nearest(points: list[OpPoint], name: str, wanted: float) -> list[OpPoint]:
 
 
 def _warped_points(
-    profile: HardwareProfile, op: str, sizes: Sequence[str], vocab: int, greedy: bool
+    profile: HardwareProfile, op: str, sizes: Sequence[str], vocab: int, greedy: bool, rule: str = DEFAULT_RULE
 ) -> tuple[list[OpPoint], float]:
     """Give the points of an op on logits to read, and the factor to scale them by.
 
     They are those at temperature 0 or those above, whichever there are when only one kind was measured, of the nearest
-    vocabulary; times grow in proportion to a larger one.
+    vocabulary; times grow in proportion to a larger one. Of verification they are those of the rule, where it was
+    measured; greedily all rules are one.
     """
     points = _op_points(profile, op, (*sizes, "vocab", "temperature"))
+    by_rule = DEFAULT_RULE if greedy else rule
+    usual = [point for point in points if point.parameters.get("rule", DEFAULT_RULE) == DEFAULT_RULE]
+    points = [point for point in points if point.parameters.get("rule", DEFAULT_RULE) == by_rule] or usual or points
     points = [point for point in points if (point.parameters["temperature"] == 0) == greedy] or points
     points = _nearest(points, "vocab", vocab)
     scale = max(1.0, vocab / float(points[0].parameters["vocab"]))

@@ -234,7 +234,7 @@ def plan_tree(
     checks.check_number(where, "tolerance", tolerance, _TOLERANCE)
     model = CostModel(
         profile, batch_size=batch_size, target=target, draft=draft, temperature=temperature, host_ms=host_ms,
-        dtype=dtype,
+        dtype=dtype, rule=rule,
     )  # fmt: skip
     if model.draft is None:
         raise ProfileError(

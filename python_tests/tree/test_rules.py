@@ -17,7 +17,7 @@ def test_a_rule_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_rules", dict(rules._rules))
     toy = VerificationRule("first_child", lambda tree, acceptance: 1.0 + (tree.num_nodes > 1) * acceptance[0])
     register_rule(toy)
-    assert rule_names() == (DEFAULT_RULE, "first_child")
+    assert rule_names() == (DEFAULT_RULE, "traversal", "first_child")
     assert rule_named("here", "first_child").expected_tokens(TokenTree.chain(4), [0.5]) == 1.5
 
 

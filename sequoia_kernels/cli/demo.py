@@ -15,6 +15,7 @@ from sequoia_kernels.cli.pair import (
     load_pair,
     measure_pair,
     need_draft,
+    record_pair,
     text_streamer,
 )
 from sequoia_kernels.cli.terminal import Terminal
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         sampling = {"temperature": temperature, "top_k": None, "top_p": args.top_p, "seed": args.seed}
         # On the very prompts that are timed, with another tree: texts differ from one another by more than what a
         # prediction is to be wrong by, and acceptance is known to be that of the text.
-        acceptance = estimate_pair(pair, timed, args.new_tokens, sampling, terminal)
-        plan = plan_tree(acceptance, profile, context_len=longest + args.new_tokens / 2, temperature=temperature)
+        evidence = (record_pair if temperature else estimate_pair)(pair, timed, args.new_tokens, sampling, terminal)
+        plan = plan_tree(evidence, profile, context_len=longest + args.new_tokens / 2, temperature=temperature)
         rows.append(_demo_row(args, pair, timed, sampling, plan, terminal))
     assert plan is not None
 

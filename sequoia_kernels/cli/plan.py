@@ -21,7 +21,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--max-budget", type=positive, help="largest number of nodes")
     parser.add_argument("--max-levels", type=positive, help="largest number of levels")
-    parser.add_argument("--rule", default="sequoia", help="verification rule to plan for: sequoia or traversal")
+    parser.add_argument(
+        "--rule", help="verification rule to plan for: sequoia (the default with --acceptance) or traversal"
+    )
     parser.add_argument("--any-device", action="store_true", help="accept a profile of another device")
     models = parser.add_argument_group("models (those of the profile when none is given)")
     models.add_argument(

@@ -27,7 +27,7 @@ from sequoia_kernels.planner import (
     TreePlan,
     validate_acceptance,
 )
-from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, rule_named
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, rule_named, usual_rule
 
 GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | TreePlan | AdaptivePlan | TreeFollower | str
 
@@ -97,7 +97,8 @@ def check_arguments(
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
         _refuse("profile", "be a HardwareProfile", _describe(profile), TypeError)
-    rule = rule_named("generate", _planned_rule(tree) if rule is None else rule).name
+    if rule is not None:
+        rule_named("generate", rule)
     if logits_hook is not None and not callable(logits_hook):
         _refuse("logits_hook", "be called with (paths, logits)", _describe(logits_hook), TypeError)
     names = ("auto", *backends.backend_names("verify_tree"))
@@ -105,6 +106,8 @@ def check_arguments(
         _refuse("backend", f"be one of {', '.join(names)}", repr(backend))
     checks.whole_number("generate", "max_new_tokens", max_new_tokens, rule=checks.at_least(1))
     temperatures, top_ks, top_ps = _sampling(temperature, top_k, top_p, batch_size)
+    usual = usual_rule(target.device.type, any(temperatures))
+    rule = rule_named("generate", (_planned_rule(tree) or usual) if rule is None else rule).name
     seeds = _per_request("seed", seed, batch_size, Integral, lambda s: 0 <= s < 1 << 63, "be in [0, 2^63)")
     strings = _stop_strings(stop_strings, tokenizer)
     if streamer is not None:
@@ -321,10 +324,10 @@ def _trees(tree: GivenTree) -> list[TokenTree]:
     return [tree] if isinstance(tree, TokenTree) else [] if isinstance(tree, str) else list(tree)
 
 
-def _planned_rule(tree: GivenTree) -> str:
-    """The verification rule that a tree was planned for."""
+def _planned_rule(tree: GivenTree) -> str | None:
+    """The verification rule that a tree was planned for, None where it was not planned."""
     plan = tree.plan if isinstance(tree, TreeFollower) else tree
-    return plan.rule if isinstance(plan, (TreePlan, AdaptivePlan)) else DEFAULT_RULE
+    return plan.rule if isinstance(plan, (TreePlan, AdaptivePlan)) else None
 
 
 def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: frozenset[int]) -> int:

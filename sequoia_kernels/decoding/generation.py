@@ -106,7 +106,8 @@ def generate(
             newest tokens of a request (`stats.draft_restarts`).
         acceptance: recorded steps or an acceptance vector for tree="auto" and "adaptive".
         profile: hardware profile for them.
-        rule: verification rule; None takes the plan's, or "sequoia".
+        rule: verification rule, "sequoia" or "traversal"; None takes the plan's, or the device's usual one: "traversal"
+            on a CPU above temperature 0, else "sequoia". Outputs are distributed alike under both.
         logits_hook: changes the target's logits before tokens are decided from them (`LogitsHook`): penalties,
             grammars. The target's part of a step is then not captured.
         backend: backend of the ops.

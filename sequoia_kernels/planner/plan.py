@@ -31,7 +31,15 @@ from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.planner.recorded_search import RecordedSearch
 from sequoia_kernels.planner.search import OptimalTrees
 from sequoia_kernels.planner.step_records import StepRecords
-from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, VerificationRule, check_acceptance, rule_named
+from sequoia_kernels.tree import (
+    DEFAULT_RULE,
+    MAX_STEP_ROWS,
+    TokenTree,
+    VerificationRule,
+    check_acceptance,
+    rule_named,
+    usual_rule,
+)
 
 __all__ = ["TreePlan", "plan_tree"]
 
@@ -165,7 +173,7 @@ def plan_tree(
     host_ms: float | None = None,
     tolerance: float = 0.01,
     dtype: Any = None,
-    rule: str = DEFAULT_RULE,
+    rule: str | None = None,
 ) -> TreePlan:
     """Choose the tree that gives the most tokens per second on the profile's device.
 
@@ -190,8 +198,9 @@ def plan_tree(
             times are not more exact than that, and a smaller tree suffers less from a wrong acceptance vector.
         dtype: dtype of models given by a configuration; the configuration's own when None.
         rule: verification rule to decode with, by its name (see `tree.rules`): candidates are valued by its
-            `expected_tokens`, or in the records. Without records, for a rule whose trees are not worth the sum of their
-            nodes, they are Sequoia's optimal trees at a few budgets.
+            `expected_tokens`, or in the records. None takes the usual one of the device with records, and "sequoia",
+            whose acceptance a vector tells, without. A rule whose values do not add up over nodes chooses from
+            Sequoia's optimal trees at a few budgets.
 
     Returns:
         The plan. No speculation is always among its candidates, and is the pick where nothing beats it.
@@ -225,13 +234,15 @@ def plan_tree(
     estimate = given if isinstance(given, AcceptanceEstimate) else None
     if not isinstance(profile, HardwareProfile):
         raise TypeError(f"{where}: profile must be a HardwareProfile, got {type(profile).__name__}")
-    verification = rule_named(where, rule)
     batch_size = checks.whole_number(where, "batch_size", batch_size, rule=POSITIVE)
     if temperature is None and estimate is not None:
         temperature = estimate.temperature
     if temperature is not None:
         checks.check_number(where, "temperature", temperature, checks.NOT_NEGATIVE)
     checks.check_number(where, "tolerance", tolerance, _TOLERANCE)
+    if rule is None:
+        rule = DEFAULT_RULE if records is None else usual_rule(profile.device.type, temperature != 0)
+    verification = rule_named(where, rule)
     model = CostModel(
         profile, batch_size=batch_size, target=target, draft=draft, temperature=temperature, host_ms=host_ms,
         dtype=dtype, rule=rule,
@@ -298,7 +309,7 @@ class _Search:
         gain = VALUE_ROUNDING * values[1:, 1:]
         counts[1:, 1:] = (values[1:, 1:] - values[:-1, 1:] > gain) & (values[1:, 1:] - values[1:, :-1] > gain)
         counts[:, :2] = False  # a single node is no tree
-        if rule.name != DEFAULT_RULE:  # another rule says only what a tree is worth that it is shown
+        if not rule.adds_up:  # such a rule says only what a tree is worth that it is shown
             shown = np.zeros(max_budget + 1, dtype=bool)
             shown[[*milestones(max_budget), *(3 * budget // 2 for budget in milestones(2 * max_budget // 3))]] = True
             counts &= shown[:, None]
@@ -315,7 +326,7 @@ class _Search:
         others = [single, *chains]
         fastest, near = self.fastest_tree(max(map(speed_of, others)))
         trees = chains if fastest is None else [*chains, fastest]
-        if trees and self.rule.name == DEFAULT_RULE:  # whose values the moves add up
+        if trees and self.rule.adds_up:  # whose values the moves add up
             start, vector = max(trees, key=speed_of).tree, np.asarray(self.vector)
             refined = refine_tree(start, vector, self.times, self.max_budget, self.max_levels)
             others.append(self.candidate(refined))

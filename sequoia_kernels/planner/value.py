@@ -14,11 +14,12 @@ def tree_values(tree: TokenTree, vectors: NDArray[np.float64], rule: str = DEFAU
     """Give the expected accepted tokens per step, bonus token included, of one tree under many acceptance vectors.
 
     Vectors are [draws, ranks], ranks beyond their end count as 0; values are [draws], float64 both. For Sequoia's rule
-    that is the sum over nodes of the product of the acceptances along the path; other rules are asked for each vector.
+    that is the sum over nodes of the product of the acceptances along the path; rules whose values do not add up like
+    this are asked for each vector.
     """
-    if rule != DEFAULT_RULE:
-        expected_tokens = rule_named("tree_values", rule).expected_tokens
-        return np.array([expected_tokens(tree, vector) for vector in vectors.tolist()])
+    verification = rule_named("tree_values", rule)
+    if not verification.adds_up:
+        return np.array([verification.expected_tokens(tree, vector) for vector in vectors.tolist()])
     num_draws, num_ranks = vectors.shape
     values = np.ones((tree.num_nodes, num_draws))
     by_rank = np.ascontiguousarray(vectors.T)

@@ -1,7 +1,14 @@
 """Token trees: topology, packed ancestor masks, values, files and drawings; verification rules by name."""
 
 from sequoia_kernels.tree.acceptance_vector import TYPICAL_ACCEPTANCE, check_acceptance, vector_of_chances
-from sequoia_kernels.tree.rules import DEFAULT_RULE, VerificationRule, register_rule, rule_named, rule_names
+from sequoia_kernels.tree.rules import (
+    DEFAULT_RULE,
+    VerificationRule,
+    register_rule,
+    rule_named,
+    rule_names,
+    usual_rule,
+)
 from sequoia_kernels.tree.token_tree import MAX_NODES, MAX_STEP_ROWS, TokenTree
 from sequoia_kernels.tree.topology import Topology
 
@@ -17,5 +24,6 @@ __all__ = [
     "register_rule",
     "rule_named",
     "rule_names",
+    "usual_rule",
     "vector_of_chances",
 ]

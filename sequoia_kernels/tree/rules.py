@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from sequoia_kernels.tree.token_tree import TokenTree
 
-__all__ = ["DEFAULT_RULE", "VerificationRule", "register_rule", "rule_named", "rule_names"]
+__all__ = ["DEFAULT_RULE", "VerificationRule", "register_rule", "rule_named", "rule_names", "usual_rule"]
 
 DEFAULT_RULE = "sequoia"
 
@@ -28,10 +28,13 @@ class VerificationRule(NamedTuple):
         name: what `verify_tree`, `plan_tree` and `generate` are given as `rule`.
         expected_tokens: mean number of tokens that a step emits with a tree, the bonus token included, from the tree
             and an acceptance vector: [max_children], the probability that the child of each rank is the accepted one.
+        adds_up: whether that is the sum over the tree's nodes of the products along their paths, as `TokenTree` adds
+            it up: then trees are planned with the tables of optimal ones.
     """
 
     name: str
     expected_tokens: Callable[[TokenTree, Sequence[float]], float]
+    adds_up: bool = False
 
 
 _rules: dict[str, VerificationRule] = {}
@@ -79,8 +82,27 @@ def rule_named(where: str, name: Any) -> VerificationRule:
     return _rules[name]
 
 
-# From the root: each node's children are tried in turn, and a rejected node takes its subtree with it.
-register_rule(VerificationRule(DEFAULT_RULE, lambda tree, acceptance: tree.expected_tokens(acceptance)))
+def usual_rule(device_type: str, sampled: bool) -> str:
+    """Give the rule that is taken where none is asked for: the faster one, where both were measured.
 
-# From the leaves: the deepest node is tested first, with the probability that the path to it deserves as a whole.
-register_rule(VerificationRule("traversal", lambda tree, acceptance: tree.expected_tokens(acceptance)))
+    On a CPU that is "traversal" above temperature 0 (`bench.planner.bench_rules`); greedily all rules are one. On other
+    devices the rule "traversal" has not been timed yet.
+
+    Args:
+        device_type: of the target, such as "cpu".
+        sampled: whether anything is decoded above temperature 0.
+
+    Example:
+        >>> usual_rule("cpu", True), usual_rule("cpu", False)
+        ('traversal', 'sequoia')
+    """
+    return "traversal" if device_type == "cpu" and sampled else DEFAULT_RULE
+
+
+# From the root: each node's children are tried in turn, and a rejected node takes its subtree with it.
+register_rule(VerificationRule(DEFAULT_RULE, lambda tree, acceptance: tree.expected_tokens(acceptance), adds_up=True))
+
+# From the leaves: the deepest node is tested first, with the probability that the path to it deserves as a whole. What
+# a node is worth depends on what is below it, so a vector only sums up what such runs have accepted in trees like
+# theirs; recorded steps (`planner.StepRecords`) tell more.
+register_rule(VerificationRule("traversal", lambda tree, acceptance: tree.expected_tokens(acceptance), adds_up=True))

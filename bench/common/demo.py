@@ -11,7 +11,7 @@ import torch
 
 from bench.common.script import Run
 from sequoia_kernels import AcceptanceEstimate, HardwareProfile, estimate_acceptance, generate, measure_profile
-from sequoia_kernels.decoding import PROBE_TREE, GenerateStats, measure_overhead
+from sequoia_kernels.decoding import PROBE_TREE, GenerateStats, measure_overhead, record_steps
 from sequoia_kernels.demo import DemoPair, held_out_prompts, load_demo_pair
 from sequoia_kernels.models import adapt, load_model
 
@@ -89,9 +89,16 @@ class Demo:
 
     def acceptance(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> AcceptanceEstimate:
         """Estimate the acceptance vector from decoding other prompts than those that are timed."""
-        options |= {"tree": PROBE_TREE, "temperature": temperature}
+        options |= {"tree": PROBE_TREE, "temperature": temperature, "rule": "sequoia"}
         runs = [generate(self.target, self.draft, ids, seed=n, **options).stats for n, ids in enumerate(prompts)]
         return estimate_acceptance(runs, temperature=temperature)
+
+    def evidence(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> Any:
+        """What plans are made from: recorded steps; greedily a vector."""
+        if temperature == 0:
+            return self.acceptance(prompts, temperature, **options)
+        settings = {"max_new_tokens": self.new_tokens, "temperature": temperature}
+        return record_steps(self.target, self.draft, prompts, **settings)
 
     def decoder(self, tree: Any, **options: Any) -> Decode:
         """The loop with a tree or plan; None decodes without a draft."""

@@ -118,6 +118,16 @@ def _robustness(document: Document) -> Iterator[Comparison]:
             yield Comparison(f"tree {tree}, T = {row['temperature']:g}", means, (ours,), "tokens/step")
 
 
+def _rules(document: Document) -> Iterator[Comparison]:
+    for row in document["results"]:
+        rates = {
+            f"{entry['rule']}, own plan": entry["tokens_per_second"]
+            for entry in row["trees"]
+            if entry["tree"] == f"plan for {entry['rule']}"
+        }
+        yield Comparison(f"T = {row['temperature']:g}", rates, ("traversal, own plan",))
+
+
 READERS: dict[str, Callable[[Document], Iterator[Comparison]]] = {
     "demo_pair": _demo_pair,
     "paper_systems": _paper_systems,
@@ -128,6 +138,7 @@ READERS: dict[str, Callable[[Document], Iterator[Comparison]]] = {
     "planner_pick": _planner_pick,
     "offload": _offload,
     "robustness": _robustness,
+    "rules": _rules,
 }
 
 

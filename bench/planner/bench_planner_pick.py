@@ -35,7 +35,7 @@ def measure(bench: Run) -> None:
     trees.setdefault(plan.tree, "refined tree")
     seconds: dict[TokenTree, list[float]] = {tree: [0.0] * options.rounds for tree in trees}
     tokens: dict[TokenTree, list[int]] = {tree: [0] * options.rounds for tree in trees}
-    decoders = {tree: demo.decoder(tree if tree.num_nodes > 1 else None, **common) for tree in trees}
+    decoders = {tree: demo.decoder(tree if tree.num_nodes > 1 else None, rule="sequoia", **common) for tree in trees}
     for decode in decoders.values():  # the first run of a tree builds its tensors
         decode(prompts[0], 0)
     for turn in range(options.rounds):

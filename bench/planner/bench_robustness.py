@@ -136,7 +136,7 @@ class Study:
         with sampler.in_loop() as options:
             stats = generate(
                 self.target, self.draft, prompts, tree=tree, max_new_tokens=self.size.loop_tokens,
-                temperature=temperature, top_p=top_p, eos_token_id=(), seed=self.seed + 1, **options,
+                temperature=temperature, top_p=top_p, eos_token_id=(), seed=self.seed + 1, rule="sequoia", **options,
             ).stats  # fmt: skip
         tokens = torch.tensor(stats.new_tokens, dtype=torch.float64) - 1  # the prefill gives the first
         steps = torch.tensor(stats.request_steps, dtype=torch.float64)

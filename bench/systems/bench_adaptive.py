@@ -57,7 +57,9 @@ def measure(bench: Run) -> None:
                 "adaptive plan": adaptive,
                 "adaptive plan, kept from prompt to prompt": adaptive.follow(),
             }
-            runs = take_turns({name: demo.decoder(tree, **common) for name, tree in trees.items()}, prompts)
+            runs = take_turns(
+                {name: demo.decoder(tree, rule="sequoia", **common) for name, tree in trees.items()}, prompts
+            )
             rate = {name: decoding_rate(stats) for name, stats in runs.items()}
             switches = sum(len(stats.steps_by_tree) - 1 for stats in runs["adaptive plan"])
             row = {

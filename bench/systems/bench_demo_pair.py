@@ -58,8 +58,8 @@ def measure(bench: Run) -> None:
     results = bench.document["results"] = []
     for temperature in options.temperatures:
         common = demo.decoding(temperature)
-        acceptance = demo.acceptance(calibration, **common)
-        plan = plan_tree(acceptance, profile, context_len=demo.context_len)
+        evidence = demo.evidence(calibration, **common)
+        plan = plan_tree(evidence, profile, context_len=demo.context_len)
         providers = providers_of(demo, plan, temperature, common)
         for run in providers.values():
             run(prompts[0], 0)
@@ -86,7 +86,8 @@ def measure(bench: Run) -> None:
                 if name != "planned tree"
             },
             "tree": {"nodes": plan.tree.num_nodes, "levels": plan.tree.num_levels, "parents": list(plan.tree.parents)},
-            "acceptance": [round(float(a), 4) for a in acceptance.vector],
+            "rule": plan.rule,
+            "acceptance": [round(float(a), 4) for a in plan.acceptance],
             "tokens_per_step": {"predicted": plan.tokens_per_step, "measured": measured_steps},
             "step_ms": {"predicted": plan.step_ms, "measured": step_ms},
             "decoding_tokens_per_second": {"predicted": 1e3 / plan.ms_per_token, "measured": decoding_rate(planned)},

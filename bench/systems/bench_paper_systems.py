@@ -203,7 +203,7 @@ def own_loop(system: System, tree: TokenTree | None, temperature: float) -> Call
     target, draft = system.compiled or (system.target, system.draft)
 
     drafter, options = (None, {}) if tree is None else (draft, {"tree": tree})
-    options |= {"temperature": temperature, "eos_token_id": ()}
+    options |= {"temperature": temperature, "eos_token_id": (), "rule": "sequoia"}
 
     def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
         arrivals = Arrivals()

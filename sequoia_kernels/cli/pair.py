@@ -174,7 +174,7 @@ def estimate_pair(
             advance(index, len(prompts), f"prompt {index + 1}")
             output = generate(
                 pair.target, pair.draft, ids, tree=tree or PROBE_TREE, max_new_tokens=new_tokens,
-                eos_token_id=(), **(sampling | {"seed": sampling["seed"] + index}),
+                eos_token_id=(), rule="sequoia", **(sampling | {"seed": sampling["seed"] + index}),
             )  # fmt: skip
             runs.append(output.stats)
         advance(len(prompts), len(prompts))

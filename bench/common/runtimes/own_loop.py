@@ -9,7 +9,7 @@ import torch
 
 from bench.common.runtimes.base import DRAFT, Pair, Request, Runtime, Tokens
 from sequoia_kernels import TreePlan, estimate_acceptance, generate, measure_profile, plan_tree
-from sequoia_kernels.decoding import PROBE_TREE, measure_overhead
+from sequoia_kernels.decoding import PROBE_TREE, measure_overhead, record_steps
 from sequoia_kernels.models import adapt
 
 NODE_COUNTS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -46,13 +46,18 @@ class OwnLoop(Runtime):
             sizes = {"context_lens": (length, length + request.num_tokens), "node_counts": NODE_COUNTS}
             profile = measure_profile(*pair, **sizes, batch_size=batch, seconds=seconds, bandwidth=False)
             self.profiles[batch] = measure_overhead(*pair, profile, context_len=context_len, batch_size=batch)
-        run = self._generate(request, pair[1], tree=PROBE_TREE)
-        acceptance = estimate_acceptance([run.stats], temperature=request.temperature)
+        if request.temperature == 0:
+            run = self._generate(request, pair[1], tree=PROBE_TREE)
+            evidence: Any = estimate_acceptance([run.stats], temperature=request.temperature)
+        else:
+            prompts = [torch.tensor([prompt]) for prompt in request.prompts]
+            sampling = {"max_new_tokens": request.num_tokens, "temperature": request.temperature, "seed": request.seed}
+            evidence = record_steps(*pair, prompts, **sampling)
         settings: dict[str, Any] = {"context_len": context_len, "batch_size": batch, "temperature": request.temperature}
-        plan = self.plans[batch, request.temperature] = plan_tree(acceptance, self.profiles[batch], **settings)
+        plan = self.plans[batch, request.temperature] = plan_tree(evidence, self.profiles[batch], **settings)
         return {
             "tree": {"nodes": plan.tree.num_nodes, "levels": plan.tree.num_levels, "parents": list(plan.tree.parents)},
-            "acceptance": [round(float(value), 4) for value in acceptance.vector[:8]],
+            "acceptance": [round(float(value), 4) for value in plan.acceptance[:8]],
             "predicted_tokens_per_step": plan.tokens_per_step,
         }
 

@@ -34,8 +34,9 @@ def warp(temperature: float, top_k: int | None = None, top_p: float | None = Non
     [{"temperature": 1.0}, {"temperature": 0.3}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.7, "top_k": 3}],
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()),
 )
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
 @pytest.mark.parametrize("kind", ["close draft", "unrelated draft", "draft = target", "no draft"])
-def test_joint_distribution(settings, kind):
+def test_joint_distribution(settings, kind, rule):
     target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
     draft = {
         "close draft": noisy_copy(target, 0.4),
@@ -43,7 +44,7 @@ def test_joint_distribution(settings, kind):
         "draft = target": target,
         "no draft": None,
     }[kind]
-    assert p_value(target, draft, settings) > 1e-4
+    assert p_value(target, draft, settings, rule=rule) > 1e-4
 
 
 def p_value(target, draft, settings, seed: int = 1000, **options) -> float:

@@ -74,9 +74,10 @@ def lanes(batch_size: int, mixed: bool) -> dict:
     return {name: values[:batch_size] for name, values in some.items()}
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("case", ["one", "three", "trees", "narrow draft", "wide draft", "bfloat16", "plain", "greedy"])
-def test_steps_in_place_decode_what_steps_op_by_op_do(case, mixed, runs, op_by_op):
+def test_steps_in_place_decode_what_steps_op_by_op_do(case, mixed, rule, runs, op_by_op):
     target, draft, tree, batch_size = TARGET, DRAFT, TREES[0], 1
     if case in ("three", "trees", "narrow draft", "wide draft"):
         batch_size = 3
@@ -89,6 +90,7 @@ def test_steps_in_place_decode_what_steps_op_by_op_do(case, mixed, runs, op_by_o
     options = lanes(batch_size, mixed) if case != "greedy" else {"temperature": 0.0}
     options |= {
         "max_new_tokens": 60,
+        "rule": rule,
         "seed": list(range(7, 7 + batch_size)),
         "eos_token_id": (3,) if batch_size == 3 else (),
     }
@@ -109,14 +111,14 @@ def test_steps_in_place_decode_what_steps_op_by_op_do(case, mixed, runs, op_by_o
     assert set(in_place.stats.stage_seconds) == set(expected.stats.stage_seconds)
 
 
-def stepped(tree, seed, op_by_op=None):
+def stepped(tree, seed, rule, op_by_op=None):
     """The state and the caches behind a prompt and three steps."""
     if op_by_op is not None:
         op_by_op()
     state = DecodingState.create(
         2, torch.device("cpu"), seeds=[seed, seed + 1], temperature=[0.9, 0.0], top_k=None, top_p=None
     )
-    step = DecodingStep(adapt(TARGET), draft_source(DRAFT), state, 40 + 3 * tree.num_nodes)
+    step = DecodingStep(adapt(TARGET), draft_source(DRAFT), state, 40 + 3 * tree.num_nodes, rule=rule)
     with torch.inference_mode():
         step.prefill(prompts(2), torch.tensor([9, 6], dtype=torch.int32))
         emitted = [[part.tolist() for part in step.run(tree)] for _ in range(3)]
@@ -137,11 +139,12 @@ def stepped(tree, seed, op_by_op=None):
     )
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
 @pytest.mark.parametrize("seed", range(6))
-def test_trees_of_all_shapes_leave_the_same_state_caches_and_buffers(seed, op_by_op):
+def test_trees_of_all_shapes_leave_the_same_state_caches_and_buffers(seed, rule, op_by_op):
     tree = random_tree(random.Random(seed), 2 + 5 * seed)
-    emitted, state, rows, buffers = stepped(tree, seed)
-    expected_emitted, expected_state, expected_rows, expected_buffers = stepped(tree, seed, op_by_op)
+    emitted, state, rows, buffers = stepped(tree, seed, rule)
+    expected_emitted, expected_state, expected_rows, expected_buffers = stepped(tree, seed, rule, op_by_op)
     assert emitted == expected_emitted and state == expected_state
     assert all(torch.equal(row, expected) for row, expected in zip(rows, expected_rows, strict=True))
     assert torch.equal(buffers.tokens, expected_buffers.tokens)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.synthetic_profile import synthetic_profile
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, generate
+from sequoia_kernels import TokenTree, adapt, generate, plan_tree
+from sequoia_kernels.decoding import step as step_module
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import backends
+from sequoia_kernels.planner import ModelFingerprint
 from sequoia_kernels.tree import VerificationRule, register_rule, rules
 
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
@@ -53,6 +56,37 @@ def test_a_rule_decides_by_the_backend_that_knows_it(root_rule):
         BackendUnavailableError, match=r"verify_tree: backend 'reference' cannot run this call: knows the"
     ):
         generate(target, draft, PROMPT, tree=TREE, max_new_tokens=30, rule="root", backend="reference")
+
+
+def test_the_usual_rule_is_the_faster_one_that_was_measured(monkeypatch):
+    """On a CPU: traversal where something is sampled. A plan says its own, and the caller has the last word."""
+    target = tiny_llama(3, vocab_size=24, sharpness=6.0)
+    draft = noisy_copy(target, 0.2)
+    seen = []
+    own = step_module.DecodingStep.__init__
+
+    def init(self, *args, rule, **kwargs):
+        seen.append(rule)
+        own(self, *args, rule=rule, **kwargs)
+
+    monkeypatch.setattr(step_module.DecodingStep, "__init__", init)
+    profile = synthetic_profile(target=ModelFingerprint.of(adapt(target)), draft=ModelFingerprint.of(adapt(draft)))
+    planned = {rule: plan_tree([0.6, 0.2], profile, rule=rule) for rule in (None, "traversal")}
+    for options, expected in (
+        ({"temperature": 0.7}, "traversal"),
+        ({"temperature": 0.0}, "sequoia"),
+        ({"temperature": 0.7, "rule": "sequoia"}, "sequoia"),
+        ({"temperature": 0.7, "tree": planned[None]}, "sequoia"),
+        ({"temperature": 0.7, "tree": planned["traversal"]}, "traversal"),
+        ({"temperature": 0.0, "rule": "traversal"}, "traversal"),
+    ):
+        generate(target, draft, PROMPT, **{"tree": TREE, "max_new_tokens": 4} | options)
+        assert seen.pop() == expected, options
+    outputs = [
+        generate(target, draft, PROMPT, tree=TREE, max_new_tokens=30, temperature=0.7, rule=rule).new_tokens
+        for rule in (None, "traversal")
+    ]
+    assert outputs[0] == outputs[1]
 
 
 def test_an_unknown_rule_is_refused_before_anything_runs():

@@ -16,6 +16,7 @@ Parallel plan: what one program owns
     1. `node_chunks_kernel`, a program for each node with children, chunk of the vocabulary and request: peak and mass
        of the target's row, and of the draft's outside the children. At temperature 0 the target's largest logit.
     2. `warp_nodes_kernel`, a program a node, only with top-k or top-p: the cut and the mass above it.
+    The next two decide by the rule "sequoia"; those of the rule "traversal" are told in triton_traversal.py.
     3. `decide_kernel`, once for each rank up to MAX_RANK_LAUNCHES: adds up F from the chunks, tests the child of that
        rank (all programs of a node alike, so none waits for another), and if it is rejected, sums F at the new g over
        its chunk.
@@ -89,10 +90,14 @@ _ROW_TOKENS_PER_WARP = 256
 MAX_RANK_LAUNCHES = 8
 """ranks with a launch of their own; further children, which few nodes have and fewer come to, share one"""
 MAX_WAVE_LAUNCHES = 24
-"""waves of the rule "traversal" with a launch of their own"""
+"""waves of the rule "traversal" with a launch of their own; further ones share one"""
 _SPARE_WAVES = 3
-"""more launches than an optimal tree needs; each that finds nothing to do costs a microsecond"""
+"""more launches than most optimal trees need; each that finds nothing to do costs a microsecond"""
+_MOST_OF_MEAN = 3
+"""programs of a wave for so many times the children that a wave has in the mean"""
 _NODES_PER_WARP = 256
+_REST = 0
+"""in place of a number of children: all waves that are left"""
 
 
 # launch configuration ------------------------------------------------------------------------------------------------
@@ -110,7 +115,6 @@ class LaunchConfig(NamedTuple):
     row_warps: int
     rank_launches: int = MAX_RANK_LAUNCHES
     wave_launches: int = MAX_WAVE_LAUNCHES
-    """at most so many, see `wave_launches`"""
     candidates: int = triton_warping.MAX_CANDIDATES
     """room for the logits among which the search of a cut ends"""
 
@@ -132,14 +136,18 @@ def _launch_config(batch_size: int, num_nodes: int, vocab: int, traits: triton_d
     )
 
 
-def wave_launches(num_nodes: int, num_levels: int, max_branching: int, most: int) -> tuple[int, int]:
-    """Give the number of waves that a tree of these sizes may have, and of those that get a launch of their own.
+def _wave_launches(num_nodes: int, num_levels: int, max_branching: int, most: int) -> list[int]:
+    """Give the children that each launch of the rule "traversal" has programs for; the last one may be `_REST`.
 
-    Optimal trees have about as many as the larger of levels and branching, since a node is worth more than those that
-    it has before it; others, such as full ones, up to their product.
+    Optimal trees have about as many waves as the larger of levels and branching, since a node is worth no more than
+    those that it has before it; others, such as full ones, up to their product.
     """
     num_waves = min(num_nodes - 1, (num_levels - 1) * max_branching)
-    return num_waves, min(num_waves, most, max(num_levels - 1, max_branching) + _SPARE_WAVES)
+    usual = max(num_levels - 1, max_branching)
+    num_launches = min(num_waves, most, usual + _SPARE_WAVES)
+    room = triton.cdiv(_MOST_OF_MEAN * (num_nodes - 1), usual)
+    launches = [min(2**wave, num_nodes - 1 - wave, room) for wave in range(num_launches)]
+    return [*launches, _REST] if num_launches < num_waves else launches
 
 
 unavailable = triton_device.unavailable_reason
@@ -340,11 +348,10 @@ def _traverse(
         num_warps=node_warps,
         enable_fp_fusion=True,
     )  # fmt: skip
-    num_waves, num_launches = wave_launches(num_nodes, num_levels, inputs.max_branching, config.wave_launches)
-    for wave in range(min(num_waves, num_launches + 1)):
-        is_rest = wave == num_launches
-        num_children = 1 if is_rest else min(2**wave, num_nodes - 1 - wave)
-        try_children_kernel[(1 if is_rest else num_chunks, num_children, batch_size)](
+    launches = _wave_launches(num_nodes, num_levels, inputs.max_branching, config.wave_launches)
+    for wave, num_children in enumerate(launches):
+        is_rest = num_children == _REST
+        try_children_kernel[(1, 1, batch_size) if is_rest else (num_chunks, num_children, batch_size)](
             *inputs[:3], *topology, inputs.temperature, inputs.seeds, inputs.offsets,
             parents, waves, numbers, buffers.child_target, buffers.child_draft,
             buffers.is_drawn, chances, states, sums,

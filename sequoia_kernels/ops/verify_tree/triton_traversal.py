@@ -10,13 +10,13 @@ Computes
     So the state of a node is (p, g, f), and one sum over the vocabulary takes it from child to child.
 
 Parallel plan: what one program owns
-    Chances are no random numbers: what a node comes to after its i-th failure hangs on its chance at entry and its
-    first i children, and on nothing that happens below them. So no tree is walked here: a child can be tried as soon
-    as its left sibling was, or its parent if it is the first. The number of nodes that must come before it so is its
-    *wave*: its ancestors but the root, their left siblings and its own. Trees that are worth drafting have few waves,
-    about as many as the larger of levels and branching: 9 for the optimal tree of 64 nodes, 13 for 128, 16 for 512,
-    where a walk has up to a drop of a child for every node. Between the row kernels and the draw, both of
-    triton_launch.py, are
+    Chances are no random numbers: a node's state after its i-th failure follows from its chance at entry and its
+    first i children, and from nothing that happens below them. So no tree is walked here: a child can be tried once
+    its left sibling was, or its parent if it is the first. The number of nodes that so come before it is its *wave*:
+    its ancestors but the root, the left siblings of these and its own. Trees that are worth drafting have few waves,
+    about as many as the larger of levels and branching: 9 for the optimal tree of 64 nodes, 13 for 128, 16 for 512. A
+    walk would drop one child after the other. Between the kernels for rows and the draw, which triton_launch.py tells
+    of, are
     1. `place_nodes_kernel`, a program a node: its parent, level and wave, and the numbers of its rows from their
        chunks, so that what follows has short chains of loads. At temperature 0 the decision.
     2. `try_children_kernel`, once a wave, a program for each child of the wave, chunk of the vocabulary and request:
@@ -25,8 +25,8 @@ Parallel plan: what one program owns
        the child will not fail (its chance is 1, or it is a leaf and its coin accepts it), and then no later sibling
        matters; nor behind the last child, if the node's chance is 1 and will stay so, or its coin rejects it as it is,
        since no chance ever rises. Chances of 0 are handed down without a look at the rows.
-       Every child but the last of a wave is the left sibling or the parent of at most two of the next: wave w has at
-       most 2^w children, and at most num_nodes - 1 - w, which bounds its grid.
+       A node comes right before two others at most, its next sibling and its first child: wave w has at most 2^w
+       children, and at most num_nodes - 1 - w. Where it has more than the grid has room for, programs take two.
     3. `try_children_kernel` once more, one program a request, only for trees with more waves than have launches: the
        children left, in the order of their ids, in a loop.
     4. `leave_nodes_kernel`, a program a node: its chance at the end, against its coin.
@@ -37,7 +37,7 @@ Parallel plan: what one program owns
 
 Memory: bytes read and written
     Both rows of a node once from memory, and once more from L2 for each of its children whose failure matters. Writes
-    24 bytes a chunk and node, and 60 bytes a node.
+    24 bytes a chunk and node, and 76 bytes a node.
     Estimate for the tree of 64 nodes x 128256 on an H100, not run on a GPU: first reads 5 us, places 2 us, nine waves
     that do work at about 2.2 us and four launches that find none at 1.3 us, leaving and choosing 4 us, the draw 3.5 us,
     the end 2 us: about 42 us in a CUDA graph, 50 us for 128 nodes. A walk, one drop after the other, would take 63
@@ -75,15 +75,6 @@ SMALLEST_NORMAL = triton_warping.SMALLEST_NORMAL
 @triton.jit
 def _coin(seed, offset, node):
     return triton_streams.coin(triton_streams.stream_words(seed, offset, ACCEPT_TAG, node)[0])
-
-
-@triton.jit
-def _child_of_slot(waves_ptr, num_nodes, wave, slot, BLOCK_NODES: tl.constexpr):
-    """The slot-th node of this wave, -1 where there are not so many."""
-    nodes = tl.arange(0, BLOCK_NODES)
-    is_due = tl.load(waves_ptr + nodes, mask=nodes < num_nodes, other=-1) == wave
-    place = tl.cumsum(is_due.to(tl.int32), 0) - 1
-    return tl.max(tl.where(is_due & (place == slot), nodes, -1), 0)
 
 
 @triton.jit
@@ -127,8 +118,9 @@ def _state_behind(
 @triton.jit
 def _try_child(
     child,
+    first_request_node,  # int64: where the request's nodes begin in what is kept of nodes
     is_writer,  # whether this program is the one that notes what comes out
-    # inputs and outputs of the request, as in try_children_kernel
+    # inputs and outputs as in try_children_kernel; the first three of the request
     tokens_ptr,
     first_child_ptr,
     num_children_ptr,
@@ -156,37 +148,40 @@ def _try_child(
     Return whether they are to be taken, and what that needs: the parent, the tokens of its children, the peak, mass and
     cut of its target, the reference of its draft, and the new log_ratio.
     """
-    node = tl.load(parents_ptr + child)
+    request_child = first_request_node + child
+    node = tl.load(parents_ptr + request_child)
+    request_node = first_request_node + node
     first_child = tl.load(first_child_ptr + node)
     num_children = tl.load(num_children_ptr + node)
     rank = child - first_child
     children = tl.arange(0, BLOCK_CHILDREN)
     is_child = children < num_children
     tokens = triton_nodes.child_tokens(tokens_ptr + first_child, children, is_child, vocab)
-    numbers_ptr += node * 5
+    child_nodes = first_request_node + first_child + children
+    numbers_ptr += request_node * 5
     target_peak = tl.load(numbers_ptr)
     target_mass = tl.load(numbers_ptr + 1)
     cut = tl.load(numbers_ptr + 2)
     outside_peak = tl.load(numbers_ptr + 3)
     outside_mass = tl.load(numbers_ptr + 4)
-    child_target = tl.load(child_target_ptr + first_child + children, mask=is_child, other=float("-inf"))
-    child_draft = tl.load(child_draft_ptr + first_child + children, mask=is_child, other=float("-inf"))
-    is_left = tl.load(is_drawn_ptr + first_child + children, mask=children < rank, other=0) == 0
+    child_target = tl.load(child_target_ptr + child_nodes, mask=is_child, other=float("-inf"))
+    child_draft = tl.load(child_draft_ptr + child_nodes, mask=is_child, other=float("-inf"))
+    is_left = tl.load(is_drawn_ptr + child_nodes, mask=children < rank, other=0) == 0
     reference = triton_nodes.draft_reference(outside_peak, child_draft)
 
     # The state behind the sibling before this one; that in which the node was entered for the first child.
     is_first = rank == 0
-    last_state_ptr = states_ptr + (child - 1).to(tl.int64) * 4
+    last_state_ptr = states_ptr + (request_child - 1) * 4
     chance, log_ratio, residual_mass = _state_behind(
         tl.where(
             is_first,
-            tl.load(chances_ptr + node, mask=is_first & (node > 0), other=1.0),
+            tl.load(chances_ptr + request_node, mask=is_first & (node > 0), other=1.0),
             tl.load(last_state_ptr, mask=rank > 0, other=0.0),
         ),
         tl.load(last_state_ptr + 1, mask=rank > 0, other=float("-inf")),
         tl.load(last_state_ptr + 2, mask=rank > 0, other=1.0),
         tl.load(last_state_ptr + 3, mask=rank > 0, other=0.0) != 0.0,
-        sums_ptr + (child - 1).to(tl.int64) * 2 * num_chunks,
+        sums_ptr + (request_child - 1) * 2 * num_chunks,
         num_chunks,
         child_target,
         child_draft,
@@ -224,9 +219,9 @@ def _try_child(
             needs_sums = (is_over == 0) & ((is_last == 0) | (chance < 1.0))
             chance = tl.where(is_over, 0.0, chance)
     if is_writer:
-        tl.store(chances_ptr + child, child_chance)
-        tl.store(is_drawn_ptr + child, tl.where(is_draw, 1, 0))
-        state_ptr = states_ptr + child.to(tl.int64) * 4
+        tl.store(chances_ptr + request_child, child_chance)
+        tl.store(is_drawn_ptr + request_child, tl.where(is_draw, 1, 0))
+        state_ptr = states_ptr + request_child * 4
         tl.store(state_ptr, chance)
         tl.store(state_ptr + 1, log_ratio)
         tl.store(state_ptr + 2, residual_mass)
@@ -367,7 +362,7 @@ def try_children_kernel(
     stride_seeds_batch,
     stride_offsets_batch,
     # flags
-    REST: tl.constexpr,  # also all waves behind it, one program a request
+    REST: tl.constexpr,  # also all waves behind it, one program a request, in the order of the nodes
     # blocks
     BLOCK_NODES: tl.constexpr,  # >= num_nodes
     BLOCK_CHILDREN: tl.constexpr,  # >= children of any node
@@ -384,33 +379,32 @@ def try_children_kernel(
     tokens_ptr += batch * stride_tokens_batch
     target_logits_ptr += batch * stride_target_batch
     draft_logits_ptr += batch * stride_draft_batch
-    parents_ptr += batch * num_nodes
-    waves_ptr += batch * num_nodes
-    numbers_ptr += batch * num_nodes * 5
-    child_target_ptr += batch * num_nodes
-    child_draft_ptr += batch * num_nodes
-    is_drawn_ptr += batch * num_nodes
-    chances_ptr += batch * num_nodes
-    states_ptr += batch * num_nodes * 4
-    sums_ptr += batch * num_nodes * 2 * num_chunks
+    first_request_node = batch * num_nodes
     scale = triton_warping.exponent_scale(temperature)
     seed = tl.load(seeds_ptr + batch * stride_seeds_batch)
     offset = tl.load(offsets_ptr + batch * stride_offsets_batch)
+    chunks = tl.arange(0, BLOCK_CHUNKS)
+    nodes = tl.arange(0, BLOCK_NODES)
+    waves = tl.load(waves_ptr + first_request_node + nodes, mask=nodes < num_nodes, other=-1)
     if REST:
-        nodes = tl.arange(0, BLOCK_NODES)
-        is_due = tl.load(waves_ptr + nodes, mask=nodes < num_nodes, other=-1) >= wave
-        chunks = tl.arange(0, BLOCK_CHUNKS)
-        child = tl.min(tl.where(is_due, nodes, NO_NODE), 0)
-        while child < NO_NODE:
-            needs_sums, node, tokens, target_peak, target_mass, cut, reference, log_ratio = _try_child(
-                child, True,
-                tokens_ptr, first_child_ptr, num_children_ptr, parents_ptr, numbers_ptr, child_target_ptr,
-                child_draft_ptr, is_drawn_ptr, chances_ptr, states_ptr, sums_ptr,
-                vocab, num_chunks, scale, seed, offset, BLOCK_CHILDREN, BLOCK_CHUNKS,
-            )  # fmt: skip
-            if needs_sums:
-                target_row_ptr = target_logits_ptr + node.to(tl.int64) * stride_target_node
-                draft_row_ptr = draft_logits_ptr + node.to(tl.int64) * stride_draft_node
+        is_due = waves >= wave
+    else:
+        is_due = waves == wave
+    places = tl.where(is_due, tl.cumsum(is_due.to(tl.int32), 0) - 1, -1)
+    slot = tl.program_id(1)
+    child = tl.max(tl.where(places == slot, nodes, -1), 0)
+    while child >= 0:
+        needs_sums, node, tokens, target_peak, target_mass, cut, reference, log_ratio = _try_child(
+            child, first_request_node, chunk == 0,
+            tokens_ptr, first_child_ptr, num_children_ptr, parents_ptr, numbers_ptr, child_target_ptr,
+            child_draft_ptr, is_drawn_ptr, chances_ptr, states_ptr, sums_ptr,
+            vocab, num_chunks, scale, seed, offset, BLOCK_CHILDREN, BLOCK_CHUNKS,
+        )  # fmt: skip
+        if needs_sums:
+            target_row_ptr = target_logits_ptr + node.to(tl.int64) * stride_target_node
+            draft_row_ptr = draft_logits_ptr + node.to(tl.int64) * stride_draft_node
+            child_sums_ptr = sums_ptr + (first_request_node + child) * 2 * num_chunks
+            if REST:
                 outside_residual = 0.0
                 outside_target = 0.0
                 for first_id in range(0, vocab, CHUNK):
@@ -420,31 +414,21 @@ def try_children_kernel(
                     )  # fmt: skip
                     outside_residual += residual_sum
                     outside_target += target_sum
-                child_sums_ptr = sums_ptr + child.to(tl.int64) * 2 * num_chunks + chunks
                 is_chunk = chunks < num_chunks
-                tl.store(child_sums_ptr, tl.where(chunks == 0, outside_residual, 0.0), mask=is_chunk)
-                tl.store(child_sums_ptr + num_chunks, tl.where(chunks == 0, outside_target, 0.0), mask=is_chunk)
+                tl.store(child_sums_ptr + chunks, tl.where(chunks == 0, outside_residual, 0.0), mask=is_chunk)
+                child_sums_ptr += num_chunks
+                tl.store(child_sums_ptr + chunks, tl.where(chunks == 0, outside_target, 0.0), mask=is_chunk)
+            else:
+                residual_sum, target_sum = triton_nodes.residual_sums(
+                    target_row_ptr, draft_row_ptr, chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut,
+                    reference, log_ratio, scale, CHUNK,
+                )  # fmt: skip
+                tl.store(child_sums_ptr + chunk, residual_sum)
+                tl.store(child_sums_ptr + num_chunks + chunk, target_sum)
+        if REST:
             tl.debug_barrier()  # the program's own threads read it next
-            child = tl.min(tl.where(is_due & (nodes > child), nodes, NO_NODE), 0)
-    else:
-        child = _child_of_slot(waves_ptr, num_nodes, wave, tl.program_id(1), BLOCK_NODES)
-        if child < 0:
-            return
-        needs_sums, node, tokens, target_peak, target_mass, cut, reference, log_ratio = _try_child(
-            child, chunk == 0,
-            tokens_ptr, first_child_ptr, num_children_ptr, parents_ptr, numbers_ptr, child_target_ptr,
-            child_draft_ptr, is_drawn_ptr, chances_ptr, states_ptr, sums_ptr,
-            vocab, num_chunks, scale, seed, offset, BLOCK_CHILDREN, BLOCK_CHUNKS,
-        )  # fmt: skip
-        if needs_sums:
-            residual_sum, target_sum = triton_nodes.residual_sums(
-                target_logits_ptr + node.to(tl.int64) * stride_target_node,
-                draft_logits_ptr + node.to(tl.int64) * stride_draft_node,
-                chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut, reference, log_ratio, scale, CHUNK,
-            )  # fmt: skip
-            sum_ptr = sums_ptr + child.to(tl.int64) * 2 * num_chunks + chunk
-            tl.store(sum_ptr, residual_sum)
-            tl.store(sum_ptr + num_chunks, target_sum)
+        slot += tl.num_programs(1)
+        child = tl.max(tl.where(places == slot, nodes, -1), 0)
 
 
 @triton.jit(do_not_specialize=["num_nodes", "num_chunks"])

@@ -307,22 +307,23 @@ def traversal_step(seed):
         if pick.random() < 0.4:
             logits.masked_fill_(torch.rand(shape, generator=generator) < 0.3, -torch.inf)
             logits[..., kept] = 0.0
+    temperature = torch.tensor([pick.choice([0.0, 0.2, 0.7, 1.0, 1.0, 1.6]) for _ in range(batch_size)])
     tokens = torch.zeros(shape[:2], dtype=torch.int64)
-    for node in range(tree.num_nodes):
-        children = tree.children(node)
-        weights = draft_logits[:, node].double().softmax(dim=1)
-        for request in range(batch_size if children else 0):
-            num_drawn = min(len(children), int((weights[request] > 0).sum()))
-            drawn = torch.multinomial(weights[request], num_drawn, generator=generator)
+    for node, request in itertools.product(range(tree.num_nodes), range(batch_size)):
+        if children := tree.children(node):
+            # At its own temperature: behind draws that the draft would not make, decisions hang on rounding.
+            divisor = temperature[request] if temperature[request] > 0 else 1.0
+            weights = (draft_logits[request, node].double() / divisor).softmax(dim=0)
+            num_drawn = min(len(children), int((weights > 0).sum()))
+            drawn = torch.multinomial(weights, num_drawn, generator=generator)
             tokens[request, children] = torch.nn.functional.pad(drawn, (0, len(children) - num_drawn), value=-1)
     if pick.random() < 0.3:
         tokens[:, pick.randrange(1, tree.num_nodes)] = pick.choice([-1, 0])
-    values = torch.tensor([[pick.choice([0.0, 0.2, 0.7, 1.0, 1.0, 1.6]) for _ in range(batch_size)]])[0]
     streams = torch.arange(batch_size) + 1000 * seed
     cuts = (None, None)
     if pick.random() < 0.4:
         cuts = (torch.tensor([pick.choice([0, 1, 3]), 0]).int(), torch.tensor([1.0, pick.choice([0.6, 0.9])]))
-    return tree, tokens, target_logits, draft_logits, values, streams, streams, *cuts
+    return tree, tokens, target_logits, draft_logits, temperature, streams, streams, *cuts
 
 
 @pytest.mark.parametrize("part", range(6))

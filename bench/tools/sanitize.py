@@ -135,6 +135,10 @@ def verification_exercises() -> Iterator[Exercise]:
         arguments = (step.tokens, step.target_logits, draft_logits, tree, temperature, step.seeds, step.offsets)
         yield Exercise("verify_tree", f"{num_nodes} nodes x {vocab}, {dtype}", arguments, {}, 0.0)
         yield Exercise("verify_tree", f"{num_nodes} nodes x {vocab}, warped, {dtype}", arguments, warps, 0.0)
+        if num_nodes > 1:
+            name, options = f"{num_nodes} nodes x {vocab}, traversal, {dtype}", {"rule": "traversal"}
+            yield Exercise("verify_tree", name, arguments, options, 0.0)
+            yield Exercise("verify_tree", f"{name}, warped", arguments, {**warps, **options}, 0.0)
 
 
 def compaction_exercises() -> Iterator[Exercise]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ from support.attention import attention_inputs, poison_unseen
 from support.launch_memory import LaunchMemory
 from support.op_backends import op_backends
 from support.packed_masks import CHAIN, RANDOM, STAR, pack_tree, tree_parents
+from support.plain_verifier import plain_verify
 from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
+from support.trees import all_parents
 from support.triton_compile import DEVICES
 
 from sequoia_kernels import TokenTree
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention, triton_device
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
@@ -246,6 +250,102 @@ def test_many_programs_and_long_paths(device, num_levels, row_shape):
         assert torch.equal(cache, moved)
 
 
+# verify_tree: waves of the rule "traversal"
+
+
+def waves_of(tree):
+    """How many nodes come before each one: left siblings and ancestors, of which the root is none."""
+    waves = [-1]
+    for node in range(1, tree.num_nodes):
+        parent = tree.parents[node]
+        waves.append(waves[parent] + 1 + node - tree.children(parent)[0])
+    return waves
+
+
+# Eight children at once in the fourth wave, for which the launch has six programs a chunk.
+CROWDED = TokenTree([-1] + [0] * 12 + [1, 1, 1, 2, 2, 3, 13, 13, 14, 16, 19])
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, verification.MAX_WAVE_LAUNCHES])
+def test_waves_have_launches_of_their_own_or_share_the_last(most):
+    trees = [TokenTree(parents) for num_nodes in range(2, 9) for parents in all_parents(num_nodes)]
+    trees += [CROWDED, TokenTree.chain(40), TokenTree.kary(100, 2), TokenTree.kary(3, 5), typical_tree(64)]
+    for tree in trees:
+        launches = verification._wave_launches(tree.num_nodes, tree.num_levels, tree.max_branching, most)
+        waves = waves_of(tree)[1:]
+        has_rest = launches[-1] == verification._REST
+        assert verification._REST not in launches[:-1]
+        assert len(launches) - has_rest <= most
+        assert has_rest or max(waves) < len(launches), tree.parents
+        for wave in range(max(waves) + 1):
+            assert waves.count(wave) <= min(2**wave, tree.num_nodes - 1 - wave)
+
+
+def test_a_tree_as_it_is_drafted_leaves_no_wave_for_the_last_launch():
+    for num_nodes in (2, 8, 16, 32, 64, 128):
+        tree = typical_tree(num_nodes)
+        launches = verification._wave_launches(
+            tree.num_nodes, tree.num_levels, tree.max_branching, verification.MAX_WAVE_LAUNCHES
+        )
+        waves = waves_of(tree)[1:]
+        assert max(waves) < len(launches) - (launches[-1] == verification._REST)
+        assert all(waves.count(wave) <= children for wave, children in enumerate(launches[: max(waves) + 1]))
+
+
+def traversal_step(seed):
+    """A random tree and step: cuts, masked tokens, tokens that cannot be draws, drafts far from the target or near."""
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    parents = [-1]
+    for _ in range(pick.randint(1, 9)):
+        parents.append(min(max(parents[-1], 0) + pick.choice([0, 0, 1, 1, 2]), len(parents) - 1))
+    tree = CROWDED if seed % 12 == 3 else TokenTree(parents)
+    vocab, batch_size = (2, 5, 20, 60)[seed % 4], 2
+    shape = (batch_size, tree.num_nodes, vocab)
+    target_logits = torch.randn(shape, generator=generator) * pick.choice([1.0, 3.0])
+    draft_logits = target_logits + torch.randn(shape, generator=generator) * pick.choice([0.2, 1.0, 3.0])
+    for logits, kept in ((target_logits, 0), (draft_logits, 1)):
+        if pick.random() < 0.4:
+            logits.masked_fill_(torch.rand(shape, generator=generator) < 0.3, -torch.inf)
+            logits[..., kept] = 0.0
+    temperature = torch.tensor([pick.choice([0.0, 0.2, 0.7, 1.0, 1.0, 1.6]) for _ in range(batch_size)])
+    tokens = torch.zeros(shape[:2], dtype=torch.int64)
+    for node, request in itertools.product(range(tree.num_nodes), range(batch_size)):
+        if children := tree.children(node):
+            # At its own temperature: behind draws that the draft would not make, decisions hang on rounding.
+            divisor = temperature[request] if temperature[request] > 0 else 1.0
+            weights = (draft_logits[request, node].double() / divisor).softmax(dim=0)
+            num_drawn = min(len(children), int((weights > 0).sum()))
+            drawn = torch.multinomial(weights, num_drawn, generator=generator)
+            tokens[request, children] = torch.nn.functional.pad(drawn, (0, len(children) - num_drawn), value=-1)
+    if pick.random() < 0.3:
+        tokens[:, pick.randrange(1, tree.num_nodes)] = pick.choice([-1, 0])
+    streams = torch.arange(batch_size) + 1000 * seed
+    cuts = (None, None)
+    if pick.random() < 0.4:
+        cuts = (torch.tensor([pick.choice([0, 1, 3]), 0]).int(), torch.tensor([1.0, pick.choice([0.6, 0.9])]))
+    return tree, tokens, target_logits, draft_logits, temperature, streams, streams, *cuts
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_traversal_decides_as_the_plain_verifier(device, part):
+    """Over many trees, with chunks and waves at which launches and programs take turns."""
+    num_steps = 3 if device.type == "cpu" else 100
+    for seed in range(part * num_steps, (part + 1) * num_steps):
+        tree, *step = traversal_step(seed)
+        expected = plain_verify(*step[:3], tree, *step[3:], rule="traversal")
+        topology, moved = tree.tensors(device), [None if tensor is None else tensor.to(device) for tensor in step]
+        sizes = (topology.first_child, topology.num_children, tree.num_levels, tree.max_branching)
+        inputs = VerifyTreeInputs(*moved[:3], *sizes, *moved[3:], "traversal")
+        chunk = (16, 32, 128)[seed % 3]
+        config = verification.LaunchConfig(
+            chunk, triton.cdiv(step[1].shape[2], chunk), 1, 32, 1, wave_launches=(24, 0, 2)[seed % 3], candidates=8
+        )
+        outputs = verification_operator.new_outputs(inputs)
+        verification.run(inputs, outputs, config)
+        for got, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(got.cpu(), wanted), (seed, tree.parents)
+
+
 # All ops: what the programs of a launch share
 
 
@@ -269,17 +369,17 @@ def sample(generator):
     sampling.run(inputs, sampling_operator.new_outputs(inputs))
 
 
-def verify(generator, warped=True):
-    """A greedy request and one whose children mostly fail; the last two ranks of the root share a launch."""
+def verify(generator, warped=True, rule="sequoia"):
+    """A greedy request and one whose children mostly fail; the last two ranks of the root, or waves, share a launch."""
     target_logits, tokens = torch.randn(2, 7, 40, generator=generator), torch.arange(7).expand(2, 7).contiguous()
     draft_logits = target_logits + torch.randn(2, 7, 40, generator=generator)
     draft_logits[..., :7] += 4.0  # drawn far more often than the target would
     tree, streams = TokenTree([-1, 0, 0, 0, 0, 1, 1]).tensors(), torch.arange(2)
     cuts = (torch.tensor([0, 30]).int(), torch.tensor([1, 0.9])) if warped else (None, None)
-    config = verification.LaunchConfig(32, 2, 1, 64, 1, rank_launches=2, candidates=8)
+    config = verification.LaunchConfig(32, 2, 1, 64, 1, rank_launches=2, wave_launches=2, candidates=8)
     inputs = VerifyTreeInputs(
         tokens, target_logits, draft_logits, tree.first_child, tree.num_children, 3, 4,
-        torch.tensor([0.0, 1.0]), streams, streams, *cuts, "sequoia",
+        torch.tensor([0.0, 1.0]), streams, streams, *cuts, rule,
     )  # fmt: skip
     verification.run(inputs, verification_operator.new_outputs(inputs), config)
 
@@ -296,6 +396,8 @@ CALLS = {
     "sample_without_replacement": sample,
     "verify_tree": verify,
     "verify_tree, unwarped": functools.partial(verify, warped=False),
+    "verify_tree, traversal": functools.partial(verify, rule="traversal"),
+    "verify_tree, traversal, unwarped": functools.partial(verify, warped=False, rule="traversal"),
     "compact_kv_cache_": compact,
 }
 

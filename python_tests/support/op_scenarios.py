@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -166,11 +167,11 @@ def _verification_inputs(seed: int) -> Tensors:
     }
 
 
-def _verification(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]:
+def _verification(inputs: Tensors, backend: str, rule: str = "sequoia") -> Callable[[], list[torch.Tensor]]:
     step = [inputs[name] for name in ("tokens", "target_logits", "draft_logits")]
     streams = [inputs[name] for name in ("temperature", "seeds", "offsets")]
-    warps: dict[str, Any] = {name: inputs[name] for name in ("top_k", "top_p")}
-    return lambda: list(verify_tree(*step, TREE, *streams, **warps, backend=backend))
+    options: dict[str, Any] = {"rule": rule, "backend": backend, **{name: inputs[name] for name in ("top_k", "top_p")}}
+    return lambda: list(verify_tree(*step, TREE, *streams, **options))
 
 
 def _unwarped_inputs(seed: int) -> Tensors:
@@ -245,6 +246,9 @@ SCENARIOS = {
     "warped_logsumexp": Scenario("warped_logsumexp", _warping_inputs, _warping),
     "sample_without_replacement": Scenario("sample_without_replacement", _sampling_inputs, _sampling),
     "verify_tree": Scenario("verify_tree", _verification_inputs, _verification),
+    "verify_tree, traversal": Scenario(
+        "verify_tree", _verification_inputs, functools.partial(_verification, rule="traversal")
+    ),
     "verify_tree, unwarped": Scenario("verify_tree", _unwarped_inputs, _unwarped),
     "verify_tree, one node": Scenario("verify_tree", _single_inputs, _single),
     "compact_kv_cache_": Scenario("compact_kv_cache_", _compaction_inputs, _compaction),

@@ -309,10 +309,15 @@ def verification_case(
     vocab: int = 128256,
     batch_size: int = 1,
     warped: bool = False,
+    rule: str = "sequoia",
     quick: tuple[int, ...] = (),
 ) -> CompileCase:
     """A call of verify_tree; of a tree, only these numbers decide what is compiled."""
-    options = [*([f"batch {batch_size}"] if batch_size > 1 else []), *(["top-k, top-p"] if warped else [])]
+    options = [
+        *([f"batch {batch_size}"] if batch_size > 1 else []),
+        *(["top-k, top-p"] if warped else []),
+        *([rule] if rule != "sequoia" else []),
+    ]
     name = ", ".join([NAMES[dtype], f"{tree} x {vocab}", *options])
 
     def launch() -> None:
@@ -332,7 +337,7 @@ def verification_case(
             streams,
             _empty(batch_size, dtype=torch.int32) if warped else None,
             _empty(batch_size, dtype=torch.float32) if warped else None,
-            "sequoia",
+            rule,
         )
         verification.run(inputs, verification_operator.new_outputs(inputs))
 
@@ -355,6 +360,18 @@ def _verification_cases() -> Iterator[CompileCase]:
     yield verification_case(half, "6 nodes, 1 child", 6, 6, 1, vocab=32000)
     for warped in (False, True):
         yield verification_case(half, "13 nodes, 12 children", 13, 2, 12, vocab=600, warped=warped)
+    traversal: dict[str, Any] = {"rule": "traversal"}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tested = (90,) if dtype == torch.bfloat16 else ()
+        yield verification_case(dtype, "64 nodes, 8 children", 64, 8, 8, **traversal, quick=tested)
+        yield verification_case(dtype, "128 nodes, 16 children", 128, 10, 16, warped=True, **traversal)
+    yield verification_case(half, "1024 nodes, 128 children", 1024, 20, 128, **traversal)
+    yield verification_case(half, "64 nodes, 8 children", 64, 8, 8, vocab=32000, batch_size=8, **traversal)
+    for warped in (False, True):
+        yield verification_case(half, "2 nodes, 1 child", 2, 2, 1, vocab=61, warped=warped, **traversal)
+        yield verification_case(half, "11 nodes, 10 children", 11, 2, 10, vocab=1, warped=warped, **traversal)
+    yield verification_case(half, "6 nodes, 1 child", 6, 6, 1, vocab=32000, **traversal)
+    yield verification_case(half, "1024 nodes, 1 child", 1024, 1024, 1, vocab=32000, **traversal)
 
 
 # the fused forward's steps

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from sequoia_kernels.ops import triton_streams, triton_warping
 
+from . import triton_nodes
+from .triton_nodes import NO_TOKEN, NONE_ACCEPTED, PENDING, TARGET_LEFT
+
 __all__ = [
     "decide_kernel",
     "draw_kernel",
@@ -18,12 +21,6 @@ __all__ = [
 ACCEPT_TAG = triton_streams.ACCEPT_TAG
 RESIDUAL_TAG = triton_streams.RESIDUAL_TAG
 LN_2 = tl.constexpr(0.6931471805599453)
-NO_TOKEN = tl.constexpr(2**31 - 1)
-
-# What is known of a node, in `decisions`: the accepted child (its node id), or
-NONE_ACCEPTED = tl.constexpr(-1)
-PENDING = tl.constexpr(-2)
-TARGET_LEFT = tl.constexpr(-3)  # none accepted, and the next token comes from the target itself: an empty residual
 
 
 # jit helpers ---------------------------------------------------------------------------------------------------------
@@ -36,107 +33,6 @@ def _node_of_slot(num_children_ptr, num_nodes, rank, slot, BLOCK_NODES: tl.const
     has_child = tl.load(num_children_ptr + nodes, mask=nodes < num_nodes, other=0) > rank
     place = tl.cumsum(has_child.to(tl.int32), 0) - 1
     return tl.max(tl.where(has_child & (place == slot), nodes, -1), 0)
-
-
-@triton.jit
-def _child_tokens(tokens_ptr, children, is_child, vocab):
-    """Tokens of a node's children, -1 for what is no token. int32."""
-    tokens = tl.load(tokens_ptr + children, mask=is_child, other=-1)
-    return tl.where((tokens >= 0) & (tokens < vocab), tokens, -1).to(tl.int32)
-
-
-@triton.jit
-def _is_outside(ids, first_id, tokens, CHUNK: tl.constexpr):
-    """Which of a chunk's ids are none of these tokens."""
-    is_outside = ids >= 0
-    # Few chunks hold any of them, and those hold one or two.
-    last_token = tl.max(tl.where(tokens < first_id + CHUNK, tokens, -1), 0)
-    while last_token >= first_id:
-        is_outside = is_outside & (ids != last_token)
-        last_token = tl.max(tl.where(tokens < last_token, tokens, -1), 0)
-    return is_outside
-
-
-@triton.jit
-def _target_weights(logits, peak, cut, scale):
-    return tl.where(logits >= cut, tl.exp2((logits - peak) * scale), 0.0)
-
-
-@triton.jit
-def _row_numbers(
-    peaks_ptr,
-    masses_ptr,
-    request_node,
-    num_chunks,
-    scale,
-    BLOCK_CHUNKS: tl.constexpr,
-):
-    """Peak and mass of a node's row from its chunks."""
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    records = request_node * num_chunks + chunks
-    peaks = tl.load(peaks_ptr + records, mask=chunks < num_chunks, other=float("-inf"))
-    masses = tl.load(masses_ptr + records, mask=chunks < num_chunks, other=0.0)
-    return triton_warping.merged_peak_and_mass(peaks, masses, scale)
-
-
-@triton.jit
-def _target_numbers(
-    target_peaks_ptr,
-    target_masses_ptr,
-    warped_ptr,
-    request_node,
-    num_chunks,
-    scale,
-    WARPED: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-):
-    """Peak, mass and cut of a node's target row."""
-    if WARPED:
-        peak = tl.load(warped_ptr + request_node * 3)
-        mass = tl.load(warped_ptr + request_node * 3 + 1)
-        cut = tl.load(warped_ptr + request_node * 3 + 2)
-    else:
-        peak, mass = _row_numbers(target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS)
-        cut = tl.full([], float("-inf"), tl.float32)
-    return peak, mass, cut
-
-
-@triton.jit
-def _draft_reference(outside_peak, child_draft):
-    """The logit that exponents of the draft are relative to: the largest outside the children, if there is any."""
-    return tl.where(outside_peak == float("-inf"), tl.max(child_draft, 0), outside_peak)
-
-
-@triton.jit
-def _residual_weights(target, draft_logits, reference, log_ratio, log_mass, scale):
-    """max(t - g d, 0) times the target's mass. `target` is relative to its peak; log_ratio: log2 of g d(reference)."""
-    exponent = tl.minimum((draft_logits - reference) * scale + (log_ratio + log_mass), 126.0)
-    return tl.maximum(target - tl.exp2(exponent), 0.0)
-
-
-@triton.jit
-def _residual_sums(
-    target_row_ptr,
-    draft_row_ptr,
-    first_id,
-    vocab,
-    tokens,
-    target_peak,
-    target_mass,
-    cut,
-    reference,
-    log_ratio,
-    scale,
-    CHUNK: tl.constexpr,
-):
-    """Masses of residual and target over the chunk's tokens that are no children, relative to the target's peak."""
-    ids = first_id + tl.arange(0, CHUNK)
-    target_logits = tl.load(target_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    draft_logits = tl.load(draft_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    target = _target_weights(target_logits, target_peak, cut, scale)
-    target = tl.where(_is_outside(ids, first_id, tokens, CHUNK), target, 0.0)
-    residual = _residual_weights(target, draft_logits, reference, log_ratio, tl.log2(target_mass), scale)
-    return tl.sum(residual, 0), tl.sum(target, 0)
 
 
 @triton.jit
@@ -165,15 +61,11 @@ def _test_child(
     is_tested = children == rank
     is_left = is_drawn == 0
     coin = triton_streams.coin(triton_streams.stream_words(seed, offset, ACCEPT_TAG, first_child + rank)[0])
-    reference = _draft_reference(outside_peak, child_draft)
-    target = _target_weights(child_target, target_peak, cut, scale) / target_mass
-    base = tl.maximum(outside_peak, tl.max(tl.where(is_left, child_draft, float("-inf")), 0))
-    base = tl.where(base == float("-inf"), 0.0, base)
-    draft = tl.where(is_left, tl.exp2((child_draft - base) * scale), 0.0)
-    draft_mass = outside_mass * tl.exp2((outside_peak - base) * scale) + tl.sum(draft, 0)
-    draft_mass = tl.where(draft_mass > 0.0, draft_mass, 1.0)  # an empty draft: nothing is a draw
+    reference = triton_nodes.draft_reference(outside_peak, child_draft)
+    target = triton_nodes.target_weights(child_target, target_peak, cut, scale) / target_mass
+    draft, draft_mass, base = triton_nodes.draft_left(child_draft, is_left, outside_peak, outside_mass, scale)
 
-    residual = _residual_weights(target, child_draft, reference, log_ratio, 0.0, scale)
+    residual = triton_nodes.residual_weights(target, child_draft, reference, log_ratio, 0.0, scale)
     if FIRST:
         residual_mass = 1.0
         is_exhausted = False
@@ -288,10 +180,10 @@ def node_chunks_kernel(
         children = tl.arange(0, BLOCK_CHILDREN)
         is_child = children < num_children
         child_tokens_ptr = tokens_ptr + batch * stride_tokens_batch + first_child
-        tokens = _child_tokens(child_tokens_ptr, children, is_child, vocab)
+        tokens = triton_nodes.child_tokens(child_tokens_ptr, children, is_child, vocab)
         draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node
         draft_logits = tl.load(draft_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        is_outside = _is_outside(ids, first_id, tokens, CHUNK)
+        is_outside = triton_nodes.is_outside(ids, first_id, tokens, CHUNK)
         peak, mass = triton_warping.peak_and_mass(tl.where(is_outside, draft_logits, float("-inf")), scale)
         tl.store(draft_peaks_ptr + record, peak)
         tl.store(draft_masses_ptr + record, mass)
@@ -346,7 +238,9 @@ def warp_nodes_kernel(
         return
     scale = triton_warping.exponent_scale(temperature)
     request_node = batch * num_nodes + node
-    peak, mass = _row_numbers(target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS)
+    peak, mass = triton_nodes.row_numbers(
+        target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
+    )
     chunks = tl.arange(0, BLOCK_CHUNKS)
     records = request_node * num_chunks + chunks
     lowest = tl.min(tl.load(target_lowest_ptr + records, mask=chunks < num_chunks, other=float("inf")), 0)
@@ -440,24 +334,24 @@ def decide_kernel(
     children = tl.arange(0, BLOCK_CHILDREN)
     is_child = children < num_children
     child_nodes = batch * num_nodes + first_child + children
-    tokens = _child_tokens(tokens_ptr + batch * stride_tokens_batch + first_child, children, is_child, vocab)
+    tokens = triton_nodes.child_tokens(
+        tokens_ptr + batch * stride_tokens_batch + first_child, children, is_child, vocab
+    )
     if FIRST:
         if temperature == 0.0:
             if chunk == 0:
-                chunks = tl.arange(0, BLOCK_CHUNKS)
-                records = request_node * num_chunks + chunks
-                peaks = tl.load(target_peaks_ptr + records, mask=chunks < num_chunks, other=float("-inf"))
-                best_tokens = tl.load(best_tokens_ptr + records, mask=chunks < num_chunks, other=NO_TOKEN)
-                best_token = tl.min(tl.where(peaks == tl.max(peaks, 0), best_tokens, NO_TOKEN), 0)
-                accepted_rank = tl.min(tl.where(tokens == best_token, children, NO_TOKEN), 0)
-                decision = tl.where(accepted_rank < NO_TOKEN, first_child + accepted_rank, NONE_ACCEPTED)
+                first_chunk = request_node * num_chunks
+                decision = triton_nodes.greedy_decision(
+                    tokens, first_child, target_peaks_ptr + first_chunk, best_tokens_ptr + first_chunk,
+                    num_chunks, BLOCK_CHUNKS,
+                )  # fmt: skip
                 tl.store(decisions_ptr + request_node, decision)
             return
 
-    target_peak, target_mass, cut = _target_numbers(
+    target_peak, target_mass, cut = triton_nodes.target_numbers(
         target_peaks_ptr, target_masses_ptr, warped_ptr, request_node, num_chunks, scale, WARPED, BLOCK_CHUNKS
     )
-    outside_peak, outside_mass = _row_numbers(
+    outside_peak, outside_mass = triton_nodes.row_numbers(
         draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
     )
     child_target = tl.load(child_target_ptr + child_nodes, mask=is_child, other=float("-inf"))
@@ -478,7 +372,7 @@ def decide_kernel(
     offset = tl.load(offsets_ptr + batch * stride_offsets_batch)
     target_row_ptr = target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node
     draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node
-    reference = _draft_reference(outside_peak, child_draft)
+    reference = triton_nodes.draft_reference(outside_peak, child_draft)
 
     decision, is_draw, log_ratio = _test_child(
         rank, children, num_children, first_child, child_target, child_draft, is_drawn, outside_residual,
@@ -491,7 +385,7 @@ def decide_kernel(
             outside_residual = 0.0
             outside_target = 0.0
             for first_id in range(0, vocab, CHUNK):
-                residual_sum, target_sum = _residual_sums(
+                residual_sum, target_sum = triton_nodes.residual_sums(
                     target_row_ptr, draft_row_ptr, first_id, vocab, tokens, target_peak, target_mass, cut, reference,
                     log_ratio, scale, CHUNK,
                 )  # fmt: skip
@@ -517,7 +411,7 @@ def decide_kernel(
                 tl.store(last_ratio_ptr + request_node, log_ratio)
                 tl.store(decisions_ptr + request_node, decision)
         if decision == PENDING:
-            residual_sum, target_sum = _residual_sums(
+            residual_sum, target_sum = triton_nodes.residual_sums(
                 target_row_ptr, draft_row_ptr, chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut, reference,
                 log_ratio, scale, CHUNK,
             )  # fmt: skip
@@ -626,29 +520,31 @@ def draw_kernel(
             CHUNK,
         )
         if num_children > 0:
-            target_peak, target_mass, cut = _target_numbers(
+            target_peak, target_mass, cut = triton_nodes.target_numbers(
                 target_peaks_ptr, target_masses_ptr, warped_ptr, request_node, num_chunks, scale, WARPED, BLOCK_CHUNKS
             )
-            target = _target_weights(target_logits, target_peak, cut, scale)
+            target = triton_nodes.target_weights(target_logits, target_peak, cut, scale)
             children = tl.arange(0, BLOCK_CHILDREN)
             first_child = tl.load(first_child_ptr + node)
             child_nodes = first_request_node + first_child + children
             is_drawn = tl.load(is_drawn_ptr + child_nodes, mask=children < num_children, other=0) != 0
-            tokens = _child_tokens(tokens_ptr + batch * stride_tokens_batch + first_child, children, is_drawn, vocab)
+            tokens = triton_nodes.child_tokens(
+                tokens_ptr + batch * stride_tokens_batch + first_child, children, is_drawn, vocab
+            )
             child_draft = tl.load(child_draft_ptr + child_nodes, mask=children < num_children, other=float("-inf"))
-            outside_peak, _ = _row_numbers(
+            outside_peak, _ = triton_nodes.row_numbers(
                 draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
             )
             draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node
             draft_logits = tl.load(draft_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-            undrawn = tl.where(_is_outside(ids, first_id, tokens, CHUNK), target, 0.0)
+            undrawn = tl.where(triton_nodes.is_outside(ids, first_id, tokens, CHUNK), target, 0.0)
             if decision == TARGET_LEFT:
                 undrawn = tl.zeros_like(target)
             log_ratio = tl.load(last_ratio_ptr + request_node)
-            residual = _residual_weights(
+            residual = triton_nodes.residual_weights(
                 undrawn,
                 draft_logits,
-                _draft_reference(outside_peak, child_draft),
+                triton_nodes.draft_reference(outside_peak, child_draft),
                 log_ratio,
                 tl.log2(target_mass),
                 scale,
@@ -668,7 +564,7 @@ def draw_kernel(
                 target_peak = tl.max(target_logits, 0)
                 target_peak = tl.where(target_peak == float("-inf"), 0.0, target_peak)
                 cut = tl.full([], float("-inf"), tl.float32)
-            residual = _target_weights(target_logits, target_peak, cut, scale)
+            residual = triton_nodes.target_weights(target_logits, target_peak, cut, scale)
             tl.store(key_ptr + num_chunks, float("-inf"))
             tl.store(key_ptr + 2 * num_chunks, float("-inf"))
         key, token = _best_token(residual, noise, ids)

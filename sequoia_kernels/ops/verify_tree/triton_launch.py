@@ -16,6 +16,7 @@ Parallel plan: what one program owns
     1. `node_chunks_kernel`, a program for each node with children, chunk of the vocabulary and request: peak and mass
        of the target's row, and of the draft's outside the children. At temperature 0 the target's largest logit.
     2. `warp_nodes_kernel`, a program a node, only with top-k or top-p: the cut and the mass above it.
+    The next two decide by the rule "sequoia"; those of the rule "traversal" are told in triton_traversal.py.
     3. `decide_kernel`, once for each rank up to MAX_RANK_LAUNCHES: adds up F from the chunks, tests the child of that
        rank (all programs of a node alike, so none waits for another), and if it is rejected, sums F at the new g over
        its chunk.
@@ -59,15 +60,20 @@ import triton
 from torch import Tensor
 
 from sequoia_kernels.ops import triton_device, triton_warping
-from sequoia_kernels.tree import DEFAULT_RULE
 
-from .op import VerifiedPath, VerifyTreeInputs
+from .op import VerifiedPath, VerifyTreeInputs, rule_reason
 from .triton_kernels import (
     decide_kernel,
     draw_kernel,
     finish_kernel,
     node_chunks_kernel,
     warp_nodes_kernel,
+)
+from .triton_traversal import (
+    choose_path_kernel,
+    leave_nodes_kernel,
+    place_nodes_kernel,
+    try_children_kernel,
 )
 
 __all__ = ["LaunchConfig", "run", "supports", "unavailable"]
@@ -83,6 +89,15 @@ _ROW_TILE = 4096
 _ROW_TOKENS_PER_WARP = 256
 MAX_RANK_LAUNCHES = 8
 """ranks with a launch of their own; further children, which few nodes have and fewer come to, share one"""
+MAX_WAVE_LAUNCHES = 24
+"""waves of the rule "traversal" with a launch of their own; further ones share one"""
+_SPARE_WAVES = 3
+"""more launches than most optimal trees need; each that finds nothing to do costs a microsecond"""
+_MOST_OF_MEAN = 3
+"""programs of a wave for so many times the children that a wave has in the mean"""
+_NODES_PER_WARP = 256
+_REST = 0
+"""in place of a number of children: all waves that are left"""
 
 
 # launch configuration ------------------------------------------------------------------------------------------------
@@ -99,6 +114,7 @@ class LaunchConfig(NamedTuple):
     """tokens that a program which has a row for itself reads at a time"""
     row_warps: int
     rank_launches: int = MAX_RANK_LAUNCHES
+    wave_launches: int = MAX_WAVE_LAUNCHES
     candidates: int = triton_warping.MAX_CANDIDATES
     """room for the logits among which the search of a cut ends"""
 
@@ -120,24 +136,36 @@ def _launch_config(batch_size: int, num_nodes: int, vocab: int, traits: triton_d
     )
 
 
+def _wave_launches(num_nodes: int, num_levels: int, max_branching: int, most: int) -> list[int]:
+    """Give the children that each launch of the rule "traversal" has programs for; the last one may be `_REST`.
+
+    Optimal trees have about as many waves as the larger of levels and branching, since a node is worth no more than
+    those that it has before it; others, such as full ones, up to their product.
+    """
+    num_waves = min(num_nodes - 1, (num_levels - 1) * max_branching)
+    usual = max(num_levels - 1, max_branching)
+    num_launches = min(num_waves, most, usual + _SPARE_WAVES)
+    room = triton.cdiv(_MOST_OF_MEAN * (num_nodes - 1), usual)
+    launches = [min(2**wave, num_nodes - 1 - wave, room) for wave in range(num_launches)]
+    return [*launches, _REST] if num_launches < num_waves else launches
+
+
 unavailable = triton_device.unavailable_reason
 
 
 def supports(inputs: VerifyTreeInputs) -> str | None:
     """Whether the kernels can run this call."""
-    if inputs.rule != DEFAULT_RULE:
-        return f"knows the rule {DEFAULT_RULE}"
     if torch.float64 in (tensor.dtype for tensor in inputs[1:3] if tensor is not None):
         return "takes float32, bfloat16 and float16"
     if inputs.tokens.shape[0] > 65535:
         return "takes up to 65535 requests"
-    return triton_device.device_reason(inputs.tokens.device)
+    return rule_reason(inputs, ("sequoia", "traversal")) or triton_device.device_reason(inputs.tokens.device)
 
 
 def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | None = None) -> None:
     """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
-    tokens, target_logits, draft_logits, first_child, num_children, num_levels, max_branching = inputs[:7]
-    temperature, seeds, offsets, top_k, top_p = inputs[7:12]
+    tokens, target_logits, draft_logits = inputs[:3]
+    num_levels, max_branching, temperature, seeds, offsets, top_k, top_p, rule = inputs[5:]
     nodes, num_accepted, next_token = outputs
     batch_size, num_nodes, vocab = target_logits.shape
     if vocab == 1:
@@ -146,40 +174,39 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
         config = _launch_config(batch_size, num_nodes, vocab, triton_device.device_traits(tokens.device))
     if draft_logits is None:
         draft_logits = target_logits  # of one node, a leaf: not read
-    first_child, num_children = first_child.contiguous(), num_children.contiguous()
+    first_child, num_children = inputs.first_child.contiguous(), inputs.num_children.contiguous()
+    inputs = inputs._replace(draft_logits=draft_logits, first_child=first_child, num_children=num_children)
 
     num_chunks = config.num_chunks
     request_nodes = batch_size * num_nodes
     records = request_nodes * num_chunks
     is_warped = top_k is not None or top_p is not None
     (
-        target_peaks, target_masses, target_lowest, draft_peaks, draft_masses, sums,
-        warped, child_target, child_draft, log_ratio, last_ratio, keys, scratch,
+        target_peaks, target_masses, target_lowest, draft_peaks, draft_masses,
+        warped, child_target, child_draft, last_ratio, keys, scratch,
     ) = _workspace(
         target_logits, torch.float32,
-        records, records, records if is_warped else 0, records, records, 4 * records,
-        3 * request_nodes, request_nodes, request_nodes, 2 * request_nodes, request_nodes, 4 * batch_size * num_chunks,
+        records, records, records if is_warped else 0, records, records,
+        3 * request_nodes, request_nodes, request_nodes, request_nodes, 4 * batch_size * num_chunks,
         request_nodes * config.candidates if is_warped else 0,
     )  # fmt: skip
     best_tokens, is_drawn, decisions, next_ranks, key_tokens = _workspace(
         target_logits, torch.int32,
         records, request_nodes, request_nodes, 2 * request_nodes, 3 * batch_size * num_chunks,
     )  # fmt: skip
-
-    def stride(tensor: Tensor | None, dim: int = 0) -> int:
-        """0 for dimensions of one element, whose strides are arbitrary and would compile more variants."""
-        return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
-
+    buffers = _NodeBuffers(
+        target_peaks, target_masses, warped, draft_peaks, draft_masses, best_tokens, child_target, child_draft,
+        is_drawn, decisions, last_ratio, next_ranks,
+    )  # fmt: skip
     row_strides = (
         num_nodes if first_child.dim() == 2 and batch_size > 1 else 0,
-        stride(tokens), stride(target_logits), stride(target_logits, 1), stride(draft_logits), stride(draft_logits, 1),
-        stride(temperature),
+        _stride(tokens), _stride(target_logits), _stride(target_logits, 1), _stride(draft_logits),
+        _stride(draft_logits, 1), _stride(temperature),
     )  # fmt: skip
     blocks = {
         "BLOCK_CHILDREN": triton.next_power_of_2(max(1, max_branching)),
         "BLOCK_CHUNKS": triton.next_power_of_2(num_chunks),
     }
-    block_nodes = triton.next_power_of_2(num_nodes)
     with triton_device.launching_on(tokens.device):
         node_chunks_kernel[(num_chunks, num_nodes, batch_size)](
             tokens, target_logits, draft_logits, first_child, num_children, temperature,
@@ -198,7 +225,7 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
                 target_logits, temperature, top_k, top_p, target_peaks, target_masses, target_lowest,
                 warped, scratch,
                 vocab, num_nodes, num_chunks,
-                stride(target_logits), stride(target_logits, 1), stride(temperature), stride(top_k), stride(top_p),
+                _stride(target_logits), _stride(target_logits, 1), _stride(temperature), _stride(top_k), _stride(top_p),
                 HAS_TOP_K=top_k is not None,
                 HAS_TOP_P=top_p is not None,
                 BLOCK_CHUNKS=blocks["BLOCK_CHUNKS"],
@@ -208,33 +235,17 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
                 maxnreg=triton_device.most_registers(config.row_warps),
                 enable_fp_fusion=True,
             )  # fmt: skip
-        for rank in range(min(max_branching, config.rank_launches + 1)):
-            is_rest = rank == config.rank_launches
-            decide_kernel[(1 if is_rest else num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
-                tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
-                target_peaks, target_masses, warped, draft_peaks, draft_masses, best_tokens, child_target, child_draft,
-                is_drawn, next_ranks, log_ratio, sums,
-                decisions, last_ratio,
-                vocab, num_nodes, num_chunks, rank,
-                *row_strides, stride(seeds), stride(offsets),
-                WARPED=is_warped,
-                FIRST=rank == 0,
-                REST=is_rest,
-                BLOCK_NODES=block_nodes,
-                CHUNK=config.row_tile if is_rest else config.chunk,
-                **blocks,
-                num_warps=config.row_warps if is_rest else config.chunk_warps,
-                maxnreg=triton_device.most_registers(config.row_warps) if is_rest else None,
-                enable_fp_fusion=True,
-            )  # fmt: skip
+        if max_branching > 0:  # else there is only the root
+            decide = _traverse if rule == "traversal" else _decide_nodes
+            decide(inputs, config, buffers, row_strides, blocks, is_warped)
         draw_kernel[(num_chunks, batch_size)](
             tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
             target_peaks, target_masses, warped, draft_peaks, draft_masses, child_draft, is_drawn, decisions,
             last_ratio,
             nodes, num_accepted, keys, key_tokens,
             vocab, num_nodes, num_levels, num_chunks,
-            *row_strides, stride(seeds), stride(offsets),
-            stride(nodes), stride(nodes, 1), stride(num_accepted),
+            *row_strides, _stride(seeds), _stride(offsets),
+            _stride(nodes), _stride(nodes, 1), _stride(num_accepted),
             WARPED=is_warped,
             BLOCK_LEVELS=triton.next_power_of_2(num_levels),
             CHUNK=config.chunk,
@@ -247,11 +258,137 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
             temperature, keys, key_tokens,
             next_token,
             num_chunks,
-            stride(temperature), stride(next_token),
+            _stride(temperature), _stride(next_token),
             BLOCK_CHUNKS=blocks["BLOCK_CHUNKS"],
             num_warps=1,
             enable_fp_fusion=True,
         )  # fmt: skip
+
+
+class _NodeBuffers(NamedTuple):
+    """What is known of nodes between the launches of both rules; shapes as in node_chunks_kernel."""
+
+    target_peaks: Tensor
+    target_masses: Tensor
+    warped: Tensor
+    draft_peaks: Tensor
+    draft_masses: Tensor
+    best_tokens: Tensor
+    child_target: Tensor
+    child_draft: Tensor
+    is_drawn: Tensor
+    decisions: Tensor
+    last_ratio: Tensor
+    next_ranks: Tensor
+
+
+def _decide_nodes(
+    inputs: VerifyTreeInputs,
+    config: LaunchConfig,
+    buffers: _NodeBuffers,
+    row_strides: tuple[int, ...],
+    blocks: dict[str, int],
+    is_warped: bool,
+) -> None:
+    """Decide all nodes by the rule "sequoia"."""
+    batch_size, num_nodes, vocab = inputs.target_logits.shape
+    num_chunks = config.num_chunks
+    request_nodes = batch_size * num_nodes
+    sums, log_ratio = _workspace(inputs.target_logits, torch.float32, 4 * request_nodes * num_chunks, 2 * request_nodes)
+    for rank in range(min(inputs.max_branching, config.rank_launches + 1)):
+        is_rest = rank == config.rank_launches
+        decide_kernel[(1 if is_rest else num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
+            *inputs[:5], inputs.temperature, inputs.seeds, inputs.offsets,
+            *buffers[:9], buffers.next_ranks, log_ratio, sums,
+            buffers.decisions, buffers.last_ratio,
+            vocab, num_nodes, num_chunks, rank,
+            *row_strides, _stride(inputs.seeds), _stride(inputs.offsets),
+            WARPED=is_warped,
+            FIRST=rank == 0,
+            REST=is_rest,
+            BLOCK_NODES=triton.next_power_of_2(num_nodes),
+            CHUNK=config.row_tile if is_rest else config.chunk,
+            **blocks,
+            num_warps=config.row_warps if is_rest else config.chunk_warps,
+            maxnreg=triton_device.most_registers(config.row_warps) if is_rest else None,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _traverse(
+    inputs: VerifyTreeInputs,
+    config: LaunchConfig,
+    buffers: _NodeBuffers,
+    row_strides: tuple[int, ...],
+    blocks: dict[str, int],
+    is_warped: bool,
+) -> None:
+    """Decide the nodes on the accepted path by the rule "traversal"."""
+    batch_size, num_nodes, vocab = inputs.target_logits.shape
+    num_chunks, num_levels = config.num_chunks, inputs.num_levels
+    request_nodes = batch_size * num_nodes
+    topology = inputs.first_child, inputs.num_children
+    stride_topology, stride_tokens, stride_temperature = row_strides[0], row_strides[1], row_strides[-1]
+    stream_strides = _stride(inputs.seeds), _stride(inputs.offsets)
+    numbers, chances, states, sums = _workspace(
+        inputs.target_logits, torch.float32,
+        5 * request_nodes, request_nodes, 4 * request_nodes, 2 * request_nodes * num_chunks,
+    )  # fmt: skip
+    parents, levels, waves, accepted_levels = _workspace(inputs.target_logits, torch.int32, *[request_nodes] * 4)
+    block_nodes = triton.next_power_of_2(num_nodes)
+    node_warps = max(1, block_nodes // _NODES_PER_WARP)
+    place_nodes_kernel[(num_nodes, batch_size)](
+        inputs.tokens, *topology, inputs.temperature, *buffers[:6],
+        parents, levels, waves, numbers, buffers.decisions,
+        vocab, num_nodes, num_chunks,
+        stride_topology, stride_tokens, stride_temperature,
+        WARPED=is_warped,
+        BLOCK_NODES=block_nodes,
+        **blocks,
+        num_warps=node_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    launches = _wave_launches(num_nodes, num_levels, inputs.max_branching, config.wave_launches)
+    for wave, num_children in enumerate(launches):
+        is_rest = num_children == _REST
+        try_children_kernel[(1, 1, batch_size) if is_rest else (num_chunks, num_children, batch_size)](
+            *inputs[:3], *topology, inputs.temperature, inputs.seeds, inputs.offsets,
+            parents, waves, numbers, buffers.child_target, buffers.child_draft,
+            buffers.is_drawn, chances, states, sums,
+            vocab, num_nodes, num_chunks, wave,
+            *row_strides, *stream_strides,
+            REST=is_rest,
+            BLOCK_NODES=block_nodes,
+            CHUNK=config.row_tile if is_rest else config.chunk,
+            **blocks,
+            num_warps=config.row_warps if is_rest else config.chunk_warps,
+            maxnreg=triton_device.most_registers(config.row_warps) if is_rest else None,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    leave_nodes_kernel[(num_nodes, batch_size)](
+        *topology, inputs.temperature, inputs.seeds, inputs.offsets,
+        levels, numbers, buffers.child_target, buffers.child_draft, buffers.is_drawn, chances, states, sums,
+        accepted_levels, buffers.decisions, buffers.last_ratio,
+        num_nodes, num_chunks,
+        stride_topology, stride_temperature, *stream_strides,
+        **blocks,
+        num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    choose_path_kernel[(batch_size,)](
+        inputs.temperature, parents, accepted_levels,
+        buffers.decisions,
+        num_nodes, num_levels,
+        stride_temperature,
+        BLOCK_NODES=block_nodes,
+        num_warps=node_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _stride(tensor: Tensor | None, dim: int = 0) -> int:
+    """0 for dimensions of one element, whose strides are arbitrary and would compile more variants."""
+    return 0 if tensor is None or tensor.shape[dim] == 1 else tensor.stride(dim)
 
 
 def _workspace(like: Tensor, dtype: torch.dtype, *sizes: int) -> tuple[Tensor, ...]:

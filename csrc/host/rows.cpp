@@ -129,9 +129,10 @@ struct Extremes {
     }
 };
 
+// Runs down four parts of the row side by side: one alone comes from memory at little more than half of the speed.
 template <class Signed, class Unsigned>
 SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes(const void* source, std::int64_t vocab) {
-    constexpr std::int64_t WIDTH = 128 / sizeof(Unsigned);
+    constexpr std::int64_t WIDTH = 128 / sizeof(Unsigned), PARTS = 4;
     const char* row = static_cast<const char*>(source);
     Signed signed_max[WIDTH];
     Unsigned max[WIDTH], min[WIDTH];
@@ -139,18 +140,20 @@ SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes(const void* source, std::int6
     std::fill(signed_max, signed_max + WIDTH, all.signed_max);
     std::fill(max, max + WIDTH, all.max);
     std::fill(min, min + WIDTH, all.min);
-    const std::int64_t whole = vocab / WIDTH * WIDTH;
-    for (std::int64_t i = 0; i < whole; i += WIDTH) {
-        for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
-            const Unsigned bits = element_at<Unsigned>(row, i + lane);
-            const Signed as_signed = static_cast<Signed>(bits);
-            signed_max[lane] = as_signed > signed_max[lane] ? as_signed : signed_max[lane];
-            max[lane] = bits > max[lane] ? bits : max[lane];
-            min[lane] = bits < min[lane] ? bits : min[lane];
+    const std::int64_t part = vocab / (WIDTH * PARTS) * WIDTH;
+    for (std::int64_t begin = 0; begin < part; begin += WIDTH) {
+        for (std::int64_t i = begin; i < PARTS * part; i += part) {
+            for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
+                const Unsigned bits = element_at<Unsigned>(row, i + lane);
+                const Signed as_signed = static_cast<Signed>(bits);
+                signed_max[lane] = as_signed > signed_max[lane] ? as_signed : signed_max[lane];
+                max[lane] = bits > max[lane] ? bits : max[lane];
+                min[lane] = bits < min[lane] ? bits : min[lane];
+            }
         }
     }
-    for (std::int64_t i = whole; i < vocab; ++i) all.add(element_at<Unsigned>(row, i));
-    if (whole == 0) return all;
+    for (std::int64_t i = PARTS * part; i < vocab; ++i) all.add(element_at<Unsigned>(row, i));
+    if (part == 0) return all;
     for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
         all.add(static_cast<Unsigned>(signed_max[lane]));
         all.add(max[lane]);

@@ -66,45 +66,68 @@ struct BestToken {
     }
 };
 
+// Bounds of the probabilities of a stretch's tokens: at least those, apart from rounding, and 0 only where they are 0 or
+// none that could win, the largest being at least 1 / vocab.
+template <class Real>
+struct ProbBounds;
+
+// In float32, which may take a little from either term of a difference: they are taken as what they are at most and least.
+template <>
+struct ProbBounds<float> {
+    float alpha, gamma;
+
+    ProbBounds(const Residual<float>& residual, double gamma_of_draft)
+        : alpha(static_cast<float>(residual.alpha / residual.mass * (1 + 0x1p-22))),
+          gamma(static_cast<float>(std::min(gamma_of_draft / residual.mass * (1 - 0x1p-22), 0x1p127))) {}
+    SEQUOIA_INLINE float operator()(float target, float draft) const { return alpha * target - gamma * draft; }
+};
+
+template <>
+struct ProbBounds<double> {
+    double alpha, gamma, scale;
+
+    ProbBounds(const Residual<double>& residual, double gamma_of_draft)
+        : alpha(residual.alpha), gamma(gamma_of_draft), scale(1 / residual.mass) {}
+    SEQUOIA_INLINE float operator()(double target, double draft) const {
+        return static_cast<float>((alpha * target - gamma * draft) * scale);
+    }
+};
+
 // A token is looked at closely only where a bound of its key is above the best so far, and a stretch of tokens has its
-// noise generated only where the largest noise there is could lift one of them above it. A probability that float32
-// cannot hold never wins: the largest is at least 1 / vocab.
+// noise generated only where the largest noise there is could lift one of them above it.
 template <class Real>
 SEQUOIA_INLINE std::int64_t draw(const Residual<Real>& residual, Stream stream) {
     // Without a draft any finite row stands in for it, times a gamma of 0.
     const Real* const draft = residual.draft == nullptr ? residual.target : residual.draft;
-    const double gamma = residual.draft == nullptr ? 0.0 : residual.gamma;
-    const double scale = 1 / residual.mass;
+    const ProbBounds<Real> bound(residual, residual.draft == nullptr ? 0.0 : residual.gamma);
     BestToken<Real> best;
     for (std::int64_t first = 0; first < residual.size; first += STRETCH) {
-        float probs[STRETCH];
+        float bounds[STRETCH];
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            const double value = residual.alpha * static_cast<double>(residual.target[first + i]) -
-                                 gamma * static_cast<double>(draft[first + i]);
-            probs[i] = static_cast<float>((value > 0 ? value : 0.0) * scale);
+            const float prob = bound(residual.target[first + i], draft[first + i]);
+            bounds[i] = prob > 0 ? prob : 0.0f;
         }
-        std::int32_t largest_bits = 0;  // positive floats are ordered as their bits are
+        std::int32_t largest = 0;  // positive floats are ordered as their bits are
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            const std::int32_t bits = bit_cast<std::int32_t>(probs[i]);
-            largest_bits = bits > largest_bits ? bits : largest_bits;
+            const std::int32_t bits = bit_cast<std::int32_t>(bounds[i]);
+            largest = bits > largest ? bits : largest;
         }
         const float best_key = static_cast<float>(best.key);
-        if (largest_bits == 0) continue;
-        if (!(log_upper_bound(bit_cast<float>(largest_bits)) + LARGEST_GUMBEL > best_key)) continue;
+        if (largest == 0 || !(log_upper_bound(bit_cast<float>(largest)) + LARGEST_GUMBEL > best_key)) continue;
 
         std::uint32_t words[STRETCH];
         stretch_words(stream.seed, stream.offset, RESIDUAL_TAG, first, words);
-        float bounds[STRETCH];
         int any = 0;
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            bounds[i] = log_upper_bound(probs[i]) + gumbel_upper_bound(words[i]);
+            bounds[i] = log_upper_bound(bounds[i]) + gumbel_upper_bound(words[i]);
             any |= bounds[i] > best_key;
         }
         if (any == 0) continue;
 
         for (std::int64_t i = 0; i < STRETCH; ++i) {
             if (!(static_cast<double>(bounds[i]) > best.key)) continue;
-            best.consider(first + i, residual.at(first + i), words[i]);
+            const double prob = residual.at(first + i);
+            if (prob > 0) best.consider(first + i, prob, words[i]);
         }
     }
     return best.token;

@@ -36,6 +36,32 @@ SEQUOIA_CLONES void block_maxima(const double* row, std::int64_t size, double* m
     maxima_of_blocks(row, size, maxima);
 }
 
+namespace {
+
+template <class Real>
+SEQUOIA_INLINE double sum_up_to(const Real* weights, std::int64_t size, double limit) {
+    double lanes[LANES] = {};
+    for (std::int64_t i = 0; i < size; i += LANES) {
+        for (std::int64_t lane = 0; lane < LANES; ++lane) {
+            const double weight = static_cast<double>(weights[i + lane]);
+            lanes[lane] += weight > limit ? 0.0 : weight;
+        }
+    }
+    double mass = 0;
+    for (const double lane : lanes) mass += lane;
+    return mass;
+}
+
+}  // namespace
+
+SEQUOIA_CLONES double mass_up_to(const float* weights, std::int64_t size, double limit) {
+    return sum_up_to(weights, size, limit);
+}
+
+SEQUOIA_CLONES double mass_up_to(const double* weights, std::int64_t size, double limit) {
+    return sum_up_to(weights, size, limit);
+}
+
 SEQUOIA_CLONES double drop_below(const double* logits, std::int64_t size, double cut, double* weights) {
     double lanes[LANES] = {};
     for (std::int64_t i = 0; i < size; i += LANES) {
@@ -82,9 +108,14 @@ Real top_k_cut(const Real* logits, std::int64_t vocab, std::int64_t top_k, const
     return candidates[static_cast<std::size_t>(top_k - 1)];
 }
 
-// Weights up to this bound make up at most 1 - top_p of the mass all together, so top-p keeps none of them.
-double never_kept(double mass, double top_p, std::int64_t count) {
-    return mass * std::max(0.0, 1.0 - top_p) / static_cast<double>(count) * (1.0 - 1e-6);
+// A bound up to which the weights of a padded row make up at most 1 - top_p of the mass all together, so that top-p keeps
+// none of them. That holds for the one that all of them could have; most rows have few weights above a higher one, too.
+template <class Real>
+double never_kept(const Real* weights, std::int64_t vocab, double mass, double top_p) {
+    const double rest = mass * std::max(0.0, 1.0 - top_p) * (1.0 - 1e-6);
+    const double bound = rest / static_cast<double>(vocab);
+    const double higher = 64 * bound;
+    return mass_up_to(weights, padded(vocab), higher) <= rest ? higher : bound;
 }
 
 // The smallest logit of the shortest prefix of the candidates, in falling order, whose weights make up top_p of the mass.
@@ -162,7 +193,7 @@ WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const 
         warped.mass = drop_below(logits, padded(vocab), warped.cut, weights);
     }
     if (warp.top_p < 1) {
-        gather(weights, vocab, never_kept(warped.mass, warp.top_p, vocab), candidates);
+        gather(weights, vocab, never_kept(weights, vocab, warped.mass, warp.top_p), candidates);
         for (Candidate<double>& candidate : candidates) candidate.logit = logits[candidate.token];
         warped.cut = std::max(warped.cut, top_p_cut(candidates, warped.mass, warp.top_p));
         warped.mass = drop_below(logits, padded(vocab), warped.cut, weights);
@@ -195,7 +226,7 @@ double warped_support(const void* row, ElementType type, std::int64_t vocab, dou
     } else {
         Real* const weights = scratch.reserve(padded(vocab));
         mass = weigh_row(row, type, vocab, weigh, weights);
-        gather(weights, vocab, never_kept(mass, warp.top_p, vocab), support);
+        gather(weights, vocab, never_kept(weights, vocab, mass, warp.top_p), support);
         for (Candidate<Real>& candidate : support) {
             candidate.logit = static_cast<Real>(logit_at(row, type, candidate.token));
         }

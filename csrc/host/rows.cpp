@@ -116,12 +116,6 @@ struct Extremes {
     Signed signed_max = std::numeric_limits<Signed>::min();
     Unsigned max = 0, min = std::numeric_limits<Unsigned>::max();
 
-    SEQUOIA_INLINE void add(Unsigned bits) {
-        const Signed as_signed = static_cast<Signed>(bits);
-        signed_max = as_signed > signed_max ? as_signed : signed_max;
-        max = bits > max ? bits : max;
-        min = bits < min ? bits : min;
-    }
     Unsigned largest() const { return signed_max >= 0 ? static_cast<Unsigned>(signed_max) : min; }
     bool valid(Unsigned infinity) const {
         const Unsigned minus_infinity = infinity | static_cast<Unsigned>(~(static_cast<Unsigned>(-1) >> 1));
@@ -129,37 +123,62 @@ struct Extremes {
     }
 };
 
+template <class Value>
+SEQUOIA_INLINE Value larger(Value left, Value right) {
+    return left > right ? left : right;
+}
+
+template <class Value>
+SEQUOIA_INLINE Value smaller(Value left, Value right) {
+    return left < right ? left : right;
+}
+
 // Runs down four parts of the row side by side: one alone comes from memory at little more than half of the speed.
-template <class Signed, class Unsigned>
-SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes(const void* source, std::int64_t vocab) {
-    constexpr std::int64_t WIDTH = 128 / sizeof(Unsigned), PARTS = 4;
+template <class Signed, class Unsigned, std::int64_t BYTES>
+SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes_by(const void* source, std::int64_t vocab) {
+    constexpr std::int64_t WIDTH = BYTES / sizeof(Unsigned), PARTS = 4;
     const char* row = static_cast<const char*>(source);
+    Extremes<Signed, Unsigned> all;
     Signed signed_max[WIDTH];
     Unsigned max[WIDTH], min[WIDTH];
-    Extremes<Signed, Unsigned> all;
-    std::fill(signed_max, signed_max + WIDTH, all.signed_max);
-    std::fill(max, max + WIDTH, all.max);
-    std::fill(min, min + WIDTH, all.min);
+    for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
+        signed_max[lane] = all.signed_max;
+        max[lane] = all.max;
+        min[lane] = all.min;
+    }
+    const auto add = [&](std::int64_t begin) {
+        for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
+            const Unsigned bits = element_at<Unsigned>(row, begin + lane);
+            signed_max[lane] = larger(static_cast<Signed>(bits), signed_max[lane]);
+            max[lane] = larger(bits, max[lane]);
+            min[lane] = smaller(bits, min[lane]);
+        }
+    };
     const std::int64_t part = vocab / (WIDTH * PARTS) * WIDTH;
     for (std::int64_t begin = 0; begin < part; begin += WIDTH) {
-        for (std::int64_t i = begin; i < PARTS * part; i += part) {
-            for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
-                const Unsigned bits = element_at<Unsigned>(row, i + lane);
-                const Signed as_signed = static_cast<Signed>(bits);
-                signed_max[lane] = as_signed > signed_max[lane] ? as_signed : signed_max[lane];
-                max[lane] = bits > max[lane] ? bits : max[lane];
-                min[lane] = bits < min[lane] ? bits : min[lane];
-            }
+        for (std::int64_t i = begin; i < PARTS * part; i += part) add(i);
+    }
+    std::int64_t end = PARTS * part;
+    for (; end + WIDTH <= vocab; end += WIDTH) add(end);
+    for (std::int64_t i = end; i < vocab; ++i) {
+        const Unsigned bits = element_at<Unsigned>(row, i);
+        all = {larger(static_cast<Signed>(bits), all.signed_max), larger(bits, all.max), smaller(bits, all.min)};
+    }
+    if (end == 0) return all;
+    for (std::int64_t half = WIDTH / 2; half > 0; half /= 2) {
+        for (std::int64_t lane = 0; lane < half; ++lane) {
+            signed_max[lane] = larger(signed_max[lane], signed_max[half + lane]);
+            max[lane] = larger(max[lane], max[half + lane]);
+            min[lane] = smaller(min[lane], min[half + lane]);
         }
     }
-    for (std::int64_t i = PARTS * part; i < vocab; ++i) all.add(element_at<Unsigned>(row, i));
-    if (part == 0) return all;
-    for (std::int64_t lane = 0; lane < WIDTH; ++lane) {
-        all.add(static_cast<Unsigned>(signed_max[lane]));
-        all.add(max[lane]);
-        all.add(min[lane]);
-    }
-    return all;
+    return {larger(all.signed_max, signed_max[0]), larger(all.max, max[0]), smaller(all.min, min[0])};
+}
+
+// More lanes are faster along a row, but in a short one bringing them together is most of the work.
+template <class Signed, class Unsigned>
+SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes(const void* row, std::int64_t vocab) {
+    return vocab < 1024 ? extremes_by<Signed, Unsigned, 64>(row, vocab) : extremes_by<Signed, Unsigned, 128>(row, vocab);
 }
 
 template <class Element, class Real>

@@ -18,6 +18,9 @@ constexpr double SUM_AGAIN_BELOW = 0x1p-3;
 // are relative to a token that is no longer there, and would underflow.
 constexpr double REBASE_BELOW = 0x1p-10;
 
+// A support of at least one token in so many is kept as a whole row: its loops have vectors, and need no search.
+constexpr std::int64_t DENSE_FROM = 8;
+
 constexpr double NEVER = -std::numeric_limits<double>::infinity();
 
 template <class Real>
@@ -226,24 +229,28 @@ double TriedNode<Real>::load_target(const VerifyRequest& request, NodeRows<Real>
     const double peak = request.target_peak(node_);
     rows.node = node_;
     rows_ = &rows;
-    rows.tokens.clear();
     if (!request.warp.cuts(vocab)) {
         Real* const target = reserve_row(rows.target, vocab);
-        residual_.target = target;
-        residual_.tokens = nullptr;
-        residual_.size = vocab;
+        set_entries(target, nullptr, vocab);
         return weigh_row(row, request.target.type, vocab, Weighing<Real>::of(peak, request.warp.temperature), target);
     }
     const double mass = warped_support(row, request.target.type, vocab, peak, request.warp, support);
-    const auto size = static_cast<std::int64_t>(support.size());
-    Real* target = reserve_row(rows.target, size);
-    residual_.target = target;
-    for (const Candidate<Real>& kept : support) {
-        rows.tokens.push_back(kept.token);
-        *target++ = kept.weight;
+    if (static_cast<std::int64_t>(support.size()) * DENSE_FROM >= vocab) {
+        Real* const target = reserve_row(rows.target, vocab);
+        std::fill(target, target + vocab, Real{0});
+        for (const Candidate<Real>& kept : support) target[kept.token] = kept.weight;
+        set_entries(target, nullptr, vocab);
+        return mass;
     }
-    residual_.tokens = rows.tokens.data();
-    residual_.size = size;
+    const auto size = static_cast<std::int64_t>(support.size());
+    Real* const target = reserve_row(rows.target, size);
+    rows.tokens.resize(support.size());
+    for (std::int64_t entry = 0; entry < size; ++entry) {
+        const Candidate<Real>& kept = support[static_cast<std::size_t>(entry)];
+        rows.tokens[static_cast<std::size_t>(entry)] = kept.token;
+        target[entry] = kept.weight;
+    }
+    set_entries(target, rows.tokens.data(), size);
     return mass;
 }
 

@@ -8,8 +8,8 @@
 // bit; a drop is one pass over two rows. The rules that try children, and what a chance is, are told in
 // sequoia_kernels/ops/verify_tree/reference.py and traversal.py; from the root down every p is 1.
 //
-// Where top-k or top-p cut the target, only what they leave is kept of either row: the residual is 0 elsewhere, and of
-// the draft's other weights nothing but their sum counts. Weights are float32, or float64 where either of the logits is;
+// Where top-k or top-p leave few tokens of the target, only those are kept of either row: the residual is 0 elsewhere, and
+// of the draft's other weights nothing but their sum counts. Weights are float32, or float64 where either of the logits is;
 // all sums and what is made of them are float64.
 
 #pragma once
@@ -66,7 +66,7 @@ template <class Real>
 struct NodeRows {
     std::int32_t node = -1;  // whose weights these are
     Scratch<Real> target, draft;
-    std::vector<std::int64_t> tokens;  // that the weights belong to, rising; empty where they are those of all tokens
+    std::vector<std::int64_t> tokens;  // that the weights belong to, rising, where those are not all
 };
 
 template <class Real>
@@ -120,6 +120,11 @@ class TriedNode {
 
   private:
     double load_target(const VerifyRequest& request, NodeRows<Real>& rows);
+    void set_entries(const Real* target, const std::int64_t* tokens, std::int64_t size) {
+        residual_.target = target;
+        residual_.tokens = tokens;
+        residual_.size = size;
+    }
     LogitRows undrawn_draft(const VerifyRequest& request) const;
     double weigh_draft(const LogitRows& logits);
     double draft_weight(const VerifyRequest& request, std::int64_t token) const;

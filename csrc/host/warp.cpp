@@ -204,7 +204,7 @@ WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const 
 template <class Real>
 double warped_support(const void* row, ElementType type, std::int64_t vocab, double peak, const Warp& warp,
                       std::vector<Candidate<Real>>& support) {
-    static thread_local Scratch<Real> scratch;
+    static thread_local Scratch<Real> scratch, weights_scratch;
     static thread_local std::vector<Candidate<Real>> sorted;
     const auto weigh = Weighing<Real>::of(peak, warp.temperature);
     double mass;
@@ -213,18 +213,24 @@ double warped_support(const void* row, ElementType type, std::int64_t vocab, dou
         load_row(row, type, vocab, logits);
         const Real* block_peaks;
         const Real cut = top_k_cut(logits, vocab, warp.top_k, block_peaks);
+        const Real* weights = nullptr;  // of all tokens, where most are kept: as vectors they cost less
+        if (warp.top_k > vocab / 8) {
+            Real* const all = weights_scratch.reserve(padded(vocab));
+            weigh_row(row, type, vocab, weigh, all);
+            weights = all;
+        }
         support.clear();
         for (std::int64_t begin = 0; begin < vocab; begin += BLOCK) {
             if (!(block_peaks[begin / BLOCK] >= cut)) continue;
             for (std::int64_t i = begin; i < std::min(begin + BLOCK, vocab); ++i) {
                 if (!(logits[i] >= cut)) continue;
-                const Real weight = weigh(logits[i]);
+                const Real weight = weights != nullptr ? weights[i] : weigh(logits[i]);
                 if (weight > 0) support.push_back({i, logits[i], weight});
             }
         }
         mass = mass_of(support);
     } else {
-        Real* const weights = scratch.reserve(padded(vocab));
+        Real* const weights = weights_scratch.reserve(padded(vocab));
         mass = weigh_row(row, type, vocab, weigh, weights);
         gather(weights, vocab, never_kept(weights, vocab, mass, warp.top_p), support);
         for (Candidate<Real>& candidate : support) {

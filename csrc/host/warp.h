@@ -38,7 +38,7 @@ struct Candidate {
 };
 
 // The tokens of positive weight that a warp which cuts keeps, in rising order; returns the sum of their weights. Behind
-// top-k no other token's exponential is taken.
+// a small top-k no other token's exponential is taken.
 template <class Real>
 double warped_support(const void* row, ElementType type, std::int64_t vocab, double peak, const Warp& warp,
                       std::vector<Candidate<Real>>& support);

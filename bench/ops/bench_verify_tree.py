@@ -1,6 +1,7 @@
 """verify_tree against the child-by-child loop on probabilities, and the tree kernels of sgl-kernel.
 
-GPU cases have the vocabulary of Llama-3, logits in bfloat16, trees that are optimal for a typical acceptance vector.
+GPU cases have the vocabulary of Llama-3, logits in bfloat16, trees that are optimal for a typical acceptance vector. A
+case decides by the rule "sequoia" unless its name says "traversal", which the rivals do not know.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ from sequoia_kernels.ops import VerifiedPath, verify_tree
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
 
 OP = "verify_tree"
+SEQUOIA, TRAVERSAL = "sequoia", "traversal"
 
 
 def _case(
-    device: str, num_nodes: int, vocab: int, quick: bool, dtype: str, temperature: float = 0.6, batch_size: int = 1
+    device: str,
+    num_nodes: int,
+    vocab: int,
+    quick: bool,
+    dtype: str,
+    temperature: float = 0.6,
+    batch_size: int = 1,
+    rule: str = SEQUOIA,
 ) -> Case:
     greedy = ", greedy" if temperature == 0 else ""
     batch = f"{batch_size} x " if batch_size > 1 else ""
-    name = f"{batch}{num_nodes} nodes x {vocab}{greedy}"
+    by_rule = "" if rule == SEQUOIA else f", {rule}"
+    name = f"{batch}{num_nodes} nodes x {vocab}{greedy}{by_rule}"
     sizes = {"batch_size": batch_size, "num_nodes": num_nodes, "vocab": vocab, "dtype": dtype}
-    return Case(name, device, {**sizes, "temperature": temperature}, quick)
+    return Case(name, device, {**sizes, "temperature": temperature, "rule": rule}, quick)
 
 
 CASES = [
@@ -38,6 +48,14 @@ CASES = [
     _case("cpu", 64, 512, False, "float32"),
     _case("cpu", 64, VOCAB, False, "bfloat16"),
     _case("cpu", 16, 32000, False, "float32", batch_size=8),
+    *(
+        _case("cpu", num_nodes, vocab, vocab == 512 and num_nodes == 8, "float32", rule=TRAVERSAL)
+        for num_nodes in (8, 16, 64, 128)
+        for vocab in (512, 49152, 151936)
+    ),
+    # what the same trees cost by the other rule
+    _case("cpu", 8, 151936, False, "float32"),
+    _case("cpu", 64, 151936, False, "float32"),
     _case("cuda", 64, VOCAB, True, "bfloat16"),
     _case("cuda", 128, VOCAB, True, "bfloat16"),
     _case("cuda", 64, VOCAB, True, "bfloat16", temperature=0.0),
@@ -47,6 +65,8 @@ CASES = [
     _case("cuda", 64, 32000, False, "bfloat16"),
     _case("cuda", 32, VOCAB, False, "bfloat16", batch_size=8),
     _case("cuda", 128, VOCAB, False, "bfloat16", temperature=0.0),
+    _case("cuda", 64, VOCAB, False, "bfloat16", rule=TRAVERSAL),
+    _case("cuda", 128, VOCAB, False, "bfloat16", rule=TRAVERSAL),
 ]
 
 
@@ -57,10 +77,22 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> TreeStepInputs:
 
 
 def bytes_moved(case: Case) -> int:
-    """The target's logits of all nodes; where sampled, the draft's of those with children, too."""
+    """The rows of logits that a call must look at, each once, whatever it comes to.
+
+    On a CPU values are checked: the target's rows of all nodes and the draft's of those with children, at every
+    temperature and by every rule. What a rule then reads again of the nodes that it visits is not counted.
+
+    On a GPU nothing is checked. By the rule "sequoia": the target's rows of all nodes, since a device decides at all of
+    them at once, and, where sampled, the draft's of those with children. By "traversal": both rows of the nodes with
+    children, all of which it may enter, and the target's row of one leaf.
+    """
     tree = typical_tree(case["num_nodes"])
-    rows = tree.num_nodes + (len(internal_nodes(tree)) if case["temperature"] > 0 else 0)
-    return case["batch_size"] * rows * case["vocab"] * getattr(torch, case["dtype"]).itemsize
+    num_internal = len(internal_nodes(tree))
+    draft_rows = num_internal if case["temperature"] > 0 or case.device == "cpu" else 0
+    is_traversal = _rule(case) == TRAVERSAL and case["temperature"] > 0 and case.device != "cpu"
+    target_rows = num_internal + 1 if is_traversal else tree.num_nodes
+    rows = case["batch_size"] * (target_rows + draft_rows)
+    return rows * case["vocab"] * getattr(torch, case["dtype"]).itemsize
 
 
 def expected(case: Case, inputs: TreeStepInputs) -> VerifiedPath:
@@ -78,9 +110,18 @@ def mismatch(case: Case, inputs: TreeStepInputs, expected: VerifiedPath, result:
     return None
 
 
+def _rule(case: Case) -> str:
+    return str(case.sizes.get("rule", SEQUOIA))
+
+
 def _own(case: Case, inputs: TreeStepInputs, backend: str) -> Any:
-    arguments = (*inputs[:3], typical_tree(case["num_nodes"]), *inputs[3:])
-    return lambda: verify_tree(*arguments, backend=backend)
+    arguments, rule = (*inputs[:3], typical_tree(case["num_nodes"]), *inputs[3:]), _rule(case)
+    return lambda: verify_tree(*arguments, rule=rule, backend=backend)
+
+
+def _refuse_traversal(case: Case) -> None:
+    if _rule(case) == TRAVERSAL:
+        raise Unavailable('decides from the root, child by child: it does not know the rule "traversal"')
 
 
 def _loop_arguments(case: Case, inputs: TreeStepInputs) -> tuple[Any, ...]:
@@ -88,6 +129,7 @@ def _loop_arguments(case: Case, inputs: TreeStepInputs) -> tuple[Any, ...]:
 
 
 def _loop(case: Case, inputs: TreeStepInputs) -> Any:
+    _refuse_traversal(case)
     arguments = _loop_arguments(case, inputs)
     return lambda: verify_child_by_child(*arguments)
 
@@ -136,6 +178,7 @@ class _LinkedTree:
 
 
 def _sgl(case: Case, inputs: TreeStepInputs) -> Any:
+    _refuse_traversal(case)
     if case.device != "cuda":
         raise Unavailable("needs a CUDA device")
     kernels = _sgl_kernel()

@@ -74,4 +74,20 @@ SEQUOIA_INLINE float exp_nonpositive(float x) {
     return x < -87.0f ? 0.0f : series * power;
 }
 
+// 2^(z + 64), 0 where 2^z underflows in float32; z <= 0. About 1 unit in the last place. The factor keeps all results
+// normal numbers: arithmetic on subnormal ones is slow on some CPUs, and they have few digits. Range reduction z = n + f
+// with |f| <= 1/2, minimax polynomial of 2^f. What comes of z far below is noise, which the mask makes 0.
+SEQUOIA_INLINE float exp2_times_2_64(float z) {
+    constexpr float SHIFT = 0x1.8p23f;
+    constexpr float LOWEST = -149.9f;
+    const float shifted = z + SHIFT;
+    const float f = z - (shifted - SHIFT);
+    const float f2 = f * f;
+    // pairs of terms, so that few operations wait for one another
+    const float high = 0x1.41fbbcp-13f * f2 + (0x1.5f3e54p-10f * f + 0x1.3b2d4cp-7f);
+    const float series = (high * f2 + (0x1.c6aee8p-5f * f + 0x1.ebfbdcp-3f)) * f2 + (0x1.62e430p-1f * f + 1.0f);
+    const std::uint32_t exponent = (bit_cast<std::uint32_t>(shifted) << 23) + (64u << 23);
+    return bit_cast<float>((bit_cast<std::uint32_t>(series) + exponent) & (z < LOWEST ? 0u : ~0u));
+}
+
 }  // namespace sequoia

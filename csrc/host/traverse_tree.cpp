@@ -5,7 +5,7 @@
 // Plan        one thread. What fails for certain is not visited: a child with a chance of 0 is dropped at once, with
 //             all that is below it, and a node whose chance has become 0 tries no further children.
 // Memory      two rows of logits per node that is entered and has children, one per accepted leaf; one pass over the
-//             two rows of weights per drop. Weights of the path are kept as far as MOST_ROWS_BYTES go; beyond it a node
+//             two rows of weights per drop. Weights of the path are kept as far as MOST_WEIGHTS go; beyond it a node
 //             that is come back to loads its rows again.
 // Numerics    as verify_tree.cpp.
 
@@ -19,29 +19,32 @@
 namespace sequoia {
 namespace {
 
-constexpr std::int64_t MOST_ROWS_BYTES = std::int64_t{64} << 20;
+constexpr std::int64_t MOST_WEIGHTS = std::int64_t{8} << 20;  // 32 MiB of float32
 
 // A node on the path that is being tried.
+template <class Real>
 struct Entry {
-    TriedNode tried;
+    TriedNode<Real> tried;
     std::int32_t next_rank = 0;
     double chance = 1;
 };
 
+template <class Real>
 struct Workspace {
-    std::vector<Entry> path;      // kept for the memory of its entries
-    std::vector<NodeRows> rows;   // of the path's nodes, in turn
+    std::vector<Entry<Real>> path;     // kept for the memory of its entries
+    std::vector<NodeRows<Real>> rows;  // of the path's nodes, in turn
 };
 
+template <class Real>
 class Traversal {
   public:
-    Traversal(const VerifyRequest& request, Workspace& workspace) : request_(request), workspace_(workspace) {
+    Traversal(const VerifyRequest& request, Workspace<Real>& workspace) : request_(request), workspace_(workspace) {
         const std::int64_t levels = request.tree.num_levels;
-        const std::int64_t row_bytes = 2 * static_cast<std::int64_t>(sizeof(double)) * request.target.vocab;
-        num_rows_ = static_cast<std::size_t>(std::clamp<std::int64_t>(MOST_ROWS_BYTES / row_bytes, 1, levels));
+        const std::int64_t fitting = MOST_WEIGHTS / (2 * request.target.vocab);
+        num_rows_ = static_cast<std::size_t>(std::clamp<std::int64_t>(fitting, 1, levels));
         if (workspace.path.size() < static_cast<std::size_t>(levels)) workspace.path.resize(levels);
         if (workspace.rows.size() < num_rows_) workspace.rows.resize(num_rows_);
-        for (NodeRows& rows : workspace.rows) rows.node = -1;  // another request's
+        for (NodeRows<Real>& rows : workspace.rows) rows.node = -1;  // another request's
     }
 
     void run(Emitted& emitted) {
@@ -53,7 +56,7 @@ class Traversal {
                 enter(leaf, 1.0);  // accepted: its chance plays no role any more
                 break;
             }
-            Entry& last = path(depth_);
+            Entry<Real>& last = path(depth_);
             if (depth_ == 0 || coin_of(last.tried.node()) < last.chance) break;
             const std::int64_t token = request_.tokens[last.tried.node()];
             --depth_;
@@ -61,7 +64,7 @@ class Traversal {
         }
         for (std::int64_t level = 0; level <= depth_; ++level) emitted.nodes[level] = path(level).tried.node();
         emitted.num_accepted = static_cast<std::int32_t>(depth_ + 1);
-        Entry& last = path(depth_);
+        Entry<Real>& last = path(depth_);
         last.tried.reopen(request_, rows(depth_));
         emitted.next_token = last.tried.draw_next(request_);
     }
@@ -69,8 +72,8 @@ class Traversal {
   private:
     static constexpr std::int32_t ENTERED = -2, NONE = -1;
 
-    Entry& path(std::int64_t level) { return workspace_.path[static_cast<std::size_t>(level)]; }
-    NodeRows& rows(std::int64_t level) { return workspace_.rows[static_cast<std::size_t>(level) % num_rows_]; }
+    Entry<Real>& path(std::int64_t level) { return workspace_.path[static_cast<std::size_t>(level)]; }
+    NodeRows<Real>& rows(std::int64_t level) { return workspace_.rows[static_cast<std::size_t>(level) % num_rows_]; }
 
     double coin_of(std::int32_t node) const {
         return node_coin(request_.stream.seed, request_.stream.offset, static_cast<std::uint32_t>(node));
@@ -78,13 +81,13 @@ class Traversal {
 
     void enter(std::int32_t node, double chance) {
         ++depth_;
-        Entry& entry = path(depth_);
+        Entry<Real>& entry = path(depth_);
         entry.tried.open(request_, node, rows(depth_));
         entry.next_rank = 0;
         entry.chance = chance;
     }
 
-    void drop(Entry& entry, std::int64_t token) {
+    void drop(Entry<Real>& entry, std::int64_t token) {
         entry.tried.reopen(request_, rows(depth_));
         entry.chance = entry.tried.drop(request_, token, entry.chance);
     }
@@ -93,14 +96,14 @@ class Traversal {
     // accepted, whose node is returned, or all have failed.
     std::int32_t try_children() {
         const Tree& tree = request_.tree;
-        Entry& entry = path(depth_);
+        Entry<Real>& entry = path(depth_);
         const std::int32_t node = entry.tried.node();
         while (entry.next_rank < tree.num_children[node] && entry.chance > 0) {
             const std::int32_t child = tree.first_child[node] + entry.next_rank++;
             const std::int64_t token = request_.tokens[child];
-            if (!entry.tried.is_draw(token, request_.target.vocab)) continue;
+            if (!entry.tried.is_draw(request_, token)) continue;
             const double wanted = entry.chance * entry.tried.residual_at(token);
-            const double chance = std::min(1.0, wanted / entry.tried.draft_at(token));
+            const double chance = std::min(1.0, wanted / entry.tried.draft_at(request_, token));
             if (chance > 0) {
                 if (tree.num_children[child] > 0) {
                     enter(child, chance);
@@ -114,17 +117,21 @@ class Traversal {
     }
 
     const VerifyRequest& request_;
-    Workspace& workspace_;
+    Workspace<Real>& workspace_;
     std::size_t num_rows_;
     std::int64_t depth_ = -1;  // of the path's last node
 };
 
 }  // namespace
 
+template <class Real>
 void traverse(const VerifyRequest& request, Emitted& emitted) {
-    static thread_local Workspace workspace;
+    static thread_local Workspace<Real> workspace;
     std::fill(emitted.nodes, emitted.nodes + request.tree.num_levels, -1);
-    Traversal(request, workspace).run(emitted);
+    Traversal<Real>(request, workspace).run(emitted);
 }
+
+template void traverse<float>(const VerifyRequest&, Emitted&);
+template void traverse<double>(const VerifyRequest&, Emitted&);
 
 }  // namespace sequoia

@@ -3,224 +3,379 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "streams.h"
 
 namespace sequoia {
 namespace {
 
-// The draft's mass below which its weights are computed afresh from the largest logit left: they are relative to a
-// token that is no longer there, and would underflow.
+// The draft's mass is its last sum less the weights dropped since, down to this part of it: below, too many digits would
+// have cancelled.
+constexpr double SUM_AGAIN_BELOW = 0x1p-3;
+
+// The draft's mass, in weights of its peak, below which its weights are computed afresh from the largest logit left: they
+// are relative to a token that is no longer there, and would underflow.
 constexpr double REBASE_BELOW = 0x1p-10;
+
+// A support of at least one token in so many is kept as a whole row: its loops have vectors, and need no search.
+constexpr std::int64_t DENSE_FROM = 8;
 
 constexpr double NEVER = -std::numeric_limits<double>::infinity();
 
-struct Masses {
-    double residual;
-    double draft;
-};
-
-}  // namespace
-
-// Sums of max(alpha target - gamma draft, 0) and of draft.
-SEQUOIA_CLONES Masses masses_left(const double* target, const double* draft, std::int64_t size, double alpha,
-                                  double gamma) {
-    double residual_lanes[LANES] = {}, draft_lanes[LANES] = {};
-    for (std::int64_t i = 0; i < size; i += LANES) {
-        for (std::int64_t lane = 0; lane < LANES; ++lane) {
-            const double value = alpha * target[i + lane] - gamma * draft[i + lane];
-            residual_lanes[lane] += value > 0 ? value : 0.0;
-            draft_lanes[lane] += draft[i + lane];
-        }
-    }
-    Masses masses{0, 0};
-    for (std::int64_t lane = 0; lane < LANES; ++lane) {
-        masses.residual += residual_lanes[lane];
-        masses.draft += draft_lanes[lane];
-    }
-    return masses;
-}
-
-SEQUOIA_CLONES double mass_left(const double* weights, std::int64_t size) {
+template <class Real>
+SEQUOIA_INLINE double sum_of_positive(const Real* target, const Real* draft, std::int64_t size, double alpha,
+                                      double gamma) {
     double lanes[LANES] = {};
     for (std::int64_t i = 0; i < size; i += LANES) {
-        for (std::int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += weights[i + lane];
+        for (std::int64_t lane = 0; lane < LANES; ++lane) {
+            const double value =
+                alpha * static_cast<double>(target[i + lane]) - gamma * static_cast<double>(draft[i + lane]);
+            lanes[lane] += value > 0 ? value : 0.0;
+        }
     }
     double mass = 0;
     for (const double lane : lanes) mass += lane;
     return mass;
 }
 
-// The token with the largest log(residual) + gumbel, lowest on ties. Weights padded with zeros to whole stretches.
-SEQUOIA_CLONES std::int64_t draw_residual(const Residual& residual, std::int64_t vocab, Stream stream, bool wide) {
-    const double* const target = residual.target;
-    // Without a draft any finite row stands in for it, times a gamma of 0.
-    const double* const draft = residual.draft == nullptr ? residual.target : residual.draft;
-    const double gamma = residual.draft == nullptr ? 0.0 : residual.gamma;
-    std::int64_t best_token = 0;
-    double best_key = NEVER;
-    for (std::int64_t first = 0; first < vocab; first += STRETCH) {
-        float probs[STRETCH];
-        int any = 0;
-        for (std::int64_t i = 0; i < STRETCH; ++i) {
-            const double value = residual.alpha * target[first + i] - gamma * draft[first + i];
-            probs[i] = static_cast<float>(value > 0 ? value : 0.0);
-            any |= value > 0;
+template <class Real>
+SEQUOIA_INLINE double sum(const Real* weights, std::int64_t size) {
+    double lanes[LANES] = {};
+    for (std::int64_t i = 0; i < size; i += LANES) {
+        for (std::int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += static_cast<double>(weights[i + lane]);
+    }
+    double mass = 0;
+    for (const double lane : lanes) mass += lane;
+    return mass;
+}
+
+// The best token so far: the one with the largest log(residual) + gumbel, lowest on ties.
+template <class Real>
+struct BestToken {
+    std::int64_t token = 0;
+    double key = NEVER;
+
+    SEQUOIA_INLINE void consider(std::int64_t other, double prob, std::uint32_t word) {
+        const float noise = gumbel(word);
+        // as the reference rounds it
+        const double other_key = std::is_same<Real, double>::value
+                                     ? std::log(prob) + static_cast<double>(noise)
+                                     : static_cast<double>(static_cast<float>(std::log(prob)) + noise);
+        if (other_key > key) {
+            key = other_key;
+            token = other;
         }
-        if (any == 0) continue;
+    }
+};
+
+// Bounds of the probabilities of a stretch's tokens: at least those, apart from rounding, and 0 only where they are 0 or
+// none that could win, the largest being at least 1 / vocab.
+template <class Real>
+struct ProbBounds;
+
+// In float32, which may take a little from either term of a difference: they are taken as what they are at most and least.
+template <>
+struct ProbBounds<float> {
+    float alpha, gamma;
+
+    ProbBounds(const Residual<float>& residual, double gamma_of_draft)
+        : alpha(static_cast<float>(residual.alpha / residual.mass * (1 + 0x1p-22))),
+          gamma(static_cast<float>(std::min(gamma_of_draft / residual.mass * (1 - 0x1p-22), 0x1p127))) {}
+    SEQUOIA_INLINE float operator()(float target, float draft) const { return alpha * target - gamma * draft; }
+};
+
+template <>
+struct ProbBounds<double> {
+    double alpha, gamma, scale;
+
+    ProbBounds(const Residual<double>& residual, double gamma_of_draft)
+        : alpha(residual.alpha), gamma(gamma_of_draft), scale(1 / residual.mass) {}
+    SEQUOIA_INLINE float operator()(double target, double draft) const {
+        return static_cast<float>((alpha * target - gamma * draft) * scale);
+    }
+};
+
+// A token is looked at closely only where a bound of its key is above the best so far, and a stretch of tokens has its
+// noise generated only where the largest noise there is could lift one of them above it.
+template <class Real>
+SEQUOIA_INLINE std::int64_t draw(const Residual<Real>& residual, Stream stream) {
+    // Without a draft any finite row stands in for it, times a gamma of 0.
+    const Real* const draft = residual.draft == nullptr ? residual.target : residual.draft;
+    const ProbBounds<Real> bound(residual, residual.draft == nullptr ? 0.0 : residual.gamma);
+    BestToken<Real> best;
+    for (std::int64_t first = 0; first < residual.size; first += STRETCH) {
+        float bounds[STRETCH];
+        for (std::int64_t i = 0; i < STRETCH; ++i) {
+            const float prob = bound(residual.target[first + i], draft[first + i]);
+            bounds[i] = prob > 0 ? prob : 0.0f;
+        }
+        std::int32_t largest = 0;  // positive floats are ordered as their bits are
+        for (std::int64_t i = 0; i < STRETCH; ++i) {
+            const std::int32_t bits = bit_cast<std::int32_t>(bounds[i]);
+            largest = bits > largest ? bits : largest;
+        }
+        const float best_key = static_cast<float>(best.key);
+        if (largest == 0 || !(log_upper_bound(bit_cast<float>(largest)) + LARGEST_GUMBEL > best_key)) continue;
 
         std::uint32_t words[STRETCH];
         stretch_words(stream.seed, stream.offset, RESIDUAL_TAG, first, words);
-        float bounds[STRETCH];
-        const float best = static_cast<float>(best_key);
-        any = 0;
+        int any = 0;
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            bounds[i] = log_upper_bound(probs[i]) + gumbel_upper_bound(words[i]);
-            any |= bounds[i] > best;
+            bounds[i] = log_upper_bound(bounds[i]) + gumbel_upper_bound(words[i]);
+            any |= bounds[i] > best_key;
         }
         if (any == 0) continue;
 
         for (std::int64_t i = 0; i < STRETCH; ++i) {
-            if (!(static_cast<double>(bounds[i]) > best_key)) continue;
+            if (!(static_cast<double>(bounds[i]) > best.key)) continue;
             const double prob = residual.at(first + i);
-            const float noise = gumbel(words[i]);
-            const double key = wide ? std::log(prob) + static_cast<double>(noise)
-                                    : static_cast<double>(static_cast<float>(std::log(prob)) + noise);
-            if (key > best_key) {
-                best_key = key;
-                best_token = first + i;
-            }
+            if (prob > 0) best.consider(first + i, prob, words[i]);
         }
     }
-    return best_token;
+    return best.token;
 }
 
-namespace {
-
-double* reserve_row(Scratch<double>& scratch, std::int64_t vocab, double padding) {
-    const std::int64_t room = (vocab + STRETCH - 1) / STRETCH * STRETCH;
-    double* const row = scratch.reserve(room);
-    std::fill(row + vocab, row + room, padding);
-    return row;
-}
-
-// Logits of the row that is being loaded: nobody needs them once there are weights.
-double* reserve_logits(std::int64_t vocab) {
-    static thread_local Scratch<double> logits;
-    return reserve_row(logits, vocab, NEVER);
+// The same where the entries are those of some tokens.
+template <class Real>
+std::int64_t draw_of_support(const Residual<Real>& residual, Stream stream) {
+    BestToken<Real> best;
+    std::uint32_t words[STRETCH];
+    std::int64_t generated = -1;
+    for (std::int64_t entry = 0; entry < residual.size; ++entry) {
+        const double prob = residual.at(entry);
+        const float log_bound = log_upper_bound(static_cast<float>(prob));
+        if (!(prob > 0) || !(static_cast<double>(log_bound + LARGEST_GUMBEL) > best.key)) continue;
+        const std::int64_t token = residual.tokens[entry], first = token / STRETCH * STRETCH;
+        if (first != generated) stretch_words(stream.seed, stream.offset, RESIDUAL_TAG, first, words);
+        generated = first;
+        const std::uint32_t word = words[token - first];
+        if (!(static_cast<double>(log_bound + gumbel_upper_bound(word)) > best.key)) continue;
+        best.consider(token, prob, word);
+    }
+    return best.token;
 }
 
 }  // namespace
 
-void TriedNode::open(const VerifyRequest& request, std::int32_t node, NodeRows& rows) {
+// The loops with clones: one plain function each, since templates cannot be multiversioned.
+
+// Sum of max(alpha target - gamma draft, 0).
+SEQUOIA_CLONES double mass_left(const float* target, const float* draft, std::int64_t size, double alpha, double gamma) {
+    return sum_of_positive(target, draft, size, alpha, gamma);
+}
+SEQUOIA_CLONES double mass_left(const double* target, const double* draft, std::int64_t size, double alpha,
+                                double gamma) {
+    return sum_of_positive(target, draft, size, alpha, gamma);
+}
+
+SEQUOIA_CLONES double mass_of(const float* weights, std::int64_t size) { return sum(weights, size); }
+SEQUOIA_CLONES double mass_of(const double* weights, std::int64_t size) { return sum(weights, size); }
+
+SEQUOIA_CLONES std::int64_t draw_residual(const Residual<float>& residual, Stream stream) {
+    return draw(residual, stream);
+}
+SEQUOIA_CLONES std::int64_t draw_residual(const Residual<double>& residual, Stream stream) {
+    return draw(residual, stream);
+}
+
+namespace {
+
+constexpr std::int64_t whole_stretches(std::int64_t size) { return (size + STRETCH - 1) / STRETCH * STRETCH; }
+
+template <class Real>
+Real* reserve_row(Scratch<Real>& scratch, std::int64_t size) {
+    Real* const row = scratch.reserve(whole_stretches(size));
+    std::fill(row + size, row + whole_stretches(size), Real{0});
+    return row;
+}
+
+}  // namespace
+
+template <class Real>
+void TriedNode<Real>::open(const VerifyRequest& request, std::int32_t node, NodeRows<Real>& rows) {
     node_ = node;
     drawn_.clear();
     restored_ = false;
     target_mass_ = load_target(request, rows);
-    residual_.alpha = 1.0 / target_mass_;
+    residual_.alpha = 1;
     residual_.gamma = 0;
+    residual_.mass = target_mass_;
+    residual_.draft = nullptr;
     closed_ = request.tree.num_children[node] == 0;
-    if (closed_) {
-        residual_.draft = nullptr;
-        return;
-    }
-    double* const logits = draft_logits(request, draft_peak_);
-    draft_mass_ = weigh_draft(request, logits);
+    if (closed_) return;
+    draft_weighing_ = Weighing<Real>::of(request.draft_peak(node), request.warp.temperature);
+    draft_mass_ = summed_draft_mass_ = weigh_draft(undrawn_draft(request));
 }
 
-void TriedNode::reopen(const VerifyRequest& request, NodeRows& rows) {
+template <class Real>
+void TriedNode<Real>::reopen(const VerifyRequest& request, NodeRows<Real>& rows) {
     if (rows.node == node_) return;
     load_target(request, rows);
-    for (const auto& [token, weight] : drawn_) {
-        if (!restored_) rows.target.reserve(0)[token] = 0;
-    }
     if (request.tree.num_children[node_] == 0) return;
-    double peak;
-    weigh_draft(request, draft_logits(request, peak));
+    weigh_draft(undrawn_draft(request));
+    for (const auto& [token, weight] : drawn_) {
+        const std::int64_t entry = entry_of(token);
+        if (entry >= 0 && !restored_) rows.target.reserve(0)[entry] = 0;
+    }
 }
 
-double TriedNode::load_target(const VerifyRequest& request, NodeRows& rows) {
+// Returns the sum of the weights.
+template <class Real>
+double TriedNode<Real>::load_target(const VerifyRequest& request, NodeRows<Real>& rows) {
+    static thread_local std::vector<Candidate<Real>> support;
     const std::int64_t vocab = request.target.vocab;
+    const void* const row = request.target.row(node_);
+    const double peak = request.target_peak(node_);
     rows.node = node_;
     rows_ = &rows;
-    double* const logits = reserve_logits(vocab);
-    double* const target = reserve_row(rows.target, vocab, 0);
-    const double peak = load_row(request.target.row(node_), request.target.type, vocab, logits);
-    residual_.target = target;
-    return warp_row(logits, vocab, peak, request.warp, request.wide, target).mass;
+    if (!request.warp.cuts(vocab)) {
+        Real* const target = reserve_row(rows.target, vocab);
+        set_entries(target, nullptr, vocab);
+        return weigh_row(row, request.target.type, vocab, Weighing<Real>::of(peak, request.warp.temperature), target);
+    }
+    const double mass = warped_support(row, request.target.type, vocab, peak, request.warp, support);
+    if (static_cast<std::int64_t>(support.size()) * DENSE_FROM >= vocab) {
+        Real* const target = reserve_row(rows.target, vocab);
+        std::fill(target, target + vocab, Real{0});
+        for (const Candidate<Real>& kept : support) target[kept.token] = kept.weight;
+        set_entries(target, nullptr, vocab);
+        return mass;
+    }
+    const auto size = static_cast<std::int64_t>(support.size());
+    Real* const target = reserve_row(rows.target, size);
+    rows.tokens.resize(support.size());
+    for (std::int64_t entry = 0; entry < size; ++entry) {
+        const Candidate<Real>& kept = support[static_cast<std::size_t>(entry)];
+        rows.tokens[static_cast<std::size_t>(entry)] = kept.token;
+        target[entry] = kept.weight;
+    }
+    set_entries(target, rows.tokens.data(), size);
+    return mass;
 }
 
-// Logits outside the drawn tokens; `peak` becomes the largest of them.
-double* TriedNode::draft_logits(const VerifyRequest& request, double& peak) const {
+// The draft's logits outside the drawn tokens: one row.
+template <class Real>
+LogitRows TriedNode<Real>::undrawn_draft(const VerifyRequest& request) const {
+    static thread_local Scratch<Real> scratch;
+    if (drawn_.empty()) return request.draft.rows_from(node_);
     const std::int64_t vocab = request.target.vocab;
-    double* const logits = reserve_logits(vocab);
-    peak = load_row(request.draft.row(node_), request.draft.type, vocab, logits);
-    if (drawn_.empty()) return logits;
-    for (const auto& [token, weight] : drawn_) logits[token] = NEVER;
-    peak = *std::max_element(logits, logits + vocab);
-    return logits;
+    Real* const undrawn = scratch.reserve(padded(vocab));
+    load_row(request.draft.row(node_), request.draft.type, vocab, undrawn);
+    for (const auto& [token, weight] : drawn_) undrawn[token] = static_cast<Real>(NEVER);
+    const auto type = std::is_same<Real, double>::value ? ElementType::float64 : ElementType::float32;
+    return {reinterpret_cast<const char*>(undrawn), type, 0, vocab};
 }
 
-// Weights relative to draft_peak_; returns their sum.
-double TriedNode::weigh_draft(const VerifyRequest& request, const double* logits) {
-    const std::int64_t vocab = request.target.vocab;
-    double* const draft = reserve_row(rows_->draft, vocab, 0);
+// The weights that draft_weighing_ gives to logits of the draft; returns the sum over all tokens.
+template <class Real>
+double TriedNode<Real>::weigh_draft(const LogitRows& logits) {
+    const void* const row = logits.row(0);
+    Real* const draft = reserve_row(rows_->draft, residual_.size);
     residual_.draft = draft;
-    return softmax_weights(logits, vocab, draft_peak_, request.warp.temperature, request.wide, draft);
+    if (residual_.tokens == nullptr) return weigh_row(row, logits.type, logits.vocab, draft_weighing_, draft);
+    for (std::int64_t entry = 0; entry < residual_.size; ++entry) {
+        draft[entry] = draft_weighing_(static_cast<Real>(logit_at(row, logits.type, residual_.tokens[entry])));
+    }
+    return weigh_row(row, logits.type, logits.vocab, draft_weighing_, nullptr);
 }
 
-// Take the draft's weights relative to the largest logit left.
-void TriedNode::rebase(const VerifyRequest& request) {
-    double peak;
-    const double* const logits = draft_logits(request, peak);
-    if (peak == NEVER) {  // empty draft: no further child can be a draw
+template <class Real>
+double TriedNode<Real>::draft_weight(const VerifyRequest& request, std::int64_t token) const {
+    if (residual_.tokens == nullptr) return residual_.draft[token];
+    const auto is_token = [token](const std::pair<std::int64_t, double>& drawn) { return drawn.first == token; };
+    if (std::any_of(drawn_.begin(), drawn_.end(), is_token)) return 0;
+    return draft_weighing_(static_cast<Real>(logit_at(request.draft.row(node_), request.draft.type, token)));
+}
+
+// Where a token's weights are, -1 if it is none of those that are kept.
+template <class Real>
+std::int64_t TriedNode<Real>::entry_of(std::int64_t token) const {
+    if (residual_.tokens == nullptr) return token;
+    const std::int64_t* const end = residual_.tokens + residual_.size;
+    const std::int64_t* const found = std::lower_bound(residual_.tokens, end, token);
+    return found != end && *found == token ? found - residual_.tokens : -1;
+}
+
+// Zero an entry; returns the target's weight that it had.
+template <class Real>
+double TriedNode<Real>::take_out(std::int64_t entry) {
+    if (entry < 0) return 0;
+    Real& weight = rows_->target.reserve(0)[entry];
+    rows_->draft.reserve(0)[entry] = 0;
+    const double had = weight;
+    weight = 0;
+    return had;
+}
+
+// A token of this weight was dropped.
+template <class Real>
+void TriedNode<Real>::lower_draft_mass(const VerifyRequest& request, double weight) {
+    draft_mass_ -= weight;
+    if (draft_mass_ >= SUM_AGAIN_BELOW * summed_draft_mass_) return;
+    if (residual_.tokens == nullptr) {
+        draft_mass_ = summed_draft_mass_ = mass_of(residual_.draft, padded(residual_.size));
+        if (draft_mass_ >= REBASE_BELOW * Weighing<Real>::PEAK_WEIGHT) return;
+    }
+    const LogitRows logits = undrawn_draft(request);
+    const RowPeak peak = row_peak(logits.row(0), logits.type, logits.vocab);
+    if (!peak.valid) {  // empty draft: no further child can be a draw
         closed_ = true;
         return;
     }
-    residual_.gamma *= std::exp((peak - draft_peak_) / request.warp.temperature);
-    draft_peak_ = peak;
-    draft_mass_ = weigh_draft(request, logits);
+    residual_.gamma *= draft_weighing_.relative(peak.logit);
+    draft_weighing_ = Weighing<Real>::of(peak.logit, request.warp.temperature);
+    draft_mass_ = summed_draft_mass_ = weigh_draft(logits);
 }
 
-double TriedNode::drop(const VerifyRequest& request, std::int64_t token, double chance) {
-    const std::int64_t size = padded(request.target.vocab);
-    double* const target = rows_->target.reserve(size);
-    double* const draft = rows_->draft.reserve(size);
-    drawn_.emplace_back(token, target[token]);
-    target[token] = 0;
-    draft[token] = 0;
+template <class Real>
+double TriedNode<Real>::drop(const VerifyRequest& request, std::int64_t token, double chance) {
+    const double mass_before = residual_.mass, draft_weight_before = draft_weight(request, token);
     residual_.alpha *= chance;
-    residual_.gamma = chance * residual_.gamma + 1.0 / draft_mass_;
-    const Masses left = masses_left(target, draft, size, residual_.alpha, residual_.gamma);
-    draft_mass_ = left.draft;
-    if (left.residual > 0) {
-        residual_.alpha /= left.residual;
-        residual_.gamma /= left.residual;
-        chance = left.residual / (left.residual + (1 - chance));
-    } else if (chance < 1) {  // no path through this node is accepted any more
+    residual_.gamma = chance * residual_.gamma + mass_before / draft_mass_;
+    drawn_.emplace_back(token, take_out(entry_of(token)));
+    lower_draft_mass(request, draft_weight_before);
+    const std::int64_t size = padded(residual_.size);
+    residual_.mass = mass_left(residual_.target, residual_.draft, size, residual_.alpha, residual_.gamma);
+    if (residual_.mass > 0) {
+        const double left = residual_.mass / mass_before;
+        const double power_of_2 = std::ldexp(1.0, -std::ilogb(residual_.mass));
+        residual_.alpha *= power_of_2;
+        residual_.gamma *= power_of_2;
+        residual_.mass *= power_of_2;
+        return left / (left + (1 - chance));
+    }
+    if (chance < 1) {  // no path through this node is accepted any more
         closed_ = true;
         return 0;
-    } else {  // empty residual: the target without the drawn tokens, or all of it where nothing else is left
-        const double undrawn_mass = mass_left(target, size);
-        residual_.gamma = 0;
-        residual_.alpha = 1.0 / (undrawn_mass > 0 ? undrawn_mass : target_mass_);
-        if (undrawn_mass == 0) {
-            for (const auto& [drawn, weight] : drawn_) target[drawn] = weight;
-            restored_ = closed_ = true;  // no token that is still to come has any mass
-        }
     }
-    if (!closed_ && draft_mass_ < REBASE_BELOW) rebase(request);
+    // Empty residual: the target without the drawn tokens, or all of it where nothing else is left.
+    residual_.alpha = 1;
+    residual_.gamma = 0;
+    residual_.mass = mass_of(residual_.target, size);
+    if (residual_.mass == 0) {
+        for (const auto& [drawn, weight] : drawn_) {
+            const std::int64_t entry = entry_of(drawn);
+            if (entry >= 0) rows_->target.reserve(0)[entry] = static_cast<Real>(weight);
+        }
+        residual_.mass = target_mass_;
+        restored_ = closed_ = true;  // no token that is still to come has any mass
+    }
     return chance;
 }
 
-std::int64_t TriedNode::draw_next(const VerifyRequest& request) const {
-    return draw_residual(residual_, request.target.vocab, request.stream, request.wide);
+template <class Real>
+std::int64_t TriedNode<Real>::draw_next(const VerifyRequest& request) const {
+    return residual_.tokens == nullptr ? draw_residual(residual_, request.stream)
+                                       : draw_of_support(residual_, request.stream);
 }
 
-std::int64_t greedy_token(const VerifyRequest& request, std::int32_t node, NodeRows& rows) {
-    rows.node = -1;
-    double* const logits = reserve_row(rows.target, request.target.vocab, NEVER);
-    return first_index_of(logits, load_row(request.target.row(node), request.target.type, request.target.vocab, logits));
+template class TriedNode<float>;
+template class TriedNode<double>;
+
+std::int64_t greedy_token(const VerifyRequest& request, std::int32_t node) {
+    return first_index_of(request.target.row(node), request.target.type, request.target.vocab,
+                          request.target_peak(node));
 }
 
 }  // namespace sequoia

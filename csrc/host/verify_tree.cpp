@@ -5,9 +5,11 @@
 // Plan        one thread; requests one after the other. Here is the rule "sequoia", which walks from the root, so that
 //             only nodes on the accepted path cost anything (a GPU decides all nodes at once instead); the rule
 //             "traversal" is in traverse_tree.cpp.
-// Memory      two rows of logits per visited node; scratch of a few rows.
-// Numerics    float64 throughout; only the keys of the next token are rounded to float32 (but for float64 logits), as
-//             in the reference. Weights that underflow in float32 are 0: both agree on what cannot be drawn.
+// Memory      checking reads all rows that may be used once, which gives their largest logits as well; then two rows of
+//             logits per visited node are read once more. Scratch of a few rows.
+// Numerics    exponentials in float32 (float64 where either of the logits is), as in the reference; sums and what is
+//             made of them in float64. The keys of the next token are rounded as the reference's. Weights that underflow
+//             in float32 are 0: both agree on what cannot be drawn.
 
 #include <algorithm>
 #include <vector>
@@ -20,10 +22,10 @@ namespace sequoia {
 namespace {
 
 // Memory of the walks of one thread.
+template <class Real>
 struct Workspace {
-    TriedNode tried;
-    NodeRows rows;
-    std::vector<std::int64_t> depths;  // of the nodes, while a tree is looked at
+    TriedNode<Real> tried;
+    NodeRows<Real> rows;
 };
 
 // What is decided at one node: the accepted child, or the next token where there is none.
@@ -32,9 +34,9 @@ struct Decision {
     std::int64_t next_token;
 };
 
-Decision decide_greedily(const VerifyRequest& request, std::int32_t node, Workspace& workspace) {
+Decision decide_greedily(const VerifyRequest& request, std::int32_t node) {
     const Tree& tree = request.tree;
-    const std::int64_t largest = greedy_token(request, node, workspace.rows);
+    const std::int64_t largest = greedy_token(request, node);
     for (std::int32_t rank = 0; rank < tree.num_children[node]; ++rank) {
         const std::int32_t child = tree.first_child[node] + rank;
         if (request.tokens[child] == largest) return {child, -1};
@@ -42,27 +44,30 @@ Decision decide_greedily(const VerifyRequest& request, std::int32_t node, Worksp
     return {-1, largest};
 }
 
-Decision decide(const VerifyRequest& request, std::int32_t node, Workspace& workspace) {
+template <class Real>
+Decision decide(const VerifyRequest& request, std::int32_t node, Workspace<Real>& workspace) {
     const Tree& tree = request.tree;
-    TriedNode& tried = workspace.tried;
+    TriedNode<Real>& tried = workspace.tried;
     tried.open(request, node, workspace.rows);
     for (std::int32_t rank = 0; rank < tree.num_children[node]; ++rank) {
         const std::int32_t child = tree.first_child[node] + rank;
         const std::int64_t token = request.tokens[child];
-        if (!tried.is_draw(token, request.target.vocab)) continue;
+        if (!tried.is_draw(request, token)) continue;
         const double coin = node_coin(request.stream.seed, request.stream.offset, static_cast<std::uint32_t>(child));
-        if (coin * tried.draft_at(token) < tried.residual_at(token)) return {child, -1};
+        if (coin * tried.draft_at(request, token) < tried.residual_at(token)) return {child, -1};
         tried.drop(request, token, 1.0);
     }
     return {-1, tried.draw_next(request)};
 }
 
-void walk(const VerifyRequest& request, Workspace& workspace, Emitted& emitted) {
+template <class Real>
+void walk(const VerifyRequest& request, Emitted& emitted) {
+    static thread_local Workspace<Real> workspace;
     std::fill(emitted.nodes, emitted.nodes + request.tree.num_levels, -1);
     emitted.num_accepted = 0;
     for (std::int32_t node = 0; node >= 0;) {
         emitted.nodes[emitted.num_accepted++] = node;
-        const Decision decision = request.warp.temperature == 0 ? decide_greedily(request, node, workspace)
+        const Decision decision = request.warp.temperature == 0 ? decide_greedily(request, node)
                                                                 : decide(request, node, workspace);
         node = decision.child;
         emitted.next_token = decision.next_token;
@@ -85,7 +90,13 @@ bool tree_valid(const Tree& tree, std::vector<std::int64_t>& depths) {
     return true;
 }
 
-bool values_valid(const VerifyRequest& request) {
+// Largest logits of the rows of one request, as VerifyRequest has them.
+struct Peaks {
+    double* target;
+    double* draft;
+};
+
+bool values_valid(const VerifyRequest& request, Peaks peaks) {
     const Tree& tree = request.tree;
     const float temperature = static_cast<float>(request.warp.temperature);
     const float top_p = static_cast<float>(request.warp.top_p);
@@ -93,9 +104,16 @@ bool values_valid(const VerifyRequest& request) {
     for (std::int64_t node = 1; node < tree.num_nodes; ++node) {
         if (request.tokens[node] < -1 || request.tokens[node] >= request.target.vocab) return false;
     }
-    if (!rows_valid(request.target, tree.num_nodes)) return false;
-    for (std::int64_t node = 0; node < tree.num_nodes && request.draft.data != nullptr; ++node) {
-        if (tree.num_children[node] > 0 && !rows_valid(request.draft.rows_from(node), 1)) return false;
+    const auto look = [](const LogitRows& rows, std::int64_t node, double* found) {
+        const RowPeak peak = row_peak(rows.row(node), rows.type, rows.vocab);
+        found[node] = peak.logit;
+        return peak.valid;
+    };
+    for (std::int64_t node = 0; node < tree.num_nodes; ++node) {
+        if (!look(request.target, node, peaks.target)) return false;
+        if (request.draft.data != nullptr && tree.num_children[node] > 0 && !look(request.draft, node, peaks.draft)) {
+            return false;
+        }
     }
     return true;
 }
@@ -118,6 +136,13 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
     const auto* top_ks = reinterpret_cast<const std::int32_t*>(top_k_ptr);
     const auto* top_ps = reinterpret_cast<const float*>(top_p_ptr);
 
+    static thread_local Scratch<double> peaks_scratch;
+    double* const all_peaks = check_values ? peaks_scratch.reserve(2 * batch_size * num_nodes) : nullptr;
+    const auto peaks = [&](std::int64_t b) {
+        if (!check_values) return Peaks{nullptr, nullptr};
+        double* const own = all_peaks + 2 * b * num_nodes;
+        return Peaks{own, own + num_nodes};
+    };
     const auto request = [&](std::int64_t b) {
         const char* const target = reinterpret_cast<const char*>(target_ptr) + b * target_batch_stride * target_bytes;
         const char* const draft =
@@ -129,26 +154,28 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
             reinterpret_cast<const std::int64_t*>(tokens_ptr) + b * tokens_stride,
             LogitRows{target, target_element, target_node_stride * target_bytes, vocab},
             LogitRows{draft, draft_element, draft_node_stride * draft_bytes, vocab},
+            peaks(b).target,
+            peaks(b).draft,
             Warp{reinterpret_cast<const float*>(temperature_ptr)[b], top_ks == nullptr ? 0 : top_ks[b],
                  top_ps == nullptr ? 1.0 : top_ps[b]},
             Stream{static_cast<std::uint64_t>(reinterpret_cast<const std::int64_t*>(seeds_ptr)[b]),
-                   static_cast<std::uint64_t>(reinterpret_cast<const std::int64_t*>(offsets_ptr)[b])},
-            target_element == ElementType::float64 || (draft_ptr != 0 && draft_element == ElementType::float64)};
+                   static_cast<std::uint64_t>(reinterpret_cast<const std::int64_t*>(offsets_ptr)[b])}};
     };
-    static thread_local Workspace workspace;
+    const bool wide = target_element == ElementType::float64 || (draft_ptr != 0 && draft_element == ElementType::float64);
+    static thread_local std::vector<std::int64_t> depths;
     for (std::int64_t b = 0; b < batch_size && check_values; ++b) {
         const VerifyRequest checked = request(b);
         // A tree that all share is looked at once.
-        if ((b == 0 || topology_stride != 0) && !tree_valid(checked.tree, workspace.depths)) return false;
-        if (!values_valid(checked)) return false;
+        if ((b == 0 || topology_stride != 0) && !tree_valid(checked.tree, depths)) return false;
+        if (!values_valid(checked, peaks(b))) return false;
     }
     for (std::int64_t b = 0; b < batch_size; ++b) {
         Emitted emitted{reinterpret_cast<std::int32_t*>(nodes_ptr) + b * num_levels, 0, -1};
         const VerifyRequest own = request(b);
         if (rule == VerificationRule::traversal && own.warp.temperature != 0) {  // greedily all rules are one
-            traverse(own, emitted);
+            wide ? traverse<double>(own, emitted) : traverse<float>(own, emitted);
         } else {
-            walk(own, workspace, emitted);
+            wide ? walk<double>(own, emitted) : walk<float>(own, emitted);
         }
         reinterpret_cast<std::int32_t*>(num_accepted_ptr)[b] = emitted.num_accepted;
         reinterpret_cast<std::int64_t*>(next_token_ptr)[b] = emitted.next_token;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <vector>
 
 #include "rows.h"
 
@@ -13,6 +14,8 @@ struct Warp {
     double temperature;  // above 0
     std::int64_t top_k;
     double top_p;
+
+    bool cuts(std::int64_t vocab) const { return (top_k > 0 && top_k < vocab) || top_p < 1; }
 };
 
 constexpr double NOTHING_CUT = -std::numeric_limits<double>::infinity();
@@ -25,5 +28,19 @@ struct WarpedRow {
 // weights = exp((logits - peak) / temperature) where logits >= cut, else 0. Tokens that tie with the cut are all kept.
 // logits: padded row. `wide` as for softmax_weights.
 WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const Warp& warp, bool wide, double* weights);
+
+// A token that a cut keeps, or may keep.
+template <class Real>
+struct Candidate {
+    std::int64_t token;
+    Real logit;
+    Real weight;
+};
+
+// The tokens of positive weight that a warp which cuts keeps, in rising order; returns the sum of their weights. Behind
+// a small top-k no other token's exponential is taken.
+template <class Real>
+double warped_support(const void* row, ElementType type, std::int64_t vocab, double peak, const Warp& warp,
+                      std::vector<Candidate<Real>>& support);
 
 }  // namespace sequoia

@@ -31,6 +31,7 @@ from support.processes import run_process
 import sequoia_kernels
 from sequoia_kernels import TokenTree, _host
 from sequoia_kernels.errors import BackendUnavailableError
+from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import compact_kv_cache_, sample_without_replacement, verify_tree, warped_logsumexp
 from sequoia_kernels.rng import DRAFT_TAG, RESIDUAL_TAG, node_coins, token_gumbel
 
@@ -330,6 +331,33 @@ def test_sorted_warps_cut_where_the_reference_does(top_k, top_p):
     log_sum, cut = baselines.sort_and_mask(logits, temperatures, top_k, top_p)
     assert torch.equal(cut, wanted.cut)
     torch.testing.assert_close(log_sum, wanted.log_normaliser, rtol=1e-5, atol=1e-5)
+
+
+def test_verification_is_timed_by_both_rules():
+    bench = bench_script("verify_tree")
+    named = {(case.device, case.name): case for case in bench.CASES}
+    assert len(named) == len(bench.CASES)
+    for case in bench.CASES:
+        assert ("traversal" in case.name) == (case["rule"] == "traversal")
+    case = named["cpu", "8 nodes x 512, traversal"]
+    inputs = bench.make_inputs(case, CPU, 0)
+    for rival in ("child by child", "sgl-kernel"):
+        on_its_device = harness.Case(case.name, "cuda" if rival == "sgl-kernel" else "cpu", case.sizes)
+        with pytest.raises(harness.Unavailable, match='does not know the rule "traversal"'):
+            bench.PROVIDERS[rival].prepare(on_its_device, inputs)
+    expected = verify_tree(*inputs[:3], typical_tree(8), *inputs[3:], rule="traversal", backend="reference")
+    assert bench.mismatch(case, inputs, bench.expected(case, inputs), expected) is None
+
+    def num_rows(device, rule, temperature):
+        sizes = {"batch_size": 2, "num_nodes": 8, "vocab": 100, "dtype": "bfloat16", "temperature": temperature}
+        return bench.bytes_moved(harness.Case("", device, sizes | {"rule": rule})) / (2 * 100 * 2)
+
+    num_internal = len(workloads.internal_nodes(typical_tree(8)))
+    for rule in ("sequoia", "traversal"):  # values are checked there
+        assert num_rows("cpu", rule, 0.6) == num_rows("cpu", rule, 0.0) == 8 + num_internal
+        assert num_rows("cuda", rule, 0.0) == 8
+    assert num_rows("cuda", "sequoia", 0.6) == 8 + num_internal
+    assert num_rows("cuda", "traversal", 0.6) == 2 * num_internal + 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])

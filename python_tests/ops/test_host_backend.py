@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import philox as oracle
 from support.packed_masks import RANDOM, pack, pack_tree, tree_parents, unpack
+from support.plain_verifier import plain_verify
 from support.tolerances import LOG_NORMALISER, assert_close
 
 from sequoia_kernels import TokenTree, rng
@@ -26,6 +27,7 @@ from sequoia_kernels.ops import (
 )
 from sequoia_kernels.ops.host_calls import BOOLEAN, ELEMENT_TYPES
 from sequoia_kernels.ops.tree_attention.op import num_tree_slots
+from sequoia_kernels.ops.verify_tree.reference import node_decisions
 
 _host = pytest.importorskip("sequoia_kernels._host", reason="the C++ module sequoia_kernels._host is not built")
 
@@ -252,6 +254,141 @@ def test_an_empty_residual_is_the_target_without_the_drawn_tokens():
     assert torch.equal(got.next_token, wanted.next_token)
     assert (got.num_accepted == 1).all()
     assert got.next_token.unique().tolist() == [0, 1, 2, 3]
+
+
+RULES = ["sequoia", "traversal"]
+
+
+def _assert_decided_plainly(rule, tree, step, temperature, streams, top_k=None, top_p=None):
+    """Host and plain verifier decide alike; returns the path."""
+    got = verify_tree(*step, tree, temperature, *streams, top_k=top_k, top_p=top_p, rule=rule, backend="host")
+    wanted = plain_verify(*step, tree, temperature, *streams, top_k, top_p, rule=rule)
+    for field, left, right in zip(got._fields, got, wanted, strict=True):
+        assert torch.equal(left, right), field
+    return got
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_trees_are_decided_as_by_the_plain_verifier(rule, seed):
+    choices, generator = random.Random(100 + seed), torch.Generator().manual_seed(100 + seed)
+    num_accepted = 0
+    for _ in range(25):
+        tree = TokenTree(tree_parents(RANDOM, choices.choice([1, 2, 6, 12, 40, 90]), seed=choices.randrange(10**6)))
+        batch_size = choices.choice([1, 2, 4])
+        vocab = choices.choice([1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 511, 513, 1500, 5003])
+        temperature = torch.tensor([choices.choice([0.0, 0.1, 0.6, 1.0, 2.0]) for _ in range(batch_size)])
+        top_k = torch.tensor([choices.choice([0, 1, 2, 5, 50, 4000]) for _ in range(batch_size)], dtype=torch.int32)
+        top_p = torch.tensor([choices.choice([0.05, 0.5, 0.9, 0.99, 1.0]) for _ in range(batch_size)])
+        warp = choices.choice([(None, None), (None, None), (top_k, None), (None, top_p), (top_k, top_p)])
+        step = _random_step(generator, choices, tree, batch_size, vocab, temperature)
+        path = _assert_decided_plainly(rule, tree, step, temperature, _streams(generator, batch_size), *warp)
+        num_accepted += int((path.num_accepted - 1).sum())
+    assert num_accepted > 20
+
+
+@pytest.mark.parametrize("top_k", [None, (300_000, 50)])
+def test_nodes_whose_rows_were_lent_meanwhile_load_them_again(top_k):
+    """The rows of ten nodes of this size are kept; the first four are come back to when theirs are other nodes'."""
+    tree, vocab = TokenTree.chain(14), 400_003
+    generator = torch.Generator().manual_seed(5)
+    target_logits = (torch.randn(2, tree.num_nodes, vocab, generator=generator) * 3).to(torch.bfloat16)
+    draft_logits = (target_logits + torch.randn(target_logits.shape, generator=generator) * 2).to(torch.bfloat16)
+    temperature, streams = torch.tensor([0.6, 1.0]), (torch.tensor([3, 11]), torch.tensor([0, 7]))
+    tokens = torch.zeros(2, tree.num_nodes, dtype=torch.int64)
+    for node in range(tree.num_nodes - 1):
+        own = (streams[0], streams[1] + 1 + node)  # a child needs noise of its own
+        drawn = sample_without_replacement(draft_logits[:, node], 1, temperature, *own, backend="host")
+        tokens[:, node + 1] = drawn.tokens[:, 0]
+    cut = None if top_k is None else torch.tensor(top_k, dtype=torch.int32)
+    step = (tokens, target_logits, draft_logits)
+    path = _assert_decided_plainly("traversal", tree, step, temperature, streams, cut)
+    assert int(path.num_accepted.min()) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_acceptance_is_as_precise_as_the_logits(dtype):
+    """Many coins against one chance; those that are nearer to it than weights can be told apart are left out."""
+    generator = torch.Generator().manual_seed(0)
+    tree, vocab, batch_size = TokenTree.chain(2), 70, 20_000
+    margin = 1e-9 if dtype == torch.float64 else 1e-5
+    for temperature in (0.3, 0.6, 1.0, 3.0):
+        target_logits = (torch.randn(1, 2, vocab, generator=generator, dtype=torch.float64) * 2).to(dtype)
+        draft_logits = (target_logits + torch.randn(1, 2, vocab, generator=generator)).to(dtype)
+        token = int((draft_logits - target_logits)[0, 0].argmax())  # likelier in the draft: the chance is below 1
+        decisions = node_decisions(
+            (target_logits[:, 0].double() / temperature).softmax(dim=1),
+            draft_logits[:, 0].double(),
+            torch.tensor([[token]]),
+            torch.tensor([temperature]).double(),
+        )
+        chance = float(decisions.acceptance())
+        streams = (torch.arange(batch_size), torch.zeros(batch_size, dtype=torch.int64))
+        coins = rng.node_coins(*streams, 2)[:, 1].double()
+        path = verify_tree(
+            torch.tensor([[0, token]]).expand(batch_size, 2).contiguous(),
+            target_logits.expand(batch_size, 2, vocab),
+            draft_logits.expand(batch_size, 2, vocab),
+            tree,
+            temperature,
+            *streams,
+            backend="host",
+        )
+        told_apart = (coins - chance).abs() > margin * chance
+        assert torch.equal((path.num_accepted == 2)[told_apart], (coins < chance)[told_apart])
+        assert int(told_apart.sum()) > 0.99 * batch_size and 0 < chance < 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("top_k", [None, 5, 30])
+def test_drafts_that_lose_all_their_mass_are_decided_plainly(rule, top_k):
+    """The weights of each later sibling are e^-40 of those before it, whatever the target keeps."""
+    tree = TokenTree([-1, 0, 0, 0, 0, 0, 1, 2, 3])
+    batch_size, vocab = 300, 40
+    generator = torch.Generator().manual_seed(2)
+    target_logits = torch.randn(batch_size, tree.num_nodes, vocab, generator=generator)
+    target_logits[:, 0, 2:7] += 2
+    draft_logits = torch.randn(batch_size, tree.num_nodes, vocab, generator=generator)
+    draft_logits[:, 0] = -40.0 * torch.arange(vocab)
+    draft_logits[:, 1, 1:] = -math.inf  # one child empties it
+    tokens = torch.tensor([0, 0, 1, 2, 3, 4, 0, 5, 6]).expand(batch_size, 9).contiguous()
+    cut = None if top_k is None else torch.full((batch_size,), top_k, dtype=torch.int32)
+    temperature, streams = torch.full((batch_size,), 1.0), _streams(generator, batch_size)
+    path = _assert_decided_plainly(rule, tree, (tokens, target_logits, draft_logits), temperature, streams, cut)
+    assert len(path.nodes[:, 1].unique()) > 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_element_of_a_row_is_checked(dtype):
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}.get(dtype, torch.int16)
+    negative_nan = (torch.tensor([-math.inf], dtype=dtype).view(bits) | 1).view(dtype).item()
+    assert math.isnan(negative_nan)
+    for vocab in (1, 7, 130, 515):
+        for place in sorted({0, 1, vocab // 4, vocab // 2, vocab - 2, vocab - 1} & set(range(vocab))):
+            for bad in (math.nan, negative_nan, math.inf):
+                for others in (-1.0, 1.0, -math.inf):
+                    row = torch.full((1, 1, vocab), others, dtype=dtype)
+                    row[0, 0, place] = bad
+                    with pytest.raises(ValueError, match=r"target_logits must hold neither NaN nor \+inf"):
+                        verify_tree(torch.zeros(1, 1).long(), row, None, TokenTree.single(), 1.0, 0, 0, backend="host")
+        row = torch.full((1, 1, vocab), -math.inf, dtype=dtype)
+        with pytest.raises(ValueError, match="target_logits must have a finite entry in every row"):
+            verify_tree(torch.zeros(1, 1).long(), row, None, TokenTree.single(), 1.0, 0, 0, backend="host")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_finds_the_first_of_the_largest(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (1, 2, 31, 64, 65, 129, 513, 3001):
+        random_rows = torch.randn(6, vocab, generator=generator) * 4
+        rows = torch.cat((random_rows, -random_rows.abs() - 0.5, random_rows.round(), -random_rows.abs().round()))
+        rows[::5, : vocab // 2] = -math.inf
+        rows = torch.cat((rows, torch.tensor([[-0.0, 0.0] * vocab])[:, :vocab])).to(dtype)
+        path = verify_tree(
+            torch.zeros(len(rows), 1).long(), rows[:, None], None, TokenTree.single(), 0.0, 0, 0, backend="host"
+        )
+        largest = rows == rows.max(dim=1, keepdim=True).values
+        assert torch.equal(path.next_token, largest.int().argmax(dim=1))
 
 
 # ---- compact_kv_cache_ ----

@@ -5,7 +5,7 @@ Computes
     target's probabilities t(x), the draft's d(x) and the tokens S drawn and failed so far, the residual is
     max(t(x) - g d(x), 0) / f outside S, as in triton_launch.py, and p is the node's chance. With
         f = F(g) = sum outside S of max(t - g d, 0),   D = sum outside S of d,   at first  g = 0, f = 1,
-    a child x enters with the chance min(1, p (t(x) - g d(x)) / f / (d(x) / D)), and after it has failed
+    a child x enters with the chance min(1, p max(t(x) - g d(x), 0) / f / (d(x) / D)), and after it has failed
         g' = g + f / (p D),   f' = F(g') without x,   Z = p f' / f,   p' = Z / (Z + 1 - p).
     So the state of a node is (p, g, f), and one sum over the vocabulary takes it from child to child.
 
@@ -26,7 +26,7 @@ Parallel plan: what one program owns
        matters; nor behind the last child, if the node's chance is 1 and will stay so, or its coin rejects it as it is,
        since no chance ever rises. Chances of 0 are handed down without a look at the rows.
        A node comes right before two others at most, its next sibling and its first child: wave w has at most 2^w
-       children, and at most num_nodes - 1 - w. Where it has more than the grid has room for, programs take two.
+       children, and at most num_nodes - 1 - w. Where it has more than the grid has room for, programs take several.
     3. `try_children_kernel` once more, one program a request, only for trees with more waves than have launches: the
        children left, in the order of their ids, in a loop.
     4. `leave_nodes_kernel`, a program a node: its chance at the end, against its coin.

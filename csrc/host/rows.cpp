@@ -87,7 +87,9 @@ SEQUOIA_INLINE std::int64_t load_chunk(const char* row, std::int64_t begin, std:
             chunk[i + lane] = static_cast<Real>(widen(element_at<Element>(row, begin + i + lane)));
         }
     }
-    for (std::int64_t i = whole; i < count; ++i) chunk[i] = static_cast<Real>(widen(element_at<Element>(row, begin + i)));
+    for (std::int64_t i = whole; i < count; ++i) {
+        chunk[i] = static_cast<Real>(widen(element_at<Element>(row, begin + i)));
+    }
     for (std::int64_t i = count; i < padded(count); ++i) chunk[i] = -std::numeric_limits<Real>::infinity();
     return padded(count);
 }
@@ -178,7 +180,8 @@ SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes_by(const void* source, std::i
 // More lanes are faster along a row, but in a short one bringing them together is most of the work.
 template <class Signed, class Unsigned>
 SEQUOIA_INLINE Extremes<Signed, Unsigned> extremes(const void* row, std::int64_t vocab) {
-    return vocab < 1024 ? extremes_by<Signed, Unsigned, 64>(row, vocab) : extremes_by<Signed, Unsigned, 128>(row, vocab);
+    return vocab < 1024 ? extremes_by<Signed, Unsigned, 64>(row, vocab)
+                        : extremes_by<Signed, Unsigned, 128>(row, vocab);
 }
 
 template <class Element, class Real>
@@ -241,7 +244,9 @@ SEQUOIA_CLONES Extremes<std::int64_t, std::uint64_t> extremes_64(const void* row
     return extremes<std::int64_t, std::uint64_t>(row, n);
 }
 
-SEQUOIA_CLONES std::int64_t find_float32(const void* row, std::int64_t n, float value) { return find<float>(row, n, value); }
+SEQUOIA_CLONES std::int64_t find_float32(const void* row, std::int64_t n, float value) {
+    return find<float>(row, n, value);
+}
 SEQUOIA_CLONES std::int64_t find_float64(const void* row, std::int64_t n, double value) {
     return find<double>(row, n, value);
 }

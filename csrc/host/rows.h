@@ -29,8 +29,8 @@ struct LogitRows {
 };
 
 // How a row's logits become weights: PEAK_WEIGHT exp((logit - peak) / temperature), 0 where that exponential underflows
-// in the type, so that "probability 0" means the same as in the reference. Equal logits have equal weights, and one that
-// is taken alone has the same bits as in a row. The peak must be the largest logit of those that count.
+// in the type, so that "probability 0" means the same as in the reference. Equal logits have equal weights, and one
+// that is taken alone has the same bits as in a row. The peak must be the largest logit of those that count.
 template <class Real>
 struct Weighing;
 

@@ -75,8 +75,8 @@ SEQUOIA_INLINE float exp_nonpositive(float x) {
 }
 
 // 2^(z + 64), 0 where 2^z underflows in float32; z <= 0. About 1 unit in the last place. The factor keeps all results
-// normal numbers: arithmetic on subnormal ones is slow on some CPUs, and they have few digits. Range reduction z = n + f
-// with |f| <= 1/2, minimax polynomial of 2^f. What comes of z far below is noise, which the mask makes 0.
+// normal numbers: arithmetic on subnormal ones is slow on some CPUs, and they have few digits. Range reduction z = n +
+// f with |f| <= 1/2, minimax polynomial of 2^f. What comes of z far below is noise, which the mask makes 0.
 SEQUOIA_INLINE float exp2_times_2_64(float z) {
     constexpr float SHIFT = 0x1.8p23f;
     constexpr float LOWEST = -149.9f;

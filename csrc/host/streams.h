@@ -29,8 +29,8 @@ SEQUOIA_INLINE float log_lower_bound(float value) {
 SEQUOIA_INLINE float log_upper_bound(float value) { return log_lower_bound(value) + 0.07f; }
 
 // At least gumbel(word), by 0.07 or less where it matters. E = -log(1 - u) >= u >= word / 2^32, so the noise -log(E) is
-// at most 32 ln(2) - log(word). The 0.01 covers the rounding here and in gumbel(). The last bit of the word is left out:
-// vectors convert signed integers only.
+// at most 32 ln(2) - log(word). The 0.01 covers the rounding here and in gumbel(). The last bit of the word is left
+// out: vectors convert signed integers only.
 SEQUOIA_INLINE float gumbel_upper_bound(std::uint32_t word) {
     constexpr float LOG_OF_2_31 = LOG_OF_2_32 - 0x1.62e43p-1f;
     return LOG_OF_2_31 + 0.01f - log_lower_bound(static_cast<float>(static_cast<std::int32_t>(word >> 1)));

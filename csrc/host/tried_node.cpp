@@ -10,12 +10,12 @@
 namespace sequoia {
 namespace {
 
-// The draft's mass is its last sum less the weights dropped since, down to this part of it: below, too many digits would
-// have cancelled.
+// The draft's mass is its last sum less the weights dropped since, down to this part of it: below, too many digits
+// would have cancelled.
 constexpr double SUM_AGAIN_BELOW = 0x1p-3;
 
-// The draft's mass, in weights of its peak, below which its weights are computed afresh from the largest logit left: they
-// are relative to a token that is no longer there, and would underflow.
+// The draft's mass, in weights of its peak, below which its weights are computed afresh from the largest logit left:
+// they are relative to a token that is no longer there, and would underflow.
 constexpr double REBASE_BELOW = 0x1p-10;
 
 // A support of at least one token in so many is kept as a whole row: its loops have vectors, and need no search.
@@ -69,12 +69,13 @@ struct BestToken {
     }
 };
 
-// Bounds of the probabilities of a stretch's tokens: at least those, apart from rounding, and 0 only where they are 0 or
-// none that could win, the largest being at least 1 / vocab.
+// Bounds of the probabilities of a stretch's tokens: at least those, apart from rounding, and 0 only where they are 0
+// or none that could win, the largest being at least 1 / vocab.
 template <class Real>
 struct ProbBounds;
 
-// In float32, which may take a little from either term of a difference: they are taken as what they are at most and least.
+// In float32, which may take a little from either term of a difference: they are taken as what they are at most and
+// least.
 template <>
 struct ProbBounds<float> {
     float alpha, gamma;
@@ -161,7 +162,8 @@ std::int64_t draw_of_support(const Residual<Real>& residual, Stream stream) {
 // The loops with clones: one plain function each, since templates cannot be multiversioned.
 
 // Sum of max(alpha target - gamma draft, 0).
-SEQUOIA_CLONES double mass_left(const float* target, const float* draft, std::int64_t size, double alpha, double gamma) {
+SEQUOIA_CLONES double mass_left(const float* target, const float* draft, std::int64_t size, double alpha,
+                                double gamma) {
     return sum_of_positive(target, draft, size, alpha, gamma);
 }
 SEQUOIA_CLONES double mass_left(const double* target, const double* draft, std::int64_t size, double alpha,

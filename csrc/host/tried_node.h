@@ -4,13 +4,13 @@
 //     residual(x) = max(alpha t(x) - gamma d(x), 0) / Z, at first alpha = 1, gamma = 0 and Z = sum t;
 //     dropping x_i, with chance p: gamma' = p gamma + Z / D; alpha' = p alpha; zero x_i;
 //                   Z' = sum max(alpha' t - gamma' d, 0); m = Z' / Z; p <- m / (m + 1 - p).
-// Three numbers are the whole state, scaled by powers of 2, so that a sum Z' > 0 is what the draw finds again to the last
-// bit; a drop is one pass over two rows. The rules that try children, and what a chance is, are told in
+// Three numbers are the whole state, scaled by powers of 2, so that a sum Z' > 0 is what the draw finds again to the
+// last bit; a drop is one pass over two rows. The rules that try children, and what a chance is, are told in
 // sequoia_kernels/ops/verify_tree/reference.py and traversal.py; from the root down every p is 1.
 //
-// Where top-k or top-p leave few tokens of the target, only those are kept of either row: the residual is 0 elsewhere, and
-// of the draft's other weights nothing but their sum counts. Weights are float32, or float64 where either of the logits is;
-// all sums and what is made of them are float64.
+// Where top-k or top-p leave few tokens of the target, only those are kept of either row: the residual is 0 elsewhere,
+// and of the draft's other weights nothing but their sum counts. Weights are float32, or float64 where either of the
+// logits is; all sums and what is made of them are float64.
 
 #pragma once
 

@@ -8,8 +8,8 @@
 // Memory      checking reads all rows that may be used once, which gives their largest logits as well; then two rows of
 //             logits per visited node are read once more. Scratch of a few rows.
 // Numerics    exponentials in float32 (float64 where either of the logits is), as in the reference; sums and what is
-//             made of them in float64. The keys of the next token are rounded as the reference's. Weights that underflow
-//             in float32 are 0: both agree on what cannot be drawn.
+//             made of them in float64. The keys of the next token are rounded as the reference's. Weights that
+//             underflow in float32 are 0: both agree on what cannot be drawn.
 
 #include <algorithm>
 #include <vector>
@@ -161,7 +161,8 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
             Stream{static_cast<std::uint64_t>(reinterpret_cast<const std::int64_t*>(seeds_ptr)[b]),
                    static_cast<std::uint64_t>(reinterpret_cast<const std::int64_t*>(offsets_ptr)[b])}};
     };
-    const bool wide = target_element == ElementType::float64 || (draft_ptr != 0 && draft_element == ElementType::float64);
+    const bool wide =
+        target_element == ElementType::float64 || (draft_ptr != 0 && draft_element == ElementType::float64);
     static thread_local std::vector<std::int64_t> depths;
     for (std::int64_t b = 0; b < batch_size && check_values; ++b) {
         const VerifyRequest checked = request(b);

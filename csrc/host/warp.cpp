@@ -108,8 +108,9 @@ Real top_k_cut(const Real* logits, std::int64_t vocab, std::int64_t top_k, const
     return candidates[static_cast<std::size_t>(top_k - 1)];
 }
 
-// A bound up to which the weights of a padded row make up at most 1 - top_p of the mass all together, so that top-p keeps
-// none of them. That holds for the one that all of them could have; most rows have few weights above a higher one, too.
+// A bound up to which the weights of a padded row make up at most 1 - top_p of the mass all together, so that top-p
+// keeps none of them. That holds for the one that all of them could have; most rows have few weights above a higher
+// one, too.
 template <class Real>
 double never_kept(const Real* weights, std::int64_t vocab, double mass, double top_p) {
     const double rest = mass * std::max(0.0, 1.0 - top_p) * (1.0 - 1e-6);
@@ -118,8 +119,8 @@ double never_kept(const Real* weights, std::int64_t vocab, double mass, double t
     return mass_up_to(weights, padded(vocab), higher) <= rest ? higher : bound;
 }
 
-// The smallest logit of the shortest prefix of the candidates, in falling order, whose weights make up top_p of the mass.
-// Leaves them in another order.
+// The smallest logit of the shortest prefix of the candidates, in falling order, whose weights make up top_p of the
+// mass. Leaves them in another order.
 template <class Real>
 Real top_p_cut(std::vector<Candidate<Real>>& candidates, double mass, double top_p) {
     const auto falling = [](const Candidate<Real>& left, const Candidate<Real>& right) {

@@ -226,8 +226,12 @@ def run_stage(stage: Stage, share: Share, folder: Path) -> Outcome:
 
 
 def end_group(process: subprocess.Popen[bytes], wind_down: float) -> None:
-    """End a stage and whatever it started: as Ctrl-C does, upon which pytest still sums up, then by force."""
-    for number, seconds in ((signal.SIGINT, wind_down), (signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+    """End a stage and whatever it started: as Ctrl-C does, upon which pytest still sums up, then by force.
+
+    Ctrl-C is given twice: Python drops an interrupt that meets it in a finalizer.
+    """
+    interrupt = (signal.SIGINT, wind_down / 2)
+    for number, seconds in (interrupt, interrupt, (signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
             process.wait(timeout=seconds)

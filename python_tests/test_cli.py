@@ -342,6 +342,25 @@ def test_out_is_checked_before_models_are_loaded(command, pair, files, loads, tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_for_records_is_checked_before_models_are_loaded(pair, files, loads, tmp_path, capsys):
+    call = ["acceptance", *pair, "--prompts-file", str(files["prompts"]), "--records", str(tmp_path)]
+    assert "Is a directory" in error_of(capsys, call)
+    assert loads == []
+
+
+def test_records_are_kept_and_planned_from(pair, files, tmp_path, capsys):
+    prompts, records = ["--prompts-file", str(files["prompts"])], tmp_path / "records.npz"
+    sampling = ["--new-tokens", "12", "--num-prompts", "1", "--temperature", "1"]
+    assert cli.main(["acceptance", *pair, *prompts, *sampling, "--records", str(records)]) == 0
+    capsys.readouterr()
+    plan = ["plan", "--profile", str(files["profile"]), "--records", str(records), "--rule", "traversal", "--json"]
+    assert cli.main(plan) == 0
+    assert json.loads(capsys.readouterr().out)["rule"] == "traversal"
+    text = ["generate", *pair, "--prompt", "a b", "--new-tokens", "2", "--tree", "none", "--temperature", "1"]
+    assert cli.main([*text, "--rule", "traversal"]) == 0
+    assert "rule must be one of sequoia, traversal, got 'no'" in error_of(capsys, [*text, "--rule", "no"])
+
+
 def test_a_picture_is_checked_before_models_are_loaded(pair, loads, tmp_path, capsys):
     assert "Is a directory" in error_of(capsys, ["demo", *pair, "--svg", str(tmp_path)])
     assert loads == []

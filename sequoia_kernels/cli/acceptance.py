@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--tree", type=Path, help="tree JSON to run with (default: a wide probe)")
     parser.add_argument("--out", type=Path, help="write the estimate to this JSON file")
     parser.add_argument(
-        "--records", type=Path,
+        "--records", dest="records_out", metavar="RECORDS", type=Path,
         help="decode with a large tree and keep every step in this file (.npz), which `plan --records` values trees in",
     )  # fmt: skip
 
@@ -37,11 +37,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     texts = read_prompts(args, terminal)
     pair = load_pair(args, terminal)
     prompts = encode_prompts(texts, pair, args.prompt_tokens)
-    if args.records is None:
+    if args.records_out is None:
         estimate = estimate_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
     else:
         records = record_pair(pair, prompts, args.new_tokens, sampling_settings(args), terminal, tree)
-        records.save(args.records)
+        records.save(args.records_out)
         estimate = records.acceptance
     if args.out is not None:
         estimate.save(args.out)

@@ -97,8 +97,6 @@ def check_arguments(
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):
         _refuse("profile", "be a HardwareProfile", _describe(profile), TypeError)
-    if rule is not None:
-        rule_named("generate", rule)
     if logits_hook is not None and not callable(logits_hook):
         _refuse("logits_hook", "be called with (paths, logits)", _describe(logits_hook), TypeError)
     names = ("auto", *backends.backend_names("verify_tree"))

@@ -24,7 +24,7 @@ NUM_IMPROVED = 3
 MOST_ROUNDS = 40
 MOST_MOVES = 12  # of a kind, in a round
 LEAST_GAIN = 1e-3  # relative, of a round; times are not measured that well
-LEAST_STEPS_IN_TURN = 256  # recorded steps that the search looks at, evenly spaced; the result is valued in all
+SEARCHED_STEPS = 256  # recorded steps that the search looks at, evenly spaced; the result is valued in all
 
 
 class RecordedSearch:
@@ -44,7 +44,7 @@ class RecordedSearch:
     ) -> None:
         self.records, self.times, self.rule, self.tolerance = records, times, rule, tolerance
         self.max_budget, self.max_levels = max_budget, max_levels
-        self.sample = records.sample(LEAST_STEPS_IN_TURN)
+        self.sample = records.sample(SEARCHED_STEPS)
         self.single_ms = times.step_ms(StepShape(1, (), ()))
         self._speeds: dict[TokenTree, float] = {}
         self._candidates: dict[TokenTree, PlanCandidate] = {}

@@ -8,8 +8,10 @@ Trees and planning:
     measure_profile, plan_tree, TreePlan
 Generation with Hugging Face models:
     generate, GenerateOutput, GenerateStats, adapt, load_offloaded
-The four ops of a decoding step, and one for own verifiers and samplers:
-    tree_attention, sample_without_replacement, verify_tree, compact_kv_cache_; warped_logsumexp
+The four ops of a decoding step, and one for own verifiers and samplers (docs/own_loop.md):
+    tree_attention, sample_without_replacement, verify_tree, compact_kv_cache_, CacheTable; warped_logsumexp
+Own loops with Hugging Face models, besides adapt; servers' conventions are in sequoia_kernels.interop:
+    TreeStep, prefill
 Errors:
     BackendUnavailableError, UnsupportedModelError, ProfileError, TreeFormatError
 """
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
     from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate, release_engines
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
-    from sequoia_kernels.models import adapt
+    from sequoia_kernels.models import TreeStep, adapt, prefill
     from sequoia_kernels.offload import load_offloaded
-    from sequoia_kernels.ops.compact_kv_cache_ import compact_kv_cache_
+    from sequoia_kernels.ops.compact_kv_cache_ import CacheTable, compact_kv_cache_
     from sequoia_kernels.ops.sample_without_replacement import sample_without_replacement
     from sequoia_kernels.ops.tree_attention import tree_attention
     from sequoia_kernels.ops.verify_tree import verify_tree
@@ -49,6 +51,7 @@ __all__ = [
     "AcceptanceEstimate",
     "AdaptivePlan",
     "BackendUnavailableError",
+    "CacheTable",
     "GenerateOutput",
     "GenerateStats",
     "HardwareProfile",
@@ -57,6 +60,7 @@ __all__ = [
     "Topology",
     "TreeFormatError",
     "TreePlan",
+    "TreeStep",
     "UnsupportedModelError",
     "__version__",
     "adapt",
@@ -69,6 +73,7 @@ __all__ = [
     "optimal_values",
     "plan_adaptive",
     "plan_tree",
+    "prefill",
     "release_engines",
     "sample_without_replacement",
     "tree_attention",
@@ -81,9 +86,10 @@ _ROOMS = {
     "decoding": ["GenerateOutput", "GenerateStats", "generate", "release_engines"],
     "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
     "measure": ["measure_profile"],
-    "models": ["adapt"],
+    "models": ["TreeStep", "adapt", "prefill"],
     "offload": ["load_offloaded"],
     "ops": [
+        "CacheTable",
         "compact_kv_cache_",
         "sample_without_replacement",
         "tree_attention",

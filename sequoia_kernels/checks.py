@@ -38,6 +38,7 @@ __all__ = [
     "check_row_values",
     "check_rows",
     "check_shape",
+    "check_streams",
     "check_temperature_values",
     "check_tensor",
     "check_top_p_values",
@@ -293,6 +294,32 @@ def _check_values(op: str, name: str, values: Tensor, rule: Rule) -> None:
     for value in values.tolist():
         if not rule.holds(value):
             fail_range(op, name, rule.text, value)
+
+
+def check_streams(op: str, seeds: Tensor, offsets: Tensor, temperature: Tensor, legend: str, hint: str) -> None:
+    """Raise ValueError if rows share a seed and an offset, and so their noise. Reads values.
+
+    Rows at temperature 0 draw no noise and may share what they like.
+
+    Args:
+        op: name of the op.
+        seeds: [rows], int64.
+        offsets: [rows], int64.
+        temperature: [rows], float32.
+        legend: word for the rows in the message.
+        hint: what to pass instead.
+    """
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for row, (seed, offset, row_temperature) in enumerate(
+        zip(seeds.tolist(), offsets.tolist(), temperature.tolist())
+    ):
+        if row_temperature != 0:
+            rows_of.setdefault((seed, offset), []).append(row)
+    for (seed, offset), rows in rows_of.items():
+        if len(rows) > 1:
+            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+            actual = f"offset {offset} of seed {seed} in {legend} [{shown}], which would share their noise; {hint}"
+            fail_range(op, "offsets", f"differ between {legend} of one seed above temperature 0", actual)
 
 
 def check_memory(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Tensor | None]) -> None:

@@ -14,38 +14,65 @@ __all__ = ["ForwardInputs", "TreeStep", "causal_step"]
 
 
 class TreeStep(NamedTuple):
-    """The rows of one forward: N nodes of a token tree, in the order of `input_ids`.
+    """The rows of one forward: N nodes of a token tree, in the order of `input_ids`. Made by `of`.
 
     Device tensors, equal for every request of a batch; nothing in here depends on the tokens, so one object serves all
-    steps with the same tree.
+    steps with the same tree: make it once, before the loop.
+
+    Attributes:
+        tree_mask: bit j % 32 of word j // 32 in row i is set iff row i sees tree slot j. [N, W], or [B, N, W] where
+            each request has a tree of its own, int32.
+        node_ids: tree slot of each row: keys and values go to row cache_lens[b] + node_ids[i]. [N] int32.
+        depths: depth of each row; its position is cache_lens[b] + depths[i]. [N] int32.
+        num_tree_rows: tree slots in use: one more than the highest slot written or seen.
+        first_node: node_ids[0] where node_ids is one ascending run without holes, else None.
     """
 
-    # Bit j % 32 of word j // 32 in row i is set iff row i sees tree slot j. [N, W], or [B, N, W] where each request has
-    # a tree of its own, int32.
     tree_mask: torch.Tensor
-    node_ids: torch.Tensor  # tree slot of each row: keys and values go to row cache_lens[b] + node_ids[i]. [N] int32
-    depths: torch.Tensor  # depth of each row; its position is cache_lens[b] + depths[i]. [N] int32
-    num_tree_rows: int  # tree slots in use: one more than the highest slot written or seen
-    first_node: int | None = None  # node_ids[0] where node_ids is one ascending run without holes
+    node_ids: torch.Tensor
+    depths: torch.Tensor
+    num_tree_rows: int
+    first_node: int | None = None
 
     @classmethod
-    def of(cls, topology: Topology, nodes: Sequence[int] | None = None) -> TreeStep:
-        """Return the step that feeds a tree, or some of its nodes; on the topology's device.
+    def of(
+        cls,
+        tree: TokenTree | Topology,
+        nodes: Sequence[int] | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> TreeStep:
+        """Return the step that feeds a tree, or some of its nodes.
 
         Args:
-            topology: of one tree, or of trees for each request whose levels are equally wide.
+            tree: the tree, or a topology: of one tree, or of trees for each request whose levels are equally wide.
             nodes: which nodes, increasing; None feeds all.
+            device: where the step of a `TokenTree` is to be, "cpu" unless given. A topology's is where the topology is.
+
+        Raises:
+            ValueError: nodes do not increase or are not the tree's, or a topology comes with a device.
 
         Example:
-            >>> TreeStep.of(TokenTree([-1, 0, 0, 1]).tensors(), [1, 2]).depths.tolist()
+            >>> TreeStep.of(TokenTree([-1, 0, 0, 1]), [1, 2]).depths.tolist()
             [1, 1]
         """
+        if isinstance(tree, TokenTree):
+            topology = tree.tensors("cpu" if device is None else device)
+        else:
+            topology = tree
+            if device is not None:
+                raise ValueError(f"TreeStep.of: device must be None beside a Topology, got {device}")
+        num_nodes = topology.num_nodes
+        if nodes is not None:
+            nodes = [*nodes]
+            if not nodes or any(node >= after for node, after in zip(nodes, [*nodes[1:], num_nodes])) or nodes[0] < 0:
+                raise ValueError(f"TreeStep.of: nodes must increase within 0..{num_nodes - 1}, got {nodes}")
         mask, depths = topology.ancestor_mask, topology.depths
         if depths.dim() == 2:
             depths = depths[0]
         if nodes is None:
-            ids = torch.arange(topology.num_nodes, dtype=torch.int32, device=mask.device)
-            return cls(mask, ids, depths, topology.num_nodes, 0)
+            ids = torch.arange(num_nodes, dtype=torch.int32, device=mask.device)
+            return cls(mask, ids, depths, num_nodes, 0)
         ids = torch.tensor(nodes, dtype=torch.int32, device=mask.device)
         first = nodes[0] if nodes[-1] - nodes[0] + 1 == len(nodes) else None
         return cls(mask.index_select(-2, ids), ids, depths.index_select(0, ids), nodes[-1] + 1, first)

@@ -76,6 +76,8 @@ class Operator(Generic[Inputs, Outputs]):
         buffers: what each output looks like, None for one that is not asked for.
         check_values: raises unless the values of inputs are in range. Called where reading them costs no wait, and
             under ``debug``.
+        check_use: raises where values are in range, but nobody passes them on purpose: mistakes of decoding loops that
+            would go on without a word. Called under ``debug`` only, on every device.
         out_rule: what the caller's buffers must be, as in ``out must <rule>``.
         out_names: how messages name these buffers; ``out.<field>`` unless given.
         mutated: fields of the inputs that the op writes to.
@@ -96,6 +98,7 @@ class Operator(Generic[Inputs, Outputs]):
         check: Callable[[Inputs], None],
         buffers: Callable[[Inputs], Sequence[Buffer | None]] = lambda inputs: (),
         check_values: Callable[[Inputs], None] = lambda inputs: None,
+        check_use: Callable[[Any], None] = lambda launch: None,
         out_rule: str = "",
         out_names: Sequence[str] | None = None,
         mutated: Sequence[str] = (),
@@ -103,6 +106,7 @@ class Operator(Generic[Inputs, Outputs]):
     ) -> None:
         self.name = name
         self.check, self.buffers, self.check_values, self.launches = check, buffers, check_values, launches
+        self.check_use = check_use
         self._inputs: Any = inputs
         self._outputs: Any = outputs
         self._out_rule = out_rule
@@ -131,7 +135,7 @@ class Operator(Generic[Inputs, Outputs]):
             inputs: what it takes; types are checked here, all else behind the dispatcher.
             out: the caller's buffers, or None.
             backend: name of a backend, or "auto".
-            debug: check values on devices other than the CPU, too.
+            debug: check values on devices other than the CPU, too, and how the op is used.
         """
         checks.check_options(self.name, backend, debug=debug)
         for index, name in self._flags:
@@ -181,6 +185,8 @@ class Operator(Generic[Inputs, Outputs]):
         for chosen, launch in calls:
             if debug or not chosen.checks_values:
                 self._check_readable(launch, debug)
+            if debug:
+                self.check_use(launch)
         for chosen, launch in calls:
             chosen.run(launch, outputs)
         return outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,7 @@ def compact_kv_cache_(
     *,
     block_table: Tensor | Sequence[Tensor | None] | None = None,
     backend: str = "auto",
+    debug: bool = False,
 ) -> None:
     """Move the accepted tree rows behind the committed prefix in all caches, in place, and advance the lengths.
 
@@ -117,18 +119,20 @@ def compact_kv_cache_(
             [B, max_pages], int32, on the device of the caches. For a list of tables a list: the block table of each,
             None for one that is not paged.
         backend: "auto" or a backend's name.
+        debug: check values on devices other than the CPU, too, which syncs with the host.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, layout or device, or what is written shares memory with another argument; on CPU
-            tensors also paths that do not increase, counts outside 0..L, and rows or pages outside the cache. Nothing
-            has been written then.
+            tensors or under ``debug`` also paths that do not increase, counts outside 0..L, and rows or pages outside
+            the cache. Nothing has been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
-        Mutates the caches and ``cache_lens``. No host sync on a device; with tables on one device it can be captured in
-        a CUDA graph; deterministic. One launch for each table; the last one advances the lengths. A device other than
-        theirs gets copies of path and lengths. On devices other than the CPU nobody checks values.
+        Mutates the caches and ``cache_lens``; returns nothing. No host sync on a device unless ``debug``; with tables on
+        one device it can be captured in a CUDA graph; deterministic. One launch for each table; the last one advances
+        the lengths. A device other than theirs gets copies of path and lengths. On devices other than the CPU nobody
+        else checks values.
 
     Source:
         The commit step of tree decoding (Sequoia, arXiv 2402.12374), which there gathers into a copy.
@@ -154,7 +158,7 @@ def compact_kv_cache_(
     checks.check_tensor(OP, "accepted_nodes", accepted_nodes)
     checks.check_tensor(OP, "num_accepted", num_accepted)
     checks.check_tensor(OP, "cache_lens", cache_lens)
-    checks.check_options(OP, backend)
+    checks.check_options(OP, backend, debug=debug)
     if isinstance(caches, (list, tuple)) and caches and all(isinstance(table, CacheTable) for table in caches):
         groups: list[Any] = list(caches)
         block_tables: Any = [None] * len(groups) if block_table is None else block_table
@@ -188,7 +192,7 @@ def compact_kv_cache_(
         numbers += (group.address_sum, group.max_row_bytes, group.num_slots)
     sizes = [len(group) for group in groups]
     path = (accepted_nodes, num_accepted, cache_lens)
-    OPERATOR(CompactCall(tensors, *path, list(block_tables), entries, sizes, numbers), None, backend)
+    OPERATOR(CompactCall(tensors, *path, list(block_tables), entries, sizes, numbers), None, backend, debug)
 
 
 def _named(argument: str, index: int, groups: Sequence[object]) -> str:
@@ -283,10 +287,12 @@ def _check_memory(call: CompactCall, moves: Sequence[CompactInputs]) -> None:
     checks.check_memory(OP, written, given)
 
 
-def _check_values(inputs: CompactInputs) -> None:
-    """Paths increase and stay inside the caches, so every target does, too. CPU tensors only."""
+def _check_values(inputs: CompactInputs, wait: bool = False) -> None:
+    """Paths increase and stay inside the caches, so every target does, too. Reads values, of pages where it may wait."""
     num_levels, room, block_table = inputs.accepted_nodes.shape[1], inputs.max_slots, inputs.block_table
-    pages = block_table.tolist() if inputs.caches and block_table is not None and block_table.is_cpu else None
+    pages = None
+    if inputs.caches and block_table is not None and (wait or block_table.is_cpu):
+        pages = block_table.tolist()
     counts, paths = inputs.num_accepted.tolist(), inputs.accepted_nodes.tolist()
     for request, (cache_len, count) in enumerate(zip(inputs.cache_lens.tolist(), counts)):
         if not 0 <= count <= num_levels:
@@ -313,5 +319,11 @@ def _check_values(inputs: CompactInputs) -> None:
 
 
 OPERATOR: Operator[CompactCall, tuple[()]] = Operator(
-    OP, CompactCall, package=__package__, check=check, launches=launches, mutated=("caches", "cache_lens")
+    OP,
+    CompactCall,
+    package=__package__,
+    check=check,
+    check_use=functools.partial(_check_values, wait=True),
+    launches=launches,
+    mutated=("caches", "cache_lens"),
 )

@@ -72,19 +72,25 @@ def sample_without_replacement(
         temperature: 0, or at least 1e-5; 0 takes the largest logits in order, ties by rising token id. Number, or [R]
             float32.
         seeds: the request's random stream. Integer, or [R] int64.
-        offsets: position in that stream. A pair of seed and offset must not be used twice. Integer, or [R] int64.
+        offsets: position in that stream. A pair of seed and offset must not be used twice: one offset a node, so that
+            node j of a step's tree draws its children at the request's offset + j, and the next step begins behind
+            them, at offset + N. Rows that share a pair share their noise, and what is decoded from them is no longer
+            distributed like the target, without a sign of it. Integer (one row only, or temperature 0), or [R] int64.
         out: buffers to write into instead of new ones, of the shapes and dtypes of SampledTokens, strided at will. They
             share no memory with one another or an input.
         backend: name of a backend, or "auto".
-        debug: check values on a GPU too, which waits for it.
+        debug: check values on a GPU too, and on every device that no two rows above temperature 0 share a pair of seed
+            and offset. Waits for the device.
 
     Returns:
-        SampledTokens. A row with fewer unmasked tokens than `num_samples` ends in -1; no token is ever repeated.
+        SampledTokens(tokens [R, num_samples] int64, log_normaliser [R]). A row with fewer unmasked tokens than
+        `num_samples` ends in -1; no token is ever repeated.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, layout or range is wrong; on a CPU or under `debug` if a row of logits holds NaN
-            or +inf or only -inf, or a temperature is out of range. Nothing has been written then.
+            or +inf or only -inf, or a temperature is out of range; under `debug` if rows share their noise. Nothing has
+            been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
@@ -146,6 +152,12 @@ def check_values(inputs: SampleInputs) -> None:
     checks.check_logits(OP, "logits", inputs.logits)
 
 
+def check_use(inputs: SampleInputs) -> None:
+    """No two rows share their noise. Reads values."""
+    hint = "pass one offset a node: (offsets[:, None] + nodes).flatten(), and a seed of its own for each request"
+    checks.check_streams(OP, inputs.seeds, inputs.offsets, inputs.temperature, "rows", hint)
+
+
 OPERATOR = Operator(
     OP,
     SampleInputs,
@@ -154,5 +166,6 @@ OPERATOR = Operator(
     check=check,
     buffers=buffers,
     check_values=check_values,
+    check_use=check_use,
     out_rule="be a pair (tokens, log_normaliser)",
 )

@@ -82,6 +82,7 @@ def tree_attention(
     return_lse: bool = False,
     out: Tensor | TreeAttentionOutput | None = None,
     backend: str = "auto",
+    debug: bool = False,
 ) -> TreeAttentionOutput:
     """Attend from tree nodes to the committed prefix and, under a packed mask, to the tree's own cache rows.
 
@@ -113,6 +114,7 @@ def tree_attention(
         out: buffer for the output, or a TreeAttentionOutput of both buffers. They share no memory with one another or
             an input.
         backend: "auto" or a backend's name.
+        debug: check lengths and pages on devices other than the CPU, too, which syncs with the host.
 
     Returns:
         TreeAttentionOutput(out [B, N, Hq, Dv], lse [B, N, Hq] or None). A row that sees nothing gives 0 and -inf (with
@@ -120,13 +122,14 @@ def tree_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, layout, device or range; on CPU tensors also lengths or pages that reach outside the
-            cache.
+        ValueError: a wrong shape, layout, device or range; on CPU tensors or under ``debug`` also lengths or pages that
+            reach outside the cache.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
-        Mutates ``out`` only. No host sync on a device; can be captured in a CUDA graph. float32 softmax (float64 for
-        float64). On devices other than the CPU nobody checks that lengths and pages stay inside the cache.
+        Mutates ``out`` only. No host sync on a device unless ``debug``; can be captured in a CUDA graph. float32 softmax
+        (float64 for float64). On devices other than the CPU nobody else checks that lengths and pages stay inside the
+        cache.
 
     Source:
         Sequoia (arXiv 2402.12374), section 3: one forward over all nodes. The packed mask covers the tree only; the
@@ -169,7 +172,7 @@ def tree_attention(
             checks.check_tensor(OP, "out", out_buffer)
             raise TypeError(f"{OP}: out must be a TreeAttentionOutput of two tensors with return_lse, got one tensor")
         out = TreeAttentionOutput(out_buffer, lse_buffer if return_lse else None)
-    return OPERATOR(inputs, out, backend)
+    return OPERATOR(inputs, out, backend, debug)
 
 
 def _head_scales(name: str, value: float | Tensor, cache_name: str, cache: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ def verify_tree(
         temperature: 0, or at least 1e-5; 0 is greedy: a child is accepted iff it is the target's largest logit, lowest
             id on ties. Number, or [B] float32.
         seeds: the requests' random streams. Integer, or [B] int64.
-        offsets: position in those streams; a pair of seed and offset must not be used twice. Integer, or [B] int64.
+        offsets: position in those streams; a pair of seed and offset must not be used twice. One for each request: that
+            of its root, whose number the draft's draws may share (coins come from a stream of their own). The next step
+            begins N further. Integer, or [B] int64.
         top_k: the target is cut to its most probable tokens first; below 1 or from vocab on is off. Integer, or [B]
             int32.
         top_p: then to the smallest set of most probable tokens that holds this mass. Number, or [B] float32. In (0, 1].
@@ -107,16 +109,21 @@ def verify_tree(
         out: buffers to write into instead of new ones, of the shapes and dtypes of VerifiedPath, strided at will. They
             share no memory with one another or an input.
         backend: name of a backend, or "auto".
-        debug: check values on a GPU too, which waits for it.
+        debug: check values on a GPU too. And on every device, for requests above temperature 0, that no two share a
+            pair of seed and offset and that every child can be a draw from its parent's draft logits; and that the
+            tensors of a `Topology` agree. Waits for the device.
 
     Returns:
-        VerifiedPath.
+        VerifiedPath(nodes [B, num_levels] int32, num_accepted [B] int32, next_token [B] int64): the accepted nodes with
+        the root in front and -1 behind, how many they are, and the token behind them. A step emits the tokens of
+        `nodes[:, 1:num_accepted]`, then `next_token`, which is the next step's root.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, layout or range is wrong; on a CPU or under `debug` if a row of target logits or
             of draft logits of a node with children holds NaN or +inf or only -inf, a token is outside the vocabulary,
-            a child lies outside the tree, or a temperature or top_p is out of range. Nothing has been written then.
+            a child lies outside the tree, or a temperature or top_p is out of range; under `debug` if requests share
+            their noise, a child cannot have been drawn, or a topology contradicts itself. Nothing has been written then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
@@ -143,6 +150,8 @@ def verify_tree(
     rule_named(OP, rule)
     if isinstance(tree, Topology):
         _check_topology(tree)
+        if debug is True:
+            tree.check(OP)
     if tree.num_nodes > MAX_STEP_ROWS:
         checks.fail_range(OP, "tree", f"have at most {MAX_STEP_ROWS} nodes", tree.num_nodes)
     topology = tree.tensors(tokens.device) if isinstance(tree, TokenTree) else tree
@@ -274,6 +283,40 @@ def _check_tree(inputs: VerifyTreeInputs) -> None:
             checks.fail_range(OP, "tree.num_levels", f"be at least {max(depths) + 1}", inputs.num_levels)
 
 
+def check_use(inputs: VerifyTreeInputs) -> None:
+    """No two requests share their noise, and every child can be a draw of its parent's draft row. Reads values."""
+    hint = "pass a seed of its own for each request, and advance its offset by the number of nodes behind every step"
+    checks.check_streams(OP, inputs.seeds, inputs.offsets, inputs.temperature, "requests", hint)
+    tokens, draft_logits = inputs.tokens, inputs.draft_logits
+    if draft_logits is None:
+        return
+    num_nodes = tokens.shape[1]
+    nodes = torch.arange(num_nodes, device=tokens.device)
+    first_child, num_children = (
+        part.expand(tokens.shape).to(torch.int64) for part in (inputs.first_child, inputs.num_children)
+    )
+    ends = first_child + num_children
+    # Whether a column is a child of a row. [B, N, N]; greedy requests may be offered any tokens.
+    is_child = (nodes >= first_child[:, :, None]) & (nodes < ends[:, :, None]) & (num_children > 0)[:, :, None]
+    is_child &= (inputs.temperature != 0)[:, None, None] & (tokens >= 0)[:, None, :]
+    parents = is_child.to(torch.int8).argmax(dim=1)
+    drawn = is_child.any(dim=1)
+    requests = torch.arange(len(tokens), device=tokens.device)
+    masked = drawn & (draft_logits[requests[:, None], parents, tokens.clamp(min=0)] == -torch.inf)
+    if bool(masked.any()):
+        request, node = masked.nonzero()[0].tolist()
+        rule = "be draws from their parents' draft_logits above temperature 0"
+        actual = f"token {int(tokens[request, node])} at node {node} of request {request}, whose draft logit is -inf"
+        checks.fail_range(OP, "tokens", rule, f"{actual}; pass the logits that each node's children were drawn from")
+    same = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
+    repeated = same & (drawn[:, :, None] & drawn[:, None, :]) & (nodes[:, None] < nodes)
+    if bool(repeated.any()):
+        request, node, other = repeated.nonzero()[0].tolist()
+        rule = "differ between siblings above temperature 0"
+        actual = f"{int(tokens[request, node])} at the nodes {node} and {other} of request {request}"
+        checks.fail_range(OP, "tokens", rule, f"{actual}; draw all children of a node in one row, without replacement")
+
+
 OPERATOR = Operator(
     OP,
     VerifyTreeInputs,
@@ -282,5 +325,6 @@ OPERATOR = Operator(
     check=check,
     buffers=buffers,
     check_values=check_values,
+    check_use=check_use,
     out_rule="be a triple (nodes, num_accepted, next_token)",
 )

@@ -18,7 +18,7 @@ def decode(target, draft, prompts, num_drafted, num_tokens, temperature, seeds):
     tree = TokenTree.chain(1 + num_drafted)  # the root and what is drafted behind it
     chain, nodes = tree.tensors(device), torch.arange(tree.num_nodes, device=device)
 
-    num_rows = length + num_tokens + tree.num_nodes
+    num_rows = length + num_tokens + tree.num_levels + tree.num_nodes
     target_cache, draft_cache = target.new_cache(batch_size, num_rows), draft.new_cache(batch_size, num_rows)
     cache_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
     prompt, places = TokenTree.chain(length - 1).tensors(device), torch.arange(length - 1, device=device)
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     prompts = torch.tensor([[7, 3, 11], [2, 40, 5]], device=device)
     seeds = torch.tensor([1, 2], device=device)
     for temperature in (0.0, 1.0):
-        print(temperature, decode(target, target.noisy(0.3), prompts, 4, 16, temperature, seeds).tolist())
+        print(temperature, decode(target, target.noisy(0.1), prompts, 4, 16, temperature, seeds).tolist())

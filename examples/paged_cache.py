@@ -46,7 +46,7 @@ def decode(target, draft, prompts, trees, num_tokens, temperature, seeds):
     nodes = torch.arange(num_nodes, device=device)
 
     # Each request has as many pages as it needs, in both caches.
-    row_counts = [len(prompt) + num_tokens + num_nodes for prompt in prompts]
+    row_counts = [len(prompt) + num_tokens + len(widths) + num_nodes for prompt in prompts]
     target_cache, draft_cache = (PagedCache(model, row_counts, device) for model in (target, draft))
     caches = (target, target_cache), (draft, draft_cache)
 
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     trees = [TokenTree(parents) for parents in ([-1, 0, 0, 1, 1, 2, 3], [-1, 0, 0, 1, 2, 2, 5], [-1, 0, 0, 1, 1, 1, 4])]
     temperature = torch.tensor([0.0, 0.7, 1.0], device=device)
     seeds = torch.tensor([1, 2, 3], device=device)
-    print(decode(target, target.noisy(0.3), prompts, trees, 16, temperature, seeds).tolist())
+    print(decode(target, target.noisy(0.1), prompts, trees, 16, temperature, seeds).tolist())

@@ -18,8 +18,9 @@ def decode(target, draft, prompts, tree, num_tokens, temperature, seeds):
     topology = tree.tensors(device)
     nodes = torch.arange(tree.num_nodes, device=device)
 
-    # Rows for what is committed, and for a tree behind it. All but the prompts' last token is committed at once.
-    num_rows = length + num_tokens + tree.num_nodes
+    # Rows for what is committed, which the last step overshoots, and for a tree behind it. All but the prompts' last
+    # token is committed at once.
+    num_rows = length + num_tokens + tree.num_levels + tree.num_nodes
     target_cache, draft_cache = target.new_cache(batch_size, num_rows), draft.new_cache(batch_size, num_rows)
     cache_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
     chain, places = TokenTree.chain(length - 1).tensors(device), torch.arange(length - 1, device=device)
@@ -84,4 +85,4 @@ if __name__ == "__main__":
     seeds = torch.tensor([1, 2], device=device)
     tree = TokenTree([-1, 0, 0, 1, 1, 2, 3])
     for temperature in (0.0, 1.0):
-        print(temperature, decode(target, target.noisy(0.3), prompts, tree, 16, temperature, seeds).tolist())
+        print(temperature, decode(target, target.noisy(0.1), prompts, tree, 16, temperature, seeds).tolist())

@@ -14,7 +14,7 @@ class ToyModel:
     def __init__(self, vocab: int, seed: int = 0, device: str = "cpu", heads: int = 4, head_dim: int = 8) -> None:
         generator, width = torch.Generator().manual_seed(seed), heads * head_dim
         shapes = {"embedding": (vocab, width), "qkv": (width, 2 * width), "out": (width, width), "head": (width, vocab)}
-        scale = {"embedding": 1.0, "qkv": 0.4, "out": 0.4, "head": 0.5}
+        scale = {"embedding": 1.0, "qkv": 0.4, "out": 0.25, "head": 0.5}
         self.weights = {
             name: scale[name] * torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()
         }
@@ -27,6 +27,11 @@ class ToyModel:
             other.weights[name] = weight + noise * other.weights[name]
         return other
 
+    def bigrams(self) -> torch.Tensor:
+        """Give what the model would say behind each token if it saw nothing else: a draft, [vocab, vocab] logits."""
+        embedding = self.weights["embedding"][None]
+        return self.read_out(embedding, torch.zeros_like(embedding)[..., None])[0]
+
     def new_cache(self, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Allocate keys and values: shape is [batch, rows] or [pages, page_size]."""
         device = self.weights["head"].device
@@ -37,7 +42,7 @@ class ToyModel:
         """Embed tokens at positions, both [B, N]. A token that could not be drawn is -1, and fed as token 0."""
         width = self.heads * self.head_dim
         frequencies = 1.0 / 50 ** (torch.arange(width, device=tokens.device) / width)
-        return self.weights["embedding"][tokens.clamp(min=0)] + torch.sin(positions[..., None] * frequencies)
+        return self.weights["embedding"][tokens.clamp(min=0)] + 0.5 * torch.sin(positions[..., None] * frequencies)
 
     def project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Give queries, keys and values, [B, N, heads, head_dim] each."""

@@ -1,0 +1,164 @@
+"""The example loops: greedily they give plain decoding's text, sampled its distribution; and they run as they are."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import pytest
+import torch
+from support.chi_square import p_value, sequence_counts
+from support.examples import EXAMPLES, example, plain_greedy, plain_joint
+from support.processes import run_process
+from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
+
+from sequoia_kernels import TokenTree, sample_without_replacement
+
+OPS = ("compact_kv_cache_", "sample_without_replacement", "tree_attention", "verify_tree")
+TREE = TokenTree([-1, 0, 0, 1, 1, 2, 3])
+# Equally wide levels, other shapes.
+TREES = [TokenTree(parents) for parents in ([-1, 0, 0, 1, 1, 2, 3], [-1, 0, 0, 1, 2, 2, 5], [-1, 0, 0, 1, 1, 1, 4])]
+PROMPTS = [[7, 3, 11], [2, 40, 5], [5, 5, 9]]
+
+
+def toy_pair(vocab, noise=0.1):
+    target = example("toy_model").ToyModel(vocab)
+    return target, target.noisy(noise)
+
+
+def decode(name, prompts, num_tokens, temperature, vocab, seeds):
+    """Decode equally long prompts with the toy pair in one of the loops."""
+    target, draft = toy_pair(vocab)
+    prompts, decode = torch.tensor(prompts), example(name).decode
+    if name == "paged_cache":
+        trees = [TREES[request % len(TREES)] for request in range(len(prompts))]
+        temperatures = torch.full((len(prompts),), temperature)
+        return decode(target, draft, prompts.tolist(), trees, num_tokens, temperatures, seeds)
+    if name == "server_conventions":
+        return decode(target, target.bigrams(), prompts, num_tokens, temperature, seeds)
+    return decode(target, draft, prompts, 4 if name == "chain" else TREE, num_tokens, temperature, seeds)
+
+
+LOOPS = ("plain_tensors", "paged_cache", "chain", "server_conventions")
+
+
+@pytest.fixture(params=[False, True], ids=["", "debug"])
+def debug(request, monkeypatch):
+    """Once as they are, once with debug=True in every call of an op."""
+    if request.param:
+        for name in (*LOOPS, "hugging_face", "toy_model"):
+            module = example(name)
+            for op in OPS:
+                if hasattr(module, op):
+                    monkeypatch.setattr(module, op, functools.partial(getattr(module, op), debug=True))
+    return request.param
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_greedy_text_is_plain_decodings(name, debug):
+    texts = decode(name, PROMPTS, 20, 0.0, 50, torch.arange(3))
+    target, _ = toy_pair(50)
+    assert texts.tolist() == [plain_greedy(target, prompt, 20) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_speculation_happens(name, monkeypatch):
+    """Fewer forwards of the target than tokens, or equality would say little."""
+    module = example("toy_model")
+    forward, calls = module.ToyModel.forward, []
+
+    def counted(self, *args):
+        calls.append(self)
+        return forward(self, *args)
+
+    monkeypatch.setattr(module.ToyModel, "forward", counted)
+    decode(name, PROMPTS[:1], 20, 0.0, 50, torch.arange(1))
+    own = [model for model in calls if model is calls[-1]]
+    assert 1 < len(own) < 20  # the last forward is the target's, the first its prompt's
+
+
+def test_paged_requests_may_differ_in_everything():
+    target, draft = toy_pair(50)
+    prompts, temperature = [[7, 3, 11], [2, 40], [5, 5, 9, 30, 21, 8]], torch.tensor([0.0, 1.0, 0.0])
+    decode = example("paged_cache").decode
+    texts = decode(target, draft, prompts, TREES, 20, temperature, torch.arange(3)).tolist()
+    for request in (0, 2):
+        assert texts[request] == plain_greedy(target, prompts[request], 20)
+    # Whoever is beside it, a request's text is the same.
+    alone = decode(target, draft, prompts[1:2], TREES[1:2], 20, temperature[1:2], torch.arange(1, 2))
+    assert alone.tolist() == [texts[1]]
+
+
+def chi_square(texts, expected):
+    return p_value(sequence_counts(texts, expected.shape[0]), expected)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_sampled_text_has_the_targets_distribution(name):
+    vocab, num_tokens, num_requests = 4, 3, 6000
+    prompt = [1, 3, 2]
+    texts = decode(name, [prompt] * num_requests, num_tokens, 1.0, vocab, torch.arange(num_requests))
+    target, _ = toy_pair(vocab)
+    expected = plain_joint(target, prompt, num_tokens, 1.0)
+    assert chi_square(texts, expected) > 1e-3
+    # The same counts do not pass for another distribution that is near.
+    assert chi_square(texts, plain_joint(target, prompt, num_tokens, 1.15)) < 1e-6
+
+
+def one_offset(logits, num_samples, temperature, seeds, offsets, **options):
+    """What a loop does that takes the request's offset for all nodes of a level."""
+    return sample_without_replacement(logits, num_samples, temperature, seeds, offsets - offsets % TREE.num_nodes)
+
+
+def test_one_offset_for_all_nodes_is_silently_wrong_and_caught_under_debug(monkeypatch):
+    module = example("plain_tensors")
+    monkeypatch.setattr(module, "sample_without_replacement", one_offset)
+    prompt, num_requests = [1, 3, 2], 6000
+    texts = decode("plain_tensors", [prompt] * num_requests, 3, 1.0, 4, torch.arange(num_requests))
+    target, _ = toy_pair(4)
+    assert chi_square(texts, plain_joint(target, prompt, 3, 1.0)) < 1e-6
+    with monkeypatch.context() as changed:
+        debugging = functools.partial(sample_without_replacement, debug=True)
+        changed.setitem(globals(), "sample_without_replacement", debugging)
+        with pytest.raises(ValueError, match=r"offsets must differ between rows of one seed.* in rows \[0, 1\]"):
+            decode("plain_tensors", [prompt] * 2, 3, 1.0, 4, torch.arange(2))
+
+
+# ---- Hugging Face
+
+
+def hugging_face(target, draft, prompts, num_tokens, temperature, seeds):
+    lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    return example("hugging_face").decode(target, draft, padded, lens, TREE, num_tokens, temperature, seeds)
+
+
+def test_hugging_face_greedy_text_is_that_of_generate(debug):
+    target = tiny_llama(0)
+    prompts = [[7, 3, 11], [2], [5, 5, 9, 30, 21, 8]]
+    texts = hugging_face(target, noisy_copy(target, 0.3), prompts, 20, 0.0, torch.arange(3))
+    for prompt, text in zip(prompts, texts.tolist(), strict=True):
+        expected = target.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert text == expected[0, len(prompt) :].tolist()
+
+
+def test_hugging_face_sampled_text_has_the_targets_distribution():
+    target = tiny_llama(0, vocab_size=4, num_layers=1, sharpness=5.0)
+    prompt, num_requests = [1, 3, 2], 4000
+    draft = noisy_copy(target, 0.5)
+    texts = hugging_face(target, draft, [prompt] * num_requests, 3, 1.0, torch.arange(num_requests))
+    for temperature, right in ((1.0, True), (1.3, False)):
+        warp = lambda logits, temperature=temperature: (logits / temperature).softmax(-1)  # noqa: E731
+        expected = sequence_probabilities(target, torch.tensor(prompt), 3, warp).reshape(4, 4, 4)
+        assert (chi_square(texts, expected) > 1e-3) == right
+
+
+# ---- as they are
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "toy_model"])
+def test_it_runs_from_the_command_line(name, tmp_path):
+    environment = {**os.environ, "PYTHONSAFEPATH": "", "HF_HUB_OFFLINE": "1"}
+    result = run_process([sys.executable, str(EXAMPLES / f"{name}.py")], env=environment, cwd=tmp_path)
+    assert result.stdout.strip()

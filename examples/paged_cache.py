@@ -5,6 +5,8 @@ python examples/paged_cache.py
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from toy_model import ToyModel
 
@@ -95,7 +97,7 @@ def grow(draft, cache, topology, widths, last, root, cache_lens, temperature, se
     logits = draft.forward(fed, pair, both, cache_lens - 1, cache.pages, cache.block_table)[:, 1:]
     draft_logits = logits.new_empty(batch_size, topology.num_nodes, logits.shape[2])
     first = 0
-    for width, next_width in zip(widths, widths[1:]):
+    for width, next_width in pairwise(widths):
         nodes = torch.arange(first, first + width, device=device)
         if first > 0:
             logits = draft.forward(tokens[:, nodes], topology, nodes, cache_lens, cache.pages, cache.block_table)

@@ -60,7 +60,7 @@ def grow(draft, cache, tree, last, root, cache_lens, temperature, seeds, offsets
         parents = tree.internal_nodes(level)
         nodes = torch.tensor(parents, device=device)
         if level == 0:
-            # The last committed token may be a leaf that the draft never saw: it is fed once more, in front of the root.
+            # The last committed token may be a leaf that the draft never saw: it is fed again, in front of the root.
             fed, both = torch.stack((last, root), dim=1), torch.arange(2, device=device)
             logits = draft.forward(fed, pair, both, cache_lens - 1, cache)[:, 1:]
             draft_logits = logits.new_empty(batch_size, tree.num_nodes, logits.shape[2])

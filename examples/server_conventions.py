@@ -1,4 +1,4 @@
-"""A step in a server's conventions: linked trees, global rows, flat slot lists; each request has another tree each time.
+"""A step in a server's conventions: linked trees, global rows, flat slot lists; each request has its own tree.
 
 Trees are numbered depth first here, as a server is free to do. A slot holds one row, so nothing has to be moved: the
 server keeps the accepted slots and frees the others.
@@ -29,9 +29,7 @@ def link(parents):
 
 
 @torch.inference_mode()
-def verify_step(
-    target, pages, lists, seq_lens, max_rows, candidates, draft_logits, links, temperature, seeds, offsets
-):
+def verify_step(target, pages, lists, seq_lens, max_rows, candidates, draft_logits, links, temperature, seeds, offsets):
     """Verify what a server has drafted.
 
     Args:
@@ -115,7 +113,9 @@ def draft(bigrams, trees, root, temperature, seeds, offsets):
     device, batch_size = root.device, len(trees)
     nodes = torch.arange(NUM_NODES, device=device)
     parents = torch.tensor([[-1 if parent is None else parent for parent in tree] for tree in trees], device=device)
-    ranks = torch.tensor([[tree[:node].count(tree[node]) for node in range(NUM_NODES)] for tree in trees], device=device)
+    ranks = torch.tensor(
+        [[tree[:node].count(tree[node]) for node in range(NUM_NODES)] for tree in trees], device=device
+    )
     candidates = torch.zeros(batch_size, NUM_NODES, dtype=torch.int64, device=device)
     candidates[:, 0] = root
     for _ in range(NUM_LEVELS - 1):

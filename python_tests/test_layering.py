@@ -45,6 +45,7 @@ ALLOWED = {
     "rng": SHARED,
     "tree": {"errors", "documents", "checks"},
     "ops": SHARED | NATIVE | {"tree"},
+    "interop": SHARED | {"tree", "ops"},
     "planner": {"errors", "documents", "checks", "fingerprints", "tree", "_host"},
     "models": SHARED | {"tree", "ops", "_host"},
     "offload": SHARED | {"tree", "ops", "models"},

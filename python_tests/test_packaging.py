@@ -222,7 +222,7 @@ def test_sdist_carries_everything_a_build_needs(distributions: tuple[Path, Path]
         "csrc/cuda/launch.h",
     ):
         assert needed in names
-    assert "python_tests/run.py" in names
+    assert {"python_tests/run.py", "docs/own_loop.md", "examples/plain_tensors.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith("build/")]
 
 

@@ -13,6 +13,7 @@ import pytest
 from support.processes import run_process
 
 import sequoia_kernels
+from sequoia_kernels import ops
 from sequoia_kernels.errors import BackendUnavailableError
 
 NAMES = [name for name in sequoia_kernels.__all__ if name != "__version__"]
@@ -38,6 +39,22 @@ def test_every_parameter_of_a_public_function_is_documented(name: str) -> None:
     text = inspect.getdoc(function) or ""
     missing = [parameter for parameter in inspect.signature(function).parameters if f"{parameter}" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("op", "outputs"),
+    [
+        ("sample_without_replacement", ops.SampledTokens),
+        ("tree_attention", ops.TreeAttentionOutput),
+        ("verify_tree", ops.VerifiedPath),
+        ("warped_logsumexp", ops.WarpedNormaliser),
+    ],
+)
+def test_every_field_that_an_op_returns_is_named_where_it_says_so(op: str, outputs: type) -> None:
+    text = inspect.getdoc(getattr(sequoia_kernels, op)) or ""
+    returns = text.partition("Returns:")[2].partition("Raises:")[0]
+    assert f"{outputs.__name__}(" in returns
+    assert [field for field in outputs._fields if f"{field} [" not in returns] == []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

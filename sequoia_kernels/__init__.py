@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate, release_engines
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
-    from sequoia_kernels.models import TreeStep, adapt, prefill
+    from sequoia_kernels.models import TreeStep, adapt
+    from sequoia_kernels.models.prefill import prefill
     from sequoia_kernels.offload import load_offloaded
     from sequoia_kernels.ops.compact_kv_cache_ import CacheTable, compact_kv_cache_
     from sequoia_kernels.ops.sample_without_replacement import sample_without_replacement

@@ -310,9 +310,7 @@ def check_streams(op: str, seeds: Tensor, offsets: Tensor, temperature: Tensor, 
         hint: what to pass instead.
     """
     rows_of: dict[tuple[int, int], list[int]] = {}
-    for row, (seed, offset, row_temperature) in enumerate(
-        zip(seeds.tolist(), offsets.tolist(), temperature.tolist())
-    ):
+    for row, (seed, offset, row_temperature) in enumerate(zip(seeds.tolist(), offsets.tolist(), temperature.tolist())):
         if row_temperature != 0:
             rows_of.setdefault((seed, offset), []).append(row)
     for (seed, offset), rows in rows_of.items():

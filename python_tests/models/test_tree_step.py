@@ -1,4 +1,4 @@
-"""The step of a chain."""
+"""The steps of chains and trees."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.sequential import packed_mask
 
+from sequoia_kernels import TokenTree, Topology, TreeStep
 from sequoia_kernels.models import causal_step
 
 
@@ -33,3 +34,33 @@ def test_steps_are_cached_and_outlive_inference_mode() -> None:
 def test_bad_number_of_rows(num_rows: int) -> None:
     with pytest.raises(ValueError, match=rf"causal_step: num_rows must be in 1\.\.1024, got {num_rows}"):
         causal_step(num_rows)
+
+
+def same(step: TreeStep, other: TreeStep) -> bool:
+    return all(
+        torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1] for pair in zip(step, other)
+    )
+
+
+def test_a_tree_is_as_good_as_its_topology() -> None:
+    tree = TokenTree([-1, 0, 0, 1, 1, 2])
+    for nodes in (None, [1, 2], (3, 5), range(2, 4)):
+        step = TreeStep.of(tree, nodes)
+        assert same(step, TreeStep.of(tree.tensors(), nodes)) and same(step, TreeStep.of(tree, nodes, device="cpu"))
+        fed = list(range(6)) if nodes is None else list(nodes)
+        assert step.node_ids.tolist() == fed and step.depths.tolist() == [tree.depths[node] for node in fed]
+        assert torch.equal(step.tree_mask, packed_mask(tree.parents)[fed])
+        assert step.num_tree_rows == fed[-1] + 1
+        assert step.first_node == (fed[0] if fed == list(range(fed[0], fed[-1] + 1)) else None)
+
+
+@pytest.mark.parametrize("nodes", [[], [1, 1], [2, 1], [-1, 0], [5, 6]])
+def test_nodes_that_are_not_the_trees_are_refused(nodes: list[int]) -> None:
+    for tree in (TokenTree.chain(6), Topology.stack([TokenTree.chain(6).tensors()] * 2)):
+        with pytest.raises(ValueError, match=r"TreeStep.of: nodes must increase within 0\.\.5, got \["):
+            TreeStep.of(tree, nodes)
+
+
+def test_a_topology_is_where_it_is() -> None:
+    with pytest.raises(ValueError, match=r"TreeStep\.of: device must be None beside a Topology, got cpu"):
+        TreeStep.of(TokenTree.chain(2).tensors(), device="cpu")

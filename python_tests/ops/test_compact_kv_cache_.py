@@ -14,6 +14,7 @@ from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.ops import CacheTable, backends, compact_kv_cache_
 from sequoia_kernels.ops.compact_kv_cache_ import reference as reference_backend
 from sequoia_kernels.ops.compact_kv_cache_.cache_table import ENTRY_FIELDS
+from sequoia_kernels.ops.compact_kv_cache_.op import OPERATOR, CompactCall
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -471,6 +472,7 @@ WRONG_TYPES = [
     ({"block_table": torch.zeros(2, 3, dtype=torch.int64)}, "block_table must have dtype int32, got int64"),
     ({"block_table": [[0], [1]]}, "block_table must be a tensor, got list"),
     ({"backend": b"host"}, "backend must be a string, got bytes"),
+    ({"debug": 1}, "debug must be a bool, got int"),
     ({"caches": [CacheTable([]), torch.zeros(1)]}, r"caches\[0\] must be a tensor, got CacheTable"),
     ({"caches": [CacheTable([])], "block_table": int32([[0], [1]])}, "block_table must be a list with one for each of"),
     ({"caches": [CacheTable([])] * 2, "block_table": [None, 3]}, r"block_table\[1\] must be a tensor, got int"),
@@ -544,6 +546,34 @@ def test_wrong_values_leave_everything_as_it_was(backend, given_as, changes, mes
     on_cpu = [tensor for tensor in (*caches, arguments["cache_lens"]) if tensor.device.type == "cpu"]
     with Unchanged(*on_cpu), pytest.raises(ValueError, match=f"^compact_kv_cache_: {message}"):
         compact_kv_cache_(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "message"), [case for case in WRONG_VALUES if not {"caches", "backend"} & set(case[0])]
+)
+def test_debug_checks_values_on_a_device(changes, message):
+    arguments = {**good(), **changes}
+    arguments["caches"] = [cache.cuda() for cache in arguments["caches"]]
+    arguments = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    with (
+        Unchanged(*arguments["caches"], arguments["cache_lens"]),
+        pytest.raises(ValueError, match=f"^compact_kv_cache_: {message}"),
+    ):
+        compact_kv_cache_(**arguments, debug=True)
+
+
+def test_debug_reads_pages_that_a_call_would_not_wait_for(monkeypatch):
+    """Pages on a device are read under debug only; here a CPU's tensors say that they lie elsewhere."""
+    arguments = {**good(), "block_table": int32([[0], [2]])}
+    call = CompactCall(
+        arguments["caches"], *(arguments[name] for name in ("accepted_nodes", "num_accepted", "cache_lens")),
+        [arguments["block_table"]], [None], [2], [0, 0, 0],
+    )  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    (launch,) = OPERATOR.launches(call)
+    with pytest.raises(ValueError, match=r"block_table must name pages from 0 to 1, got \[2\] for request 1"):
+        OPERATOR.check_use(launch)
 
 
 def test_lengths_that_share_memory_are_refused(backend):

@@ -225,6 +225,27 @@ def test_bad_temperatures_are_refused(backend, temperature):
             backend(torch.zeros(2, 5), 2, value, 1, 1, debug=True)
 
 
+def test_rows_that_share_their_noise_are_refused_under_debug(backend):
+    logits, temperature = _random_logits(5, 9), torch.tensor([1.0, 0.5, 1.0, 1.0, 0.7])
+    seeds, offsets = torch.tensor([3, 3, 4, 3, 3]), torch.tensor([7, 8, 8, 8, 9])
+    buffers = torch.full((5, 2), -77, device=backend.device), torch.full((5,), -77.0, device=backend.device)
+    message = (
+        r"^sample_without_replacement: offsets must differ between rows of one seed above temperature 0, "
+        r"got offset 8 of seed 3 in rows \[1, 3\], which would share their noise; pass one offset a node"
+    )
+    with pytest.raises(ValueError, match=message):
+        backend(logits, 2, temperature, seeds, offsets, out=buffers, debug=True)
+    assert bool((buffers[0] == -77).all()) and bool((buffers[1] == -77).all())
+    # Off unless asked for, and nothing to refuse where streams differ or no noise is drawn.
+    backend(logits, 2, temperature, seeds, offsets)
+    temperature[3] = 0.0
+    checked = backend(logits, 2, temperature, seeds, offsets, debug=True)
+    assert torch.equal(checked.tokens, backend(logits, 2, temperature, seeds, offsets).tokens)
+    assert backend(logits, 2, 0.0, 1, 1, debug=True).tokens.shape == (5, 2)
+    with pytest.raises(ValueError, match=r"in rows \[0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\], which"):
+        backend(_random_logits(9, 9), 2, 1.0, 1, 1, debug=True)
+
+
 LOGITS = torch.zeros(2, 5)
 
 

@@ -693,6 +693,7 @@ def refused(**changes):
         ({"block_table": [[0]]}, "block_table must be a tensor, got list"),
         ({"return_lse": 1}, "return_lse must be a bool, got int"),
         ({"backend": None}, "backend must be a string, got NoneType"),
+        ({"debug": "no"}, "debug must be a bool, got str"),
         ({"out": torch.empty(GOOD.q.shape), "return_lse": True}, "out must be a TreeAttentionOutput of two tensors"),
     ],
 )
@@ -766,6 +767,16 @@ def test_wrong_values(changes, message):
     arguments, options = refused(**changes)
     with pytest.raises(ValueError, match=f"^tree_attention: {message}"):
         tree_attention(*arguments, **options)
+
+
+@pytest.mark.gpu
+def test_debug_checks_lengths_and_pages_on_a_device():
+    inputs = [tensor.cuda() for tensor in GOOD]
+    for name, message in (("long", "cache_lens must leave room"), ("negative", "cache_lens must not be negative")):
+        lens = inputs[4] + 1000 if name == "long" else inputs[4] - 1000
+        with pytest.raises(ValueError, match=f"^tree_attention: {message}"):
+            tree_attention(*inputs[:4], lens, debug=True)
+    assert tree_attention(*inputs, debug=True).out.shape == GOOD.q.shape
 
 
 def test_a_refused_call_leaves_the_buffers_as_they_were(backend):

@@ -436,6 +436,61 @@ def test_bad_values_are_refused(backend, message, changes):
         backend(**_arguments(changes), debug=True)
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_what_a_loop_cannot_mean_is_refused_under_debug(backend, rule):
+    tree = TokenTree([-1, 0, 0, 1])
+    generator = torch.Generator().manual_seed(0)
+    target_logits, draft_logits = (torch.randn(2, 4, 5, generator=generator) for _ in range(2))
+    draft_logits[1, 0, 3] = -INF
+    draft_logits[:, 2:] = NAN  # leaves
+    tokens = torch.tensor([[0, 3, 2, 2], [0, 4, 2, -1]])
+    good = {
+        "tokens": tokens, "target_logits": target_logits, "draft_logits": draft_logits, "tree": tree,
+        "temperature": 1.0, "seeds": torch.tensor([5, 5]), "offsets": torch.tensor([0, 4]), "rule": rule,
+    }  # fmt: skip
+    masked, repeated = tokens.clone(), tokens.clone()
+    masked[1, 1], repeated[0, 1] = 3, 2
+    refused = [
+        (
+            {"offsets": torch.tensor([4, 4])},
+            r"offsets must differ between requests of one seed above temperature 0, "
+            r"got offset 4 of seed 5 in requests \[0, 1\], which would share their noise; pass a seed of its own",
+        ),
+        (
+            {"tokens": masked},
+            "tokens must be draws from their parents' draft_logits above temperature 0, "
+            "got token 3 at node 1 of request 1, whose draft logit is -inf; pass the logits that",
+        ),
+        (
+            {"tokens": repeated},
+            "tokens must differ between siblings above temperature 0, got 2 at the nodes 1 and 2 of request 0; draw",
+        ),
+    ]
+    for stacked in (False, True):
+        good["tree"] = _topology([tree, tree], backend.device) if stacked else tree
+        plain = backend(**good)
+        assert all(torch.equal(part, again) for part, again in zip(plain, backend(**good, debug=True)))
+        for changes, message in refused:
+            out = tuple(torch.full_like(part, -77, device=backend.device) for part in plain)
+            with pytest.raises(ValueError, match=f"^verify_tree: {message}"):
+                backend(**{**good, **changes}, out=out, debug=True)
+            assert all(bool((buffer == -77).all()) for buffer in out)
+            backend(**{**good, **changes})  # not unless asked for
+            backend(**{**good, **changes, "temperature": 0.0}, debug=True)  # any tokens may be offered, without noise
+
+
+def test_a_topology_that_contradicts_itself_is_refused_under_debug(backend):
+    tree = _topology([TokenTree([-1, 0, 0, 1]), TokenTree([-1, 0, 1, 1])], backend.device)
+    mask = tree.ancestor_mask.clone()
+    mask[1, 3] = 0b1101
+    arguments = _arguments({"tokens": torch.tensor([[0, 1, 2, 3]] * 2), "temperature": 0.0})
+    arguments |= {"target_logits": torch.zeros(2, 4, 5), "draft_logits": torch.zeros(2, 4, 5)}
+    backend(**{**arguments, "tree": tree}, debug=True)
+    message = r"tree.ancestor_mask must be \[11\], as its parents say, at node 3 of request 1, got \[13\]"
+    with pytest.raises(ValueError, match=f"^verify_tree: {message}"):
+        backend(**{**arguments, "tree": tree._replace(ancestor_mask=mask)}, debug=True)
+
+
 LOGITS = torch.zeros(2, 2, 5)
 
 

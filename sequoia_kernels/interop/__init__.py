@@ -17,8 +17,8 @@ from sequoia_kernels.interop.caches import (
 from sequoia_kernels.interop.masks import flat_mask, from_bool_mask, from_mask_words, to_bool_mask, to_mask_words
 from sequoia_kernels.interop.trees import (
     AcceptedRows,
-    RetrievedTree,
     RetrieveArrays,
+    RetrievedTree,
     from_accepted_rows,
     from_retrieve,
     to_accepted_rows,

@@ -5,6 +5,7 @@ Row s of request b is in page block_table[b, s // page_size] here; its slot is p
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -322,7 +323,7 @@ def _check_lists(where: str, indptr: torch.Tensor, indices: torch.Tensor, max_ro
     bounds = indptr.tolist()
     if bounds[0] < 0 or sorted(bounds) != bounds or bounds[-1] > len(indices):
         checks.fail_range(where, "indptr", f"rise within 0..{len(indices)}", bounds)
-    for request, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for request, (start, end) in enumerate(pairwise(bounds)):
         if end - start > max_rows:
             checks.fail_range(where, "max_rows", f"be at least {end - start} for request {request}", max_rows)
         slots = indices[start:end].tolist()

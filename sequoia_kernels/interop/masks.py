@@ -151,7 +151,7 @@ def from_bool_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def flat_mask(tree_mask: torch.Tensor, cache_lens: torch.Tensor, *, size: int | None = None) -> torch.Tensor:
-    """Give the mask over prefix and tree, all requests one behind the other: SGLang's full and FlashInfer's custom mask.
+    """Give one flat mask over prefix and tree: SGLang's full mask and FlashInfer's custom one.
 
     Args:
         tree_mask: [N, W], or [B, N, W] for a tree a request, int32.

@@ -32,13 +32,13 @@ class RetrieveArrays(NamedTuple):
     """Trees as servers link them. N nodes a request.
 
     Attributes:
-        index: row of each node in the batch, b * N + node (retrive_index, retrieve_index). [B, N], int64 or int32, as
+        rows: row of each node in the batch, b * N + node (retrive_index, retrieve_index). [B, N], int64 or int32, as
             the two below.
         next_token: first child of each node, -1 for leaves (retrive_next_token). [B, N].
         next_sibling: the sibling that was drawn behind each node, -1 for the last (retrive_next_sibling). [B, N].
     """
 
-    index: torch.Tensor
+    rows: torch.Tensor
     next_token: torch.Tensor
     next_sibling: torch.Tensor
 
@@ -87,7 +87,7 @@ def to_retrieve(
         device: where the arrays of a `TokenTree` are to be; a topology's are where the topology is.
 
     Returns:
-        RetrieveArrays(index, next_token, next_sibling), [B, N] each. Unused nodes of a topology are linked to nothing.
+        RetrieveArrays(rows, next_token, next_sibling), [B, N] each. Unused nodes of a topology are linked to nothing.
 
     Raises:
         TypeError: not a tree, or another dtype.
@@ -116,9 +116,9 @@ def to_retrieve(
     has_parent = topology.parents >= 0
     siblings = topology.num_children.gather(-1, topology.parents.clamp(min=0).to(torch.int64))
     next_sibling = torch.where(has_parent & (topology.ranks + 1 < siblings), nodes + 1, -1)
-    index = torch.arange(wanted * num_nodes, dtype=dtype, device=nodes.device).view(shape)
+    rows = torch.arange(wanted * num_nodes, dtype=dtype, device=nodes.device).view(shape)
     first_child, next_sibling = (part.expand(shape).to(dtype) for part in (topology.first_child, next_sibling))
-    return RetrieveArrays(index, first_child.contiguous(), next_sibling.contiguous())
+    return RetrieveArrays(rows, first_child.contiguous(), next_sibling.contiguous())
 
 
 def from_retrieve(
@@ -198,7 +198,7 @@ def to_accepted_rows(
     tokens: torch.Tensor,
     *,
     order: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
+    batch_rows: torch.Tensor | None = None,
 ) -> AcceptedRows:
     """Write an accepted path as servers read it.
 
@@ -206,7 +206,7 @@ def to_accepted_rows(
         path: what `verify_tree` gave.
         tokens: the nodes' tokens, as `verify_tree` took them. [B, N], int64.
         order: `RetrievedTree.order`, where the server's nodes stand in an order of its own. [B, N], int64.
-        index: the server's rows, where they are not b * N + node; each below B * N. [B, N], int64 or int32.
+        batch_rows: the server's rows, where they are not b * N + node; each below B * N. [B, N], int64 or int32.
 
     Returns:
         AcceptedRows(predicts, accept_index, accept_token_num).
@@ -231,7 +231,7 @@ def to_accepted_rows(
         rule = f"have shape [batch, nodes] with batch {len(path.nodes)}"
         checks.fail_range(where, "tokens", rule, checks.shape_text(tokens.shape))
     shape, device = tuple(tokens.shape), tokens.device
-    for name, part, dtypes in (("order", order, (torch.int64,)), ("index", index, INTEGERS)):
+    for name, part, dtypes in (("order", order, (torch.int64,)), ("batch_rows", batch_rows, INTEGERS)):
         if part is not None:
             checks.check_tensor(where, name, part)
             checks.check_dtype(where, name, part, *dtypes)
@@ -242,10 +242,10 @@ def to_accepted_rows(
     is_accepted = path.nodes >= 0
     nodes = path.nodes.clamp(min=0).to(torch.int64)
     rows = nodes if order is None else order.gather(1, nodes)
-    if index is None:
+    if batch_rows is None:
         rows = rows + num_nodes * torch.arange(batch_size, device=device)[:, None]
     else:
-        rows = index.gather(1, rows).to(torch.int64)
+        rows = batch_rows.gather(1, rows).to(torch.int64)
     # Behind each accepted node comes the next one's token, behind the last one the bonus token.
     follow = torch.cat((tokens.gather(1, nodes)[:, 1:], path.next_token[:, None]), dim=1)
     follow.scatter_(1, (path.num_accepted.to(torch.int64) - 1)[:, None], path.next_token[:, None])

@@ -102,7 +102,8 @@ class Topology(NamedTuple):
         parts = [part.to(torch.int32) for part in (parents, depths, ranks, first_child, num_children)]
         num_levels = _largest(depths) + 1 if num_levels is None else num_levels
         max_branching = _largest(num_children) if max_branching is None else max_branching
-        made = cls(*parts, mask.contiguous(), num_levels, max_branching)
+        parents, depths, ranks, first_child, num_children = parts
+        made = cls(parents, depths, ranks, first_child, num_children, mask.contiguous(), num_levels, max_branching)
         if parents.is_cpu:
             _check_bounds(where, made)
         return made
@@ -130,8 +131,8 @@ class Topology(NamedTuple):
             wrong = (part.cpu() != right).reshape(*self.parents.shape, -1).any(dim=-1)
             if bool(wrong.any()):
                 index = wrong.nonzero()[0].tolist()
-                rule = f"be {right[(*index,)].tolist()}, as its parents say, {_place(index)}"
-                raise ValueError(f"{where}: tree.{name} must {rule}, got {part[(*index,)].tolist()}")
+                rule = f"be {right[tuple(index)].tolist()}, as its parents say, {_place(index)}"
+                raise ValueError(f"{where}: tree.{name} must {rule}, got {part[tuple(index)].tolist()}")
         _check_bounds(where, self)
 
     @classmethod
@@ -175,7 +176,7 @@ def _check_parents(where: str, parents: torch.Tensor, name: str = "parents") -> 
     for rule, broken in rules.items():
         if bool(broken.any()):
             index = broken.nonzero()[0].tolist()
-            raise ValueError(f"{where}: {name} must {rule}, got {int(parents[(*index,)])} {_place(index)}")
+            raise ValueError(f"{where}: {name} must {rule}, got {int(parents[tuple(index)])} {_place(index)}")
 
 
 def _check_bounds(where: str, tree: Topology) -> None:

@@ -129,10 +129,10 @@ def compact_kv_cache_(
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
-        Mutates the caches and ``cache_lens``; returns nothing. No host sync on a device unless ``debug``; with tables on
-        one device it can be captured in a CUDA graph; deterministic. One launch for each table; the last one advances
-        the lengths. A device other than theirs gets copies of path and lengths. On devices other than the CPU nobody
-        else checks values.
+        Mutates the caches and ``cache_lens``; returns nothing. No host sync on a device unless ``debug``; with tables
+        on one device it can be captured in a CUDA graph; deterministic. One launch for each table; the last one
+        advances the lengths. A device other than theirs gets copies of path and lengths. On devices other than the CPU
+        nobody else checks values.
 
     Source:
         The commit step of tree decoding (Sequoia, arXiv 2402.12374), which there gathers into a copy.
@@ -288,7 +288,7 @@ def _check_memory(call: CompactCall, moves: Sequence[CompactInputs]) -> None:
 
 
 def _check_values(inputs: CompactInputs, wait: bool = False) -> None:
-    """Paths increase and stay inside the caches, so every target does, too. Reads values, of pages where it may wait."""
+    """Paths increase and stay inside the caches, so every target does, too. `wait`: read pages on a device as well."""
     num_levels, room, block_table = inputs.accepted_nodes.shape[1], inputs.max_slots, inputs.block_table
     pages = None
     if inputs.caches and block_table is not None and (wait or block_table.is_cpu):

@@ -127,9 +127,9 @@ def tree_attention(
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:
-        Mutates ``out`` only. No host sync on a device unless ``debug``; can be captured in a CUDA graph. float32 softmax
-        (float64 for float64). On devices other than the CPU nobody else checks that lengths and pages stay inside the
-        cache.
+        Mutates ``out`` only. No host sync on a device unless ``debug``; can be captured in a CUDA graph. float32
+        softmax (float64 for float64). On devices other than the CPU nobody else checks that lengths and pages stay
+        inside the cache.
 
     Source:
         Sequoia (arXiv 2402.12374), section 3: one forward over all nodes. The packed mask covers the tree only; the

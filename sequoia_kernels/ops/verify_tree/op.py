@@ -123,7 +123,8 @@ def verify_tree(
         ValueError: a shape, device, layout or range is wrong; on a CPU or under `debug` if a row of target logits or
             of draft logits of a node with children holds NaN or +inf or only -inf, a token is outside the vocabulary,
             a child lies outside the tree, or a temperature or top_p is out of range; under `debug` if requests share
-            their noise, a child cannot have been drawn, or a topology contradicts itself. Nothing has been written then.
+            their noise, a child cannot have been drawn, or a topology contradicts itself. Nothing has been written
+            then.
         BackendUnavailableError: the backend asked for cannot run this call.
 
     Notes:

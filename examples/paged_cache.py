@@ -119,7 +119,7 @@ def grow(draft, cache, topology, widths, last, root, cache_lens, temperature, se
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = ToyModel(vocab=50, device=device)
+    target = ToyModel(vocab=50).to(device)
     prompts = [[7, 3, 11], [2, 40], [5, 5, 9, 30, 21, 8]]
     trees = [TokenTree(parents) for parents in ([-1, 0, 0, 1, 1, 2, 3], [-1, 0, 0, 1, 2, 2, 5], [-1, 0, 0, 1, 1, 1, 4])]
     temperature = torch.tensor([0.0, 0.7, 1.0], device=device)

@@ -80,7 +80,7 @@ def grow(draft, cache, tree, last, root, cache_lens, temperature, seeds, offsets
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = ToyModel(vocab=50, device=device)
+    target = ToyModel(vocab=50).to(device)
     prompts = torch.tensor([[7, 3, 11], [2, 40, 5]], device=device)
     seeds = torch.tensor([1, 2], device=device)
     tree = TokenTree([-1, 0, 0, 1, 1, 2, 3])

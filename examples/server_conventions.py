@@ -134,7 +134,7 @@ def draft(bigrams, trees, root, temperature, seeds, offsets):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = ToyModel(vocab=50, device=device)
+    target = ToyModel(vocab=50).to(device)
     prompts = torch.tensor([[7, 3, 11], [2, 40, 5], [5, 5, 9]], device=device)
     seeds = torch.tensor([1, 2, 3], device=device)
     for temperature in (0.0, 1.0):

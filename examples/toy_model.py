@@ -11,18 +11,21 @@ from sequoia_kernels.interop import tree_slots
 class ToyModel:
     """Random weights, float32. Caches are a pair of tensors that the caller keeps: keys and values."""
 
-    def __init__(self, vocab: int, seed: int = 0, device: str = "cpu", heads: int = 4, head_dim: int = 8) -> None:
+    def __init__(self, vocab: int, seed: int = 0, heads: int = 4, head_dim: int = 8) -> None:
         generator, width = torch.Generator().manual_seed(seed), heads * head_dim
         shapes = {"embedding": (vocab, width), "qkv": (width, 2 * width), "out": (width, width), "head": (width, vocab)}
         scale = {"embedding": 1.0, "qkv": 0.4, "out": 0.25, "head": 0.5}
-        self.weights = {
-            name: scale[name] * torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()
-        }
+        self.weights = {name: scale[name] * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         self.heads, self.kv_heads, self.head_dim = heads, heads // 2, head_dim
+
+    def to(self, device: str | torch.device) -> ToyModel:
+        """Move the weights to a device."""
+        self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
+        return self
 
     def noisy(self, noise: float, seed: int = 1) -> ToyModel:
         """Give a model that often agrees with this one: a draft of it."""
-        other = ToyModel(len(self.weights["embedding"]), seed, str(self.weights["head"].device))
+        other = ToyModel(len(self.weights["embedding"]), seed).to(self.weights["head"].device)
         for name, weight in self.weights.items():
             other.weights[name] = weight + noise * other.weights[name]
         return other

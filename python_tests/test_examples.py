@@ -37,10 +37,12 @@ def decode(name, prompts, num_tokens, temperature, vocab, seeds):
         return decode(target, draft, prompts.tolist(), trees, num_tokens, temperatures, seeds)
     if name == "server_conventions":
         return decode(target, target.bigrams(), prompts, num_tokens, temperature, seeds)
+    if name == "captured_step":
+        return decode(target, draft, prompts, TREE, num_tokens, torch.full((len(prompts),), temperature), seeds)
     return decode(target, draft, prompts, 4 if name == "chain" else TREE, num_tokens, temperature, seeds)
 
 
-LOOPS = ("plain_tensors", "paged_cache", "chain", "server_conventions")
+LOOPS = ("plain_tensors", "paged_cache", "chain", "server_conventions", "captured_step")
 
 
 @pytest.fixture(params=[False, True], ids=["", "debug"])
@@ -78,7 +80,7 @@ def test_speculation_happens(name, monkeypatch):
     assert 1 < len(own) < 20  # the last forward is the target's, the first its prompt's
 
 
-def test_paged_requests_may_differ_in_everything():
+def test_paged_requests_may_differ_in_everything(debug):
     target, draft = toy_pair(50)
     prompts, temperature = [[7, 3, 11], [2, 40], [5, 5, 9, 30, 21, 8]], torch.tensor([0.0, 1.0, 0.0])
     decode = example("paged_cache").decode
@@ -104,6 +106,19 @@ def test_sampled_text_has_the_targets_distribution(name):
     assert chi_square(texts, expected) > 1e-3
     # The same counts do not pass for another distribution that is near.
     assert chi_square(texts, plain_joint(target, prompt, num_tokens, 1.15)) < 1e-6
+
+
+@pytest.mark.gpu
+def test_a_captured_step_gives_the_texts_of_one_that_is_not():
+    target, draft = (model.to("cuda") for model in toy_pair(50))
+    prompts, temperature = torch.tensor(PROMPTS).cuda(), torch.tensor([0.0, 1.0, 0.7]).cuda()
+    seeds = torch.arange(3).cuda()
+    captured = example("captured_step").decode(target, draft, prompts, TREE, 20, temperature, seeds).tolist()
+    plain = example("plain_tensors").decode
+    for request in range(3):
+        own = slice(request, request + 1)
+        alone = plain(target, draft, prompts[own], TREE, 20, float(temperature[request]), seeds[own])
+        assert alone.tolist() == [captured[request]]
 
 
 def one_offset(logits, num_samples, temperature, seeds, offsets, **options):

@@ -92,6 +92,73 @@ def test_paged_requests_may_differ_in_everything(debug):
     assert alone.tolist() == [texts[1]]
 
 
+def positions_by_node(target, draft, module, monkeypatch):
+    forward = type(target).forward
+
+    def mistaken(self, tokens, topology, *others):
+        return forward(self, tokens, topology._replace(depths=torch.arange(topology.num_nodes)), *others)
+
+    monkeypatch.setattr(type(target), "forward", mistaken)
+
+
+def a_compaction_a_cache(target, draft, module, monkeypatch):
+    compact = module.compact_kv_cache_
+
+    def mistaken(caches, *path):
+        compact(caches[:2], *path)
+        compact(caches[2:], *path)
+
+    monkeypatch.setattr(module, "compact_kv_cache_", mistaken)
+
+
+def root_taken_for_committed(target, draft, module, monkeypatch):
+    forward = type(target).forward
+
+    def mistaken(self, tokens, topology, nodes, cache_lens, cache):
+        return forward(self, tokens, topology, nodes, cache_lens + (topology.num_nodes == TREE.num_nodes), cache)
+
+    monkeypatch.setattr(type(target), "forward", mistaken)
+
+
+def last_token_not_fed_to_the_draft(target, draft, module, monkeypatch):
+    forward, single = type(target).forward, TokenTree.single().tensors()
+
+    def mistaken(self, tokens, topology, nodes, cache_lens, cache):
+        if self is not draft or topology.num_nodes != 2 or len(nodes) != 2 or not bool(cache_lens.all()):
+            return forward(self, tokens, topology, nodes, cache_lens, cache)
+        logits = forward(self, tokens[:, 1:], single, nodes[:1], cache_lens + 1, cache)
+        return torch.cat((logits, logits), dim=1)
+
+    monkeypatch.setattr(type(target), "forward", mistaken)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "text_is_right"),
+    [
+        (positions_by_node, False),
+        (root_taken_for_committed, False),
+        (last_token_not_fed_to_the_draft, True),
+    ],
+)
+def test_mistakes_show_as_the_page_says(mistake, text_is_right, monkeypatch):
+    target, draft = toy_pair(50)
+    module = example("plain_tensors")
+    prompts = torch.tensor([[7, 3, 11, 4, 9, 2]])
+    right = [plain_greedy(target, prompts[0].tolist(), 40)]
+    arguments = (target, draft, prompts, TREE, 40, 0.0, torch.arange(1))
+    assert module.decode(*arguments).tolist() == right
+    mistake(target, draft, module, monkeypatch)
+    assert (module.decode(*arguments).tolist() == right) == text_is_right
+
+
+def test_lengths_that_advance_twice_leave_the_cache(monkeypatch):
+    target, draft = toy_pair(50)
+    module = example("plain_tensors")
+    a_compaction_a_cache(target, draft, module, monkeypatch)
+    with pytest.raises((ValueError, IndexError), match=r"must leave room for 7 tree rows|index \d+ is out of bounds"):
+        module.decode(target, draft, torch.tensor(PROMPTS), TREE, 40, 0.0, torch.arange(3))
+
+
 def chi_square(texts, expected):
     return p_value(sequence_counts(texts, expected.shape[0]), expected)
 

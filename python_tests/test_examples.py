@@ -12,6 +12,7 @@ from support.chi_square import p_value, sequence_counts
 from support.examples import EXAMPLES, example, plain_greedy, plain_joint
 from support.processes import run_process
 from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sequoia_kernels import TokenTree, sample_without_replacement
 
@@ -173,6 +174,34 @@ def test_sampled_text_has_the_targets_distribution(name):
     assert chi_square(texts, expected) > 1e-3
     # The same counts do not pass for another distribution that is near.
     assert chi_square(texts, plain_joint(target, prompt, num_tokens, 1.15)) < 1e-6
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device: numbers that go to the host, and results of a size that values decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_captured_step_waits_for_nothing():
+    target, draft = toy_pair(50)
+    temperature = torch.tensor([0.0, 1.0, 0.7])
+    with torch.no_grad():  # in inference mode, torch shows such calls by other names
+        step = example("captured_step").Step(
+            target, draft, torch.tensor(PROMPTS), TREE, 20, temperature, torch.arange(3)
+        )
+        with Waits() as waits:
+            step.run()
+            assert waits.count == 0
+            int(step.num_emitted.min())
+            assert waits.count == 1
+    assert int(step.num_emitted.min()) > 0
 
 
 @pytest.mark.gpu

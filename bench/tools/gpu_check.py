@@ -35,7 +35,7 @@ TESTS = ("python_tests/ops", "python_tests/gpu", "python_tests/models/test_fused
 FAR_OFFSETS = "python_tests/gpu/test_far_offsets.py"  # 20 GiB a test: in one process, with nothing beside it
 MORE_TESTS = (
     *("python_tests/test_lossless.py", "python_tests/test_known_defects.py", "python_tests/test_cuda_graphs.py"),
-    *("python_tests/decoding", "python_tests/models", "python_tests/measure"),
+    *("python_tests/decoding", "python_tests/models", "python_tests/measure", "python_tests/test_examples.py"),
 )
 ON_THE_DEVICE = "not reference-cpu and not sdpa-cpu and not host-cpu"  # a machine without one runs these, too
 

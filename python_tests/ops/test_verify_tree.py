@@ -603,6 +603,32 @@ def test_a_request_is_decided_by_its_own_tree(backend, temperature, warps, dtype
         assert path.next_token[index] == expected.next_token[0]
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_unused_nodes_decide_nothing(backend, temperature, rule):
+    """Trees of fewer nodes than the others leave the last ones unused, with whatever tokens."""
+    trees = [MIXED, TokenTree.chain(3), TokenTree.single(), TokenTree([-1, 0, 0, 1])]
+    num_nodes = max(map(len, trees))
+    steps = [_random_step(tree, 1, 13, seed) for seed, tree in enumerate(trees)]
+    padded = [
+        torch.cat(
+            [torch.cat((part, part[:, :1].expand(-1, num_nodes - part.shape[1], *part.shape[2:])), 1) for part in parts]
+        )
+        for parts in zip(*steps)
+    ]
+    padded[2][2] = torch.nan  # no node of the lone root's has children
+    parents = torch.tensor([tree.parents + [-1] * (num_nodes - len(tree)) for tree in trees])
+    topology = Topology.from_parents(parents.to(backend.device))
+    seeds = torch.arange(len(trees)) + 3
+    path = backend(*padded, topology, temperature, seeds, 5, rule=rule, debug=temperature == 0)
+    for index, (alone, tree) in enumerate(zip(steps, trees)):
+        expected = backend(*alone, tree, temperature, seeds[index : index + 1], 5, rule=rule)
+        assert path.nodes[index, : tree.num_levels].tolist() == expected.nodes[0].tolist()
+        assert (path.nodes[index, tree.num_levels :] == -1).all()
+        assert path.num_accepted[index] == expected.num_accepted[0]
+        assert path.next_token[index] == expected.next_token[0]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_copies_of_a_tree_are_as_good_as_one(backend, temperature):
     step = _random_step(MIXED, 3, 13)

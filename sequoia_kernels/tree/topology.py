@@ -99,7 +99,7 @@ class Topology(NamedTuple):
             mask = mask | mask.gather(-2, ancestor[..., None].expand(mask.shape))
             depths = depths + depths.gather(-1, ancestor)
             ancestor = ancestor.gather(-1, ancestor)
-        parts = [part.to(torch.int32) for part in (parents, depths, ranks, first_child, num_children)]
+        parts = [part.to(torch.int32, copy=True) for part in (parents, depths, ranks, first_child, num_children)]
         num_levels = _largest(depths) + 1 if num_levels is None else num_levels
         max_branching = _largest(num_children) if max_branching is None else max_branching
         parents, depths, ranks, first_child, num_children = parts

@@ -75,7 +75,7 @@ def sample_without_replacement(
         offsets: position in that stream. A pair of seed and offset must not be used twice: one offset a node, so that
             node j of a step's tree draws its children at the request's offset + j, and the next step begins behind
             them, at offset + N. Rows that share a pair share their noise, and what is decoded from them is no longer
-            distributed like the target, without a sign of it. Integer (one row only, or temperature 0), or [R] int64.
+            distributed like the target, without a sign of it. Integer, for one row or temperature 0, or [R] int64.
         out: buffers to write into instead of new ones, of the shapes and dtypes of SampledTokens, strided at will. They
             share no memory with one another or an input.
         backend: name of a backend, or "auto".

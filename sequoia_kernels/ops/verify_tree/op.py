@@ -95,7 +95,8 @@ def verify_tree(
         draft_logits: the draft's logits behind each node, from which its children were drawn; rows of leaves are never
             used and may hold anything. [B, N, vocab], dtype and layout as above. None for a tree of one node.
         tree: topology of the N nodes, at most 1024: a `TokenTree`, or a `Topology` on the device of the tokens, whose
-            tensors are [N], or [B, N] for a tree of its own for each request. Every request's node 0 is the root.
+            tensors are [N], or [B, N] for a tree of its own for each request. Every request's node 0 is the root; nodes
+            that are nobody's children are not used.
         temperature: 0, or at least 1e-5; 0 is greedy: a child is accepted iff it is the target's largest logit, lowest
             id on ties. Number, or [B] float32.
         seeds: the requests' random streams. Integer, or [B] int64.

@@ -2,6 +2,7 @@
 //
 // Computes    for each level whose nodes have children: the draft's logits at these nodes, kept for the verification;
 //             children drawn from them without replacement; their tokens. What `Drafting.grow` of a model computes.
+//             A shaped tree gives its children out level by level (level_shape.h).
 // Plan        The forwards are bound to their memory beforehand (forward/bound.h), and so is everything else: a level
 //             takes no allocation and nothing of Python, whose caches the target's weights have emptied by then.
 // Memory      Logits go straight to where they are kept, if the nodes' rows lie there side by side.
@@ -14,11 +15,14 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "buffers.h"
 #include "forward/bound.h"
+#include "level_shape.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -48,7 +52,27 @@ struct GrowthLevel {
     std::int64_t num_samples, first_child, num_children;
     const std::int64_t* drawn;  // [C], or [B, C]: each child's place in the request's draw [W * num_samples]
     bool drawn_per_request;
+    std::unique_ptr<LevelShape> shape;  // gives the children out, and writes `drawn`; null where they are fixed
 };
+
+ShapedTreeMemory shaped_memory(const py::dict& source) {
+    ShapedTreeMemory tree{};
+    tree.num_nodes = number_of(source, "num_nodes");
+    tree.num_words = number_of(source, "num_words");
+    tree.max_children = number_of(source, "max_children");
+    tree.parents = pointer_of<std::int32_t>(source, "parents");
+    tree.ranks = pointer_of<std::int32_t>(source, "ranks");
+    tree.first_child = pointer_of<std::int32_t>(source, "first_child");
+    tree.num_children = pointer_of<std::int32_t>(source, "num_children");
+    tree.ancestor_mask = pointer_of<std::uint32_t>(source, "ancestor_mask");
+    tree.reach = pointer_of<float>(source, "reach");
+    tree.drawn = pointer_of<float>(source, "drawn");
+    tree.undrawn = pointer_of<float>(source, "undrawn");
+    tree.edges = pointer_of<float>(source, "edges");
+    tree.num_ranks = number_of(source, "num_ranks");
+    tree.num_edges = number_of(source, "num_edges");
+    return tree;
+}
 
 class TreeGrowth {
   public:
@@ -79,6 +103,12 @@ class TreeGrowth {
             level.num_children = number_of(fields, "num_children");
             level.drawn = pointer_of<std::int64_t>(fields, "drawn");
             level.drawn_per_request = fields["drawn_per_request"].cast<bool>();
+            if (!fields["shape"].is_none()) {
+                const auto shape = py::reinterpret_borrow<py::dict>(fields["shape"]);
+                level.shape = std::make_unique<LevelShape>(
+                    shaped_memory(shape), number_of(shape, "first"), level.width, level.num_children,
+                    pointer_of<std::int64_t>(fields, "drawn"), pointer_of<std::uint32_t>(shape, "own_mask"));
+            }
             const std::int64_t fed = levels_.empty() ? 2 : level.width;
             if (level.forward->num_requests() != batch_size_ || level.forward->num_nodes() != fed) {
                 throw std::invalid_argument("TreeGrowth: a level's forward must feed the level's nodes of all requests");
@@ -86,7 +116,7 @@ class TreeGrowth {
             type_ = level.forward->logits_type();
             widest = std::max(widest, level.width);
             most_samples = std::max(most_samples, level.width * level.num_samples);
-            levels_.push_back(level);
+            levels_.push_back(std::move(level));
         }
         if (levels_.empty()) throw std::invalid_argument("TreeGrowth: levels must have entries");
         drafted_ = levels_.front().forward->vocab();
@@ -168,11 +198,16 @@ class TreeGrowth {
                                         std::min(drafted_, vocab_), drafted_, level.num_samples, true)) {
             return false;
         }
+        const std::int64_t row_bytes = drafted_ * element_bytes(type_);
+        const LogitRows rows{logits, type_, row_bytes, std::min(drafted_, vocab_)};
         for (std::int64_t b = 0; b < batch_size_; ++b) {
+            // After the draw, but by nothing that was drawn in it.
+            if (level.shape) level.shape->give_out(b, rows.rows_from(b * level.width), temperature_[b]);
             const std::int64_t* const places = level.drawn + (level.drawn_per_request ? b * level.num_children : 0);
             for (std::int64_t child = 0; child < level.num_children; ++child) {
                 tokens_[b * num_nodes_ + level.first_child + child] = draws_[static_cast<std::size_t>(b * draws + places[child])];
             }
+            if (level.shape) level.shape->note_draws(b, rows.rows_from(b * level.width), tokens_ + b * num_nodes_);
         }
         return true;
     }

@@ -27,9 +27,9 @@ from sequoia_kernels.planner import (
     TreePlan,
     validate_acceptance,
 )
-from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, rule_named, usual_rule
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, ShapedTree, TokenTree, rule_named, usual_rule
 
-GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | TreePlan | AdaptivePlan | TreeFollower | str
+GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | ShapedTree | TreePlan | AdaptivePlan | TreeFollower | str
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _check_draft(target: TreeModel, draft: DraftSource) -> None:
 def _check_tree(tree: GivenTree, batch_size: int) -> None:
     is_word = isinstance(tree, str) and tree in ("auto", "adaptive")
     is_each = _is_one_each(tree)
-    if not (is_word or is_each or isinstance(tree, (TokenTree, TreePlan, AdaptivePlan, TreeFollower))):
-        rule = 'be a TokenTree, one for each request, a TreePlan, an AdaptivePlan, a TreeFollower, "auto" or "adaptive"'
+    if not (is_word or is_each or isinstance(tree, (TokenTree, ShapedTree, TreePlan, AdaptivePlan, TreeFollower))):
+        rule = 'be a TokenTree, one for each request, a ShapedTree, a TreePlan, an AdaptivePlan, a TreeFollower, "auto" or "adaptive"'
         _refuse("tree", rule, repr(tree), TypeError)
     trees = _trees(tree)
     size = max((entry.num_nodes for entry in trees), default=0)
@@ -311,7 +311,7 @@ def _is_one_each(tree: Any) -> bool:
     return is_several and all(isinstance(entry, TokenTree) for entry in tree)
 
 
-def _trees(tree: GivenTree) -> list[TokenTree]:
+def _trees(tree: GivenTree) -> list[TokenTree | ShapedTree]:
     """The trees that may be decoded with; none yet for a word."""
     if isinstance(tree, TreeFollower):
         tree = tree.plan
@@ -319,7 +319,7 @@ def _trees(tree: GivenTree) -> list[TokenTree]:
         return tree.trees
     if isinstance(tree, TreePlan):
         return [tree.tree]
-    return [tree] if isinstance(tree, TokenTree) else [] if isinstance(tree, str) else list(tree)
+    return [tree] if isinstance(tree, (TokenTree, ShapedTree)) else [] if isinstance(tree, str) else list(tree)
 
 
 def _planned_rule(tree: GivenTree) -> str | None:

@@ -24,7 +24,7 @@ from sequoia_kernels.planner import (
     TreeFollower,
     TreePlan,
 )
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import ShapedTree, TokenTree
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def generate(
         tree = tree.follow()
     elif isinstance(tree, TreePlan):
         tree = tree.tree
-    elif not isinstance(tree, (TokenTree, TreeFollower)):
+    elif not isinstance(tree, (TokenTree, ShapedTree, TreeFollower)):
         tree = tuple(tree)
     requests, stats = decode(target, draft, tree, arguments)
     stats.seconds = time.perf_counter() - started

@@ -180,7 +180,7 @@ class DecodingLoop:
         """Take the prefill's tokens and decode behind them; arguments as in `decode`."""
         self.follower = tree if isinstance(tree, TreeFollower) else None
         step_tree: StepTree = tree.tree if isinstance(tree, TreeFollower) else tree
-        self.stats.tree = step_tree if isinstance(step_tree, TokenTree) else None
+        self.stats.tree = None if isinstance(step_tree, tuple) else step_tree
         for index, token in enumerate(first_tokens):
             self._take(index, [token])
         while any(request.is_active for request in self.requests):

@@ -172,7 +172,13 @@ class _Recorder:
         ]  # fmt: skip
         excess = sums[0] - self.ratios * sums[1]
         slope = torch.cat((outside[1].sum(dim=1, keepdim=True), sums[1][:, 1:]), dim=1)
-        self.steps.append([part.float().cpu() for part in (*at_nodes, excess.clamp(min=0), slope)])
+        likelihood, peak = at_nodes[1], draft.amax(dim=1)
+        if not bool(temperature.all()):  # greedy: how sure the draft is shows at temperature 1 only
+            sure = torch.softmax(draft_logits[0, self.internal].double(), dim=1)
+            chances = torch.where(is_draw, sure[places], 0)
+            likelihood, peak = torch.cat((sure.new_zeros(1), chances)), sure.amax(dim=1)
+        parts = (*at_nodes, excess.clamp(min=0), slope, likelihood, peak)
+        self.steps.append([part.float().cpu() for part in parts])
         self.requests.append(self.request)
 
     def records(self, acceptance: Any) -> StepRecords:

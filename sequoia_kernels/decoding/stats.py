@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.tree import ShapedTree, TokenTree
 
 
 @dataclass
@@ -24,7 +24,8 @@ class GenerateStats:
         seconds: wall time of the call.
         decode_seconds: wall time behind the prefill.
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
-        tree: the tree asked for; with an adaptive plan the last one used; None where each request has its own.
+        tree: the tree asked for; with an adaptive plan the last one used; None where each request has its own. Steps with
+            a shaped tree are not counted by rank.
         steps_by_tree: steps decoded with each tree: in the order of first use.
         draft_restarts: how often the draft had used up its positions and went on with a request's newest tokens only.
     """
@@ -38,8 +39,8 @@ class GenerateStats:
     seconds: float = 0.0
     decode_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    tree: TokenTree | None = None
-    steps_by_tree: dict[TokenTree, int] = field(default_factory=dict)
+    tree: TokenTree | ShapedTree | None = None
+    steps_by_tree: dict[TokenTree | ShapedTree, int] = field(default_factory=dict)
     draft_restarts: int = 0
 
     @property
@@ -60,13 +61,17 @@ class GenerateStats:
         forwards = self.stage_seconds.get("draft", 0.0) + self.stage_seconds.get("target", 0.0)
         return 1.0 - forwards / self.decode_seconds if self.stage_seconds and self.decode_seconds > 0 else 0.0
 
-    def count_path(self, tree: TokenTree, nodes: list[int], num_accepted: int) -> tuple[list[int], list[int]]:
+    def count_path(
+        self, tree: TokenTree | ShapedTree, nodes: list[int], num_accepted: int
+    ) -> tuple[list[int], list[int]]:
         """Count one request's accepted path, `nodes[:num_accepted]`; give what it adds to both counts by rank."""
-        visited = [0] * tree.max_branching
-        accepted = [0] * tree.max_branching
         while len(self.accepted_histogram) <= num_accepted:
             self.accepted_histogram.append(0)
         self.accepted_histogram[num_accepted] += 1
+        if isinstance(tree, ShapedTree):  # whose ranks stayed on the device
+            return [], []
+        visited = [0] * tree.max_branching
+        accepted = [0] * tree.max_branching
         for level in range(num_accepted):
             node = nodes[level]
             num_children = tree.num_children[node]
@@ -90,7 +95,11 @@ class GenerateStats:
         """Give everything as plain JSON values."""
         trees = ("tree", "steps_by_tree")
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in trees}
-        values["tree"] = None if self.tree is None else list(self.tree.parents)
+        values["tree"] = None
+        if isinstance(self.tree, ShapedTree):
+            values["tree"] = {"widths": list(self.tree.widths)}
+        elif self.tree is not None:
+            values["tree"] = list(self.tree.parents)
         values["steps_by_tree"] = [
             {"nodes": tree.num_nodes, "levels": tree.num_levels, "steps": steps}
             for tree, steps in self.steps_by_tree.items()

@@ -98,7 +98,7 @@ class DecodingStep:
         """Give a tree's index tensors and buffers; the first time allocates them, which must not be captured."""
         if tree not in self._prepared:
             target, draft = self.target, self.draft
-            layout = TreeLayout.build(tree, target.device)
+            layout = TreeLayout.build(tree, target.device, self.state.cache_lens.shape[0])
             dtype = target.logits_dtype if draft is None else draft.logits_dtype
             batch_size = self.state.cache_lens.shape[0]
             buffers = TokenBuffers.allocate(layout, batch_size, target.vocab_size, dtype, target.device)

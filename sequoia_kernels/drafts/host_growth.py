@@ -9,10 +9,12 @@ import torch
 import sequoia_kernels._host as _host
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.shaping import LevelShape
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.models import BoundForward, TreeCache, TreeModel
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own
+from sequoia_kernels.ops.host_calls import address
 
 __all__ = ["HostGrowth"]
 
@@ -95,4 +97,31 @@ def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any
         "num_children": level.num_children,
         "drawn": level.drawn.data_ptr(),
         "drawn_per_request": level.drawn.dim() == 2,
+        "shape": None if level.shape is None else _shape_fields(level.shape),
+    }
+
+
+def _shape_fields(shape: LevelShape) -> dict[str, int]:
+    topology, shared = shape.topology, shape.shared
+    tensors = {
+        "parents": topology.parents,
+        "ranks": topology.ranks,
+        "first_child": topology.first_child,
+        "num_children": topology.num_children,
+        "ancestor_mask": topology.ancestor_mask,
+        "reach": shared.reach,
+        "drawn": shared.drawn,
+        "undrawn": shared.undrawn,
+        "edges": shared.edges,
+        "own_mask": shape.own_mask,
+    }
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
+    return {
+        "num_nodes": shared.reach.shape[1],
+        "num_words": topology.ancestor_mask.shape[-1],
+        "max_children": shape.max_children,
+        "num_ranks": len(shared.drawn),
+        "num_edges": len(shared.edges),
+        "first": shape.first,
+        **{name: address(tensor) for name, tensor in tensors.items()},
     }

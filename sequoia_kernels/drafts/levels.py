@@ -8,18 +8,19 @@ from typing import TypeAlias
 
 import torch
 
+from sequoia_kernels.drafts.shaping import LevelShape, ShapedReach, shaped_topology
 from sequoia_kernels.models import TreeStep
-from sequoia_kernels.tree import TokenTree, Topology
+from sequoia_kernels.tree import ShapedTree, TokenTree, Topology
 
 __all__ = ["DraftLevel", "StepTree", "TokenBuffers", "TreeLayout", "each_tree"]
 
-# One tree for all requests, or one for each: then of the same widths, level by level.
-StepTree: TypeAlias = TokenTree | tuple[TokenTree, ...]
+# One tree for all requests; one for each, all of the same widths, level by level; or one that every request shapes.
+StepTree: TypeAlias = TokenTree | tuple[TokenTree, ...] | ShapedTree
 
 
-def each_tree(tree: StepTree) -> tuple[TokenTree, ...]:
+def each_tree(tree: StepTree) -> tuple[TokenTree | ShapedTree, ...]:
     """Give the trees that a step decodes with: one, or one for each request."""
-    return (tree,) if isinstance(tree, TokenTree) else tree
+    return tree if isinstance(tree, tuple) else (tree,)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class DraftLevel:
         num_children: how many they are, C.
         drawn: for each child, its place in the flattened draw [W * num_samples]. [C] int64, or [B, C] where each
             request has its own tree.
+        shape: gives the children out, where the tree is shaped: then `drawn` and the topology are as it writes them.
     """
 
     step: TreeStep
@@ -42,6 +44,7 @@ class DraftLevel:
     first_child: int
     num_children: int
     drawn: torch.Tensor
+    shape: LevelShape | None = None
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,41 @@ class TreeLayout:
     levels: tuple[DraftLevel, ...]
 
     @classmethod
-    def build(cls, tree: StepTree, device: torch.device | str) -> TreeLayout:
-        """Build the layout of a tree, or of a tree for each request, on a device."""
-        trees = each_tree(tree)
+    def build(cls, tree: StepTree, device: torch.device | str, batch_size: int = 1) -> TreeLayout:
+        """Build the layout of a tree, or of a tree for each request, on a device.
+
+        Args:
+            tree: the tree or trees.
+            device: where the tensors live.
+            batch_size: requests; only a shaped tree's layout depends on it.
+        """
+        if isinstance(tree, ShapedTree):
+            return cls._shaped(tree, device, batch_size)
+        trees = (tree,) if isinstance(tree, TokenTree) else tree
         parts = [entry.tensors(device) for entry in trees]
         topology = parts[0] if isinstance(tree, TokenTree) else Topology.stack(parts)
         # the deepest level has leaves only
         levels = tuple(_draft_level(trees, topology, level, device) for level in range(trees[0].num_levels - 1))
         steps = TreeStep.of(topology), TreeStep.of(TokenTree.chain(2).tensors(device))
         return cls(tree, tree if isinstance(tree, TokenTree) else topology, topology.num_nodes, *steps, levels)
+
+    @classmethod
+    def _shaped(cls, tree: ShapedTree, device: torch.device | str, batch_size: int) -> TreeLayout:
+        topology = shaped_topology(tree, batch_size, device)
+        shared = ShapedReach(tree, batch_size, device)
+        # Steps hold tensors of their own, which are written when the level above gives out its children.
+        steps = [TreeStep.of(topology, list(tree.level_nodes(level))) for level in range(tree.num_levels - 1)]
+        levels = []
+        for level, step in enumerate(steps):
+            nodes = torch.tensor(list(tree.level_nodes(level)), dtype=torch.int64, device=device)
+            places = torch.zeros(batch_size, tree.widths[level + 1], dtype=torch.int64, device=device)
+            own_mask = steps[level + 1].tree_mask if level + 1 < len(steps) else None
+            shape = LevelShape(tree, level, topology, shared, places, own_mask)
+            first_child = tree.level_nodes(level + 1).start
+            num_samples = tree.max_branching
+            levels.append(DraftLevel(step, nodes, num_samples, first_child, tree.widths[level + 1], places, shape))
+        root_step = TreeStep.of(TokenTree.chain(2).tensors(device))
+        return cls(tree, topology, tree.num_nodes, TreeStep.of(topology), root_step, tuple(levels))
 
 
 def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, device: torch.device | str) -> DraftLevel:

@@ -196,6 +196,8 @@ class Drafting(ABC):
                 logits.flatten(0, 1), level.num_samples, temperatures, seeds,
                 (state.offsets[:, None] + level.nodes).flatten(), backend=self.backend,
             ).tokens.view(batch_size, -1)  # fmt: skip
+            if level.shape is not None:  # after the draw, but by nothing that was drawn in it
+                level.shape.give_out(logits, state.temperature)
             children = buffers.tokens.narrow(1, level.first_child, level.num_children)
             if level.drawn.dim() == 2:  # each request has its own tree
                 children.copy_(drawn.gather(1, level.drawn))
@@ -203,6 +205,8 @@ class Drafting(ABC):
                 torch.index_select(drawn, 1, level.drawn, out=children)
             else:
                 children.copy_(drawn.index_select(1, level.drawn))
+            if level.shape is not None:
+                level.shape.note_draws(logits, state.temperature, buffers.tokens)
 
     def restart(self) -> None:
         """Forget everything of the batch before: another one of the same shape begins, with the state's new values."""

@@ -10,6 +10,7 @@ from sequoia_kernels.planner.adaptive import (
     shift_acceptance,
 )
 from sequoia_kernels.planner.candidates import PlanCandidate
+from sequoia_kernels.planner.confidence import fit_confidence, shape_tree
 from sequoia_kernels.planner.cost_model import CostModel
 from sequoia_kernels.planner.evidence import AcceptanceEvidence
 from sequoia_kernels.planner.plan import TreePlan, plan_tree
@@ -34,11 +35,13 @@ __all__ = [
     "TreeFollower",
     "TreePlan",
     "estimate_acceptance",
+    "fit_confidence",
     "optimal_tree",
     "optimal_values",
     "plan_adaptive",
     "plan_from_evidence",
     "plan_tree",
+    "shape_tree",
     "shift_acceptance",
     "validate_acceptance",
 ]

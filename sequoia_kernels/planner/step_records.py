@@ -47,7 +47,7 @@ TAIL = 0.025  # of the draws beyond each end of an interval
 NUM_DRAWS = 512
 
 
-FORMAT = Format("sequoia-kernels/step-records", 1, indent=None)
+FORMAT = Format("sequoia-kernels/step-records", 2, indent=None)
 MOST_BYTES = 1 << 32  # of a file's arrays
 
 
@@ -60,12 +60,16 @@ class NodeRecords(NamedTuple):
         excess: `excess` of a node with children over the tokens that are none of them. [S, I, ratios]
         slope: the draft's mass of those among them that exceed: minus the slope of `excess`; at the ratio 0 all of its
             mass outside the children. [S, I, ratios]
+        likelihood: as `draft`, but at temperature 0 the draft's probability at 1, by which confidence goes. [S, N]
+        peak: the draft's largest probability at a node with children, at the same temperature. [S, I]
     """
 
     target: NDArray[np.float32]
     draft: NDArray[np.float32]
     excess: NDArray[np.float32]
     slope: NDArray[np.float32]
+    likelihood: NDArray[np.float32]
+    peak: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +127,7 @@ class StepRecords:
         places = self.nodes_of(tree)
         name = rule_named(where, rule).name
         if self.acceptance.temperature == 0 or name == "sequoia":  # greedily all rules are one
-            return np.asarray(self._reached[:, places].sum(axis=1))
+            return np.asarray(self.reached[:, places].sum(axis=1))
         if name != "traversal":
             raise ValueError(f"{where}: rule must be sequoia or traversal, got {rule!r}")
         return _Traversal(self, tree, places).expected_tokens()
@@ -187,6 +191,7 @@ class StepRecords:
         acceptance = AcceptanceEstimate.from_fields(inner)
         num_steps, num_internal = len(np.atleast_1d(requests)), sum(map(bool, tree.num_children))
         shapes = [(num_steps, tree.num_nodes)] * 2 + [(num_steps, num_internal, len(EXCESS_RATIOS))] * 2
+        shapes += [(num_steps, tree.num_nodes), (num_steps, num_internal)]
         if requests.shape != (num_steps,) or requests.dtype != np.int64 or num_steps == 0:
             raise ValueError(f"{where}: requests must be [steps] int64, got {list(requests.shape)} {requests.dtype}")
         for name, array, shape in zip(NodeRecords._fields, nodes, shapes):
@@ -200,7 +205,7 @@ class StepRecords:
     @cached_property
     def node_worths(self) -> list[float]:
         """How often each recorded node is accepted by the rule "sequoia": a tree is worth the sum over its nodes."""
-        worths: list[float] = self._reached.mean(axis=0).tolist()
+        worths: list[float] = self.reached.mean(axis=0).tolist()
         return worths
 
     @cached_property
@@ -210,7 +215,7 @@ class StepRecords:
         return {node: place for place, node in enumerate(nodes)}
 
     @cached_property
-    def _reached(self) -> Floats:
+    def reached(self) -> Floats:
         """The probability that the rule "sequoia" accepts each node, in every step. [S, N]"""
         reached = np.zeros(self.nodes.target.shape)
         reached[:, 0] = 1

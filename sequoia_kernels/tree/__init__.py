@@ -9,6 +9,7 @@ from sequoia_kernels.tree.rules import (
     rule_names,
     usual_rule,
 )
+from sequoia_kernels.tree.shaped_tree import PROBABILITY_EDGES, Confidence, ShapedTree
 from sequoia_kernels.tree.token_tree import MAX_NODES, MAX_STEP_ROWS, TokenTree
 from sequoia_kernels.tree.topology import Topology
 
@@ -16,7 +17,10 @@ __all__ = [
     "DEFAULT_RULE",
     "MAX_NODES",
     "MAX_STEP_ROWS",
+    "PROBABILITY_EDGES",
     "TYPICAL_ACCEPTANCE",
+    "Confidence",
+    "ShapedTree",
     "TokenTree",
     "Topology",
     "VerificationRule",

@@ -1,0 +1,136 @@
+"""Confidence fitted to recorded steps, and the widths of trees that are shaped by it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sequoia_kernels import checks
+from sequoia_kernels.planner.step_records import StepRecords
+from sequoia_kernels.tree import PROBABILITY_EDGES, Confidence, ShapedTree
+
+__all__ = ["fit_confidence", "shape_tree"]
+
+Floats = NDArray[np.float64]
+
+MAX_CHILDREN = 16  # of a node; few are given more, and every one of them is drawn for each node of a level
+PSEUDO_VISITS = 4.0  # of each bin, spread over its neighbours' mean: few visits must not say never, or always
+LEAST_CONFIDENCE = 1e-4
+FALL = 0.999  # from rank to rank at least
+
+
+def fit_confidence(records: StepRecords) -> Confidence:
+    """Fit how often a child is accepted once its parent is, by what the draft said of it in recorded steps.
+
+    Every node counts by the probability that its parent was accepted, under the rule "sequoia". Between neighbouring
+    probabilities of the draft the estimate is smoothed by a few visits of both together.
+
+    Args:
+        records: the steps; of the temperature and warps that the tree is for.
+
+    Returns:
+        The confidence. Ranks that were not recorded are no rank of it.
+
+    Example:
+        >>> from sequoia_kernels.decoding import record_steps
+        >>> from sequoia_kernels.demo import load_demo_pair
+        >>> pair = load_demo_pair()
+        >>> prompt = pair.tokenizer("def main(", return_tensors="pt").input_ids
+        >>> records = record_steps(pair.target, pair.draft, [prompt], max_new_tokens=16, temperature=0.6)
+        >>> fit_confidence(records).max_children
+        8
+    """
+    tree = records.tree
+    parents = np.array(tree.parents)
+    ranks = np.array([0 if parent < 0 else node - tree.first_child[parent] for node, parent in enumerate(tree.parents)])
+    internal = {node: place for place, node in enumerate(node for node, n in enumerate(tree.num_children) if n)}
+    num_ranks = min(tree.max_branching, MAX_CHILDREN)
+    drawn, undrawn = [], []
+    for rank in range(num_ranks):
+        nodes = np.flatnonzero((ranks == rank) & (parents >= 0))
+        above = parents[nodes]
+        visits, accepted = records.reached[:, above], records.reached[:, nodes]
+        peaks = records.nodes.peak[:, [internal[parent] for parent in above.tolist()]]
+        drawn.append(_by_bin(records.nodes.likelihood[:, nodes], visits, accepted))
+        undrawn.append(_by_bin(peaks, visits, accepted))
+    falling = np.array(undrawn)
+    for rank in range(1, num_ranks):
+        falling[rank] = np.minimum(falling[rank], FALL * falling[rank - 1])
+    return Confidence(_rows(np.array(drawn)), _rows(falling))
+
+
+def shape_tree(records: StepRecords, num_nodes: int) -> ShapedTree:
+    """Give the shaped tree of a size: confidence from recorded steps, and widths by what would be taken one by one.
+
+    In every recorded step the nodes are taken whose worth before their draw is largest, as if no width were fixed; the
+    widths are what that comes to on each level, on average.
+
+    Args:
+        records: the steps, with a tree of several times as many nodes.
+        num_nodes: nodes of the tree, at most as many as were recorded.
+
+    Raises:
+        TypeError: num_nodes is no integer.
+        ValueError: it is out of range.
+    """
+    checks.whole_number("shape_tree", "num_nodes", num_nodes, rule=checks.at_least(2))
+    tree = records.tree
+    if num_nodes > tree.num_nodes:
+        checks.fail_range("shape_tree", "num_nodes", f"be at most the {tree.num_nodes} nodes recorded", num_nodes)
+    confidence = fit_confidence(records)
+    worth = _worths(records, confidence)
+    taken = np.argsort(-worth, axis=1, kind="stable")[:, :num_nodes]
+    depths = np.array(tree.depths)[taken]
+    means = np.array([(depths == level).sum(axis=1).mean() for level in range(tree.num_levels)])
+    return ShapedTree(tuple(_rounded(means, num_nodes, confidence.max_children)), confidence)
+
+
+def _by_bin(probabilities: NDArray[np.float32], visits: Floats, accepted: Floats) -> Floats:
+    """Accepted over visited, by the bin of the draft's probability."""
+    bins = np.searchsorted(PROBABILITY_EDGES, probabilities.ravel(), side="right")
+    num_bins = len(PROBABILITY_EDGES) + 1
+    visited, taken = (np.bincount(bins, weights=part.ravel(), minlength=num_bins) for part in (visits, accepted))
+    mean = (taken.sum() + 0.5 * LEAST_CONFIDENCE) / (visited.sum() + LEAST_CONFIDENCE)
+    # What bins with few visits lean on: those beside them, the nearer the more.
+    distance = np.abs(np.arange(num_bins)[:, None] - np.arange(num_bins))
+    weights = np.exp2(-distance.astype(np.float64)) * (distance > 0)
+    near = (weights @ taken + mean) / (weights @ visited + 1)
+    return np.asarray(np.clip((taken + PSEUDO_VISITS * near) / (visited + PSEUDO_VISITS), LEAST_CONFIDENCE, 1))
+
+
+def _rows(table: Floats) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, table.tolist()))
+
+
+def _worths(records: StepRecords, confidence: Confidence) -> Floats:
+    """What each recorded node was worth before its draw, at most as much as the node above it. [S, N]"""
+    tree, nodes = records.tree, records.nodes
+    drawn, undrawn = np.array(confidence.drawn), np.array(confidence.undrawn)
+    worth, reach = np.ones(nodes.target.shape), np.ones(nodes.target.shape)
+    internal = [node for node, count in enumerate(tree.num_children) if count]
+    for place, node in enumerate(internal):
+        columns = np.searchsorted(PROBABILITY_EDGES, nodes.peak[:, place], side="right")
+        for rank, child in enumerate(tree.children(node)):
+            if rank >= len(undrawn):
+                worth[:, child] = reach[:, child] = 0
+                continue
+            own = np.searchsorted(PROBABILITY_EDGES, nodes.likelihood[:, child], side="right")
+            worth[:, child] = np.minimum(reach[:, node] * undrawn[rank, columns], worth[:, node]) * FALL
+            reach[:, child] = reach[:, node] * drawn[min(rank, len(drawn) - 1), own]
+    return worth
+
+
+def _rounded(means: Floats, num_nodes: int, max_children: int) -> list[int]:
+    """Whole widths that add up, as near the means as they can be; each level has nodes, none more than can hang there."""
+    widths = [1]
+    for level in range(1, len(means)):
+        left = num_nodes - sum(widths)
+        if left == 0:
+            break
+        rest = float(means[level:].sum())  # what the levels from here on share
+        share = left if level + 1 == len(means) else round(left * float(means[level]) / rest) if rest > 0 else left
+        widths.append(min(max(1, share), left, widths[-1] * max_children))
+    for level in range(1, len(widths)):  # the deepest levels could not take all
+        left = num_nodes - sum(widths)
+        widths[level] += min(left, widths[level - 1] * max_children - widths[level])
+    return widths

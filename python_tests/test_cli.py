@@ -20,6 +20,7 @@ import sequoia_kernels
 from sequoia_kernels import (
     AcceptanceEstimate,
     HardwareProfile,
+    ShapedTree,
     TokenTree,
     TreePlan,
     _host,
@@ -285,7 +286,7 @@ def test_interruption_leaves_no_file(pair, files, monkeypatch, capsys):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("demo", "generate", "acceptance", "profile", "plan", "cache", "doctor"):
+    for command in ("demo", "generate", "acceptance", "profile", "plan", "shape", "cache", "doctor"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0
@@ -359,6 +360,27 @@ def test_records_are_kept_and_planned_from(pair, files, tmp_path, capsys):
     text = ["generate", *pair, "--prompt", "a b", "--new-tokens", "2", "--tree", "none", "--temperature", "1"]
     assert cli.main([*text, "--rule", "traversal"]) == 0
     assert "rule must be one of sequoia, traversal, got 'no'" in error_of(capsys, [*text, "--rule", "no"])
+
+
+def test_a_shaped_tree_is_made_from_records_and_decoded_with(pair, files, tmp_path, capsys):
+    prompts, records, tree = ["--prompts-file", str(files["prompts"])], tmp_path / "records.npz", tmp_path / "tree.json"
+    sampling = ["--new-tokens", "12", "--num-prompts", "1", "--temperature", "1"]
+    assert cli.main(["acceptance", *pair, *prompts, *sampling, "--records", str(records)]) == 0
+    assert cli.main(["shape", "--records", str(records), "--nodes", "9", "--out", str(tree)]) == 0
+    assert "9 nodes on" in capsys.readouterr().out
+    status, document = run_json(capsys, "shape", "--records", str(records), "--nodes", "9")
+    assert status == 0 and ShapedTree.load(tree).to_document() == document
+    text = ["generate", *pair, "--prompt", "a b", "--new-tokens", "8"]
+    outputs = [run_json(capsys, *text, "--tree", name) for name in (str(tree), "none")]
+    assert [status for status, _ in outputs] == [0, 0]
+    assert outputs[0][1]["tokens"] == outputs[1][1]["tokens"]
+    assert outputs[0][1]["stats"]["tree"] == {"widths": document["widths"]}
+    assert "at most the 98 nodes" in error_of(capsys, ["shape", "--records", str(records), "--nodes", "99"])
+    assert "got a shaped tree" in error_of(capsys, ["acceptance", *pair, *prompts, "--tree", str(tree)])
+    assert "No such file" in error_of(capsys, ["shape", "--records", str(tmp_path / "no"), "--nodes", "9"])
+    assert "Is a directory" in error_of(
+        capsys, ["shape", "--records", str(records), "--nodes", "9", "--out", str(tmp_path)]
+    )
 
 
 def test_a_picture_is_checked_before_models_are_loaded(pair, loads, tmp_path, capsys):

@@ -5,7 +5,7 @@ and a program that only plans trees never loads a model library.
 
 Trees and planning:
     TokenTree, Topology, optimal_tree, optimal_values, estimate_acceptance, AcceptanceEstimate, HardwareProfile,
-    measure_profile, plan_tree, TreePlan
+    measure_profile, plan_tree, TreePlan, ShapedTree, shape_tree
 Generation with Hugging Face models:
     generate, GenerateOutput, GenerateStats, adapt, load_offloaded
 The four ops of a decoding step, and one for own verifiers and samplers (docs/own_loop.md):
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
         optimal_values,
         plan_adaptive,
         plan_tree,
+        shape_tree,
     )
-    from sequoia_kernels.tree import TokenTree, Topology
+    from sequoia_kernels.tree import ShapedTree, TokenTree, Topology
 
 __all__ = [
     "AcceptanceEstimate",
@@ -57,6 +58,7 @@ __all__ = [
     "GenerateStats",
     "HardwareProfile",
     "ProfileError",
+    "ShapedTree",
     "TokenTree",
     "Topology",
     "TreeFormatError",
@@ -77,6 +79,7 @@ __all__ = [
     "prefill",
     "release_engines",
     "sample_without_replacement",
+    "shape_tree",
     "tree_attention",
     "verify_tree",
     "warped_logsumexp",
@@ -107,8 +110,9 @@ _ROOMS = {
         "optimal_values",
         "plan_adaptive",
         "plan_tree",
+        "shape_tree",
     ],
-    "tree": ["TokenTree", "Topology"],
+    "tree": ["ShapedTree", "TokenTree", "Topology"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -31,7 +31,7 @@ def optimal(records: StepRecords, nodes: int) -> TokenTree:
 
 
 def even_shape(shaped: ShapedTree, records: StepRecords) -> TokenTree:
-    """A token tree of a shaped one's widths: children go to whoever is worth most by the vector, in every step alike."""
+    """A token tree of a shaped one's widths: children go to what is worth most by the vector, in every step alike."""
     vector = [*records.acceptance.vector, *[0.0] * shaped.max_branching][: shaped.max_branching]
     parents, values, first = [-1], [1.0], 0
     for width, below in zip(shaped.widths, shaped.widths[1:]):
@@ -44,15 +44,13 @@ def even_shape(shaped: ShapedTree, records: StepRecords) -> TokenTree:
     return TokenTree(parents)
 
 
-def tokens_by_run(runs: Sequence[GenerateStats]) -> list[float]:
-    """Tokens per step of each run."""
-    return [run.tokens_per_step for run in runs]
-
-
 def gain(runs: Sequence[GenerateStats], base: Sequence[GenerateStats]) -> tuple[float, float]:
     """How much more tokens per step than others on the same prompts, as a ratio of sums, and its standard error."""
     counts = [
-        [(sum(n * count for n, count in enumerate(run.accepted_histogram)), sum(run.accepted_histogram)) for run in part]
+        [
+            (sum(n * count for n, count in enumerate(run.accepted_histogram)), sum(run.accepted_histogram))
+            for run in part
+        ]
         for part in (runs, base)
     ]
     means = [sum(tokens for tokens, _ in part) / sum(steps for _, steps in part) for part in counts]
@@ -108,11 +106,10 @@ def at_temperature(
             for kind, sizes in trees.items():
                 found, base = runs[kind, nodes, rule], runs["optimal", nodes, rule]
                 ratio, error = gain(found, base)
-                mean = gain(found, found)[0] * _mean(found)
                 rows.append(
                     {
                         "tree": kind, "nodes": nodes, "rule": rule, "widths": list(sizes[nodes].widths),
-                        "tokens_per_step": mean, "over_optimal": ratio, "standard_error": error,
+                        "tokens_per_step": _mean(found), "over_optimal": ratio, "standard_error": error,
                         "tokens_per_second": decoding_rate(found),
                     }
                 )  # fmt: skip

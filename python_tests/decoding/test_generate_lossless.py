@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy import stats
+from support.shaped_trees import steep_confidence
 from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import loop
+from sequoia_kernels.tree import ShapedTree
 
 VOCAB, LENGTH, NUM_REQUESTS = 5, 4, 6000
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
@@ -45,6 +47,14 @@ def test_joint_distribution(settings, kind, rule):
         "no draft": None,
     }[kind]
     assert p_value(target, draft, settings, rule=rule) > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.6, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_joint_distribution_of_shaped_trees(settings, rule):
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    tree = ShapedTree((1, 2, 3, 2), steep_confidence())
+    assert p_value(target, tiny_llama(8, vocab_size=VOCAB, sharpness=8.0), settings, rule=rule, tree=tree) > 1e-4
 
 
 def p_value(target, draft, settings, seed: int = 1000, **options) -> float:

@@ -138,6 +138,20 @@ def test_every_tree_within_has_its_expected_tokens(spread, warp):
     assert records.tokens_per_step(RECORDED, "sequoia") == pytest.approx(sum(records.node_worths))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.3])
+def test_what_the_draft_says_is_recorded(temperature):
+    tokens, target, draft = _steps(0.7, temperature, seed=2)
+    tokens[3, 4] = -1  # no draw
+    nodes = _records(tokens, target, draft, temperature).nodes
+    probs = (draft / (temperature or 1.0)).softmax(dim=2)
+    internal = [node for node in range(RECORDED.num_nodes) if RECORDED.children(node)]
+    torch.testing.assert_close(torch.from_numpy(nodes.peak), probs[:, internal].amax(dim=2).float())
+    for node in range(1, RECORDED.num_nodes):
+        own = probs[:, RECORDED.parents[node]].gather(1, tokens[:, node, None].clamp(min=0))[:, 0]
+        own = torch.where(tokens[:, node] < 0, 0, own)
+        torch.testing.assert_close(torch.from_numpy(nodes.likelihood[:, node]), own.float())
+
+
 @pytest.fixture(scope="module")
 def recorded():
     target = tiny_llama(3, vocab_size=24, sharpness=6.0)

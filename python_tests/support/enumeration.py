@@ -14,7 +14,7 @@ from sequoia_kernels.ops.verify_tree.reference import node_decisions
 from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
 from sequoia_kernels.ops.warping import warped_probs
 
-__all__ = ["draft_outcomes", "emitted_distribution", "ordered_draws"]
+__all__ = ["draft_outcomes", "emitted_by_outcomes", "emitted_distribution", "ordered_draws"]
 
 
 def ordered_draws(scaled_logits: list[float], count: int) -> list[tuple[tuple[int, ...], float]]:
@@ -90,7 +90,23 @@ def emitted_distribution(
     Returns:
         Joint probabilities. [vocab] * num_levels.
     """
-    tokens, draft_logits, probability = draft_outcomes(tree, draft, root, temperature)
+    outcomes = draft_outcomes(tree, draft, root, temperature)
+    return emitted_by_outcomes(tree, target, outcomes, temperature, top_k, top_p, dtype, rule)
+
+
+def emitted_by_outcomes(
+    tree: TokenTree,
+    target: TableModel,
+    outcomes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    rule: str = "sequoia",
+) -> torch.Tensor:
+    """The same for some outcomes of the draws, as `draft_outcomes` lists them: what they add to the distribution."""
+    tokens, draft_logits, probability = outcomes
+    root = int(tokens[0, 0])
     num_outcomes, vocab = len(tokens), target.vocab
     per_row = [
         torch.full((num_outcomes,), value, dtype=dtype) if value is not None else None

@@ -1,4 +1,4 @@
-"""The command line: demo, generate, acceptance, profile, plan, cache, doctor, a module each.
+"""The command line: demo, generate, acceptance, profile, plan, shape, cache, doctor, a module each.
 
 Results go to standard output, progress and logs to standard error, so that `--json` output can be piped. Exit status:
 0 done, 1 the work failed, 2 a bad argument or file, 130 interrupted. Files are written whole or not at all.
@@ -13,14 +13,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sequoia_kernels.cli import acceptance, cache, demo, doctor, generate, plan, profile
+from sequoia_kernels.cli import acceptance, cache, demo, doctor, generate, plan, profile, shape
 from sequoia_kernels.cli.terminal import BadUsage, Terminal
 from sequoia_kernels.documents import check_writable
 from sequoia_kernels.version import __version__
 
 __all__ = ["main"]
 
-COMMANDS = (demo, generate, acceptance, profile, plan, cache, doctor)  # in the order of --help
+COMMANDS = (demo, generate, acceptance, profile, plan, shape, cache, doctor)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

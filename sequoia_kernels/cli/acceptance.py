@@ -15,7 +15,7 @@ from sequoia_kernels.cli.arguments import (
     sampling_settings,
 )
 from sequoia_kernels.cli.pair import encode_prompts, estimate_pair, load_pair, need_draft, read_prompts, record_pair
-from sequoia_kernels.cli.terminal import Terminal
+from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
 def add(commands: Any) -> None:
@@ -32,8 +32,12 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    from sequoia_kernels import TokenTree, TreePlan
+
     need_draft(args)
     tree = None if args.tree is None else load_tree(args.tree)
+    if tree is not None and not isinstance(tree, (TokenTree, TreePlan)):
+        raise BadUsage(f"--tree {args.tree} must be a tree or plan file, got a shaped tree: its steps have no ranks")
     texts = read_prompts(args, terminal)
     pair = load_pair(args, terminal)
     prompts = encode_prompts(texts, pair, args.prompt_tokens)

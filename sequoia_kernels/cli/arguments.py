@@ -125,14 +125,16 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_tree(path: Path) -> Any:
-    """Load a tree from a tree file or a plan file, one that the ops accept; BadUsage where it is neither."""
+    """Load a tree, a shaped tree or a plan from its file, one that the ops accept; BadUsage where it is none."""
     from sequoia_kernels import TokenTree, TreePlan
-    from sequoia_kernels.tree import MAX_STEP_ROWS
+    from sequoia_kernels.tree import MAX_STEP_ROWS, ShapedTree
 
     try:
         text = read_text(path)  # once: it may be a pipe
         if TreePlan.FORMAT.name in text:
             return TreePlan.from_json(text)
+        if ShapedTree.FORMAT.name in text:
+            return ShapedTree.from_json(text)
         tree = TokenTree.from_json(text)
     except ValueError as error:
         raise BadUsage(f"--tree {path} must be a tree or plan file: {error}") from None

@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--tree",
         default="auto",
-        help="auto, adaptive (switches between trees as acceptance drifts), none (no speculation), or a tree or plan "
-        "JSON file",
+        help="auto, adaptive (switches between trees as acceptance drifts), none (no speculation), or a tree, "
+        "shaped tree or plan JSON file",
     )
     parser.add_argument("--profile", type=Path, help="profile JSON for auto and adaptive")
     parser.add_argument("--acceptance", type=Path, help="acceptance JSON for them")

@@ -170,7 +170,8 @@ def _check_tree(tree: GivenTree, batch_size: int) -> None:
     is_word = isinstance(tree, str) and tree in ("auto", "adaptive")
     is_each = _is_one_each(tree)
     if not (is_word or is_each or isinstance(tree, (TokenTree, ShapedTree, TreePlan, AdaptivePlan, TreeFollower))):
-        rule = 'be a TokenTree, one for each request, a ShapedTree, a TreePlan, an AdaptivePlan, a TreeFollower, "auto" or "adaptive"'
+        plans = "a TreePlan, an AdaptivePlan, a TreeFollower"
+        rule = f'be a TokenTree, one for each request, a ShapedTree, {plans}, "auto" or "adaptive"'
         _refuse("tree", rule, repr(tree), TypeError)
     trees = _trees(tree)
     size = max((entry.num_nodes for entry in trees), default=0)
@@ -311,7 +312,7 @@ def _is_one_each(tree: Any) -> bool:
     return is_several and all(isinstance(entry, TokenTree) for entry in tree)
 
 
-def _trees(tree: GivenTree) -> list[TokenTree | ShapedTree]:
+def _trees(tree: GivenTree) -> Sequence[TokenTree | ShapedTree]:
     """The trees that may be decoded with; none yet for a word."""
     if isinstance(tree, TreeFollower):
         tree = tree.plan

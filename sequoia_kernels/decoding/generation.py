@@ -82,10 +82,10 @@ def generate(
         input_ids: prompts. [B, L] int64, on the target's device.
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
             takes pad tokens for padding, as transformers does, unless they also end sequences.
-        tree: a `TokenTree`, a sequence of one for each request (all of the same widths, level by level), a `TreePlan`,
-            an `AdaptivePlan`, or one of two words: "auto" takes the planner's pick for this machine, these
-            models and these sampling settings, and learns from every call; "adaptive" takes several picks and switches
-            between them as acceptance drifts. Both measure the models' times where they are not given a `profile`, once
+        tree: a `TokenTree`, a sequence of one for each request (all of the same widths, level by level), a
+            `ShapedTree`, which takes its shape in every step, a `TreePlan`, an `AdaptivePlan`, or one of two words:
+            "auto" takes the planner's pick for this machine, these models and these sampling settings, and learns from
+            every call; "adaptive" takes several picks and switches between them as acceptance drifts. Both measure the models' times where they are not given a `profile`, once
             a pair and machine: docs/planner.md says what is kept, and where. A `TreeFollower` (`plan.follow()`) given
             to several calls carries what it learnt from one to the next.
         max_new_tokens: tokens to emit for each request, at most.

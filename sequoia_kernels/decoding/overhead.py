@@ -86,7 +86,7 @@ def measure_overhead(
 
 def _overhead(stats: GenerateStats, cost: CostModel, context_len: float) -> float:
     """Give the milliseconds that one run's steps took beyond what is known of their forwards and ops."""
-    assert stats.tree is not None
+    assert isinstance(stats.tree, TokenTree)
     known = cost.stages(stats.tree, context_len)
     step_ms = 1e3 * stats.decode_seconds / stats.num_steps
     if stats.stage_seconds:  # the target's own time is what it was

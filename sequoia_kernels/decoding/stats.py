@@ -24,8 +24,8 @@ class GenerateStats:
         seconds: wall time of the call.
         decode_seconds: wall time behind the prefill.
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
-        tree: the tree asked for; with an adaptive plan the last one used; None where each request has its own. Steps with
-            a shaped tree are not counted by rank.
+        tree: the tree asked for; with an adaptive plan the last one used; None where each request has its own. Steps
+            with a shaped tree are not counted by rank.
         steps_by_tree: steps decoded with each tree: in the order of first use.
         draft_restarts: how often the draft had used up its positions and went on with a request's newest tokens only.
     """

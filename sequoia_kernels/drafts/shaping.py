@@ -6,12 +6,14 @@ Computes, for a level of W nodes whose C children come next, with reach(v) the e
     the C largest of the W K worths become the children, ties to the lower node and rank
 and, once they are drawn with probabilities d:
     reach(x)    = reach(v) * drawn[rank(x)][bin(d(x))]
-Plan: `undrawn` falls with the rank, so that what is chosen of a node are its first ranks. Everything is written in place
-    into the trees' topology, whose shapes never change: nothing waits for the device, and a step can be captured.
+Plan: `undrawn` falls with the rank, so that what is chosen of a node are its first ranks. All is written in place into
+    the trees' topology, whose shapes never change: nothing waits for the device, and a step can be captured.
 Exactness: what is chosen depends on tokens above the children and on distributions behind them, never on the children.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -25,8 +27,9 @@ LEAST_REACH = 1e-20  # a product of many levels stays a normal float32 number
 def shaped_topology(tree: ShapedTree, batch_size: int, device: torch.device | str) -> Topology:
     """Give a topology of a tree's widths for each request, to be written in place; at first all are even ones."""
     even = tree.even().tensors(device)
-    parts = [part.expand(batch_size, *part.shape).clone() for part in even[:-2]]
-    return Topology(*parts, tree.num_levels, tree.max_branching)
+    parts: list[Any] = [part.expand(batch_size, *part.shape).clone() for part in even[:-2]]
+    parts += [tree.num_levels, tree.max_branching]
+    return Topology(*parts)
 
 
 class ShapedReach:

@@ -38,7 +38,7 @@ def fit_confidence(records: StepRecords) -> Confidence:
         >>> prompt = pair.tokenizer("def main(", return_tensors="pt").input_ids
         >>> records = record_steps(pair.target, pair.draft, [prompt], max_new_tokens=16, temperature=0.6)
         >>> fit_confidence(records).max_children
-        8
+        7
     """
     tree = records.tree
     parents = np.array(tree.parents)
@@ -72,6 +72,15 @@ def shape_tree(records: StepRecords, num_nodes: int) -> ShapedTree:
     Raises:
         TypeError: num_nodes is no integer.
         ValueError: it is out of range.
+
+    Example:
+        >>> from sequoia_kernels.decoding import record_steps
+        >>> from sequoia_kernels.demo import load_demo_pair
+        >>> pair = load_demo_pair()
+        >>> prompt = pair.tokenizer("def main(", return_tensors="pt").input_ids
+        >>> records = record_steps(pair.target, pair.draft, [prompt], max_new_tokens=16)
+        >>> shape_tree(records, 12).num_nodes
+        12
     """
     checks.whole_number("shape_tree", "num_nodes", num_nodes, rule=checks.at_least(2))
     tree = records.tree

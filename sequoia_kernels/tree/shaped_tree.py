@@ -1,10 +1,10 @@
 """Trees that take their shape while they grow: fixed widths, children given to the nodes that are likeliest accepted.
 
 A token tree is the same in every step. But drafts are sure of themselves at some places and not at others, and a child
-behind an unlikely token is worth little. So only the number of nodes of each level is fixed here; which nodes of a level
-get how many children is decided in every step, before these are drawn, from what is known then: the tokens above with
-their probabilities, and how sure the draft is of what comes next. Never from the children's own tokens: a node that is
-kept or dropped for the token it has drawn changes the distribution of what is emitted.
+behind an unlikely token is worth little. So only the number of nodes of each level is fixed here; which of them get how
+many children is decided in every step, before these are drawn, from what is known then: the tokens above with their
+probabilities, and how sure the draft is of what comes next. Never from the children's own tokens: a node that is kept or
+dropped for the token it has drawn changes the distribution of what is emitted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ __all__ = ["PROBABILITY_EDGES", "Confidence", "ShapedTree"]
 
 # Between these probabilities of the draft confidence is constant: bin i holds those from edge i - 1 to below edge i.
 PROBABILITY_EDGES = (
-    2.0**-10, 2.0**-8, 2.0**-6, 2.0**-5, 2.0**-4, 0.125, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999,
+    2.0**-10, 2.0**-8, 2.0**-6, 2.0**-5, 2.0**-4, 0.125,
+    0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999,
 )  # fmt: skip
 NUM_BINS = len(PROBABILITY_EDGES) + 1
 MAX_RANKS = 64
@@ -63,7 +64,7 @@ class Confidence:
                 for entry in row:
                     if not isinstance(entry, Real) or isinstance(entry, bool):
                         raise TypeError(f"{where} hold numbers, got {type(entry).__name__}")
-                    if not 0 < entry <= 1:
+                    if not 0 < float(entry) <= 1:
                         raise ValueError(f"{where} have entries in (0, 1], got {entry}")
             object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in table))
         for better, worse in zip(self.undrawn, self.undrawn[1:]):
@@ -114,7 +115,11 @@ class ShapedTree(Document):
         where = "ShapedTree: widths must"
         if not isinstance(self.confidence, Confidence):
             raise TypeError(f"ShapedTree: confidence must be a Confidence, got {type(self.confidence).__name__}")
-        if not isinstance(self.widths, Sequence) or isinstance(self.widths, str) or not all(map(is_integer, self.widths)):
+        if (
+            not isinstance(self.widths, Sequence)
+            or isinstance(self.widths, str)
+            or not all(map(is_integer, self.widths))
+        ):
             raise TypeError(f"{where} be a sequence of integers, got {self.widths!r}")
         object.__setattr__(self, "widths", tuple(map(int, self.widths)))
         if self.widths[:1] != (1,):
@@ -171,7 +176,9 @@ class ShapedTree(Document):
         try:
             return cls(tuple(widths), Confidence(*tables))
         except (TypeError, ValueError) as reason:
-            raise fields.refuse("widths", "be those of a shaped tree with its confidence", f"others: {reason}") from None
+            raise fields.refuse(
+                "widths", "be those of a shaped tree with its confidence", f"others: {reason}"
+            ) from None
 
 
 def _is_row(value: object) -> bool:

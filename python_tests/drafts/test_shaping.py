@@ -1,0 +1,260 @@
+"""Shaped trees: exact whatever their shape, the same in C++ and torch, and shaped by what their specification says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from support.chi_square import joint_probs
+from support.shaped_trees import shaped_emitted_distribution, steep_confidence
+from support.tiny_models import noisy_copy, tiny_llama
+from support.toy_models import chain_probs, toy_pair
+
+from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.drafts import TreeLayout, host_growth
+from sequoia_kernels.drafts.shaping import LEAST_REACH, LevelShape, ShapedReach, shaped_topology
+from sequoia_kernels.tree import PROBABILITY_EDGES, Confidence, ShapedTree, Topology
+
+TREE = ShapedTree((1, 2, 3), steep_confidence())
+KINDS = [
+    "unrelated",
+    "near",
+    "same",
+    "one-hot draft",
+    "draft misses tokens",
+    "target misses tokens",
+    "disjoint",
+    "tied",
+]
+WARPS = [(0.0, None, None), (0.3, 2, None), (0.6, None, 0.8), (1.0, None, None), (1.7, 3, 0.95)]
+
+
+def exact_error(tree, kind, warp, rule, seed=0, rerank=False):
+    target, draft = toy_pair(kind, 3, context=3, seed=seed)
+    emitted, num_trees = shaped_emitted_distribution(tree, target, draft, 1, *warp, rule=rule, rerank=rerank)
+    expected = joint_probs(chain_probs(target, 1, tree.num_levels, *warp))
+    return float((emitted - expected).abs().max()), num_trees
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shaped_trees_are_exact(kind, rule):
+    for warp in WARPS:
+        error, num_trees = exact_error(TREE, kind, warp, rule)
+        assert error <= 1e-12, (warp, error)
+        assert kind != "unrelated" or warp[0] == 0 or num_trees >= 2  # or nothing was shaped
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_deeper_shaped_trees_are_exact(rule):
+    tree = ShapedTree((1, 2, 2, 1), steep_confidence(2))
+    error, num_trees = exact_error(tree, "unrelated", (1.0, None, None), rule, seed=3)
+    assert error <= 1e-12
+    assert num_trees >= 2  # or nothing was shaped
+
+
+def test_choosing_children_by_their_own_tokens_fails_the_exact_test():
+    errors = [exact_error(TREE, "unrelated", (1.0, None, None), rule, rerank=True) for rule in ("sequoia", "traversal")]
+    assert all(error > 1e-3 for error, _ in errors)
+
+
+# ---- Shapes ----
+
+MODELS = tiny_llama(3, vocab_size=24, sharpness=6.0)
+DRAFT = noisy_copy(MODELS, 0.4)
+DEEP = ShapedTree((1, 3, 5, 4, 2), steep_confidence())
+
+
+def prompts(batch_size: int) -> torch.Tensor:
+    return torch.randint(24, (batch_size, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_level_goes_to_the_largest_worths(batch_size):
+    generator = torch.Generator().manual_seed(0)
+    layout = TreeLayout.build(DEEP, "cpu", batch_size)
+    topology = layout.topology
+    tokens = torch.zeros(batch_size, DEEP.num_nodes, dtype=torch.int64)
+    temperature = torch.tensor([0.0, 0.7, 1.3])[:batch_size]
+    confidence = DEEP.confidence
+    reach = [[1.0] + [0.0] * (DEEP.num_nodes - 1) for _ in range(batch_size)]
+    for index, level in enumerate(layout.levels):
+        nodes = DEEP.level_nodes(index)
+        logits = torch.randn(batch_size, len(nodes), 24, generator=generator) * 3
+        probs = (logits / torch.where(temperature == 0, 1, temperature)[:, None, None]).double().softmax(dim=2)
+        level.shape.give_out(logits, temperature)
+        children = range(level.first_child, level.first_child + level.num_children)
+        tokens[:, list(children)] = torch.randint(-1, 24, (batch_size, len(children)), generator=generator)
+        level.shape.note_draws(logits, temperature, tokens)
+        for request in range(batch_size):
+            slots = []
+            for row, node in enumerate(nodes):
+                column = Confidence.bin_of(float(probs[request, row].max()))
+                for rank in range(DEEP.max_branching):
+                    slots.append((-reach[request][node] * confidence.undrawn[rank][column], row, rank))
+            chosen = sorted((row, rank) for _, row, rank in sorted(slots)[: len(children)])
+            assert [(int(p) // DEEP.max_branching, int(p) % DEEP.max_branching) for p in level.drawn[request]] == chosen
+            for child, (row, rank) in zip(children, chosen):
+                assert int(topology.parents[request, child]) == nodes[row]
+                assert int(topology.ranks[request, child]) == rank
+                token = int(tokens[request, child])
+                chance = 0.0 if token < 0 else float(probs[request, row, token])
+                drawn = confidence.drawn[min(rank, len(confidence.drawn) - 1)][Confidence.bin_of(chance)]
+                reach[request][child] = reach[request][nodes[row]] * drawn
+        torch.testing.assert_close(
+            level.shape.shared.reach[:, list(children)], torch.tensor(reach)[:, list(children)], rtol=1e-5, atol=0
+        )
+    topology.check()
+    for index, level in enumerate(layout.levels):
+        own = topology.ancestor_mask[:, list(DEEP.level_nodes(index))]
+        assert torch.equal(level.step.tree_mask.expand_as(own), own)
+
+
+def test_a_topology_begins_as_an_even_one():
+    topology = shaped_topology(DEEP, 2, "cpu")
+    topology.check()
+    assert topology.parents[1].tolist() == list(DEEP.even().parents)
+    assert DEEP.even().widths == list(DEEP.widths)
+
+
+def test_chances_of_deep_paths_stay_numbers():
+    confidence = Confidence([[1e-4] * 19], [[1e-4] * 19, [5e-5] * 19])
+    tree = ShapedTree((1,) + (2,) * 40, confidence)
+    layout = TreeLayout.build(tree, "cpu", 1)
+    tokens = torch.zeros(1, tree.num_nodes, dtype=torch.int64)
+    for level in layout.levels:
+        logits = torch.zeros(1, len(level.nodes), 8)
+        level.shape.give_out(logits, torch.ones(1))
+        level.shape.note_draws(logits, torch.ones(1), tokens)
+    assert float(layout.levels[0].shape.shared.reach.min()) == pytest.approx(LEAST_REACH)
+    layout.topology.check()
+
+
+# ---- In the loop ----
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, [0.0, 0.9, 1.2]])
+def test_growing_in_cpp_is_growing_in_torch(monkeypatch, temperature):
+    options = {"tree": DEEP, "temperature": temperature, "max_new_tokens": 40, "seed": [5, 6, 7]}
+    grown = []
+    bind = host_growth.HostGrowth.bind.__func__
+    monkeypatch.setattr(
+        host_growth.HostGrowth, "bind", classmethod(lambda cls, *args: grown.append(bind(cls, *args)) or grown[-1])
+    )
+    native = generate(MODELS, DRAFT, prompts(3), **options)
+    assert grown and all(grown)
+    monkeypatch.setattr(host_growth.HostGrowth, "bind", classmethod(lambda cls, *args: None))
+    torchs = generate(MODELS, DRAFT, prompts(3), **options)
+    assert native.new_tokens == torchs.new_tokens
+    assert native.stats.accepted_histogram == torchs.stats.accepted_histogram
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_greedy_output_is_plain_decodings(backend):
+    plain = generate(MODELS, None, prompts(3), max_new_tokens=50)
+    output = generate(MODELS, DRAFT, prompts(3), tree=DEEP, max_new_tokens=50, backend=backend)
+    assert output.new_tokens == plain.new_tokens
+    assert output.stats.tree is DEEP
+    assert output.stats.tokens_per_step > 1
+    assert output.stats.visited_by_rank == []
+    assert output.stats.to_dict()["tree"] == {"widths": [1, 3, 5, 4, 2]}
+
+
+def test_requests_shape_their_trees_alone():
+    options = {"temperature": 0.9, "max_new_tokens": 40, "tree": DEEP}
+    together = generate(MODELS, DRAFT, prompts(3), seed=[5, 6, 7], **options)
+    for index in range(3):
+        alone = generate(MODELS, DRAFT, prompts(3)[index : index + 1], seed=5 + index, **options)
+        assert together.new_tokens[index] == alone.new_tokens[0]
+
+
+def test_shapes_differ_from_step_to_step():
+    seen = set()
+    give_out = LevelShape.give_out
+
+    def watched(self, logits, temperature):
+        give_out(self, logits, temperature)
+        seen.add(tuple(self.topology.parents[0].tolist()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LevelShape, "give_out", watched)
+        generate(MODELS, DRAFT, prompts(1), tree=DEEP, max_new_tokens=40, backend="reference")
+    assert len(seen) > 5
+
+
+# ---- What is no shaped tree ----
+
+
+def flat(*entries):
+    return [[entry] * 19 for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "undrawn", "error", "message"),
+    [
+        ([], flat(0.5), ValueError, r"Confidence: drawn must be 1 to 64 rows of 19, got 0 of \[\]"),
+        ([[0.5] * 18], flat(0.5), ValueError, r"drawn must be 1 to 64 rows of 19, got 1 of \[18\]"),
+        (flat(0.5), flat("0.5"), TypeError, "undrawn must hold numbers, got str"),
+        (flat(True), flat(0.5), TypeError, "drawn must hold numbers, got bool"),
+        (flat(0.0), flat(0.5), ValueError, r"drawn must have entries in \(0, 1\], got 0.0"),
+        (flat(0.5), flat(float("nan")), ValueError, r"undrawn must have entries in \(0, 1\], got nan"),
+        (flat(0.5), flat(0.5, 0.5), ValueError, "undrawn must fall from rank to rank"),
+    ],
+)
+def test_tables_that_are_no_confidence(drawn, undrawn, error, message):
+    with pytest.raises(error, match=message):
+        Confidence(drawn, undrawn)
+
+
+@pytest.mark.parametrize(
+    ("widths", "error", "message"),
+    [
+        ((), ValueError, r"ShapedTree: widths must begin with 1, for the root, got \[\]"),
+        ((2, 3), ValueError, r"begin with 1, for the root, got \[2, 3\]"),
+        ((1, 4), ValueError, "be 1 to 3 times the level above, got 4 below 1"),
+        ((1, 2, 0), ValueError, "be 1 to 3 times the level above, got 0 below 2"),
+        ((1, 2.0), TypeError, "be a sequence of integers"),
+        ("12", TypeError, "be a sequence of integers"),
+        ((1, 3, *[9] * 114), ValueError, "add up to at most 1024 nodes, got 1030"),
+    ],
+)
+def test_widths_of_no_tree(widths, error, message):
+    with pytest.raises(error, match=message):
+        ShapedTree(widths, steep_confidence())
+
+
+def test_a_tree_is_what_its_file_says(tmp_path):
+    DEEP.save(tmp_path / "tree.json")
+    loaded = ShapedTree.load(tmp_path / "tree.json")
+    assert loaded == DEEP and hash(loaded) == hash(DEEP)
+    text = DEEP.to_json()
+    for wrong, message in [
+        (text.replace('"widths": [1, 3', '"widths": [2, 3'), "widths must be those of a shaped tree"),
+        (text.replace(f"[{PROBABILITY_EDGES[0]}", "[0.25"), "edges must be those of this sequoia-kernels"),
+        (text.replace('"drawn": [[', '"drawn": [["x", '), "drawn must be rows of numbers"),
+    ]:
+        assert wrong != text
+        with pytest.raises(ValueError, match=message):
+            ShapedTree.from_json(wrong)
+
+
+def test_edges_belong_to_the_bin_above():
+    for place, edge in enumerate(PROBABILITY_EDGES):
+        assert Confidence.bin_of(edge) == place + 1
+        assert int(torch.bucketize(torch.tensor(edge), torch.tensor(PROBABILITY_EDGES), right=True)) == place + 1
+
+
+def test_a_shaped_tree_is_one_for_all_requests():
+    with pytest.raises(TypeError, match="generate: tree must be a TokenTree, one for each request, a ShapedTree"):
+        generate(MODELS, DRAFT, prompts(2), tree=[DEEP, DEEP])
+    assert isinstance(TreeLayout.build(DEEP, "cpu", 2).topology, Topology)
+    assert generate(MODELS, None, prompts(1), tree=DEEP, max_new_tokens=4).stats.tree == TokenTree.single()
+
+
+def test_every_width_fits_below_the_one_above():
+    for widths in itertools.product([1, 2, 3], repeat=3):
+        if widths[1] <= 3 * widths[0]:
+            tree = ShapedTree((1, *widths), steep_confidence())
+            assert tree.even().widths == [1, *widths]
+            assert ShapedReach(tree, 2, "cpu").reach.shape == (2, tree.num_nodes)

@@ -11,9 +11,10 @@ import logging
 import pytest
 import torch
 from support.op_scenarios import SCENARIOS, on_device, refill
+from support.shaped_trees import steep_confidence
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, generate, release_engines
+from sequoia_kernels import ShapedTree, TokenTree, generate, release_engines
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.errors import BackendUnavailableError
@@ -220,6 +221,20 @@ def test_a_captured_draft_goes_on_beyond_its_positions(pair):
     assert graphed.new_tokens == launched.new_tokens
     assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
     assert list(graphed.stats.steps_by_tree) == [TREES["tree"]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_captured_shaped_tree_takes_its_shape_in_every_step(pair, temperature):
+    target, draft = pair
+    prompts = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(2)).cuda()
+    tree = ShapedTree((1, 3, 5, 3), steep_confidence())
+    options = {"tree": tree, "temperature": temperature, "max_new_tokens": 60, "seed": [3, 4, 5], "eos_token_id": ()}
+    graphed, launched = (generate(target, draft, prompts, cuda_graphs=on, **options) for on in (True, False))
+    assert graphed.new_tokens == launched.new_tokens
+    assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
+    if temperature == 0:
+        assert graphed.new_tokens == generate(target, None, prompts, max_new_tokens=60, eos_token_id=()).new_tokens
 
 
 # What of the above can be checked without a device

@@ -85,9 +85,10 @@ def generate(
         tree: a `TokenTree`, a sequence of one for each request (all of the same widths, level by level), a
             `ShapedTree`, which takes its shape in every step, a `TreePlan`, an `AdaptivePlan`, or one of two words:
             "auto" takes the planner's pick for this machine, these models and these sampling settings, and learns from
-            every call; "adaptive" takes several picks and switches between them as acceptance drifts. Both measure the models' times where they are not given a `profile`, once
-            a pair and machine: docs/planner.md says what is kept, and where. A `TreeFollower` (`plan.follow()`) given
-            to several calls carries what it learnt from one to the next.
+            every call; "adaptive" takes several picks and switches between them as acceptance drifts. Both measure the
+            models' times where they are not given a `profile`, once a pair and machine: docs/planner.md says what is
+            kept, and where. A `TreeFollower` (`plan.follow()`) given to several calls carries what it learnt from one
+            to the next.
         max_new_tokens: tokens to emit for each request, at most.
         temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. Settings of the target's
             generation_config are not applied: a warning names, once a model, those that would change the output.

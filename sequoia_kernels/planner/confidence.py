@@ -130,7 +130,7 @@ def _worths(records: StepRecords, confidence: Confidence) -> Floats:
 
 
 def _rounded(means: Floats, num_nodes: int, max_children: int) -> list[int]:
-    """Whole widths that add up, as near the means as they can be; each level has nodes, none more than can hang there."""
+    """Whole widths that add up, as near the means as can be; each level has nodes, none more than can hang there."""
     widths = [1]
     for level in range(1, len(means)):
         left = num_nodes - sum(widths)

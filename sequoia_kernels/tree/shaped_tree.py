@@ -3,8 +3,8 @@
 A token tree is the same in every step. But drafts are sure of themselves at some places and not at others, and a child
 behind an unlikely token is worth little. So only the number of nodes of each level is fixed here; which of them get how
 many children is decided in every step, before these are drawn, from what is known then: the tokens above with their
-probabilities, and how sure the draft is of what comes next. Never from the children's own tokens: a node that is kept or
-dropped for the token it has drawn changes the distribution of what is emitted.
+probabilities, and how sure the draft is of what comes next. Never from the children's own tokens: a node that is kept
+or dropped for the token it has drawn changes the distribution of what is emitted.
 """
 
 from __future__ import annotations

@@ -74,9 +74,10 @@ def main() -> int:
     # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
     chosen = sys.argv[1:]
     if not chosen:
-        natives = ["models/test_native.py", "models/test_native_quantised.py", "decoding/test_in_place.py"]
+        natives = ["models/test_native.py", "models/test_native_quantised.py"]
+        natives += ["decoding/test_in_place.py", "drafts/test_shaping.py"]
         chosen = ["python_tests/ops", *(f"python_tests/{name}" for name in natives), "-n", "2", "-m", "not slow"]
-        chosen += ["-k", "host or (test_native and not compiled) or test_in_place"]
+        chosen += ["-k", "host or (test_native and not compiled) or test_in_place or (test_shaping and cpp)"]
     arguments = [
         "-q",
         "--capture=sys",

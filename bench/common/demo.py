@@ -55,31 +55,25 @@ def decoding_rate(runs: Sequence[GenerateStats]) -> float:
     return sum(sum(run.new_tokens) - len(run.new_tokens) for run in runs) / sum(run.decode_seconds for run in runs)
 
 
-class Demo:
-    """The demo pair, as a run's options ask for it: the Hugging Face models with their tokenizer, and both adapted."""
+class TrainedPair:
+    """A trained pair as a run's options ask for it: the Hugging Face models with their tokenizer, and both adapted.
 
-    def __init__(self, bench: Run, dtype: torch.dtype = torch.float32) -> None:
-        self.pair = load_demo_pair(dtype, bench.device)
-        self.target, self.draft = adapt(self.pair.target), adapt(self.pair.draft)
+    A subclass says which pair it is, and gives its prompts.
+    """
+
+    def __init__(self, bench: Run, pair: DemoPair) -> None:
+        self.pair = pair
+        self.target, self.draft = adapt(pair.target), adapt(pair.draft)
         self.prompt_tokens, self.new_tokens = bench.options.prompt_tokens, bench.options.new_tokens
         self.context_len = self.prompt_tokens + self.new_tokens // 2  # of a step, on average
+
+    def prompts(self, options: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Prompts for the acceptance vector, and others that are timed. [1, length] each."""
+        raise NotImplementedError
 
     def decoding(self, temperature: float) -> dict[str, Any]:
         """Options of `generate`."""
         return {"max_new_tokens": self.new_tokens, "temperature": temperature, "eos_token_id": ()}
-
-    def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
-        """Token ids of texts, cut to the prompts' length. [1, prompt_tokens] each."""
-        return encode_prompts(self.pair.tokenizer, texts, self.prompt_tokens, self.target.device)
-
-    def prompts(self, options: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Prompts for the acceptance vector, and others that are timed."""
-        ids = self.encode(self.texts(options.prompts + options.calibration_prompts))
-        return ids[: options.calibration_prompts], ids[options.calibration_prompts :]
-
-    def texts(self, count: int) -> list[str]:
-        """Held-out source code, enough of it for a prompt each."""
-        return held_out_prompts(count, 4 * self.prompt_tokens)
 
     def profile(self, longest: int, **options: Any) -> HardwareProfile:
         """Measure the pair behind a prompt and behind the longest context, and what the loop takes beyond that."""
@@ -104,3 +98,23 @@ class Demo:
         """The loop with a tree or plan; None decodes without a draft."""
         model, chosen = (None, {}) if tree is None else (self.draft, {"tree": tree})
         return lambda ids, seed: generate(self.target, model, ids, seed=seed, **chosen, **options).stats
+
+
+class Demo(TrainedPair):
+    """The demo pair, on held-out source code."""
+
+    def __init__(self, bench: Run, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(bench, load_demo_pair(dtype, bench.device))
+
+    def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Token ids of texts, cut to the prompts' length. [1, prompt_tokens] each."""
+        return encode_prompts(self.pair.tokenizer, texts, self.prompt_tokens, self.target.device)
+
+    def prompts(self, options: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Prompts for the acceptance vector, and others that are timed."""
+        ids = self.encode(self.texts(options.prompts + options.calibration_prompts))
+        return ids[: options.calibration_prompts], ids[options.calibration_prompts :]
+
+    def texts(self, count: int) -> list[str]:
+        """Held-out source code, enough of it for a prompt each."""
+        return held_out_prompts(count, 4 * self.prompt_tokens)

@@ -6,6 +6,7 @@ a row of the vocabulary, holds all that a draft can be taught on it: the head ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from sequoia_kernels.documents import write_bytes
 from sequoia_kernels.models import TreeModel, causal_step, prefill
 from sequoia_kernels.ops import sample_without_replacement
 
+# Of the draft from the target: Kullback-Leibler divergence in nats; 1 - total variation, which is how often the first
+# drawn child is accepted at temperature 1; whether both have the same most probable token.
+MEASURES = ("divergence", "overlap", "same_first")
 LOSS_ROWS = 64  # of the vocabulary, alive at once: some tens of megabytes, which caches hold
 
 
@@ -151,35 +155,56 @@ def _write_batch(
     return Texts(tokens[kept], hidden[kept], fed, lens)
 
 
-class Agreement(NamedTuple):
-    """Sums over places, of the target's distribution and the draft's."""
+class Candidates(NamedTuple):
+    """The part of the vocabulary that a loss looks at: some tokens always, and a sample that stands for the others."""
 
-    divergence: Tensor  # Kullback-Leibler, draft from target, in nats. float32
-    overlap: Tensor  # 1 - total variation: how often the first drawn child is accepted at temperature 1. float32
-    greedy: Tensor  # places where both have the same most probable token. float32
+    head: Tensor  # their rows of the head. [tokens, width]; products are made in its dtype
+    log_weights: (
+        Tensor  # of each: 0, or the logarithm of how many tokens one of the sample stands for. [tokens] float32
+    )
+
+    @classmethod
+    def all_of(cls, head: Tensor) -> Candidates:
+        """The whole vocabulary."""
+        return cls(head, torch.zeros(len(head)))
+
+    @classmethod
+    def drawn(cls, head: Tensor, always: Tensor, num_others: int, generator: torch.Generator) -> Candidates:
+        """The tokens where `always`, [vocab] bool, is true, and some of the others, or all if there are no more."""
+        kept, others = always.nonzero()[:, 0], (~always).nonzero()[:, 0]
+        if num_others >= len(others):
+            return cls.all_of(head)
+        sample = others[torch.randperm(len(others), generator=generator)[:num_others]]
+        weights = torch.zeros(len(kept) + num_others)
+        weights[len(kept) :] = math.log(len(others) / num_others)
+        return cls(head[torch.cat((kept, sample))], weights)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Agreement of a draft with its target through the one frozen head, and the gradient in closed form.
+    """How far a draft is from its target through the one frozen head, and the gradient in closed form.
 
     For a row with target probabilities t and draft probabilities d, the divergence's gradient to the draft's logits is
     d - t, and that of 1 - overlap is -d (b - sum(d b)), where b is 1 where d < t and else 0. So no row of the
-    vocabulary outlives its chunk, and the head costs three products: two forwards and one backward.
+    vocabulary outlives its chunk, and the head costs three products: two forwards and one backward. Of a sampled
+    candidate both probabilities are those of all that it stands for.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, drafted: Tensor, wanted: Tensor, head: Tensor, weights: tuple[float, float]
+        ctx: Any, drafted: Tensor, wanted: Tensor, candidates: Candidates, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Give the loss, a mean over rows, and the sums of `Agreement` as one tensor.
+        """Give the loss, a mean over rows, and sums over rows of `MEASURES`, [3].
 
-        drafted, wanted: what the head gets of draft and target, [R, width]. head: [vocab, width]; the products are made
-        in its dtype. weights: of the divergence and of 1 - overlap in the loss.
+        drafted, wanted: what the head gets of draft and target, [R, width]. weights: of the divergence and of
+        1 - overlap in the loss.
         """
+        head, log_weights = candidates
         gradient, sums = torch.empty_like(drafted, dtype=torch.float32), torch.zeros(3)
         for start in range(0, len(drafted), LOSS_ROWS):
             rows = slice(start, start + LOSS_ROWS)
-            target, draft = ((states[rows].to(head.dtype) @ head.T).float() for states in (wanted, drafted))
+            target, draft = (
+                (states[rows].to(head.dtype) @ head.T).float() + log_weights for states in (wanted, drafted)
+            )
             sums[2] += (target.argmax(-1) == draft.argmax(-1)).sum()
             target, draft = target.log_softmax(-1), draft.log_softmax(-1)
             target_probs, draft_probs = target.exp(), draft.exp()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.common import smollm2
-from bench.common.distillation import Batch, HeadLoss, Texts, write_texts
+from bench.common.distillation import MEASURES, Batch, Candidates, HeadLoss, Texts, write_texts
 from bench.common.report import table
 from bench.common.script import Run, Script, option, shared
 from bench.common.smollm2_prompts import CALIBRATION, training_prompts
@@ -40,6 +40,7 @@ from sequoia_kernels.decoding import PROBE_TREE
 
 HELD_BACK = 0.04  # of the texts, to measure on
 WRITING_TEMPERATURES = (1.0, 0.6)
+FREQUENT = 3  # times that a token must be among the texts to be looked at by every step
 WARMUP, DECAY = 0.05, 0.6  # of the steps: the rate rises linearly, holds, and falls to nothing
 
 
@@ -113,17 +114,6 @@ def written(target: Any, tokenizer: Any, options: Namespace, deadline: float) ->
     return texts, minutes
 
 
-def optimizers_of(module: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest, on what learns."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in learning if parameter.ndim == 2]
-    others = [parameter for parameter in learning if parameter.ndim != 2]
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 def rate_scale(step: int, num_steps: int) -> float:
     """Share of the learning rate that a step takes."""
     done = step / num_steps
@@ -148,12 +138,9 @@ def agreement(kind: Kind, texts: Texts, head: Tensor, size: int) -> dict[str, fl
     for batch in batches(texts, size, 1, 0):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             drafted = kind.head_inputs(batch)
-        sums += HeadLoss.apply(drafted.float(), batch.hidden, head, (1.0, 1.0))[1]
+        sums += HeadLoss.apply(drafted.float(), batch.hidden, Candidates.all_of(head), (1.0, 1.0))[1]
         rows += len(batch.hidden)
     return {name: float(value) / rows for name, value in zip(MEASURES, sums)}
-
-
-MEASURES = ("divergence", "overlap", "same_first")
 
 
 def fit(
@@ -163,24 +150,26 @@ def fit(
     started = time.perf_counter()
     per_epoch = -(-len(texts.lens) // options.batch_texts)
     num_steps = per_epoch * options.epochs
-    optimizers = optimizers_of(kind.module, options.learning_rate)
+    learning = [parameter for parameter in kind.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(options.seed)
+    always = texts.tokens.bincount(minlength=len(head)) >= FREQUENT
     weights = (options.divergence_weight, options.rejection_weight)
     course: list[dict[str, Any]] = [{"step": 0} | agreement(kind, held_back, head, options.batch_texts)]
     seen, since = torch.zeros(3), 0
     with tqdm(total=num_steps, desc="training", mininterval=5.0) as bar:
         for step, batch in enumerate(batches(texts, options.batch_texts, options.epochs, options.seed), 1):
             kind.module.train()
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = options.learning_rate * rate_scale(step - 1, num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * rate_scale(step - 1, num_steps)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 drafted = kind.head_inputs(batch)
-            loss, sums = HeadLoss.apply(drafted.float(), batch.hidden, head, weights)
+            candidates = Candidates.drawn(head, always, options.sampled_tokens, generator)
+            loss, sums = HeadLoss.apply(drafted.float(), batch.hidden, candidates, weights)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(kind.module.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             seen, since = seen + sums, since + len(batch.hidden)
             bar.set_postfix({name: f"{float(value) / since:.3f}" for name, value in zip(MEASURES, seen)}, refresh=False)
             bar.update()
@@ -230,7 +219,17 @@ def measure(bench: Run) -> None:
     texts = texts.part(0, kept)
     kind = KINDS[options.kind](target, options)
     head = target.get_output_embeddings().weight.detach().to(torch.bfloat16)
-    names = ("kind", "layers", "seed", "texts", "text_tokens", "epochs", "batch_texts", "learning_rate")
+    names = (
+        "kind",
+        "layers",
+        "seed",
+        "texts",
+        "text_tokens",
+        "epochs",
+        "batch_texts",
+        "learning_rate",
+        "sampled_tokens",
+    )
     bench.document |= {name: getattr(options, name) for name in names}
     bench.document |= {
         "loss": {"divergence": options.divergence_weight, "rejection": options.rejection_weight},
@@ -262,7 +261,7 @@ def show(document: dict[str, Any]) -> None:
 
 def problem(options: Namespace) -> str | None:
     """What is wrong with the options."""
-    for name in ("layers", "texts", "text_tokens", "epochs", "batch_texts", "calibration_prompts"):
+    for name in ("layers", "texts", "text_tokens", "epochs", "batch_texts", "sampled_tokens", "calibration_prompts"):
         if getattr(options, name) < 1:
             return f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
     return smollm2.why_missing()
@@ -275,11 +274,17 @@ OPTIONS = [
     option("--out", type=Path, default=smollm2.DRAFT, help="folder for the draft (default build/drafts/smollm2)"),
     option("--texts", type=int, default=1360, help="texts that the target writes (default %(default)s)"),
     option("--text-tokens", type=int, default=144, help="tokens of each, the prompt aside (default %(default)s)"),
-    option("--epochs", type=int, default=3, help="times that every text is seen (default %(default)s)"),
-    option("--batch-texts", type=int, default=8, help="texts of a step (default %(default)s)"),
-    option("--learning-rate", type=float, default=1e-3, help="highest one (default %(default)s)"),
+    option("--epochs", type=int, default=8, help="times that every text is seen (default %(default)s)"),
+    option("--batch-texts", type=int, default=4, help="texts of a step (default %(default)s)"),
+    option(
+        "--sampled-tokens",
+        type=int,
+        default=2048,
+        help="rare tokens that a step looks at (default %(default)s)",
+    ),
+    option("--learning-rate", type=float, default=4e-3, help="highest one (default %(default)s)"),
     option("--divergence-weight", type=float, default=1.0, help="in the loss (default %(default)s)"),
-    option("--rejection-weight", type=float, default=1.0, help="in the loss (default %(default)s)"),
+    option("--rejection-weight", type=float, default=5.0, help="in the loss (default %(default)s)"),
     option("--calibration-prompts", default=6, help="prompts for acceptance vectors (default %(default)s)"),
     option("--new-tokens", default=96, help="tokens decoded behind those (default %(default)s)"),
     option("--minutes", type=float, default=60.0, help="time for writing and training (default %(default)s)"),

@@ -107,7 +107,8 @@ def test_the_loss_has_the_gradient_that_autograd_finds(weights, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     head, wanted, drafted = (torch.randn(rows, 8, generator=generator) for rows in (30, 13, 13))
     drafted.requires_grad_()
-    loss, sums = distillation.HeadLoss.apply(drafted, wanted, head, weights)
+    everything = distillation.Candidates.all_of(head)
+    loss, sums = distillation.HeadLoss.apply(drafted, wanted, everything, weights)
     (found,) = torch.autograd.grad(3 * loss, drafted)
     target, draft = ((states @ head.T).log_softmax(-1) for states in (wanted, drafted))
     divergence = (target.exp() * (target - draft)).sum(-1)
@@ -118,6 +119,21 @@ def test_the_loss_has_the_gradient_that_autograd_finds(weights, monkeypatch):
     torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-4)
     same = (target.argmax(-1) == draft.argmax(-1)).sum()
     torch.testing.assert_close(sums, torch.stack((divergence.sum(), overlap.sum(), same)))
+
+
+def test_sampled_candidates_stand_for_the_others():
+    generator = torch.Generator().manual_seed(0)
+    head, wanted, drafted = (torch.randn(rows, 8, generator=generator) for rows in (60, 40, 40))
+    always = torch.arange(60) % 3 == 0
+    whole = distillation.Candidates.all_of(head)
+    assert distillation.Candidates.drawn(head, always, 40, generator).head is head
+    drawn = [distillation.Candidates.drawn(head, always, 20, generator) for _ in range(50)]
+    for found in drawn:
+        assert torch.equal(found.head[:20], head[always]) and len(found.head) == 40
+        assert torch.equal(found.log_weights.exp().round(), torch.tensor([1.0] * 20 + [2.0] * 20))
+    exact = distillation.HeadLoss.apply(drafted, wanted, whole, (1.0, 1.0))[0]
+    estimates = torch.stack([distillation.HeadLoss.apply(drafted, wanted, some, (1.0, 1.0))[0] for some in drawn])
+    assert abs(estimates.mean() / exact - 1) < 0.05
 
 
 # The script

@@ -84,7 +84,7 @@ class TrainedPair:
     def acceptance(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> AcceptanceEstimate:
         """Estimate the acceptance vector from decoding other prompts than those that are timed."""
         options |= {"tree": PROBE_TREE, "temperature": temperature, "rule": "sequoia"}
-        runs = [generate(self.target, self.draft, ids, seed=n, **options).stats for n, ids in enumerate(prompts)]
+        runs = [self._decode(self.draft, ids, n, **options) for n, ids in enumerate(prompts)]
         return estimate_acceptance(runs, temperature=temperature)
 
     def evidence(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> Any:
@@ -97,7 +97,12 @@ class TrainedPair:
     def decoder(self, tree: Any, **options: Any) -> Decode:
         """The loop with a tree or plan; None decodes without a draft."""
         model, chosen = (None, {}) if tree is None else (self.draft, {"tree": tree})
-        return lambda ids, seed: generate(self.target, model, ids, seed=seed, **chosen, **options).stats
+        return lambda ids, seed: self._decode(model, ids, seed, **chosen, **options)
+
+    def _decode(self, draft: Any, ids: torch.Tensor, seed: int, **options: Any) -> GenerateStats:
+        """Decode behind a prompt, in which a token that pads elsewhere is text."""
+        mask = torch.ones_like(ids)
+        return generate(self.target, draft, ids, attention_mask=mask, seed=seed, **options).stats
 
 
 class Demo(TrainedPair):

@@ -190,9 +190,12 @@ def acceptance(target: Any, kind: Kind, prompts: list[list[int]], new_tokens: in
     for temperature in (0.0, 1.0):
         common = {"max_new_tokens": new_tokens, "temperature": temperature, "eos_token_id": (), "rule": "sequoia"}
         runs = [
-            generate(target, kind.draft(), torch.tensor([ids]), seed=number, tree=PROBE_TREE, **common).stats
+            generate(
+                target, kind.draft(), torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                seed=number, tree=PROBE_TREE, **common,
+            ).stats
             for number, ids in enumerate(prompts)
-        ]
+        ]  # fmt: skip
         vector = estimate_acceptance(runs, temperature=temperature).vector
         vectors[f"T={temperature:g}"] = [round(float(share), 4) for share in vector]
     return vectors

@@ -36,7 +36,9 @@ def pair():
 def test_its_text_is_english(pair):
     target, _, tokenizer, _ = pair
     (ids,) = smollm2.chat(tokenizer, ["What is the capital of France?"])
-    text = tokenizer.decode(generate(target, None, torch.tensor([ids]), max_new_tokens=12).new_tokens[0])
+    prompt = torch.tensor([ids])
+    output = generate(target, None, prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12)
+    text = tokenizer.decode(output.new_tokens[0])
     assert text.startswith("The capital of France is Paris")
 
 
@@ -47,7 +49,7 @@ def test_greedy_text_is_plain_decodings(pair):
         plain = target.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48, pad_token_id=0
         )
-        output = generate(target, draft, ids, tree=TREE, max_new_tokens=48)
+        output = generate(target, draft, ids, attention_mask=torch.ones_like(ids), tree=TREE, max_new_tokens=48)
         assert torch.equal(output.sequences, plain)
         accepted.append(output.stats.tokens_per_step)
     assert max(accepted) > 1  # drafted tokens were among them
@@ -58,6 +60,7 @@ def test_both_rules_sample(pair, rule):
     target, draft, _, prompts = pair
     for seed, ids in enumerate(prompts[:2]):
         options = {"tree": TREE, "max_new_tokens": 32, "temperature": 1.0, "seed": seed, "eos_token_id": ()}
+        options["attention_mask"] = torch.ones_like(ids)  # what ends a turn is also what pads
         output = generate(target, draft, ids, rule=rule, **options)
         assert len(output.new_tokens[0]) == 32
         assert 1 <= output.stats.tokens_per_step <= TREE.num_levels

@@ -91,14 +91,18 @@ def why_not(options: argparse.Namespace) -> str | None:
 
 
 class SmolLM2(TrainedPair):
-    """SmolLM2 and its draft, on requests: those are whole, and text goes on behind the end of a short answer."""
+    """SmolLM2 and its draft, on requests, whose text goes on behind the end of a short answer."""
 
     def __init__(self, bench: Run, dtype: torch.dtype = torch.float32) -> None:
+        options = bench.options
         target, tokenizer = load_target(dtype, bench.device)
-        super().__init__(bench, DemoPair(target, load_model(bench.options.draft, dtype, bench.device), tokenizer))
+        super().__init__(bench, DemoPair(target, load_model(options.draft, dtype, bench.device), tokenizer))
+        asked = CALIBRATION[: options.calibration_prompts] + HELD_OUT[: options.prompts]
+        self._ids = [torch.tensor([ids], device=bench.device) for ids in chat(tokenizer, asked)]
+        # Requests are not cut: the option is for texts.
+        self.prompt_tokens = sum(ids.shape[1] for ids in self._ids) // len(self._ids)
+        self.context_len = self.prompt_tokens + self.new_tokens // 2
 
     def prompts(self, options: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Prompts to calibrate with, and held-out ones. [1, length] each; `--prompt-tokens` does not cut them."""
-        texts = (CALIBRATION[: options.calibration_prompts], HELD_OUT[: options.prompts])
-        ids = [[torch.tensor([ids], device=self.target.device) for ids in chat(self.pair.tokenizer, s)] for s in texts]
-        return ids[0], ids[1]
+        """Requests to calibrate with, and held-out ones. [1, length] each, of `prompt_tokens` on average."""
+        return self._ids[: options.calibration_prompts], self._ids[options.calibration_prompts :]

@@ -28,6 +28,7 @@ from sequoia_kernels.decoding import GenerateStats, record_steps
 from sequoia_kernels.planner import OptimalTrees, StepRecords
 
 RULES = ("sequoia", "traversal")
+PLAIN = ("no tree", "")
 GRID_NODES = (8, 16, 32, 64)
 PAIRS: dict[str, Callable[[Run], TrainedPair]] = {"demo": Demo, "smollm2": SmolLM2}
 
@@ -64,10 +65,10 @@ def measure(bench: Run) -> None:
     options = bench.options
     pair = PAIRS[options.pair](bench)
     calibration, prompts = pair.prompts(options)
-    profile = pair.profile(options.prompt_tokens + options.new_tokens, quick=options.profile_seconds is not None,
+    profile = pair.profile(pair.prompt_tokens + pair.new_tokens, quick=options.profile_seconds is not None,
                            seconds=options.profile_seconds)  # fmt: skip
-    names = ("pair", "new_tokens", "prompt_tokens", "prompts", "calibration_prompts", "rounds")
-    bench.document |= {name: getattr(options, name) for name in names}
+    names = ("pair", "new_tokens", "prompts", "calibration_prompts", "rounds")
+    bench.document |= {name: getattr(options, name) for name in names} | {"prompt_tokens": pair.prompt_tokens}
     bench.document["results"] = [
         at_temperature(pair, profile, temperature, calibration, prompts, options.rounds)
         for temperature in options.temperatures
@@ -84,6 +85,7 @@ def at_temperature(
     plans = {rule: plan_tree(records, profile, context_len=pair.context_len, rule=rule) for rule in RULES}
     trees = {f"plan for {rule}": plan.tree for rule, plan in plans.items()} | grid_of(records)
     decoders = {(name, rule): pair.decoder(tree, rule=rule, **common) for name, tree in trees.items() for rule in RULES}
+    decoders[PLAIN] = pair.decoder(None, **common)
     for decode in decoders.values():
         decode(prompts[0], 0)
     runs: dict[Any, list[GenerateStats]] = {key: [] for key in decoders}
@@ -111,6 +113,7 @@ def at_temperature(
     best = {rule: max(rates[name, rule] for name in trees) for rule in RULES}
     row = {
         "temperature": temperature, "recorded_steps": len(records), "trees": rows,
+        "plain_tokens_per_second": rates[PLAIN],
         "own_plan_over_sequoias": {rule: own[rule] / own["sequoia"] for rule in RULES},
         "plan_over_best_of_grid": {rule: own[rule] / best[rule] for rule in RULES},
     }  # fmt: skip
@@ -119,19 +122,21 @@ def at_temperature(
 
 
 def show(row: dict[str, Any]) -> None:
-    """Print one temperature."""
-    print(f"\nT={row['temperature']:g}, {row['recorded_steps']} recorded steps")
-    rows = []
+    """Print one temperature, a line a tree, as the documents have it."""
+    print(f"\nT = {row['temperature']:g}, {row['recorded_steps']} recorded steps:\n")
+    header, lines = ["tree", "nodes x levels"], {}
+    for rule in RULES:
+        header += [f"{rule}: predicted", "measured", "tokens/s", "verify"]
     for entry in row["trees"]:
         tokens = entry["tokens_per_step"]
-        rows.append(
-            [
-                entry["tree"], entry["rule"], f"{entry['nodes']}", f"{entry['levels']}", f"{tokens['predicted']:.2f}",
-                f"{tokens['measured']:.2f} ± {tokens['standard_error']:.2f}", f"{entry['tokens_per_second']:.0f}",
-                f"{100 * entry['verify_share']:.1f} %",
-            ]
-        )  # fmt: skip
-    print(table(["tree", "rule", "nodes", "levels", "predicted", "measured", "tokens/s", "verify"], rows))
+        line = lines.setdefault(entry["tree"], [entry["tree"], f"{entry['nodes']} x {entry['levels']}"])
+        line += [
+            f"{tokens['predicted']:.2f}", f"{tokens['measured']:.2f} ± {tokens['standard_error']:.2f}",
+            f"{entry['tokens_per_second']:.{0 if entry['tokens_per_second'] >= 100 else 1}f}",
+            f"{100 * entry['verify_share']:.1f} %",
+        ]  # fmt: skip
+    print(table(header, list(lines.values())))
+    print(f"without a draft: {row['plain_tokens_per_second']:.1f} tokens/s")
     for rule, ratio in row["own_plan_over_sequoias"].items():
         best = row["plan_over_best_of_grid"][rule]
         print(f"plan for {rule}: {ratio:.3f}x of sequoia's, {best:.3f}x of the best of the grid", flush=True)

@@ -55,18 +55,61 @@ def decoding_rate(runs: Sequence[GenerateStats]) -> float:
     return sum(sum(run.new_tokens) - len(run.new_tokens) for run in runs) / sum(run.decode_seconds for run in runs)
 
 
-class Demo:
-    """The demo pair, as a run's options ask for it: the Hugging Face models with their tokenizer, and both adapted."""
+class TrainedPair:
+    """A trained pair as a run's options ask for it: the Hugging Face models with their tokenizer, and both adapted.
 
-    def __init__(self, bench: Run, dtype: torch.dtype = torch.float32) -> None:
-        self.pair = load_demo_pair(dtype, bench.device)
-        self.target, self.draft = adapt(self.pair.target), adapt(self.pair.draft)
+    A subclass says which pair it is, and gives its prompts.
+    """
+
+    def __init__(self, bench: Run, pair: DemoPair) -> None:
+        self.pair = pair
+        self.target, self.draft = adapt(pair.target), adapt(pair.draft)
         self.prompt_tokens, self.new_tokens = bench.options.prompt_tokens, bench.options.new_tokens
         self.context_len = self.prompt_tokens + self.new_tokens // 2  # of a step, on average
+
+    def prompts(self, options: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Prompts for the acceptance vector, and others that are timed. [1, length] each."""
+        raise NotImplementedError
 
     def decoding(self, temperature: float) -> dict[str, Any]:
         """Options of `generate`."""
         return {"max_new_tokens": self.new_tokens, "temperature": temperature, "eos_token_id": ()}
+
+    def profile(self, longest: int, **options: Any) -> HardwareProfile:
+        """Measure the pair behind a prompt and behind the longest context, and what the loop takes beyond that."""
+        contexts = (self.prompt_tokens, longest)
+        profile = measure_profile(self.target, self.draft, context_lens=contexts, **options)
+        return measure_overhead(self.target, self.draft, profile, context_len=self.prompt_tokens)
+
+    def acceptance(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> AcceptanceEstimate:
+        """Estimate the acceptance vector from decoding other prompts than those that are timed."""
+        options |= {"tree": PROBE_TREE, "temperature": temperature, "rule": "sequoia"}
+        runs = [self._decode(self.draft, ids, n, **options) for n, ids in enumerate(prompts)]
+        return estimate_acceptance(runs, temperature=temperature)
+
+    def evidence(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> Any:
+        """What plans are made from: recorded steps; greedily a vector."""
+        if temperature == 0:
+            return self.acceptance(prompts, temperature, **options)
+        settings = {"max_new_tokens": self.new_tokens, "temperature": temperature}
+        return record_steps(self.target, self.draft, prompts, **settings)
+
+    def decoder(self, tree: Any, **options: Any) -> Decode:
+        """The loop with a tree or plan; None decodes without a draft."""
+        model, chosen = (None, {}) if tree is None else (self.draft, {"tree": tree})
+        return lambda ids, seed: self._decode(model, ids, seed, **chosen, **options)
+
+    def _decode(self, draft: Any, ids: torch.Tensor, seed: int, **options: Any) -> GenerateStats:
+        """Decode behind a prompt, in which a token that pads elsewhere is text."""
+        mask = torch.ones_like(ids)
+        return generate(self.target, draft, ids, attention_mask=mask, seed=seed, **options).stats
+
+
+class Demo(TrainedPair):
+    """The demo pair, on held-out source code."""
+
+    def __init__(self, bench: Run, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(bench, load_demo_pair(dtype, bench.device))
 
     def encode(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Token ids of texts, cut to the prompts' length. [1, prompt_tokens] each."""
@@ -80,27 +123,3 @@ class Demo:
     def texts(self, count: int) -> list[str]:
         """Held-out source code, enough of it for a prompt each."""
         return held_out_prompts(count, 4 * self.prompt_tokens)
-
-    def profile(self, longest: int, **options: Any) -> HardwareProfile:
-        """Measure the pair behind a prompt and behind the longest context, and what the loop takes beyond that."""
-        contexts = (self.prompt_tokens, longest)
-        profile = measure_profile(self.target, self.draft, context_lens=contexts, **options)
-        return measure_overhead(self.target, self.draft, profile, context_len=self.prompt_tokens)
-
-    def acceptance(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> AcceptanceEstimate:
-        """Estimate the acceptance vector from decoding other prompts than those that are timed."""
-        options |= {"tree": PROBE_TREE, "temperature": temperature, "rule": "sequoia"}
-        runs = [generate(self.target, self.draft, ids, seed=n, **options).stats for n, ids in enumerate(prompts)]
-        return estimate_acceptance(runs, temperature=temperature)
-
-    def evidence(self, prompts: Sequence[torch.Tensor], temperature: float, **options: Any) -> Any:
-        """What plans are made from: recorded steps; greedily a vector."""
-        if temperature == 0:
-            return self.acceptance(prompts, temperature, **options)
-        settings = {"max_new_tokens": self.new_tokens, "temperature": temperature}
-        return record_steps(self.target, self.draft, prompts, **settings)
-
-    def decoder(self, tree: Any, **options: Any) -> Decode:
-        """The loop with a tree or plan; None decodes without a draft."""
-        model, chosen = (None, {}) if tree is None else (self.draft, {"tree": tree})
-        return lambda ids, seed: generate(self.target, model, ids, seed=seed, **chosen, **options).stats

@@ -91,10 +91,11 @@ def test_a_level_goes_to_the_largest_worths(batch_size):
             slots = []
             for row, node in enumerate(nodes):
                 column = Confidence.bin_of(float(probs[request, row].max()))
-                for rank in range(DEEP.max_branching):
+                for rank in range(min(3, len(children))):
                     slots.append((-reach[request][node] * confidence.undrawn[rank][column], row, rank))
             chosen = sorted((row, rank) for _, row, rank in sorted(slots)[: len(children)])
-            assert [(int(p) // DEEP.max_branching, int(p) % DEEP.max_branching) for p in level.drawn[request]] == chosen
+            stride = level.num_samples
+            assert [(int(p) // stride, int(p) % stride) for p in level.drawn[request]] == chosen
             for child, (row, rank) in zip(children, chosen):
                 assert int(topology.parents[request, child]) == nodes[row]
                 assert int(topology.ranks[request, child]) == rank
@@ -159,6 +160,24 @@ def test_greedy_output_is_plain_decodings(backend):
     assert output.stats.tokens_per_step > 1
     assert output.stats.visited_by_rank == []
     assert output.stats.to_dict()["tree"] == {"widths": [1, 3, 5, 4, 2]}
+
+
+@pytest.mark.parametrize("widths", [(1,), (1, 1), (1, 1, 1), (1, 3), (1, 2, 1)])
+def test_small_trees_decode_as_plain(widths):
+    plain = generate(MODELS, None, prompts(2), max_new_tokens=20)
+    tree = ShapedTree(widths, steep_confidence())
+    assert tree.max_branching == min(3, max(widths[1:], default=0))
+    for hook in (None, lambda paths, logits: logits):
+        output = generate(MODELS, DRAFT, prompts(2), tree=tree, max_new_tokens=20, logits_hook=hook)
+        assert output.new_tokens == plain.new_tokens
+
+
+def test_a_draft_beyond_its_positions_with_a_shaped_tree():
+    short = noisy_copy(MODELS, 0.4)
+    short.config.max_position_embeddings = 32
+    output = generate(MODELS, short, prompts(3), tree=DEEP, max_new_tokens=60)
+    assert output.stats.draft_restarts > 0
+    assert output.new_tokens == generate(MODELS, None, prompts(3), max_new_tokens=60).new_tokens
 
 
 def test_requests_shape_their_trees_alone():

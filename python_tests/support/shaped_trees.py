@@ -76,7 +76,7 @@ def _grown(
     shape.give_out(logits[None], temperatures)
     counts = partial.topology.num_children[0, list(nodes)].tolist()
     if rerank:
-        counts = [tree.max_branching] * len(nodes)
+        counts = [shape.max_children] * len(nodes)
     grown = []
     each = [_draws(row, count, temperature) for row, count in zip(logits, counts)]
     for draws in itertools.product(*each):
@@ -84,16 +84,16 @@ def _grown(
         probability = partial.probability
         for _, chance in draws:
             probability *= chance
-        drawn = torch.full((1, len(nodes), tree.max_branching), -1)
+        drawn = torch.full((1, len(nodes), shape.max_children), -1)
         for row, (tokens, _) in enumerate(draws):
             drawn[0, row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         own = LevelShape(tree, level, after.topology, after.shared, places.clone(), None)
         if rerank:  # by the drawn tokens' own probability: the likelier a token, the larger its "peak"
             chances = logits.softmax(dim=1).gather(1, drawn[0].clamp(min=0)) * (drawn[0] >= 0)
-            worth = chances * torch.linspace(1, 0.999, tree.max_branching)
+            worth = chances * torch.linspace(1, 0.999, shape.max_children)
             reached = after.shared.reach[0, list(nodes), None] * worth
             # first ranks first, so that what is kept of a node are its first children
-            reached = reached.cummin(dim=1).values * torch.linspace(1, 0.999, tree.max_branching)
+            reached = reached.cummin(dim=1).values * torch.linspace(1, 0.999, shape.max_children)
             _place(own, reached.flatten().sort(descending=True, stable=True).indices[: places.shape[1]].sort().values)
         else:
             own.give_out(logits[None], temperatures)

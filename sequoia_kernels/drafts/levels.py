@@ -101,8 +101,9 @@ class TreeLayout:
             own_mask = steps[level + 1].tree_mask if level + 1 < len(steps) else None
             shape = LevelShape(tree, level, topology, shared, places, own_mask)
             first_child = tree.level_nodes(level + 1).start
-            num_samples = tree.max_branching
-            levels.append(DraftLevel(step, nodes, num_samples, first_child, tree.widths[level + 1], places, shape))
+            levels.append(
+                DraftLevel(step, nodes, shape.max_children, first_child, tree.widths[level + 1], places, shape)
+            )
         root_step = TreeStep.of(TokenTree.chain(2).tensors(device))
         return cls(tree, topology, tree.num_nodes, TreeStep.of(topology), root_step, tuple(levels))
 

@@ -2,7 +2,8 @@
 
 Computes, for a level of W nodes whose C children come next, with reach(v) the estimated chance that node v is accepted:
     peak(v)     = the draft's largest probability behind v
-    worth(v, k) = reach(v) * undrawn[k][bin(peak(v))]        of a child of rank k, for every v and every k below K
+    worth(v, k) = reach(v) * undrawn[k][bin(peak(v))]        of a child of rank k, for every v and every k below K, the
+                  children that a node gets at most, and no more than C
     the C largest of the W K worths become the children, ties to the lower node and rank
 and, once they are drawn with probabilities d:
     reach(x)    = reach(v) * drawn[rank(x)][bin(d(x))]
@@ -74,7 +75,7 @@ class LevelShape:
         self.topology, self.shared, self.places, self.own_mask = topology, shared, places, own_mask
         self.first, self.width = tree.level_nodes(level).start, tree.widths[level]
         self.first_child, self.num_children = self.first + self.width, tree.widths[level + 1]
-        self.max_children = tree.max_branching
+        self.max_children = min(tree.confidence.max_children, self.num_children)
         children = torch.arange(self.first_child, self.first_child + self.num_children, device=device)
         words = torch.zeros(self.num_children, topology.ancestor_mask.shape[-1], dtype=torch.int32, device=device)
         bits = torch.bitwise_left_shift(torch.ones_like(children, dtype=torch.int32), (children % 32).to(torch.int32))
@@ -90,7 +91,9 @@ class LevelShape:
         scaled = self._scaled(logits, temperature)
         self.log_normaliser = scaled.logsumexp(dim=2)
         peak = (scaled.amax(dim=2) - self.log_normaliser).exp()
-        undrawn = self.shared.undrawn.t()[torch.bucketize(peak, self.shared.edges, right=True)]  # [B, W, K]
+        undrawn = self.shared.undrawn[: self.max_children].t()[
+            torch.bucketize(peak, self.shared.edges, right=True)
+        ]  # [B, W, K]
         worth = self._of_level(self.shared.reach)[:, :, None] * undrawn
         order = worth.flatten(1).sort(dim=1, descending=True, stable=True).indices
         chosen = order[:, : self.num_children].sort(dim=1).values

@@ -125,8 +125,8 @@ class ShapedTree(Document):
         if self.widths[:1] != (1,):
             raise ValueError(f"{where} begin with 1, for the root, got {list(self.widths)}")
         for above, width in zip(self.widths, self.widths[1:]):
-            if not 1 <= width <= above * self.max_branching:
-                most = f"1 to {self.max_branching} times the level above"
+            if not 1 <= width <= above * self.confidence.max_children:
+                most = f"1 to {self.confidence.max_children} times the level above"
                 raise ValueError(f"{where} be {most}, got {width} below {above}")
         if self.num_nodes > MAX_STEP_ROWS:
             raise ValueError(f"{where} add up to at most {MAX_STEP_ROWS} nodes, got {self.num_nodes}")
@@ -146,8 +146,8 @@ class ShapedTree(Document):
 
     @property
     def max_branching(self) -> int:
-        """Children that a node gets at most."""
-        return self.confidence.max_children
+        """Children that a node may get; 0 for a lone root."""
+        return min(self.confidence.max_children, max(self.widths[1:], default=0))
 
     def level_nodes(self, level: int) -> range:
         """Give the nodes of a level."""

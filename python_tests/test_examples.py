@@ -287,14 +287,22 @@ def test_hugging_face_greedy_text_is_that_of_generate(debug):
         assert text == expected[0, len(prompt) :].tolist()
 
 
+def test_hugging_face_requests_that_end_first_wait_without_growing():
+    target = tiny_llama(0)
+    prompts = [[first, first + 1, 2 * first] for first in range(12)]
+    texts = hugging_face(target, noisy_copy(target, 0.3), prompts, 60, 0.0, torch.arange(len(prompts)))
+    expected = target.generate(torch.tensor(prompts), max_new_tokens=60, do_sample=False)
+    assert texts.tolist() == expected[:, 3:].tolist()
+
+
 def test_hugging_face_sampled_text_has_the_targets_distribution():
-    target = tiny_llama(0, vocab_size=4, num_layers=1, sharpness=5.0)
-    prompt, num_requests = [1, 3, 2], 4000
-    draft = noisy_copy(target, 0.5)
-    texts = hugging_face(target, draft, [prompt] * num_requests, 3, 1.0, torch.arange(num_requests))
+    target = tiny_llama(0, vocab_size=3, num_layers=1, sharpness=5.0)
+    prompt, num_requests, num_tokens = [1, 0, 2], 4000, 5
+    draft = noisy_copy(target, 1.0)
+    texts = hugging_face(target, draft, [prompt] * num_requests, num_tokens, 1.0, torch.arange(num_requests))
     for temperature, right in ((1.0, True), (1.3, False)):
         warp = lambda logits, temperature=temperature: (logits / temperature).softmax(-1)  # noqa: E731
-        expected = sequence_probabilities(target, torch.tensor(prompt), 3, warp).reshape(4, 4, 4)
+        expected = sequence_probabilities(target, torch.tensor(prompt), num_tokens, warp).reshape([3] * num_tokens)
         assert (chi_square(texts, expected) > 1e-3) == right
 
 

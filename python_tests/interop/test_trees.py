@@ -50,6 +50,26 @@ def test_nodes_that_are_linked_to_nothing_are_unused() -> None:
     assert again.next_sibling.tolist() == [[-1, 2, -1, -1, -1], [-1, -1, -1, -1, -1]]
 
 
+def test_every_level_waits_for_the_order_of_the_one_above() -> None:
+    """Two chains side by side whose nodes a server numbers the other way round, level by level."""
+    depth = 6
+    ours = TokenTree([-1, 0, 0, *range(1, 2 * depth - 1)])
+    arrays = to_retrieve(ours, 1)
+    theirs = torch.tensor([[0, *(node + 1 if node % 2 else node - 1 for node in range(1, 2 * depth + 1))]])
+    next_token, next_sibling = (
+        torch.where(links >= 0, theirs.gather(1, links.clamp(min=0)), -1).gather(1, theirs) for links in arrays[1:]
+    )
+    tree = from_retrieve(next_token, next_sibling)
+    assert tree.topology.parents[0].tolist() == ours.parents
+    assert torch.equal(tree.order, theirs)
+
+
+def test_what_the_root_does_not_lead_to_counts_for_no_bound() -> None:
+    next_token, next_sibling = torch.tensor([[-1, 2, 3, -1, -1, -1]]), torch.tensor([[-1, -1, -1, 4, 5, -1]])
+    tree = from_retrieve(next_token, next_sibling, max_branching=0)
+    assert (tree.topology.num_levels, tree.topology.parents.tolist()) == (1, [[-1] * 6])
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Topology, torch.Tensor]:
     """A random tree for each of some requests, and an order of the nodes for each that begins with the root."""

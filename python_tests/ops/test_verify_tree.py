@@ -479,6 +479,15 @@ def test_what_a_loop_cannot_mean_is_refused_under_debug(backend, rule):
             backend(**{**good, **changes, "temperature": 0.0}, debug=True)  # any tokens may be offered, without noise
 
 
+def test_children_that_could_not_be_drawn_pass_under_debug(backend):
+    """Any number of siblings may be -1, and what stands at the vocabulary's first token says nothing about them."""
+    draft_logits = torch.full((1, 4, 5), -INF)
+    draft_logits[:, 0, 3] = 0.0
+    tokens = torch.tensor([[0, 3, -1, -1]])
+    path = backend(tokens, torch.zeros(1, 4, 5), draft_logits, TokenTree([-1, 0, 0, 0]), 1.0, 1, 2, debug=True)
+    assert int(path.num_accepted) <= 2
+
+
 def test_a_topology_that_contradicts_itself_is_refused_under_debug(backend):
     tree = _topology([TokenTree([-1, 0, 0, 1]), TokenTree([-1, 0, 1, 1])], backend.device)
     mask = tree.ancestor_mask.clone()

@@ -299,7 +299,7 @@ def check_use(inputs: VerifyTreeInputs) -> None:
     )
     ends = first_child + num_children
     # Whether a column is a child of a row. [B, N, N]; greedy requests may be offered any tokens.
-    is_child = (nodes >= first_child[:, :, None]) & (nodes < ends[:, :, None]) & (num_children > 0)[:, :, None]
+    is_child = (nodes >= first_child[:, :, None]) & (nodes < ends[:, :, None])
     is_child &= (inputs.temperature != 0)[:, None, None] & (tokens >= 0)[:, None, :]
     parents = is_child.to(torch.int8).argmax(dim=1)
     drawn = is_child.any(dim=1)

@@ -169,7 +169,7 @@ def test_lengths_that_advance_twice_leave_the_cache(monkeypatch):
         module.decode(target, draft, torch.tensor(PROMPTS), TREE, 40, 0.0, torch.arange(3))
 
 
-# Several steps a text, or the noise of one step would not meet that of the next: more tokens than a tree has levels, and a
+# Several steps a text, or the noise of one would not meet that of the next: more tokens than a tree has levels, and a
 # draft that is often rejected.
 SAMPLED = {"prompt": [1, 0, 2], "num_tokens": 5, "vocab": 3, "noise": 0.5}
 

@@ -153,7 +153,7 @@ def test_wrong_arguments_of_trees() -> None:
     # Children that stand in front of their parents: too few rounds would sort them wrongly.
     links = torch.tensor([[3, -1, 1, 2]]), torch.full((1, 4), -1)
     assert from_retrieve(*links, num_levels=4).order.tolist() == [[0, 3, 2, 1]]
-    with pytest.raises(ValueError, match="^from_retrieve: num_levels must be at least 4, got 2"):
+    with pytest.raises(ValueError, match=r"^from_retrieve: num_levels must be at least 4, got 2"):
         from_retrieve(*links, num_levels=2)
     tree, topology = TokenTree.chain(3), Topology.stack([TokenTree.chain(3).tensors()] * 2)
     for arguments, error, message in (
@@ -199,6 +199,9 @@ def test_accepted_rows_in_the_servers_order_and_rows() -> None:
     rows = to_accepted_rows(PATH, TOKENS, batch_rows=elsewhere)
     assert rows.accept_index.tolist() == [[20, 17, 14], [13, 12, -1], [6, -1, -1]]
     assert [int(rows.predicts[row]) for row in (20, 17, 14, 13, 12, 6)] == [53, 56, 90, 58, 91, 92]
+    elsewhere[2, 1:] = -1  # nodes that have no row, and are not accepted
+    again = to_accepted_rows(PATH, TOKENS, batch_rows=elsewhere)
+    assert all(torch.equal(part, right) for part, right in zip(again, rows, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,7 +235,7 @@ def test_wrong_arguments_of_paths() -> None:
         ({"tokens": TOKENS[:2]}, ValueError, r"tokens must have shape \[batch, nodes\] with batch 3, got \[2, 7\]"),
         ({"order": TOKENS.int()}, TypeError, "order must have dtype int64, got int32"),
         ({"batch_rows": TOKENS[0]}, ValueError, r"batch_rows must have shape .* = \[3, 7\], got \[7\]"),
-        ({"batch_rows": TOKENS}, ValueError, "batch_rows must be from 0 to 20, got 50"),
+        ({"batch_rows": TOKENS}, ValueError, "batch_rows must be from 0 to 20, got 5"),
         ({"order": TOKENS - 51}, ValueError, "order must be from 0 to 6, got -1"),
         ({"path": tuple(PATH)}, TypeError, "path must be a VerifiedPath, got tuple"),
         ({"path": PATH._replace(nodes=PATH.nodes.float())}, TypeError, "path.nodes must have dtype int32 or int64"),

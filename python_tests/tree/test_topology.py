@@ -104,13 +104,13 @@ def test_parents_of_no_tree_are_refused(parents: list, message: str) -> None:
     made = TokenTree.chain(4).tensors()._replace(parents=torch.tensor(parents, dtype=torch.int32))
     with pytest.raises(ValueError, match=f"^here: tree.parents must {message}"):
         made.check("here")
-    with pytest.raises(TypeError, match="^here: tree.parents must have dtype int32, got int64"):
+    with pytest.raises(TypeError, match=r"^here: tree\.parents must have dtype int32, got int64"):
         made._replace(parents=made.parents.long()).check("here")
 
 
 def test_what_is_no_parents_tensor_is_refused() -> None:
     for parents in ([-1, 0], torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
-        with pytest.raises(TypeError, match="parents must (be a tensor|have dtype int32 or int64), got"):
+        with pytest.raises(TypeError, match=r"parents must (be a tensor|have dtype int32 or int64), got"):
             Topology.from_parents(parents)
     for shape in ((), (0,), (2, 0), (1, 1, 1)):
         with pytest.raises(ValueError, match=r"parents must have shape \[nodes\] or \[batch, nodes\], got"):
@@ -147,5 +147,5 @@ def test_bounds_that_do_not_hold_are_refused() -> None:
                 Topology.from_parents(topology.parents, **{name: bound})
             with pytest.raises(TypeError, match=f"^Topology.check: tree.{name} must be an integer, got"):
                 topology._replace(**{name: bound}).check()
-    with pytest.raises(ValueError, match="^Topology.from_parents: num_levels must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^Topology\.from_parents: num_levels must be at least 1, got 0"):
         Topology.from_parents(torch.zeros(2, device="meta", dtype=torch.int32), num_levels=0, max_branching=1)

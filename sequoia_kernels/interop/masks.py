@@ -166,12 +166,12 @@ def flat_mask(tree_mask: torch.Tensor, cache_lens: torch.Tensor, *, size: int | 
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, layout or device, fewer bits than nodes, or (on a CPU) a negative length or too small a
-            size.
+        ValueError: a wrong shape, layout or device, fewer bits than nodes, or (on a CPU) a negative length or too small
+            a size.
 
     Notes:
-        No host sync where `size` is given, and can be captured in a CUDA graph then. On devices other than the CPU, what
-        lies beyond the size is left out.
+        No host sync where `size` is given, and can be captured in a CUDA graph then. On devices other than the CPU,
+        what lies beyond the size is left out.
 
     Example:
         >>> lens = torch.tensor([1, 0], dtype=torch.int32)

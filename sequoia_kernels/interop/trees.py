@@ -144,8 +144,8 @@ def from_retrieve(
 
     Raises:
         TypeError: not integer tensors of one dtype, or a bound that is no integer.
-        ValueError: a wrong shape or device, or a bound of no tree; on a CPU also links outside -1..N-1, to the root, to a node that is linked
-            twice, or in a ring, and bounds that do not hold.
+        ValueError: a wrong shape or device, or a bound of no tree; on a CPU also links outside -1..N-1, to the root, to
+            a node that is linked twice, or in a ring, and bounds that do not hold.
 
     Notes:
         No host sync where both bounds are given; can be captured in a CUDA graph. On devices other than the CPU nobody
@@ -244,14 +244,14 @@ def to_accepted_rows(
         raise TypeError(f"{where}: path must be a VerifiedPath, got {type(path).__name__}")
     _check_paths(where, "path.nodes", path.nodes)
     batch_size, device = len(path.nodes), path.nodes.device
-    for name, part, dtypes in (
+    for name, row, dtypes in (
         ("path.num_accepted", path.num_accepted, INTEGERS),
         ("path.next_token", path.next_token, (torch.int64,)),
     ):
-        checks.check_tensor(where, name, part)
-        checks.check_dtype(where, name, part, *dtypes)
-        checks.check_shape(where, name, part, (batch_size,), "batch")
-        checks.check_device(where, name, part, device)
+        checks.check_tensor(where, name, row)
+        checks.check_dtype(where, name, row, *dtypes)
+        checks.check_shape(where, name, row, (batch_size,), "batch")
+        checks.check_device(where, name, row, device)
     checks.check_tensor(where, "tokens", tokens)
     checks.check_dtype(where, "tokens", tokens, torch.int64)
     if tokens.dim() != 2 or len(tokens) != batch_size or tokens.shape[1] == 0:
@@ -268,10 +268,8 @@ def to_accepted_rows(
     if tokens.is_cpu:
         _check_nodes(where, "path.nodes", path.nodes, num_nodes)
         _check_counts(where, "path.num_accepted", path.num_accepted, path.nodes, 0)
-        for name, part, size in (("order", order, num_nodes), ("batch_rows", batch_rows, batch_size * num_nodes)):
-            if part is not None and bool(((part < 0) | (part >= size)).any()):
-                outside = part[(part < 0) | (part >= size)]
-                checks.fail_range(where, name, f"be from 0 to {size - 1}", int(outside[0]))
+        if order is not None:
+            _check_range(where, "order", order, num_nodes)
     is_accepted = path.nodes >= 0
     nodes = path.nodes.clamp(min=0).to(torch.int64)
     rows = nodes if order is None else order.gather(1, nodes)
@@ -279,6 +277,8 @@ def to_accepted_rows(
         rows = rows + num_nodes * torch.arange(batch_size, device=device)[:, None]
     else:
         rows = batch_rows.gather(1, rows).to(torch.int64)
+        if rows.is_cpu:  # those of nodes that are not accepted may be anything
+            _check_range(where, "batch_rows", rows[is_accepted], batch_size * num_nodes)
     # Behind each accepted node comes the next one's token, behind the last one the bonus token.
     follow = torch.cat((tokens.gather(1, nodes)[:, 1:], path.next_token[:, None]), dim=1)
     follow.scatter_(1, (path.num_accepted.to(torch.int64) - 1)[:, None], path.next_token[:, None])
@@ -358,6 +358,13 @@ def _check_paths(where: str, name: str, paths: torch.Tensor) -> None:
     checks.check_dtype(where, name, paths, *INTEGERS)
     if paths.dim() != 2 or paths.shape[1] == 0:
         checks.fail_range(where, name, "have shape [batch, levels]", checks.shape_text(paths.shape))
+
+
+def _check_range(where: str, name: str, values: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless values index a dimension of that size. Reads values."""
+    outside = (values < 0) | (values >= size)
+    if bool(outside.any()):
+        checks.fail_range(where, name, f"be from 0 to {size - 1}", int(values[outside][0]))
 
 
 def _check_nodes(where: str, name: str, nodes: torch.Tensor, num_nodes: int) -> None:

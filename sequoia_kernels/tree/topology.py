@@ -64,7 +64,8 @@ class Topology(NamedTuple):
 
         Raises:
             TypeError: parents is not an integer tensor, or a bound no integer.
-            ValueError: a wrong shape, or a bound of no tree; on a CPU also parents of no breadth-first tree, or bounds that do not hold.
+            ValueError: a wrong shape, or a bound of no tree; on a CPU also parents of no breadth-first tree, or bounds
+                that do not hold.
 
         Notes:
             No host sync where both bounds are given; can be captured in a CUDA graph. On devices other than the CPU

@@ -14,7 +14,7 @@ from support.processes import run_process
 from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sequoia_kernels import TokenTree, sample_without_replacement
+from sequoia_kernels import TokenTree, sample_without_replacement, verify_tree
 
 OPS = ("compact_kv_cache_", "sample_without_replacement", "tree_attention", "verify_tree")
 TREE = TokenTree([-1, 0, 0, 1, 1, 2, 3])
@@ -28,9 +28,9 @@ def toy_pair(vocab, noise=0.1):
     return target, target.noisy(noise)
 
 
-def decode(name, prompts, num_tokens, temperature, vocab, seeds):
+def decode(name, prompts, num_tokens, temperature, vocab, seeds, noise=0.1):
     """Decode equally long prompts with the toy pair in one of the loops."""
-    target, draft = toy_pair(vocab)
+    target, draft = toy_pair(vocab, noise)
     prompts, decode = torch.tensor(prompts), example(name).decode
     if name == "paged_cache":
         trees = [TREES[request % len(TREES)] for request in range(len(prompts))]
@@ -63,6 +63,15 @@ def test_greedy_text_is_plain_decodings(name, debug):
     texts = decode(name, PROMPTS, 20, 0.0, 50, torch.arange(3))
     target, _ = toy_pair(50)
     assert texts.tolist() == [plain_greedy(target, prompt, 20) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_requests_that_end_first_wait_without_growing(name):
+    """Some end in half the steps of others; did they go on committing, they would leave their caches."""
+    prompts = [[first, first + 1, 2 * first] for first in range(12)]
+    texts = decode(name, prompts, 60, 0.0, 50, torch.arange(len(prompts)))
+    target, _ = toy_pair(50)
+    assert texts.tolist() == [plain_greedy(target, prompt, 60) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -160,20 +169,32 @@ def test_lengths_that_advance_twice_leave_the_cache(monkeypatch):
         module.decode(target, draft, torch.tensor(PROMPTS), TREE, 40, 0.0, torch.arange(3))
 
 
+# Several steps a text, or the noise of one would not meet that of the next: more tokens than a tree has levels, and a
+# draft that is often rejected.
+SAMPLED = {"prompt": [1, 0, 2], "num_tokens": 5, "vocab": 3, "noise": 0.5}
+
+
+def sampled(name, num_requests=6000):
+    """Sample the same short text again and again. [num_requests, num_tokens]"""
+    prompt, num_tokens, vocab, noise = SAMPLED.values()
+    return decode(name, [prompt] * num_requests, num_tokens, 1.0, vocab, torch.arange(num_requests), noise)
+
+
 def chi_square(texts, expected):
     return p_value(sequence_counts(texts, expected.shape[0]), expected)
 
 
+def chi_square_of_sampled(texts, temperature=1.0):
+    target, _ = toy_pair(SAMPLED["vocab"])
+    return chi_square(texts, plain_joint(target, SAMPLED["prompt"], SAMPLED["num_tokens"], temperature))
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_sampled_text_has_the_targets_distribution(name):
-    vocab, num_tokens, num_requests = 4, 3, 6000
-    prompt = [1, 3, 2]
-    texts = decode(name, [prompt] * num_requests, num_tokens, 1.0, vocab, torch.arange(num_requests))
-    target, _ = toy_pair(vocab)
-    expected = plain_joint(target, prompt, num_tokens, 1.0)
-    assert chi_square(texts, expected) > 1e-3
+    texts = sampled(name)
+    assert chi_square_of_sampled(texts) > 1e-3
     # The same counts do not pass for another distribution that is near.
-    assert chi_square(texts, plain_joint(target, prompt, num_tokens, 1.15)) < 1e-6
+    assert chi_square_of_sampled(texts, temperature=1.15) < 1e-6
 
 
 class Waits(TorchDispatchMode):
@@ -225,15 +246,27 @@ def one_offset(logits, num_samples, temperature, seeds, offsets, **options):
 def test_one_offset_for_all_nodes_is_silently_wrong_and_caught_under_debug(monkeypatch):
     module = example("plain_tensors")
     monkeypatch.setattr(module, "sample_without_replacement", one_offset)
-    prompt, num_requests = [1, 3, 2], 6000
-    texts = decode("plain_tensors", [prompt] * num_requests, 3, 1.0, 4, torch.arange(num_requests))
-    target, _ = toy_pair(4)
-    assert chi_square(texts, plain_joint(target, prompt, 3, 1.0)) < 1e-6
+    assert chi_square_of_sampled(sampled("plain_tensors")) < 1e-6
     with monkeypatch.context() as changed:
         debugging = functools.partial(sample_without_replacement, debug=True)
         changed.setitem(globals(), "sample_without_replacement", debugging)
         with pytest.raises(ValueError, match=r"offsets must differ between rows of one seed.* in rows \[0, 1\]"):
-            decode("plain_tensors", [prompt] * 2, 3, 1.0, 4, torch.arange(2))
+            sampled("plain_tensors", num_requests=2)
+
+
+@pytest.mark.parametrize("advance", [0, 1])
+def test_offsets_that_advance_by_too_little_give_another_distribution(advance, monkeypatch):
+    """Of a step: by nothing, or by one instead of by one a node."""
+    module, num_nodes = example("plain_tensors"), TREE.num_nodes
+
+    for op in (sample_without_replacement, verify_tree):
+
+        def mistaken(*arguments, op=op):
+            *others, offsets = arguments
+            return op(*others, offsets // num_nodes * advance + offsets % num_nodes)
+
+        monkeypatch.setattr(module, op.__name__, mistaken)
+    assert chi_square_of_sampled(sampled("plain_tensors")) < 1e-6
 
 
 # ---- Hugging Face
@@ -254,14 +287,22 @@ def test_hugging_face_greedy_text_is_that_of_generate(debug):
         assert text == expected[0, len(prompt) :].tolist()
 
 
+def test_hugging_face_requests_that_end_first_wait_without_growing():
+    target = tiny_llama(0)
+    prompts = [[first, first + 1, 2 * first] for first in range(12)]
+    texts = hugging_face(target, noisy_copy(target, 0.3), prompts, 60, 0.0, torch.arange(len(prompts)))
+    expected = target.generate(torch.tensor(prompts), max_new_tokens=60, do_sample=False)
+    assert texts.tolist() == expected[:, 3:].tolist()
+
+
 def test_hugging_face_sampled_text_has_the_targets_distribution():
-    target = tiny_llama(0, vocab_size=4, num_layers=1, sharpness=5.0)
-    prompt, num_requests = [1, 3, 2], 4000
-    draft = noisy_copy(target, 0.5)
-    texts = hugging_face(target, draft, [prompt] * num_requests, 3, 1.0, torch.arange(num_requests))
+    target = tiny_llama(0, vocab_size=3, num_layers=1, sharpness=5.0)
+    prompt, num_requests, num_tokens = [1, 0, 2], 4000, 5
+    draft = noisy_copy(target, 1.0)
+    texts = hugging_face(target, draft, [prompt] * num_requests, num_tokens, 1.0, torch.arange(num_requests))
     for temperature, right in ((1.0, True), (1.3, False)):
         warp = lambda logits, temperature=temperature: (logits / temperature).softmax(-1)  # noqa: E731
-        expected = sequence_probabilities(target, torch.tensor(prompt), 3, warp).reshape(4, 4, 4)
+        expected = sequence_probabilities(target, torch.tensor(prompt), num_tokens, warp).reshape([3] * num_tokens)
         assert (chi_square(texts, expected) > 1e-3) == right
 
 

@@ -157,7 +157,7 @@ def test_wrong_arguments() -> None:
         (
             lambda: from_slot_lists(int32([0, 3]), int32([4, 5, 7]), 4, page_size=2),
             ValueError,
-            "indices must list pages of 2 slots whole, got slot 7 at row 2 of request 0",
+            "indices must list pages of 2 slots whole, got 7 at place 2 of request 0",
         ),
         (
             lambda: committed_lens(LENS, 1),
@@ -169,6 +169,105 @@ def test_wrong_arguments() -> None:
             TypeError,
             "lens_with_tree: cache_lens must have dtype int32, got int64",
         ),
+        (
+            lambda: lens_with_tree(LENS, 1.5),
+            TypeError,
+            r"num_nodes must be an integer or a tensor \[batch\], got float",
+        ),
+        (lambda: lens_with_tree(LENS, -1), ValueError, "lens_with_tree: num_nodes must be at least 0, got -1"),
+        (
+            lambda: lens_with_tree(LENS, LENS[:, None]),
+            ValueError,
+            r"num_nodes must have shape .* = \[3\], got \[3, 1\]",
+        ),
+        (lambda: lens_with_tree(LENS, -LENS), ValueError, "lens_with_tree: num_nodes must not be negative, got -5"),
+        (
+            lambda: lens_with_tree(LENS, 1, torch.float32),
+            TypeError,
+            "lens_with_tree: dtype must be one of torch.int32, ",
+        ),
+        (lambda: lens_with_tree(LENS - 1, 9, torch.uint32), ValueError, "cache_lens must not be negative, got -1"),
+        (
+            lambda: lens_with_tree(LENS, 2**31 - 5),
+            ValueError,
+            "cache_lens must be at most 2147483647 with the tree, got 2",
+        ),
+        (lambda: lens_with_tree(LENS[None], 1), ValueError, r"cache_lens must have shape \[batch\], got \[1, 3\]"),
+        (lambda: committed_lens(LENS[None], 0), ValueError, r"seq_lens must have shape \[batch\], got \[1, 3\]"),
+        (lambda: committed_lens(LENS, 1.5), TypeError, "committed_lens: num_nodes must be an integer or a tensor"),
+        (lambda: committed_lens(LENS, LENS + 1), ValueError, r"seq_lens must include the \[6, 1, 5\] rows of the tree"),
+        (
+            lambda: committed_lens(LENS.long() + 2**31, 1),
+            ValueError,
+            "seq_lens must be at most 2147483647 without the tree, got 2147483652",
+        ),
+        (
+            lambda: tree_slots(TABLE, LENS - 1, nodes, 2),
+            ValueError,
+            "tree_slots: cache_lens must not be negative, got -1",
+        ),
+        (
+            lambda: tree_slots(TABLE, LENS, nodes - 1, 2),
+            ValueError,
+            "tree_slots: node_ids must not be negative, got -1",
+        ),
+        (
+            lambda: tree_slots(TABLE - 3, int32([0, 0, 0]), nodes, 2),
+            ValueError,
+            "tree_slots: block_table must not be negative in pages that are used, got -1",
+        ),
+        (lambda: tree_slots(TABLE, LENS, nodes, 2**31), ValueError, "tree_slots: page_size must fit into int32"),
+        (lambda: to_slot_lists(TABLE, LENS - 1, 2), ValueError, "to_slot_lists: lens must not be negative, got -1"),
+        (lambda: to_page_lists(TABLE, LENS - 1, 4), ValueError, "to_page_lists: lens must not be negative, got -1"),
+        (
+            lambda: to_page_lists(TABLE, LENS + 2, 2),
+            ValueError,
+            "to_page_lists: block_table must have a page for every row of 3 pages of 2, got row 6 of request 0",
+        ),
+        (
+            lambda: to_page_lists(TABLE, LENS, 2, capacity=4),
+            ValueError,
+            "to_page_lists: capacity must be at least 5, the pa",
+        ),
+        (lambda: to_slot_lists(TABLE, LENS, 2, capacity=9.0), TypeError, "capacity must be an integer, got float"),
+        (lambda: to_slot_lists(TABLE, LENS, 2, capacity=-1), ValueError, "capacity must be at least 0, got -1"),
+        (
+            lambda: to_page_lists(TABLE - 2, LENS, 2),
+            ValueError,
+            "to_page_lists: block_table must be from 0 to 2147483647 in pages that are listed, got -1",
+        ),
+        (
+            lambda: to_slot_lists(TABLE + 2**29, LENS, 4),
+            ValueError,
+            "to_slot_lists: block_table must be from 0 to 536870911 in pages that are listed, got 5368709",
+        ),
+        (
+            lambda: from_slot_lists(int32([0, 3]), LENS - 1, 3),
+            ValueError,
+            "indices must be from 0 to .*, got -1 at place 1",
+        ),
+        (
+            lambda: from_slot_lists(int32([0, 1]), LENS.long() + 2**31, 3),
+            ValueError,
+            "indices must be from 0 to 2147483647",
+        ),
+        (
+            lambda: from_page_lists(int32([0, 3]), LENS, 2),
+            ValueError,
+            "from_page_lists: max_pages must be at least 3 for request 0, got 2",
+        ),
+        (
+            lambda: from_page_lists(int32([0, 4]), LENS, 2),
+            ValueError,
+            r"from_page_lists: indptr must rise within 0\.\.3",
+        ),
     ):
         with pytest.raises(error, match=message):
             call()
+    # What is not used may be anything; servers pad with -1.
+    padded = torch.where(TABLE == 0, -1, TABLE)
+    assert torch.equal(to_slot_lists(padded, LENS, 2).indices, to_slot_lists(TABLE, LENS, 2).indices)
+    assert tree_slots(padded, int32([5, 0, 3]), nodes[:1], 2).tolist() == [[19], [4], [3]]
+    # The last slot that fits is listed.
+    last = to_slot_lists(int32([[2**29 - 1]]), int32([4]), 4)
+    assert last.indices.tolist() == [2**31 - 4, 2**31 - 3, 2**31 - 2, 2**31 - 1]

@@ -71,6 +71,16 @@ def test_a_level_of_a_tree() -> None:
     assert torch.equal(from_bool_mask(to_bool_mask(rows, 4)), rows)
 
 
+def test_strides_of_a_dimension_of_one_word_do_not_matter() -> None:
+    for words in (MASK, MASK.to(torch.uint16), MASK.to(torch.uint8)):
+        column = words.view(1, 4).clone().t()
+        assert column.stride() == (1, 4) and column.tolist() == words.tolist()
+        assert torch.equal(from_mask_words(column), MASK)
+    column = MASK.view(1, 4).clone().t()
+    assert to_mask_words(column, torch.uint8).tolist() == to_mask_words(MASK, torch.uint8).tolist()
+    assert to_bool_mask(column).tolist() == to_bool_mask(MASK).tolist()
+
+
 def test_wrong_masks() -> None:
     for call, error, message in (
         (lambda: to_mask_words(MASK.long(), torch.uint8), TypeError, "to_mask_words: tree_mask must have dtype int32"),
@@ -91,6 +101,37 @@ def test_wrong_masks() -> None:
             lambda: to_bool_mask(MASK, 33),
             ValueError,
             r"to_bool_mask: num_nodes must be in 1\.\.32, the mask's bits, got 33",
+        ),
+        (lambda: to_bool_mask(MASK, 2.0), TypeError, "to_bool_mask: num_nodes must be an integer, got float"),
+        (
+            lambda: to_mask_words(MASK, torch.uint8, 1.0),
+            TypeError,
+            "to_mask_words: num_words must be an integer, got float",
+        ),
+        (
+            lambda: from_mask_words(torch.zeros(4, 0, dtype=torch.uint8)),
+            ValueError,
+            r"from_mask_words: words must have shape .*, got \[4, 0\]",
+        ),
+        (
+            lambda: flat_mask(MASK, torch.tensor([3, -2], dtype=torch.int32)),
+            ValueError,
+            "flat_mask: cache_lens must not be negative, got -2",
+        ),
+        (
+            lambda: flat_mask(MASK, torch.tensor([2, 0], dtype=torch.int32), size=39),
+            ValueError,
+            "flat_mask: size must be at least 40, got 39",
+        ),
+        (
+            lambda: flat_mask(MASK, torch.zeros(1, dtype=torch.int32), size=16.0),
+            TypeError,
+            "flat_mask: size must be an integer, got float",
+        ),
+        (
+            lambda: flat_mask(MASK.repeat(10, 1), torch.zeros(1, dtype=torch.int32)),
+            ValueError,
+            "flat_mask: tree_mask must have a bit for each of 40 nodes, got 32",
         ),
         (lambda: from_bool_mask(MASK), TypeError, "from_bool_mask: mask must have dtype bool, got int32"),
         (lambda: from_bool_mask(MASK[0] > 0), ValueError, "from_bool_mask: mask must have shape"),

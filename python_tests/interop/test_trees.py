@@ -50,6 +50,26 @@ def test_nodes_that_are_linked_to_nothing_are_unused() -> None:
     assert again.next_sibling.tolist() == [[-1, 2, -1, -1, -1], [-1, -1, -1, -1, -1]]
 
 
+def test_every_level_waits_for_the_order_of_the_one_above() -> None:
+    """Two chains side by side whose nodes a server numbers the other way round, level by level."""
+    depth = 6
+    ours = TokenTree([-1, 0, 0, *range(1, 2 * depth - 1)])
+    arrays = to_retrieve(ours, 1)
+    theirs = torch.tensor([[0, *(node + 1 if node % 2 else node - 1 for node in range(1, 2 * depth + 1))]])
+    next_token, next_sibling = (
+        torch.where(links >= 0, theirs.gather(1, links.clamp(min=0)), -1).gather(1, theirs) for links in arrays[1:]
+    )
+    tree = from_retrieve(next_token, next_sibling)
+    assert tree.topology.parents[0].tolist() == ours.parents
+    assert torch.equal(tree.order, theirs)
+
+
+def test_what_the_root_does_not_lead_to_counts_for_no_bound() -> None:
+    next_token, next_sibling = torch.tensor([[-1, 2, 3, -1, -1, -1]]), torch.tensor([[-1, -1, -1, 4, 5, -1]])
+    tree = from_retrieve(next_token, next_sibling, max_branching=0)
+    assert (tree.topology.num_levels, tree.topology.parents.tolist()) == (1, [[-1] * 6])
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Topology, torch.Tensor]:
     """A random tree for each of some requests, and an order of the nodes for each that begins with the root."""
@@ -120,13 +140,28 @@ def test_wrong_arguments_of_trees() -> None:
     ):
         with pytest.raises(error, match=f"^from_retrieve: {message}"):
             from_retrieve(*arguments)
-    with pytest.raises(ValueError, match="num_levels must be at least 3, got 2"):
-        from_retrieve(*LINKS, num_levels=2)
+    for bounds, error, message in (
+        ({"num_levels": 2}, ValueError, "num_levels must be at least 3, got 2"),
+        ({"num_levels": 1}, ValueError, "num_levels must be at least 3, got 1"),
+        ({"max_branching": 2}, ValueError, "max_branching must be at least 3, got 2"),
+        ({"num_levels": 0}, ValueError, "num_levels must be at least 1, got 0"),
+        ({"num_levels": 3.0}, TypeError, "num_levels must be an integer, got float"),
+        ({"max_branching": "3"}, TypeError, "max_branching must be an integer, got str"),
+    ):
+        with pytest.raises(error, match=f"^from_retrieve: {message}"):
+            from_retrieve(*LINKS, **bounds)
+    # Children that stand in front of their parents: too few rounds would sort them wrongly.
+    links = torch.tensor([[3, -1, 1, 2]]), torch.full((1, 4), -1)
+    assert from_retrieve(*links, num_levels=4).order.tolist() == [[0, 3, 2, 1]]
+    with pytest.raises(ValueError, match=r"^from_retrieve: num_levels must be at least 4, got 2"):
+        from_retrieve(*links, num_levels=2)
     tree, topology = TokenTree.chain(3), Topology.stack([TokenTree.chain(3).tensors()] * 2)
     for arguments, error, message in (
         ({"tree": [-1, 0]}, TypeError, "tree must be a TokenTree or a Topology, got list"),
         ({"tree": tree}, ValueError, "batch_size must be given for a tree that all requests share, got None"),
         ({"tree": topology, "batch_size": 3}, ValueError, "batch_size must be the topology's 2, got 3"),
+        ({"tree": tree, "batch_size": -1}, ValueError, "batch_size must be at least 0, got -1"),
+        ({"tree": tree, "batch_size": 2.0}, TypeError, "batch_size must be an integer, got float"),
         ({"tree": topology, "dtype": torch.int16}, TypeError, "dtype must be torch.int64 or torch.int32, got torch.in"),
     ):
         with pytest.raises(error, match=f"^to_retrieve: {message}"):
@@ -164,6 +199,9 @@ def test_accepted_rows_in_the_servers_order_and_rows() -> None:
     rows = to_accepted_rows(PATH, TOKENS, batch_rows=elsewhere)
     assert rows.accept_index.tolist() == [[20, 17, 14], [13, 12, -1], [6, -1, -1]]
     assert [int(rows.predicts[row]) for row in (20, 17, 14, 13, 12, 6)] == [53, 56, 90, 58, 91, 92]
+    elsewhere[2, 1:] = -1  # nodes that have no row, and are not accepted
+    again = to_accepted_rows(PATH, TOKENS, batch_rows=elsewhere)
+    assert all(torch.equal(part, right) for part, right in zip(again, rows, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -197,6 +235,28 @@ def test_wrong_arguments_of_paths() -> None:
         ({"tokens": TOKENS[:2]}, ValueError, r"tokens must have shape \[batch, nodes\] with batch 3, got \[2, 7\]"),
         ({"order": TOKENS.int()}, TypeError, "order must have dtype int64, got int32"),
         ({"batch_rows": TOKENS[0]}, ValueError, r"batch_rows must have shape .* = \[3, 7\], got \[7\]"),
+        ({"batch_rows": TOKENS}, ValueError, "batch_rows must be from 0 to 20, got 5"),
+        ({"order": TOKENS - 51}, ValueError, "order must be from 0 to 6, got -1"),
+        ({"path": tuple(PATH)}, TypeError, "path must be a VerifiedPath, got tuple"),
+        ({"path": PATH._replace(nodes=PATH.nodes.float())}, TypeError, "path.nodes must have dtype int32 or int64"),
+        (
+            {"path": PATH._replace(nodes=PATH.nodes[0])},
+            ValueError,
+            r"path.nodes must have shape \[batch, levels\], got",
+        ),
+        ({"path": PATH._replace(nodes=PATH.nodes + 3)}, ValueError, "path.nodes must be from -1 to 6, got 9"),
+        (
+            {"path": PATH._replace(num_accepted=PATH.num_accepted * 0)},
+            ValueError,
+            r"path.num_accepted must count the nodes in front of the first -1, got 0 for \[0, 3, 6\] of request 0",
+        ),
+        (
+            {"path": PATH._replace(num_accepted=PATH.num_accepted + 1)},
+            ValueError,
+            "path.num_accepted must count .* got 4",
+        ),
+        ({"path": PATH._replace(next_token=TOKENS[0])}, ValueError, r"path.next_token must have shape .* got \[7\]"),
+        ({"path": PATH._replace(next_token=None)}, TypeError, "path.next_token must be a tensor, got NoneType"),
     ):
         with pytest.raises(error, match=f"^to_accepted_rows: {message}"):
             to_accepted_rows(**{"path": PATH, "tokens": TOKENS, **changes})
@@ -205,3 +265,41 @@ def test_wrong_arguments_of_paths() -> None:
         from_accepted_rows(AcceptedRows(rows.predicts, rows.accept_index[0], rows.accept_token_num), 7)
     with pytest.raises(TypeError, match="accept_index must have dtype int32 or int64, got bool"):
         from_accepted_rows(rows._replace(accept_index=rows.accept_index > 0), 7)
+    own_rows = torch.where(rows.accept_index >= 0, rows.accept_index % 7, -1)
+    for changes, error, message in (
+        ({"rows": tuple(rows)}, TypeError, "rows must be AcceptedRows, got tuple"),
+        ({"num_nodes": 0}, ValueError, "num_nodes must be at least 1, got 0"),
+        ({"num_nodes": 7.0}, TypeError, "num_nodes must be an integer, got float"),
+        ({"num_nodes": 8}, ValueError, r"predicts must have shape \[rows\] with at least 24 rows, got \[21\]"),
+        (
+            {"rows": rows._replace(accept_index=own_rows)},
+            ValueError,
+            "accept_index must be -1 or rows 7 to 13 for request 1, got 0",
+        ),
+        (
+            {"rows": rows._replace(accept_index=rows.accept_index - 1)},
+            ValueError,
+            "accept_index must be -1 or .*, got 6",
+        ),
+        (
+            {"rows": rows._replace(accept_token_num=rows.accept_token_num + 1)},
+            ValueError,
+            r"accept_token_num must count the nodes .* but for the root, got 3 for \[0, 3, 6\] of request 0",
+        ),
+        (
+            {"rows": rows._replace(accept_token_num=rows.accept_token_num[:2])},
+            ValueError,
+            "accept_token_num must have s",
+        ),
+        ({"rows": rows._replace(predicts=None)}, TypeError, "predicts must be a tensor, got NoneType"),
+        ({"places": TOKENS[:2]}, ValueError, r"places must have shape .* = \[3, 7\], got \[2, 7\]"),
+    ):
+        with pytest.raises(error, match=f"^from_accepted_rows: {message}"):
+            from_accepted_rows(**{"rows": rows, "num_nodes": 7, **changes})
+    longer = torch.cat((rows.predicts, rows.predicts[:1]))  # SGLang's buffer may have a row more
+    assert torch.equal(from_accepted_rows(rows._replace(predicts=longer), 7).next_token, PATH.next_token)
+
+
+def test_counts_of_accepted_rows_are_int32_whatever_the_paths_are() -> None:
+    rows = to_accepted_rows(PATH._replace(num_accepted=PATH.num_accepted.long(), nodes=PATH.nodes.long()), TOKENS)
+    assert {part.dtype for part in rows} == {torch.int32}

@@ -44,10 +44,11 @@ def same(step: TreeStep, other: TreeStep) -> bool:
 
 def test_a_tree_is_as_good_as_its_topology() -> None:
     tree = TokenTree([-1, 0, 0, 1, 1, 2])
-    for nodes in (None, [1, 2], (3, 5), range(2, 4)):
+    for nodes in (None, [1, 2], (3, 5), range(2, 4), torch.tensor([1, 3, 4])):
         step = TreeStep.of(tree, nodes)
         assert same(step, TreeStep.of(tree.tensors(), nodes)) and same(step, TreeStep.of(tree, nodes, device="cpu"))
-        fed = list(range(6)) if nodes is None else list(nodes)
+        fed = list(range(6)) if nodes is None else [int(node) for node in nodes]
+        assert type(step.num_tree_rows) is int
         assert step.node_ids.tolist() == fed and step.depths.tolist() == [tree.depths[node] for node in fed]
         assert torch.equal(step.tree_mask, packed_mask(tree.parents)[fed])
         assert step.num_tree_rows == fed[-1] + 1
@@ -59,6 +60,24 @@ def test_nodes_that_are_not_the_trees_are_refused(nodes: list[int]) -> None:
     for tree in (TokenTree.chain(6), Topology.stack([TokenTree.chain(6).tensors()] * 2)):
         with pytest.raises(ValueError, match=r"TreeStep.of: nodes must increase within 0\.\.5, got \["):
             TreeStep.of(tree, nodes)
+
+
+def test_what_is_no_tree_or_no_node_is_refused() -> None:
+    for tree in (None, [-1, 0]):
+        with pytest.raises(TypeError, match=r"^TreeStep\.of: tree must be a TokenTree or a Topology, got"):
+            TreeStep.of(tree)
+    for nodes in (3, [1.5], [True], torch.tensor([0.0, 1.0])):
+        with pytest.raises(TypeError, match=r"^TreeStep\.of: nodes must be integers, got"):
+            TreeStep.of(TokenTree.chain(6), nodes)
+
+
+def test_trees_whose_levels_differ_are_refused() -> None:
+    trees = [TokenTree(parents).tensors() for parents in ([-1, 0, 0, 1], [-1, 0, 0, 2], [-1, 0, 1, 1])]
+    assert TreeStep.of(Topology.stack(trees[:2])).depths.tolist() == [0, 1, 1, 2]
+    message = r"have equally many nodes .*, got depths 1 and 2 of node 2 of the requests 0 and 2"
+    for nodes in (None, [1]):
+        with pytest.raises(ValueError, match=rf"^TreeStep\.of: tree must {message}"):
+            TreeStep.of(Topology.stack(trees), nodes)
 
 
 def test_a_topology_is_where_it_is() -> None:

@@ -563,6 +563,15 @@ def test_debug_checks_values_on_a_device(changes, message):
         compact_kv_cache_(**arguments, debug=True)
 
 
+def test_debug_alone_asks_for_what_waits(monkeypatch):
+    asked = []
+    monkeypatch.setattr(OPERATOR, "check_use", asked.append)
+    compact_kv_cache_(**good())
+    assert asked == []
+    compact_kv_cache_(**good(), debug=True)
+    assert len(asked) == 1
+
+
 def test_debug_reads_pages_that_a_call_would_not_wait_for(monkeypatch):
     """Pages on a device are read under debug only; here a CPU's tensors say that they lie elsewhere."""
     arguments = {**good(), "block_table": int32([[0], [2]])}

@@ -13,6 +13,7 @@ from support.buffers import Unchanged
 from support.op_backends import op_backends
 from support.operators import check_fake_matches_real
 from support.plain_verifier import plain_verify
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sequoia_kernels import TokenTree, Topology
 from sequoia_kernels.errors import BackendUnavailableError
@@ -479,6 +480,15 @@ def test_what_a_loop_cannot_mean_is_refused_under_debug(backend, rule):
             backend(**{**good, **changes, "temperature": 0.0}, debug=True)  # any tokens may be offered, without noise
 
 
+def test_children_that_could_not_be_drawn_pass_under_debug(backend):
+    """Any number of siblings may be -1, and what stands at the vocabulary's first token says nothing about them."""
+    draft_logits = torch.full((1, 4, 5), -INF)
+    draft_logits[:, 0, 3] = 0.0
+    tokens = torch.tensor([[0, 3, -1, -1]])
+    path = backend(tokens, torch.zeros(1, 4, 5), draft_logits, TokenTree([-1, 0, 0, 0]), 1.0, 1, 2, debug=True)
+    assert int(path.num_accepted) <= 2
+
+
 def test_a_topology_that_contradicts_itself_is_refused_under_debug(backend):
     tree = _topology([TokenTree([-1, 0, 0, 1]), TokenTree([-1, 0, 1, 1])], backend.device)
     mask = tree.ancestor_mask.clone()
@@ -769,3 +779,22 @@ def test_it_traces_without_a_graph_break():
 
     compiled = torch.compile(verify, backend="eager", fullgraph=True)
     assert _equal(compiled(*inputs[:3]), verify(*inputs[:3]))
+
+
+def test_debug_looks_for_no_values_where_there_are_none():
+    step, topology = [part.nan_to_num() for part in _random_step(MIXED, 3, 9)], _topology([MIXED] * 3)
+    temperature, seeds = torch.tensor([0.0, 0.7, 1.0]), torch.arange(3)
+
+    def verify(*arguments):
+        return verify_tree(*arguments, topology, temperature, seeds, seeds, debug=True)
+
+    compiled = torch.compile(verify, backend="eager", fullgraph=True)
+    assert _equal(compiled(*step), verify(*step))
+    with FakeTensorMode() as mode:
+        *step, temperature, seeds = (mode.from_tensor(part) for part in (*step, temperature, seeds))
+        topology = Topology(*map(mode.from_tensor, topology[:-2]), *topology[-2:])
+        assert verify(*step).nodes.shape == (3, MIXED.num_levels)
+    meta = Topology(*(part.to("meta") for part in MIXED.tensors()[:-2]), *MIXED.tensors()[-2:])
+    tokens = torch.empty(3, len(MIXED), dtype=torch.int64, device="meta")
+    logits = torch.empty(3, len(MIXED), 9, device="meta")
+    assert verify_tree(tokens, logits, logits, meta, 1.0, 1, 2, debug=True).nodes.shape == (3, MIXED.num_levels)

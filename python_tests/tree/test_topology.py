@@ -101,18 +101,23 @@ def test_nothing_is_read_where_the_bounds_are_given() -> None:
 def test_parents_of_no_tree_are_refused(parents: list, message: str) -> None:
     with pytest.raises(ValueError, match=f"^Topology.from_parents: parents must {message}"):
         Topology.from_parents(torch.tensor(parents))
-    made = TokenTree.chain(4).tensors()._replace(parents=torch.tensor(parents))
+    made = TokenTree.chain(4).tensors()._replace(parents=torch.tensor(parents, dtype=torch.int32))
     with pytest.raises(ValueError, match=f"^here: tree.parents must {message}"):
         made.check("here")
+    with pytest.raises(TypeError, match=r"^here: tree\.parents must have dtype int32, got int64"):
+        made._replace(parents=made.parents.long()).check("here")
 
 
 def test_what_is_no_parents_tensor_is_refused() -> None:
     for parents in ([-1, 0], torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
-        with pytest.raises(TypeError, match="parents must be an int32 or int64 tensor, got"):
+        with pytest.raises(TypeError, match=r"parents must (be a tensor|have dtype int32 or int64), got"):
             Topology.from_parents(parents)
     for shape in ((), (0,), (2, 0), (1, 1, 1)):
         with pytest.raises(ValueError, match=r"parents must have shape \[nodes\] or \[batch, nodes\], got"):
             Topology.from_parents(torch.zeros(shape, dtype=torch.int32))
+        made = TokenTree.chain(2).tensors()._replace(parents=torch.zeros(shape, dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"^here: tree.parents must have shape \[nodes\] or \[batch, nodes\], got"):
+            made.check("here")
 
 
 @pytest.mark.parametrize("name", Topology._fields[1:-2])
@@ -125,6 +130,9 @@ def test_a_tensor_that_contradicts_the_parents_is_named(name: str) -> None:
         topology._replace(**{name: part}).check()
     with pytest.raises(ValueError, match=rf"tree.{name} must have shape .*, as its parents say, got"):
         topology._replace(**{name: part[0]}).check()
+    for other, message in ((None, "be a tensor, got NoneType"), (part.long(), "have dtype int32, got int64")):
+        with pytest.raises(TypeError, match=rf"^Topology.check: tree.{name} must {message}"):
+            topology._replace(**{name: other}).check()
 
 
 def test_bounds_that_do_not_hold_are_refused() -> None:
@@ -134,3 +142,10 @@ def test_bounds_that_do_not_hold_are_refused() -> None:
             topology._replace(**{name: 2}).check()
         with pytest.raises(ValueError, match=f"Topology.from_parents: {name} must be at least {least}, got 2"):
             Topology.from_parents(topology.parents, **{name: 2})
+        for bound in (6.5, "6", True):
+            with pytest.raises(TypeError, match=f"^Topology.from_parents: {name} must be an integer, got"):
+                Topology.from_parents(topology.parents, **{name: bound})
+            with pytest.raises(TypeError, match=f"^Topology.check: tree.{name} must be an integer, got"):
+                topology._replace(**{name: bound}).check()
+    with pytest.raises(ValueError, match=r"^Topology\.from_parents: num_levels must be at least 1, got 0"):
+        Topology.from_parents(torch.zeros(2, device="meta", dtype=torch.int32), num_levels=0, max_branching=1)

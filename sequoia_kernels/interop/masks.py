@@ -44,9 +44,10 @@ def to_mask_words(tree_mask: torch.Tensor, dtype: torch.dtype, num_words: int | 
     if dtype not in _BITS:
         raise TypeError(f"{where}: dtype must be one of {', '.join(map(str, _BITS))}, got {dtype}")
     bits, num_nodes = _BITS[dtype], tree_mask.shape[-2]
-    words = tree_mask.view(dtype)
+    words = _with_last_stride_of_one(tree_mask).view(dtype)
     if num_words is None:
         return words
+    num_words = checks.whole_number(where, "num_words", num_words)
     if not num_nodes <= num_words * bits <= 32 * tree_mask.shape[-1]:
         rule = f"hold {num_nodes} nodes in words of {bits} bits, and be at most {words.shape[-1]}"
         checks.fail_range(where, "num_words", rule, num_words)
@@ -76,13 +77,13 @@ def from_mask_words(words: torch.Tensor) -> torch.Tensor:
     where = "from_mask_words"
     checks.check_tensor(where, "words", words)
     checks.check_dtype(where, "words", words, *_BITS)
-    if words.dim() not in (2, 3):
+    if words.dim() not in (2, 3) or words.shape[-1] == 0:
         rule = "have shape [nodes, words] or [batch, nodes, words]"
         checks.fail_range(where, "words", rule, checks.shape_text(words.shape))
     per_word = 32 // _BITS[words.dtype]
     num_words = -(-words.shape[-1] // per_word)
     # As bytes: torch pads and copies no unsigned words.
-    taken = words.contiguous().view(torch.uint8)
+    taken = _with_last_stride_of_one(words.contiguous()).view(torch.uint8)
     padded = taken.new_zeros(*words.shape[:-1], 4 * num_words)
     padded[..., : taken.shape[-1]] = taken
     return padded.view(torch.int32)
@@ -111,9 +112,10 @@ def to_bool_mask(tree_mask: torch.Tensor, num_nodes: int | None = None) -> torch
     """
     where = "to_bool_mask"
     _check_mask(where, tree_mask)
-    num_nodes = tree_mask.shape[-2] if num_nodes is None else num_nodes
-    if not 0 < num_nodes <= 32 * tree_mask.shape[-1]:
-        checks.fail_range(where, "num_nodes", f"be in 1..{32 * tree_mask.shape[-1]}, the mask's bits", num_nodes)
+    num_bits = 32 * tree_mask.shape[-1]
+    num_nodes = tree_mask.shape[-2] if num_nodes is None else checks.whole_number(where, "num_nodes", num_nodes)
+    if not 0 < num_nodes <= num_bits:
+        checks.fail_range(where, "num_nodes", f"be in 1..{num_bits}, the mask's bits", num_nodes)
     columns = torch.arange(num_nodes, device=tree_mask.device)
     return (tree_mask[..., columns // 32] >> (columns % 32).to(torch.int32)) & 1 != 0
 
@@ -164,10 +166,12 @@ def flat_mask(tree_mask: torch.Tensor, cache_lens: torch.Tensor, *, size: int | 
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape or device.
+        ValueError: a wrong shape, layout or device, fewer bits than nodes, or (on a CPU) a negative length or too small
+            a size.
 
     Notes:
-        No host sync where `size` is given; what lies beyond it is left out then.
+        No host sync where `size` is given, and can be captured in a CUDA graph then. On devices other than the CPU,
+        what lies beyond the size is left out.
 
     Example:
         >>> lens = torch.tensor([1, 0], dtype=torch.int32)
@@ -182,10 +186,17 @@ def flat_mask(tree_mask: torch.Tensor, cache_lens: torch.Tensor, *, size: int | 
     checks.check_shape(where, "cache_lens", cache_lens, (batch_size,), "batch")
     checks.check_device(where, "cache_lens", cache_lens, tree_mask.device)
     num_nodes = tree_mask.shape[-2]
+    if num_nodes > 32 * tree_mask.shape[-1]:
+        checks.fail_range(where, "tree_mask", f"have a bit for each of {num_nodes} nodes", 32 * tree_mask.shape[-1])
+    if cache_lens.is_cpu and bool((cache_lens < 0).any()):
+        checks.fail_range(where, "cache_lens", "not be negative", int(cache_lens.min()))
     widths = cache_lens.to(torch.int64) + num_nodes
     ends = (num_nodes * widths).cumsum(0)
     if size is None:
         size = int(ends[-1]) if batch_size else 0
+    else:
+        least = int(ends[-1]) if batch_size and ends.is_cpu else 0
+        size = checks.whole_number(where, "size", size, rule=checks.at_least(least))
     if batch_size == 0:
         return torch.zeros(size, dtype=torch.bool, device=tree_mask.device)
     places = torch.arange(size, device=tree_mask.device)
@@ -195,6 +206,11 @@ def flat_mask(tree_mask: torch.Tensor, cache_lens: torch.Tensor, *, size: int | 
     seen = to_bool_mask(tree_mask).expand(batch_size, num_nodes, num_nodes)
     tree = seen[request, row.clamp(max=num_nodes - 1), column.clamp(min=0)]
     return (tree | (column < 0)) & (places < ends[-1])
+
+
+def _with_last_stride_of_one(words: torch.Tensor) -> torch.Tensor:
+    """Give the same view with the stride that other dtypes need; a dimension of one word may have any."""
+    return words[..., 0, None] if words.shape[-1] == 1 else words
 
 
 def _check_mask(where: str, tree_mask: torch.Tensor) -> None:

@@ -90,8 +90,8 @@ def to_retrieve(
         RetrieveArrays(rows, next_token, next_sibling), [B, N] each. Unused nodes of a topology are linked to nothing.
 
     Raises:
-        TypeError: not a tree, or another dtype.
-        ValueError: no batch size for one tree, or not the topology's own.
+        TypeError: not a tree, a batch size that is no integer, or another dtype.
+        ValueError: no batch size for one tree, a negative one, or not the topology's own.
 
     Notes:
         No host sync; can be captured in a CUDA graph.
@@ -106,6 +106,8 @@ def to_retrieve(
     if dtype not in INTEGERS:
         raise TypeError(f"to_retrieve: dtype must be torch.int64 or torch.int32, got {dtype}")
     topology = tree.tensors(device) if isinstance(tree, TokenTree) else tree
+    if batch_size is not None:
+        batch_size = checks.whole_number("to_retrieve", "batch_size", batch_size, rule=checks.at_least(0))
     wanted = batch_size if topology.batch_size is None else topology.batch_size
     if wanted is None or (batch_size is not None and batch_size != wanted):
         rule = "be given for a tree that all requests share" if wanted is None else f"be the topology's {wanted}"
@@ -141,9 +143,9 @@ def from_retrieve(
         nobody's children there, and are never accepted.
 
     Raises:
-        TypeError: not integer tensors of one dtype.
-        ValueError: a wrong shape or device; on a CPU also links outside -1..N-1, to the root, to a node that is linked
-            twice, or in a ring, and bounds that do not hold.
+        TypeError: not integer tensors of one dtype, or a bound that is no integer.
+        ValueError: a wrong shape or device, or a bound of no tree; on a CPU also links outside -1..N-1, to the root, to
+            a node that is linked twice, or in a ring, and bounds that do not hold.
 
     Notes:
         No host sync where both bounds are given; can be captured in a CUDA graph. On devices other than the CPU nobody
@@ -165,6 +167,10 @@ def from_retrieve(
         checks.fail_range(where, "next_token", "have shape [batch, nodes]", checks.shape_text(next_token.shape))
     checks.check_shape(where, "next_sibling", next_sibling, tuple(next_token.shape), "batch, nodes")
     checks.check_device(where, "next_sibling", next_sibling, next_token.device)
+    if num_levels is not None:
+        num_levels = checks.whole_number(where, "num_levels", num_levels, rule=checks.at_least(1))
+    if max_branching is not None:
+        max_branching = checks.whole_number(where, "max_branching", max_branching, rule=checks.at_least(0))
     if next_token.is_cpu:
         _check_links(where, next_token, next_sibling)
     num_nodes = next_token.shape[1]
@@ -178,6 +184,14 @@ def from_retrieve(
     top, depths = _followed(parents)
     used = top == 0
     depths = torch.where(used, depths, 0)
+    if depths.is_cpu and depths.numel():
+        has_parent = used & (parents >= 0)
+        for name, bound, least in (
+            ("num_levels", num_levels, int(depths.max()) + 1),
+            ("max_branching", max_branching, int(torch.where(has_parent, ranks + 1, 0).max())),
+        ):
+            if bound is not None and bound < least:
+                checks.fail_range(where, name, f"be at least {least}", bound)
     if num_levels is None:
         num_levels = int(depths.max()) + 1 if depths.numel() else 1
 
@@ -203,7 +217,7 @@ def to_accepted_rows(
     """Write an accepted path as servers read it.
 
     Args:
-        path: what `verify_tree` gave.
+        path: what `verify_tree` gave: nodes [B, levels], num_accepted [B], next_token [B].
         tokens: the nodes' tokens, as `verify_tree` took them. [B, N], int64.
         order: `RetrievedTree.order`, where the server's nodes stand in an order of its own. [B, N], int64.
         batch_rows: the server's rows, where they are not b * N + node; each below B * N. [B, N], int64 or int32.
@@ -213,7 +227,8 @@ def to_accepted_rows(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape or device.
+        ValueError: a wrong shape or device; on a CPU also nodes or rows that there are not, and counts other than those
+            of the accepted nodes.
 
     Notes:
         No host sync; can be captured in a CUDA graph.
@@ -225,20 +240,36 @@ def to_accepted_rows(
         ([6, -1, 7], [[0, 2, -1]], [1])
     """
     where = "to_accepted_rows"
+    if not isinstance(path, VerifiedPath):
+        raise TypeError(f"{where}: path must be a VerifiedPath, got {type(path).__name__}")
+    _check_paths(where, "path.nodes", path.nodes)
+    batch_size, device = len(path.nodes), path.nodes.device
+    for name, row, dtypes in (
+        ("path.num_accepted", path.num_accepted, INTEGERS),
+        ("path.next_token", path.next_token, (torch.int64,)),
+    ):
+        checks.check_tensor(where, name, row)
+        checks.check_dtype(where, name, row, *dtypes)
+        checks.check_shape(where, name, row, (batch_size,), "batch")
+        checks.check_device(where, name, row, device)
     checks.check_tensor(where, "tokens", tokens)
     checks.check_dtype(where, "tokens", tokens, torch.int64)
-    if tokens.dim() != 2 or len(tokens) != len(path.nodes):
-        rule = f"have shape [batch, nodes] with batch {len(path.nodes)}"
+    if tokens.dim() != 2 or len(tokens) != batch_size or tokens.shape[1] == 0:
+        rule = f"have shape [batch, nodes] with batch {batch_size}"
         checks.fail_range(where, "tokens", rule, checks.shape_text(tokens.shape))
-    shape, device = tuple(tokens.shape), tokens.device
+    checks.check_device(where, "tokens", tokens, device)
+    shape, num_nodes = tuple(tokens.shape), tokens.shape[1]
     for name, part, dtypes in (("order", order, (torch.int64,)), ("batch_rows", batch_rows, INTEGERS)):
         if part is not None:
             checks.check_tensor(where, name, part)
             checks.check_dtype(where, name, part, *dtypes)
             checks.check_shape(where, name, part, shape, "batch, nodes")
             checks.check_device(where, name, part, device)
-    checks.check_device(where, "path.nodes", path.nodes, device)
-    batch_size, num_nodes = shape
+    if tokens.is_cpu:
+        _check_nodes(where, "path.nodes", path.nodes, num_nodes)
+        _check_counts(where, "path.num_accepted", path.num_accepted, path.nodes, 0)
+        if order is not None:
+            _check_range(where, "order", order, num_nodes)
     is_accepted = path.nodes >= 0
     nodes = path.nodes.clamp(min=0).to(torch.int64)
     rows = nodes if order is None else order.gather(1, nodes)
@@ -246,20 +277,23 @@ def to_accepted_rows(
         rows = rows + num_nodes * torch.arange(batch_size, device=device)[:, None]
     else:
         rows = batch_rows.gather(1, rows).to(torch.int64)
+        if rows.is_cpu:  # those of nodes that are not accepted may be anything
+            _check_range(where, "batch_rows", rows[is_accepted], batch_size * num_nodes)
     # Behind each accepted node comes the next one's token, behind the last one the bonus token.
     follow = torch.cat((tokens.gather(1, nodes)[:, 1:], path.next_token[:, None]), dim=1)
     follow.scatter_(1, (path.num_accepted.to(torch.int64) - 1)[:, None], path.next_token[:, None])
     predicts = torch.full((batch_size * num_nodes + 1,), -1, dtype=torch.int32, device=device)
     predicts[torch.where(is_accepted, rows, batch_size * num_nodes)] = follow.to(torch.int32)
     accept_index = torch.where(is_accepted, rows, -1).to(torch.int32)
-    return AcceptedRows(predicts[:-1], accept_index, path.num_accepted - 1)
+    return AcceptedRows(predicts[:-1], accept_index, (path.num_accepted - 1).to(torch.int32))
 
 
 def from_accepted_rows(rows: AcceptedRows, num_nodes: int, *, places: torch.Tensor | None = None) -> VerifiedPath:
     """Read a path that a server's verification accepted, as `compact_kv_cache_` takes it.
 
     Args:
-        rows: predicts, accept_index and accept_token_num, rows being b * num_nodes + node.
+        rows: predicts [B * N] or more, accept_index [B, levels] and accept_token_num [B], int32 or int64, rows being
+            b * num_nodes + node.
         num_nodes: nodes of each request's tree.
         places: `RetrievedTree.places`, where the server's nodes stand in an order of its own. [B, N], int64.
 
@@ -267,7 +301,9 @@ def from_accepted_rows(rows: AcceptedRows, num_nodes: int, *, places: torch.Tens
         VerifiedPath(nodes, num_accepted, next_token), of as many levels as accept_index has columns.
 
     Raises:
-        TypeError, ValueError: accept_index is no [batch, levels] tensor of int32 or int64.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device; on a CPU also rows of another request, and counts other than those of the
+            accepted rows but one.
 
     Notes:
         No host sync; can be captured in a CUDA graph.
@@ -277,14 +313,36 @@ def from_accepted_rows(rows: AcceptedRows, num_nodes: int, *, places: torch.Tens
         >>> from_accepted_rows(rows, 3).nodes.tolist(), from_accepted_rows(rows, 3).next_token.tolist()
         ([[0, 2, -1]], [7])
     """
-    where, (predicts, accept_index, accept_token_num) = "from_accepted_rows", rows
-    checks.check_tensor(where, "accept_index", accept_index)
-    checks.check_dtype(where, "accept_index", accept_index, *INTEGERS)
-    if accept_index.dim() != 2:
-        shown = checks.shape_text(accept_index.shape)
-        checks.fail_range(where, "accept_index", "have shape [batch, levels]", shown)
+    where = "from_accepted_rows"
+    if not isinstance(rows, AcceptedRows):
+        raise TypeError(f"{where}: rows must be AcceptedRows, got {type(rows).__name__}")
+    predicts, accept_index, accept_token_num = rows
+    num_nodes = checks.whole_number(where, "num_nodes", num_nodes, rule=checks.at_least(1))
+    _check_paths(where, "accept_index", accept_index)
+    batch_size, device = len(accept_index), accept_index.device
+    for name, part in (("predicts", predicts), ("accept_token_num", accept_token_num)):
+        checks.check_tensor(where, name, part)
+        checks.check_dtype(where, name, part, *INTEGERS)
+        checks.check_device(where, name, part, device)
+    checks.check_shape(where, "accept_token_num", accept_token_num, (batch_size,), "batch")
+    if predicts.dim() != 1 or len(predicts) < batch_size * num_nodes:
+        rule = f"have shape [rows] with at least {batch_size * num_nodes} rows"
+        checks.fail_range(where, "predicts", rule, checks.shape_text(predicts.shape))
+    if places is not None:
+        checks.check_tensor(where, "places", places)
+        checks.check_dtype(where, "places", places, torch.int64)
+        checks.check_shape(where, "places", places, (batch_size, num_nodes), "batch, nodes")
+        checks.check_device(where, "places", places, device)
+    first_rows = num_nodes * torch.arange(batch_size, device=device)[:, None]
+    if accept_index.is_cpu:
+        within = torch.where(accept_index >= 0, accept_index - first_rows, accept_index)
+        foreign = (accept_index < -1) | ((accept_index >= 0) & ((within < 0) | (within >= num_nodes)))
+        if bool(foreign.any()):
+            request = int(foreign.nonzero()[0, 0])
+            rule = f"be -1 or rows {request * num_nodes} to {(request + 1) * num_nodes - 1} for request {request}"
+            checks.fail_range(where, "accept_index", rule, int(accept_index[foreign][0]))
+        _check_counts(where, "accept_token_num", accept_token_num, accept_index, 1)
     is_accepted, index = accept_index >= 0, accept_index.clamp(min=0).to(torch.int64)
-    first_rows = num_nodes * torch.arange(len(index), device=index.device)[:, None]
     nodes = (index - first_rows).clamp(min=0)
     nodes = nodes if places is None else places.gather(1, nodes)
     last = index.gather(1, accept_token_num.to(torch.int64)[:, None])[:, 0]
@@ -293,6 +351,38 @@ def from_accepted_rows(rows: AcceptedRows, num_nodes: int, *, places: torch.Tens
         (accept_token_num + 1).to(torch.int32),
         predicts[last].to(torch.int64),
     )
+
+
+def _check_paths(where: str, name: str, paths: torch.Tensor) -> None:
+    checks.check_tensor(where, name, paths)
+    checks.check_dtype(where, name, paths, *INTEGERS)
+    if paths.dim() != 2 or paths.shape[1] == 0:
+        checks.fail_range(where, name, "have shape [batch, levels]", checks.shape_text(paths.shape))
+
+
+def _check_range(where: str, name: str, values: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless values index a dimension of that size. Reads values."""
+    outside = (values < 0) | (values >= size)
+    if bool(outside.any()):
+        checks.fail_range(where, name, f"be from 0 to {size - 1}", int(values[outside][0]))
+
+
+def _check_nodes(where: str, name: str, nodes: torch.Tensor, num_nodes: int) -> None:
+    """Raise ValueError unless nodes are the tree's, or -1. Reads values."""
+    outside = (nodes < -1) | (nodes >= num_nodes)
+    if bool(outside.any()):
+        checks.fail_range(where, name, f"be from -1 to {num_nodes - 1}", int(nodes[outside][0]))
+
+
+def _check_counts(where: str, name: str, counts: torch.Tensor, paths: torch.Tensor, uncounted: int) -> None:
+    """Raise ValueError unless paths begin with as many nodes as are counted, and -1 fills the rest. Reads values."""
+    is_accepted = torch.arange(paths.shape[1]) < counts[:, None] + uncounted
+    wrong = (counts + uncounted < 1) | (counts + uncounted > paths.shape[1]) | ((paths >= 0) != is_accepted).any(dim=1)
+    if bool(wrong.any()):
+        request = int(wrong.nonzero()[0])
+        rule = "count the nodes in front of the first -1" + (" but for the root" if uncounted else "")
+        actual = f"{int(counts[request])} for {paths[request].tolist()} of request {request}"
+        checks.fail_range(where, name, rule, actual)
 
 
 def _linked_from(links: torch.Tensor) -> torch.Tensor:

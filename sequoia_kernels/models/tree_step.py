@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from sequoia_kernels import checks
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree, Topology
 
 __all__ = ["ForwardInputs", "TreeStep", "causal_step"]
@@ -38,7 +39,7 @@ class TreeStep(NamedTuple):
     def of(
         cls,
         tree: TokenTree | Topology,
-        nodes: Sequence[int] | None = None,
+        nodes: Sequence[int] | torch.Tensor | None = None,
         *,
         device: torch.device | str | None = None,
     ) -> TreeStep:
@@ -46,16 +47,20 @@ class TreeStep(NamedTuple):
 
         Args:
             tree: the tree, or a topology: of one tree, or of trees for each request whose levels are equally wide.
-            nodes: which nodes, increasing; None feeds all.
+            nodes: which nodes, increasing: integers, or a tensor of them, which is read; None feeds all.
             device: where the step of a `TokenTree` is to be, "cpu" unless given. A topology's is where the topology is.
 
         Raises:
-            ValueError: nodes do not increase or are not the tree's, or a topology comes with a device.
+            TypeError: not a tree, or nodes that are no integers.
+            ValueError: nodes do not increase or are not the tree's, a topology comes with a device, or (on a CPU) its
+                trees have levels of other widths.
 
         Example:
             >>> TreeStep.of(TokenTree([-1, 0, 0, 1]), [1, 2]).depths.tolist()
             [1, 1]
         """
+        if not isinstance(tree, (TokenTree, Topology)):
+            raise TypeError(f"TreeStep.of: tree must be a TokenTree or a Topology, got {type(tree).__name__}")
         if isinstance(tree, TokenTree):
             topology = tree.tensors("cpu" if device is None else device)
         else:
@@ -64,11 +69,19 @@ class TreeStep(NamedTuple):
                 raise ValueError(f"TreeStep.of: device must be None beside a Topology, got {device}")
         num_nodes = topology.num_nodes
         if nodes is not None:
-            nodes = [*nodes]
+            nodes = nodes.tolist() if isinstance(nodes, torch.Tensor) else nodes
+            if not isinstance(nodes, Iterable):
+                raise TypeError(f"TreeStep.of: nodes must be integers, got {nodes}")
+            nodes = [checks.whole_number("TreeStep.of", "nodes", node, kind="integers") for node in nodes]
             if not nodes or any(node >= after for node, after in zip(nodes, [*nodes[1:], num_nodes])) or nodes[0] < 0:
                 raise ValueError(f"TreeStep.of: nodes must increase within 0..{num_nodes - 1}, got {nodes}")
         mask, depths = topology.ancestor_mask, topology.depths
         if depths.dim() == 2:
+            if depths.is_cpu and bool((depths != depths[:1]).any()):
+                request, node = (depths != depths[:1]).nonzero()[0].tolist()
+                actual = f"depths {int(depths[0, node])} and {int(depths[request, node])} of node {node}"
+                rule = "have equally many nodes on every level of all its trees"
+                checks.fail_range("TreeStep.of", "tree", rule, f"{actual} of the requests 0 and {request}")
             depths = depths[0]
         if nodes is None:
             ids = torch.arange(num_nodes, dtype=torch.int32, device=mask.device)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sequoia_kernels import checks
+
 __all__ = ["Topology"]
 
 
@@ -61,8 +63,9 @@ class Topology(NamedTuple):
             max_branching: no node has more children; likewise.
 
         Raises:
-            TypeError: parents is not an integer tensor.
-            ValueError: a wrong shape; on a CPU also parents of no breadth-first tree, or bounds that do not hold.
+            TypeError: parents is not an integer tensor, or a bound no integer.
+            ValueError: a wrong shape, or a bound of no tree; on a CPU also parents of no breadth-first tree, or bounds
+                that do not hold.
 
         Notes:
             No host sync where both bounds are given; can be captured in a CUDA graph. On devices other than the CPU
@@ -73,11 +76,11 @@ class Topology(NamedTuple):
             [[0, 1, 1, 2], [0, 1, 2, 0]]
         """
         where = "Topology.from_parents"
-        if not isinstance(parents, torch.Tensor) or parents.dtype not in (torch.int32, torch.int64):
-            kind = parents.dtype if isinstance(parents, torch.Tensor) else type(parents).__name__
-            raise TypeError(f"{where}: parents must be an int32 or int64 tensor, got {kind}")
-        if parents.dim() not in (1, 2) or parents.shape[-1] == 0:
-            raise ValueError(f"{where}: parents must have shape [nodes] or [batch, nodes], got {list(parents.shape)}")
+        _check_parents_tensor(where, "parents", parents, torch.int32, torch.int64)
+        if num_levels is not None:
+            num_levels = checks.whole_number(where, "num_levels", num_levels, rule=checks.at_least(1))
+        if max_branching is not None:
+            max_branching = checks.whole_number(where, "max_branching", max_branching, rule=checks.at_least(0))
         if parents.is_cpu:
             _check_parents(where, parents)
         num_nodes, device = parents.shape[-1], parents.device
@@ -115,6 +118,7 @@ class Topology(NamedTuple):
             where: function named in the messages.
 
         Raises:
+            TypeError: a tensor that is none, or not of int32, or a bound that is no integer.
             ValueError: parents of no breadth-first tree, another tensor that says something else, or a bound that does
                 not hold; the message names the tensor and the request.
 
@@ -122,6 +126,12 @@ class Topology(NamedTuple):
             >>> from sequoia_kernels import TokenTree
             >>> TokenTree.chain(3).tensors().check()
         """
+        _check_parents_tensor(where, "tree.parents", self.parents, torch.int32)
+        for name, part in zip(self._fields, self[:-2]):
+            checks.check_tensor(where, f"tree.{name}", part)
+            checks.check_dtype(where, f"tree.{name}", part, torch.int32)
+        for name, bound in zip(self._fields[-2:], self[-2:]):
+            checks.whole_number(where, f"tree.{name}", bound)
         _check_parents(where, self.parents, "tree.parents")
         made = Topology.from_parents(self.parents.cpu())
         for name, part, right in zip(self._fields, self[:-2], made[:-2]):
@@ -157,6 +167,13 @@ class Topology(NamedTuple):
         stacked: list[Any] = [torch.stack(parts) for parts in zip(*(topology[:-2] for topology in topologies))]
         bounds = [max(parts) for parts in zip(*(topology[-2:] for topology in topologies))]
         return cls(*stacked, *bounds)
+
+
+def _check_parents_tensor(where: str, name: str, parents: torch.Tensor, *dtypes: torch.dtype) -> None:
+    checks.check_tensor(where, name, parents)
+    checks.check_dtype(where, name, parents, *dtypes)
+    if parents.dim() not in (1, 2) or parents.shape[-1] == 0:
+        checks.fail_range(where, name, "have shape [nodes] or [batch, nodes]", checks.shape_text(parents.shape))
 
 
 def _check_parents(where: str, parents: torch.Tensor, name: str = "parents") -> None:

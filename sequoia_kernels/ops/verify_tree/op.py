@@ -152,7 +152,13 @@ def verify_tree(
     rule_named(OP, rule)
     if isinstance(tree, Topology):
         _check_topology(tree)
-        if debug is True:
+        # Traced and fake tensors have no values to read.
+        if (
+            debug is True
+            and not torch.compiler.is_compiling()
+            and type(tree.parents) is Tensor
+            and not tree.parents.is_meta
+        ):
             tree.check(OP)
     if tree.num_nodes > MAX_STEP_ROWS:
         checks.fail_range(OP, "tree", f"have at most {MAX_STEP_ROWS} nodes", tree.num_nodes)
@@ -299,7 +305,7 @@ def check_use(inputs: VerifyTreeInputs) -> None:
     )
     ends = first_child + num_children
     # Whether a column is a child of a row. [B, N, N]; greedy requests may be offered any tokens.
-    is_child = (nodes >= first_child[:, :, None]) & (nodes < ends[:, :, None]) & (num_children > 0)[:, :, None]
+    is_child = (nodes >= first_child[:, :, None]) & (nodes < ends[:, :, None])
     is_child &= (inputs.temperature != 0)[:, None, None] & (tokens >= 0)[:, None, :]
     parents = is_child.to(torch.int8).argmax(dim=1)
     drawn = is_child.any(dim=1)

@@ -290,13 +290,10 @@ def test_every_instruction_set(monkeypatch, name, dtype):
         scored.append(score_tree(native, prompt, tree, nodes))
         path = path_to(tree, tree.num_nodes - 1)
         assert torch.equal(decode(native, behind(native, prompt), prompt.shape[1], nodes[0, path]), scored[-1][path])
-    if dtype == torch.float32:  # as near what float64 says as the modules are, but for the order of their sums
+    if dtype == torch.float32:  # seen: 1.1e-5, 1.6e-6 and 2.8e-6, the modules' own 0.9e-5, 1.6e-6 and 3.0e-6
         exact = score_tree(adapt(case_model(name).double(), forward="modules"), prompt, tree, nodes)
-        *errors, modules = (
-            float((logits.double() - exact).abs().max())
-            for logits in (*scored, score_tree(adapt(case_model(name), forward="modules"), prompt, tree, nodes))
-        )
-        assert 0 < modules < 1e-5 and max(errors) <= 3 * modules
+        bound = {"llama": 2e-5, "gemma2": 3e-6, "gpt_neox": 5e-6}[name]
+        assert all(float((logits.double() - exact).abs().max()) <= bound for logits in scored)
         return
     # Where a cache row is rounded the other way, all that follows differs by a unit in the last place or two.
     bound = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]

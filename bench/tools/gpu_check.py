@@ -12,13 +12,15 @@ skipped or left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,14 +200,15 @@ def run_stage(stage: Stage, share: Share, folder: Path) -> Outcome:
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:
         try:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=child_environment(stage.variables),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with interrupts_heard():
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=child_environment(stage.variables),
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         except OSError as error:
             return Outcome(stage.name, "failed", 0.0, limit, str(error), text, str(log))
         try:
@@ -225,13 +228,23 @@ def run_stage(stage: Stage, share: Share, folder: Path) -> Outcome:
     return Outcome(stage.name, status, time.perf_counter() - started, limit, detail, text, str(log))
 
 
-def end_group(process: subprocess.Popen[bytes], wind_down: float) -> None:
-    """End a stage and whatever it started: as Ctrl-C does, upon which pytest still sums up, then by force.
+@contextlib.contextmanager
+def interrupts_heard() -> Iterator[None]:
+    """Let what is started in here hear Ctrl-C: a shell's background jobs ignore it, and so does all that they start."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a new program begins without
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    Ctrl-C is given twice: Python drops an interrupt that meets it in a finalizer.
-    """
-    interrupt = (signal.SIGINT, wind_down / 2)
-    for number, seconds in (interrupt, interrupt, (signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+
+def end_group(process: subprocess.Popen[bytes], wind_down: float) -> None:
+    """End a stage and whatever it started: as Ctrl-C does, upon which pytest still sums up, then by force."""
+    for number, seconds in ((signal.SIGINT, wind_down), (signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
             process.wait(timeout=seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -296,6 +297,18 @@ def test_a_worker_whose_device_is_lost_is_replaced(tmp_path):
     assert "FAILED test_them.py::test_breaks (call)" in written and "FAILED test_them.py::test_fails (call)" in written
     lost = "THE DEVICE DOES NOT ANSWER behind test_them.py::test_breaks; the worker ends\nCUDA error: an illegal memory"
     assert written.count("DOES NOT ANSWER") == 1 and lost in written
+
+
+def test_a_stage_hears_the_interrupt_that_its_parent_ignores(tmp_path):
+    """As the background jobs of a shell do."""
+    code = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        outcome = gpu_check.run_stage(python_stage("listens", code), AMPLE, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.status == "passed"
 
 
 def test_a_run_that_is_ended_keeps_its_failures(tmp_path, monkeypatch):

@@ -198,10 +198,7 @@ def to_slot_lists(
         ([0, 3, 4], [10, 11, 6, 4])
     """
     where = "to_slot_lists"
-    _check_table(where, block_table, page_size)
-    _check_lens(where, "lens", lens, block_table)
-    if lens.is_cpu:
-        _check_rows(where, lens.to(torch.int64)[:, None] - 1, block_table, page_size)
+    _check_listed(where, block_table, lens, page_size)
     return _listed(where, block_table, lens, page_size, capacity, "rows")
 
 
@@ -263,10 +260,7 @@ def to_page_lists(
         ([0, 2, 3], [5, 3, 2], [1, 1])
     """
     where = "to_page_lists"
-    _check_table(where, block_table, page_size)
-    _check_lens(where, "lens", lens, block_table)
-    if lens.is_cpu:
-        _check_rows(where, lens.to(torch.int64)[:, None] - 1, block_table, page_size)
+    _check_listed(where, block_table, lens, page_size)
     num_pages = (lens.to(torch.int64) + page_size - 1) // page_size
     indptr, indices = _listed(where, block_table, num_pages, 1, capacity, "pages")
     return PageLists(indptr, indices, (lens - (num_pages - 1).clamp(min=0) * page_size).to(torch.int32))
@@ -391,6 +385,14 @@ def _check_not_negative(where: str, name: str, values: torch.Tensor, which: str 
     """Raise ValueError if a value is negative. Reads values."""
     if bool((values < 0).any()):
         checks.fail_range(where, name, "not be negative" + (f" in {which}" if which else ""), int(values.min()))
+
+
+def _check_listed(where: str, block_table: torch.Tensor, lens: torch.Tensor, page_size: int) -> None:
+    """A table, and lengths that it has pages for."""
+    _check_table(where, block_table, page_size)
+    _check_lens(where, "lens", lens, block_table)
+    if lens.is_cpu:
+        _check_rows(where, lens.to(torch.int64)[:, None] - 1, block_table, page_size)
 
 
 def _check_rows(where: str, rows: torch.Tensor, block_table: torch.Tensor, page_size: int) -> None:

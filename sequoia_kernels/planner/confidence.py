@@ -125,7 +125,7 @@ def _worths(records: StepRecords, confidence: Confidence) -> Floats:
                 continue
             own = np.searchsorted(PROBABILITY_EDGES, nodes.likelihood[:, child], side="right")
             worth[:, child] = np.minimum(reach[:, node] * undrawn[rank, columns], worth[:, node]) * FALL
-            reach[:, child] = reach[:, node] * drawn[min(rank, len(drawn) - 1), own]
+            reach[:, child] = reach[:, node] * drawn[rank, own]
     return worth
 
 

@@ -3,7 +3,8 @@
 A row is a pair of models by shape, built with random weights and calibrated so that its measured acceptance gives the
 tokens per step that the paper reports for the trained pair; what decodes is the unmodified loop. Columns of one row
 take turns on the same prompts: our own loop without a draft (the baseline), with the best tree of the paper's size, and
-with the planner's pick; transformers' `generate` and its assisted generation. More in docs/benchmarks.md.
+with the planner's pick, above temperature 0 by either rule; transformers' `generate` and its assisted generation. More
+in docs/benchmarks.md.
 
 Times are those of steady decoding: a streamer notes when tokens arrive; the prefill, the first steps (graph capture)
 and the last are left out::
@@ -49,6 +50,7 @@ from sequoia_kernels.planner import AcceptanceEstimate
 AUTOREGRESSIVE = "autoregressive"
 SIZED_TREE = "tree of given size"
 PLANNED_TREE = "planned tree"
+BY_TRAVERSAL = ", traversal"  # behind either: the same tree, verified by the other rule
 TRANSFORMERS = "transformers generate"
 ASSISTED = "transformers assisted"
 
@@ -198,12 +200,14 @@ class Outcome(NamedTuple):
     outside: float  # share of the time outside the forwards, where stages are timed
 
 
-def own_loop(system: System, tree: TokenTree | None, temperature: float) -> Callable[[torch.Tensor, int, int], Outcome]:
+def own_loop(
+    system: System, tree: TokenTree | None, temperature: float, rule: str = "sequoia"
+) -> Callable[[torch.Tensor, int, int], Outcome]:
     """Our loop; without a tree it decodes token by token."""
     target, draft = system.compiled or (system.target, system.draft)
 
     drafter, options = (None, {}) if tree is None else (draft, {"tree": tree})
-    options |= {"temperature": temperature, "eos_token_id": (), "rule": "sequoia"}
+    options |= {"temperature": temperature, "eos_token_id": (), "rule": rule}
 
     def run(prompt: torch.Tensor, num_tokens: int, seed: int) -> Outcome:
         arrivals = Arrivals()
@@ -320,8 +324,14 @@ def measure_system(
     context_len = system.prompts[0].shape[1] + num_tokens // 2
     plan = plan_tree(acceptance, system.profile, context_len=context_len, temperature=temperature)
     trees = {SIZED_TREE: sized, PLANNED_TREE: plan.tree}
+    rules = dict.fromkeys(trees, "sequoia")  # the paper's, which the pair is calibrated and the tree planned with
+    if temperature > 0:  # greedily all rules are one
+        trees |= {name + BY_TRAVERSAL: tree for name, tree in trees.items()}
+        rules |= {name: "traversal" for name in trees if name not in rules}
     providers = {AUTOREGRESSIVE: own_loop(system, None, temperature)}
-    providers |= {name: own_loop(system, tree, temperature) for name, tree in trees.items() if tree.num_nodes > 1}
+    providers |= {
+        name: own_loop(system, tree, temperature, rules[name]) for name, tree in trees.items() if tree.num_nodes > 1
+    }
     if rivals:
         providers[TRANSFORMERS] = transformers_loop(system, False, temperature)
         providers[ASSISTED] = transformers_loop(system, True, temperature)
@@ -345,7 +355,7 @@ def measure_system(
             tree = trees[name]
             expected = Goal(0, tree.num_nodes, tree.num_levels).of(acceptance.vector)
             entries[name] |= {"nodes": tree.num_nodes, "levels": tree.num_levels, "parents": list(tree.parents)}
-            entries[name] |= {"expected_tokens_per_step": expected}
+            entries[name] |= {"expected_tokens_per_step": expected, "rule": rules[name]}
     plain = entries[AUTOREGRESSIVE]["ms_per_token"]
     for entry in entries.values():
         entry["speedup"] = plain / entry["ms_per_token"]
@@ -436,7 +446,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         if paper.get("speedup"):
             earlier = f", {paper['earlier_speedup']}x in an earlier version" if paper.get("earlier_speedup") else ""
             reported = f"{paper['speedup']}x ({paper['tokens_per_step']}){earlier}"
-        for name in (SIZED_TREE, PLANNED_TREE):
+        for name in (name + rule for rule in ("", BY_TRAVERSAL) for name in (SIZED_TREE, PLANNED_TREE)):
             if name not in providers:
                 continue
             entry = providers[name]

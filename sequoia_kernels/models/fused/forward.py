@@ -5,6 +5,8 @@ and cache rows, attention along the tree, one product, norm, one product for gat
 Products read weights where the model has them; what is read together is laid together (`packing.py`), the parameters
 being views of it, so nothing is held twice and the model's own forward goes on working. What must stay where it is, is
 read by a product of its own.
+
+Few rows that pass through small layers, a draft's level, take five launches a layer instead (`few_rows.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from transformers import PreTrainedModel
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.description import Description, Matrix, form_of
+from sequoia_kernels.models.fused import few_rows
 from sequoia_kernels.models.fused.packing import Group, movable, packed_rows
 from sequoia_kernels.models.fused.steps import (
     MAX_WIDTH,
+    Ahead,
     Heads,
     Norm,
     RowPlaces,
@@ -36,6 +40,10 @@ from sequoia_kernels.ops import tree_attention, triton_device
 
 __all__ = ["FusedForward"]
 
+# Of a weight, asked for while a step in front of its product runs: what the memory brings in that time.
+BYTES_AHEAD = 10 << 20
+BYTES_AHEAD_OF_ATTENTION = 32 << 20
+
 Linear = tuple[torch.Tensor, torch.Tensor | None]  # weight as `F.linear` takes it, bias
 
 
@@ -47,6 +55,10 @@ class _Together(NamedTuple):
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         products = [F.linear(rows, *part) for part in self.parts]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+    def ahead(self, most_bytes: int, rows: int) -> Ahead | None:
+        """What a step in front of the product asks for."""
+        return Ahead.of(self.parts[0][0], most_bytes, rows)
 
 
 class _Layer(NamedTuple):
@@ -72,6 +84,7 @@ class _Layer(NamedTuple):
     down: Linear
     parallel: bool
     shares_norm: bool  # MLP and attention read the same rows
+    suits_few_rows: bool  # five launches do
 
 
 class _Weights(NamedTuple):
@@ -260,7 +273,7 @@ class FusedForward:
             layer["num_heads"], layer["num_kv_heads"], layer["head_dim"],
             first_query, layer["keys"][0], layer["values"][0], stride, dims,
         )  # fmt: skip
-        return _Layer(
+        found = _Layer(
             input_norm=self._norm(layer["input_norm"]),
             attended_norm=self._norm(layer["attended_norm"]),
             mlp_norm=self._norm(layer["mlp_norm"]),
@@ -281,7 +294,20 @@ class FusedForward:
             down=self._linear(layer["down"]),
             parallel=layer["parallel"],
             shares_norm=layer["mlp_norm"] in (None, layer["input_norm"]),
+            suits_few_rows=False,
         )
+        return found._replace(suits_few_rows=self._suits_few_rows(found))
+
+    def _suits_few_rows(self, layer: _Layer) -> bool:
+        """Whether the products for few rows compute a layer, and its weights are small."""
+        products = layer.projections.parts + layer.inner.parts + (layer.output, layer.down)
+        if layer.parallel or layer.norms_whole_rows or layer.attended_norm or layer.mlp_output_norm:
+            return False
+        if self._described.fields["residual_scale"] != 1.0 or len(products) != 4:
+            return False
+        is_small = sum(weight.numel() for weight, _ in products) <= few_rows.MAX_WEIGHTS
+        is_half = layer.output[0].dtype.itemsize == 2 or triton_device.INTERPRETED
+        return is_small and is_half and all(weight.stride(1) == 1 for weight, _ in products)
 
     # ---- the forward ----
 
@@ -310,30 +336,54 @@ class FusedForward:
             stream += F.embedding(positions.reshape(-1), weights.positions)
         scale = fields["residual_scale"]
         update, update_norm = None, None
+        are_few = stream.shape[0] <= few_rows.MAX_ROWS
         for number, (layer, stored) in enumerate(zip(weights.layers, cache.layers, strict=True)):
-            normed = residual_norm_(stream, update, layer.input_norm, update_norm=update_norm, update_scale=scale)
+            table = tables[layer.rotation] if layer.rotation >= 0 else None
+            if are_few and layer.suits_few_rows:
+                if update is not None:  # of a layer of the other kind
+                    residual_norm_(stream, update, None, update_norm=update_norm, update_scale=scale)
+                    update, update_norm = None, None
+                if number in wanted:
+                    kept[number] = stream.clone()
+                self._pass_few_rows(layer, stream, stored, places, mask, table, step.num_tree_rows)
+                continue
+            ahead = layer.projections.ahead(BYTES_AHEAD, stream.shape[0])
+            normed = residual_norm_(
+                stream, update, layer.input_norm, update_norm=update_norm, update_scale=scale, ahead=ahead
+            )
             if number in wanted:
                 kept[number] = stream.clone()
-            table = tables[layer.rotation] if layer.rotation >= 0 else None
-            attended = self._attend(layer, normed, stored, places, mask, table)
+            projected = layer.projections.product(normed)
+            attended = F.linear(self._attend(layer, projected, stored, places, mask, table), *layer.output)
             if layer.parallel:
                 inner = normed if layer.shares_norm else residual_norm_(stream, None, layer.mlp_norm)
                 update, update_norm = attended.add_(_mlp(layer, inner)), None
                 continue
+            ahead = layer.inner.ahead(BYTES_AHEAD, stream.shape[0])
             normed = residual_norm_(
-                stream, attended, layer.mlp_norm, update_norm=layer.attended_norm, update_scale=scale
+                stream, attended, layer.mlp_norm, update_norm=layer.attended_norm, update_scale=scale, ahead=ahead
             )
             update, update_norm = _mlp(layer, normed), layer.mlp_output_norm
         if last_row is not None and num_layers not in wanted:
             stream, update = (_row_of_each(rows, last_row, num_nodes) for rows in (stream, update))
-        normed = residual_norm_(stream, update, weights.final_norm, update_norm=update_norm, update_scale=scale)
+        head, head_bias = weights.head
+        if are_few and update is None and not wanted and head.stride(1) == 1 and weights.layers[-1].suits_few_rows:
+            return self._finished(few_rows.normed_product(stream, weights.final_norm, head, head_bias), batch_size)
+        ahead = Ahead.of(head, BYTES_AHEAD, stream.shape[0])
+        normed = residual_norm_(
+            stream, update, weights.final_norm, update_norm=update_norm, update_scale=scale, ahead=ahead
+        )
         if num_layers in wanted:
             kept[num_layers] = normed
             if last_row is not None:
                 normed = _row_of_each(normed, last_row, num_nodes)
         if hidden_states:
             hidden_states.update({number: rows.view(batch_size, num_nodes, -1) for number, rows in kept.items()})
-        logits = F.linear(normed, *weights.head)
+        return self._finished(F.linear(normed, head, head_bias), batch_size)
+
+    def _finished(self, logits: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Scale and cap logits. [rows, vocab] -> [B, rows / B, vocab]."""
+        fields = self._described.fields
         if fields["logit_scale"] != 1.0:
             logits *= fields["logit_scale"]
         if fields["logit_softcap"]:
@@ -343,14 +393,13 @@ class FusedForward:
     def _attend(
         self,
         layer: _Layer,
-        rows: torch.Tensor,
+        projected: torch.Tensor,
         stored: Any,
         places: RowPlaces,
         mask: torch.Tensor,
         table: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The attention's branch. [B * N, width] -> [B * N, width]."""
-        projected = layer.projections.product(rows)
+        """Attention along the tree. [B * N, queries, keys and values] -> [B * N, Hq * D]."""
         heads, norms = layer.heads, {"query_norm": layer.query_norm, "key_norm": layer.key_norm}
         if layer.norms_whole_rows:
             for norm, first, count in (
@@ -360,16 +409,46 @@ class FusedForward:
                 part = projected[:, first : first + count * heads.head_dim]
                 part.copy_(residual_norm_(part, None, norm))
             norms = {}
-        queries = rotate_and_store_(projected, stored.keys, stored.values, places, heads, table, **norms)
+        ahead = Ahead.of(layer.output[0], BYTES_AHEAD_OF_ATTENTION, projected.shape[0])
+        queries = rotate_and_store_(projected, stored.keys, stored.values, places, heads, table, ahead=ahead, **norms)
         attended = tree_attention(
             queries, stored.keys, stored.values, mask, places.cache_lens,
             scale=layer.scale, softcap=layer.softcap, sliding_window=layer.window,
         ).out  # fmt: skip
-        return F.linear(attended.reshape(rows.shape[0], -1), *layer.output)
+        return attended.reshape(projected.shape[0], -1)
+
+    def _pass_few_rows(
+        self,
+        layer: _Layer,
+        stream: torch.Tensor,
+        stored: Any,
+        places: RowPlaces,
+        mask: torch.Tensor,
+        table: torch.Tensor | None,
+        num_tree_rows: int,
+    ) -> None:
+        """Run few rows through a layer that suits them, in place."""
+        heads = layer.heads
+        projected = few_rows.normed_product(stream, layer.input_norm, *layer.projections.parts[0])
+        is_plain = layer.softcap is None and layer.window is None and layer.scale > 0
+        has_norms = layer.query_norm is not None or layer.key_norm is not None
+        is_one = is_plain and not has_norms and few_rows.attends(heads, len(places.depths), stored.keys)
+        if is_one and table is not None:
+            attended = few_rows.attend(
+                projected, stored.keys, stored.values, places, heads, table, mask, num_tree_rows, layer.scale
+            )
+        else:
+            attended = self._attend(layer, projected, stored, places, mask, table)
+        few_rows.add_product_(stream, attended, *layer.output)
+        inner = few_rows.normed_product(
+            stream, layer.mlp_norm, *layer.inner.parts[0], gated=layer.gated, activation=layer.activation
+        )
+        few_rows.add_product_(stream, inner, *layer.down)
 
 
 def _mlp(layer: _Layer, rows: torch.Tensor) -> torch.Tensor:
-    inner = gated_activation(layer.inner.product(rows), layer.gated, layer.activation)
+    ahead = Ahead.of(layer.down[0], BYTES_AHEAD, rows.shape[0])
+    inner = gated_activation(layer.inner.product(rows), layer.gated, layer.activation, ahead=ahead)
     return F.linear(inner, *layer.down)
 
 

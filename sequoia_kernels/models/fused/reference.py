@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sequoia_kernels.models.description import ACTIVATIONS, LAYER_NORM
 from sequoia_kernels.models.fused.steps import Heads, Norm, RowPlaces
+from sequoia_kernels.ops import tree_attention
 
-__all__ = ["gated_activation", "residual_norm_", "rotate_and_store_"]
+__all__ = ["add_product_", "attend", "gated_activation", "normed_product", "residual_norm_", "rotate_and_store_"]
 
 
 def normed(rows: Tensor, norm: Norm) -> Tensor:
@@ -86,3 +87,39 @@ def gated_activation(projected: Tensor, gated: bool, activation: int) -> Tensor:
     gate, up = projected.chunk(2, dim=-1) if gated else (projected, None)
     activated = ACTIVATIONS[activation](gate.float()).to(projected.dtype)
     return activated if up is None else activated * up
+
+
+def normed_product(
+    rows: Tensor,
+    norm: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+    activation: int | None = None,
+) -> Tensor:
+    """As `few_rows.normed_product`."""
+    product = F.linear(rows if norm is None else normed(rows, norm), weight, bias)
+    return product if activation is None else gated_activation(product, gated, activation)
+
+
+def add_product_(stream: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """As `few_rows.add_product_`."""
+    stream += F.linear(rows, weight, bias)
+
+
+def attend(
+    projected: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: RowPlaces,
+    heads: Heads,
+    table: Tensor,
+    tree_mask: Tensor,
+    num_tree_rows: int,
+    scale: float,
+) -> Tensor:
+    """As `few_rows.attend`."""
+    queries = rotate_and_store_(projected, keys, values, places, heads, table)
+    given = queries, keys, values, tree_mask, places.cache_lens
+    return tree_attention(*given, scale=scale, backend="reference").out.flatten(2).flatten(0, 1)

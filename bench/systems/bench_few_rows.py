@@ -1,4 +1,4 @@
-"""Forwards of few rows through small models: five launches a layer against products by torch with steps between them.
+"""Forwards of few rows through small models: all layers in one launch against torch's products with steps between them.
 
 A draft feeds the nodes of a level, a few rows. Forwards are captured, several behind one another as the levels of a
 tree are, and replayed in turns; weights that fit in L2 stay there, as they do in a loop. The floor is one read of the
@@ -35,7 +35,7 @@ ROW_COUNTS = (1, 4, 8, 16, 32)
 CONTEXT, CACHE_ROWS = 256, 640
 FORWARDS = 4  # of one graph
 
-FEW, MANY = "five launches a layer", "torch's products"
+FEW, MANY = "one launch", "torch's products"
 
 
 def level_step(rows: int, device: torch.device) -> TreeStep:
@@ -57,7 +57,7 @@ def graphs_of(model: TreeModel, rows: int, device: torch.device) -> dict[str, An
             model.forward(tokens, cache, lens, step)
 
     for name, limit in ((FEW, most), (MANY, 0)):
-        few_rows.MAX_ROWS = limit
+        few_rows.MAX_ROWS = limit  # looked at in every forward
         try:
             for _ in range(2):
                 logits[name] = model.forward(tokens, cache, lens, step).float()
@@ -65,7 +65,7 @@ def graphs_of(model: TreeModel, rows: int, device: torch.device) -> dict[str, An
         finally:
             few_rows.MAX_ROWS = most
     apart = float((logits[FEW] - logits[MANY]).abs().max() / logits[MANY].std())
-    if not apart < 0.1:  # bfloat16's last places, through all layers
+    if not apart < 0.25:  # bfloat16's last places, through all layers of a random model
         raise SystemExit(f"the two differ by {apart:.3f} standard deviations of the logits")
     return graphs
 

@@ -2,8 +2,10 @@
 // file declares and binds it. The runtime is linked statically, so the module imports on a machine without a driver.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "launch.h"
 
@@ -35,6 +37,21 @@ void launch_compact_kv_cache(
 
 cudaError_t find_compact_kv_cache();
 
+void launch_few_rows(
+    int device,
+    std::int64_t stream,
+    const std::vector<std::int64_t>& layers,
+    const std::vector<std::int64_t>& addresses,
+    const std::vector<std::int64_t>& strides,
+    const std::vector<std::int64_t>& sizes,
+    double eps,
+    double scale,
+    bool is_float16,
+    bool together,
+    int num_blocks);
+
+cudaError_t find_few_rows();
+
 namespace {
 
 // None for success, otherwise what failed. The query's own error must not be reported by the next launch.
@@ -59,6 +76,7 @@ py::object device_reason(int device) {
         status = cudaSetDevice(device);
         if (status == cudaSuccess) {
             status = find_compact_kv_cache();
+            status = status == cudaSuccess ? find_few_rows() : status;
         }
         cudaSetDevice(previous);
     }
@@ -83,4 +101,8 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("stride_cache_lens"), py::arg("length_bits"), py::arg("batch_size"), py::arg("block_table"),
                py::arg("stride_table_request"), py::arg("stride_table_page"), py::arg("page_size"),
                py::arg("max_pages"), "Launch the in-place compaction and the advance of cache_lens on the given stream.");
+    module.def("few_rows", &sequoia::launch_few_rows, py::arg("device"), py::arg("stream"), py::arg("layers"),
+               py::arg("addresses"), py::arg("strides"), py::arg("sizes"), py::arg("eps"), py::arg("scale"),
+               py::arg("is_float16"), py::arg("together") = true, py::arg("num_blocks") = 0,
+               "Launch a forward of few rows through a small decoder on the given stream; see csrc/cuda/few_rows.h.");
 }

@@ -28,11 +28,11 @@ from sequoia_kernels.models import adapt, adapter, causal_step
 from sequoia_kernels.models.adapter import TreeModel
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.quantised import NotNativeError
-from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep
+from sequoia_kernels.models.tree_step import ForwardInputs
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from sequoia_kernels.models.fused import few_rows, fused_forward, reference, steps
+from sequoia_kernels.models.fused import fused_forward, reference, steps
 from sequoia_kernels.models.fused.packing import movable, packed_rows
 from sequoia_kernels.ops import triton_device
 
@@ -178,205 +178,6 @@ def test_a_row_is_the_same_bits_among_any_others(rows):
     assert torch.equal(steps.residual_norm_(stream[:rows].clone(), update[:rows], norm), whole[:rows])
 
 
-# ---- few rows
-
-# What runs them on a GPU: two bytes, since exact products of float32 have no matrix instructions.
-FEW_ROWS_DTYPES = DTYPES if triton_device.INTERPRETED else DTYPES[1:]
-
-
-def assert_sums_near(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Up to a unit or two in the last place: sums in another order round elsewhere, and pass an activation."""
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[wanted.dtype]
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=2 * tolerance)
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", FEW_ROWS_DTYPES)
-@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 64, 48), (5, 256, 96), (17, 100, 33), (32, 768, 200)])
-@pytest.mark.parametrize("kind", ["none", "rms", "offset", "layer", "layer without bias"])
-@pytest.mark.parametrize("form", ["plain", "biases", "gated", "gated with biases", "activated"])
-def test_normed_products(form, kind, rows, width, outputs, dtype):
-    norm = {
-        "none": None,
-        "rms": norm_of(1, width, dtype),
-        "offset": norm_of(1, width, dtype, offset=1.0),
-        "layer": norm_of(2, width, dtype, bias=True),
-        "layer without bias": norm_of(2, width, dtype),
-    }[kind]
-    stream = normal(rows, width + 8, dtype=dtype)[:, :width] + 0.5
-    is_gated = form.startswith("gated")
-    weight = normal(2 * outputs if is_gated else outputs, width, dtype=dtype, seed=1) * width**-0.5
-    bias = normal(len(weight), dtype=dtype, seed=2) if "biases" in form else None
-    settings = {"gated": is_gated, "activation": None if form in ("plain", "biases") else 0}
-    got, wanted = (room.normed_product(stream, norm, weight, bias, **settings) for room in (few_rows, reference))
-    assert_sums_near(got, wanted)
-
-
-@needs_kernels
-@pytest.mark.parametrize("activation", range(5))
-def test_activations_behind_a_product(activation):
-    dtype = FEW_ROWS_DTYPES[0]
-    rows, weight = normal(3, 64, dtype=dtype), normal(80, 64, dtype=dtype, seed=1) / 4
-    for gated in (True, False):
-        got, wanted = (
-            room.normed_product(rows, None, weight, None, gated=gated, activation=activation)
-            for room in (few_rows, reference)
-        )
-        assert_sums_near(got, wanted)
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", FEW_ROWS_DTYPES)
-@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 64, 48), (5, 256, 96), (17, 100, 33), (32, 3072, 40)])
-def test_products_on_the_stream(rows, width, outputs, dtype):
-    """Nothing beside the stream is written."""
-    given, weight = normal(rows, width, dtype=dtype), normal(outputs, width, dtype=dtype, seed=1) * width**-0.5
-    for bias in (None, normal(outputs, dtype=dtype, seed=2)):
-        streams = [normal(rows + 1, outputs + 8, dtype=dtype, seed=3) for _ in range(2)]
-        for room, stream in zip((few_rows, reference), streams):
-            room.add_product_(stream[:rows, :outputs], given, weight, bias)
-        assert_sums_near(*streams)
-        before = normal(rows + 1, outputs + 8, dtype=dtype, seed=3)
-        assert torch.equal(streams[0][rows:], before[rows:]) and torch.equal(
-            streams[0][:, outputs:], before[:, outputs:]
-        )
-
-
-FEW_ROWS_HEADS = {
-    "a head of keys each": steps.Heads(3, 3, 32, 0, 96, 192, 32, 32),
-    "groups": steps.Heads(6, 2, 64, 0, 384, 512, 64, 64),
-    "interleaved": steps.Heads(2, 2, 32, 0, 32, 64, 96, 32),
-}
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", FEW_ROWS_DTYPES)
-@pytest.mark.parametrize("own_trees", [False, True])
-@pytest.mark.parametrize("layout", FEW_ROWS_HEADS)
-def test_attention_of_few_rows(layout, own_trees, dtype):
-    """Beside slots that nobody sees and that hold NaN."""
-    heads = FEW_ROWS_HEADS[layout]
-    assert few_rows.attends(heads, 3, torch.empty(1, 112, 1, 1))
-    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    lens = torch.tensor([70, 0, 76], dtype=torch.int32, device=DEVICE)
-    nodes = torch.tensor([1, 2, 35], dtype=torch.int32, device=DEVICE)  # of a tree of more than a word
-    places = steps.RowPlaces(lens, torch.tensor([1, 1, 2], dtype=torch.int32, device=DEVICE), nodes, 85)
-    mask = torch.tensor([[0b11, 0], [0b101, 0], [0b11, 0b1000]], dtype=torch.int32, device=DEVICE)
-    if own_trees:
-        other = torch.tensor([[0b11, 0], [0b111, 0], [0b1, 0b1000]], dtype=torch.int32, device=DEVICE)
-        mask = torch.stack((mask, other, mask))
-    table = normal(100, heads.head_dim, seed=3)
-    results = []
-    for room in (few_rows, reference):
-        projected = normal(9, width + 8, dtype=dtype, seed=4)[:, :width]
-        keys, values = (normal(3, 112, heads.num_kv_heads, heads.head_dim, dtype=dtype, seed=5 + n) for n in range(2))
-        for request, length in enumerate(lens.tolist()):
-            for rows in (keys, values):
-                rows[request, length + 3 : length + 35] = float("nan")  # slots 3 to 34 of the tree
-                rows[request, length + 36 :] = float("nan")
-        attended = room.attend(projected, keys, values, places, heads, table, mask, 36, heads.head_dim**-0.5)
-        results.append((attended, keys.nan_to_num(9.0), values.nan_to_num(9.0)))
-    assert results[0][0].isfinite().all() and results[0][0].shape == (9, heads.num_heads * heads.head_dim)
-    for got, wanted in zip(*results):
-        assert_sums_near(got, wanted)
-
-
-@needs_kernels
-def test_few_rows_without_room_are_not_written():
-    """Nor is anything else, whatever a length says."""
-    heads, dtype = FEW_ROWS_HEADS["groups"], FEW_ROWS_DTYPES[0]
-    lens = torch.tensor([5, 2**30, -(2**30)], dtype=torch.int32, device=DEVICE)
-    nodes = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
-    places = steps.RowPlaces(lens, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), nodes, 9)
-    mask = torch.tensor([[0b1], [0b1001]], dtype=torch.int32, device=DEVICE)
-    projected = normal(6, 640, dtype=dtype)
-    around = torch.full((5, 8, 2, 64), 7.0, dtype=dtype, device=DEVICE)
-    keys, values = around[1:4], around[1:4].clone()
-    few_rows.attend(projected, keys, values, places, heads, normal(10, 64), mask, 4, 0.125)
-    assert (around[0] == 7.0).all() and (around[2:] == 7.0).all() and (values[1:] == 7.0).all()
-    assert (keys[0, :5] == 7.0).all() and (keys[0, 6:] == 7.0).all() and (keys[0, 5] != 7.0).any()
-
-
-def of_few_rows(layers: int, **sizes: int) -> TreeModel:
-    """A model of so many equal layers whose heads the kernels for few rows take."""
-    return shortened(layers, head_dim=32, **sizes)
-
-
-@needs_kernels
-def test_few_rows_take_five_launches_a_layer_and_one_for_the_head(monkeypatch):
-    calls: list[str] = []
-
-    class Counting:
-        def __init__(self, name):
-            self.name, self.kernel = name, getattr(few_rows, name)
-
-        def __getitem__(self, grid):
-            calls.append(self.name)
-            return self.kernel[grid]
-
-    for name in ("normed_product_kernel", "attend_kernel", "add_product_kernel"):
-        monkeypatch.setattr(few_rows, name, Counting(name))
-    for layers in (1, 3):
-        fused = of_few_rows(layers)
-        for rows, are_few in ((4, True), (few_rows.MAX_ROWS + 1, False)):
-            calls.clear()
-            inputs = tokens_of(1, 1, rows).to(DEVICE), lens_of(0).to(DEVICE), causal_step(rows, DEVICE), None
-            with torch.inference_mode(), Products() as products:
-                fused._own(ForwardInputs(*inputs), fused.new_cache(1, 48), None)
-            assert len(calls) == (5 * layers + 1 if are_few else 0)
-            assert (products.count == 0) == are_few
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", FEW_ROWS_DTYPES)
-def test_forwards_of_few_rows_are_those_of_many(dtype, monkeypatch):
-    """Of trees on a prompt, of two requests, and with hidden states, which are those behind every layer."""
-    fused = of_few_rows(2)
-    fused.model.to(dtype)
-    fused = with_fused_forward(fused.model)
-    tree = random_tree(random.Random(5), NODES)
-    prompt, nodes = tokens_of(3, 2, PROMPT).to(DEVICE), tokens_of(4, 2, NODES).to(DEVICE)
-    found = []
-    for most in (few_rows.MAX_ROWS, 0):
-        monkeypatch.setattr(few_rows, "MAX_ROWS", most)
-        cache, hidden = fused.new_cache(2, 48), {1: torch.empty(0), 2: torch.empty(0)}
-        lens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-        first = fused.forward(prompt, cache, lens, causal_step(PROMPT, DEVICE))
-        step = TreeStep.of(tree.tensors(DEVICE))
-        scored = fused.forward(nodes, cache, lens + PROMPT, step)
-        with_states = fused.forward(nodes, cache, lens + PROMPT, step, hidden_states=hidden)
-        torch.testing.assert_close(with_states, scored, rtol=2e-2, atol=2e-2)
-        found.append([first, scored, *hidden.values(), *cache.tensors()])
-    for got, wanted in zip(*found, strict=True):
-        if dtype == torch.float32:
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-        else:  # both are as near to float32 as the type allows
-            assert (got.float() - wanted.float()).abs().max() <= 2.0**-5 * max(1.0, float(wanted.abs().max()))
-
-
-@pytest.mark.gpu
-def test_captured_few_rows_are_five_launches_a_layer():
-    """And a replay gives the bits of the call, over and over: launches that overlap wait for what they read."""
-    counts = []
-    for layers in (1, 3):
-        fused = of_few_rows(layers)
-        cache, lens = fused.new_cache(1, 512), lens_of(300).to(DEVICE)
-        for tensor in cache.tensors():
-            tensor.normal_()
-        tokens, step = tokens_of(1, 1, 7).to(DEVICE), causal_step(7, DEVICE)
-        expected = fused.forward(tokens, cache, lens, step).clone()
-        graph, logits = capture(lambda: fused.forward(tokens, cache, lens, step), DEVICE)  # noqa: B023
-        for _ in range(50):
-            logits.zero_()
-            graph.replay()
-            assert torch.equal(logits, expected)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            graph.replay()
-            torch.cuda.synchronize()
-        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()))
-    assert counts[1] - counts[0] == 10, counts
-
-
 # ---- the forward
 
 
@@ -477,12 +278,10 @@ def test_a_tree_scores_what_its_paths_score():
         torch.testing.assert_close(scored[node], alone, rtol=1e-4, atol=1e-4)
 
 
-def shortened(layers: int, head_dim: int = 16, **sizes: int) -> TreeModel:
+def shortened(layers: int) -> TreeModel:
     """A model of so many equal layers, with fused forwards; of heads that the attention's kernels take."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
-    model = case_model("llama", **{"hidden_size": 64, "intermediate_size": 96, **heads, **sizes}).to(
-        DEVICE, torch.bfloat16
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = case_model("llama", hidden_size=64, intermediate_size=96, **heads).to(DEVICE, torch.bfloat16)
     model.model.layers = nn.ModuleList([copy.deepcopy(model.model.layers[0]) for _ in range(layers)])
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
@@ -515,7 +314,6 @@ def test_a_layer_takes_four_products_and_four_steps(monkeypatch):
 
     for name in ("residual_norm_kernel", "rotate_and_store_kernel", "gated_activation_kernel"):
         monkeypatch.setattr(steps, name, Counting(getattr(steps, name)))
-    monkeypatch.setattr(few_rows, "MAX_ROWS", 0)
     counts = []
     for layers in (1, 3):
         fused = shortened(layers)
@@ -529,9 +327,8 @@ def test_a_layer_takes_four_products_and_four_steps(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 12])
-def test_a_captured_layer_is_at_most_eleven_launches(rows, monkeypatch):
+def test_a_captured_layer_is_at_most_eleven_launches(rows):
     """Four products, of which some are split and added up, four steps, and the attention with its merge; no masks."""
-    monkeypatch.setattr(few_rows, "MAX_ROWS", 0)
     counts = []
     for layers in (1, 3):
         fused = shortened(layers)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from support.triton_compile import DEVICES, CompileCase
 
-from sequoia_kernels.models.fused import few_rows, steps
+from sequoia_kernels.models.fused import steps
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
@@ -442,91 +442,6 @@ def activation_case(rows: int, width: int, activation: int, gated: bool = True) 
     return CompileCase(FUSED, f"bf16, {rows} x {width}, {kind} activation {activation}", launch)
 
 
-def few_rows_product_case(
-    rows: int, width: int, outputs: int, form: str, dtype: torch.dtype = torch.bfloat16, quick: tuple[int, ...] = ()
-) -> CompileCase:
-    """A product of few rows, in one of the forms that it has in a layer."""
-
-    def launch() -> None:
-        given = _empty(rows, width, dtype=dtype)
-        weight, bias = _empty(2 * outputs if form == "gated" else outputs, width, dtype=dtype), None
-        if form == "added":
-            few_rows.add_product_(_empty(rows, outputs, dtype=dtype), given, weight, bias)
-        elif form == "layer norm, biases":
-            bias = _empty(outputs, dtype=dtype)
-            few_rows.normed_product(given, _norm(width, dtype, kind=2), weight, bias, activation=2)
-        elif form == "gated":
-            few_rows.normed_product(given, _norm(width, dtype), weight, bias, gated=True, activation=0)
-        else:
-            few_rows.normed_product(given, _norm(width, dtype), weight, bias)
-
-    name = f"{NAMES[dtype]}, {rows} rows x {width} to {outputs}, {form}"
-    return CompileCase(FUSED, f"few rows: {name}", launch, quick=quick)
-
-
-def few_rows_attention_case(
-    rows: int, num_heads: int, num_kv_heads: int, head_dim: int, quick: tuple[int, ...] = ()
-) -> CompileCase:
-    """The attention of few rows."""
-    width, keys = (num_heads + 2 * num_kv_heads) * head_dim, num_heads * head_dim
-    heads = steps.Heads(
-        num_heads, num_kv_heads, head_dim, 0, keys, keys + num_kv_heads * head_dim, head_dim, head_dim
-    )  # fmt: skip
-
-    def launch() -> None:
-        places = steps.RowPlaces(*(_empty(count, dtype=torch.int32) for count in (1, rows, rows)), 2047)
-        caches = [_empty(1, 1024, num_kv_heads, head_dim, dtype=torch.bfloat16) for _ in range(2)]
-        table, mask = _empty(2048, head_dim, dtype=torch.float32), _empty(rows, 4, dtype=torch.int32)
-        projected = _empty(rows, width, dtype=torch.bfloat16)
-        few_rows.attend(projected, *caches, places, heads, table, mask, 128, head_dim**-0.5)
-
-    name = f"few rows: bf16, {rows} rows, {num_heads}/{num_kv_heads} heads of {head_dim}"
-    return CompileCase(FUSED, name, launch, quick=quick)
-
-
-def _few_rows_cases() -> Iterator[CompileCase]:
-    for rows in (1, 16, 32):
-        for form in ("plain", "gated", "added", "layer norm, biases"):
-            yield few_rows_product_case(rows, 768, 3072, form, quick=(90,) if (rows, form) == (16, "gated") else ())
-    yield few_rows_product_case(16, 3072, 768, "added", quick=(80,))
-    yield few_rows_product_case(32, 5504, 2048, "added")
-    yield few_rows_product_case(32, 2048, 5504, "gated")
-    yield few_rows_product_case(16, 768, 32000, "plain")
-    yield few_rows_product_case(32, 2048, 128256, "plain")
-    yield few_rows_product_case(1, 1, 1, "plain")
-    yield few_rows_product_case(7, 100, 33, "gated", torch.float16)
-    for rows, *heads in (
-        (1, 12, 12, 64),
-        (32, 12, 12, 64),
-        (16, 32, 8, 64),
-        (32, 16, 16, 128),
-        (9, 14, 2, 64),
-        (8, 4, 2, 32),
-    ):
-        yield few_rows_attention_case(rows, *heads, quick=(90,) if rows == 16 else ())
-
-
-def ahead_case(step: str, rows: int, quick: tuple[int, ...] = ()) -> CompileCase:
-    """A step that asks for the weight that is read next."""
-
-    def launch() -> None:
-        half = torch.bfloat16
-        ahead = steps.Ahead(_empty(22016, 4096, dtype=half), 3)
-        if step == "norm":
-            streams = [_empty(rows, 4096, dtype=half) for _ in range(2)]
-            steps.residual_norm_(*streams, _norm(4096, half), ahead=ahead)
-        elif step == "rotation":
-            heads = steps.Heads(32, 32, 128, 0, 4096, 8192, 128, 128)
-            places = steps.RowPlaces(*(_empty(count, dtype=torch.int32) for count in (1, rows, rows)), 4095)
-            caches = [_empty(1, 2048, 32, 128, dtype=half) for _ in range(2)]
-            table = _empty(4096, 128, dtype=torch.float32)
-            steps.rotate_and_store_(_empty(rows, 12288, dtype=half), *caches, places, heads, table, ahead=ahead)
-        else:
-            steps.gated_activation(_empty(rows, 22016, dtype=half), True, 0, ahead=ahead)
-
-    return CompileCase(FUSED, f"bf16, {rows} rows, {step}, a weight ahead", launch, quick=quick)
-
-
 def _fused_cases() -> Iterator[CompileCase]:
     for norm in ("first", "after a branch", "layer", "of the branch, too"):
         yield residual_case(1, 4096, norm, quick=(90,) if norm == "after a branch" else ())
@@ -546,9 +461,6 @@ def _fused_cases() -> Iterator[CompileCase]:
     yield activation_case(1, 11008, 0)
     yield activation_case(1, 3072, 2, gated=False)
     yield activation_case(1, 1, 0)
-    for step in ("norm", "rotation", "activation"):
-        yield ahead_case(step, 1)
-        yield ahead_case(step, 128, quick=(90,) if step == "rotation" else ())
 
 
 CASES: list[CompileCase] = [
@@ -558,5 +470,4 @@ CASES: list[CompileCase] = [
     *_verification_cases(),
     *_compaction_cases(),
     *_fused_cases(),
-    *_few_rows_cases(),
 ]

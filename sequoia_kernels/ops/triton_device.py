@@ -16,7 +16,6 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "DeviceTraits",
-    "can_chain",
     "device_reason",
     "device_traits",
     "launching_on",
@@ -64,11 +63,6 @@ def device_traits(device: torch.device) -> DeviceTraits:
     if device.type != "cuda":
         return _H200
     return _cuda_traits(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def can_chain(device: torch.device) -> bool:
-    """Whether a launch may begin before the one in front of it has ended (programmatic dependent launch)."""
-    return device.type != "cpu" and device_traits(device).capability >= 90
 
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:

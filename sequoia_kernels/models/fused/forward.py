@@ -6,7 +6,7 @@ Products read weights where the model has them; what is read together is laid to
 being views of it, so nothing is held twice and the model's own forward goes on working. What must stay where it is, is
 read by a product of its own.
 
-Few rows that pass through small layers, a draft's level, take five launches a layer instead (`few_rows.py`).
+Few rows through a small Llama, a level of a draft, are one launch of all layers instead (`few_rows.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,11 @@ from transformers import PreTrainedModel
 
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
-from sequoia_kernels.models.description import Description, Matrix, form_of
+from sequoia_kernels.models.description import RMS_NORM, Description, Matrix, form_of
 from sequoia_kernels.models.fused import few_rows
 from sequoia_kernels.models.fused.packing import Group, movable, packed_rows
 from sequoia_kernels.models.fused.steps import (
     MAX_WIDTH,
-    Ahead,
     Heads,
     Norm,
     RowPlaces,
@@ -40,9 +40,7 @@ from sequoia_kernels.ops import tree_attention, triton_device
 
 __all__ = ["FusedForward"]
 
-# Of a weight, asked for while a step in front of its product runs: what the memory brings in that time.
-BYTES_AHEAD = 10 << 20
-BYTES_AHEAD_OF_ATTENTION = 32 << 20
+SILU = 0  # place in `description.ACTIVATIONS`
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]  # weight as `F.linear` takes it, bias
 
@@ -55,10 +53,6 @@ class _Together(NamedTuple):
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         products = [F.linear(rows, *part) for part in self.parts]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
-
-    def ahead(self, most_bytes: int, rows: int) -> Ahead | None:
-        """What a step in front of the product asks for."""
-        return Ahead.of(self.parts[0][0], most_bytes, rows)
 
 
 class _Layer(NamedTuple):
@@ -84,12 +78,12 @@ class _Layer(NamedTuple):
     down: Linear
     parallel: bool
     shares_norm: bool  # MLP and attention read the same rows
-    suits_few_rows: bool  # five launches do
 
 
 class _Weights(NamedTuple):
     """A model's weights as they lie now."""
 
+    few_rows: few_rows.FewRowsModel | None  # the same, where one launch computes all layers
     addresses: list[int]
     layers: list[_Layer]
     embedding: torch.Tensor
@@ -126,6 +120,8 @@ class FusedForward:
         self._logits_dtype = logits_dtype
         self._weights: _Weights | None = None
         self._lock = threading.Lock()
+        # Where the blocks of a launch for few rows count each other; a cache has one launch at a time.
+        self._counters: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
         self._look_up()
         self.weight_forms = ", ".join(self._described.forms)
 
@@ -187,10 +183,11 @@ class FusedForward:
                 # Other streams may read the weights next; and what they had before is of sizes that nobody asks for.
                 torch.cuda.synchronize(self._described.device)
                 torch.cuda.empty_cache()
-            found = self._weights = _Weights(
-                addresses, layers, self._matrix(fields["embedding"]), positions,
+            found = _Weights(
+                None, addresses, layers, self._matrix(fields["embedding"]), positions,
                 self._norm(fields["final_norm"]), self._linear(fields["head"]),
             )  # fmt: skip
+            found = self._weights = found._replace(few_rows=self._few_rows_model(found))
             return found
 
     def _addresses(self) -> list[int]:
@@ -273,7 +270,7 @@ class FusedForward:
             layer["num_heads"], layer["num_kv_heads"], layer["head_dim"],
             first_query, layer["keys"][0], layer["values"][0], stride, dims,
         )  # fmt: skip
-        found = _Layer(
+        return _Layer(
             input_norm=self._norm(layer["input_norm"]),
             attended_norm=self._norm(layer["attended_norm"]),
             mlp_norm=self._norm(layer["mlp_norm"]),
@@ -294,20 +291,73 @@ class FusedForward:
             down=self._linear(layer["down"]),
             parallel=layer["parallel"],
             shares_norm=layer["mlp_norm"] in (None, layer["input_norm"]),
-            suits_few_rows=False,
         )
-        return found._replace(suits_few_rows=self._suits_few_rows(found))
 
-    def _suits_few_rows(self, layer: _Layer) -> bool:
-        """Whether the products for few rows compute a layer, and its weights are small."""
-        products = layer.projections.parts + layer.inner.parts + (layer.output, layer.down)
-        if layer.parallel or layer.norms_whole_rows or layer.attended_norm or layer.mlp_output_norm:
-            return False
-        if self._described.fields["residual_scale"] != 1.0 or len(products) != 4:
-            return False
-        is_small = sum(weight.numel() for weight, _ in products) <= few_rows.MAX_WEIGHTS
-        is_half = layer.output[0].dtype.itemsize == 2 or triton_device.INTERPRETED
-        return is_small and is_half and all(weight.stride(1) == 1 for weight, _ in products)
+    # ---- few rows ----
+
+    def _few_rows_model(self, weights: _Weights) -> few_rows.FewRowsModel | None:
+        """The model as the launch for few rows takes it, or None where that is another computation."""
+        fields, layers = self._described.fields, weights.layers
+        scales = [fields[name] for name in ("embedding_scale", "residual_scale", "logit_scale")]
+        if weights.positions is not None or fields["logit_softcap"] or any(scale != 1.0 for scale in scales):
+            return None
+        first = layers[0]
+        kinds = {
+            (
+                layer.heads, layer.scale, layer.rotation, layer.gated, layer.activation, layer.parallel,
+                layer.softcap, layer.window, layer.norms_whole_rows,
+            )
+            for layer in layers
+        }  # fmt: skip
+        wanted = (first.heads, first.scale, first.rotation, True, SILU, False, None, None, False)
+        others = {
+            norm
+            for layer in layers
+            for norm in (layer.attended_norm, layer.mlp_output_norm, layer.query_norm, layer.key_norm)
+        }
+        if kinds != {wanted} or others != {None}:
+            return None
+        heads = first.heads
+        keys = heads.num_heads * heads.head_dim
+        plain = Heads(
+            heads.num_heads, heads.num_kv_heads, heads.head_dim,
+            0, keys, keys + heads.num_kv_heads * heads.head_dim, heads.head_dim, heads.head_dim,
+        )  # fmt: skip
+        norms = [weights.final_norm, *(norm for layer in layers for norm in (layer.input_norm, layer.mlp_norm))]
+        known = [norm for norm in norms if norm is not None and (norm.kind, norm.offset) == (RMS_NORM, 0.0)]
+        scaled = [norm.weight for norm in known if norm.weight is not None and norm.eps == known[0].eps]
+        products = [
+            (layer.projections.parts, (layer.output,), layer.inner.parts, (layer.down,)) for layer in layers
+        ]  # fmt: skip
+        linears = [weights.head, *(part for parts in products for together in parts for part in together)]
+        if heads != plain or len(scaled) != len(norms) or len(linears) != 4 * len(layers) + 1:
+            return None  # or read apart
+        if any(bias is not None for _, bias in linears):
+            return None
+        found = few_rows.FewRowsModel(
+            tuple(
+                few_rows.FewRowsLayer(before[0], four[0][0], four[1][0], before[1], four[2][0], four[3][0])
+                for before, four in zip(_by(scaled[1:], 2), _by(linears[1:], 4), strict=True)
+            ),
+            weights.embedding, scaled[0], weights.head[0],
+            heads.num_heads, heads.num_kv_heads, heads.head_dim, known[0].eps, first.scale,
+        )  # fmt: skip
+        return found if found.reason_against(self._described.device) is None else None
+
+    def _pass_few_rows(
+        self, model: few_rows.FewRowsModel, inputs: ForwardInputs, cache: TreeCache, places: RowPlaces,
+        mask: torch.Tensor, table: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Run few rows through all layers in one launch. [B, N, vocab]"""
+        device, tokens = self._described.device, inputs.input_ids
+        counters = self._counters.get(cache)
+        if counters is None:
+            counters = self._counters[cache] = torch.zeros(2, dtype=torch.int32, device=device)
+        caches = [(layer.keys, layer.values) for layer in cache.layers]
+        num_tree_rows = inputs.step.num_tree_rows
+        call = few_rows.FewRowsCall.of(model, tokens, caches, places, mask, num_tree_rows, table, counters)
+        few_rows.launch(call)
+        return call.logits.to(self._logits_dtype).view(*tokens.shape, -1)
 
     # ---- the forward ----
 
@@ -328,6 +378,12 @@ class FusedForward:
         places = RowPlaces(cache_lens, depths, node_ids, last_position)
         tables = [rotation.reach(min(cache.max_cache_len, last_position + 1)) for rotation in self._described.rotations]
 
+        model = weights.few_rows
+        if model is not None and last_row is None and not wanted:
+            sizes = batch_size * num_nodes, step.num_tree_rows, cache.max_cache_len
+            if model.takes(*sizes, self._described.device):
+                return self._pass_few_rows(model, inputs, cache, places, mask, tables[weights.layers[0].rotation])
+
         stream = F.embedding(input_ids.reshape(-1), weights.embedding)  # [B * N, width]
         if fields["embedding_scale"] != 1.0:
             stream *= fields["embedding_scale"]
@@ -336,54 +392,30 @@ class FusedForward:
             stream += F.embedding(positions.reshape(-1), weights.positions)
         scale = fields["residual_scale"]
         update, update_norm = None, None
-        are_few = stream.shape[0] <= few_rows.MAX_ROWS
         for number, (layer, stored) in enumerate(zip(weights.layers, cache.layers, strict=True)):
-            table = tables[layer.rotation] if layer.rotation >= 0 else None
-            if are_few and layer.suits_few_rows:
-                if update is not None:  # of a layer of the other kind
-                    residual_norm_(stream, update, None, update_norm=update_norm, update_scale=scale)
-                    update, update_norm = None, None
-                if number in wanted:
-                    kept[number] = stream.clone()
-                self._pass_few_rows(layer, stream, stored, places, mask, table, step.num_tree_rows)
-                continue
-            ahead = layer.projections.ahead(BYTES_AHEAD, stream.shape[0])
-            normed = residual_norm_(
-                stream, update, layer.input_norm, update_norm=update_norm, update_scale=scale, ahead=ahead
-            )
+            normed = residual_norm_(stream, update, layer.input_norm, update_norm=update_norm, update_scale=scale)
             if number in wanted:
                 kept[number] = stream.clone()
-            projected = layer.projections.product(normed)
-            attended = F.linear(self._attend(layer, projected, stored, places, mask, table), *layer.output)
+            table = tables[layer.rotation] if layer.rotation >= 0 else None
+            attended = self._attend(layer, normed, stored, places, mask, table)
             if layer.parallel:
                 inner = normed if layer.shares_norm else residual_norm_(stream, None, layer.mlp_norm)
                 update, update_norm = attended.add_(_mlp(layer, inner)), None
                 continue
-            ahead = layer.inner.ahead(BYTES_AHEAD, stream.shape[0])
             normed = residual_norm_(
-                stream, attended, layer.mlp_norm, update_norm=layer.attended_norm, update_scale=scale, ahead=ahead
+                stream, attended, layer.mlp_norm, update_norm=layer.attended_norm, update_scale=scale
             )
             update, update_norm = _mlp(layer, normed), layer.mlp_output_norm
         if last_row is not None and num_layers not in wanted:
             stream, update = (_row_of_each(rows, last_row, num_nodes) for rows in (stream, update))
-        head, head_bias = weights.head
-        if are_few and update is None and not wanted and head.stride(1) == 1 and weights.layers[-1].suits_few_rows:
-            return self._finished(few_rows.normed_product(stream, weights.final_norm, head, head_bias), batch_size)
-        ahead = Ahead.of(head, BYTES_AHEAD, stream.shape[0])
-        normed = residual_norm_(
-            stream, update, weights.final_norm, update_norm=update_norm, update_scale=scale, ahead=ahead
-        )
+        normed = residual_norm_(stream, update, weights.final_norm, update_norm=update_norm, update_scale=scale)
         if num_layers in wanted:
             kept[num_layers] = normed
             if last_row is not None:
                 normed = _row_of_each(normed, last_row, num_nodes)
         if hidden_states:
             hidden_states.update({number: rows.view(batch_size, num_nodes, -1) for number, rows in kept.items()})
-        return self._finished(F.linear(normed, head, head_bias), batch_size)
-
-    def _finished(self, logits: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Scale and cap logits. [rows, vocab] -> [B, rows / B, vocab]."""
-        fields = self._described.fields
+        logits = F.linear(normed, *weights.head)
         if fields["logit_scale"] != 1.0:
             logits *= fields["logit_scale"]
         if fields["logit_softcap"]:
@@ -393,13 +425,14 @@ class FusedForward:
     def _attend(
         self,
         layer: _Layer,
-        projected: torch.Tensor,
+        rows: torch.Tensor,
         stored: Any,
         places: RowPlaces,
         mask: torch.Tensor,
         table: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention along the tree. [B * N, queries, keys and values] -> [B * N, Hq * D]."""
+        """The attention's branch. [B * N, width] -> [B * N, width]."""
+        projected = layer.projections.product(rows)
         heads, norms = layer.heads, {"query_norm": layer.query_norm, "key_norm": layer.key_norm}
         if layer.norms_whole_rows:
             for norm, first, count in (
@@ -409,46 +442,20 @@ class FusedForward:
                 part = projected[:, first : first + count * heads.head_dim]
                 part.copy_(residual_norm_(part, None, norm))
             norms = {}
-        ahead = Ahead.of(layer.output[0], BYTES_AHEAD_OF_ATTENTION, projected.shape[0])
-        queries = rotate_and_store_(projected, stored.keys, stored.values, places, heads, table, ahead=ahead, **norms)
+        queries = rotate_and_store_(projected, stored.keys, stored.values, places, heads, table, **norms)
         attended = tree_attention(
             queries, stored.keys, stored.values, mask, places.cache_lens,
             scale=layer.scale, softcap=layer.softcap, sliding_window=layer.window,
         ).out  # fmt: skip
-        return attended.reshape(projected.shape[0], -1)
+        return F.linear(attended.reshape(rows.shape[0], -1), *layer.output)
 
-    def _pass_few_rows(
-        self,
-        layer: _Layer,
-        stream: torch.Tensor,
-        stored: Any,
-        places: RowPlaces,
-        mask: torch.Tensor,
-        table: torch.Tensor | None,
-        num_tree_rows: int,
-    ) -> None:
-        """Run few rows through a layer that suits them, in place."""
-        heads = layer.heads
-        projected = few_rows.normed_product(stream, layer.input_norm, *layer.projections.parts[0])
-        is_plain = layer.softcap is None and layer.window is None and layer.scale > 0
-        has_norms = layer.query_norm is not None or layer.key_norm is not None
-        is_one = is_plain and not has_norms and few_rows.attends(heads, len(places.depths), stored.keys)
-        if is_one and table is not None:
-            attended = few_rows.attend(
-                projected, stored.keys, stored.values, places, heads, table, mask, num_tree_rows, layer.scale
-            )
-        else:
-            attended = self._attend(layer, projected, stored, places, mask, table)
-        few_rows.add_product_(stream, attended, *layer.output)
-        inner = few_rows.normed_product(
-            stream, layer.mlp_norm, *layer.inner.parts[0], gated=layer.gated, activation=layer.activation
-        )
-        few_rows.add_product_(stream, inner, *layer.down)
+
+def _by(entries: list[Any], count: int) -> list[list[Any]]:
+    return [entries[first : first + count] for first in range(0, len(entries), count)]
 
 
 def _mlp(layer: _Layer, rows: torch.Tensor) -> torch.Tensor:
-    ahead = Ahead.of(layer.down[0], BYTES_AHEAD, rows.shape[0])
-    inner = gated_activation(layer.inner.product(rows), layer.gated, layer.activation, ahead=ahead)
+    inner = gated_activation(layer.inner.product(rows), layer.gated, layer.activation)
     return F.linear(inner, *layer.down)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sequoia_kernels.models.description import ACTIVATIONS, LAYER_NORM
+from sequoia_kernels.models.description import ACTIVATIONS, LAYER_NORM, RMS_NORM
+from sequoia_kernels.models.fused.few_rows import FewRowsModel
 from sequoia_kernels.models.fused.steps import Heads, Norm, RowPlaces
 from sequoia_kernels.ops import tree_attention
 
-__all__ = ["add_product_", "attend", "gated_activation", "normed_product", "residual_norm_", "rotate_and_store_"]
+__all__ = ["few_rows", "gated_activation", "residual_norm_", "rotate_and_store_"]
 
 
 def normed(rows: Tensor, norm: Norm) -> Tensor:
@@ -89,37 +92,31 @@ def gated_activation(projected: Tensor, gated: bool, activation: int) -> Tensor:
     return activated if up is None else activated * up
 
 
-def normed_product(
-    rows: Tensor,
-    norm: Norm | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gated: bool = False,
-    activation: int | None = None,
-) -> Tensor:
-    """As `few_rows.normed_product`."""
-    product = F.linear(rows if norm is None else normed(rows, norm), weight, bias)
-    return product if activation is None else gated_activation(product, gated, activation)
-
-
-def add_product_(stream: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """As `few_rows.add_product_`."""
-    stream += F.linear(rows, weight, bias)
-
-
-def attend(
-    projected: Tensor,
-    keys: Tensor,
-    values: Tensor,
+def few_rows(
+    model: FewRowsModel,
+    tokens: Tensor,
+    caches: Sequence[tuple[Tensor, Tensor]],
     places: RowPlaces,
-    heads: Heads,
-    table: Tensor,
     tree_mask: Tensor,
-    num_tree_rows: int,
-    scale: float,
+    table: Tensor,
 ) -> Tensor:
-    """As `few_rows.attend`."""
-    queries = rotate_and_store_(projected, keys, values, places, heads, table)
-    given = queries, keys, values, tree_mask, places.cache_lens
-    return tree_attention(*given, scale=scale, backend="reference").out.flatten(2).flatten(0, 1)
+    """A forward as `few_rows.py` launches it; inputs as in `FewRowsCall.of`. [B * N, vocab]"""
+
+    def norm(weight: Tensor) -> Norm:
+        return Norm(RMS_NORM, weight, None, model.eps, 0.0)
+
+    keys = model.num_heads * model.head_dim
+    values = keys + model.num_kv_heads * model.head_dim
+    heads = Heads(model.num_heads, model.num_kv_heads, model.head_dim, 0, keys, values, model.head_dim, model.head_dim)
+    stream = F.embedding(tokens.clamp(0, len(model.embedding) - 1).flatten(), model.embedding)
+    for layer, (layer_keys, layer_values) in zip(model.layers, caches, strict=True):
+        projected = F.linear(residual_norm_(stream, None, norm(layer.input_norm)), layer.projections)
+        queries = rotate_and_store_(projected, layer_keys, layer_values, places, heads, table)
+        attended = tree_attention(
+            queries, layer_keys, layer_values, tree_mask, places.cache_lens, scale=model.scale, backend="reference"
+        ).out
+        normed_rows = residual_norm_(
+            stream, F.linear(attended.flatten(0, 1).flatten(1), layer.output), norm(layer.mlp_norm)
+        )
+        stream += F.linear(gated_activation(F.linear(normed_rows, layer.gate_up), True, 0), layer.down)
+    return F.linear(residual_norm_(stream, None, norm(model.final_norm)), model.head)

@@ -13,8 +13,7 @@ Parallel plan: what one program owns
 
 Memory: bytes read and written
     Each input once, each output once. At one row of Llama-2-7B a launch moves 8 to 44 KB, so its time is a launch's, 2
-    to 3 us; at 128 rows 1 to 8 MB, most of it in L2. The memory behind it would be idle meanwhile: programs of their
-    own ask for the weight that is read next (`Ahead`), so that the product behind finds its beginning in L2.
+    to 3 us; at 128 rows 1 to 8 MB, most of it in L2.
 
 Numerics
     float32 inside, rounded where transformers' modules round. The order of every sum is fixed by the width, so a row's
@@ -34,14 +33,10 @@ from sequoia_kernels.ops import triton_device
 
 from .triton_kernels import gated_activation_kernel, residual_norm_kernel, rotate_and_store_kernel
 
-__all__ = ["Ahead", "Heads", "Norm", "RowPlaces", "gated_activation", "residual_norm_", "rotate_and_store_"]
+__all__ = ["Heads", "Norm", "RowPlaces", "gated_activation", "residual_norm_", "rotate_and_store_"]
 
 MAX_WIDTH = 32768
 """of a row that one program norms"""
-MOST_ROWS_AHEAD = 512
-"""of a forward that asks for weights ahead; the products of more are no longer bound by memory"""
-LEAST_BYTES_AHEAD = 16 << 20
-"""of a weight that is asked for ahead; smaller ones take hardly longer than their launch"""
 
 
 class Norm(NamedTuple):
@@ -76,25 +71,6 @@ class RowPlaces(NamedTuple):
     last_position: int  # what lies behind it is fed there
 
 
-class Ahead(NamedTuple):
-    """A weight that the next product reads, of which a step asks for some lines of every row."""
-
-    weight: Tensor  # [rows, columns]
-    lines: int  # of 128 bytes in a row
-
-    @classmethod
-    def of(cls, weight: Tensor, most_bytes: int, rows: int) -> Ahead | None:
-        """What of a weight is asked for while few rows pass, or None where that is nothing.
-
-        Products begin with the first columns of all rows.
-        """
-        if triton_device.INTERPRETED or rows > MOST_ROWS_AHEAD or weight.dim() != 2 or weight.stride(1) != 1:
-            return None
-        bytes_of_row = weight.shape[1] * weight.element_size()
-        lines = min(most_bytes // max(weight.shape[0], 1), bytes_of_row) // 128
-        return cls(weight, lines) if lines > 0 and weight.shape[0] * bytes_of_row >= LEAST_BYTES_AHEAD else None
-
-
 def residual_norm_(
     stream: Tensor,
     update: Tensor | None,
@@ -102,7 +78,6 @@ def residual_norm_(
     *,
     update_norm: Norm | None = None,
     update_scale: float = 1.0,
-    ahead: Ahead | None = None,
 ) -> Tensor:
     """Add an update, normed and scaled, to the stream, in place; return the norm of the sum.
 
@@ -112,7 +87,6 @@ def residual_norm_(
         norm: of the sum; None returns the stream itself.
         update_norm: of the update, before it is added.
         update_scale: what the update is multiplied by.
-        ahead: what is read next.
 
     Returns:
         The normed rows, [rows, width].
@@ -121,10 +95,9 @@ def residual_norm_(
     normed = torch.empty_like(stream) if norm is not None else None
     block = triton.next_power_of_2(width)
     with triton_device.launching_on(stream.device):
-        residual_norm_kernel[(rows + _workers(ahead, stream),)](
+        residual_norm_kernel[(rows,)](
             stream, update, normed,
             *_weights(update_norm), *_weights(norm),
-            *_fetched(ahead, rows),
             width, stream.stride(0), 0 if update is None else update.stride(0),
             0 if normed is None else normed.stride(0),
             update_scale, _eps(update_norm), _eps(norm),
@@ -132,7 +105,6 @@ def residual_norm_(
             UPDATE_KIND=0 if update_norm is None else update_norm.kind,
             KIND=0 if norm is None else norm.kind,
             SCALED=update_scale != 1.0,
-            AHEAD_LINES=0 if ahead is None else ahead.lines,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
@@ -149,7 +121,6 @@ def rotate_and_store_(
     *,
     query_norm: Norm | None = None,
     key_norm: Norm | None = None,
-    ahead: Ahead | None = None,
 ) -> Tensor:
     """Norm and rotate the queries in place, and write normed and rotated keys, and values, into their cache rows.
 
@@ -162,7 +133,6 @@ def rotate_and_store_(
         table: cosines and sines by position. [positions, rotated dims] float32, None where nothing is rotated.
         query_norm: of each head of the queries.
         key_norm: of each head of the keys.
-        ahead: what is read behind the attention.
 
     Returns:
         The queries, a view of `projected`. [B, N, Hq, D].
@@ -173,11 +143,10 @@ def rotate_and_store_(
     rest = heads.head_dim - heads.rotated_dims
     num_blocks = triton.cdiv(heads.num_heads, heads_at_once) + triton.cdiv(heads.num_kv_heads, heads_at_once)
     with triton_device.launching_on(projected.device):
-        rotate_and_store_kernel[(projected.shape[0] + _workers(ahead, projected, num_blocks), num_blocks)](
+        rotate_and_store_kernel[(projected.shape[0], num_blocks)](
             projected, keys, values,
             places.cache_lens, places.depths, places.node_ids, table,
             *_weights(query_norm), *_weights(key_norm),
-            *_fetched(ahead, projected.shape[0]),
             num_nodes, heads.num_heads, heads.num_kv_heads, keys.shape[1], last_position,
             heads.first_query, heads.first_key, heads.first_value, heads.stride,
             projected.stride(0), *(keys.stride(dim) for dim in range(3)),
@@ -191,7 +160,6 @@ def rotate_and_store_(
             QUERY_KIND=0 if query_norm is None else query_norm.kind,
             KEY_KIND=0 if key_norm is None else key_norm.kind,
             HEADS=heads_at_once,
-            AHEAD_LINES=0 if ahead is None else ahead.lines,
             num_warps=max(1, min(4, heads_at_once * triton.next_power_of_2(heads.head_dim) // 256)),
         )  # fmt: skip
     queries = projected.as_strided(
@@ -202,14 +170,13 @@ def rotate_and_store_(
     return queries
 
 
-def gated_activation(projected: Tensor, gated: bool, activation: int, *, ahead: Ahead | None = None) -> Tensor:
+def gated_activation(projected: Tensor, gated: bool, activation: int) -> Tensor:
     """Apply the activation of a gated layer, or of one without gates.
 
     Args:
         projected: gates, then what they multiply, [rows, 2 * width]; or [rows, width] without gates.
         gated: which of the two.
         activation: place in `description.ACTIVATIONS`.
-        ahead: what is read next.
 
     Returns:
         [rows, width].
@@ -217,12 +184,10 @@ def gated_activation(projected: Tensor, gated: bool, activation: int, *, ahead: 
     rows, width = projected.shape[0], projected.shape[1] // 2 if gated else projected.shape[1]
     out = projected.new_empty(rows, width)
     block = 1024 if rows * triton.cdiv(width, 1024) >= 264 else 256
-    num_blocks = triton.cdiv(width, block)
     with triton_device.launching_on(projected.device):
-        gated_activation_kernel[(rows + _workers(ahead, projected, num_blocks), num_blocks)](
-            projected, out, *_fetched(ahead, rows), width, projected.stride(0), out.stride(0),
-            GATED=gated, ACTIVATION=activation, AHEAD_LINES=0 if ahead is None else ahead.lines,
-            BLOCK=block, num_warps=block // 256,
+        gated_activation_kernel[(rows, triton.cdiv(width, block))](
+            projected, out, width, projected.stride(0), out.stride(0),
+            GATED=gated, ACTIVATION=activation, BLOCK=block, num_warps=block // 256,
         )  # fmt: skip
     return out
 
@@ -234,16 +199,6 @@ def _heads_at_once(rows: int, num_heads: int, traits: triton_device.DeviceTraits
     while heads < 8 and rows * triton.cdiv(num_heads, 2 * heads) >= 4 * traits.num_sms:
         heads *= 2
     return heads
-
-
-def _workers(ahead: Ahead | None, tensor: Tensor, columns: int = 1) -> int:
-    """Rows of programs, of so many columns, that ask for a weight: enough for a program a multiprocessor."""
-    return 0 if ahead is None else triton.cdiv(triton_device.device_traits(tensor.device).num_sms, columns)
-
-
-def _fetched(ahead: Ahead | None, rows: int) -> tuple[Tensor | None, int, int, int]:
-    """What a kernel is told of the weight: pointer, rows of the step, rows and stride of the weight."""
-    return (None, rows, 0, 0) if ahead is None else (ahead.weight, rows, ahead.weight.shape[0], ahead.weight.stride(0))
 
 
 def _weights(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:

@@ -18,31 +18,11 @@ LAYER_NORM = tl.constexpr(2)
 INTERPRETED = tl.constexpr(triton_device.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-AHEAD_BLOCK = tl.constexpr(512)  # lines that a program asks for at once
-LINE_BYTES = tl.constexpr(128)
-
 # jit helpers ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def fetch_ahead(weight_ptr, num_rows, stride_row, worker, num_workers, LINES: tl.constexpr):
-    """Ask for the first LINES lines of every row of a weight to be brought to L2, and wait for nothing."""
-    PER_LINE: tl.constexpr = LINE_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    num_lines = num_rows * LINES
-    for first in range(worker * AHEAD_BLOCK, num_lines, num_workers * AHEAD_BLOCK):
-        lines = tl.minimum(first + tl.arange(0, AHEAD_BLOCK), num_lines - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // dummy $0",
-            "=r,l",
-            [(weight_ptr + (lines // LINES).to(tl.int64) * stride_row + (lines % LINES) * PER_LINE).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def rounded(values, DTYPE: tl.constexpr):  # fp32 -> fp32, through the type of what is stored
+def _rounded(values, DTYPE: tl.constexpr):  # fp32 -> fp32, through the type of what is stored
     if INTERPRETED:
         if tl.bfloat16 == DTYPE:  # the interpreter cuts off what does not fit
             bits = values.to(tl.int32, bitcast=True)
@@ -63,10 +43,10 @@ def _scaled_by_weight(
         values *= weight
         if bias_ptr is not None:
             values += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        return rounded(values, DTYPE)
+        return _rounded(values, DTYPE)
     if OFFSET != 0.0:  # Gemma's, all in float32
-        return rounded(values * (weight + OFFSET), DTYPE)
-    return rounded(rounded(values, DTYPE) * weight, DTYPE)
+        return _rounded(values * (weight + OFFSET), DTYPE)
+    return _rounded(_rounded(values, DTYPE) * weight, DTYPE)
 
 
 @triton.jit
@@ -81,7 +61,7 @@ def _normed_row(
 
 
 @triton.jit
-def activated(values, ACTIVATION: tl.constexpr):  # codes are the places in `description.ACTIVATIONS`
+def _activated(values, ACTIVATION: tl.constexpr):  # codes are the places in `description.ACTIVATIONS`
     if ACTIVATION == 0:  # SiLU
         return values / (1.0 + tl.exp2(-values * LOG2_E))
     if ACTIVATION == 1:  # GELU by tanh, 0.5 (1 + tanh z) = sigmoid(2 z)
@@ -96,7 +76,7 @@ def activated(values, ACTIVATION: tl.constexpr):  # codes are the places in `des
 # kernels -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_ahead_rows", "stride_ahead_row"])
+@triton.jit
 def residual_norm_kernel(
     # inputs and outputs
     stream_ptr,  # [rows, width]; written where there is an update
@@ -107,11 +87,7 @@ def residual_norm_kernel(
     update_bias_ptr,
     weight_ptr,  # [width] or None
     bias_ptr,
-    ahead_ptr,  # [ahead rows, columns]: what is read next, or None
     # sizes and strides, in elements
-    num_rows,
-    num_ahead_rows,
-    stride_ahead_row,
     width,
     stride_stream_row,
     stride_update_row,
@@ -125,14 +101,8 @@ def residual_norm_kernel(
     UPDATE_KIND: tl.constexpr,  # 0, RMS_NORM or LAYER_NORM
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
-    AHEAD_LINES: tl.constexpr,  # of each row that is read next; 0 for none
     BLOCK: tl.constexpr,
 ):
-    if AHEAD_LINES > 0:
-        worker, workers = tl.program_id(0) - num_rows, tl.num_programs(0) - num_rows
-        if worker >= 0:
-            fetch_ahead(ahead_ptr, num_ahead_rows, stride_ahead_row, worker, workers, AHEAD_LINES)
-            return
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
@@ -145,8 +115,8 @@ def residual_norm_kernel(
                 update, update_weight_ptr, update_bias_ptr, columns, mask, width, update_eps, OFFSET, UPDATE_KIND, dtype
             )
         if SCALED:
-            update = rounded(update * update_scale, dtype)
-        stream = rounded(stream + update, dtype)
+            update = _rounded(update * update_scale, dtype)
+        stream = _rounded(stream + update, dtype)
         tl.store(stream_ptr + row * stride_stream_row + columns, stream.to(dtype), mask=mask)
     if KIND != 0:
         normed = _normed_row(stream, weight_ptr, bias_ptr, columns, mask, width, eps, OFFSET, KIND, dtype)
@@ -218,18 +188,13 @@ def _rotated_heads(
         cosine = tl.load(table_ptr + half, mask=half < HALF, other=0.0)
         sine = tl.load(table_ptr + HALF + half, mask=half < HALF, other=0.0)
         out_first, out_second = first * cosine - second * sine, second * cosine + first * sine
-        tl.store(targets + half, rounded(out_first, dtype).to(dtype), mask=may_store & (half < HALF))
-        tl.store(targets + HALF + half, rounded(out_second, dtype).to(dtype), mask=may_store & (half < HALF))
+        tl.store(targets + half, _rounded(out_first, dtype).to(dtype), mask=may_store & (half < HALF))
+        tl.store(targets + HALF + half, _rounded(out_second, dtype).to(dtype), mask=may_store & (half < HALF))
     if REST > 0:
         tl.store(targets + ROTATED + rest, behind.to(dtype), mask=may_store & (rest < REST))
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("num_rows", "num_ahead_rows", "stride_ahead_row"),
-        *("num_nodes", "num_slots", "last_position"),
-    ]
-)
+@triton.jit(do_not_specialize=["num_nodes", "num_slots", "last_position"])
 def rotate_and_store_kernel(
     # inputs and outputs
     projected_ptr,  # [rows, width]: queries, which are changed in place, keys and values of each row
@@ -245,11 +210,7 @@ def rotate_and_store_kernel(
     query_bias_ptr,
     key_weight_ptr,
     key_bias_ptr,
-    ahead_ptr,  # [ahead rows, columns]: what is read next, or None
     # sizes
-    num_rows,
-    num_ahead_rows,
-    stride_ahead_row,
     num_nodes,
     num_heads,
     num_kv_heads,
@@ -278,14 +239,7 @@ def rotate_and_store_kernel(
     QUERY_KIND: tl.constexpr,
     KEY_KIND: tl.constexpr,
     HEADS: tl.constexpr,  # heads of one program
-    AHEAD_LINES: tl.constexpr,  # of each row that is read next; 0 for none
 ):
-    if AHEAD_LINES > 0:
-        worker, workers = tl.program_id(0) - num_rows, tl.num_programs(0) - num_rows
-        if worker >= 0:
-            worker, workers = worker * tl.num_programs(1) + tl.program_id(1), workers * tl.num_programs(1)
-            fetch_ahead(ahead_ptr, num_ahead_rows, stride_ahead_row, worker, workers, AHEAD_LINES)
-            return
     row = tl.program_id(0).to(tl.int64)
     request, node = row // num_nodes, row % num_nodes
     length = tl.load(cache_lens_ptr + request)
@@ -320,34 +274,23 @@ def rotate_and_store_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_ahead_rows", "stride_ahead_row"])
+@triton.jit
 def gated_activation_kernel(
     projected_ptr,  # [rows, 2 * width], the gates in front, or [rows, width]
     out_ptr,  # [rows, width]
-    ahead_ptr,  # [ahead rows, columns]: what is read next, or None
-    num_rows,
-    num_ahead_rows,
-    stride_ahead_row,
     width,
     stride_projected_row,
     stride_out_row,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    AHEAD_LINES: tl.constexpr,  # of each row that is read next; 0 for none
     BLOCK: tl.constexpr,
 ):
-    if AHEAD_LINES > 0:
-        worker, workers = tl.program_id(0) - num_rows, tl.num_programs(0) - num_rows
-        if worker >= 0:
-            worker, workers = worker * tl.num_programs(1) + tl.program_id(1), workers * tl.num_programs(1)
-            fetch_ahead(ahead_ptr, num_ahead_rows, stride_ahead_row, worker, workers, AHEAD_LINES)
-            return
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     dtype: tl.constexpr = projected_ptr.dtype.element_ty
     source = projected_ptr + row * stride_projected_row + columns
-    out = activated(tl.load(source, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    activated = _activated(tl.load(source, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        out = rounded(out, dtype) * tl.load(source + width, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * stride_out_row + columns, rounded(out, dtype).to(dtype), mask=mask)
+        activated = _rounded(activated, dtype) * tl.load(source + width, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_out_row + columns, _rounded(activated, dtype).to(dtype), mask=mask)

@@ -1,0 +1,85 @@
+// The launch of few_rows_kernel.h.
+
+#include "few_rows_kernel.h"
+#include "few_rows_kernels.h"
+#include "launch.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+namespace sequoia {
+namespace {
+
+void require(bool condition, const char* argument, const char* rule, std::int64_t actual) {
+    if (!condition) {
+        throw std::invalid_argument(std::string("few_rows: ") + argument + " must " + rule + ", got " +
+                                    std::to_string(actual));
+    }
+}
+
+}  // namespace
+
+// Addresses, strides and sizes in the order of few_rows.h. One block a multiprocessor; `num_blocks` of them where it is
+// not 0. `is_float16`: else the numbers are bfloat16. `together`: one launch, whose blocks wait for each other; else one for
+// each phase.
+void launch_few_rows(
+    int device,
+    std::int64_t stream,
+    const std::vector<std::int64_t>& layers,
+    const std::vector<std::int64_t>& addresses,
+    const std::vector<std::int64_t>& strides,
+    const std::vector<std::int64_t>& sizes,
+    double eps,
+    double scale,
+    bool is_float16,
+    bool together,
+    int num_blocks) {
+    const auto count_of = [](const std::vector<std::int64_t>& numbers) { return static_cast<std::int64_t>(numbers.size()); };
+    const std::int64_t num_layers = count_of(layers) / kFewRowsLayerAddresses;
+    require(num_layers >= 1 && num_layers <= kFewRowsMaxLayers && count_of(layers) == num_layers * kFewRowsLayerAddresses,
+            "layers", "be 8 addresses of each of 1 to 32 layers", count_of(layers));
+    require(count_of(addresses) == kFewRowsAddresses, "addresses", "be 15", count_of(addresses));
+    require(count_of(strides) == kFewRowsStrides, "strides", "be 6", count_of(strides));
+    require(count_of(sizes) == kFewRowsSizes, "sizes", "be 13", count_of(sizes));
+    const std::int64_t num_rows = sizes[1], num_nodes = sizes[2], head_dim = sizes[9], width = sizes[10], inner = sizes[11];
+    require(num_rows >= 1 && num_rows <= 32, "rows", "be in [1, 32]", num_rows);
+    require(num_nodes >= 1 && num_rows % num_nodes == 0, "nodes", "divide the rows", num_nodes);
+    require(sizes[4] >= 1 && sizes[4] <= kFewRowsMaxTreeRows, "tree rows", "be in [1, 1024]", sizes[4]);
+    require(sizes[5] >= 1 && sizes[5] <= kFewRowsMaxSlots, "slots", "be in [1, 4096]", sizes[5]);
+    require(head_dim == 64 || head_dim == 128, "head_dim", "be 64 or 128", head_dim);
+    require(sizes[8] >= 1 && sizes[7] % sizes[8] == 0, "kv_heads", "divide the heads", sizes[8]);
+    require(width >= 32 && width % 32 == 0 && width <= kFewRowsMaxWidth, "width", "be a multiple of 32 up to 2048", width);
+    require(inner >= 32 && inner % 32 == 0, "inner width", "be a multiple of 32", inner);
+    const DeviceGuard guard(device, "few_rows");
+    FewRows given = few_rows_given(layers.data(), static_cast<int>(num_layers), addresses.data(), strides.data(), sizes.data(),
+                                   eps, scale);
+    const int tiles = num_rows <= 8 ? 1 : num_rows <= 16 ? 2 : 4;
+    const std::size_t sums = 2 * sizeof(float) * kWarps * 2 * 8 * tiles * kOutputs;
+    given.partial_bytes = static_cast<int>((std::max(sums, sizeof(Attending)) + 15) / 16 * 16);
+    const std::size_t bytes =
+        given.partial_bytes + 2 * static_cast<std::size_t>(num_rows) * (width + few_rows_padding(static_cast<int>(width)));
+    const FewRowsKernel kernel = (is_float16 ? few_rows_float16 : few_rows_bfloat16)(static_cast<int>(head_dim), tiles);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+               "few_rows_kernel");
+    if (num_blocks == 0) {
+        check_cuda(cudaDeviceGetAttribute(&num_blocks, cudaDevAttrMultiProcessorCount, device), "few_rows");
+    }
+    const int num_phases = given.end_phase;
+    for (int phase = 0; phase < num_phases; phase = given.end_phase) {
+        given.first_phase = phase;
+        given.end_phase = together ? num_phases : phase + 1;
+        void* arguments[] = {&given};
+        check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(kThreads), arguments,
+                                               bytes, as_stream(stream)),
+                   "few_rows_kernel");
+    }
+}
+
+// Asks the driver for a kernel, as a launch would.
+cudaError_t find_few_rows() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, few_rows_bfloat16(64, 1));
+}
+
+}  // namespace sequoia

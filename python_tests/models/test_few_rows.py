@@ -1,0 +1,373 @@
+"""The launch for few rows against its specification: on a CPU the kernel's own source, a thread being a fiber.
+
+What a GPU adds, mostly that its caches tell blocks apart, is in the tests marked so.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from support.cuda_on_cpu import COMPILER, few_rows_on_cpu
+from support.native_models import case_model, lens_of, random_tree, score_tree, tokens_of
+
+from sequoia_kernels.cuda_graphs import capture
+from sequoia_kernels.models import TreeStep, adapt, causal_step
+from sequoia_kernels.models.adapter import TreeModel
+from sequoia_kernels.tree import TokenTree
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sequoia_kernels.models.fused import few_rows, fused_forward, reference
+from sequoia_kernels.models.fused.few_rows import FewRowsCall, FewRowsLayer, FewRowsModel
+from sequoia_kernels.models.fused.steps import RowPlaces
+from sequoia_kernels.ops import triton_device
+
+CPU = torch.device("cpu")
+DTYPES = (torch.bfloat16, torch.float16)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+
+class Sizes(NamedTuple):
+    requests: int = 1
+    nodes: int = 3
+    width: int = 64
+    inner: int = 96
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 64
+    vocab: int = 40
+    layers: int = 2
+    slots: int = 80
+
+
+CASES = {
+    "one row": Sizes(nodes=1, width=32, inner=32),
+    "a group": Sizes(),
+    "two requests, a head of keys each": Sizes(2, 5, 96, 160, 3, 3, vocab=50),
+    "two tiles of rows, wide heads": Sizes(1, 9, 256, 800, 2, 2, 128, vocab=33, layers=1),
+    "four tiles of rows": Sizes(3, 7, 320, 96, 4, 1, vocab=100),
+    "several steps of the width": Sizes(1, 4, 1568, 800, 1, 1, vocab=17, layers=1),
+}
+
+
+class Forward(NamedTuple):
+    """What a forward is given."""
+
+    model: FewRowsModel
+    tokens: torch.Tensor
+    caches: list[tuple[torch.Tensor, torch.Tensor]]
+    places: RowPlaces
+    mask: torch.Tensor
+    num_tree_rows: int
+    table: torch.Tensor
+
+    def call(self, counters: torch.Tensor | None = None) -> FewRowsCall:
+        if counters is None:
+            counters = torch.zeros(2, dtype=torch.int32, device=self.tokens.device)
+        return FewRowsCall.of(
+            self.model, self.tokens, self.caches, self.places, self.mask, self.num_tree_rows, self.table, counters
+        )
+
+    def expected(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The specification's logits and caches."""
+        caches = [(keys.clone(), values.clone()) for keys, values in self.caches]
+        logits = reference.few_rows(self.model, self.tokens, caches, self.places, self.mask, self.table)
+        return logits, caches
+
+
+def forward_of(
+    sizes: Sizes,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+    *,
+    own_trees: bool = False,
+    seed: int = 0,
+) -> Forward:
+    """Random weights, and a tree of which some nodes are fed; slots that nobody sees hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def linear(outputs: int, width: int) -> torch.Tensor:
+        return (normal(outputs, width) * width**-0.5).to(dtype).to(device)
+
+    def norm(width: int) -> torch.Tensor:
+        return (1 + 0.1 * normal(width)).to(dtype).to(device)
+
+    attended = sizes.heads * sizes.head_dim
+    projected = attended + 2 * sizes.kv_heads * sizes.head_dim
+    layers = tuple(
+        FewRowsLayer(
+            norm(sizes.width), linear(projected, sizes.width), linear(sizes.width, attended),
+            norm(sizes.width), linear(2 * sizes.inner, sizes.width), linear(sizes.width, sizes.inner),
+        )
+        for _ in range(sizes.layers)
+    )  # fmt: skip
+    embedding = normal(50, sizes.width).to(dtype).to(device)
+    model = FewRowsModel(
+        layers, embedding, norm(sizes.width), linear(sizes.vocab, sizes.width),
+        sizes.heads, sizes.kv_heads, sizes.head_dim, 1e-5, sizes.head_dim**-0.5,
+    )  # fmt: skip
+    drawn = torch.randint(50, (sizes.requests, sizes.nodes), generator=generator)
+    lens = torch.tensor([37, 0, 5][: sizes.requests], dtype=torch.int32)
+    # Of a tree of more than a word, nodes that do not follow each other; the last sees one that is fed beside it.
+    nodes = torch.tensor([1, 2, 3, 5, 6, 9, 10, 30, 33][: sizes.nodes], dtype=torch.int32)
+    depths = torch.ones(sizes.nodes, dtype=torch.int32)
+    mask = torch.zeros(sizes.requests if own_trees else 1, sizes.nodes, 2, dtype=torch.int64)
+    for request in range(len(mask)):
+        for row, node in enumerate(nodes.tolist()):
+            mask[request, row, node // 32] |= 1 << (node % 32)
+            mask[request, row, 0] |= 1 | (2 if (row + request) % 2 and node > 1 else 0)
+    mask = mask.where(mask < 2**31, mask - 2**32).to(torch.int32)
+    caches = [
+        tuple(normal(sizes.requests, sizes.slots, sizes.kv_heads, sizes.head_dim).to(dtype) for _ in range(2))
+        for _ in range(sizes.layers)
+    ]
+    for pair in caches:
+        for rows in pair:
+            for request, length in enumerate(lens.tolist()):
+                rows[request, length + 1 :] = float("nan")
+                rows[request, length + 1] = 1.0  # a node that was fed before
+    places = RowPlaces(lens.to(device), depths.to(device), nodes.to(device), 70)
+    table = normal(90, sizes.head_dim).to(device)
+    caches = [(keys.to(device), values.to(device)) for keys, values in caches]
+    mask = (mask if own_trees else mask[0]).contiguous().to(device)
+    return Forward(model, drawn.to(device), caches, places, mask, int(nodes[-1]) + 1, table)
+
+
+def assert_same(given: Forward, call: FewRowsCall, expected: Any) -> None:
+    """Up to a few units in the last place, since sums in another order round elsewhere."""
+    logits, caches = expected
+    tolerance = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[logits.dtype]
+    assert logits.isfinite().all() and float(logits.float().std()) > 0.5
+    torch.testing.assert_close(call.logits, logits, rtol=tolerance, atol=2 * tolerance)
+    for got, wanted in zip(given.caches, caches, strict=True):
+        for rows, wanted_rows in zip(got, wanted, strict=True):
+            torch.testing.assert_close(rows, wanted_rows, rtol=tolerance, atol=2 * tolerance, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own_trees", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_its_specification(case, own_trees, dtype):
+    given = forward_of(CASES[case], dtype, own_trees=own_trees)
+    expected, counters = given.expected(), torch.zeros(2, dtype=torch.int32)
+    call = given.call(counters)
+    few_rows_on_cpu(call)
+    assert_same(given, call, expected)
+    assert counters.tolist() == [0, 0]
+
+
+@needs_compiler
+def test_bits_depend_neither_on_blocks_nor_on_the_order_of_threads_nor_on_phases():
+    found = []
+    for number, settings in enumerate(({}, {"num_blocks": 1}, {"num_blocks": 4}, {"together": False}, {})):
+        given = forward_of(CASES["two requests, a head of keys each"])
+        call = given.call()
+        few_rows_on_cpu(call, seed=number, **settings)
+        found.append([call.logits, *(rows.nan_to_num(3.0) for pair in given.caches for rows in pair)])
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("wait_for_blocks(given.counters, (phase + 1 - given.first_phase) * gridDim.x);", ""),
+        ("        __syncthreads();\n        for (int place", "        for (int place"),
+        ("        __syncthreads();\n#pragma unroll\n        for (int other", "#pragma unroll\n        for (int other"),
+        ("((shared.fresh[bit >> 5] >> (bit & 31)) & 1) == 0", "true"),
+    ],
+    ids=[
+        "blocks do not meet",
+        "sums before they are there",
+        "the largest score before all have theirs",
+        "fresh slots read",
+    ],
+)
+def test_what_waits_for_nothing_is_seen(change):
+    """The fibers tell: each of these passes somewhere else than on a machine that runs threads in order."""
+    assert any(_differs(change, seed) for seed in range(6))
+
+
+def _differs(change: tuple[str, str], seed: int) -> bool:
+    given = forward_of(CASES["two requests, a head of keys each"])
+    expected, call = given.expected(), given.call()
+    try:
+        few_rows_on_cpu(call, num_blocks=4, seed=seed, change=change)
+        assert_same(given, call, expected)
+    except (AssertionError, RuntimeError):
+        return True
+    return False
+
+
+@needs_compiler
+def test_tokens_without_embedding_and_rows_without_room():
+    """A token that could not be drawn is fed as the first one, one behind the vocabulary as the last."""
+    given = forward_of(Sizes(requests=3, nodes=2))
+    given.tokens.copy_(torch.tensor([[-1, 0], [10**12, 49], [3, 4]]))
+    lens = given.places.cache_lens
+    lens.copy_(torch.tensor([5, 2**30, -(2**30)]))
+    before = [[rows.clone() for rows in pair] for pair in given.caches]
+    call = given.call()
+    few_rows_on_cpu(call)
+    for pair, kept in zip(given.caches, before, strict=True):
+        for rows, wanted in zip(pair, kept, strict=True):
+            assert torch.equal(rows[1:].nan_to_num(7.0), wanted[1:].nan_to_num(7.0))
+            assert torch.equal(rows[0, :6].nan_to_num(7.0), wanted[0, :6].nan_to_num(7.0))
+            assert not torch.equal(rows[0, 6:8].nan_to_num(7.0), wanted[0, 6:8].nan_to_num(7.0))
+    lens.copy_(torch.tensor([37, 0, 5]))
+    again = forward_of(Sizes(requests=3, nodes=2))
+    again.tokens.copy_(torch.tensor([[-1, 0], [10**12, 49], [3, 4]]))
+    expected, call = again.expected(), again.call()
+    few_rows_on_cpu(call)
+    assert_same(again, call, expected)
+
+
+# ---- in a model
+
+
+def small_llama(dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU, **changes: Any) -> Any:
+    """A Llama that the launch takes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return case_model("llama", **{**sizes, "head_dim": 64, **changes}).to(device, dtype)
+
+
+def with_launches(model: Any, device: torch.device = CPU) -> TreeModel:
+    """A model with fused forwards, whatever the device."""
+    plan = adapt(model, forward="modules")._plan
+    return TreeModel(model, plan._replace(own=fused_forward(model, plan.calls, plan.logits_dtype, device)))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Forwards of few rows as fibers, one launch an entry."""
+    if COMPILER is None or not triton_device.INTERPRETED:
+        pytest.skip("needs g++, and Triton's interpreter for the forwards of many rows")
+    calls: list[FewRowsCall] = []
+
+    def launch(call: FewRowsCall) -> None:
+        calls.append(call)
+        few_rows_on_cpu(call)
+
+    monkeypatch.setattr(few_rows, "launch", launch)
+    monkeypatch.setattr(few_rows, "unavailable_reason", lambda device: None)
+    return calls
+
+
+def test_a_model_takes_it_for_few_rows_and_scores_as_its_modules_do(launches, monkeypatch):
+    monkeypatch.setattr(few_rows, "MAX_ROWS", 8)
+    model = small_llama()
+    fused, exact = with_launches(model), adapt(copy.deepcopy(model).float(), forward="modules")
+    tree, nodes = random_tree(random.Random(3), 6), tokens_of(5, 1, 6)
+    prompt = tokens_of(3, 1, 9)  # more than 8 rows
+    scored = score_tree(fused, prompt, tree, nodes)
+    assert len(launches) == 1 and launches[0].logits.shape[0] == 6
+    wanted = score_tree(exact, prompt, tree, nodes)
+    by_modules = score_tree(adapt(copy.deepcopy(model), forward="modules"), prompt, tree, nodes)
+    errors = [float((logits.float() - wanted).abs().mean()) for logits in (scored, by_modules)]
+    assert errors[0] <= 1.2 * errors[1] + 1e-3
+
+
+def test_hidden_states_last_rows_and_weights_that_change(launches):
+    """The first two are left to the forward of many rows; new weights are read by the next launch."""
+    fused = with_launches(small_llama())
+    cache, lens, tokens = fused.new_cache(1, 40), lens_of(0), tokens_of(1, 1, 3)
+    first = fused.forward(tokens, cache, lens, causal_step(3)).clone()
+    fused.forward(tokens, cache, lens, causal_step(3), last_row=torch.tensor([1]))
+    fused.forward(tokens, cache, lens, causal_step(3), hidden_states={0: torch.empty(0)})
+    assert len(launches) == 1
+    with torch.no_grad():
+        fused.model.model.norm.weight.mul_(2.0)
+        fused.model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(
+            fused.model.model.layers[0].mlp.down_proj.weight.clone()
+        )
+    second = fused.forward(tokens, cache, lens, causal_step(3))
+    assert len(launches) == 2
+    torch.testing.assert_close(second.float(), 2 * first.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 32}, {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"hidden_size": 80},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_it_does_not_compute_is_left_to_the_other_forward(changes, launches):
+    fused = with_launches(small_llama(**changes))
+    fused.forward(tokens_of(1, 1, 3), fused.new_cache(1, 40), lens_of(0), causal_step(3))
+    assert not launches
+
+
+def test_large_layers_and_float32_are_left_to_products_of_torch(launches, monkeypatch):
+    step, tokens = causal_step(3), tokens_of(1, 1, 3)
+    fused = with_launches(small_llama(torch.float32))
+    fused.forward(tokens, fused.new_cache(1, 40), lens_of(0), step)
+    monkeypatch.setattr(few_rows, "MAX_WEIGHTS", 1000)
+    fused = with_launches(small_llama())
+    fused.forward(tokens, fused.new_cache(1, 40), lens_of(0), step)
+    assert not launches
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, "68M", "a wide one"])
+def test_it_is_its_specification_on_a_gpu(case, dtype):
+    """And the same bits every time, with a phase a launch as well."""
+    from sequoia_kernels import _cuda
+
+    device = torch.device("cuda", 0)
+    larger = {
+        "68M": Sizes(1, 9, 768, 3072, 12, 12, 64, 32000, 2, 640),
+        "a wide one": Sizes(3, 9, 2048, 5504, 16, 4, 128, 1000, 3, 1000),
+    }
+    given = forward_of({**CASES, **larger}[case], dtype, device, own_trees=True)
+    expected, found = given.expected(), []
+    for turn in range(12):
+        call = given.call()
+        call.logits.fill_(float("nan"))
+        if turn == 11:
+            _cuda.few_rows(
+                device=0, stream=torch.cuda.current_stream().cuda_stream, layers=call.layers, addresses=call.addresses,
+                strides=call.strides, sizes=call.sizes, eps=call.eps, scale=call.scale, is_float16=call.is_float16,
+                together=False,
+            )  # fmt: skip
+        else:
+            few_rows.launch(call)
+        found.append(call.logits)
+    torch.cuda.synchronize()
+    assert_same(given, call, expected)
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+@pytest.mark.gpu
+def test_a_captured_forward_is_one_launch_and_gives_the_bits_of_the_call():
+    device = torch.device("cuda", 0)
+    model = adapt(small_llama(torch.bfloat16, device))
+    cache, lens = model.new_cache(1, 512), lens_of(300).to(device)
+    for tensor in cache.tensors():
+        tensor.normal_()
+    tree = TokenTree([-1, *(0 for _ in range(7))])
+    tokens, step = tokens_of(1, 1, 7).to(device), TreeStep.of(tree.tensors(device), range(1, 8))
+    expected = model.forward(tokens, cache, lens, step).clone()
+    graph, logits = capture(lambda: model.forward(tokens, cache, lens, step), device)
+    for _ in range(50):
+        logits.zero_()
+        graph.replay()
+        assert torch.equal(logits, expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(names) == 1 and "few_rows_kernel" in names[0], names

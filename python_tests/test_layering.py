@@ -47,7 +47,7 @@ ALLOWED = {
     "ops": SHARED | NATIVE | {"tree"},
     "interop": SHARED | {"tree", "ops"},
     "planner": {"errors", "documents", "checks", "fingerprints", "tree", "_host"},
-    "models": SHARED | {"tree", "ops", "_host"},
+    "models": SHARED | {"tree", "ops", "_host", "_cuda"},
     "offload": SHARED | {"tree", "ops", "models"},
     # The planner reads profiles and measure writes them; the trees that are timed are optimal ones. What a layer takes
     # beyond its parts is found with the planner's own way of adding parts up.

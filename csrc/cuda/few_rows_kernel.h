@@ -41,14 +41,16 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kOutputs = 16;      // of a tile
 constexpr int kColumns = 32;      // of a block of the width
 constexpr int kAhead = 3;         // blocks of the width that a warp reads at once
+constexpr int kPlaces = 4;        // of weights on their way
 constexpr int kPhases = 5;        // of a layer
 constexpr int kNormed = kFewRowsMaxWidth / 256;  // 8 columns each, that a lane has of a row that is normed
 constexpr int kSlotsAhead = 6;    // slots that a lane reads at once in the attention
 
-// Weights of a tile on their way, two outputs a lane: of a matrix the next two steps, of two matrices the next one.
+// Weights on their way, two outputs a lane: the next four steps of a matrix, or the next two of two matrices. A step's place
+// is filled anew where it was read: to move numbers that are on their way would be to wait for them.
 struct Fetched {
-    uint4 low[2][kAhead];
-    uint4 high[2][kAhead];
+    uint4 low[kPlaces][kAhead];
+    uint4 high[kPlaces][kAhead];
 };
 
 // What a norm multiplies by: the columns of a lane.
@@ -117,21 +119,16 @@ __device__ inline int tiles_of(int outputs) { return (outputs + kOutputs - 1) / 
 template <int MATRICES>
 __device__ void fetch_first(Fetched& fetched, const void* weight, int outputs, int width) {
     Place place{static_cast<int>(blockIdx.x), 0};
-    if (place.tile < tiles_of(outputs)) {
-        fetch(fetched.low[0], fetched.high[0], weight, 0, outputs, width, place.tile, place.step);
-        if (MATRICES == 1) {
-            place = place.behind(steps_of(width));
-        }
-        if (place.tile < tiles_of(outputs)) {
-            fetch(fetched.low[1], fetched.high[1], weight, MATRICES - 1, outputs, width, place.tile, place.step);
-        }
-    }
-}
-
-__device__ inline void keep(uint4 (&to)[kAhead], const uint4 (&from)[kAhead]) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-        to[i] = from[i];
+    for (int first = 0; first < kPlaces; first += MATRICES) {
+        if (place.tile < tiles_of(outputs)) {
+#pragma unroll
+            for (int matrix = 0; matrix < MATRICES; ++matrix) {
+                fetch(fetched.low[first + matrix], fetched.high[first + matrix], weight, matrix, outputs, width, place.tile,
+                      place.step);
+            }
+        }
+        place = place.behind(steps_of(width));
     }
 }
 
@@ -162,95 +159,100 @@ __device__ inline void read_rows(uint4 (&right)[kAhead][TILES], const Rows& rows
     }
 }
 
+// Add up the parts of a tile that the warps have, hand each number on, and begin anew. `parts`: [warp, matrix, row, output]; a
+// product has two such, in turns, so that a slow warp may still read the other.
+template <typename Number, int TILES, int MATRICES, typename Finish>
+__device__ void add_up(
+    float (&sums)[MATRICES][TILES][4], float* parts, int tile, int outputs, int num_rows, const Finish& finish) {
+    constexpr int kRows = 8 * TILES;
+    const int lane = lane_of_thread();
+#pragma unroll
+    for (int matrix = 0; matrix < MATRICES; ++matrix) {
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            float* const part =
+                parts + ((warp_of_thread() * MATRICES + matrix) * kRows + n * 8 + (lane & 3) * 2) * kOutputs + (lane >> 2);
+            part[0] = sums[matrix][n][0];
+            part[kOutputs] = sums[matrix][n][1];
+            part[8] = sums[matrix][n][2];
+            part[kOutputs + 8] = sums[matrix][n][3];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sums[matrix][n][i] = 0.0f;
+            }
+        }
+    }
+    __syncthreads();
+    for (int number = threadIdx.x; number < kOutputs * kRows; number += kThreads) {
+        const int output = tile * kOutputs + number % kOutputs;
+        const int row = number / kOutputs;
+        if (output < outputs && row < num_rows) {
+            float whole[MATRICES];
+#pragma unroll
+            for (int matrix = 0; matrix < MATRICES; ++matrix) {
+                whole[matrix] = 0.0f;
+#pragma unroll
+                for (int part = 0; part < kWarps; ++part) {
+                    whole[matrix] += parts[(part * MATRICES + matrix) * kRows * kOutputs + number];
+                }
+            }
+            finish(output, row, whole);
+        }
+    }
+}
+
 // Multiply the tiles of this block, and hand each finished number on: finish(output, row, sums of the matrices).
 template <typename Number, int TILES, int MATRICES, bool IS_SHARED, typename Finish>
 __device__ void product(
     Fetched& fetched, const void* weight, int outputs, int width, const Rows& rows, float* partial, Finish finish) {
-    constexpr int kRows = 8 * TILES;
-    constexpr int kSums = kWarps * MATRICES * kRows * kOutputs;
-    const int lane = lane_of_thread();
+    constexpr int kSums = kWarps * MATRICES * 8 * TILES * kOutputs;
     const int warp = warp_of_thread();
     const int num_tiles = tiles_of(outputs);
     const int steps = steps_of(width);
-    uint4 right[kAhead][TILES];
+    float sums[MATRICES][TILES][4] = {};
     bool is_odd = false;
-    for (Place place{static_cast<int>(blockIdx.x), 0}; place.tile < num_tiles;) {
-        float sums[MATRICES][TILES][4] = {};
-        const int tile = place.tile;
-        for (int step = 0; step < steps; ++step) {
-            const Place next = place.behind(steps);
-            const Place fetched_next = MATRICES == 1 ? next.behind(steps) : next;
-            uint4 low[MATRICES][kAhead];
-            uint4 high[MATRICES][kAhead];
-            if (fetched_next.tile < num_tiles) {
+    Place place{static_cast<int>(blockIdx.x), 0};
+    Place ahead = place;
 #pragma unroll
-                for (int matrix = 0; matrix < MATRICES; ++matrix) {
-                    fetch(low[matrix], high[matrix], weight, matrix, outputs, width, fetched_next.tile, fetched_next.step);
-                }
+    for (int first = 0; first < kPlaces; first += MATRICES) {
+        ahead = ahead.behind(steps);
+    }
+    while (place.tile < num_tiles) {
+#pragma unroll
+        for (int first = 0; first < kPlaces; first += MATRICES) {
+            if (place.tile >= num_tiles) {
+                break;
             }
-            read_rows<TILES, IS_SHARED>(right, rows, width, step);
+            uint4 right[kAhead][TILES];
+            read_rows<TILES, IS_SHARED>(right, rows, width, place.step);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
-                if ((warp + kWarps * (step * kAhead + i)) * kColumns < width) {
+                if ((warp + kWarps * (place.step * kAhead + i)) * kColumns < width) {
 #pragma unroll
                     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
                         for (int matrix = 0; matrix < MATRICES; ++matrix) {
-                            const uint4 first = fetched.low[matrix][i];
-                            const uint4 second = fetched.high[matrix][i];
-                            multiply<Number>(
-                                sums[matrix][n], first.x, second.x, first.y, second.y, right[i][n].x, right[i][n].y);
-                            multiply<Number>(
-                                sums[matrix][n], first.z, second.z, first.w, second.w, right[i][n].z, right[i][n].w);
+                            const uint4 low = fetched.low[first + matrix][i];
+                            const uint4 high = fetched.high[first + matrix][i];
+                            multiply<Number>(sums[matrix][n], low.x, high.x, low.y, high.y, right[i][n].x, right[i][n].y);
+                            multiply<Number>(sums[matrix][n], low.z, high.z, low.w, high.w, right[i][n].z, right[i][n].w);
                         }
                     }
                 }
             }
-            if (MATRICES == 1) {
-                keep(fetched.low[0], fetched.low[1]);
-                keep(fetched.high[0], fetched.high[1]);
-                keep(fetched.low[1], low[0]);
-                keep(fetched.high[1], high[0]);
-            } else {
+            if (ahead.tile < num_tiles) {
 #pragma unroll
                 for (int matrix = 0; matrix < MATRICES; ++matrix) {
-                    keep(fetched.low[matrix], low[matrix]);
-                    keep(fetched.high[matrix], high[matrix]);
+                    fetch(fetched.low[first + matrix], fetched.high[first + matrix], weight, matrix, outputs, width,
+                          ahead.tile, ahead.step);
                 }
             }
-            place = next;
-        }
-        // The warps' parts, [warp, matrix, row, output]; two such, in turns, so that a slow warp may still read the other.
-        float* const parts = partial + (is_odd ? kSums : 0);
-        is_odd = !is_odd;
-#pragma unroll
-        for (int matrix = 0; matrix < MATRICES; ++matrix) {
-#pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                float* const part =
-                    parts + ((warp * MATRICES + matrix) * kRows + n * 8 + (lane & 3) * 2) * kOutputs + (lane >> 2);
-                part[0] = sums[matrix][n][0];
-                part[kOutputs] = sums[matrix][n][1];
-                part[8] = sums[matrix][n][2];
-                part[kOutputs + 8] = sums[matrix][n][3];
+            ahead = ahead.behind(steps);
+            if (place.step + 1 == steps) {
+                add_up<Number, TILES, MATRICES>(sums, partial + (is_odd ? kSums : 0), place.tile, outputs, rows.count, finish);
+                is_odd = !is_odd;
             }
-        }
-        __syncthreads();
-        for (int number = threadIdx.x; number < kOutputs * kRows; number += kThreads) {
-            const int output = tile * kOutputs + number % kOutputs;
-            const int row = number / kOutputs;
-            if (output < outputs && row < rows.count) {
-                float whole[MATRICES];
-#pragma unroll
-                for (int matrix = 0; matrix < MATRICES; ++matrix) {
-                    whole[matrix] = 0.0f;
-#pragma unroll
-                    for (int part = 0; part < kWarps; ++part) {
-                        whole[matrix] += parts[(part * MATRICES + matrix) * kRows * kOutputs + number];
-                    }
-                }
-                finish(output, row, whole);
-            }
+            place = place.behind(steps);
         }
     }
     __syncthreads();  // the next phase has something else there

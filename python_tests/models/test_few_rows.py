@@ -257,6 +257,7 @@ def launches(monkeypatch):
         calls.append(call)
         few_rows_on_cpu(call)
 
+    monkeypatch.setenv("SEQUOIA_SINGLE_LAUNCH", "1")
     monkeypatch.setattr(few_rows, "launch", launch)
     monkeypatch.setattr(few_rows, "unavailable_reason", lambda device: None)
     return calls
@@ -307,11 +308,17 @@ def test_what_it_does_not_compute_is_left_to_the_other_forward(changes, launches
     assert not launches
 
 
-def test_large_layers_and_float32_are_left_to_products_of_torch(launches, monkeypatch):
+def test_large_layers_and_float32_are_left_to_products_of_torch_and_so_is_all_that_nobody_asked_for(
+    launches, monkeypatch
+):
     step, tokens = causal_step(3), tokens_of(1, 1, 3)
     fused = with_launches(small_llama(torch.float32))
     fused.forward(tokens, fused.new_cache(1, 40), lens_of(0), step)
     monkeypatch.setattr(few_rows, "MAX_WEIGHTS", 1000)
+    fused = with_launches(small_llama())
+    fused.forward(tokens, fused.new_cache(1, 40), lens_of(0), step)
+    monkeypatch.setattr(few_rows, "MAX_WEIGHTS", 1 << 20)
+    monkeypatch.delenv("SEQUOIA_SINGLE_LAUNCH")
     fused = with_launches(small_llama())
     fused.forward(tokens, fused.new_cache(1, 40), lens_of(0), step)
     assert not launches
@@ -347,12 +354,17 @@ def test_it_is_its_specification_on_a_gpu(case, dtype):
             few_rows.launch(call)
         found.append(call.logits)
     torch.cuda.synchronize()
-    assert_same(given, call, expected)
+    if case in CASES:
+        assert_same(given, call, expected)
+    else:  # sums of thousands of numbers, through several layers: a few logits round further off
+        apart = (call.logits.float() - expected[0].float()).abs()
+        assert float(apart.mean()) <= 2.0 ** (-8 if dtype == torch.bfloat16 else -11) * float(expected[0].float().std())
     assert all(torch.equal(logits, found[0]) for logits in found)
 
 
 @pytest.mark.gpu
-def test_a_captured_forward_is_one_launch_and_gives_the_bits_of_the_call():
+def test_a_captured_forward_is_one_launch_and_gives_the_bits_of_the_call(monkeypatch):
+    monkeypatch.setenv("SEQUOIA_SINGLE_LAUNCH", "1")
     device = torch.device("cuda", 0)
     model = adapt(small_llama(torch.bfloat16, device))
     cache, lens = model.new_cache(1, 512), lens_of(300).to(device)

@@ -2,11 +2,15 @@
 
 `FewRowsModel` holds what does not change from forward to forward; `FewRowsCall.of` puts a launch together, which
 `launch` hands to the compiled module. `reference.few_rows` is the specification.
+
+Models take it where `SEQUOIA_SINGLE_LAUNCH=1` is set when they are adapted. An H100 ran it in about the time of the
+other forward, so it is not what they take by themselves; see docs/architecture.md.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 from sequoia_kernels.models.fused.steps import RowPlaces
 from sequoia_kernels.ops import triton_device
 
-__all__ = ["MAX_ROWS", "FewRowsCall", "FewRowsLayer", "FewRowsModel", "launch", "unavailable_reason"]
+__all__ = ["MAX_ROWS", "FewRowsCall", "FewRowsLayer", "FewRowsModel", "is_wanted", "launch", "unavailable_reason"]
 
 MAX_ROWS = 32
 """of a forward, of all requests together"""
@@ -169,6 +173,11 @@ def launch(call: FewRowsCall) -> None:
         layers=call.layers, addresses=call.addresses, strides=call.strides, sizes=call.sizes,
         eps=call.eps, scale=call.scale, is_float16=call.is_float16,
     )  # fmt: skip
+
+
+def is_wanted() -> bool:
+    """Whether models that are adapted now shall take it."""
+    return os.environ.get("SEQUOIA_SINGLE_LAUNCH", "0") not in ("", "0")
 
 
 @functools.cache

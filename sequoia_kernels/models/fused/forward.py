@@ -6,7 +6,7 @@ Products read weights where the model has them; what is read together is laid to
 being views of it, so nothing is held twice and the model's own forward goes on working. What must stay where it is, is
 read by a product of its own.
 
-Few rows through a small Llama, a level of a draft, are one launch of all layers instead (`few_rows.py`).
+Few rows through a small Llama, a level of a draft, can be one launch of all layers instead (`few_rows.py`).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class FusedForward:
         self._logits_dtype = logits_dtype
         self._weights: _Weights | None = None
         self._lock = threading.Lock()
+        self._may_launch_once = few_rows.is_wanted()
         # Where the blocks of a launch for few rows count each other; a cache has one launch at a time.
         self._counters: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
         self._look_up()
@@ -297,6 +298,8 @@ class FusedForward:
 
     def _few_rows_model(self, weights: _Weights) -> few_rows.FewRowsModel | None:
         """The model as the launch for few rows takes it, or None where that is another computation."""
+        if not self._may_launch_once:
+            return None
         fields, layers = self._described.fields, weights.layers
         scales = [fields[name] for name in ("embedding_scale", "residual_scale", "logit_scale")]
         if weights.positions is not None or fields["logit_softcap"] or any(scale != 1.0 for scale in scales):

@@ -38,7 +38,7 @@ Parallel plan: what one program owns
 Memory: bytes read and written
     Both rows of a node once from memory, and once more from L2 for each of its children whose failure matters. Writes
     24 bytes a chunk and node, and 76 bytes a node.
-    Estimate for the tree of 64 nodes x 128256 on an H100, not run on a GPU: first reads 5 us, places 2 us, nine waves
+    Estimate for the tree of 64 nodes x 128256 on an H100, not timed on one: first reads 5 us, places 2 us, nine waves
     that do work at about 2.2 us and four launches that find none at 1.3 us, leaving and choosing 4 us, the draw 3.5 us,
     the end 2 us: about 42 us in a CUDA graph, 50 us for 128 nodes. A walk, one drop after the other, would take 63
     launches of which some 38 do work: about 130 us.

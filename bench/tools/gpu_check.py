@@ -33,7 +33,10 @@ SANITIZER_FOUND = 97  # exit status that compute-sanitizer is told to give for a
 SANITIZE = (sys.executable, "-m", "bench.tools.sanitize")
 ONE_ALLOCATION_A_TENSOR = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-TESTS = ("python_tests/ops", "python_tests/gpu", "python_tests/models/test_fused.py")
+TESTS = (
+    *("python_tests/ops", "python_tests/gpu"),
+    *("python_tests/models/test_fused.py", "python_tests/models/test_few_rows.py"),
+)
 FAR_OFFSETS = "python_tests/gpu/test_far_offsets.py"  # 20 GiB a test: in one process, with nothing beside it
 MORE_TESTS = (
     *("python_tests/test_lossless.py", "python_tests/test_known_defects.py", "python_tests/test_cuda_graphs.py"),
@@ -146,6 +149,7 @@ def stages(out: Path, results: Path, workers: int) -> list[Stage]:
         suite_stage("ops", 240, out, "MINUTES", Short(130, ("--quick", "--minutes", "LIMIT_MINUTES"))),
         sanitizer_stage("memcheck", 110),
         sanitizer_stage("racecheck", 120),
+        bench_stage("few_rows", 90, results, "few_rows", short=Short(45, ("--quick",))),
         test_stage("more_tests", 200 * slower, failures, workers, *MORE_TESTS),
         bench_stage("demo_pair", 90, results, "demo_pair", short=Short(30, ("--quick",))),
         bench_stage("offload", 500, results, "offload", "--seconds", "SECONDS", short=Short(240, ("--quick",))),

@@ -16,14 +16,18 @@
 //
 // Memory
 //   Each weight once, rows once a block, from L2. Floor: the weights at copy bandwidth; for 68M parameters (38 MB in layers,
-//   49 MB in the head) 29 us at 3 TB/s. Barriers: 1 us each on an H100, 11 of them.
+//   49 MB in the head) 29 us at 3 TB/s. Barriers: 1 us each on an H100, 10 of them.
+//
+// An H100 computed it rightly and took 88 us for up to 8 rows of that model, in a form of before: what was on its way moved
+// from place to place then, and so was waited for (docs/gpu.md). In this form it has not run on a GPU. Compiled for sm_90
+// without spills, but for 20 bytes a thread at more than 16 rows.
 //
 // Numerics
 //   float32 inside, rounded where transformers' modules round; rotations are rounded once, by angles that are not rounded,
 //   and attention weights are not rounded.
 //
 // Source
-//   "One launch a draft level": Sequoia (arXiv 2402.12374) needs drafts whose level takes a small part of the target's step.
+//   Sequoia (arXiv 2402.12374): the levels of a tree follow one another, so a draft's level must take a small part of a step.
 
 #pragma once
 

@@ -295,6 +295,17 @@ def test_hidden_states_last_rows_and_weights_that_change(launches):
     torch.testing.assert_close(second.float(), 2 * first.float(), rtol=0.02, atol=0.02)
 
 
+def test_tokens_and_steps_of_other_dtypes_and_strides_count_as_their_numbers(launches):
+    fused = with_launches(small_llama())
+    tokens, lens, step = tokens_of(1, 2, 3), lens_of(2, 4), causal_step(3)
+    caches = [fused.new_cache(2, 16) for _ in range(2)]
+    expected = fused.forward(tokens, caches[0], lens, step)
+    spread = tokens.to(torch.int32).repeat_interleave(2, 1)[:, ::2]
+    same = step._replace(depths=step.depths.long(), tree_mask=step.tree_mask.repeat_interleave(2, 1)[:, ::2])
+    assert torch.equal(fused.forward(spread, caches[1], lens.long(), same), expected) and len(launches) == 2
+    assert all(map(torch.equal, *(cache.tensors() for cache in caches)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -122,7 +122,7 @@ class FewRowsCall(NamedTuple):
 
         Args:
             model: what runs.
-            tokens: fed ones. [B, N] int64.
+            tokens: fed ones. [B, N], integers.
             caches: keys and values of each layer, of equal strides. [B, S, Hkv, D] each.
             places: where rows belong; int32, contiguous.
             tree_mask: what each row sees. [N, words] or [B, N, words] int32, contiguous.
@@ -132,7 +132,7 @@ class FewRowsCall(NamedTuple):
         """
         batch_size, num_nodes = tokens.shape
         rows, dtype = batch_size * num_nodes, model.embedding.dtype
-        tokens = tokens.contiguous()
+        tokens = tokens.to(torch.int64).contiguous()
         widths = (
             model.width, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim,
             model.num_heads * model.head_dim, model.inner_width,

@@ -4,7 +4,6 @@
 #include "few_rows_kernels.h"
 #include "launch.h"
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -20,9 +19,8 @@ void require(bool condition, const char* argument, const char* rule, std::int64_
 
 }  // namespace
 
-// Addresses, strides and sizes in the order of few_rows.h. One block a multiprocessor; `num_blocks` of them where it is
-// not 0. `is_float16`: else the numbers are bfloat16. `together`: one launch, whose blocks wait for each other; else one for
-// each phase.
+// Addresses, strides and sizes in the order of few_rows.h. One block a multiprocessor. `is_float16`: else the numbers are
+// bfloat16. `together`: one launch, whose blocks wait for each other; else one for each phase.
 void launch_few_rows(
     int device,
     std::int64_t stream,
@@ -33,8 +31,7 @@ void launch_few_rows(
     double eps,
     double scale,
     bool is_float16,
-    bool together,
-    int num_blocks) {
+    bool together) {
     const auto count_of = [](const std::vector<std::int64_t>& numbers) { return static_cast<std::int64_t>(numbers.size()); };
     const std::int64_t num_layers = count_of(layers) / kFewRowsLayerAddresses;
     require(num_layers >= 1 && num_layers <= kFewRowsMaxLayers && count_of(layers) == num_layers * kFewRowsLayerAddresses,
@@ -54,17 +51,12 @@ void launch_few_rows(
     const DeviceGuard guard(device, "few_rows");
     FewRows given = few_rows_given(layers.data(), static_cast<int>(num_layers), addresses.data(), strides.data(), sizes.data(),
                                    eps, scale);
-    const int tiles = num_rows <= 8 ? 1 : num_rows <= 16 ? 2 : 4;
-    const std::size_t sums = 2 * sizeof(float) * kWarps * 2 * 8 * tiles * kOutputs;
-    given.partial_bytes = static_cast<int>((std::max(sums, sizeof(Attending)) + 15) / 16 * 16);
-    const std::size_t bytes =
-        given.partial_bytes + 2 * static_cast<std::size_t>(num_rows) * (width + few_rows_padding(static_cast<int>(width)));
-    const FewRowsKernel kernel = (is_float16 ? few_rows_float16 : few_rows_bfloat16)(static_cast<int>(head_dim), tiles);
+    const std::size_t bytes = lay_out_shared_memory(given);
+    const FewRowsKernel kernel = (is_float16 ? few_rows_float16 : few_rows_bfloat16)(static_cast<int>(head_dim), tiles_of_rows(given.num_rows));
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                "few_rows_kernel");
-    if (num_blocks == 0) {
-        check_cuda(cudaDeviceGetAttribute(&num_blocks, cudaDevAttrMultiProcessorCount, device), "few_rows");
-    }
+    int num_blocks = 0;
+    check_cuda(cudaDeviceGetAttribute(&num_blocks, cudaDevAttrMultiProcessorCount, device), "few_rows");
     const int num_phases = given.end_phase;
     for (int phase = 0; phase < num_phases; phase = given.end_phase) {
         given.first_phase = phase;

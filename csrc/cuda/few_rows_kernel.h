@@ -686,5 +686,16 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows_kernel(const __grid_cons
     }
 }
 
+// Tiles of 8 rows, by which a kernel is chosen.
+inline int tiles_of_rows(int num_rows) { return num_rows <= 8 ? 1 : num_rows <= 16 ? 2 : 4; }
+
+// Lay shared memory out: sums, twice, or what the attention has there; then the normed rows. Returns its bytes.
+inline std::size_t lay_out_shared_memory(FewRows& given) {
+    const std::size_t sums = 2 * sizeof(float) * kWarps * 2 * 8 * tiles_of_rows(given.num_rows) * kOutputs;
+    const std::size_t first = sums > sizeof(Attending) ? sums : sizeof(Attending);
+    given.partial_bytes = static_cast<int>((first + 15) / 16 * 16);
+    return given.partial_bytes + 2 * static_cast<std::size_t>(given.num_rows) * (given.width + few_rows_padding(given.width));
+}
+
 }  // namespace
 }  // namespace sequoia

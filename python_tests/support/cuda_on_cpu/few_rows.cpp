@@ -24,10 +24,8 @@ extern "C" int few_rows_on_cpu(
     const std::int64_t* layers, int num_layers, const std::int64_t* addresses, const std::int64_t* strides,
     const std::int64_t* sizes, double eps, double scale, int is_float16, int together, int num_blocks, unsigned seed) {
     FewRows given = few_rows_given(layers, num_layers, addresses, strides, sizes, eps, scale);
-    const int tiles = given.num_rows <= 8 ? 1 : given.num_rows <= 16 ? 2 : 4;
-    const std::size_t sums = 2 * sizeof(float) * kWarps * 2 * 8 * tiles * kOutputs;
-    given.partial_bytes = static_cast<int>((std::max(sums, sizeof(Attending)) + 15) / 16 * 16);
-    const std::size_t bytes = given.partial_bytes + 2u * given.num_rows * (given.width + few_rows_padding(given.width));
+    const int tiles = tiles_of_rows(given.num_rows);
+    const std::size_t bytes = lay_out_shared_memory(given);
     const int num_phases = given.end_phase;
     for (int phase = 0; phase < num_phases; phase = given.end_phase) {
         given.first_phase = phase;

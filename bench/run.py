@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -158,9 +159,10 @@ def write_summary(folder: Path, device_type: str, outcomes: Sequence[dict[str, A
 
 
 def _without_progress(text: str) -> str:
-    """A log's lines without the progress bars and warnings of libraries."""
+    """A log's lines without what scripts tell of their progress, and progress bars and warnings of libraries."""
     lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
-    return "\n".join(line for line in lines if line and not line.startswith(("Loading weights", "[transformers]")))
+    others = [line for line in lines if line and not line.startswith(("Loading weights", "[transformers]"))]
+    return "\n".join(line for line in others if not re.match(r"  +\d+\.\d s  ", line))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +67,11 @@ class Run:
     device: torch.device
     document: dict[str, Any]  # what will be written; begun with what every document has
     markdown: Callable[[dict[str, Any]], str] | None
+    began: float = field(default_factory=time.perf_counter)
+
+    def tell(self, what: str) -> None:
+        """Say on the terminal what is being done, and since when the run goes on."""
+        print(f"  {time.perf_counter() - self.began:6.1f} s  {what}", file=sys.stderr, flush=True)
 
     def save(self) -> None:
         """Write what is known so far, so that it stays whatever ends the run; the tables beside it."""

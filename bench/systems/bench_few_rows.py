@@ -51,20 +51,20 @@ def graphs_of(model: TreeModel, rows: int, device: torch.device) -> dict[str, An
     for tensor in cache.tensors():
         tensor.normal_()
     tokens, step = torch.randint(model.vocab_size, (1, rows), device=device), level_step(rows, device)
-    graphs, logits, most = {}, {}, few_rows.MAX_ROWS
+    graphs, logits, rule = {}, {}, few_rows.is_worthwhile
 
     def forwards() -> None:
         for _ in range(FORWARDS):
             model.forward(tokens, cache, lens, step)
 
-    for name, limit in ((FEW, most), (MANY, 0)):
-        few_rows.MAX_ROWS = limit  # looked at in every forward
+    for name in (FEW, MANY):
+        few_rows.is_worthwhile = lambda width, num_rows, few=name == FEW: few  # asked in every forward
         try:
             for _ in range(2):
                 logits[name] = model.forward(tokens, cache, lens, step).float()
             graphs[name] = capture(forwards, device)[0]
         finally:
-            few_rows.MAX_ROWS = most
+            few_rows.is_worthwhile = rule
     apart = float((logits[FEW] - logits[MANY]).abs().max() / logits[MANY].std())
     if not apart < 0.25:  # bfloat16's last places, through all layers of a random model
         raise SystemExit(f"the two differ by {apart:.3f} standard deviations of the logits")

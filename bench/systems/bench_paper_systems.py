@@ -318,6 +318,7 @@ def measure_system(
     num_tokens: int,
     copy_gb_per_s: float,
     rivals: bool,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Time all providers in turns and check the output."""
     sized = optimal_tree(acceptance.vector, *size)
@@ -336,9 +337,11 @@ def measure_system(
         providers[TRANSFORMERS] = transformers_loop(system, False, temperature)
         providers[ASSISTED] = transformers_loop(system, True, temperature)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in providers}
-    for run in providers.values():
+    for name, run in providers.items():
+        tell(f"{system.name}, T={temperature:g}: first run, {name}")
         run(system.prompts[0], min(num_tokens, 32 * (FIRST_STEPS + 2)), 0)
     for index, prompt in enumerate(system.prompts):
+        tell(f"{system.name}, T={temperature:g}: prompt {index + 1} of {len(system.prompts)}")
         for name, run in providers.items():
             outcomes[name].append(run(prompt, num_tokens, 1000 + index))
 
@@ -515,9 +518,10 @@ def run(bench: Run) -> int:
         if options.compile and system.compiled is None:  # the planner's times stay those of the others
             system.compiled = adapt(system.target, compile=True), adapt(system.draft, compile=True)
         if system.profile is None:
+            bench.tell(f"{system.name}: the planner's measurements")
             system.profile = profile_of(system, options.new_tokens, options.profile_seconds, largest)
         what = (system, acceptance, temperature, size, options.new_tokens)
-        result = measure_system(*what, peaks["copy_gb_per_s"], not options.no_rivals)
+        result = measure_system(*what, peaks["copy_gb_per_s"], not options.no_rivals, bench.tell)
         document["results"].append(result | extra)
         print_result(document["results"][-1])
         bench.save()  # now, so that a later row that ends the process leaves this one
@@ -540,11 +544,13 @@ def run(bench: Run) -> int:
                 document["skipped"].append({"row": name, "reason": reason})
                 print(f"{name}: skipped, {reason}")
                 continue
+            bench.tell(f"{name}: building the pair")
             system, pair = build_system(name, row, dtype_name, device, options.prompt_tokens, options.prompts)
             for temperature in options.temperatures or row.entries:
                 if temperature not in row.entries:
                     raise SystemExit(f"--temperatures: row {name} has {', '.join(map(str, row.entries))}")
                 entry = row.entries[temperature]
+                bench.tell(f"{name}, T={temperature:g}: calibrating the pair")
                 acceptance = acceptance_of_row(system, pair, row, temperature, options.divergence, options.new_tokens)
                 size = (entry.goal.budget, entry.goal.levels) if entry.goal.budget else row.size
                 extra = {"pair": row.pair, "divergence": pair.divergence, "goal": entry.goal._asdict(), "paper": None}

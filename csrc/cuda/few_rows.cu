@@ -20,7 +20,7 @@ void require(bool condition, const char* argument, const char* rule, std::int64_
 }  // namespace
 
 // Addresses, strides and sizes in the order of few_rows.h. One block a multiprocessor. `is_float16`: else the numbers are
-// bfloat16. `together`: one launch, whose blocks wait for each other; else one for each phase.
+// bfloat16.
 void launch_few_rows(
     int device,
     std::int64_t stream,
@@ -30,8 +30,7 @@ void launch_few_rows(
     const std::vector<std::int64_t>& sizes,
     double eps,
     double scale,
-    bool is_float16,
-    bool together) {
+    bool is_float16) {
     const auto count_of = [](const std::vector<std::int64_t>& numbers) { return static_cast<std::int64_t>(numbers.size()); };
     const std::int64_t num_layers = count_of(layers) / kFewRowsLayerAddresses;
     require(num_layers >= 1 && num_layers <= kFewRowsMaxLayers && count_of(layers) == num_layers * kFewRowsLayerAddresses,
@@ -48,24 +47,25 @@ void launch_few_rows(
     require(sizes[8] >= 1 && sizes[7] % sizes[8] == 0, "kv_heads", "divide the heads", sizes[8]);
     require(width >= 32 && width % 32 == 0 && width <= kFewRowsMaxWidth, "width", "be a multiple of 32 up to 2048", width);
     require(inner >= 32 && inner % 32 == 0, "inner width", "be a multiple of 32", inner);
+    require(strides[4] <= INT32_MAX / sizes[5], "slot stride", "reach all slots in 2^31 elements", strides[4]);
     const DeviceGuard guard(device, "few_rows");
     FewRows given = few_rows_given(layers.data(), static_cast<int>(num_layers), addresses.data(), strides.data(), sizes.data(),
                                    eps, scale);
-    const std::size_t bytes = lay_out_shared_memory(given);
-    const FewRowsKernel kernel = (is_float16 ? few_rows_float16 : few_rows_bfloat16)(static_cast<int>(head_dim), tiles_of_rows(given.num_rows));
+    int num_blocks = 0;
+    int most_bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&num_blocks, cudaDevAttrMultiProcessorCount, device), "few_rows");
+    check_cuda(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "few_rows");
+    const std::size_t bytes =
+        lay_out_shared_memory(given, static_cast<int>(head_dim), static_cast<std::size_t>(most_bytes));
+    require(bytes > 0, "shared memory", "hold what few rows of this width need", most_bytes);
+    const FewRowsKernel kernel =
+        (is_float16 ? few_rows_float16 : few_rows_bfloat16)(static_cast<int>(head_dim), eights_of(given.num_rows));
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                "few_rows_kernel");
-    int num_blocks = 0;
-    check_cuda(cudaDeviceGetAttribute(&num_blocks, cudaDevAttrMultiProcessorCount, device), "few_rows");
-    const int num_phases = given.end_phase;
-    for (int phase = 0; phase < num_phases; phase = given.end_phase) {
-        given.first_phase = phase;
-        given.end_phase = together ? num_phases : phase + 1;
-        void* arguments[] = {&given};
-        check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(kThreads), arguments,
-                                               bytes, as_stream(stream)),
-                   "few_rows_kernel");
-    }
+    void* arguments[] = {&given};
+    check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(kThreads), arguments,
+                                           bytes, as_stream(stream)),
+               "few_rows_kernel");
 }
 
 // Asks the driver for a kernel, as a launch would.

@@ -7,18 +7,11 @@
 namespace sequoia {
 
 constexpr int kFewRowsMaxLayers = 32;
+constexpr int kFewRowsMaxRows = 32;
 constexpr int kFewRowsMaxWidth = 2048;
 constexpr int kFewRowsMaxHeadDim = 128;
 constexpr int kFewRowsMaxTreeRows = 1024;
 constexpr int kFewRowsMaxSlots = 4096;
-
-// Elements behind a row in shared memory, so that neighbouring rows lie in other banks.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-constexpr int few_rows_padding(int width) {
-    return width % 64 == 0 ? 32 : 0;
-}
 
 struct FewRowsLayer {
     const void* input_norm;   // [width]
@@ -29,6 +22,18 @@ struct FewRowsLayer {
     const void* down;         // [width, inner]
     void* keys;               // [B, S, kv_heads, head_dim]
     void* values;             // likewise
+};
+
+// A product, and how it is cut: tiles of 8 outputs, chunks of the width.
+struct FewRowsProduct {
+    bool is_of_normed;
+    int matrices;  // of as many outputs each: gates, and what they multiply
+    int outputs;
+    int width;
+    int tiles;  // of a matrix
+    int chunks;
+    int blocks;        // of 32 columns, of the width
+    int chunk_blocks;  // of a chunk; the last may have fewer
 };
 
 struct FewRows {
@@ -67,11 +72,21 @@ struct FewRows {
     int width;
     int inner_width;
     int num_outputs;
-    int first_phase;    // phases of this launch; all of them where blocks can meet
-    int end_phase;
-    int partial_bytes;  // of shared memory, in front of the normed rows
     float eps;
-    float scale;  // of scores, log2(e) included
+    float scale;       // of scores, log2(e) included
+    int num_requests;
+    int group;            // heads that share keys
+    int projected_width;  // of queries, keys and values together
+    int queries;          // of a head of keys: nodes times group
+    int query_tiles;      // of 16 of them
+    float per_node;       // reciprocals of the nodes and of the group
+    float per_group;
+    FewRowsProduct products[5];  // of a layer: projections, output, gate and up, down; and the head
+    int num_stages;              // in shared memory; where it is laid out, in bytes:
+    int stage_stride;            // from row to row of a stage
+    int normed_at;
+    int attending_at;
+    int stages_at;
 };
 
 // Numbers of `few_rows_given`, in their order.
@@ -129,9 +144,15 @@ inline FewRows few_rows_given(
     given.width = static_cast<int>(sizes[10]);
     given.inner_width = static_cast<int>(sizes[11]);
     given.num_outputs = static_cast<int>(sizes[12]);
-    given.end_phase = 5 * num_layers + 1;
     given.eps = static_cast<float>(eps);
     given.scale = static_cast<float>(scale * 1.4426950408889634);
+    given.num_requests = given.num_rows / given.num_nodes;
+    given.group = given.num_heads / given.num_kv_heads;
+    given.projected_width = (given.num_heads + 2 * given.num_kv_heads) * static_cast<int>(sizes[9]);
+    given.queries = given.num_nodes * given.group;
+    given.query_tiles = (given.queries + 15) / 16;
+    given.per_node = 1.0f / static_cast<float>(given.num_nodes);
+    given.per_group = 1.0f / static_cast<float>(given.group);
     return given;
 }
 

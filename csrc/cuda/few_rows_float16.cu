@@ -7,13 +7,13 @@ namespace sequoia {
 namespace {
 
 template <int HEAD_DIM>
-FewRowsKernel of_tiles(int tiles) {
-    return tiles == 1 ? few_rows_kernel<Float16, HEAD_DIM, 1>
-                      : tiles == 2 ? few_rows_kernel<Float16, HEAD_DIM, 2> : few_rows_kernel<Float16, HEAD_DIM, 4>;
+FewRowsKernel of_eights(int eights) {
+    return eights == 1 ? few_rows_kernel<Float16, HEAD_DIM, 1>
+                      : eights == 2 ? few_rows_kernel<Float16, HEAD_DIM, 2> : few_rows_kernel<Float16, HEAD_DIM, 4>;
 }
 
 }  // namespace
 
-FewRowsKernel few_rows_float16(int head_dim, int tiles) { return head_dim == 64 ? of_tiles<64>(tiles) : of_tiles<128>(tiles); }
+FewRowsKernel few_rows_float16(int head_dim, int eights) { return head_dim == 64 ? of_eights<64>(eights) : of_eights<128>(eights); }
 
 }  // namespace sequoia

@@ -7,8 +7,8 @@ namespace sequoia {
 
 using FewRowsKernel = void (*)(FewRows);
 
-// By the width of a head, 64 or 128, and tiles of 8 rows, 1, 2 or 4.
-FewRowsKernel few_rows_bfloat16(int head_dim, int tiles);
-FewRowsKernel few_rows_float16(int head_dim, int tiles);
+// By the width of a head, 64 or 128, and groups of 8 rows, 1, 2 or 4.
+FewRowsKernel few_rows_bfloat16(int head_dim, int eights);
+FewRowsKernel few_rows_float16(int head_dim, int eights);
 
 }  // namespace sequoia

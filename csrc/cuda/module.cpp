@@ -46,8 +46,7 @@ void launch_few_rows(
     const std::vector<std::int64_t>& sizes,
     double eps,
     double scale,
-    bool is_float16,
-    bool together);
+    bool is_float16);
 
 cudaError_t find_few_rows();
 
@@ -102,6 +101,6 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("max_pages"), "Launch the in-place compaction and the advance of cache_lens on the given stream.");
     module.def("few_rows", &sequoia::launch_few_rows, py::arg("device"), py::arg("stream"), py::arg("layers"),
                py::arg("addresses"), py::arg("strides"), py::arg("sizes"), py::arg("eps"), py::arg("scale"),
-               py::arg("is_float16"), py::arg("together") = true,
+               py::arg("is_float16"),
                "Launch a forward of few rows through a small decoder on the given stream; see csrc/cuda/few_rows.h.");
 }

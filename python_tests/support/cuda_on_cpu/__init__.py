@@ -23,12 +23,15 @@ COMPILER = shutil.which("g++")
 def _library(change: tuple[str, str] | None) -> Callable[..., int]:
     """Compile the kernel, with a piece of its text exchanged for another if asked."""
     with tempfile.TemporaryDirectory() as folder:
-        for path in (SOURCES / "few_rows_kernel.h", SOURCES / "few_rows.h", HERE / "lanes.h", HERE / "few_rows.cpp"):
+        found = 0
+        kernel = sorted(SOURCES.glob("few_rows*.h"))
+        for path in (*kernel, HERE / "lanes.h", HERE / "few_rows.cpp"):
             text = path.read_text()
-            if change is not None and path.name == "few_rows_kernel.h":
-                assert text.count(change[0]) >= 1, change
+            if change is not None and path in kernel:
+                found += text.count(change[0])
                 text = text.replace(*change)
             Path(folder, path.name).write_text(text)
+        assert change is None or found, change
         library = Path(folder, "few_rows.so")
         command = [str(COMPILER), "-std=c++20", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
         subprocess.run([*command, str(Path(folder, "few_rows.cpp")), "-o", str(library)], check=True)
@@ -39,8 +42,8 @@ def _library(change: tuple[str, str] | None) -> Callable[..., int]:
 def few_rows_on_cpu(
     call: FewRowsCall,
     *,
-    together: bool = True,
     num_blocks: int = 3,
+    shared_bytes: int = 227 << 10,
     seed: int = 0,
     change: tuple[str, str] | None = None,
 ) -> None:
@@ -48,21 +51,23 @@ def few_rows_on_cpu(
 
     Args:
         call: the launch.
-        together: one launch whose blocks meet; else one for each phase.
         num_blocks: blocks of a launch.
+        shared_bytes: shared memory that a block may have.
         seed: of the order of the threads.
         change: text of the kernel, and what takes its place.
 
     Raises:
-        RuntimeError: all threads wait for each other.
+        RuntimeError: all threads wait for each other, or shared memory does not suffice.
     """
 
     def array(numbers: list[int]) -> ctypes.Array[ctypes.c_int64]:
         return (ctypes.c_int64 * len(numbers))(*numbers)
 
-    hangs = _library(change)(
+    failed = _library(change)(
         array(call.layers), len(call.layers) // 8, array(call.addresses), array(call.strides), array(call.sizes),
-        ctypes.c_double(call.eps), ctypes.c_double(call.scale), int(call.is_float16), int(together), num_blocks, seed,
+        ctypes.c_double(call.eps), ctypes.c_double(call.scale), int(call.is_float16), num_blocks,
+        ctypes.c_int64(shared_bytes), seed,
     )  # fmt: skip
-    if hangs:
-        raise RuntimeError("few_rows: all threads wait for each other")
+    if failed:
+        reasons = {1: "all threads wait for each other", 2: f"{shared_bytes} bytes of shared memory are too few"}
+        raise RuntimeError(f"few_rows: {reasons[failed]}")

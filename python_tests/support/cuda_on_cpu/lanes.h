@@ -25,10 +25,14 @@
 #define __host__
 #define __global__
 #define __grid_constant__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { std::uint32_t x, y; };
 struct alignas(16) uint4 { std::uint32_t x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) { return {x, y, z, w}; }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
@@ -48,6 +52,8 @@ struct Block {
     int num_threads = 0;
     int waiting = 0;
     unsigned round = 0;
+    int first_waiting = 0;  // of the first threads, without the others
+    unsigned first_round = 0;
     std::vector<Warp> warps;
     std::vector<uint4> memory;
 };
@@ -60,6 +66,7 @@ struct Fiber {
     bool is_done = false;
 };
 
+inline std::uint64_t steps = 0;  // arrivals of all kinds: where none comes in a turn, none ever will
 inline ucontext_t scheduler;
 inline Fiber* running = nullptr;
 inline Index grid, threads_of_block;
@@ -68,6 +75,7 @@ inline void hand_over() { swapcontext(&running->context, &scheduler); }
 
 inline void wait_in(int& waiting, unsigned& round, int count) {
     const unsigned own = round;
+    ++steps;
     if (++waiting == count) {
         waiting = 0;
         ++round;
@@ -131,10 +139,10 @@ inline bool launch(unsigned num_blocks, unsigned num_threads, std::size_t shared
         }
     }
     std::size_t left = fibers.size();
-    unsigned turns_without_end = 0;
     while (left > 0) {
         std::shuffle(fibers.begin(), fibers.begin() + static_cast<std::ptrdiff_t>(left), random);
         const std::size_t before = left;
+        const std::uint64_t steps_before = steps;
         for (std::size_t place = 0; place < left;) {
             running = fibers[place].get();
             swapcontext(&scheduler, &running->context);
@@ -144,8 +152,7 @@ inline bool launch(unsigned num_blocks, unsigned num_threads, std::size_t shared
                 ++place;
             }
         }
-        turns_without_end = left < before ? 0 : turns_without_end + 1;
-        if (turns_without_end > 200000) {
+        if (left == before && steps == steps_before) {
             return false;
         }
     }
@@ -178,6 +185,9 @@ struct Bfloat16 {
         const auto bits = std::bit_cast<std::uint32_t>(value);
         return std::isnan(value) ? 0x7fff : static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
+    static std::uint32_t narrowed(float low, float high) {
+        return narrowed(low) | static_cast<std::uint32_t>(narrowed(high)) << 16;
+    }
 };
 
 struct Float16 {
@@ -186,6 +196,9 @@ struct Float16 {
         return {widened(static_cast<std::uint16_t>(pair)), widened(static_cast<std::uint16_t>(pair >> 16))};
     }
     static std::uint16_t narrowed(float value) { return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value)); }
+    static std::uint32_t narrowed(float low, float high) {
+        return narrowed(low) | static_cast<std::uint32_t>(narrowed(high)) << 16;
+    }
 };
 
 template <typename Number>
@@ -207,6 +220,23 @@ void multiply(float (&sums)[4], std::uint32_t left0, std::uint32_t left1, std::u
     }
 }
 
+inline std::uint32_t any_of_warp(std::uint32_t bits) {
+    const auto all = emulated::exchanged({bits});
+    std::uint32_t any = 0;
+    for (const auto& words : all) {
+        any |= words[0];
+    }
+    return any;
+}
+
+inline void wait_for_warp() { emulated::wait_for_warp(); }
+
+template <int THREADS>
+void wait_for_threads() {
+    auto& block = *emulated::running->block;
+    emulated::wait_in(block.first_waiting, block.first_round, THREADS);
+}
+
 inline float of_lane(float value, int mask) {
     const auto all = emulated::exchanged({std::bit_cast<std::uint32_t>(value)});
     return std::bit_cast<float>(all[(emulated::running->thread.x % 32) ^ static_cast<unsigned>(mask)][0]);
@@ -214,17 +244,65 @@ inline float of_lane(float value, int mask) {
 
 inline uint4 read_constant(const uint4* address) { return *address; }
 inline uint4 read_written(const uint4* address) { return *address; }
+inline uint2 read_written(const uint2* address) { return *address; }
+inline std::uint32_t read_written(const std::uint32_t* address) { return *address; }
 inline std::uint16_t read_written(const std::uint16_t* address) { return *address; }
 
-inline void wait_for_blocks(unsigned* counter, unsigned arrivals) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        atomicAdd(counter, 1u);
-        while (*counter < arrivals) {
+inline void arrive_at(unsigned* counter) {
+    ++emulated::steps;
+    ++*counter;
+}
+
+inline void wait_until(const unsigned* counter, unsigned arrivals) {
+    while (*counter < arrivals) {
+        emulated::hand_over();
+    }
+}
+
+struct Gate {
+    std::uint16_t all;
+    std::uint16_t missing;
+    std::uint32_t openings;
+};
+
+inline void set_up(Gate& gate, unsigned arrivals) {
+    gate = {static_cast<std::uint16_t>(arrivals), static_cast<std::uint16_t>(arrivals), 0};
+}
+
+inline void gates_are_set_up() {}
+
+inline void arrive(Gate& gate) {
+    ++emulated::steps;
+    if (--gate.missing == 0) {
+        gate.missing = gate.all;
+        ++gate.openings;
+    }
+}
+
+inline void wait_for(const Gate& gate, unsigned parity) {
+    while ((gate.openings & 1) == parity) {
+        emulated::hand_over();
+    }
+}
+
+inline unsigned arrivals_of_fetch() { return 8; }
+
+// A lane copies a row, up to 31 turns later than it is told to; what is behind the last row is not there.
+inline void fetch_rows(
+    char* to, int to_stride, const char* from, std::size_t from_stride, int rows, int bytes, Gate& gate) {
+    const unsigned lane = threadIdx.x % 32;
+    if (lane < 8) {
+        const unsigned turns = static_cast<std::uint32_t>(emulated::steps * 2654435761u) >> 27;
+        for (unsigned turn = 0; turn < turns; ++turn) {
+            ++emulated::steps;
             emulated::hand_over();
         }
+        if (lane < static_cast<unsigned>(rows)) {
+            std::memcpy(to + lane * to_stride, from + lane * from_stride, bytes);
+        }
+        arrive(gate);
     }
-    __syncthreads();
+    wait_for_warp();
 }
 
 }  // namespace sequoia

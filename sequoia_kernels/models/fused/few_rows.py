@@ -3,8 +3,8 @@
 `FewRowsModel` holds what does not change from forward to forward; `FewRowsCall.of` puts a launch together, which
 `launch` hands to the compiled module. `reference.few_rows` is the specification.
 
-Models take it where `SEQUOIA_SINGLE_LAUNCH=1` is set when they are adapted. An H100 ran it in about the time of the
-other forward, so it is not what they take by themselves; see docs/architecture.md.
+Models take it where `SEQUOIA_SINGLE_LAUNCH=1` is set when they are adapted, for as many rows as it is worth it. They do
+not take it by themselves, since no loop with it has been seen to run on a GPU; see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 from sequoia_kernels.models.fused.steps import RowPlaces
 from sequoia_kernels.ops import triton_device
 
-__all__ = ["MAX_ROWS", "FewRowsCall", "FewRowsLayer", "FewRowsModel", "is_wanted", "launch", "unavailable_reason"]
+__all__ = [
+    "MAX_ROWS", "FewRowsCall", "FewRowsLayer", "FewRowsModel", "is_wanted", "is_worthwhile", "launch",
+    "unavailable_reason",
+]  # fmt: skip
 
 MAX_ROWS = 32
 """of a forward, of all requests together"""
@@ -87,10 +90,11 @@ class FewRowsModel(NamedTuple):
         return is_small and self.shared_bytes(num_rows) <= triton_device.device_traits(device).shared_bytes
 
     def shared_bytes(self, num_rows: int) -> int:
-        """Of a block, an upper bound."""
-        attending = 4 * (9 * 128 + 8 + MAX_TREE_ROWS // 32 + MAX_SLOTS)
-        sums = 2 * 4 * 8 * 2 * 16 * (8 if num_rows <= 8 else 16 if num_rows <= 16 else 32)
-        return max(attending, sums) + 16 + 2 * num_rows * (self.width + 32)
+        """Of a block, the least: sums and rows, or what the attention has there, and four stages of weights."""
+        eights = 1 if num_rows <= 8 else 2 if num_rows <= 16 else 4
+        multiplying = 8192 * eights + 2 * num_rows * (self.width + 32)
+        attending = 2 * 16 * (self.head_dim + 32) + 4 * 32 * (self.head_dim + 8) + 4 * 8 * 16 * (self.head_dim + 6)
+        return 4544 + max(multiplying, attending) + 4 * 8 * 9 * 64
 
 
 class FewRowsCall(NamedTuple):
@@ -178,6 +182,11 @@ def launch(call: FewRowsCall) -> None:
 def is_wanted() -> bool:
     """Whether models that are adapted now shall take it."""
     return os.environ.get("SEQUOIA_SINGLE_LAUNCH", "0") not in ("", "0")
+
+
+def is_worthwhile(width: int, num_rows: int) -> bool:
+    """Whether a launch takes less time than torch's products with steps between them, as far as an H100 has shown."""
+    return num_rows <= (16 if width <= 1024 else 8)
 
 
 @functools.cache

@@ -347,6 +347,11 @@ class FusedForward:
         )  # fmt: skip
         return found if found.reason_against(self._described.device) is None else None
 
+    def _may_count(self, cache: TreeCache) -> bool:
+        """Whether a cache's counters are there or can be made, which a capture would only note down."""
+        is_cuda = self._described.device.type == "cuda"
+        return cache in self._counters or not (is_cuda and torch.cuda.is_current_stream_capturing())
+
     def _pass_few_rows(
         self, model: few_rows.FewRowsModel, inputs: ForwardInputs, cache: TreeCache, places: RowPlaces,
         mask: torch.Tensor, table: torch.Tensor,
@@ -384,7 +389,8 @@ class FusedForward:
         model = weights.few_rows
         if model is not None and last_row is None and not wanted:
             sizes = batch_size * num_nodes, step.num_tree_rows, cache.max_cache_len
-            if model.takes(*sizes, self._described.device):
+            takes = few_rows.is_worthwhile(model.width, sizes[0]) and model.takes(*sizes, self._described.device)
+            if takes and self._may_count(cache):
                 return self._pass_few_rows(model, inputs, cache, places, mask, tables[weights.layers[0].rotation])
 
         stream = F.embedding(input_ids.reshape(-1), weights.embedding)  # [B * N, width]

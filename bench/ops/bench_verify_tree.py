@@ -45,17 +45,14 @@ CASES = [
     _case("cpu", 8, 64, True, "float32"),
     _case("cpu", 16, 32000, True, "float32"),
     _case("cpu", 16, 32000, True, "float32", temperature=0.0),
-    _case("cpu", 64, 512, False, "float32"),
     _case("cpu", 64, VOCAB, False, "bfloat16"),
     _case("cpu", 16, 32000, False, "float32", batch_size=8),
     *(
-        _case("cpu", num_nodes, vocab, vocab == 512 and num_nodes == 8, "float32", rule=TRAVERSAL)
+        _case("cpu", num_nodes, vocab, vocab == 512 and num_nodes == 8, "float32", rule=rule)
         for num_nodes in (8, 16, 64, 128)
         for vocab in (512, 49152, 151936)
+        for rule in (SEQUOIA, TRAVERSAL)
     ),
-    # what the same trees cost by the other rule
-    _case("cpu", 8, 151936, False, "float32"),
-    _case("cpu", 64, 151936, False, "float32"),
     _case("cuda", 64, VOCAB, True, "bfloat16"),
     _case("cuda", 128, VOCAB, True, "bfloat16"),
     _case("cuda", 64, VOCAB, True, "bfloat16", temperature=0.0),

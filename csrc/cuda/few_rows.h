@@ -9,7 +9,6 @@ namespace sequoia {
 constexpr int kFewRowsMaxLayers = 32;
 constexpr int kFewRowsMaxRows = 32;
 constexpr int kFewRowsMaxWidth = 2048;
-constexpr int kFewRowsMaxHeadDim = 128;
 constexpr int kFewRowsMaxTreeRows = 1024;
 constexpr int kFewRowsMaxSlots = 4096;
 
@@ -73,7 +72,7 @@ struct FewRows {
     int inner_width;
     int num_outputs;
     float eps;
-    float scale;       // of scores, log2(e) included
+    float scale;          // of scores, log2(e) included
     int num_requests;
     int group;            // heads that share keys
     int projected_width;  // of queries, keys and values together
@@ -85,7 +84,6 @@ struct FewRows {
     int num_stages;              // in shared memory; where it is laid out, in bytes:
     int stage_stride;            // from row to row of a stage
     int normed_at;
-    int attending_at;
     int stages_at;
 };
 

@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows_kernel(const __grid_cons
     }
 
     std::uint16_t* const factors = reinterpret_cast<std::uint16_t*>(bytes + kFactorsAt);
-    float* const sums = reinterpret_cast<float*>(bytes + kSumsAt);
+    float* const sums = reinterpret_cast<float*>(bytes + kSumsAt);  // products and the attention take turns there
     std::uint16_t* const normed = reinterpret_cast<std::uint16_t*>(bytes + given.normed_at);
-    auto& attending = *reinterpret_cast<Attending<HEAD_DIM>*>(bytes + given.attending_at);
+    auto& attending = *reinterpret_cast<Attending<HEAD_DIM>*>(bytes + kSumsAt);
     const int stride = normed_stride(given.width);
     std::uint16_t* const stream = static_cast<std::uint16_t*>(given.stream);
     std::uint32_t* const together = reinterpret_cast<std::uint32_t*>(bytes + kTogetherAt);
@@ -259,10 +259,8 @@ inline std::size_t lay_out_shared_memory(FewRows& given, int head_dim, std::size
     const std::size_t work_at = kSumsAt + bytes_of_sums(eights_of(given.num_rows));
     const std::size_t normed = sizeof(std::uint16_t) * given.num_rows * normed_stride(given.width);
     const std::size_t attending = head_dim == 64 ? sizeof(Attending<64>) : sizeof(Attending<128>);
-    // The attention's part begins where the sums do: neither is wanted while the other is there.
     const std::size_t behind = work_at + normed > kSumsAt + attending ? work_at + normed : kSumsAt + attending;
     const std::size_t stages_at = up_to(behind, 128);
-    given.attending_at = static_cast<int>(kSumsAt);
     given.normed_at = static_cast<int>(work_at);
     given.stages_at = static_cast<int>(stages_at);
     const int width = given.width;

@@ -781,6 +781,22 @@ def test_it_traces_without_a_graph_break():
     assert _equal(compiled(*inputs[:3]), verify(*inputs[:3]))
 
 
+def test_a_tree_whose_tensors_are_not_made_yet_traces_too():
+    """And one function that gets several trees takes each for what it is."""
+
+    def verify(tree, *tensors):
+        return verify_tree(*tensors, tree, 0.8, 1, 2)
+
+    compiled = torch.compile(verify, backend="eager", fullgraph=True)
+    parents = [[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, 0, 0, 0], [-1, *range(39)]]
+    for _ in range(2):
+        for listed in parents:
+            tree = TokenTree(listed)
+            step = [part.nan_to_num() for part in _random_step(tree, 2, 9)]
+            assert _equal(compiled(tree, *step), verify(TokenTree(listed), *step))
+            assert _equal(compiled(tree, *step), verify(tree, *step))
+
+
 def test_debug_looks_for_no_values_where_there_are_none():
     step, topology = [part.nan_to_num() for part in _random_step(MIXED, 3, 9)], _topology([MIXED] * 3)
     temperature, seeds = torch.tensor([0.0, 0.7, 1.0]), torch.arange(3)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice, pairwise
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from sequoia_kernels import checks
@@ -215,11 +214,11 @@ class TokenTree(Document):
         if cached is not None:
             return cached
         ranks = [self.rank(node) for node in range(self.num_nodes)]
-        by_node = (self._parents, self._depths, ranks, self._first_child, self._num_children)
+        by_node = (self._parents, self._depths, ranks, self._first_child, self._num_children, self._packed_mask())
         # The cache outlives the caller's inference mode, in which tensors would be unusable elsewhere.
         with torch.inference_mode(False):
             parts: list[Any] = [torch.tensor(values, dtype=torch.int32).to(device) for values in by_node]
-            parts += [torch.from_numpy(self._packed_mask()).to(device), self.num_levels, self.max_branching]
+            parts += [self.num_levels, self.max_branching]
             made = Topology(*parts)
         if type(made.ancestor_mask) is torch.Tensor:  # fake tensors of a tracer must not stay behind
             self._device_tensors[device] = made
@@ -416,17 +415,13 @@ class TokenTree(Document):
             values[node] = values[parent] * rates[rank] if rank < len(rates) else 0.0
         return values
 
-    def _packed_mask(self) -> np.ndarray:
-        num_nodes = self.num_nodes
-        parents = np.array(self._parents)
-        words = np.zeros((num_nodes, (num_nodes + 31) // 32), dtype=np.uint32)
-        node_ids = np.arange(num_nodes)
-        own_bits = np.left_shift(np.uint32(1), (node_ids % 32).astype(np.uint32))
-        words[0, 0] = 1
-        for start, end in pairwise(self._level_starts[1:]):
-            words[start:end] = words[parents[start:end]]
-            words[node_ids[start:end], node_ids[start:end] // 32] |= own_bits[start:end]
-        return words.view(np.int32)
+    def _packed_mask(self) -> list[list[int]]:
+        """Rows of the ancestor mask, in signed words of 32 bits; plain numbers, which torch.compile follows."""
+        rows = [1]
+        for node in range(1, self.num_nodes):
+            rows.append(rows[self._parents[node]] | 1 << node)
+        shifts = range(0, self.num_nodes, 32)
+        return [[((row >> shift & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000 for shift in shifts] for row in rows]
 
     def _check_index(self, name: str, index: int, length: int, method: str) -> int:
         rule = checks.within(0, length - 1)

@@ -339,6 +339,17 @@ def test_tokens_and_steps_of_other_dtypes_and_strides_count_as_their_numbers(lau
     assert all(map(torch.equal, *(cache.tensors() for cache in caches)))
 
 
+def test_more_rows_are_left_to_the_other_forward_where_that_is_faster(launches):
+    """Of wide models from 9 rows on, of others from 17."""
+    for width, most in ((64, 16), (1056, 8)):
+        fused = with_launches(small_llama(hidden_size=width, num_hidden_layers=1))
+        cache = fused.new_cache(1, 40)
+        for rows in (most, most + 1):
+            launches.clear()
+            fused.forward(tokens_of(1, 1, rows), cache, lens_of(0), causal_step(rows))
+            assert len(launches) == (rows == most)
+
+
 def test_a_loop_drafts_with_it(launches):
     target, draft = adapt(small_llama(torch.float32)), with_launches(small_llama())
     prompt, tree = tokens_of(4, 1, 7), TokenTree([-1, 0, 0, 1, 1, 3])

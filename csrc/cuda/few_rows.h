@@ -8,6 +8,7 @@ namespace sequoia {
 
 constexpr int kFewRowsMaxLayers = 32;
 constexpr int kFewRowsMaxRows = 32;
+constexpr int kFewRowsQueries = 16;  // that a block attends with at once
 constexpr int kFewRowsMaxWidth = 2048;
 constexpr int kFewRowsMaxTreeRows = 1024;
 constexpr int kFewRowsMaxSlots = 4096;
@@ -77,7 +78,7 @@ struct FewRows {
     int group;            // heads that share keys
     int projected_width;  // of queries, keys and values together
     int queries;          // of a head of keys: nodes times group
-    int query_tiles;      // of 16 of them
+    int query_tiles;      // of kFewRowsQueries of them
     float per_node;       // reciprocals of the nodes and of the group
     float per_group;
     FewRowsProduct products[5];  // of a layer: projections, output, gate and up, down; and the head
@@ -148,7 +149,7 @@ inline FewRows few_rows_given(
     given.group = given.num_heads / given.num_kv_heads;
     given.projected_width = (given.num_heads + 2 * given.num_kv_heads) * static_cast<int>(sizes[9]);
     given.queries = given.num_nodes * given.group;
-    given.query_tiles = (given.queries + 15) / 16;
+    given.query_tiles = (given.queries + kFewRowsQueries - 1) / kFewRowsQueries;
     given.per_node = 1.0f / static_cast<float>(given.num_nodes);
     given.per_group = 1.0f / static_cast<float>(given.group);
     return given;

@@ -1,8 +1,8 @@
 // The attention of few_rows_kernel.h: a block has 16 queries of a head of keys at a time, its warps share the slots out.
 //
 // A warp takes tiles of 16 slots. Keys and values are read in the layout in which tensor cores take them: a lane reads 16
-// bytes of a slot, and which of a head's dims it multiplies together is the same for queries and keys. Softmax is taken along
-// the way, per warp; at last the warps' parts are put together. The rows of this launch come from the projections, by way of
+// bytes of a slot, and which of a head's dims it multiplies together is the same for queries and keys. Softmax is taken
+// along the way, per warp; at last the warps' parts are put together. The rows of this launch come from the projections, by way of
 // shared memory, since another block may not have written them to the cache yet; the block that has the first queries of a
 // head of keys writes them there.
 #pragma once
@@ -12,9 +12,9 @@
 namespace sequoia {
 namespace {
 
-constexpr int kQueries = 16;
-constexpr int kSlots = 16;                            // of a tile
-constexpr int kOfSlot = kComputing / kSlots;          // threads that rotate a query or a row, or put a query together
+constexpr int kQueries = kFewRowsQueries;
+constexpr int kSlots = 16;                    // of a tile
+constexpr int kOfSlot = kComputing / kSlots;  // threads that rotate a query or a row, or put a query together
 constexpr std::uint32_t kAllSlots = (1u << kSlots) - 1;
 
 // A lane's part of 16 slots. Keys: of a slot of each half 8 dims in every 32. Values: of four slots 8 dims in every 64.
@@ -315,7 +315,8 @@ struct Known {
     Angles<HEAD_DIM> of_row;
 };
 
-// Read that, and note down which of this launch's rows each query sees. `together`: [kQueries]; whoever reads it meets first.
+// Read that, and note down which of this launch's rows each query sees. `together`: [kQueries]; whoever reads it meets
+// first.
 template <int HEAD_DIM>
 __device__ __forceinline__ void learn(
     Known<HEAD_DIM>& known, const FewRows& given, const Unit& unit, std::uint32_t* together) {
@@ -383,7 +384,8 @@ __device__ __forceinline__ void rotate_all(const FewRows& given, const FewRowsLa
 }
 
 // Of a tile of a cache, the slots that a node sees and that were filled before this launch.
-__device__ __forceinline__ std::uint32_t seen_of_cache(const FewRows& given, const std::int32_t* mask, int length, int first) {
+__device__ __forceinline__ std::uint32_t seen_of_cache(
+    const FewRows& given, const std::int32_t* mask, int length, int first) {
     const int bit = first - length;
     const auto word = [&](int number) {
         return number < 0 ? 0xffffffffu : number < given.num_words ? static_cast<std::uint32_t>(mask[number]) : 0u;

@@ -8,12 +8,15 @@ namespace {
 
 template <int HEAD_DIM>
 FewRowsKernel of_eights(int eights) {
-    return eights == 1 ? few_rows_kernel<Float16, HEAD_DIM, 1>
-                      : eights == 2 ? few_rows_kernel<Float16, HEAD_DIM, 2> : few_rows_kernel<Float16, HEAD_DIM, 4>;
+    return eights == 1   ? few_rows_kernel<Float16, HEAD_DIM, 1>
+           : eights == 2 ? few_rows_kernel<Float16, HEAD_DIM, 2>
+                         : few_rows_kernel<Float16, HEAD_DIM, 4>;
 }
 
 }  // namespace
 
-FewRowsKernel few_rows_float16(int head_dim, int eights) { return head_dim == 64 ? of_eights<64>(eights) : of_eights<128>(eights); }
+FewRowsKernel few_rows_float16(int head_dim, int eights) {
+    return head_dim == 64 ? of_eights<64>(eights) : of_eights<128>(eights);
+}
 
 }  // namespace sequoia

@@ -9,8 +9,9 @@
 //   between the five phases of a layer: norm, queries, keys and values | rotation, cache rows and attention | output, added
 //   to the stream | norm, gate and up, activation | down, added to the stream; at last norm and head.
 //   Which weights a block reads, and in which order, depends on nothing that is computed. So one of its warps does nothing
-//   but fetch them into shared memory, through all phases, as far ahead as there is room: some 25 MB over the device, more
-//   than a layer of a small draft. The others multiply (few_rows_product.h), and attend (few_rows_attention.h).
+//   but fetch them into shared memory, through all phases, as far ahead as there is room: on an H100 and for 8 rows of 768
+//   ten stages a block, 16 MB over the device, most of a layer. The others multiply (few_rows_product.h), and attend
+//   (few_rows_attention.h).
 //   A block arrives at a barrier as soon as it has written, and reads what the next phase wants beside that before it waits.
 //   Instructions are a cost of their own (few_rows_common.h).
 //   The order of every sum follows from the sizes, so results repeat bit for bit.
@@ -22,7 +23,7 @@
 //
 // Numerics
 //   float32 inside, rounded where transformers' modules round; rotations are rounded once, by angles that are not rounded.
-//   Attention weights are rounded before they are summed up, and so are the weights that they are divided by.
+//   Attention weights are rounded before they multiply values, and what they are divided by is the sum of the rounded ones.
 //
 // Source
 //   Sequoia (arXiv 2402.12374): the levels of a tree follow one another, so a draft's level must take a small part of a step.
@@ -265,8 +266,10 @@ inline std::size_t lay_out_shared_memory(FewRows& given, int head_dim, std::size
     given.stages_at = static_cast<int>(stages_at);
     const int width = given.width;
     const int attended_width = given.num_heads * head_dim;
-    const int shapes[5][4] = {{1, 1, given.projected_width, width}, {0, 1, width, attended_width}, {1, 2, given.inner_width, width},
-                              {0, 1, width, given.inner_width}, {1, 1, given.num_outputs, width}};
+    // Whether rows are normed, matrices, outputs, width.
+    const int shapes[5][4] = {
+        {1, 1, given.projected_width, width}, {0, 1, width, attended_width}, {1, 2, given.inner_width, width},
+        {0, 1, width, given.inner_width}, {1, 1, given.num_outputs, width}};
     if (stages_at >= most_bytes) {
         return 0;
     }
@@ -285,7 +288,7 @@ inline std::size_t lay_out_shared_memory(FewRows& given, int head_dim, std::size
             of.chunk_blocks = (of.blocks + of.chunks - 1) / of.chunks;
             largest = of.chunk_blocks > largest ? of.chunk_blocks : largest;
         }
-        given.stage_stride = (largest + (largest + 1) % 2) * kColumns * 2;  // an odd number of blocks: other banks, once more
+        given.stage_stride = (largest + (largest + 1) % 2) * kColumns * 2;  // an odd number of blocks: other banks again
         const std::size_t stage = static_cast<std::size_t>(kOutputs) * given.stage_stride;
         const std::size_t room = (most_bytes - stages_at) / stage;
         given.num_stages = static_cast<int>(room < kMostStages ? room : kMostStages);

@@ -39,7 +39,8 @@ __device__ __forceinline__ int blocks_of(const FewRowsProduct& of, int chunk) {
 }
 
 // The fetching warp's part of a product.
-__device__ __forceinline__ void fetch_weights(const FewRows& given, Ring& ring, const FewRowsProduct& of, const void* weight) {
+__device__ __forceinline__ void fetch_weights(
+    const FewRows& given, Ring& ring, const FewRowsProduct& of, const void* weight) {
     const int step = static_cast<int>(gridDim.x);
     const int odd = of.matrices - 1;
     for (int first = static_cast<int>(blockIdx.x); first < of.tiles; first += (kTiles >> odd) * step) {
@@ -126,7 +127,8 @@ __device__ __forceinline__ void product(const FewRows& given, Ring& ring, const 
 #pragma unroll
                             for (int n = 0; n < kSixteens; ++n) {
                                 const uint4 low = left[i][2 * n];
-                                const uint4 high = 2 * n + 1 < EIGHTS ? left[i][(2 * n + 1) % EIGHTS] : make_uint4(0, 0, 0, 0);
+                                const bool is_there = 2 * n + 1 < EIGHTS;
+                                const uint4 high = is_there ? left[i][(2 * n + 1) % EIGHTS] : make_uint4(0, 0, 0, 0);
                                 multiply<Number>(sums[tile][n], low.x, high.x, low.y, high.y, right.x, right.y);
                                 multiply<Number>(sums[tile][n], low.z, high.z, low.w, high.w, right.z, right.w);
                             }

@@ -613,6 +613,15 @@ def test_peaks_refuse_what_they_cannot_measure():
 # bench/run.py
 
 
+def test_a_summary_leaves_out_what_scripts_tell_of_their_progress(capsys):
+    run = run_module()
+    asked = bench_script("paper_systems").Run(SimpleNamespace(), torch.device("cpu"), {}, None)
+    asked.tell("7B: building the pair")
+    told = capsys.readouterr().err
+    assert told.endswith("s  7B: building the pair\n")
+    assert run._without_progress(f"a result\n{told}  0.5 of another\n") == "a result\n  0.5 of another"
+
+
 def test_every_script_of_the_suites_exists():
     run = run_module()
     assert {entry.suite for entry in run.SCRIPTS} == set(run.SUITES)

@@ -52,6 +52,7 @@ CASES = {
     "two requests, a head of keys each": Sizes(2, 5, 96, 160, 3, 3, vocab=50),
     "two tiles of rows, wide heads": Sizes(1, 9, 256, 800, 2, 2, 128, vocab=33, layers=1),
     "four tiles of rows": Sizes(3, 7, 320, 96, 4, 1, vocab=100),
+    "twenty nodes": Sizes(1, 20, 64, 96, 2, 1, layers=1),
     "several steps of the width": Sizes(1, 4, 1568, 800, 1, 1, vocab=17, layers=1),
 }
 
@@ -118,13 +119,17 @@ def forward_of(
     drawn = torch.randint(50, (sizes.requests, sizes.nodes), generator=generator)
     lens = torch.tensor([37, 0, 5][: sizes.requests], dtype=torch.int32)
     # Of a tree of more than a word, nodes that do not follow each other; the last sees one that is fed beside it.
-    nodes = torch.tensor([1, 2, 3, 5, 6, 9, 10, 30, 33][: sizes.nodes], dtype=torch.int32)
+    known = [1, 2, 3, 5, 6, 9, 10, 30, 33] if sizes.nodes <= 9 else range(17, 40)
+    nodes = torch.tensor(known[: sizes.nodes], dtype=torch.int32)
     depths = torch.ones(sizes.nodes, dtype=torch.int32)
     mask = torch.zeros(sizes.requests if own_trees else 1, sizes.nodes, 2, dtype=torch.int64)
     for request in range(len(mask)):
         for row, node in enumerate(nodes.tolist()):
             mask[request, row, node // 32] |= 1 << (node % 32)
             mask[request, row, 0] |= 1 | (2 if (row + request) % 2 and node > 1 else 0)
+            if sizes.nodes > 9:
+                other = int(nodes[row * 7 % 20])
+                mask[request, row, other // 32] |= 1 << (other % 32)
     mask = mask.where(mask < 2**31, mask - 2**32).to(torch.int32)
     caches = [
         tuple(normal(sizes.requests, sizes.slots, sizes.kv_heads, sizes.head_dim).to(dtype) for _ in range(2))
@@ -192,6 +197,15 @@ def test_it_is_its_specification(case, own_trees, dtype):
     few_rows_on_cpu(call)
     assert_same(given, call, expected)
     assert counters.tolist() == [0, 0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES)
+def test_the_shared_memory_that_a_model_asks_for_is_enough(case):
+    given = forward_of(CASES[case])
+    expected, call = given.expected(), given.call()
+    few_rows_on_cpu(call, shared_bytes=given.model.shared_bytes(call.logits.shape[0]))
+    assert_same(given, call, expected)
 
 
 @needs_compiler

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sequoia_kernels.cli.terminal import BadUsage
-from sequoia_kernels.documents import read_text
 
 __all__ = [
     "DTYPES",
@@ -126,18 +125,15 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_tree(path: Path) -> Any:
     """Load a tree, a shaped tree or a plan from its file, one that the ops accept; BadUsage where it is none."""
-    from sequoia_kernels import TokenTree, TreePlan
-    from sequoia_kernels.tree import MAX_STEP_ROWS, ShapedTree
+    from sequoia_kernels.planner import TreePlan, read_tree
+    from sequoia_kernels.tree import MAX_STEP_ROWS
 
     try:
-        text = read_text(path)  # once: it may be a pipe
-        if TreePlan.FORMAT.name in text:
-            return TreePlan.from_json(text)
-        if ShapedTree.FORMAT.name in text:
-            return ShapedTree.from_json(text)
-        tree = TokenTree.from_json(text)
+        tree = read_tree(path)
     except ValueError as error:
         raise BadUsage(f"--tree {path} must be a tree or plan file: {error}") from None
+    if isinstance(tree, TreePlan):
+        return tree
     if tree.num_nodes > MAX_STEP_ROWS:
         raise BadUsage(f"--tree {path} must have at most {MAX_STEP_ROWS} nodes, got {tree.num_nodes}")
     return tree

@@ -14,7 +14,7 @@ import torch
 from sequoia_kernels import checks
 from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.request import StopStrings
-from sequoia_kernels.decoding.settings import warn_of_ignored_settings, warn_once
+from sequoia_kernels.decoding.settings import warn_once
 from sequoia_kernels.documents import is_integer
 from sequoia_kernels.drafts import DraftSource, TokenBuffers, request_seeds
 from sequoia_kernels.models import TreeModel
@@ -31,6 +31,8 @@ from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, ShapedTree, TokenT
 
 GivenTree: TypeAlias = TokenTree | Sequence[TokenTree] | ShapedTree | TreePlan | AdaptivePlan | TreeFollower | str
 
+WORDS = ("auto", "adaptive")  # trees that are chosen
+
 
 @dataclass(frozen=True)
 class GenerationArguments:
@@ -42,6 +44,11 @@ class GenerationArguments:
         prompt_lens: tokens of each prompt. [B]
         max_cache_len: tokens that a request may commit, prompt included: the caller's limit or the target's positions,
             None without one.
+        streamer: one, or one for each request.
+        stopping_criteria: transformers', asked behind every token of each request.
+        deadline: time.monotonic() at which the newest tokens are the last.
+        observer: is shown every step's tree and logits.
+        keeps: what a step leaves besides tokens (`DecodingStep`).
     """
 
     input_ids: torch.Tensor
@@ -61,7 +68,10 @@ class GenerationArguments:
     logits_hook: LogitsHook | None = None
     backend: str = "auto"
     cuda_graphs: bool = True
-    observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None  # is shown every step's tree and logits
+    stopping_criteria: tuple[Callable[..., Any], ...] = ()
+    deadline: float | None = None
+    observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None
+    keeps: frozenset[str] = frozenset()
 
     @property
     def batch_size(self) -> int:
@@ -74,12 +84,22 @@ class GenerationArguments:
         wanted = max(self.prompt_lens) + self.max_new_tokens - 1
         return wanted if self.max_cache_len is None else min(wanted, self.max_cache_len)
 
+    @property
+    def padded_prompts(self) -> torch.Tensor:
+        """The prompts as transformers' loop has them: the tokens given, all padding on the left. [B, W] int64."""
+        width = self.input_ids.shape[1]
+        padded = self.input_ids.to(torch.int64, copy=True)
+        for row, (prompt, length) in enumerate(zip(self.prompts, self.prompt_lens, strict=True)):
+            padded[row, : width - length] = self.pad_token_id if length < width else 0
+            padded[row, width - length :] = prompt[:length]
+        return padded
+
 
 def check_arguments(
     target: TreeModel, draft: DraftSource | None, input_ids: Any, attention_mask: Any, *,
     tree: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, eos_token_id: Any, pad_token_id: Any,
     seed: Any, stop_strings: Any, tokenizer: Any, streamer: Any, max_cache_len: Any, acceptance: Any, profile: Any,
-    rule: Any, logits_hook: Any, backend: Any, cuda_graphs: bool,
+    rule: Any, logits_hook: Any, backend: Any, cuda_graphs: bool, stopping_criteria: Any = (),
 ) -> GenerationArguments:  # fmt: skip
     """Check everything that can be checked before a model runs; `generate` tells types and meaning of each."""
     _check_input_ids(target, input_ids)
@@ -110,8 +130,10 @@ def check_arguments(
     strings = _stop_strings(stop_strings, tokenizer)
     if streamer is not None:
         _check_streamer(streamer, batch_size)
+    if not isinstance(stopping_criteria, Sequence) or not all(map(callable, stopping_criteria)):
+        rule = "be a list of what is called with (input_ids, scores)"
+        _refuse("stopping_criteria", rule, _describe(stopping_criteria), TypeError)
     pad = _pad_token_id(target, pad_token_id, eos_token_ids)
-    warn_of_ignored_settings(target.model, temperatures, top_k, top_p, strings)
     arguments = GenerationArguments(
         input_ids, prompts, prompt_lens, int(max_new_tokens),
         temperature=temperatures, top_k=top_ks, top_p=top_ps, eos_token_ids=eos_token_ids, pad_token_id=pad,
@@ -119,6 +141,7 @@ def check_arguments(
         max_cache_len=_cache_limit(target, max_cache_len, prompt_lens),
         stop_strings=StopStrings(strings, tokenizer) if strings else None,
         streamer=streamer, rule=rule, logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
+        stopping_criteria=tuple(stopping_criteria),
     )  # fmt: skip
     trained = target.trained_positions
     if trained is not None and arguments.longest > trained:
@@ -167,11 +190,11 @@ def _check_draft(target: TreeModel, draft: DraftSource) -> None:
 
 
 def _check_tree(tree: GivenTree, batch_size: int) -> None:
-    is_word = isinstance(tree, str) and tree in ("auto", "adaptive")
+    is_word = isinstance(tree, str) and tree in WORDS
     is_each = _is_one_each(tree)
     if not (is_word or is_each or isinstance(tree, (TokenTree, ShapedTree, TreePlan, AdaptivePlan, TreeFollower))):
         plans = "a TreePlan, an AdaptivePlan, a TreeFollower"
-        rule = f'be a TokenTree, one for each request, a ShapedTree, {plans}, "auto" or "adaptive"'
+        rule = f'be a TokenTree, one for each request, a ShapedTree, {plans}, the path of one, "auto" or "adaptive"'
         _refuse("tree", rule, repr(tree), TypeError)
     trees = _trees(tree)
     size = max((entry.num_nodes for entry in trees), default=0)
@@ -183,10 +206,12 @@ def _check_tree(tree: GivenTree, batch_size: int) -> None:
 
 
 def _check_streamer(streamer: Any, batch_size: int) -> None:
-    if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
-        _refuse("streamer", "have put(tokens) and end()", type(streamer).__name__, TypeError)
-    if batch_size > 1:
-        _refuse("streamer", "be used with one request", f"{batch_size} requests")
+    streamers = list(streamer) if isinstance(streamer, Sequence) else [streamer]
+    for entry in streamers:
+        if not (callable(getattr(entry, "put", None)) and callable(getattr(entry, "end", None))):
+            _refuse("streamer", "have put(tokens) and end()", type(entry).__name__, TypeError)
+    if isinstance(streamer, Sequence) and len(streamers) != batch_size:
+        _refuse("streamer", f"be one or one for each of {batch_size} requests", len(streamers))
 
 
 def _sampling(

@@ -48,10 +48,10 @@ class DecodingEngine:
         self._graphed: GraphedSteps | None = None
         self._graphed_draft: GraphedSteps | None = None
         self._out_of_memory = False  # for graphs of further trees
-        looked_at = eager.logits_hook is not None or eager.observer is not None
-        if cuda_graphs and can_capture(target, draft) and not looked_at:
+        hooks_draft = getattr(eager.logits_hook, "hooks_draft", False)
+        if cuda_graphs and can_capture(target, draft) and not is_looked_at(eager):
             self._graphed = GraphedSteps(self.eager.run, state)
-        elif cuda_graphs and draft is not None and can_capture(draft, None):
+        elif cuda_graphs and draft is not None and can_capture(draft, None) and not hooks_draft:
             # The target's part of a step is launched layer by layer; the draft's many forwards still are one graph.
             self._graphed_draft = GraphedSteps(self.eager.draft_tokens, state)
             if target not in _logged:
@@ -153,6 +153,11 @@ def can_capture(target: TreeModel | DraftSource, draft: DraftSource | None) -> b
     return target.device.type == "cuda" and is_capturable and not any(map(refused, _models(target, draft)))
 
 
+def is_looked_at(step: DecodingStep | GenerationArguments) -> bool:
+    """Tell whether a step's logits are seen by code on the host, or leave it as rows: then it is not captured."""
+    return step.logits_hook is not None or step.observer is not None or not step.keeps.isdisjoint({"logits", "scores"})
+
+
 def steps_ahead(target: TreeModel) -> int:
     """How many steps the host launches before it reads the tokens of one.
 
@@ -195,8 +200,7 @@ def borrow_engine(
         The engine. Where steps are captured or compiled its caches may be longer than asked for: lengths are rounded up
         to buckets, so that batches of about the same length share what was made for them.
     """
-    looked_at = arguments.logits_hook is not None or arguments.observer is not None
-    captures = arguments.cuda_graphs and can_capture(target, draft) and not looked_at
+    captures = arguments.cuda_graphs and can_capture(target, draft) and not is_looked_at(arguments)
     rows = arguments.longest + room
     draft_rows = None if draft_positions is None else draft_positions + room
     if captures or any(model.compile_mode for model in _models(target, draft)):
@@ -206,7 +210,8 @@ def borrow_engine(
     def make() -> DecodingEngine:
         eager = DecodingStep(
             target, draft, state, rows, draft_cache_len=draft_rows, rule=arguments.rule,
-            logits_hook=arguments.logits_hook, observer=arguments.observer, backend=arguments.backend, clock=clock,
+            logits_hook=arguments.logits_hook, observer=arguments.observer, keeps=arguments.keeps,
+            backend=arguments.backend, clock=clock,
         )  # fmt: skip
         return DecodingEngine(eager, arguments.cuda_graphs)
 
@@ -291,7 +296,7 @@ def _key(
         draft.graph_key,
     )  # fmt: skip
     return (
-        state.cache_lens.shape[0], rows, draft_rows, arguments.backend, arguments.rule,
+        state.cache_lens.shape[0], rows, draft_rows, arguments.backend, arguments.rule, arguments.keeps,
         state.top_k is not None, state.top_p is not None,
         tuple(tensor.data_ptr() for model in models for tensor in model.weights()),  # graphs read them there
         tuple((model.compile_mode, model.forward_state()) for model in models),  # what their forwards do

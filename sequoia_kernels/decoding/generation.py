@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
-from sequoia_kernels.decoding.arguments import GivenTree, check_arguments
+from sequoia_kernels import checks
+from sequoia_kernels.decoding.arguments import WORDS, GenerationArguments, GivenTree, check_arguments
 from sequoia_kernels.decoding.auto import choose_tree
 from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.loop import decode, on_target_device
+from sequoia_kernels.decoding.processors import ChainedHooks, ProcessorHook, check_processors
+from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.drafts import draft_source
-from sequoia_kernels.models import adapt, described_once
+from sequoia_kernels.drafts import DraftSource, draft_source
+from sequoia_kernels.models import TreeModel, adapt, described_once
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
     AdaptivePlan,
@@ -23,29 +29,66 @@ from sequoia_kernels.planner import (
     StepRecords,
     TreeFollower,
     TreePlan,
+    read_tree,
 )
 from sequoia_kernels.tree import ShapedTree, TokenTree
+
+DEFAULT_NEW_TOKENS = 128  # where nothing says how many
 
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What `generate` returns.
+    """What `generate` returns. Indexing, length and iteration are those of `sequences`.
 
     Attributes:
         sequences: prompts as given with the new tokens behind them, padded on the right. [B, width + longest] int64.
         stats: counts and times.
         new_tokens: the new tokens of each request, without padding.
-        finish_reasons: why each request ended: "eos", "length", "stop_string" or "cache_full".
+        finish_reasons: why each request ended: "eos", "length", "stop_string", "stopping_criteria", "max_time" or
+            "cache_full".
+        logprobs: the log-probability of each new token, where asked for. float32 each.
+        logits: the target's logits that each new token was decided from, where asked for. A tensor [new tokens, vocab]
+            for each request.
+        scores: the same behind all processors and filters, as transformers' loop has them, where asked for. A tensor
+            [new tokens, vocab] float32 for each request.
     """
 
     sequences: torch.Tensor
     stats: GenerateStats
     new_tokens: list[list[int]]
     finish_reasons: list[str]
+    logprobs: list[list[float]] | None = None
+    logits: list[torch.Tensor] | None = None
+    scores: list[torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.sequences[index]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.sequences)
+
+    def texts(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> list[str]:
+        """Decode the new tokens of each request.
+
+        Args:
+            tokenizer: has `decode(tokens, skip_special_tokens=...)`.
+            skip_special_tokens: leave out what marks ends and the like.
+
+        Example:
+            >>> from sequoia_kernels.demo import load_demo_pair
+            >>> pair = load_demo_pair()
+            >>> prompt = pair.tokenizer("import ", return_tensors="pt").input_ids
+            >>> output = generate(pair.target, pair.draft, prompt, tree=TokenTree.chain(3), max_new_tokens=4)
+            >>> output.texts(pair.tokenizer) == [pair.tokenizer.decode(output[0, prompt.shape[1]:])]
+            True
+        """
+        return [tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens) for tokens in self.new_tokens]
 
 
 @on_target_device
-@torch.inference_mode()
 @described_once()
 def generate(
     target: Any,
@@ -53,9 +96,10 @@ def generate(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
-    tree: GivenTree = "auto",
-    max_new_tokens: int = 128,
-    temperature: float | Sequence[float] = 0.0,
+    tree: GivenTree | os.PathLike[str] = "auto",
+    max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | Sequence[float] | None = None,
     top_k: int | Sequence[int] | None = None,
     top_p: float | Sequence[float] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
@@ -69,9 +113,18 @@ def generate(
     profile: HardwareProfile | None = None,
     rule: str | None = None,
     logits_hook: LogitsHook | None = None,
+    logits_processor: Sequence[Callable[..., torch.Tensor]] | None = None,
+    stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+    generation_config: Any | None = None,
+    num_return_sequences: int | None = None,
+    return_logprobs: bool | str = False,
+    output_logits: bool = False,
+    output_scores: bool = False,
     backend: str = "auto",
     cuda_graphs: bool = True,
     compile: bool | str = False,
+    **settings: Any,
 ) -> GenerateOutput:
     """Generate with tree speculative decoding, with exactly the target's distribution.
 
@@ -88,19 +141,25 @@ def generate(
             every call; "adaptive" takes several picks and switches between them as acceptance drifts. Both measure the
             models' times where they are not given a `profile`, once a pair and machine: docs/planner.md says what is
             kept, and where. A `TreeFollower` (`plan.follow()`) given to several calls carries what it learnt from one
-            to the next.
-        max_new_tokens: tokens to emit for each request, at most.
-        temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. Settings of the target's
-            generation_config are not applied: a warning names, once a model, those that would change the output.
-        top_k: keep the k most probable tokens; None or 0 is off.
-        top_p: keep the smallest set of tokens with this probability, in (0, 1]; None is off.
+            to the next. A path is read as `sequoia-kernels generate --tree` reads it.
+        max_new_tokens: tokens to emit for each request, at most; None takes the generation settings' (`max_new_tokens`
+            or `max_length`), or 128.
+        do_sample: draw tokens, or take the most probable ones; None does what `temperature` says, and without that the
+            generation settings.
+        temperature: 0 is greedy, else at least 1e-5; one value, or one for each request. None takes the generation
+            settings': where they ask for sampling theirs, or 1, else 0.
+        top_k: keep the k most probable tokens; 0 is off, None takes the generation settings' (not transformers' own
+            default of 50).
+        top_p: keep the smallest set of tokens with this probability, in (0, 1], where 1 is off; None takes the
+            generation settings'.
         eos_token_id: ids that end a request; None takes the target's own, an empty list none at all.
         pad_token_id: fills `sequences` behind shorter requests; None takes the target's pad or first EOS id, or 0.
         seed: one integer (requests get seeds mixed from it), or one for each request.
         stop_strings: strings that end a request with the token that completes them; needs `tokenizer`. As in
             transformers one may begin in the prompt, and the token may go on behind it.
         tokenizer: decodes the tokens for `stop_strings`.
-        streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; one request only.
+        streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; for a batch one for each
+            request, or one that takes a token of each request at a time ([B]), as transformers' loop gives them.
         max_cache_len: tokens that a request may hold in the target's cache, prompt included and the newest one left
             out, and positions of the target at most. A request that reaches this ends with "cache_full". The cache has
             rows for a tree more. The draft's positions limit nothing: where they are used up, it goes on with the
@@ -109,21 +168,36 @@ def generate(
         profile: hardware profile for them.
         rule: verification rule, "sequoia" or "traversal"; None takes the plan's, or the device's usual one: "traversal"
             on a CPU above temperature 0, else "sequoia". Outputs are distributed alike under both.
-        logits_hook: changes the target's logits before tokens are decided from them (`LogitsHook`): penalties,
-            grammars. The target's part of a step is then not captured.
+        logits_hook: changes the target's logits before tokens are decided from them (`LogitsHook`): own penalties,
+            grammars (`GrammarHook`). The target's part of a step is then not captured.
+        logits_processor: transformers' logits processors, or what is called as they are, with (input_ids, scores). Each
+            node of a tree has the tokens before it as input_ids, so they must depend on nothing else; the draft's
+            logits go through them as well, which changes speed only. Steps are not captured then.
+        stopping_criteria: transformers' stopping criteria; each request is asked about by itself, [1, length].
+        prefix_allowed_tokens_fn: as in transformers: from a request's index and its tokens to those allowed next.
+        generation_config: transformers' `GenerationConfig`; what it leaves open, the target's own says.
+        num_return_sequences: continuations of each prompt, which become requests of their own, next to one another.
+        return_logprobs: give the log-probability of each new token: "raw" (or True) under the target's own logits,
+            "processed" under what it was drawn from, behind processors, temperature and filters (of a greedy request:
+            behind processors).
+        output_logits: give the target's logits of each new token.
+        output_scores: give them behind all processors and filters. Steps with either are not captured.
         backend: backend of the ops.
         cuda_graphs: on CUDA, capture each step once and replay it; models that cannot be captured fall back with one
             logged reason, the draft's part of a step still being captured where it can. Caches and graphs stay on the
             GPU for the next call with batch and lengths alike; `release_engines` frees them.
         compile: run the models' forwards of trees through `torch.compile`: True or a mode, as in `adapt`. Compiling
             takes minutes for a deep model, once a tree.
+        settings: any other generation setting of transformers by its name, such as `min_p` or `repetition_penalty`.
+            docs/transformers.md has the table. Those of the target's generation_config hold where nothing is given.
 
     Returns:
-        `GenerateOutput` with sequences, statistics, new tokens and finish reasons.
+        `GenerateOutput` with sequences, statistics, new tokens and finish reasons, and what else was asked for.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, range or device, or the models do not make a pair.
+        TypeError: an argument has the wrong type or dtype, or is none.
+        ValueError: an argument has the wrong shape, range or device, the models do not make a pair, or a setting is one
+            that trees cannot honour (beams, contrastive search, guidance).
         UnsupportedModelError: a model cannot decode trees; the message says why.
 
     Notes:
@@ -145,34 +219,160 @@ def generate(
         8
     """
     started = time.perf_counter()
-    target = adapt(target, compile=compile)
-    draft = draft_source(draft, compile=compile) if draft is not None else None
-    arguments = check_arguments(
-        target, draft, input_ids, attention_mask,
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id, seed=seed, stop_strings=stop_strings, tokenizer=tokenizer, streamer=streamer,
-        max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile, rule=rule,
-        logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
-    )  # fmt: skip
-    learn = None
-    if draft is None:
-        tree = TokenTree.single()  # whatever was asked for
-    elif isinstance(tree, str):
-        tree, learn = choose_tree(
-            target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive"
+    if isinstance(tree, os.PathLike) or (isinstance(tree, str) and tree not in WORDS and os.path.isfile(tree)):
+        tree = read_tree(tree)
+    with torch.inference_mode():
+        target = adapt(target, compile=compile)
+        draft = draft_source(draft, compile=compile) if draft is not None else None
+        chosen = GenerationSettings(
+            target.model, generation_config, {**settings, "num_return_sequences": num_return_sequences}
         )
-    if isinstance(tree, AdaptivePlan):
-        tree = tree.follow()
-    elif isinstance(tree, TreePlan):
-        tree = tree.tree
-    elif not isinstance(tree, (TokenTree, ShapedTree, TreeFollower)):
-        tree = tuple(tree)
-    requests, stats = decode(target, draft, tree, arguments)
+        if max_new_tokens is None and isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
+            max_new_tokens = chosen.max_new_tokens(input_ids.shape[1], DEFAULT_NEW_TOKENS)
+        temperature = _temperature(chosen, do_sample, temperature)
+        is_drawn = (isinstance(temperature, Real) and temperature > 0) or isinstance(temperature, Sequence)
+        input_ids, attention_mask = _expanded(input_ids, attention_mask, chosen["num_return_sequences"])
+        max_time = chosen["max_time"]
+        arguments = check_arguments(
+            target, draft, input_ids, attention_mask,
+            max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=chosen["top_k"] if top_k is None and is_drawn else top_k,
+            top_p=chosen["top_p"] if top_p is None and is_drawn else top_p,
+            eos_token_id=_from_config(generation_config, "eos_token_id", eos_token_id),
+            pad_token_id=_from_config(generation_config, "pad_token_id", pad_token_id), seed=seed,
+            stop_strings=chosen["stop_strings"] if stop_strings is None else stop_strings, tokenizer=tokenizer,
+            streamer=streamer, max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile,
+            rule=rule, logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
+            stopping_criteria=[] if stopping_criteria is None else stopping_criteria,
+        )  # fmt: skip
+        keeps = _keeps(return_logprobs, output_logits, output_scores)
+        deadline = None if max_time is None else time.monotonic() + max_time
+        arguments = dataclasses.replace(arguments, keeps=keeps, deadline=deadline)
+        arguments = _with_processors(arguments, chosen, logits_processor, prefix_allowed_tokens_fn)
+    return run_generation(target, draft, arguments, tree, acceptance=acceptance, profile=profile, started=started)
+
+
+def run_generation(
+    target: TreeModel, draft: DraftSource | None, arguments: GenerationArguments, tree: Any, *,
+    acceptance: Any = None, profile: HardwareProfile | None = None, started: float | None = None,
+) -> GenerateOutput:  # fmt: skip
+    """Decode checked arguments with a tree, or with what chooses one; see `generate`."""
+    started = time.perf_counter() if started is None else started
+    learn = None
+    with torch.inference_mode():
+        if draft is None:
+            tree = TokenTree.single()  # whatever was asked for
+        elif isinstance(tree, str):
+            tree, learn = choose_tree(
+                target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive"
+            )
+        if isinstance(tree, AdaptivePlan):
+            tree = tree.follow()
+        elif isinstance(tree, TreePlan):
+            tree = tree.tree
+        elif not isinstance(tree, (TokenTree, ShapedTree, TreeFollower)):
+            tree = tuple(tree)
+        requests, stats = decode(target, draft, tree, arguments)
+    hook = _processor_hook(arguments.logits_hook)
+    for index, request in enumerate(requests):
+        if hook is not None:
+            hook.check(index, request.new_tokens)
     stats.seconds = time.perf_counter() - started
     if learn is not None:
         learn(stats)
     new_tokens = [request.new_tokens for request in requests]
     width = max(map(len, new_tokens))
     rows = [tokens + [arguments.pad_token_id] * (width - len(tokens)) for tokens in new_tokens]
+    input_ids = arguments.input_ids
     sequences = torch.cat((input_ids, torch.tensor(rows, dtype=torch.int64, device=input_ids.device)), dim=1)
-    return GenerateOutput(sequences, stats, new_tokens, [request.finish_reason or "length" for request in requests])
+    kept = [request.rows for request in requests]
+    scales = [1.0] * len(kept) if hook is None else hook.scales
+    return GenerateOutput(
+        sequences, stats, new_tokens, [request.finish_reason or "length" for request in requests],
+        logprobs=None if kept[0].logprobs is None else [entry.logprobs or [] for entry in kept],
+        logits=None if kept[0].logits is None else [torch.stack(entry.logits or []) for entry in kept],
+        scores=None if kept[0].scores is None else [
+            torch.stack(entry.scores or []).to(torch.float32) / scale for entry, scale in zip(kept, scales, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def _processor_hook(hook: Any) -> ProcessorHook | None:
+    hooks = hook.hooks if isinstance(hook, ChainedHooks) else [hook]
+    return next((entry for entry in hooks if isinstance(entry, ProcessorHook)), None)
+
+
+def _temperature(settings: GenerationSettings, do_sample: bool | None, temperature: Any) -> Any:
+    """The temperatures asked for, by the call or the generation settings."""
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise TypeError(f"generate: do_sample must be True, False or None, got {do_sample!r}")
+    if temperature is not None:
+        given = list(temperature) if isinstance(temperature, Sequence) else [temperature]
+        if do_sample is not None and any(isinstance(entry, Real) and (entry > 0) != do_sample for entry in given):
+            rule = "above 0 where do_sample=True" if do_sample else "0 where do_sample=False"
+            raise ValueError(f"generate: temperature must be {rule}, got {temperature!r}")
+        return temperature
+    if do_sample is not None:
+        settings.config.do_sample = do_sample
+    return settings.temperature()
+
+
+def _from_config(config: Any | None, name: str, given: Any) -> Any:
+    """A token id that the call gives, by itself or in its generation_config; None leaves it to the target's."""
+    return getattr(config, name, None) if given is None else given
+
+
+def _expanded(input_ids: Any, attention_mask: Any, copies: Any) -> tuple[Any, Any]:
+    """Give each prompt as often as continuations of it are wanted."""
+    if copies is None or copies == 1:
+        return input_ids, attention_mask
+    checks.whole_number("generate", "num_return_sequences", copies, rule=checks.at_least(1))
+    if isinstance(input_ids, torch.Tensor):
+        input_ids = input_ids.repeat_interleave(copies, 0)
+    if isinstance(attention_mask, torch.Tensor):
+        attention_mask = attention_mask.repeat_interleave(copies, 0)
+    return input_ids, attention_mask
+
+
+def _keeps(return_logprobs: bool | str, output_logits: bool, output_scores: bool) -> frozenset[str]:
+    """What steps leave besides tokens."""
+    kinds = {False: [], True: ["logprobs"], "raw": ["logprobs"], "processed": ["processed_logprobs"]}
+    if not isinstance(return_logprobs, (bool, str)) or return_logprobs not in kinds:
+        raise ValueError(
+            f'generate: return_logprobs must be True, False, "raw" or "processed", got {return_logprobs!r}'
+        )
+    rows = [name for name, wanted in (("logits", output_logits), ("scores", output_scores)) if wanted]
+    return frozenset(kinds[return_logprobs] + rows)
+
+
+def _with_processors(
+    arguments: GenerationArguments, settings: GenerationSettings, custom: Any, prefix_allowed_tokens_fn: Any
+) -> GenerationArguments:
+    """Add the hook that runs the processors of the settings and of the call, where there are any."""
+    prompts, width = arguments.padded_prompts, arguments.input_ids.shape[1]
+    padding = [width - length for length in arguments.prompt_lens]
+    made = settings.processors(
+        temperatures=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, prompts=prompts,
+        padding=torch.tensor(padding, device=prompts.device) if any(padding) else None,
+        eos_token_ids=sorted(arguments.eos_token_ids), max_new_tokens=arguments.max_new_tokens,
+        custom=[] if custom is None else check_processors(custom), prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        all_in_processors="scores" in arguments.keeps,
+    )  # fmt: skip
+    if not made.filters_in_ops:
+        arguments = dataclasses.replace(arguments, top_k=None, top_p=None)
+    elif not any(made.processors):
+        return arguments
+    return with_processor_hook(arguments, made.processors, made.scales)
+
+
+def with_processor_hook(
+    arguments: GenerationArguments, processors: Sequence[Sequence[Any]], scales: Sequence[float]
+) -> GenerationArguments:
+    """Add the hook that runs these processors, behind the caller's own hook; arguments as in `ProcessorHook`."""
+    hook: Any = ProcessorHook(
+        processors, arguments.padded_prompts, arguments.prompt_lens, scales, arguments.eos_token_ids,
+        arguments.max_new_tokens,
+    )  # fmt: skip
+    if arguments.logits_hook is not None:
+        hook = ChainedHooks([arguments.logits_hook, hook])
+    return dataclasses.replace(arguments, logits_hook=hook)

@@ -16,11 +16,12 @@ from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.draft_context import DraftContext
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, let_go, return_engine, steps_ahead
-from sequoia_kernels.decoding.request import Request
+from sequoia_kernels.decoding.request import EmittedRows, Request, StoppingCriteria
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import EmittedTokens
+from sequoia_kernels.decoding.streaming import BatchStreamer
 from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, each_tree
-from sequoia_kernels.models import TreeModel, foreign_code_ran
+from sequoia_kernels.models import TreeModel
 from sequoia_kernels.planner import TreeFollower
 from sequoia_kernels.tree import TokenTree
 
@@ -93,9 +94,9 @@ def _decode(
     draft_positions = None if context is None else context.positions
     engine = borrow_engine(target, draft, state, arguments, room, clock, draft_positions)
     loop = DecodingLoop(engine, arguments, context, lag)
-    if arguments.streamer is not None:
-        arguments.streamer.put(arguments.input_ids.cpu())
-        foreign_code_ran()
+    if loop.streamer is not None:
+        prompts = [row[:length] for row, length in zip(arguments.prompts, arguments.prompt_lens, strict=True)]
+        loop.streamer.begin(arguments.input_ids, prompts)
     first_tokens = engine.eager.prefill(
         arguments.prompts.to(device),
         torch.tensor(arguments.prompt_lens, dtype=torch.int32, device=device),
@@ -104,7 +105,7 @@ def _decode(
     for step_tree in step_trees:
         engine.prepare(step_tree)
     started = time.perf_counter()
-    loop.run(first_tokens.tolist(), tree)
+    loop.run(first_tokens, tree)
     stats = loop.stats
     stats.decode_seconds = time.perf_counter() - started
     stats.new_tokens = [len(request.new_tokens) for request in loop.requests]
@@ -115,18 +116,25 @@ def _decode(
 
 
 class HostCopy:
-    """Copies a step's emitted tokens to the host without waiting; `read` waits for that copy, not for later work."""
+    """Copies a step's emitted tokens to the host without waiting; `read` waits for that copy, not for later work.
+
+    Rows of logits stay on the device: steps that leave some are not captured, so nothing overwrites them.
+    """
 
     def __init__(self, emitted: EmittedTokens) -> None:
         self._event: torch.cuda.Event | None = None
-        self._tensors: list[torch.Tensor] = list(emitted)
+        self._rows = emitted.logits, emitted.scores
+        copied = [emitted.tokens, emitted.nodes, emitted.num_tokens]
+        if emitted.logprobs is not None:
+            copied.append(emitted.logprobs)
+        self._tensors = copied
         self._lists: list[Any] = []
         if emitted.tokens.device.type != "cuda":  # nothing to wait for, and the next step may overwrite them
-            self._lists = [tensor.tolist() for tensor in emitted]
+            self._lists = [tensor.tolist() for tensor in copied]
             return
         with on_device(emitted.tokens.device):  # whose stream the copies and the event go to
-            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in emitted]
-            for host, device in zip(self._tensors, emitted, strict=True):
+            self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in copied]
+            for host, device in zip(self._tensors, copied, strict=True):
                 host.copy_(device, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -135,8 +143,15 @@ class HostCopy:
         """Return (tokens [B][levels], nodes [B][levels], num_tokens [B])."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, nodes, num_tokens = self._lists or [tensor.tolist() for tensor in self._tensors]
+        self._lists = self._lists or [tensor.tolist() for tensor in self._tensors]
+        tokens, nodes, num_tokens = self._lists[:3]
         return tokens, nodes, num_tokens
+
+    def rows(self, index: int) -> EmittedRows | None:
+        """What a request's tokens were decided from, behind `read`; None where nothing of it was asked for."""
+        logits, scores = (None if part is None else list(part[index]) for part in self._rows)
+        logprobs = self._lists[3][index] if len(self._lists) > 3 else None
+        return None if logprobs is logits is scores is None else EmittedRows(logprobs, logits, scores)
 
 
 class _Launched(NamedTuple):
@@ -164,25 +179,33 @@ class DecodingLoop:
         self, engine: DecodingEngine, arguments: GenerationArguments, context: DraftContext | None, lag: int
     ) -> None:
         self.engine, self.context, self.lag = engine, context, lag
-        self.streamer = arguments.streamer
+        self.streamer: BatchStreamer | None = None
+        if arguments.streamer is not None:
+            self.streamer = BatchStreamer(arguments.streamer, arguments.batch_size, arguments.pad_token_id)
+        criteria: list[StoppingCriteria | None] = [None] * arguments.batch_size
+        if arguments.stopping_criteria:
+            shown = arguments.padded_prompts
+            criteria = [StoppingCriteria(arguments.stopping_criteria, prompt) for prompt in shown]
+        keeps = {name.removeprefix("processed_") for name in arguments.keeps}
         self.requests = [
             Request(
                 prompt[:length], arguments.max_new_tokens, arguments.max_cache_len, arguments.eos_token_ids,
-                arguments.stop_strings,
+                arguments.stop_strings, ends, arguments.deadline, keeps,
             )
-            for prompt, length in zip(arguments.prompts.tolist(), arguments.prompt_lens, strict=True)
+            for prompt, length, ends in zip(arguments.prompts.tolist(), arguments.prompt_lens, criteria, strict=True)
         ]  # fmt: skip
         self.stats = GenerateStats(request_steps=[0] * arguments.batch_size)
         self.follower: TreeFollower | None = None
         self.in_flight: deque[_Launched] = deque()  # oldest first
 
-    def run(self, first_tokens: list[int], tree: StepTree | TreeFollower) -> None:
+    def run(self, first_tokens: EmittedTokens, tree: StepTree | TreeFollower) -> None:
         """Take the prefill's tokens and decode behind them; arguments as in `decode`."""
         self.follower = tree if isinstance(tree, TreeFollower) else None
         step_tree: StepTree = tree.tree if isinstance(tree, TreeFollower) else tree
         self.stats.tree = None if isinstance(step_tree, tuple) else step_tree
-        for index, token in enumerate(first_tokens):
-            self._take(index, [token])
+        first = HostCopy(first_tokens)
+        for index, tokens in enumerate(first.read()[0]):
+            self._take(index, tokens, first)
         while any(request.is_active for request in self.requests):
             if self.follower is not None:
                 self.stats.tree = step_tree = self.follower.tree
@@ -216,20 +239,18 @@ class DecodingLoop:
             if was_active and self.requests[index].is_active:
                 self.stats.request_steps[index] += 1
                 counts.append(self.stats.count_path(trees[index % len(trees)], nodes[index], num_tokens[index]))
-                self._take(index, tokens[index][: num_tokens[index]])
+                self._take(index, tokens[index][: num_tokens[index]], launched.emitted)
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)
         if self.follower is not None and counts:
             ranks = ([sum(rank) for rank in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts))
             self.follower.observe(*ranks)
 
-    def _take(self, index: int, tokens: list[int]) -> None:
+    def _take(self, index: int, tokens: list[int], emitted: HostCopy) -> None:
         request = self.requests[index]
-        taken = request.extend(tokens)
+        taken = request.extend(tokens, emitted.rows(index))
         if self.streamer is not None:
-            for token in taken:
-                self.streamer.put(torch.tensor([token]))
-            foreign_code_ran()
+            self.streamer.take(index, taken, not request.is_active)
         if not request.is_active:
             self.engine.eager.end_request(index)
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 
 from sequoia_kernels.decoding.host_step import HostStep
 from sequoia_kernels.decoding.logits_hook import LogitsHook, NodePaths
-from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, TokenBuffers, TreeLayout
+from sequoia_kernels.decoding.logprobs import token_logprobs
+from sequoia_kernels.drafts import (
+    DecodingState,
+    DraftLevel,
+    DraftSource,
+    StageClock,
+    StepTree,
+    TokenBuffers,
+    TreeLayout,
+)
 from sequoia_kernels.models import TreeModel, foreign_code_ran, prefill
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, Topology
@@ -24,11 +33,17 @@ class EmittedTokens(NamedTuple):
         tokens: accepted tokens and the bonus token behind them, -1 behind the end. [B, levels] int64.
         nodes: the accepted path, for the statistics. [B, levels] int32.
         num_tokens: tokens emitted, 0 for an ended request. [B] int32.
+        logprobs: log-probabilities of the tokens, where asked for. [B, levels] float32.
+        logits: the target's logits that they were decided from, where asked for. [B, levels, vocab].
+        scores: the same behind the hook, where asked for. [B, levels, vocab].
     """
 
     tokens: torch.Tensor
     nodes: torch.Tensor
     num_tokens: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
 
 class DecodingStep:
@@ -47,6 +62,8 @@ class DecodingStep:
         logits_hook: changes the target's logits before tokens are decided from them.
         observer: is shown every step's tree with its tokens and draft logits, and the target's logits, before they are
             decided; it leaves them as they are, and steps that have one are not captured.
+        keeps: what of `EmittedTokens` is asked for: "logprobs" (of the target's own logits), "processed_logprobs" (of
+            what tokens are drawn from; instead of the former), "logits", "scores".
         backend: backend of the ops.
         clock: adds up the times of the stages.
     """
@@ -62,12 +79,13 @@ class DecodingStep:
         rule: str = DEFAULT_RULE,
         logits_hook: LogitsHook | None = None,
         observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None,
+        keeps: Collection[str] = (),
         backend: str = "auto",
         clock: StageClock | None = None,
     ) -> None:
         self.target, self.draft, self.state, self.rule, self.backend = target, draft, state, rule, backend
         self.clock = clock or StageClock(enabled=False)
-        self.logits_hook, self.observer = logits_hook, observer
+        self.logits_hook, self.observer, self.keeps = logits_hook, observer, frozenset(keeps)
         batch_size = state.cache_lens.shape[0]
         self.target_cache = target.new_cache(batch_size, max_cache_len, beyond_positions=True)
         self.history: torch.Tensor | None = None  # committed tokens. [B, max_cache_len] int64
@@ -91,6 +109,8 @@ class DecodingStep:
         self._on_host = on_cpu and logits_hook is None and HostStep.serves(backend, rule)
         self._host_steps: dict[StepTree, HostStep] = {}
         self._scored = torch.empty(0)  # where bound forwards leave their logits
+        self._keeps_raw = logits_hook is not None and not self.keeps.isdisjoint({"logprobs", "logits"})
+        self._decided_from = (torch.empty(0), torch.empty(0))  # the newest step's logits before and behind the hook
 
     # Between steps
 
@@ -121,7 +141,7 @@ class DecodingStep:
 
     def prefill(
         self, prompts: torch.Tensor, prompt_lens: torch.Tensor, draft_tokens: Sequence[list[int]] | None = None
-    ) -> torch.Tensor:
+    ) -> EmittedTokens:
         """Commit the prompts and draw each request's first token from the target, which becomes the root.
 
         Args:
@@ -130,7 +150,7 @@ class DecodingStep:
             draft_tokens: what the draft is given instead, where it cannot hold every prompt.
 
         Returns:
-            The first tokens. [B] int64. They follow the same warping and random streams as every later one.
+            The first tokens. They follow the same warping and random streams as every later one.
         """
         state = self.state
         with self.clock.stage("prefill"):
@@ -142,8 +162,12 @@ class DecodingStep:
                 state.cache_lens.copy_(prompt_lens - 1)  # the prompts' last tokens are the nodes that were scored
             # The root's own token decides nothing, and a prompt may hold tokens that are never predicted.
             single = TokenTree.single()
+            raw = logits.clone() if self._keeps_raw else logits
             logits = self._hooked(last_tokens, logits, single)
-            next_token = self._verify(torch.zeros_like(last_tokens), logits, None, single).next_token
+            path = self._verify(torch.zeros_like(last_tokens), logits, None, single)
+            next_token = path.next_token
+            emitted = EmittedTokens(next_token[:, None], path.nodes, path.num_accepted)
+            emitted = self._with_rows(emitted, raw, logits)
             state.cache_lens.copy_(prompt_lens)
             state.last_tokens.copy_(last_tokens[:, 0])
             state.root_tokens.copy_(next_token)
@@ -151,7 +175,7 @@ class DecodingStep:
             if self.drafting is not None:
                 tokens, lens = (prompts, prompt_lens) if draft_tokens is None else _padded(draft_tokens)
                 self._prefill_draft(list(range(len(prompts))), tokens, lens, list(hidden_states.values()))
-            return next_token
+            return emitted
 
     def restart_draft(self, lanes: list[int], tokens: Sequence[list[int]]) -> None:
         """Let the draft's context of some requests consist of these tokens, the last ones that were committed."""
@@ -199,13 +223,15 @@ class DecodingStep:
         """
         (draft_tokens or self.draft_tokens)(tree)
         path, hidden_states = self.verify_tokens(tree)
-        return self.commit_path(tree, path, hidden_states)
+        emitted = self.commit_path(tree, path, hidden_states)
+        return self._with_rows(emitted, *self._decided_from) if self.keeps else emitted
 
     def draft_tokens(self, tree: StepTree) -> None:
         """Fill the buffers: the root's token is known, the others are drawn from the draft."""
         layout, buffers = self.prepare(tree)
         buffers.tokens[:, 0].copy_(self.state.root_tokens)
         if self.drafting is not None and layout.levels:
+            self.drafting.logits_hook = self._draft_hook(layout.topology)
             self.drafting.grow(layout, buffers)
             if self.drafting.foreign:
                 foreign_code_ran()
@@ -234,9 +260,13 @@ class DecodingStep:
             self.observer(buffers, logits)
         with self.clock.stage("verify"):
             path = None if host is None else host.verify(logits)
+            raw = logits
             if path is None:  # where a value is out of range, the op says which
+                raw = logits.clone() if self._keeps_raw else logits
                 logits = self._hooked(buffers.tokens, logits, layout.topology)
                 path = self._verify(buffers.tokens, logits, buffers.draft_logits, layout.topology)
+        if self.keeps:
+            self._decided_from = raw, logits
         return path, list(wanted.values())
 
     def _score_in_place(self, host: HostStep) -> torch.Tensor | None:
@@ -256,11 +286,15 @@ class DecodingStep:
         """What a forward of the target is to leave for the draft; by the number of the hidden state."""
         return {} if self.draft is None else dict.fromkeys(self.draft.needs, torch.empty(0))
 
-    def _hooked(self, tokens: torch.Tensor, logits: torch.Tensor, tree: TokenTree | Topology) -> torch.Tensor:
+    def _hooked(
+        self, tokens: torch.Tensor, logits: torch.Tensor, tree: TokenTree | Topology, nodes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.logits_hook is None or self.history is None:
             return logits
         topology = tree.tensors(logits.device) if isinstance(tree, TokenTree) else tree
-        changed = self.logits_hook(NodePaths(self.history, self.state.cache_lens, tokens, topology), logits)
+        state = self.state
+        paths = NodePaths(self.history, state.cache_lens, tokens, topology, state.active, nodes)
+        changed = self.logits_hook(paths, logits)
         foreign_code_ran()
         given = isinstance(changed, torch.Tensor) and (changed.shape, changed.device, changed.is_floating_point())
         if given != (logits.shape, logits.device, True):
@@ -268,6 +302,34 @@ class DecodingStep:
             wanted = f"shape {list(logits.shape)} on {logits.device}"
             raise ValueError(f"generate: logits_hook must return logits of {wanted}, got {looks}")
         return changed
+
+    def _draft_hook(
+        self, tree: TokenTree | Topology
+    ) -> Callable[[DraftLevel, torch.Tensor, TokenBuffers], torch.Tensor] | None:
+        if not getattr(self.logits_hook, "hooks_draft", False):
+            return None
+        return lambda level, logits, buffers: self._hooked(buffers.tokens, logits, tree, level.nodes)
+
+    def _with_rows(self, emitted: EmittedTokens, raw: torch.Tensor, processed: torch.Tensor) -> EmittedTokens:
+        """Add what was asked for of the rows that the tokens were decided from. [B, N, vocab] each."""
+        keeps, state = self.keeps, self.state
+        if not keeps:
+            return emitted
+        places = emitted.nodes.clamp(min=0).to(torch.int64)[:, :, None].expand(-1, -1, raw.shape[2])
+        raw_rows = None if keeps == {"processed_logprobs"} else raw.gather(1, places)
+        rows = raw_rows if processed is raw and raw_rows is not None else processed.gather(1, places)
+        logprobs = None
+        if "processed_logprobs" in keeps:
+            logprobs = token_logprobs(
+                rows, emitted.tokens, state.temperature, state.top_k, state.top_p, backend=self.backend
+            )
+        elif "logprobs" in keeps:
+            logprobs = token_logprobs(raw_rows, emitted.tokens, backend=self.backend)
+        return emitted._replace(
+            logprobs=logprobs,
+            logits=raw_rows if "logits" in keeps else None,
+            scores=rows if "scores" in keeps else None,
+        )
 
     def _verify(
         self, tokens: torch.Tensor, logits: torch.Tensor, draft_logits: torch.Tensor | None, tree: TokenTree | Topology

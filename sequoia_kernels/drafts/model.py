@@ -181,6 +181,8 @@ class _ModelDrafting(Drafting):
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What grows this tree in one call, where something does; made when the tree is first met."""
+        if self.logits_hook is not None:
+            return None
         known = self._grown.get(layout.tree)
         if known is None or known[0] is not buffers:
             host = None

@@ -98,6 +98,10 @@ class Drafting(ABC):
         state: the batch's state.
         backend: backend of the ops.
         clock: adds up the times of the stages.
+
+    Attributes:
+        logits_hook: changes a level's logits before its children are drawn; None leaves them as they are. Called with
+            the level, logits [B, W, vocab] as wide as the target's, and the buffers.
     """
 
     foreign = True  # whether code outside of this package may run in it, which might change models
@@ -105,6 +109,7 @@ class Drafting(ABC):
     def __init__(self, source: DraftSource, state: DecodingState, backend: str, clock: StageClock) -> None:
         self.source: Any = source
         self.state, self.backend, self.clock = state, backend, clock
+        self.logits_hook: Callable[[DraftLevel, torch.Tensor, TokenBuffers], torch.Tensor] | None = None
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with this object of the same source; without any while nobody decodes, so that none is kept alive."""
@@ -179,6 +184,10 @@ class Drafting(ABC):
         with self.clock.stage("sample"):
             batch_size, width, _ = logits.shape
             vocab = min(logits.shape[2], buffers.draft_logits.shape[2])
+            if self.logits_hook is not None:  # which may name tokens that only the target knows
+                missing = buffers.draft_logits.shape[2] - vocab
+                logits = torch.nn.functional.pad(logits[:, :, :vocab], (0, missing), value=-torch.inf)
+                logits, vocab = self.logits_hook(level, logits, buffers), vocab + missing
             # drawn from the very numbers that are kept for the verification
             logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
             if level.step.first_node is not None:

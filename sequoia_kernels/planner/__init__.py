@@ -17,6 +17,7 @@ from sequoia_kernels.planner.plan import TreePlan, plan_tree
 from sequoia_kernels.planner.profile import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tree, optimal_values
 from sequoia_kernels.planner.step_records import StepRecords
+from sequoia_kernels.planner.tree_files import read_tree
 
 __all__ = [
     "AcceptanceEstimate",
@@ -41,6 +42,7 @@ __all__ = [
     "plan_adaptive",
     "plan_from_evidence",
     "plan_tree",
+    "read_tree",
     "shape_tree",
     "shift_acceptance",
     "validate_acceptance",

@@ -7,7 +7,8 @@ Trees and planning:
     TokenTree, Topology, optimal_tree, optimal_values, estimate_acceptance, AcceptanceEstimate, HardwareProfile,
     measure_profile, plan_tree, TreePlan, ShapedTree, shape_tree
 Generation with Hugging Face models:
-    generate, GenerateOutput, GenerateStats, adapt, load_offloaded
+    generate, GenerateOutput, GenerateStats, GrammarHook, adapt, load_offloaded (sequoia_kernels.hf: trees for
+    model.generate)
 The four ops of a decoding step, and one for own verifiers and samplers (docs/own_loop.md):
     tree_attention, sample_without_replacement, verify_tree, compact_kv_cache_, CacheTable; warped_logsumexp
 Own loops with Hugging Face models, besides adapt; servers' conventions are in sequoia_kernels.interop:
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from sequoia_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from sequoia_kernels.decoding import GenerateOutput, GenerateStats, generate, release_engines
+    from sequoia_kernels.decoding import GenerateOutput, GenerateStats, GrammarHook, generate, release_engines
     from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
     from sequoia_kernels.measure import measure_profile
     from sequoia_kernels.models import TreeStep, adapt
@@ -56,6 +57,7 @@ __all__ = [
     "CacheTable",
     "GenerateOutput",
     "GenerateStats",
+    "GrammarHook",
     "HardwareProfile",
     "ProfileError",
     "ShapedTree",
@@ -87,7 +89,7 @@ __all__ = [
 
 # Where each public name lives. The imports above say the same to type checkers; a test compares the two.
 _ROOMS = {
-    "decoding": ["GenerateOutput", "GenerateStats", "generate", "release_engines"],
+    "decoding": ["GenerateOutput", "GenerateStats", "GrammarHook", "generate", "release_engines"],
     "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
     "measure": ["measure_profile"],
     "models": ["TreeStep", "adapt", "prefill"],

@@ -146,8 +146,8 @@ class CustomGenerate:
             raise ValueError(f"{WHERE}: draft must be given once, got draft and assistant_model")
         if synced_gpus:
             raise ValueError(f"{WHERE}: synced_gpus must be False: ranks of a sharded model do not decide alike here")
-        _check_model_kwargs(model_kwargs, input_ids)
         config = GenerationSettings(model, generation_config).config  # refuses what trees cannot honour
+        _check_model_kwargs(model_kwargs, input_ids)
         if (isinstance(tree, str) and tree not in ("auto", "adaptive")) or hasattr(tree, "__fspath__"):
             tree = read_tree(tree)
         with torch.inference_mode():

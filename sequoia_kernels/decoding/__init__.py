@@ -2,6 +2,8 @@
 
 from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
 from sequoia_kernels.decoding.generation import GenerateOutput, generate
+from sequoia_kernels.decoding.grammar import GrammarHook, GrammarMatcher
+from sequoia_kernels.decoding.logits_hook import LogitsHook, NodePaths
 from sequoia_kernels.decoding.overhead import PROBE_TREE, measure_overhead
 from sequoia_kernels.decoding.recording import RECORD_TREE, record_steps
 from sequoia_kernels.decoding.stats import GenerateStats
@@ -14,6 +16,10 @@ __all__ = [
     "DecodingStep",
     "GenerateOutput",
     "GenerateStats",
+    "GrammarHook",
+    "GrammarMatcher",
+    "LogitsHook",
+    "NodePaths",
     "generate",
     "measure_overhead",
     "record_steps",

@@ -39,7 +39,8 @@ class LogitsHook(Protocol):
 
     The draft only guesses, and is left alone. A hook with an attribute `hooks_draft` that is true is asked for the
     draft's logits as well, level by level, in the target's width: then the draft proposes what the target may say, and
-    more of it is accepted. `paths.nodes` names the level's nodes, and tokens of later levels are not drawn yet.
+    more of it is accepted. `paths.nodes` names the level's nodes, and tokens of later levels are not drawn yet. A hook
+    with a method `begin(prompt_lens)` is told of the prompts' tokens, [B], before a batch's first call.
     """
 
     def __call__(self, paths: NodePaths, logits: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,12 @@ class ChainedHooks:
         """Whether one of them does."""
         return any(getattr(hook, "hooks_draft", False) for hook in self.hooks)
 
+    def begin(self, prompt_lens: Sequence[int]) -> None:
+        """Tell those that want to know."""
+        for hook in self.hooks:
+            if hasattr(hook, "begin"):
+                hook.begin(prompt_lens)
+
     def __call__(self, paths: NodePaths, logits: torch.Tensor) -> torch.Tensor:
         for hook in self.hooks:
             if paths.nodes is None or getattr(hook, "hooks_draft", False):

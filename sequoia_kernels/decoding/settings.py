@@ -130,8 +130,6 @@ class GenerationSettings:
             value = getattr(self.config, name, None)
             if value is None or any(value == entry for entry in neutral):
                 continue
-            if name == "penalty_alpha" and (self.do_sample or (self.config.top_k or 0) <= 1):
-                continue  # transformers does not search contrastively then
             origin = "" if name in self.given else " from the generation_config"
             rule = f"be {neutral[0]!r}" if neutral else "not be set"
             raise ValueError(f"generate: {name} must {rule}, got {value!r}{origin}: {reason}")

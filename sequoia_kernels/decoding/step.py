@@ -158,6 +158,9 @@ class DecodingStep:
             logits = prefill(self.target, self.target_cache, prompts, prompt_lens, hidden_states=hidden_states)
             last_tokens = prompts.gather(1, (prompt_lens.to(torch.int64) - 1)[:, None])
             if self.history is not None:
+                begin = getattr(self.logits_hook, "begin", None)
+                if begin is not None:
+                    begin(prompt_lens.tolist())
                 self.history[:, : prompts.shape[1]].copy_(prompts)
                 state.cache_lens.copy_(prompt_lens - 1)  # the prompts' last tokens are the nodes that were scored
             # The root's own token decides nothing, and a prompt may hold tokens that are never predicted.

@@ -305,11 +305,6 @@ def test_auto_measures_and_plans(target, draft):
     assert output.stats.tree.num_nodes >= 1
 
 
-def test_streamer_takes_one_request(target, draft):
-    with pytest.raises(ValueError, match="streamer must be used with one request, got 2"):
-        generate(target, draft, prompts(2, 3), tree=TREES["two"], streamer=_Streamer())
-
-
 def test_a_draft_larger_than_the_target_is_refused(target):
     with pytest.raises(ValueError, match="draft"):
         generate(target, tiny_llama(0, num_layers=6, hidden_size=64), prompts(1, 3), tree=TREES["two"])

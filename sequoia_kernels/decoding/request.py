@@ -131,9 +131,9 @@ class Request:
                 break
             self.new_tokens.append(token)
             taken.append(token)
-            for kept, new in zip(self.rows, rows or (), strict=rows is not None):
-                if kept is not None:
-                    kept.append(new[index])
+            for kept, new in zip(self.rows, rows or ()):
+                if kept is not None and new is not None:
+                    kept.append(new[index])  # type: ignore[arg-type]
             self.finish_reason = self._reason(token)
         return taken
 

@@ -319,8 +319,8 @@ class DecodingStep:
         if not keeps:
             return emitted
         places = emitted.nodes.clamp(min=0).to(torch.int64)[:, :, None].expand(-1, -1, raw.shape[2])
-        raw_rows = None if keeps == {"processed_logprobs"} else raw.gather(1, places)
-        rows = raw_rows if processed is raw and raw_rows is not None else processed.gather(1, places)
+        rows = processed.gather(1, places)
+        raw_rows = rows if processed is raw or keeps == {"processed_logprobs"} else raw.gather(1, places)
         logprobs = None
         if "processed_logprobs" in keeps:
             logprobs = token_logprobs(

@@ -25,9 +25,9 @@ class BatchStreamer:
         pad_token_id: what stands for tokens of ended requests.
     """
 
-    def __init__(self, streamers: Any | Sequence[Any], batch_size: int, pad_token_id: int) -> None:
+    def __init__(self, streamers: Any, batch_size: int, pad_token_id: int) -> None:
         self.is_each = isinstance(streamers, Sequence)
-        self.streamers = list(streamers) if self.is_each else [streamers]
+        self.streamers: list[Any] = list(streamers) if isinstance(streamers, Sequence) else [streamers]
         self.pad_token_id = pad_token_id
         self.waiting: list[list[int]] = [[] for _ in range(batch_size)]  # for tokens of the other requests
         self.ended = [False] * batch_size

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     terminal = Terminal(getattr(args, "json", False), args.quiet)
     try:
-        for option in ("out", "svg", "records_out"):
+        for option in ("out", "svg", "html", "records_out"):
             path = getattr(args, option, None)
             if path is not None:
                 check_writable(path)  # before minutes of work

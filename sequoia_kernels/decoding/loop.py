@@ -172,7 +172,8 @@ class DecodingLoop:
             )
             for prompt, length in zip(arguments.prompts.tolist(), arguments.prompt_lens, strict=True)
         ]  # fmt: skip
-        self.stats = GenerateStats(request_steps=[0] * arguments.batch_size)
+        num_requests = arguments.batch_size
+        self.stats = GenerateStats(request_steps=[0] * num_requests, last_nodes=[[] for _ in range(num_requests)])
         self.follower: TreeFollower | None = None
         self.in_flight: deque[_Launched] = deque()  # oldest first
 
@@ -216,6 +217,7 @@ class DecodingLoop:
             if was_active and self.requests[index].is_active:
                 self.stats.request_steps[index] += 1
                 counts.append(self.stats.count_path(trees[index % len(trees)], nodes[index], num_tokens[index]))
+                self.stats.last_nodes[index].append(nodes[index][num_tokens[index] - 1])
                 self._take(index, tokens[index][: num_tokens[index]])
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)

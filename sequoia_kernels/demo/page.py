@@ -6,11 +6,12 @@ It loads nothing and needs no script. Every text of models and prompts is escape
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from sequoia_kernels.demo.page_style import MAX_TINT, NUM_SHADES, STAGE_COLOURS, stylesheet
+from sequoia_kernels.demo.page_style import MAX_TINT, NUM_SHADES, stylesheet
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.tree.drawing import Look, make_picture, render_svg, shade
 
@@ -25,7 +26,7 @@ STAGES = {  # in the order in which they are drawn
     "host": "reading the tokens, printing",
     "other": "between the stages",
 }
-WIDE_TREE = 440  # pixels from which a tree gets a row of its own
+WIDE_TREE = 500  # pixels from which a tree gets a row of its own
 
 
 def demo_page(report: Mapping[str, Any]) -> str:
@@ -38,12 +39,13 @@ def demo_page(report: Mapping[str, Any]) -> str:
         An HTML document.
 
     Example:
-        >>> from sequoia_kernels.demo.page import demo_page
-        >>> # page = demo_page(json.loads(text_of_demo_json))
+        >>> import json, pathlib
+        >>> report = json.loads(pathlib.Path("demo.json").read_text())  # doctest: +SKIP
+        >>> pathlib.Path("demo.html").write_text(demo_page(report))  # doctest: +SKIP
     """
     rows = report["rows"]
     sections = [_head(report), _results(report), *(_temperature(row, index) for index, row in enumerate(rows))]
-    title = f"sequoia-kernels demo: {_speedup(rows[0])} on {report['device']}"
+    title = f"sequoia-kernels demo: {_speedup(rows[0])} on {_machine(report)}"
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -96,7 +98,7 @@ def _head(report: Mapping[str, Any]) -> str:
     if report["draft"] != report["target"]:
         models += f", draft {report['draft']}"
     facts = {
-        "Machine": report["device"],
+        "Machine": _machine(report),
         "Models": f"{models}, {report['dtype']}",
         "Date": f"{date.day} {date:%B %Y, %H:%M}",
     }
@@ -113,18 +115,17 @@ def _results(report: Mapping[str, Any]) -> str:
     tiles = [
         (
             "with the tree", f"{row['speculative_tokens_per_second']:.0f}",
-            f"tokens per second; predicted {row['predicted_speculative_tokens_per_second']:.0f}", "main",
+            f"tokens per second; predicted {row['predicted_speculative_tokens_per_second']:.0f}", "tile main",
         ),
-        ("plain decoding", f"{row['autoregressive_tokens_per_second']:.0f}", "tokens per second", ""),
+        ("plain decoding", f"{row['autoregressive_tokens_per_second']:.0f}", "tokens per second", "tile"),
         (
-            "a step of the target gives", f"{row['tokens_per_step']:.2f}",
-            f"tokens; predicted {row['predicted_tokens_per_step']:.2f}", "main",
+            "a step gives", f"{row['tokens_per_step']:.2f}",
+            f"tokens; predicted {row['predicted_tokens_per_step']:.2f}", "tile main",
         ),
-        ("the tree", f"{row['nodes']}", f"{_nodes(row)} on {_count(row['levels'], 'level')}", ""),
+        ("the tree", f"{row['nodes']}", f"{_nodes(row)} on {_count(row['levels'], 'level')}", "tile"),
     ]  # fmt: skip
     shown = "".join(
-        f'<div{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}><dt>{name}</dt><dd class="figure">{figure}</dd>'
-        f'<dd class="note">{note}</dd></div>'
+        f'<div class="{kind}"><dt>{name}</dt><dd class="figure">{figure}</dd><dd class="note">{note}</dd></div>'
         for name, figure, note, kind in tiles
     )
     prompts = _count(report["num_prompts"], "prompt")
@@ -145,15 +146,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             values = [row[prefix + name] for name in names]
             cells = [f"{value:.2f}" for value in values[:3]] + [f"{values[3]:.0f}", f"{values[4]:.2f}×"]
             first = prefix != ""
-            lead = f"<td>{row['temperature']:g}</td><td>{row['nodes']} × {row['levels']}</td>" if first else "<td></td>" * 2
+            temperature, size = (f"{row['temperature']:g}", f"{row['nodes']} × {row['levels']}") if first else ("", "")
             lines.append(
-                f'<tr class="{"lead" if first else "inner total"}">{lead}<th scope="row" class="left">{label}</th>'
-                + "".join(f"<td>{cell}</td>" for cell in cells)
-                + "</tr>"
+                f'<tr class="{"first" if first else "inner total"}"><td>{temperature}</td><td class="roomy">{size}</td>'
+                f'<th scope="row" class="left">{label}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
             )
-    head = "".join(
-        f'<th scope="col"{" class=" + chr(34) + "left" + chr(34) if not name else ""}>{name or "<span></span>"}</th>'
-        for name in ("T", "nodes × levels", "", "tokens / step", "ms / step", "plain ms", "tokens / s", "speedup")
+    head = '<th scope="col">T</th><th scope="col" class="roomy">nodes × levels</th><td></td>' + "".join(
+        f'<th scope="col">{name}</th>' for name in ("tokens / step", "ms / step", "plain ms", "tokens / s", "speedup")
     )
     return _scrolling(
         "The predicted and the measured speed, a temperature in two rows",
@@ -165,9 +164,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
     """Speed over temperature: two lines, their values at the points, the prediction as rings."""
     ordered = sorted(rows, key=lambda row: row["temperature"])
-    width, height, left, right, top, bottom = 480, 272, 26, 92, 30, 44
+    width, height, left, right, top, bottom = 400, 236, 8, 56, 30, 44
     series = {
-        "tree": ("speculative_tokens_per_second", "accent", "with the tree"),
+        "tree": ("speculative_tokens_per_second", "accent", "tree"),
         "plain": ("autoregressive_tokens_per_second", "plain", "plain"),
     }
     predicted = "predicted_speculative_tokens_per_second"
@@ -183,8 +182,8 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
         return height - bottom - value / most * (height - top - bottom)
 
     told = "; ".join(
-        f"temperature {row['temperature']:g}: {row[series['tree'][0]]:.0f} with the tree, {row[series['plain'][0]]:.0f} "
-        f"plain"
+        f"temperature {row['temperature']:g}: {row[series['tree'][0]]:.0f} with the tree, "
+        f"{row[series['plain'][0]]:.0f} plain"
         for row in ordered
     )
     parts = [
@@ -251,7 +250,8 @@ def _temperature(row: Mapping[str, Any], index: int) -> str:
     text, stages = _text(row), _stages(row)
     across = " across" if wide else ""
     return (
-        f'<section aria-labelledby="temperature-{index}">\n<h2 id="temperature-{index}">{_temperature_words(row)}</h2>\n'
+        f'<section aria-labelledby="temperature-{index}">\n'
+        f'<h2 id="temperature-{index}">{_temperature_words(row)}</h2>\n'
         f'<div class="columns text">\n<div class="card{across}">{text}</div>\n<figure class="card tree{across}">{tree}'
         f'</figure>\n<div class="card across">{stages}</div>\n</div>\n</section>'
     )
@@ -281,7 +281,8 @@ def _text(row: Mapping[str, Any]) -> str:
         "<h3>The text, step by step</h3>\n"
         '<p class="faint">Each box is one step of the target. The more tokens it gave, the deeper its colour.</p>\n'
         '<ul class="legend"><li><span class="prompt">grey</span> prompt</li>'
-        '<li><span class="key step n2"><span class="drafted">underlined</span></span> guessed by the draft, and kept</li>'
+        '<li><span class="key step n2"><span class="drafted">underlined</span></span> '
+        "guessed by the draft, and kept</li>"
         '<li><span class="key step n1">not underlined</span> the target’s own token</li></ul>\n'
         f'<pre class="text">{"".join(shown)}</pre>\n'
         f'<div class="counts"><span class="wide">How many tokens the steps of this text gave</span>{bars}</div>'
@@ -323,7 +324,7 @@ def _tree(row: Mapping[str, Any]) -> tuple[str, bool]:
         f"<tbody>{lines}</tbody></table>"
     )
     return (
-        "<h3>The tree, and how often each node was accepted</h3>\n"
+        "<h3>How often each node of the tree was accepted</h3>\n"
         f'<p class="faint">In {row["steps"]} steps on all prompts. Node 0, the newest token, is in every step; what is '
         "accepted is one path from it, and the target’s own token comes on top.</p>\n"
         + _scrolling("The tree", svg)
@@ -343,14 +344,13 @@ def _stages(row: Mapping[str, Any]) -> str:
     for name, (stages, step, tokens) in runs.items():
         parts = times[name] if stages else {"other": step}
         pieces = "".join(
-            f'<i style="width:{100 * ms / step:.2f}%;background:var(--stage-{stage})" '
-            f'title="{stage}: {ms:.3f} ms"></i>'
+            f'<i style="width:{100 * ms / step:.2f}%;background:var(--stage-{stage})" title="{stage}: {ms:.3f} ms"></i>'
             for stage, ms in parts.items()
             if ms > 0 and step > 0
         )
         bars.append(
-            f'<span>{name}</span><span class="stack"><span class="length" style="width:{72 * step / longest:.1f}%">{pieces}'
-            f"</span><span>{step:.2f} ms, {tokens}</span></span>"
+            f"<div><strong>{name}</strong> {step:.2f} ms for {tokens}</div>"
+            f'<div class="length" style="width:{100 * step / longest:.1f}%">{pieces}</div>'
         )
     heading = (
         "<h3>Where the time of a step goes</h3>\n"
@@ -388,10 +388,10 @@ def _ms(times: Mapping[str, float], stage: str) -> str:
 def _foot(report: Mapping[str, Any]) -> str:
     top_p = "" if report["top_p"] is None else f", top-p {report['top_p']:g}"
     return (
-        f'<footer class="faint"><p>Made by <code>sequoia-kernels demo --html</code>, sequoia-kernels '
-        f"{escape(report['version'])}, torch {escape(report['torch'])}; seed {report['seed']}{top_p}. Texts and trees are "
-        "of the run that was timed. Acceptance for the plan was measured on the same prompts with another tree. Method: "
-        "Sequoia, arXiv 2402.12374.</p></footer>"
+        '<footer class="faint"><p>Made by <code>sequoia-kernels demo --html</code>, sequoia-kernels '
+        f"{escape(report['version'])}, torch {escape(report['torch'])}; seed {report['seed']}{top_p}. Texts and trees "
+        "are of the run that was timed. Acceptance for the plan was measured on the same prompts with another tree. "
+        "Method: Sequoia, arXiv 2402.12374.</p></footer>"
     )
 
 
@@ -406,6 +406,10 @@ def _scrolling(label: str, content: str) -> str:
 def _readable(text: str) -> str:
     """Escape a text; line ends get a visible sign, which is no part of the text."""
     return escape(text).replace("\n", '<span class="break">\n</span>')
+
+
+def _machine(report: Mapping[str, Any]) -> str:
+    return re.sub(r"\b1 threads$", "1 thread", report["device"])
 
 
 def _temperature_words(row: Mapping[str, Any]) -> str:

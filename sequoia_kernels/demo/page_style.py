@@ -64,9 +64,7 @@ def contrast(first: str, second: str) -> float:
 def stylesheet() -> str:
     """Give the CSS of the page."""
     light, dark = (_variables(LIGHT, "light"), _variables(DARK, "dark"))
-    return (
-        f":root{{color-scheme:light dark;{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_LAYOUT}"
-    )
+    return f":root{{color-scheme:light dark;{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_LAYOUT}"
 
 
 def _luminance(colour: str) -> float:
@@ -91,7 +89,7 @@ def _variables(colours: dict[str, str], theme: str) -> str:
     for index in range(NUM_SHADES):
         shade = _mixed(_SHADES[theme], index / (NUM_SHADES - 1))
         values[f"shade-{index}"] = shade
-        values[f"on-{index}"] = max("#ffffff", "#101820", key=lambda ink: contrast(ink, shade))  # noqa: B023
+        values[f"on-{index}"] = max("#ffffff", "#101820", key=lambda ink: contrast(ink, shade))
     for stage, pair in STAGE_COLOURS.items():
         values[f"stage-{stage}"] = pair[theme == "dark"]
     return "".join(f"--{name}:{value};" for name, value in values.items())
@@ -119,7 +117,7 @@ section{margin-top:52px}
 .card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:clamp(16px,2.4vw,26px);min-width:0}
 .card>h3{margin-bottom:4px}
 .card>h3~.faint{margin-bottom:14px}
-.columns{display:grid;grid-template-columns:minmax(0,1fr);gap:20px;margin-top:20px;align-items:start}
+.columns{display:grid;grid-template-columns:minmax(0,1fr);gap:20px;margin-top:20px}
 .tiles{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:26px 20px;align-content:center}
 .tiles dt{color:var(--faint);font-size:14px;line-height:1.35}
 .tiles dd.figure{font-size:clamp(28px,4vw,42px);line-height:1.1;font-weight:640;letter-spacing:-.02em;
@@ -131,23 +129,24 @@ font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--faint);font-size:14px;padding-bottom:8px}
 th,td{padding:7px 0 7px 20px;text-align:right;font-weight:400;border-top:1px solid var(--rule);white-space:nowrap}
-thead th{border-top:0;color:var(--faint);font-size:14px;vertical-align:bottom}
-tbody th{font-weight:inherit}
+thead th,thead td{border-top:0;line-height:1.3;white-space:normal;color:var(--faint);font-size:14px;
+vertical-align:bottom}
+tbody th{font-weight:inherit;white-space:normal}
 th:first-child,td:first-child{padding-left:0}
 .left{text-align:left}
+tr.first>*{padding-bottom:1px;color:var(--faint)}
 tr.inner>*{border-top:0;padding-top:0}
 tr.total>*{font-weight:640}
 pre.text{font:14px/1.85 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;white-space:pre-wrap;
 overflow-wrap:anywhere;tab-size:4}
 .prompt{color:var(--faint)}
-.step{border-radius:3px;padding:2px 0;box-shadow:inset 2px 0 0 var(--accent);-webkit-box-decoration-break:slice;
-box-decoration-break:slice}
+.step{border-radius:3px;padding:2px 0 2px 4px;margin-right:1px;box-shadow:inset 2px 0 0 var(--accent)}
 .step:hover{outline:1px solid var(--accent)}
 .drafted{border-bottom:2px solid var(--accent)}
 .break::before{content:"\\21B5";opacity:.62;font-size:.85em}
 .n1{background:var(--tint-1)}.n2{background:var(--tint-2)}.n3{background:var(--tint-3)}
 .n4{background:var(--tint-4)}.n5{background:var(--tint-5)}.n6{background:var(--tint-6)}
-.key{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;padding:2px 0}
+.key{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 .legend{display:flex;flex-wrap:wrap;gap:6px 22px;list-style:none;margin:0 0 16px;padding:0;font-size:14px;
 color:var(--faint)}
 .legend .key{color:var(--ink)}
@@ -158,14 +157,13 @@ margin-top:20px;padding-top:16px;border-top:1px solid var(--rule);font-size:14px
 .counts .share{text-align:right;color:var(--faint)}
 .tree svg,.chart svg{display:block;height:auto}
 .tree svg{margin:0 auto}
-.chart svg{width:100%}
+.chart svg{width:100%;max-width:480px;margin:0 auto}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 font-variant-numeric:tabular-nums}
-.bars{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:10px 14px;align-items:center;margin-bottom:18px;
-font-size:14px}
-.bars .stack{display:flex;align-items:center;gap:10px;min-width:0;font-variant-numeric:tabular-nums}
-.bars .length{display:flex;height:26px;border-radius:3px;overflow:hidden;flex:none}
-.bars .length i{display:block;height:100%;border-right:1px solid var(--card)}
+.bars{margin:6px 0 18px;font-size:14px;font-variant-numeric:tabular-nums}
+.bars strong{font-weight:640}
+.bars .length{display:flex;height:28px;border-radius:3px;overflow:hidden;margin:5px 0 18px}
+.bars .length i{display:block;height:100%;min-width:2px;border-right:1px solid var(--card)}
 .bars .length i:last-child{border-right:0}
 .swatch{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:9px}
 details{margin-top:14px;font-size:14px}
@@ -179,6 +177,7 @@ code{font:.94em ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",mon
 .columns .across{grid-column:1/-1}
 .split{display:grid;grid-template-columns:minmax(0,1.2fr) minmax(0,1fr);gap:36px;align-items:center}
 }
-@media (max-width:520px){th,td{padding-left:11px}table{font-size:14px}th,td,.bars{font-size:13px}}
+@media (max-width:520px){.roomy{display:none}
+th,td{padding-left:5px}table,thead th{font-size:13px}caption{font-size:13px}}
 @media print{.card{break-inside:avoid}body{background:#fff}}
 """

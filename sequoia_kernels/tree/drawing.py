@@ -161,9 +161,11 @@ def make_picture(tree: Shape, values: Sequence[float] | None, look: Look | None 
             picture.edges.append(Edge(*start, x, y - radius, stroke_width, look.colour(max(value, 0.004))))
         label = str(node) if look.labels is None else look.labels[node]
         label_size = min(12.0, 1.05 * radius)
-        if look.labels is not None:  # a text is rather small than missing
+        if look.labels is None:
+            fits = label_size >= 6.0 and 0.62 * label_size * len(label) <= 1.8 * radius
+        else:  # rather small than missing
             label_size = min(label_size, 1.8 * radius / (0.62 * max(len(label), 1)))
-        fits = label_size >= 6.0 and 0.62 * label_size * len(label) <= 1.8 * radius
+            fits = label_size >= 8.0
         title_text = f"node {node}, level {depths[node]}"
         if node:
             title_text += f", rank {tree.rank(node)} below node {parents[node]}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
 from support.examples import EXAMPLES
+
+from bench.tools import cli_page
+from sequoia_kernels.cli import command_parser
 
 REPOSITORY = EXAMPLES.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -76,3 +81,24 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in heading_anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+# ---- docs/cli.md ----
+
+
+def test_the_reference_of_the_command_line_is_what_the_parser_says() -> None:
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page == cli_page.markdown(), f"docs/cli.md is out of date: run {cli_page.COMMAND}"
+
+
+def test_the_reference_has_every_option_with_words_and_every_example_parses() -> None:
+    page = cli_page.markdown()
+    parsers = cli_page.commands()
+    assert len(parsers) > 7
+    for name, parser in parsers.items():
+        example = shlex.split(re.findall(rf"^## {name}\n.*?^```bash\nsequoia-kernels (.*?)\n```", page, re.M | re.S)[0])
+        assert command_parser().parse_args(example).command == example[0] == name
+        for action in parser._actions:
+            if not isinstance(action, argparse._HelpAction):
+                assert action.help, f"{name} {action.dest} has no help"
+                assert f"| `{(action.option_strings or [action.dest])[0]}" in page

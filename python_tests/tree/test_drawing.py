@@ -132,7 +132,12 @@ def test_a_look_gives_colours_and_words():
     svg = render_svg(picture, paper="none")
     assert "the &lt;heading&gt;" in svg and "the legend" in svg and "<title>c &amp; d</title>" in svg
     assert 'height="100%" fill="none"' in svg and "#" not in svg
-    assert make_picture(TokenTree.chain(30), [1.0] * 30, look._replace(labels=["12345678"] * 30)).nodes[0].label == ""
+    assert (
+        make_picture(TokenTree.chain(30), [1.0] * 30, look._replace(labels=["12345678"] * 30, titles=None))
+        .nodes[0]
+        .label
+        == ""
+    )
 
 
 def test_save_png(tmp_path):

@@ -28,15 +28,21 @@ from sequoia_kernels.version import __version__
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "demo", run, "Measure this machine, choose a tree for it, and show generation with and without."
+        commands,
+        "demo",
+        run,
+        "Measure this machine, choose a tree for it, and show generation with and without.",
+        "sequoia-kernels demo --html demo.html",
     )
     add_models(parser)
     parser.add_argument("--prompt", help="text to continue (default: the start of a Python function)")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="0 is greedy; each is measured"
+    )
+    parser.add_argument("--top-p", type=float, help="keep this much probability")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="tokens generated behind each prompt")
     parser.add_argument("--num-prompts", type=positive, default=7, help="held-out prompts timed besides the shown one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts with equal trees")
     parser.add_argument("--svg", type=Path, help="write a picture of the last tree here")
     parser.add_argument(
         "--html", type=Path,

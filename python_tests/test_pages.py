@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import itertools
 import re
 import shlex
 import textwrap
@@ -135,11 +136,16 @@ def source_texts() -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
                 found.append(text_of(node))
+        variables: dict[str, list[str]] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                variables.setdefault(node.targets[0].id, [HOLE]).append(text_of(node.value))
         for call in calls_of(tree, "_refuse", "fail_range", "refuse"):
-            texts = [text_of(argument) for argument in call.args] + 3 * [HOLE]
-            for start in (0, 1):
-                name, rule, actual = texts[start : start + 3]
-                found.append(f"{HOLE if start == 0 else texts[0]}: {name} must {rule}, got {actual}")
+            choices = [variables.get(getattr(argument, "id", ""), [text_of(argument)]) for argument in call.args]
+            choices += 3 * [[HOLE]]
+            for texts in itertools.product(*choices[:4]):
+                found.append(f"{HOLE}: {texts[0]} must {texts[1]}, got {texts[2]}")
+                found.append(f"{texts[0]}: {texts[1]} must {texts[2]}, got {texts[3]}")
     native = "\n".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "csrc").rglob("*.cpp")))
     return [*found, *re.findall(r'"((?:[^"\\]|\\.)*)"', native)]
 
@@ -180,3 +186,19 @@ def test_every_warning_and_every_refusal_of_the_command_line_is_quoted() -> None
                 expected.append(text)
     assert len(expected) > 30
     assert [text for text in expected if not any(is_in(message, text) for message in messages)] == []
+
+
+# ---- docs/choosing_a_tree.md ----
+
+
+def test_the_code_on_choosing_a_tree_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, as a reader would paste it."""
+    page = REPOSITORY / "docs" / "choosing_a_tree.md"
+    blocks = code_blocks(page)
+    assert len(blocks) > 8
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    printed = capsys.readouterr().out
+    assert "Do not speculate" in printed
+    assert printed.count("tokens per step") >= 5 and printed.count(" tokens/s\n") == 2

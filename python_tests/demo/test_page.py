@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sequoia_kernels.demo.page import demo_page
-from sequoia_kernels.demo.page_style import DARK, LIGHT, MAX_TINT, contrast
+from sequoia_kernels.demo.page_style import DARK, LIGHT, MAX_TINT, NUM_SHADES, contrast, stylesheet
 from sequoia_kernels.tree import TokenTree
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
@@ -111,7 +111,17 @@ class Page(HTMLParser):
         return "".join(text for inside, text in self.texts if tag in inside)
 
 
+def with_temperatures(*temperatures: float) -> dict[str, Any]:
+    """A report of other temperatures, the plain loop the faster one at the last."""
+    document = report()
+    rows = [document["rows"][0] | {"temperature": value, "greedy_output_identical": None} for value in temperatures]
+    rows[-1]["autoregressive_tokens_per_second"] = 950.0
+    return document | {"rows": rows}
+
+
 REPORTS = {
+    "one temperature": with_temperatures(0.7),
+    "many temperatures": with_temperatures(1.0, 0.2, 0.4, 0.6, 0.8, 0.0, 0.2, 1.5),
     "tree": report(),
     "chain": report(TokenTree.chain(5)),
     "large tree": report(TokenTree.kary(3, 5)),
@@ -128,7 +138,7 @@ def test_it_is_well_formed_and_loads_nothing(document):
     page = Page(text)
     assert page.faults == [] and page.open == []
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids)) >= 3
+    assert len(ids) == len(set(ids)) == 1 + len(document["rows"])
     for _, attributes in page.tags:
         assert attributes.get("aria-labelledby", ids[0]) in ids
         assert not {"src", "href", "srcset", "data", "onload"} & attributes.keys()
@@ -218,6 +228,10 @@ def test_colours_can_be_read():
         for count in range(1, MAX_TINT + 1):
             assert contrast(colours["ink"], colours[f"tint-{count}"]) >= 4.5, count
         assert contrast(colours["plain"], colours["card"]) >= 3  # a line
+    for theme in stylesheet().split("prefers-color-scheme:dark"):
+        shades, inks = (re.findall(rf"--{name}-\d+:(#\w+)", theme) for name in ("shade", "on"))
+        assert len(shades) == NUM_SHADES
+        assert min(map(contrast, shades, inks)) >= 4.3  # of labels in nodes; black and white cannot always give more
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#777777") == 1
 
 
@@ -297,7 +311,7 @@ def looks(browser: str, page: str, folder: Path, dark: bool) -> list[dict[str, A
     return json.loads(Page(found[0]).text_in("output"))
 
 
-BROWSED = ("tree", "large tree", "no speculation", "no stages")
+BROWSED = ("tree", "large tree", "no speculation", "no stages", "many temperatures")
 
 
 @pytest.mark.parametrize("name", BROWSED)

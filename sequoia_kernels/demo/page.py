@@ -75,6 +75,7 @@ def demo_page(report: Mapping[str, Any]) -> str:
 def _head(report: Mapping[str, Any]) -> str:
     row = report["rows"][0]
     at = _at(row)
+    shape = "chain" if row["nodes"] == row["levels"] else "tree"
     if row["nodes"] == 1:
         heading = "Here plain decoding is the fastest"
         lead = f"The planner found no tree that would pay on this machine {at}, and says so."
@@ -82,15 +83,15 @@ def _head(report: Mapping[str, Any]) -> str:
         heading = f"<em>{_speedup(row)}</em> as fast as plain decoding"
         lead = (
             f"A step of the target gave {row['tokens_per_step']:.2f} tokens instead of one {at}: a small draft "
-            "proposes a tree of tokens, the target checks all of them in one forward."
+            f"proposes a {shape} of tokens, the target checks all of them in one forward."
         )
     else:
         heading = f"<em>{_speedup(row)}</em> the speed of plain decoding"
         lead = f"The tree did not pay on this machine {at}, though the planner had expected it to."
     sameness = {
         True: "The text is the same, token for token.",
-        False: "The text is NOT the same as plain decoding's everywhere, which near-ties of floating-point numbers "
-        "can make it.",
+        False: "The text is NOT the same as plain decoding's everywhere; near-ties of floating-point numbers can do "
+        "that.",
         None: "Tokens are distributed exactly as the target alone would draw them.",
     }[row["greedy_output_identical"]]
     date = datetime.datetime.fromisoformat(report["date"])

@@ -28,6 +28,8 @@ from sequoia_kernels import (
     estimate_acceptance,
     generate,
 )
+from sequoia_kernels.cli.demo import token_texts
+from sequoia_kernels.demo.page import demo_page
 from sequoia_kernels.measure import measure_microbenchmarks
 from sequoia_kernels.models import description, load_model
 from sequoia_kernels.planner import DeviceFingerprint, ForwardTable, ModelFingerprint
@@ -386,6 +388,43 @@ def test_a_shaped_tree_is_made_from_records_and_decoded_with(pair, files, tmp_pa
 def test_a_picture_is_checked_before_models_are_loaded(pair, loads, tmp_path, capsys):
     assert "Is a directory" in error_of(capsys, ["demo", *pair, "--svg", str(tmp_path)])
     assert loads == []
+
+
+def test_a_page_is_checked_before_models_are_loaded(pair, loads, tmp_path, capsys):
+    assert "Is a directory" in error_of(capsys, ["demo", *pair, "--html", str(tmp_path)])
+    assert "No such file or directory" in error_of(capsys, ["demo", *pair, "--html", str(tmp_path / "no" / "page")])
+    assert loads == [] and list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_writes_a_page_beside_its_report(pair, tmp_path, capsys):
+    """The report holds what the page shows, and its counts add up to what it says of steps."""
+    page = tmp_path / "demo.html"
+    options = ["--temperatures", "0", "1", "--new-tokens", "24", "--num-prompts", "1", "--prompt", "if a < b & c:"]
+    status, report = run_json(capsys, "demo", *pair, *options, "--html", str(page))
+    assert status == 0
+    assert (report["target"], report["draft"], report["num_prompts"]) == ("target", "draft", 2)
+    assert page.read_text(encoding="utf-8") == demo_page(report)
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    for row in report["rows"]:
+        counts = row["accepted_by_node"]
+        assert counts[0] == row["steps"] and len(counts) == row["nodes"] == len(row["parents"])
+        assert sum(counts) / row["steps"] == pytest.approx(row["tokens_per_step"])
+        assert all(counts[parent] >= count for parent, count in zip(row["parents"][1:], counts[1:]))
+        assert sum(row["stages_ms"].values()) <= row["step_ms"] * 1.01
+        assert row["text"]["prompt"] == "if a < b & c:"
+        assert sum(map(len, row["text"]["steps"])) == 24
+    (greedy,) = (row for row in report["rows"] if row["temperature"] == 0)
+    _, plain = run_json(capsys, "generate", *pair, "--prompt", "if a < b & c:", "--new-tokens", "24", "--tree", "none")
+    text = "".join(piece for step in greedy["text"]["steps"] for piece in step)
+    assert text == tokenizer.decode(plain["tokens"])
+
+
+def test_texts_of_tokens_keep_characters_whole(pair):
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])  # a token a byte
+    prompt, tokens = (tokenizer(text).input_ids for text in ("für ", "aé€\U0001f332b"))
+    assert len(tokens) == 11
+    assert token_texts(tokenizer, prompt, tokens) == ["a", "", "é", "", "", "€", "", "", "", "\U0001f332", "b"]
+    assert token_texts(tokenizer, prompt, tokens[:2]) == ["a", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_prompts_and_drafts_are_missed_before_models_are_loaded(pair, loads, tmp_path, capsys):

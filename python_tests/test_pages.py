@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
+import itertools
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
+from support.bench_scripts import cli_page
 from support.examples import EXAMPLES
+
+from sequoia_kernels.cli import command_parser
 
 REPOSITORY = EXAMPLES.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -76,3 +82,122 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in heading_anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+# ---- docs/cli.md ----
+
+
+def test_the_reference_of_the_command_line_is_what_the_parser_says() -> None:
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page == cli_page.markdown(), f"docs/cli.md is out of date: run {cli_page.COMMAND}"
+
+
+def test_the_reference_has_every_option_with_words_and_every_example_parses() -> None:
+    page = cli_page.markdown()
+    parsers = cli_page.commands()
+    assert len(parsers) > 7
+    for name, parser in parsers.items():
+        example = shlex.split(re.findall(rf"^## {name}\n.*?^```bash\nsequoia-kernels (.*?)\n```", page, re.M | re.S)[0])
+        assert command_parser().parse_args(example).command == example[0] == name
+        for action in parser._actions:
+            if not isinstance(action, argparse._HelpAction):
+                assert action.help, f"{name} {action.dest} has no help"
+                assert f"| `{(action.option_strings or [action.dest])[0]}" in page
+
+
+# ---- docs/troubleshooting.md ----
+
+TROUBLESHOOTING = REPOSITORY / "docs" / "troubleshooting.md"
+HOLE = "\0"  # what an f-string or a format fills in
+
+
+def text_of(node: ast.AST | None) -> str:
+    """The text of a string or f-string, with holes; a hole for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[sdr]", HOLE, node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(value) if isinstance(value, ast.Constant) else HOLE for value in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return text_of(node.left) + text_of(node.right)
+    return HOLE
+
+
+def calls_of(tree: ast.AST, *names: str) -> list[ast.Call]:
+    """The calls of functions and methods of these names."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if getattr(call.func, "attr", getattr(call.func, "id", None)) in names]
+
+
+def source_texts() -> list[str]:
+    """The texts of the package's code, and what refusals make of theirs: name must rule, got actual."""
+    found = []
+    for path in [REPOSITORY / "setup.py", *sorted((REPOSITORY / "sequoia_kernels").rglob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
+                found.append(text_of(node))
+        variables: dict[str, list[str]] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                variables.setdefault(node.targets[0].id, [HOLE]).append(text_of(node.value))
+        for call in calls_of(tree, "_refuse", "fail_range", "refuse"):
+            choices = [variables.get(getattr(argument, "id", ""), [text_of(argument)]) for argument in call.args]
+            choices += 3 * [[HOLE]]
+            for texts in itertools.product(*choices[:4]):
+                found.append(f"{HOLE}: {texts[0]} must {texts[1]}, got {texts[2]}")
+                found.append(f"{texts[0]}: {texts[1]} must {texts[2]}, got {texts[3]}")
+    native = "\n".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "csrc").rglob("*.cpp")))
+    return [*found, *re.findall(r'"((?:[^"\\]|\\.)*)"', native)]
+
+
+def quoted_messages() -> list[str]:
+    """The messages of the page, the first cells of its tables."""
+    return re.findall(r"^\| `(.*?)` \|", TROUBLESHOOTING.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def is_in(message: str, text: str) -> bool:
+    """Whether a text, holes and all, can be the message: its fragments stand there in their order."""
+    place = 0
+    for fragment in message.split("..."):
+        place = text.find(fragment, place)
+        if place < 0:
+            return False
+        place += len(fragment)
+    return True
+
+
+def test_every_quoted_message_is_in_the_source() -> None:
+    messages, texts = quoted_messages(), source_texts()
+    assert len(messages) > 100 and len(messages) == len(set(messages))
+    assert [message for message in messages if max(map(len, message.split("..."))) < 7] == []  # words, not dots
+    assert [message for message in messages if not any(is_in(message, text) for text in texts)] == []
+    assert not any(is_in("a message that ... nobody wrote", text) for text in texts)
+
+
+def test_every_warning_and_every_refusal_of_the_command_line_is_quoted() -> None:
+    messages = quoted_messages()
+    expected = []
+    for path in [REPOSITORY / "setup.py", *sorted((REPOSITORY / "sequoia_kernels").rglob("*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for call in calls_of(tree, "BadUsage", "BuildError", "warning", "warn_once"):
+            text = max((text_of(argument) for argument in call.args), key=len)
+            if len(text.replace(HOLE, "")) > 12:
+                expected.append(text)
+    assert len(expected) > 30
+    assert [text for text in expected if not any(is_in(message, text) for message in messages)] == []
+
+
+# ---- docs/choosing_a_tree.md ----
+
+
+def test_the_code_on_choosing_a_tree_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, as a reader would paste it."""
+    page = REPOSITORY / "docs" / "choosing_a_tree.md"
+    blocks = code_blocks(page)
+    assert len(blocks) > 8
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    printed = capsys.readouterr().out
+    assert "Do not speculate" in printed
+    assert printed.count("tokens per step") >= 5 and printed.count(" tokens/s\n") == 2

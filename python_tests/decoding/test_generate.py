@@ -293,6 +293,9 @@ def test_statistics_agree_with_one_another(target, draft):
     assert accepted == sum(stats.accepted_by_rank) + sum(stats.request_steps)  # drafted tokens and one bonus a step
     assert all(a <= v for a, v in zip(stats.accepted_by_rank, stats.visited_by_rank, strict=True))
     assert stats.visited_by_rank[0] >= stats.visited_by_rank[1]
+    assert [len(nodes) for nodes in stats.last_nodes] == stats.request_steps
+    path_lens = [TREES["mixed"].depths[node] + 1 for nodes in stats.last_nodes for node in nodes]
+    assert [path_lens.count(n) for n in range(len(stats.accepted_histogram))] == stats.accepted_histogram
     assert set(stats.stage_seconds) == {"prefill", "draft", "sample", "target", "verify", "commit", "host"}
     assert 0 < stats.overhead_fraction < 1
     assert stats.to_dict()["tree"] == list(TREES["mixed"].parents)

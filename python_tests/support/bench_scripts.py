@@ -13,6 +13,7 @@ __all__ = [
     "BENCH",
     "baselines",
     "bench_script",
+    "cli_page",
     "clocks",
     "gpu_check",
     "harness",
@@ -46,7 +47,7 @@ from bench.common import (  # noqa: E402
     targets,
     workloads,
 )
-from bench.tools import gpu_check, sanitize  # noqa: E402
+from bench.tools import cli_page, gpu_check, sanitize  # noqa: E402
 
 
 def bench_script(name: str) -> ModuleType:

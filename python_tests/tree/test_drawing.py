@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from support.trees import parents_lists
 
 from sequoia_kernels.tree import TokenTree
-from sequoia_kernels.tree.drawing import MAX_TEXT_NODES, make_picture
+from sequoia_kernels.tree.drawing import MAX_TEXT_NODES, Look, make_picture, render_svg
 from sequoia_kernels.tree.placement import horizontal_positions
 
 ACCEPTANCE = [0.6, 0.2, 0.1]
@@ -117,6 +117,27 @@ def test_save_svg(tmp_path):
     tree.save_svg(tmp_path / "tree.svg", ACCEPTANCE)
     assert (tmp_path / "tree.svg").read_text(encoding="utf-8") == tree.to_svg(ACCEPTANCE)
     assert os.listdir(tmp_path) == ["tree.svg"]
+
+
+def test_a_look_gives_colours_and_words():
+    tree = TokenTree([-1, 0, 0, 1])
+    look = Look("ink", "faint", "band", lambda value: f"c{value:g}", lambda value: f"on{value:g}", "the <heading>",
+                "the legend", ["100%", "25%", "0%", "5%"], ["a", "b", "c & d", "e"])  # fmt: skip
+    picture = make_picture(tree, [1.0, 0.25, 0.0, 0.05], look)
+    assert [(node.fill, node.label_colour, node.title) for node in picture.nodes] == [
+        ("c1", "on1", "a"), ("c0.25", "on0.25", "b"), ("c0", "on0", "c & d"), ("c0.05", "on0.05", "e"),
+    ]  # fmt: skip
+    assert [node.label for node in picture.nodes] == ["100%", "25%", "0%", "5%"]
+    assert {text.colour for text in picture.texts} == {"ink", "faint"}
+    svg = render_svg(picture, paper="none")
+    assert "the &lt;heading&gt;" in svg and "the legend" in svg and "<title>c &amp; d</title>" in svg
+    assert 'height="100%" fill="none"' in svg and "#" not in svg
+    assert (
+        make_picture(TokenTree.chain(30), [1.0] * 30, look._replace(labels=["12345678"] * 30, titles=None))
+        .nodes[0]
+        .label
+        == ""
+    )
 
 
 def test_save_png(tmp_path):

@@ -18,14 +18,14 @@ from sequoia_kernels.cli.terminal import BadUsage, Terminal
 from sequoia_kernels.documents import check_writable
 from sequoia_kernels.version import __version__
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "command_parser", "main"]
 
 COMMANDS = (demo, generate, acceptance, profile, plan, shape, cache, doctor)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    args = _parser().parse_args(argv)
+    args = command_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # what it has no characters for must not end the work
     logging.basicConfig(
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     terminal = Terminal(getattr(args, "json", False), args.quiet)
     try:
-        for option in ("out", "svg", "records_out"):
+        for option in ("out", "svg", "html", "records_out"):
             path = getattr(args, option, None)
             if path is not None:
                 check_writable(path)  # before minutes of work
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line, all commands in it."""
     parser = argparse.ArgumentParser(
         prog="sequoia-kernels",
         description="Lossless tree speculative decoding with a tree chosen for this machine.",

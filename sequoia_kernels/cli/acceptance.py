@@ -19,7 +19,13 @@ from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "acceptance", run, "Estimate the acceptance vector of a pair from ordinary runs.")
+    parser = add_command(
+        commands,
+        "acceptance",
+        run,
+        "Estimate the acceptance vector of a pair from ordinary runs.",
+        "sequoia-kernels acceptance --target T --draft D --prompts-file prompts.txt --out acceptance.json",
+    )
     add_models(parser)
     add_sampling(parser)
     add_prompts(parser)

@@ -34,9 +34,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def add_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
-    """Add a subcommand with the options that every one has."""
-    parser = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], summary: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand with the options that every one has. The example is a whole command line."""
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"Example: {example}", formatter_class=_HelpFormatter
+    )
     parser.set_defaults(run=run)
     general = parser.add_argument_group("general")
     general.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -76,7 +80,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     sampling.add_argument("--top-k", type=int, help="keep the k most probable tokens")
     sampling.add_argument("--top-p", type=float, help="keep this much probability")
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,11 @@ from sequoia_kernels.cli.terminal import Terminal
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "cache", run, "List the measurements that are kept for tree=auto and adaptive, or delete them."
+        commands,
+        "cache",
+        run,
+        "List the measurements that are kept for tree=auto and adaptive, or delete them.",
+        "sequoia-kernels cache --clear",
     )
     parser.add_argument("--clear", action="store_true", help="delete them")
 

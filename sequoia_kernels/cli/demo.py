@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,33 @@ from sequoia_kernels.cli.pair import (
     text_streamer,
 )
 from sequoia_kernels.cli.terminal import Terminal
+from sequoia_kernels.documents import write_text
 from sequoia_kernels.version import __version__
 
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "demo", run, "Measure this machine, choose a tree for it, and show generation with and without."
+        commands,
+        "demo",
+        run,
+        "Measure this machine, choose a tree for it, and show generation with and without.",
+        "sequoia-kernels demo --html demo.html",
     )
     add_models(parser)
     parser.add_argument("--prompt", help="text to continue (default: the start of a Python function)")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T", help="0 is greedy; each is measured"
+    )
+    parser.add_argument("--top-p", type=float, help="keep this much probability")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="tokens generated behind each prompt")
     parser.add_argument("--num-prompts", type=positive, default=7, help="held-out prompts timed besides the shown one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts with equal trees")
     parser.add_argument("--svg", type=Path, help="write a picture of the last tree here")
+    parser.add_argument(
+        "--html", type=Path,
+        help="write a page of the results here: one file that holds all it needs, with the text by steps, the tree and "
+        "where the time goes",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -78,7 +93,26 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     if args.svg is not None:
         plan.tree.save_svg(args.svg, plan.acceptance)
-    terminal.result({"version": __version__, "rows": rows, "plan": plan.to_document()}, show)
+    document = {
+        "version": __version__,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": str(profile.device),
+        "torch": profile.device.torch_version,
+        "target": _model_name(args.target),
+        "draft": _model_name(args.draft),
+        "dtype": str(pair.target.dtype).removeprefix("torch."),
+        "new_tokens": args.new_tokens,
+        "num_prompts": len(timed),
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "rows": rows,
+        "plan": plan.to_document(),
+    }
+    if args.html is not None:
+        from sequoia_kernels.demo.page import demo_page
+
+        write_text(args.html, demo_page(document))
+    terminal.result(document, show)
     return 0
 
 
@@ -96,12 +130,14 @@ def _demo_row(
         generate(pair.target, pair.draft, prompts[0], tree=plan, streamer=text_streamer(pair.tokenizer), **common)
         terminal.out.rule()
     plain, speculative, identical = [], [], True
+    shown_tokens: list[int] = []  # the first prompt's
     with terminal.progress("timing with and without") as advance:
         for index, ids in enumerate(prompts):
             advance(index, len(prompts), f"prompt {index + 1}")
             without = generate(pair.target, None, ids, **common)
             with_tree = generate(pair.target, pair.draft, ids, tree=plan, **common)
             identical &= without.new_tokens == with_tree.new_tokens
+            shown_tokens = shown_tokens or with_tree.new_tokens[0]
             plain.append(without.stats)
             speculative.append(with_tree.stats)
         advance(len(prompts), len(prompts))
@@ -111,6 +147,11 @@ def _demo_row(
 
     def step_ms(runs: list[Any]) -> float:
         return 1e3 * sum(run.decode_seconds for run in runs) / max(sum(run.num_steps for run in runs), 1)
+
+    def stages_ms(runs: list[Any]) -> dict[str, float]:
+        steps = max(sum(run.num_steps for run in runs), 1)
+        names = dict.fromkeys(name for run in runs for name in run.stage_seconds if name != "prefill")
+        return {name: 1e3 * sum(run.stage_seconds.get(name, 0.0) for run in runs) / steps for name in names}
 
     steps = sum(sum(run.request_steps) for run in speculative)
     accepted = sum(run.tokens_per_step * sum(run.request_steps) for run in speculative)
@@ -130,4 +171,63 @@ def _demo_row(
         "autoregressive_step_ms": step_ms(plain),
         "predicted_autoregressive_step_ms": plan.no_speculation.step_ms,
         "greedy_output_identical": identical if sampling["temperature"] == 0 else None,
+        "rule": plan.rule,
+        "parents": list(plan.tree.parents),
+        "steps": steps,
+        "accepted_by_node": _accepted_by_node(plan.tree, [node for run in speculative for node in run.last_nodes[0]]),
+        "stages_ms": stages_ms(speculative),
+        "autoregressive_stages_ms": stages_ms(plain),
+        "text": {
+            "prompt": pair.tokenizer.decode(prompts[0][0]),
+            "steps": _by_steps(
+                token_texts(pair.tokenizer, prompts[0][0].tolist(), shown_tokens),
+                [plan.tree.depths[node] + 1 for node in speculative[0].last_nodes[0]],
+            ),
+        },
     }
+
+
+def _accepted_by_node(tree: Any, last_nodes: Sequence[int]) -> list[int]:
+    """Count the steps whose accepted path came through each node; the root is in all of them."""
+    counts = [0] * tree.num_nodes
+    for node in last_nodes:
+        counts[node] += 1
+    for node in range(tree.num_nodes - 1, 0, -1):  # children have larger numbers than their parents
+        counts[tree.parents[node]] += counts[node]
+    return counts
+
+
+def _by_steps(texts: list[str], counts: Sequence[int]) -> list[list[str]]:
+    """Split the texts of a generation's tokens by steps: the prefill's one token, then as many as each step gave.
+
+    The last step may have given more than were asked for.
+    """
+    steps, place = [texts[:1]], 1
+    for count in counts:
+        steps.append(texts[place : place + count])
+        place += count
+    return steps
+
+
+def token_texts(tokenizer: Any, prompt: list[int], tokens: list[int]) -> list[str]:
+    """Give the text that each token adds behind a prompt. A character of several tokens is the last one's."""
+    ids = prompt[-8:] + tokens
+    texts: list[str] = []
+    context, shown = 0, len(ids) - len(tokens)  # ids[context:shown] are told already
+    for end in range(shown + 1, len(ids) + 1):
+        known, text = (
+            tokenizer.decode(ids[context:place], clean_up_tokenization_spaces=False) for place in (shown, end)
+        )
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            texts.append("")  # a part of a character
+            continue
+        texts.append(text[len(known) :])
+        context, shown = shown, end
+    return texts
+
+
+def _model_name(name: str | None) -> str:
+    """Name a model for a page that is shown to others: of a folder, only its own name."""
+    if name is None:
+        return "demo pair"
+    return Path(os.path.abspath(os.path.expanduser(name))).name if Path(name).expanduser().is_dir() else name

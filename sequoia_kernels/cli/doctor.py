@@ -15,7 +15,11 @@ from sequoia_kernels.version import __version__
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "doctor", run, "Say what is installed, which backends work here, and why others do not."
+        commands,
+        "doctor",
+        run,
+        "Say what is installed, which backends work here, and why others do not.",
+        "sequoia-kernels doctor path/of/model",
     )
     parser.add_argument("models", nargs="*", help="folders or hub ids: say what runs these models' forwards, too")
 

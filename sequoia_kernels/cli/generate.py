@@ -13,11 +13,17 @@ from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "generate", run, "Generate text from a prompt, streaming.")
+    parser = add_command(
+        commands,
+        "generate",
+        run,
+        "Generate text from a prompt, streaming.",
+        'sequoia-kernels generate --target T --draft D --prompt "The sequoia is" --temperature 0.8',
+    )
     add_models(parser)
     add_sampling(parser)
-    parser.add_argument("--prompt", help="text to continue; - reads standard input")
-    parser.add_argument("--new-tokens", type=positive, default=128)
+    parser.add_argument("--prompt", help="text to continue (default: that of the demo); - reads standard input")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="tokens to generate, at most")
     parser.add_argument(
         "--tree",
         default="auto",

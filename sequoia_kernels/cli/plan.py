@@ -12,15 +12,23 @@ from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "plan", run, "Choose a tree from an acceptance or records file and a profile file.")
+    parser = add_command(
+        commands,
+        "plan",
+        run,
+        "Choose a tree from an acceptance or records file and a profile file.",
+        "sequoia-kernels plan --profile profile.json --acceptance acceptance.json --out plan.json --svg tree.svg",
+    )
     evidence = parser.add_mutually_exclusive_group(required=True)
     evidence.add_argument("--acceptance", type=Path, help="JSON written by `acceptance --out`")
     evidence.add_argument("--records", type=Path, help="steps kept by `acceptance --records`: trees are valued in them")
     parser.add_argument("--profile", type=Path, required=True, help="JSON written by `profile --out`")
-    parser.add_argument("--context", type=positive, help="committed tokens to plan for")
-    parser.add_argument("--batch-size", type=positive, default=1)
-    parser.add_argument("--max-budget", type=positive, help="largest number of nodes")
-    parser.add_argument("--max-levels", type=positive, help="largest number of levels")
+    parser.add_argument(
+        "--context", type=positive, help="committed tokens to plan for (default: the middle of the measured ones)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=1, help="requests decoded together")
+    parser.add_argument("--max-budget", type=positive, help="largest number of nodes (default: what was measured)")
+    parser.add_argument("--max-levels", type=positive, help="largest number of levels (default: 32)")
     parser.add_argument(
         "--rule", help="verification rule to plan for: sequoia (the default with --acceptance) or traversal"
     )

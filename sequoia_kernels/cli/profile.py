@@ -12,10 +12,16 @@ from sequoia_kernels.cli.terminal import BadUsage, Terminal
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "profile", run, "Measure the models and ops on this machine.")
+    parser = add_command(
+        commands,
+        "profile",
+        run,
+        "Measure the models and ops on this machine.",
+        "sequoia-kernels profile --target T --draft D --contexts 128,1024 --out profile.json",
+    )
     add_models(parser)
     parser.add_argument("--contexts", type=positives, default="128,512", help="context lengths to measure at")
-    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument("--batch-size", type=positive, default=1, help="requests decoded together")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument(
         "--microbenchmarks", action="store_true",

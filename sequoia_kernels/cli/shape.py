@@ -12,7 +12,11 @@ from sequoia_kernels.cli.terminal import Terminal
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "shape", run, "Make a tree that takes its shape while it grows: children go where the draft is sure."
+        commands,
+        "shape",
+        run,
+        "Make a tree that takes its shape while it grows: children go where the draft is sure.",
+        "sequoia-kernels shape --records steps.npz --nodes 32 --out tree.json",
     )
     parser.add_argument("--records", type=Path, required=True, help="steps kept by `acceptance --records`")
     parser.add_argument("--nodes", type=positive, required=True, help="nodes of the tree, the root included")

@@ -194,7 +194,8 @@ class DecodingLoop:
             )
             for prompt, length, ends in zip(arguments.prompts.tolist(), arguments.prompt_lens, criteria, strict=True)
         ]  # fmt: skip
-        self.stats = GenerateStats(request_steps=[0] * arguments.batch_size)
+        num_requests = arguments.batch_size
+        self.stats = GenerateStats(request_steps=[0] * num_requests, last_nodes=[[] for _ in range(num_requests)])
         self.follower: TreeFollower | None = None
         self.in_flight: deque[_Launched] = deque()  # oldest first
 
@@ -240,6 +241,7 @@ class DecodingLoop:
                 self.stats.request_steps[index] += 1
                 counts.append(self.stats.count_path(trees[index % len(trees)], nodes[index], num_tokens[index]))
                 self._take(index, tokens[index][: num_tokens[index]], launched.emitted)
+                self.stats.last_nodes[index].append(nodes[index][num_tokens[index] - 1])
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)
         if self.follower is not None and counts:

@@ -21,6 +21,8 @@ class GenerateStats:
         accepted_histogram: entry n counts the steps that accepted n tokens, bonus token included.
         visited_by_rank: entry k counts the visited nodes that had a child k and had rejected children 0..k-1.
         accepted_by_rank: entry k counts those whose child k was accepted. The two give the acceptance vector.
+        last_nodes: the last node that each step of a request accepted, in the order of the steps: with the tree its
+            path, whose length is the node's level + 1. [B][steps of the request]
         seconds: wall time of the call.
         decode_seconds: wall time behind the prefill.
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
@@ -36,6 +38,7 @@ class GenerateStats:
     accepted_histogram: list[int] = field(default_factory=list)
     visited_by_rank: list[int] = field(default_factory=list)
     accepted_by_rank: list[int] = field(default_factory=list)
+    last_nodes: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
     decode_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)

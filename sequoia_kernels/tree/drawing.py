@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 from sequoia_kernels.tree.placement import Shape, horizontal_positions
 
-__all__ = ["Picture", "draw_text", "make_picture", "render_png", "render_svg"]
+__all__ = ["Look", "Picture", "draw_text", "make_picture", "render_png", "render_svg", "shade"]
 
 # A line of text begins with one branch sign a level, so a deep tree's text grows with the square of its depth.
 MAX_TEXT_NODES = 4096
@@ -29,6 +29,20 @@ LEVEL_HEIGHT = 64
 MARGIN = 24
 HEADER = 56
 LABEL_COLUMN = 64
+
+
+class Look(NamedTuple):
+    """The colours of a picture, and its words. Colours are those of SVG; a PNG needs them as "#rrggbb"."""
+
+    ink: str
+    faint_ink: str
+    guide: str  # of every second level's band
+    colour: Callable[[float], str]  # of a value in [0, 1]
+    label_ink: Callable[[float], str]  # of a label on that colour
+    heading: str | None = None  # None tells the size and the tokens expected
+    legend: str = "value of a node"
+    labels: Sequence[str] | None = None  # of the nodes; None writes their numbers where there is room
+    titles: Sequence[str] | None = None  # what pointing at a node shows; None tells its place and value
 
 
 class Edge(NamedTuple):
@@ -111,8 +125,9 @@ def draw_text(tree: Shape, values: Sequence[float] | None) -> str:
     return "\n".join(lines)
 
 
-def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
+def make_picture(tree: Shape, values: Sequence[float] | None, look: Look | None = None) -> Picture:
     """Lay a tree out and describe its picture; without the nodes' values, in [0, 1], all of them look alike."""
+    look = PAPER if look is None else look
     largest, smallest = _radii(tree.num_nodes)
     plain_radius = max(smallest, 0.6 * largest)
     if values is None:
@@ -120,7 +135,7 @@ def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
     else:
         radii = [max(smallest, largest * math.sqrt(min(value, 1.0))) for value in values]
     gap = max(3.0, 0.3 * largest)
-    title = _headline(tree, values)
+    title = _headline(tree, values) if look.heading is None else look.heading
 
     tree_x = horizontal_positions(tree, radii, gap, 2.2 * gap)
     tree_width = max(x + radius for x, radius in zip(tree_x, radii, strict=True))
@@ -133,8 +148,8 @@ def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
     height = MARGIN + HEADER + tree.num_levels * LEVEL_HEIGHT + legend_height + MARGIN
 
     picture = Picture(width, height, title)
-    picture.texts.append(Text(MARGIN, MARGIN + 8, title, 15, bold=True))
-    _add_levels(picture, tree, values, width)
+    picture.texts.append(Text(MARGIN, MARGIN + 8, title, 15, look.ink, bold=True))
+    _add_levels(picture, tree, values, width, look)
     depths, parents = tree.depths, tree.parents
     for node in range(tree.num_nodes):
         value = PLAIN_VALUE if values is None else values[node]
@@ -143,31 +158,37 @@ def make_picture(tree: Shape, values: Sequence[float] | None) -> Picture:
             parent = parents[node]
             stroke_width = 0.9 if values is None else 0.7 + 3.0 * math.sqrt(min(value, 1.0))
             start = (left + tree_x[parent], y - LEVEL_HEIGHT + radii[parent])
-            picture.edges.append(Edge(*start, x, y - radius, stroke_width, _colour(max(value, 0.004))))
-        label = str(node)
+            picture.edges.append(Edge(*start, x, y - radius, stroke_width, look.colour(max(value, 0.004))))
+        label = str(node) if look.labels is None else look.labels[node]
         label_size = min(12.0, 1.05 * radius)
-        fits = label_size >= 6.0 and 0.62 * label_size * len(label) <= 1.8 * radius
+        if look.labels is None:
+            fits = label_size >= 6.0 and 0.62 * label_size * len(label) <= 1.8 * radius
+        else:  # rather small than missing
+            label_size = min(label_size, 1.8 * radius / (0.62 * max(len(label), 1)))
+            fits = label_size >= 8.0
         title_text = f"node {node}, level {depths[node]}"
         if node:
             title_text += f", rank {tree.rank(node)} below node {parents[node]}"
         if values is not None:
             title_text += f", value {_short(values[node])}"
-        outline, ink = _colour(min(1.0, value * 6 + 0.03)), "#ffffff" if _shade(value) > 0.55 else INK
+        if look.titles is not None:
+            title_text = look.titles[node]
+        outline, ink = look.colour(min(1.0, value * 6 + 0.03)), look.label_ink(value)
         shown = label if fits else ""
-        picture.nodes.append(Node(x, y, radius, _colour(value), outline, shown, ink, label_size, title_text))
+        picture.nodes.append(Node(x, y, radius, look.colour(value), outline, shown, ink, label_size, title_text))
     if values is not None:
-        _add_legend(picture)
+        _add_legend(picture, look)
     return picture
 
 
-def render_svg(picture: Picture) -> str:
-    """Return a picture as a standalone SVG document."""
+def render_svg(picture: Picture, paper: str = "#ffffff") -> str:
+    """Return a picture as a standalone SVG document, on paper of this colour."""
     width, height = f"{picture.width:.0f}", f"{picture.height:.0f}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
         f"<title>{escape(picture.title)}</title>",
-        '<rect width="100%" height="100%" fill="#ffffff"/>',
+        f'<rect width="100%" height="100%" fill="{paper}"/>',
     ]
     for box in picture.boxes:
         parts.append(
@@ -252,29 +273,29 @@ def render_png(picture: Picture, scale: float) -> bytes:
     return file.getvalue()
 
 
-def _add_levels(picture: Picture, tree: Shape, values: Sequence[float] | None, width: float) -> None:
+def _add_levels(picture: Picture, tree: Shape, values: Sequence[float] | None, width: float, look: Look) -> None:
     """Add a band to every second level, its number on the left and what it holds on the right."""
     right = width - MARGIN
     heading_y = MARGIN + HEADER - 12
-    picture.texts.append(Text(MARGIN, heading_y, "level", 11, FAINT_INK))
-    picture.texts.append(Text(right, heading_y, "nodes" if values is None else "reached", 11, FAINT_INK, "end"))
+    picture.texts.append(Text(MARGIN, heading_y, "level", 11, look.faint_ink))
+    picture.texts.append(Text(right, heading_y, "nodes" if values is None else "reached", 11, look.faint_ink, "end"))
     for level in range(tree.num_levels):
         y = MARGIN + HEADER + level * LEVEL_HEIGHT
         if level % 2 == 0:
-            picture.boxes.append(Box(MARGIN - 8, y, width - 2 * (MARGIN - 8), LEVEL_HEIGHT, GUIDE))
+            picture.boxes.append(Box(MARGIN - 8, y, width - 2 * (MARGIN - 8), LEVEL_HEIGHT, look.guide))
         nodes = tree.level_nodes(level)
         middle = y + LEVEL_HEIGHT / 2
-        picture.texts.append(Text(MARGIN, middle, str(level), 12, FAINT_INK))
+        picture.texts.append(Text(MARGIN, middle, str(level), 12, look.faint_ink))
         if values is None:
-            picture.texts.append(Text(right, middle, str(len(nodes)), 12, FAINT_INK, "end"))
+            picture.texts.append(Text(right, middle, str(len(nodes)), 12, look.faint_ink, "end"))
             continue
         # Acceptances of siblings exclude one another, so a level's values add up to the probability of reaching it.
         reached = math.fsum(values[node] for node in nodes)
-        picture.texts.append(Text(right, middle - 8, _percent(reached), 12, INK, "end"))
-        picture.texts.append(Text(right, middle + 8, _counted(len(nodes), "node"), 10, FAINT_INK, "end"))
+        picture.texts.append(Text(right, middle - 8, _percent(reached), 12, look.ink, "end"))
+        picture.texts.append(Text(right, middle + 8, _counted(len(nodes), "node"), 10, look.faint_ink, "end"))
 
 
-def _add_legend(picture: Picture) -> None:
+def _add_legend(picture: Picture, look: Look) -> None:
     """Add the colour scale at the lower right."""
     bar_width, bar_height, steps = 180.0, 8.0, 60
     x = picture.width - MARGIN - bar_width
@@ -283,13 +304,13 @@ def _add_legend(picture: Picture) -> None:
         value = 10.0 ** (VALUE_DECADES * ((step + 0.5) / steps - 1.0))
         # neighbours overlap a little, which hides the seams that renderers leave between them
         step_width = bar_width / steps + (0.5 if step + 1 < steps else 0.0)
-        picture.boxes.append(Box(x + step * bar_width / steps, y, step_width, bar_height, _colour(value)))
-    picture.texts.append(Text(x - 10, y + bar_height / 2, "value of a node", 11, FAINT_INK, "end"))
+        picture.boxes.append(Box(x + step * bar_width / steps, y, step_width, bar_height, look.colour(value)))
+    picture.texts.append(Text(x - 10, y + bar_height / 2, look.legend, 11, look.faint_ink, "end"))
     for decade in range(VALUE_DECADES + 1):
         label = f"{10.0 ** (decade - VALUE_DECADES):g}"
         anchor = "start" if decade == 0 else "end" if decade == VALUE_DECADES else "middle"
         picture.texts.append(
-            Text(x + decade * bar_width / VALUE_DECADES, y + bar_height + 11, label, 10, FAINT_INK, anchor)
+            Text(x + decade * bar_width / VALUE_DECADES, y + bar_height + 11, label, 10, look.faint_ink, anchor)
         )
 
 
@@ -311,13 +332,13 @@ def _radii(num_nodes: int) -> tuple[float, float]:
     return 16.0, 3.5
 
 
-def _shade(value: float) -> float:
+def shade(value: float) -> float:
     """Return a value's place on the colour scale, in [0, 1]."""
     return 0.0 if value <= 0.0 else min(1.0, max(0.0, 1.0 + math.log10(value) / VALUE_DECADES))
 
 
 def _colour(value: float) -> str:
-    place = _shade(value) * (len(VALUE_COLOURS) - 1)
+    place = shade(value) * (len(VALUE_COLOURS) - 1)
     lower = min(int(place), len(VALUE_COLOURS) - 2)
     share = place - lower
     ends = zip(VALUE_COLOURS[lower], VALUE_COLOURS[lower + 1], strict=True)
@@ -331,3 +352,6 @@ def _short(value: float) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.1f}%"
+
+
+PAPER = Look(INK, FAINT_INK, GUIDE, _colour, lambda value: "#ffffff" if shade(value) > 0.55 else INK)

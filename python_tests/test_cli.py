@@ -191,6 +191,39 @@ def test_generate_streams_text_and_reads_standard_input(pair, capsys, monkeypatc
     assert capsys.readouterr().out.startswith("class A:")
 
 
+def test_generate_continues_the_prompts_of_a_file(pair, files, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    texts = ["def f(x):", "import os\nimport sys", "class A:"]
+    prompts.write_text("\n\n\n".join(texts))
+    common = ["generate", *pair, "--new-tokens", "12", "--tree", "none"]
+    alone = [run_json(capsys, *common, "--prompt", text)[1] for text in texts]
+    for size in ("1", "2", "8"):
+        status, together = run_json(capsys, *common, "--prompts-file", str(prompts), "--batch-size", size)
+        assert status == 0
+        assert [entry["tokens"] for entry in together["results"]] == [entry["tokens"] for entry in alone]
+        assert cli.main([*common, "--prompts-file", str(prompts), "--batch-size", size]) == 0
+        out = capsys.readouterr().out
+        parts = [f"=== prompt {i + 1}\n{text}{entry['text']}\n" for i, (text, entry) in enumerate(zip(texts, alone))]
+        assert out == "".join(parts)
+    assert cli.main([*common, "--prompts-file", str(prompts), "--prompt", "x"]) == 2
+    assert "--prompt must not be given with --prompts-file" in capsys.readouterr().err
+
+
+def test_generate_takes_settings_by_name(pair, capsys):
+    common = ["generate", *pair, "--prompt", "def f(x):", "--new-tokens", "24", "--tree", "none"]
+    plain = run_json(capsys, *common)[1]
+    status, penalised = run_json(capsys, *common, "--set", "repetition_penalty=1.9", "--set", "no_repeat_ngram_size=1")
+    assert status == 0
+    assert len(set(penalised["tokens"])) == len(penalised["tokens"])
+    assert penalised["tokens"] != plain["tokens"]
+    assert cli.main([*common, "--set", "repetition_penality=1.9"]) == 2
+    assert "did you mean 'repetition_penalty'?" in capsys.readouterr().err.replace("\n", " ")
+    for bad in ("repetition_penalty", "=3"):
+        with pytest.raises(SystemExit):
+            cli.main([*common, "--set", bad])
+        assert f"must be NAME=VALUE, got '{bad}'" in capsys.readouterr().err
+
+
 def test_acceptance_and_profile_show_tables(pair, files, capsys):
     arguments = ["--prompts-file", str(files["prompts"]), "--new-tokens", "8", "--num-prompts", "1"]
     assert cli.main(["acceptance", *pair, *arguments]) == 0

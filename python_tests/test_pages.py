@@ -201,3 +201,27 @@ def test_the_code_on_choosing_a_tree_runs(capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert "Do not speculate" in printed
     assert printed.count("tokens per step") >= 5 and printed.count(" tokens/s\n") == 2
+
+
+# ---- docs/transformers.md ----
+
+TRANSFORMERS = REPOSITORY / "docs" / "transformers.md"
+
+
+def test_the_code_on_transformers_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("xgrammar")
+    blocks = code_blocks(TRANSFORMERS)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(TRANSFORMERS), "exec"), names)
+    printed = capsys.readouterr().out
+    assert "def read_config(path):" in printed and "torch.Size([1, 512])" in printed
+    assert printed.rstrip().endswith(("['\"file\"']", "['\"folder\"']"))
+
+
+def test_the_page_on_transformers_names_every_setting() -> None:
+    settings = importlib.import_module("sequoia_kernels.decoding.settings")
+    text = TRANSFORMERS.read_text(encoding="utf-8")
+    unsaid = {name for name in settings.KNOWN - settings._WITHOUT_EFFECT if f"`{name}`" not in text}
+    assert unsaid == {"assistant_ensemble_weight"}  # of assisted generation with two models' mixed probabilities

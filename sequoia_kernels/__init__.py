@@ -116,11 +116,14 @@ _ROOMS = {
     ],
     "tree": ["ShapedTree", "TokenTree", "Topology"],
 }
+_MODULES = ("hf", "interop")  # public by their own names
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     room = _ROOM_OF.get(name)
     if room is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,6 @@ from support.tiny_models import tiny_llama
 from transformers import GenerationConfig
 
 from sequoia_kernels import TokenTree, generate
-from sequoia_kernels.decoding import settings
 from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import ModelFingerprint, plan_tree, shift_acceptance
 
@@ -45,7 +44,7 @@ def target():
         ({"attention_mask": torch.zeros(1, 3)}, ValueError, "attention_mask must keep at least one token"),
         ({"tree": "best"}, TypeError, "tree must be a TokenTree"),
         ({"max_cache_len": 0}, ValueError, "max_cache_len must be at least 1"),
-        ({"temperature": None}, TypeError, "temperature must be a number or one for each request in a sequence"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a number or one for each request in a sequence"),
         (
             {"temperature": torch.tensor(0.5)},
             TypeError,
@@ -220,78 +219,6 @@ def test_past_the_trained_positions_it_goes_on_with_a_warning(caplog):
     assert output.finish_reasons == ["length"]
 
 
-CHANGED = {
-    "begin_suppress_tokens": [3],
-    "sequence_bias": [[[3], -1.0]],
-    "min_new_tokens": 5,
-    "min_length": 5,
-    "exponential_decay_length_penalty": [5, 1.1],
-    "num_beams": 4,
-    "guidance_scale": 1.5,
-    "watermarking_config": {"greenlist_ratio": 0.25},
-    "max_time": 10.0,
-    "epsilon_cutoff": 3e-4,
-    "eta_cutoff": 3e-4,
-    "repetition_penalty": 1.2,
-    "no_repeat_ngram_size": 3,
-    "stop_strings": ["x"],
-    "min_p": 0.1,
-}
-
-
-def test_settings_that_are_not_applied_are_named_in_one_warning(caplog):
-    model = tiny_llama(0)
-    for name, value in CHANGED.items():
-        setattr(model.generation_config, name, value)
-    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
-        for _ in range(2):
-            generate(model, model, PROMPT, tree=TREE, max_new_tokens=2)
-    (record,) = caplog.records
-    for name in CHANGED:
-        assert f"{name}=" in record.getMessage()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named", "not_named"),
-    [
-        ({}, ["do_sample=True", "temperature=0.6", "top_p=0.9", "top_k=50"], []),
-        ({"temperature": 0.6}, ["top_p=0.9", "top_k=50"], ["do_sample", "temperature=0.6"]),
-        ({"temperature": 0.6, "top_k": 0}, ["top_p=0.9"], ["top_k=50", "do_sample"]),
-        ({"temperature": 0.6, "top_k": 50, "top_p": 0.9}, [], ["generation_config"]),
-    ],
-)
-def test_a_checkpoint_that_asks_for_sampling(caplog, arguments, named, not_named):
-    model = tiny_llama(0)
-    for name, value in {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50}.items():
-        setattr(model.generation_config, name, value)
-    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
-        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2, **arguments)
-    text = caplog.text
-    assert all(name in text for name in named)
-    assert not any(name in text for name in not_named)
-
-
-@pytest.mark.parametrize(("temperature", "named"), [(0.7, ["top_p=0.9", "top_k=20"]), (0.0, [])])
-def test_a_checkpoint_that_says_how_to_sample_but_not_whether(caplog, temperature, named):
-    model = tiny_llama(0)
-    for name, value in {"temperature": 0.6, "top_p": 0.9, "top_k": 20}.items():
-        setattr(model.generation_config, name, value)
-    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
-        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2, temperature=temperature)
-    assert len(caplog.records) == bool(named)
-    assert all(name in caplog.text for name in named)
-    assert "temperature=" not in caplog.text
-
-
-def test_a_long_setting_is_named_in_short(caplog):
-    model = tiny_llama(0)
-    model.generation_config.suppress_tokens = list(range(5000))
-    with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
-        generate(model, model, PROMPT, tree=TREE, max_new_tokens=2)
-    (record,) = caplog.records
-    assert "suppress_tokens=[0, 1, 2, 3, 4, 5, ...]" in record.getMessage()
-
-
 @pytest.mark.parametrize(
     "config", [GenerationConfig(), GenerationConfig(num_beams=1, repetition_penalty=1.0, min_p=0.0)]
 )
@@ -301,21 +228,3 @@ def test_a_plain_checkpoint_warns_of_nothing(caplog, config):
     with caplog.at_level(logging.WARNING, logger="sequoia_kernels"):
         generate(model, model, PROMPT, tree=TREE, max_new_tokens=2)
     assert not caplog.records
-
-
-# What transformers' loop reads beside the settings that `generate` names: they change no token, or have an argument.
-HARMLESS = {
-    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "bos_token_id", "cache_config",
-    "cache_implementation", "compile_config", "continuous_batching_config", "decoder_start_token_id", "disable_compile",
-    "do_sample", "early_stopping", "eos_token_id", "is_assistant", "length_penalty", "low_memory",
-    "max_cache_len", "max_length", "max_matching_ngram_size", "max_new_tokens", "num_assistant_tokens",
-    "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
-    "pad_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens", "renormalize_logits", "return_dict_in_generate",
-    "speculation_type", "target_lookbehind", "temperature", "top_k", "top_p", "transformers_version", "use_cache",
-    "use_mtp",
-}  # fmt: skip
-
-
-def test_every_setting_of_transformers_is_known():
-    settings_of_transformers = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert settings_of_transformers - HARMLESS <= set(settings.IGNORED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -83,18 +84,22 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
 
 
-def add_prompts(parser: argparse.ArgumentParser) -> None:
+def add_prompts_file(prompts: Any, help: str, num_prompts: int) -> None:
     """Add what `pair.read_prompts` reads."""
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument(
-        "--prompts-file", type=Path,
-        help="text file with prompts (the demo pair's default: held-out files of the standard library)",
-    )  # fmt: skip
+    prompts.add_argument("--prompts-file", type=Path, help=help)
     prompts.add_argument(
         "--separator", type=separator, default=r"\n\n\n",
         help=r"what stands between two prompts of the file; \n, \r, \t and \\ are line feed, return, tab and backslash",
     )  # fmt: skip
-    prompts.add_argument("--num-prompts", type=positive, default=8, help="read at most so many")
+    prompts.add_argument("--num-prompts", type=positive, default=num_prompts, help="read at most so many")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add prompts to generate from for measuring."""
+    prompts = parser.add_argument_group("prompts")
+    add_prompts_file(
+        prompts, "text file with prompts (the demo pair's default: held-out files of the standard library)", 8
+    )
     prompts.add_argument("--prompt-tokens", type=positive, default=128, help="longer prompts are cut")
     prompts.add_argument("--new-tokens", type=positive, default=96, help="tokens generated for each prompt")
 
@@ -120,6 +125,17 @@ def separator(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must hold at least one character, got none")
     return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}.get(match[1], "\\"), text)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Read an argument NAME=VALUE, a generation setting; the value is JSON, or else a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:

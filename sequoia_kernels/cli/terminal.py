@@ -37,6 +37,10 @@ class Terminal:
         else:
             show()
 
+    def text(self, text: str) -> None:
+        """Print a text as it is."""
+        self.out.file.write(text)
+
     def problem(self, text: str) -> None:
         """Say why the command failed, quiet or not."""
         _plain_console(stderr=True, soft_wrap=True).print(text, style="bold red")

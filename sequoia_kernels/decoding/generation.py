@@ -230,7 +230,7 @@ def generate(
         if max_new_tokens is None and isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
             max_new_tokens = chosen.max_new_tokens(input_ids.shape[1], DEFAULT_NEW_TOKENS)
         temperature = _temperature(chosen, do_sample, temperature)
-        is_drawn = (isinstance(temperature, Real) and float(temperature) > 0) or isinstance(temperature, Sequence)
+        is_drawn = isinstance(temperature, Sequence) or (isinstance(temperature, Real) and temperature != 0)
         input_ids, attention_mask = _expanded(input_ids, attention_mask, chosen["num_return_sequences"])
         max_time = chosen["max_time"]
         arguments = check_arguments(
@@ -308,9 +308,7 @@ def _temperature(settings: GenerationSettings, do_sample: bool | None, temperatu
         raise TypeError(f"generate: do_sample must be True, False or None, got {do_sample!r}")
     if temperature is not None:
         given = list(temperature) if isinstance(temperature, Sequence) else [temperature]
-        if do_sample is not None and any(
-            isinstance(entry, Real) and (float(entry) > 0) != do_sample for entry in given
-        ):
+        if do_sample is not None and any(isinstance(entry, Real) and (entry != 0) != do_sample for entry in given):
             rule = "above 0 where do_sample=True" if do_sample else "0 where do_sample=False"
             raise ValueError(f"generate: temperature must be {rule}, got {temperature!r}")
         return temperature

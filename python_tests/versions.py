@@ -38,6 +38,7 @@ QUICK = (
     "python_tests/models/test_prefill.py",
     "python_tests/offload/test_model.py",
     "python_tests/decoding/test_generate.py",
+    "python_tests/test_hf.py",
 )
 
 

@@ -79,15 +79,16 @@ GREEDY = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", GREEDY)
-def test_greedy_text_is_transformers(family, name):
+def test_greedy_text_is_transformers(family, name, monkeypatch):
     target, draft = pair(family)
     settings = {"max_new_tokens": 24} | GREEDY[name]
     wanted = target.generate(**prompts(), **settings)
     as_transformers = {"custom_generate": hf.custom_generate, "assistant_model": draft, "tree": TREE}
     assert target.generate(**prompts(), **settings, **as_transformers).tolist() == wanted.tolist()
-    for source in (draft, None):
+    for source in (draft, None, draft):
         output = generate(target, source, **prompts(), tree=TREE, **settings)
         assert output.sequences.tolist() == wanted.tolist()
+        monkeypatch.setattr("sequoia_kernels.decoding.generation.SLOW_PARAMETERS", 0)  # the draft's logits as well
 
 
 def test_each_setting_changes_the_text():
@@ -163,7 +164,7 @@ def small_pair():
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_text_has_transformers_joint_distribution(name):
+def test_sampled_text_has_transformers_joint_distribution(name, monkeypatch):
     if name == "top_h" and not hasattr(logits_process, "TopHLogitsWarper"):
         pytest.skip("this transformers has no top_h")
     target, draft = small_pair()
@@ -182,6 +183,7 @@ def test_sampled_text_has_transformers_joint_distribution(name):
         **({"temperature": 1.0} | settings),
     )
     assert p_value(sequence_counts(torch.tensor(output.new_tokens), SMALL), joint) > 1e-4
+    monkeypatch.setattr("sequoia_kernels.decoding.generation.SLOW_PARAMETERS", 0)  # the draft's logits as well
     torch.manual_seed(5)
     sequences = target.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=LENGTH,
@@ -190,15 +192,39 @@ def test_sampled_text_has_transformers_joint_distribution(name):
     assert p_value(sequence_counts(sequences[:, 3:], SMALL), joint) > 1e-4
 
 
-def test_the_draft_is_processed_too():
-    """A draft that proposed what the target may not say would be rejected."""
+@pytest.mark.parametrize("prefix", ["a function", "a processor"])
+def test_nobodys_own_code_is_asked_about_a_text_that_it_forbids(prefix):
     target, draft = pair("llama")
-    settings = {"tree": TREE, "max_new_tokens": 40, "eos_token_id": (), "suppress_tokens": [3, 5, 6, 9, 11, 20]}
-    steps = {}
-    for name, source in (("as it is", draft), ("the target itself", target)):
-        steps[name] = generate(target, source, **prompts(), **settings).stats.tokens_per_step
-    assert steps["the target itself"] == pytest.approx(4.0, abs=0.15)  # every step to the tree's depth
-    assert steps["as it is"] > 1.2
+    forbidden = {3, 5, 6, 9, 11, 20}
+    allowed = [token for token in range(VOCAB) if token not in forbidden]
+    seen = []
+
+    def processor(input_ids, scores):
+        seen.extend(input_ids[:, 9:].flatten().tolist())
+        scores[:, sorted(forbidden)] = -torch.inf  # in place, as some do
+        return scores
+
+    def function(batch, ids):
+        seen.extend(ids[9:].tolist())
+        return allowed
+
+    own = {"prefix_allowed_tokens_fn": function} if prefix == "a function" else {"logits_processor": [processor]}
+    options = {"tree": TREE, "max_new_tokens": 40, "eos_token_id": ()}
+    output = generate(target, draft, **prompts(), **options, **own)
+    assert seen and not forbidden & set(seen)
+    wanted = generate(target, draft, **prompts(), **options, suppress_tokens=sorted(forbidden))
+    assert output.new_tokens == wanted.new_tokens
+
+
+def test_processing_the_draft_accepts_more_of_the_same_text(monkeypatch):
+    target, _ = pair("llama")
+    options = {"tree": TREE, "max_new_tokens": 40, "eos_token_id": (), "suppress_tokens": [3, 5, 6, 9, 11, 20]}
+    plain = generate(target, target, **prompts(), **options)
+    monkeypatch.setattr("sequoia_kernels.decoding.generation.SLOW_PARAMETERS", 0)
+    processed = generate(target, target, **prompts(), **options)
+    assert processed.new_tokens == plain.new_tokens
+    assert processed.stats.tokens_per_step == pytest.approx(4.0, abs=0.15)  # every step to the tree's depth
+    assert plain.stats.tokens_per_step < processed.stats.tokens_per_step
 
 
 def test_the_order_of_processors_is_transformers():

@@ -30,7 +30,7 @@ WHERE = "custom_generate"
 
 # What transformers hands to every decoding method beside its arguments: it changes nothing here. `cache_position` and
 # the caches are its own; ours are made for trees.
-HANDED_ON = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "token_type_ids", "return_dict"}
+HANDED_ON = {"use_cache", "logits_to_keep", "cache_position", "position_ids", "return_dict"}
 
 
 @dataclass
@@ -193,6 +193,8 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) -
             continue
         if name.startswith("output_") and value is False:
             continue
+        if name == "token_type_ids" and not bool(value.any()):
+            continue
         raise ValueError(f"{WHERE}: {name} must not be given: forwards of trees take tokens only")
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     if positions is not None:
@@ -235,7 +237,7 @@ def _arguments(
         return arguments
     batch_size = arguments.batch_size
     scale = temperature if in_ops is None and temperature else 1.0
-    return with_processor_hook(arguments, [processors] * batch_size, [scale] * batch_size)
+    return with_processor_hook(target, arguments, [processors] * batch_size, [scale] * batch_size)
 
 
 def _left_to_the_ops(
@@ -243,26 +245,24 @@ def _left_to_the_ops(
 ) -> tuple[list[Any], int | None, float | None] | None:
     """Split a list that ends with temperature, top-k and top-p into what is before them, and these two.
 
-    None where something comes behind or among them: then the list is run as it is.
+    None where it ends with anything else that the ops do not know: then the list is run as it is.
     """
-    kinds = (
-        logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
-    )  # fmt: skip
-    left = [entry for entry in processors if type(entry) is not logits_process.LogitNormalization]
+    if not temperature:
+        return list(processors), None, None
+    left = list(processors)
+    while left and type(left[-1]) is logits_process.LogitNormalization:  # changes no probability
+        left.pop()
+    kinds = logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
     found: dict[type, Any] = {}
     for kind in reversed(kinds):
         if left and type(left[-1]) is kind:
             found[kind] = left.pop()
     warper, top_k, top_p = (found.get(kind) for kind in kinds)
-    divided = 1.0 if warper is None else warper.temperature
-    if temperature and divided != temperature:
+    if (1.0 if warper is None else warper.temperature) != temperature:
         return None
-    plain = all(
-        part is None or (part.filter_value == -float("inf") and getattr(part, "min_tokens_to_keep", 1) == 1)
-        for part in (top_k, top_p)
-    )
-    if not temperature or not plain or any(type(entry).__name__.endswith("LogitsWarper") for entry in left):
-        return (list(processors), None, None) if not temperature else None
+    for entry in (top_k, top_p):
+        if entry is not None and (entry.filter_value != -float("inf") or getattr(entry, "min_tokens_to_keep", 1) != 1):
+            return None
     return left, None if top_k is None else int(top_k.top_k), None if top_p is None else float(top_p.top_p)
 
 

@@ -122,18 +122,20 @@ class ProcessorHook:
             else 1. [B]
         eos_token_ids: tokens that end a request.
         max_new_tokens: tokens that a request emits at most.
+        hooks_draft: process the draft's logits as well. More of its tokens are accepted then, but its levels no longer
+            run in one call or graph. Always done for processors that are not transformers' own, which might not bear
+            to be asked about a text that they forbid.
     """
-
-    hooks_draft = True
 
     def __init__(
         self, processors: Sequence[Sequence[Processor]], prompts: torch.Tensor, prompt_lens: Sequence[int],
-        scales: Sequence[float], eos_token_ids: frozenset[int], max_new_tokens: int,
+        scales: Sequence[float], eos_token_ids: frozenset[int], max_new_tokens: int, *, hooks_draft: bool = False,
     ) -> None:  # fmt: skip
         self.processors, self.prompts, self.prompt_lens, self.scales = processors, prompts, prompt_lens, scales
         self.eos_token_ids, self.max_new_tokens = eos_token_ids, max_new_tokens
         self._dead_ends: dict[int, list[tuple[int, list[int]]]] = {}
         self._to_check = {id(entry): entry for entries in processors for entry in entries if not takes_any_rows(entry)}
+        self.hooks_draft = hooks_draft or bool(self._to_check)
 
     def __call__(self, paths: NodePaths, logits: torch.Tensor) -> torch.Tensor:
         """Process the logits; see `LogitsHook`. float32, as transformers' processors take and give it."""

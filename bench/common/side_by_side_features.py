@@ -6,9 +6,10 @@ was not found or not verified; it does not say that there is nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.common.report import table
 
@@ -19,92 +20,115 @@ class Fact(NamedTuple):
     """A cell and where it can be seen."""
 
     text: str
-    path: str  # from the folder that holds the package
-    evidence: str  # stands in that file
+    evidence: Mapping[str, str]  # file, from the folder that holds the package -> what stands in it
 
 
 COLUMNS = {"sequoia_kernels": "sequoia-kernels", "transformers": "transformers, assisted", "economize": "economize"}
 
 
-def _facts(**cells: tuple[str, str, str]) -> dict[str, Fact]:
-    return {package: Fact(text, f"{package}/{path}", found) for package, (text, path, found) in cells.items()}
+def _facts(**cells: tuple[str, dict[str, str]]) -> dict[str, Fact]:
+    return {
+        package: Fact(text, {f"{package}/{path}": found for path, found in evidence.items()})
+        for package, (text, evidence) in cells.items()
+    }
 
+
+GENERATORS, UTILS = "generation/candidate_generator.py", "generation/utils.py"
 
 FEATURES: dict[str, dict[str, Fact]] = {
     "a second model drafts": _facts(
-        sequoia_kernels=("trees", "drafts/model.py", "class ModelDraft"),
-        transformers=("chains", "generation/candidate_generator.py", "class AssistedCandidateGenerator"),
-        economize=("chains", "techniques/draft_model/drafter.py", "class DraftModelDrafter"),
+        sequoia_kernels=("trees", {"drafts/model.py": "class ModelDraft"}),
+        transformers=("chains", {GENERATORS: "class AssistedCandidateGenerator"}),
+        economize=("chains", {"techniques/draft_model/drafter.py": "class DraftModelDrafter"}),
     ),
     "other drafters": _facts(
-        sequoia_kernels=("a `DraftSource` of one's own", "drafts/source.py", "class DraftSource"),
-        transformers=("prompt lookup, early exit, MTP", "generation/utils.py", "generation_config.use_mtp"),
-        economize=(
-            "prompt lookup, early exit, layer skipping, jump, EAGLE-3, Medusa (trees), MTP, registered ones",
-            "techniques/medusa/trees.py",
-            "MEDUSA_TREES",
-        ),
+        sequoia_kernels=("a `DraftSource` of one's own", {"drafts/source.py": "class DraftSource"}),
+        transformers=("prompt lookup, early exit, MTP", {
+            UTILS: "candidate_generator = MTPCandidateGenerator(", GENERATORS: "class PromptLookupCandidateGenerator",
+            "generation/configuration_utils.py": "assistant_early_exit",
+        }),
+        economize=("prompt lookup, early exit, layer skipping, jump, EAGLE-3, Medusa (trees), MTP, registered ones", {
+            "techniques/lookup/technique.py": "class LookupTechnique",
+            "techniques/early_exit/technique.py": "class EarlyExitTechnique",
+            "techniques/layer_skip/technique.py": "class LayerSkipTechnique",
+            "techniques/jump/technique.py": "class JumpTechnique",
+            "techniques/eagle3/technique.py": "class Eagle3Technique",
+            "techniques/medusa/trees.py": "MEDUSA_TREES",
+            "techniques/vendor_mtp/technique.py": "class VendorMTPTechnique",
+            "core/technique.py": "def register_technique",
+        }),
     ),
-    "trains drafters": _facts(economize=("yes", "train/loop.py", "def fit(")),
+    "trains drafters": _facts(economize=("yes", {"train/loop.py": "def fit("})),
     "draft with another tokenizer": _facts(
-        sequoia_kernels=("refused", "hf.py", "assistant_tokenizer must not be given"),
-        transformers=("yes", "generation/candidate_generator.py", "class UniversalSpeculativeDecodingGenerator"),
-        economize=("refused", "techniques/draft_model/technique.py", "uses another tokenizer than the model"),
+        sequoia_kernels=("refused", {"hf.py": "assistant_tokenizer must not be given"}),
+        transformers=("yes", {GENERATORS: "class UniversalSpeculativeDecodingGenerator"}),
+        economize=("refused", {"techniques/draft_model/technique.py": "uses another tokenizer than the model"}),
     ),
     "batches": _facts(
-        sequoia_kernels=("yes, ragged", "decoding/generation.py", "for a batch one for each"),
-        transformers=("refused", "generation/utils.py", "assisted generate is only supported for batch_size = 1"),
-        economize=("yes, ragged", "core/model.py", "def decode_batch("),
+        sequoia_kernels=("yes, ragged", {"decoding/generation.py": "padding, which may stand on either side"}),
+        transformers=("refused", {UTILS: "assisted generate is only supported for batch_size = 1"}),
+        economize=("yes, ragged", {"core/model.py": "def decode_batch("}),
     ),
     "lossless sampling": _facts(
-        sequoia_kernels=("trees, two rules", "ops/verify_tree/op.py", "traversal"),
-        transformers=("chains", "generation/utils.py", "def _speculative_sampling("),
-        economize=("chains and trees; lossy modes, too", "decoding/verifiers.py", "def verify_tree("),
+        sequoia_kernels=("trees, two rules", {
+            "ops/verify_tree/reference.py": 'Here is the rule "sequoia"', "ops/verify_tree/traversal.py": "traversal",
+        }),
+        transformers=("chains", {UTILS: "def _speculative_sampling("}),
+        economize=("chains and trees; lossy modes, too", {"decoding/verifiers.py": "recursive rejection sampling"}),
     ),
     "logits processors": _facts(
-        sequoia_kernels=("on every node", "decoding/processors.py", "class ProcessorHook"),
-        transformers=("on every position", "generation/utils.py", "logits_processor(candidate_input_ids["),
-        economize=("by its `generate`", "integrations/_generation_args.py", "class ProcessedSelector"),
+        sequoia_kernels=("on every node", {"decoding/processors.py": "class ProcessorHook"}),
+        transformers=("on every position", {UTILS: "logits_processor(candidate_input_ids["}),
+        economize=("by its `generate`", {"integrations/_generation_args.py": "class ProcessedSelector"}),
     ),
     "grammars": _facts(
-        sequoia_kernels=("matchers, or allowed tokens", "decoding/grammar.py", "class GrammarHook"),
-        transformers=("allowed tokens", "generation/logits_process.py", "class PrefixConstrainedLogitsProcessor"),
+        sequoia_kernels=("matchers, or allowed tokens", {
+            "decoding/grammar.py": "class GrammarHook", "decoding/generation.py": "prefix_allowed_tokens_fn",
+        }),
+        transformers=("allowed tokens", {"generation/logits_process.py": "class PrefixConstrainedLogitsProcessor"}),
     ),
     "streamers": _facts(
-        sequoia_kernels=("batches", "decoding/streaming.py", "class BatchStreamer"),
-        transformers=("one request", "generation/utils.py", "streamer.put(valid_tokens.cpu())"),
-        economize=("one request, by its `generate`", "integrations/generate.py", "streamers support batch size 1"),
+        sequoia_kernels=("batches", {"decoding/streaming.py": "class BatchStreamer"}),
+        transformers=("one request", {UTILS: "streamer.put(valid_tokens.cpu())"}),
+        economize=("one request, by its `generate`", {"integrations/generate.py": "streamers support batch size 1"}),
     ),
     "caches": _facts(
-        sequoia_kernels=("static; paged for the ops alone", "models/cache.py", "preallocated rows"),
-        transformers=("dynamic or static", "generation/utils.py", "StaticCache("),
-        economize=("static; quantised, evicting", "runtime/cache.py", "class StaticKVCache"),
+        sequoia_kernels=("static; paged for the ops alone", {
+            "models/cache.py": "preallocated rows", "interop/caches.py": "Paged caches",
+        }),
+        transformers=("dynamic or static", {UTILS: "StaticCache("}),
+        economize=("static; quantised, evicting", {
+            "runtime/cache.py": "class StaticKVCache", "techniques/kv_quant/kivi.py": "register_technique",
+            "techniques/kv_evict/technique.py": "register_technique",
+        }),
     ),
     "quantised targets": _facts(
-        sequoia_kernels=("int8, int4, GPTQ natively on a CPU", "models/quantised.py", "torchao's weight-only int8"),
-        transformers=("its quantisers", "quantizers/auto.py", "AUTO_QUANTIZER_MAPPING"),
-        economize=("transformers' quantisers and its own", "integrations/quantized.py", "describe_quantization"),
+        sequoia_kernels=("int8, int4, GPTQ natively on a CPU", {"models/quantised.py": "torchao's weight-only int8"}),
+        transformers=("its quantisers", {"quantizers/auto.py": "AUTO_QUANTIZER_MAPPING"}),
+        economize=("transformers' quantisers and its own", {
+            "integrations/quantized.py": "describe_quantization", "techniques/quant/technique.py": "register_technique",
+        }),
     ),
     "chooses how much to draft": _facts(
-        sequoia_kernels=("plans a tree from measured costs", "planner/plan.py", "def plan_tree("),
-        transformers=("heuristic, confidence", "generation/candidate_generator.py", "heuristic_transient"),
-        economize=("confidence", "decoding/policies.py", "class ConfidenceStop"),
+        sequoia_kernels=("plans a tree from measured costs", {"planner/plan.py": "def plan_tree("}),
+        transformers=("heuristic, confidence", {GENERATORS: "assistant_confidence_threshold"}),
+        economize=("confidence", {"decoding/policies.py": "class ConfidenceStop"}),
     ),
     "CUDA graphs, compiling": _facts(
-        sequoia_kernels=("the whole step", "cuda_graphs.py", "def capture("),
-        transformers=(
-            "compiles the target's forward, with a static cache",
-            "generation/utils.py",
-            "self.get_compiled_call(generation_config.compile_config)",
-        ),
-        economize=("draft steps and exact passes", "decoding/graphs.py", "class DecodeGraphs"),
+        sequoia_kernels=("the whole step", {"cuda_graphs.py": "def capture("}),
+        transformers=("compiles the target's forward, with a static cache", {
+            UTILS: "self.get_compiled_call(generation_config.compile_config)",
+        }),
+        economize=("draft steps and exact passes", {"decoding/graphs.py": "class DecodeGraphs"}),
     ),
     "forwards on a CPU": _facts(
-        sequoia_kernels=("native, most dense families", "models/native.py", "class NativeForward"),
-        transformers=("its modules", "modeling_layers.py", "class GradientCheckpointingLayer"),
-        economize=("transformers' modules", "runtime/runner.py", "class LayerRunner"),
+        sequoia_kernels=("native, most dense families", {"models/native.py": "class NativeForward"}),
+        transformers=("its modules", {"models/llama/modeling_llama.py": "class LlamaDecoderLayer"}),
+        economize=("transformers' modules", {"runtime/runner.py": "class LayerRunner"}),
     ),
-    "vLLM": _facts(economize=("export, plugin", "backends/vllm/plugin.py", "vllm")),
+    "vLLM": _facts(economize=("export, plugin", {
+        "backends/vllm/export.py": "export", "backends/vllm/plugin.py": "vllm",
+    })),
 }  # fmt: skip
 
 
@@ -115,15 +139,15 @@ def missing_evidence(package: str) -> list[str]:
         raise ModuleNotFoundError(f"missing_evidence: package must be installed, got {package}")
     root = Path(next(iter(spec.submodule_search_locations))).parent
     return [
-        f"{name}: {fact.path} has no {fact.evidence!r}"
+        f"{name}: {path} has no {found!r}"
         for name, cells in FEATURES.items()
-        for column, fact in cells.items()
-        if column == package
-        and not ((root / fact.path).is_file() and fact.evidence in (root / fact.path).read_text(encoding="utf-8"))
+        if package in cells
+        for path, found in cells[package].evidence.items()
+        if not ((root / path).is_file() and found in (root / path).read_text(encoding="utf-8"))
     ]
 
 
-def document() -> dict[str, dict[str, dict[str, str]]]:
+def document() -> dict[str, dict[str, dict[str, Any]]]:
     """The cells with their evidence, for JSON."""
     return {name: {column: fact._asdict() for column, fact in cells.items()} for name, cells in FEATURES.items()}
 

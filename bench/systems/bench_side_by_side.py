@@ -547,7 +547,7 @@ OPTIONS = [
     *shared(threads=1, quick=False, temperatures=[0.0, 1.0], prompts=12, calibration_prompts=4),
     *shared(rounds=3, prompt_tokens=128, new_tokens=128),
     option("--batches", type=int, nargs="+", default=[1, 4], help="requests of a call (default %(default)s)"),
-    option("--calibration-rounds", type=int, default=2, help="times that settings are compared (default %(default)s)"),
+    option("--calibration-rounds", type=int, default=1, help="times that settings are compared (default %(default)s)"),
     option("--pair", choices=tuple(PAIRS), default="demo", help="default %(default)s"),
     option("--draft", type=Path, default=DRAFT, help="of smollm2: a model folder (default build/drafts/smollm2)"),
     option("--markdown", type=Path, metavar="FILE", help="write the tables here"),

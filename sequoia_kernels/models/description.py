@@ -283,6 +283,7 @@ class Description:
         )  # fmt: skip
 
     def _linear(self, module: nn.Module, first: int = 0, rows: int | None = None) -> Any:
+        module = self._without_adapters(module)
         quantised = quantised_weight(module)
         if quantised is not None:
             weight = module._parameters.get("weight")
@@ -295,12 +296,26 @@ class Description:
         if type(module) is Conv1D and rows is None:
             return self._matrix(module, "weight", transposed=True), self._matrix(module, "bias")
         if type(module) is not nn.Linear:
-            raise NotNativeError(f"a layer is a {type(module).__name__}, not torch's Linear")
+            kind = type(module)
+            raise NotNativeError(f"a layer is a {kind.__module__}.{kind.__qualname__}, not torch's Linear")
         bias = self._matrix(module, "bias")
         if bias is not None and rows is not None:
             raise NotNativeError("projections that are split have biases")
         self.forms[str(module.weight.dtype).removeprefix("torch.")] = None
         return self._matrix(module, "weight", first, rows), bias
+
+    def _without_adapters(self, module: nn.Module) -> nn.Module:
+        """Return the layer that an adapter library's stands for as long as all it holds is merged or disabled.
+
+        Both are attributes of the module and so part of the model's state: when they change, so does the description.
+        """
+        base = getattr(module, "base_layer", None)
+        at_rest = bool(getattr(module, "merged", False)) != bool(getattr(module, "disable_adapters", False))
+        if not at_rest or not isinstance(base, nn.Module):  # merged and disabled: the next forward takes it out again
+            return module
+        own = {id(weight) for weight in base.parameters()}
+        self._described.update(id(weight) for weight in module.parameters() if id(weight) not in own)  # adds nothing
+        return self._without_adapters(base)
 
     def _norm(self, owner: nn.Module, name: str) -> Any:
         module = _part(owner, name)

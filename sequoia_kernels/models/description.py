@@ -297,7 +297,7 @@ class Description:
             return self._matrix(module, "weight", transposed=True), self._matrix(module, "bias")
         if type(module) is not nn.Linear:
             kind = type(module)
-            raise NotNativeError(f"a layer is a {kind.__module__}.{kind.__qualname__}, not torch's Linear")
+            raise NotNativeError(f"a layer is {kind.__module__}.{kind.__qualname__}, not torch's Linear")
         bias = self._matrix(module, "bias")
         if bias is not None and rows is not None:
             raise NotNativeError("projections that are split have biases")
@@ -332,15 +332,24 @@ class Description:
             raise NotNativeError(f"{type(module).__name__} names no epsilon")
         return RMS_NORM, self._matrix(module, "weight"), None, float(eps), self.family.norm_offset
 
+    def _embedding(self, module: nn.Module) -> Any:
+        module = self._without_adapters(module)
+        if not isinstance(module, nn.Embedding):
+            kind = type(module)
+            raise NotNativeError(f"an embedding is {kind.__module__}.{kind.__qualname__}, not torch's Embedding")
+        return module
+
     # ---- the model and its layers ----
 
     def _model_fields(self, model: PreTrainedModel, calls: Sequence[LayerCall]) -> dict[str, Any]:
         family, config = self.family, model.config
-        embedding = _part(model, family.embedding)
+        embedding = self._embedding(_part(model, family.embedding))
         layers = _part(model, family.layers)
         if layers is None or len(layers) != len(calls):
             raise NotNativeError("its layers are not where the family's are")
         positions = _part(model, family.positions)
+        if positions is not None:
+            positions = self._embedding(positions)
         scale = getattr(embedding, "embed_scale", None)
         cap = getattr(config, "final_logit_softcapping", None)
         fields: dict[str, Any] = {

@@ -14,8 +14,8 @@ from sequoia_kernels.errors import UnsupportedModelError
 
 __all__ = ["unwrapped"]
 
-# Forwards of the part between wrapper and model that call the model, and nothing else.
-_PASSES_ON = ("BaseTuner.forward",)
+# Forwards of the part between wrapper and model that call the model, and change no logits.
+_PASSES_ON = ("BaseTuner.forward", "AdaLoraModel.forward")
 
 
 def unwrapped(model: Any) -> Any:

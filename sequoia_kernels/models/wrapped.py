@@ -1,7 +1,7 @@
 """The transformers model inside an adapter library's wrapper (PEFT's `PeftModel`).
 
-Nothing is imported from such a library: a wrapper is told by what it has. Which adapters are active and merged is kept in
-the model's own modules, so that the model inside computes what the wrapper does, unless the wrapper looks at the tokens.
+Nothing is imported from such a library: a wrapper is told by what it has. Which adapters are active and merged is kept
+in the model's own modules, so the model inside computes what the wrapper does, unless the wrapper looks at the tokens.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ def unwrapped(model: Any) -> Any:
             tokens in it, or runs the model several times.
     """
     configs = getattr(model, "peft_config", None)
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, nn.Module) or not isinstance(configs, dict) or not hasattr(model, "get_base_model"):
+    tuner: Any = type(getattr(model, "base_model", None))
+    base_model = getattr(model, "get_base_model", None)
+    if not isinstance(model, nn.Module) or not isinstance(configs, dict) or base_model is None:
         return model
     for name, config in configs.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -42,11 +43,11 @@ def unwrapped(model: Any) -> Any:
             problem = "puts virtual tokens in front of the prompt"
         elif getattr(config, "alora_invocation_tokens", None) is not None:
             problem = "begins at tokens that are looked for in the prompt"
-        elif getattr(type(tuner).forward, "__qualname__", "") not in _PASSES_ON:
-            problem = f"runs the model by a forward of its own ({type(tuner).__name__}.forward)"
+        elif getattr(getattr(tuner, "forward", None), "__qualname__", "") not in _PASSES_ON:
+            problem = f"runs the model by a forward of its own ({tuner.__name__}.forward)"
         if problem is not None:
             raise UnsupportedModelError(
                 f"adapt: model must compute by its modules alone, got a {type(model).__name__} whose adapter {name!r} "
                 f"({kind}) {problem}; the model without it is its get_base_model()"
             )
-    return model.get_base_model()
+    return base_model()

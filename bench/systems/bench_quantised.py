@@ -1,8 +1,8 @@
 """Forwards on a CPU of one model whose weights a library has quantised: by a native call or by modules.
 
-A Llama of random weights. A forward of one row is a step of plain decoding, one of several rows is what verifies a tree;
-a tree pays where the second takes hardly longer than the first. One thread, whose own CPU time counts, so that other
-work on the machine matters little. A form whose library is not installed is left out.
+A Llama of random weights. A forward of one row is a step of plain decoding, one of several rows verifies a tree, which
+pays where the second takes hardly longer than the first. One thread, whose own CPU time counts, so that other work on
+the machine matters little. A form whose library is not installed is left out.
 """
 
 from __future__ import annotations

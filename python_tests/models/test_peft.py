@@ -13,6 +13,7 @@ import torch
 from support.plain_decoding import TREES, assert_trees_decode_as_alone, own_text
 from support.tiny_families import tiny_model
 
+import sequoia_kernels.decoding.auto as auto
 from sequoia_kernels import adapt, generate
 from sequoia_kernels.errors import UnsupportedModelError
 
@@ -135,6 +136,18 @@ def test_adapters_that_are_merged_and_then_disabled():
     with model.disable_adapter():
         assert text_of(model, base) == own_text(base, PROMPTS[0], 12)
     assert text_of(model, base) == own_text(model, PROMPTS[0], 12) != own_text(base, PROMPTS[0], 12)
+
+
+def test_the_tree_that_is_chosen_by_itself(monkeypatch):
+    """The default, which keeps what it learns apart for each adapter."""
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.2)
+    model, digests = with_adapters(), set()
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        output = generate(model, tiny_model("llama"), PROMPTS[0], max_new_tokens=12, eos_token_id=())
+        assert output.new_tokens[0] == own_text(model, PROMPTS[0], 12)
+        digests.add(auto._weights_digest(adapt(model)))
+    assert len(digests) == 2
 
 
 def test_merged_and_unloaded():

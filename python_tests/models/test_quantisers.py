@@ -19,6 +19,7 @@ from support.plain_decoding import TREES, assert_is_own_text, assert_trees_decod
 from support.tiny_families import tiny_model
 from torch import nn
 
+import sequoia_kernels.decoding.auto as auto
 import sequoia_kernels.demo as demo
 from sequoia_kernels import adapt, generate
 from sequoia_kernels.demo import held_out_prompts, load_demo_pair
@@ -183,6 +184,24 @@ def test_families(form, family, dtype):
         model, model, tiny(family, None, dtype), [tiny_prompt(), tiny_prompt()[:, :4]], is_exact(form, dtype)
     )
     assert steps["tree"] > 1.2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tree_that_is_chosen_by_itself(form, monkeypatch):
+    """The default, which tells models apart by some of their numbers: those of target and draft."""
+    monkeypatch.setattr(auto, "LEAST_SECONDS", 0.2)
+    target, draft = tiny("llama", form), tiny("llama", form)
+    text = generate(target, draft, tiny_prompt(), max_new_tokens=12, eos_token_id=()).new_tokens[0]
+    assert_is_own_text(target, tiny_prompt(), text, is_exact(form, torch.float32))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_told_apart_and_have_memory(form):
+    other = quantised(tiny_model("llama", seed=2, **SIZES["llama"]), form)
+    models = [adapt(model) for model in (tiny("llama", form), tiny("llama", form), other)]
+    digests = [auto._weights_digest(model) for model in models]
+    assert digests[0] == digests[1] != digests[2]
+    assert all(weight.data_ptr() for weight in models[0].weights())
 
 
 @pytest.mark.parametrize("form", FORMS)

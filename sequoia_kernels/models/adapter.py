@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -355,9 +356,9 @@ class TreeModel:
         return TreeModel(self.model, self._plan, compile_mode, attention, forward_mode)
 
     def weights(self) -> Iterator[torch.Tensor]:
-        """Yield everything that a forward reads of the model: parameters and buffers."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
+        """Yield everything that a forward reads of the model: parameters, buffers, the parts of quantisers' weights."""
+        for weight in chain(self.model.parameters(), self.model.buffers()):
+            yield from _plain_parts(weight)
 
     def max_cache_rows(self, batch_size: int) -> int | None:
         """Rows that the caches of a batch may have, None where nothing but the memory limits them."""
@@ -571,6 +572,16 @@ def _why_modules(compile_mode: str | None, attention: TreeAttention, forward_mod
     if attention is not attend_along_tree:
         return "it has an attention of its own"
     return None
+
+
+def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those of which it is made: a wrapper has no memory of its own, nor every operator."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    names, _ = weight.__tensor_flatten__()
+    for name in names:
+        yield from _plain_parts(getattr(weight, name))
 
 
 def _compile_mode(compile: bool | str) -> str | None:

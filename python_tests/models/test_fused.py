@@ -16,6 +16,7 @@ from itertools import product
 
 import pytest
 import torch
+from support.adapters import add_adapters
 from support.native_models import CASES, case_model, lens_of, path_to, random_tree, score_tree, tokens_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -539,6 +540,23 @@ def logits_are_the_modules(fused: TreeModel, model) -> None:
     wanted = modules.forward(tokens, modules.new_cache(1, 8), lens, step)
     got = fused.forward(tokens, TreeCache(fused._plan.specs, 1, 8), lens, step)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_merged_adapters_are_read_in_the_weights_they_are_merged_into():
+    model = copy.deepcopy(case_model("llama"))
+    adapters = add_adapters(model)
+    model.to(DEVICE).eval()
+    with pytest.raises(NotNativeError, match=r"support\.adapters\.AdaptedLinear, not torch's Linear"):
+        with_fused_forward(model)
+    for layer in adapters:
+        layer.merge()
+    fused = with_fused_forward(model)
+    logits_are_the_modules(fused, model)
+    for layer in adapters:  # another one is merged into them, in place
+        layer.merged, layer.active = [], ["b"]
+        layer.merge()
+    logits_are_the_modules(fused, model)
 
 
 def test_an_interrupt_between_two_weights_of_a_product_leaves_them_right():

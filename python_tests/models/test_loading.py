@@ -169,3 +169,25 @@ def test_only_one_tokenizer() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="must be given together"):
         check_pair(model, model, Tokenizer(["a"]))
+
+
+def test_a_target_whose_weights_are_packed_is_as_large_as_what_it_stands_for() -> None:
+    """Two numbers in a byte of the parameter itself, as bitsandbytes keeps them."""
+    target, draft = tiny_model("llama"), tiny_model("llama")
+    wanted = adapt(target).num_parameters
+    held = adapt(target)
+    for module in target.modules():
+        if type(module) is torch.nn.Linear:
+            full = module.weight.detach()
+            module.forward = lambda input, full=full: torch.nn.functional.linear(input, full)
+            packed = torch.zeros(full.numel() // 2, 1, dtype=torch.uint8)
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert sum(parameter.numel() for parameter in target.parameters()) < 0.7 * wanted
+    assert adapt(target).num_parameters == wanted == held.num_parameters
+    assert check_pair(target, draft) == 64
+
+
+def test_a_folder_with_an_adapter_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"whole model, got .* with an adapter alone; .*merge_and_unload"):
+        load_model(tmp_path)

@@ -31,6 +31,7 @@ from support.quantised_models import (
 from support.tiny_families import tiny_model
 from torch import nn
 
+import sequoia_kernels.decoding.auto as auto
 from sequoia_kernels import _host
 from sequoia_kernels.models import adapt, quantised
 from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE
@@ -228,6 +229,20 @@ def test_changed_parts_are_seen_by_the_next_forward(form):
         scored = assert_follows(native, model, scored)
         layer.weight.qdata = layer.weight.qdata.flip(0).contiguous()
         assert_follows(native, model, scored)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_weights_that_are_made_of_others_are_looked_at_by_those(form):
+    """By the digest that tells models apart, which knows no operators of such weights, in inference mode as well."""
+    model = few_bits(form)
+    native = adapt(model, forward="native")
+    before = auto._weights_digest(native)
+    with torch.inference_mode():
+        assert auto._weights_digest(native) == before
+    assert all(weight.data_ptr() for weight in native.weights())
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    weight.qdata = weight.qdata.flip(0).contiguous()
+    assert auto._weights_digest(native) != before
 
 
 def test_changed_buffers_are_seen_by_the_next_forward():

@@ -38,6 +38,9 @@ class _Wrapped(torch.Tensor):
         for name, tensor in zip(self.tensors, tensors, strict=True):
             setattr(self, name, tensor)
 
+    def __tensor_flatten__(self):
+        return list(self.tensors), (self.shape, self.dtype, self.block_size)
+
     def again(self) -> _Wrapped:
         return type(self)(self.shape, self.dtype, self.block_size, *(getattr(self, name) for name in self.tensors))
 

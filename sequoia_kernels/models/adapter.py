@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -40,6 +41,7 @@ from sequoia_kernels.models.native import BoundForward, NativeForward
 from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep, causal_step
+from sequoia_kernels.models.wrapped import unwrapped
 from sequoia_kernels.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -95,8 +97,9 @@ def adapt(
     forward of the returned object runs and restored behind it, so `model.generate` works as before.
 
     Args:
-        model: a decoder-only `PreTrainedModel` with a language-modelling head, in evaluation mode. A `TreeModel` is
-            returned as it is, after a look at what was changed in its model.
+        model: a decoder-only `PreTrainedModel` with a language-modelling head, in evaluation mode. Of a PEFT model the
+            one inside, with the adapters that are active at each call. A `TreeModel` is returned as it is, after a look
+            at what was changed in its model.
         compile: run forwards of trees through `torch.compile`: True, or one of its modes without CUDA graphs of its
             own ("default", "max-autotune-no-cudagraphs"). Prompts are still run as they are.
         attention: what reads the cache in each layer of a forward: a backend of the op `tree_attention`, or a callable
@@ -157,10 +160,11 @@ def adapt(
         runs = forward or model.forward_mode
         unchanged = mode == model.compile_mode and reads is model.attention and runs == model.forward_mode
         return model if unchanged else model.with_settings(mode, reads, runs)
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"adapt: model must be a transformers PreTrainedModel, got {type(model).__name__}; "
-            "pass the wrapped model itself (for an adapter: model.merge_and_unload())"
+            "pass the wrapped model itself"
         )
     reads = _attention("auto" if attention is None else attention)
     runs = forward or "auto"
@@ -317,11 +321,18 @@ class TreeModel:
     @cached_property
     def num_parameters(self) -> int:
         """Number of parameters, tied ones counted once and quantised ones as what they stand for."""
-        count = int(self.model.num_parameters())
+        count = 0
+        sizes: dict[int, int] = {}  # of packed weights, by id
         for module in each_module(self.model):
-            if hasattr(module, "in_features") and next(module.parameters(), None) is None:
-                count += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
-        return count
+            if not isinstance(getattr(module, "in_features", None), int):
+                continue
+            size = int(module.in_features) * int(getattr(module, "out_features", 0))  # type: ignore[arg-type]
+            weight = module._parameters.get("weight")
+            if next(module.parameters(), None) is None:  # in buffers
+                count += size
+            elif weight is not None and weight.numel() < size:
+                sizes[id(weight)] = size
+        return count + sum(sizes.get(id(weight), weight.numel()) for weight in self.model.parameters())
 
     @property
     def trained_positions(self) -> int | None:
@@ -345,9 +356,9 @@ class TreeModel:
         return TreeModel(self.model, self._plan, compile_mode, attention, forward_mode)
 
     def weights(self) -> Iterator[torch.Tensor]:
-        """Yield everything that a forward reads of the model: parameters and buffers."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
+        """Yield everything that a forward reads of the model: parameters, buffers, the parts of quantisers' weights."""
+        for weight in chain(self.model.parameters(), self.model.buffers()):
+            yield from _plain_parts(weight)
 
     def max_cache_rows(self, batch_size: int) -> int | None:
         """Rows that the caches of a batch may have, None where nothing but the memory limits them."""
@@ -561,6 +572,16 @@ def _why_modules(compile_mode: str | None, attention: TreeAttention, forward_mod
     if attention is not attend_along_tree:
         return "it has an attention of its own"
     return None
+
+
+def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those of which it is made: a wrapper has no memory of its own, nor every operator."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    names, _ = weight.__tensor_flatten__()
+    for name in names:
+        yield from _plain_parts(getattr(weight, name))
 
 
 def _compile_mode(compile: bool | str) -> str | None:

@@ -283,6 +283,7 @@ class Description:
         )  # fmt: skip
 
     def _linear(self, module: nn.Module, first: int = 0, rows: int | None = None) -> Any:
+        module = self._without_adapters(module)
         quantised = quantised_weight(module)
         if quantised is not None:
             weight = module._parameters.get("weight")
@@ -295,12 +296,26 @@ class Description:
         if type(module) is Conv1D and rows is None:
             return self._matrix(module, "weight", transposed=True), self._matrix(module, "bias")
         if type(module) is not nn.Linear:
-            raise NotNativeError(f"a layer is a {type(module).__name__}, not torch's Linear")
+            kind = type(module)
+            raise NotNativeError(f"a layer is {kind.__module__}.{kind.__qualname__}, not torch's Linear")
         bias = self._matrix(module, "bias")
         if bias is not None and rows is not None:
             raise NotNativeError("projections that are split have biases")
         self.forms[str(module.weight.dtype).removeprefix("torch.")] = None
         return self._matrix(module, "weight", first, rows), bias
+
+    def _without_adapters(self, module: nn.Module) -> nn.Module:
+        """Return the layer that an adapter library's stands for as long as all it holds is merged or disabled.
+
+        Both are attributes of the module and so part of the model's state: when they change, so does the description.
+        """
+        base = getattr(module, "base_layer", None)
+        at_rest = bool(getattr(module, "merged", False)) != bool(getattr(module, "disable_adapters", False))
+        if not at_rest or not isinstance(base, nn.Module):  # merged and disabled: the next forward takes it out again
+            return module
+        own = {id(weight) for weight in base.parameters()}
+        self._described.update(id(weight) for weight in module.parameters() if id(weight) not in own)  # adds nothing
+        return self._without_adapters(base)
 
     def _norm(self, owner: nn.Module, name: str) -> Any:
         module = _part(owner, name)
@@ -317,15 +332,24 @@ class Description:
             raise NotNativeError(f"{type(module).__name__} names no epsilon")
         return RMS_NORM, self._matrix(module, "weight"), None, float(eps), self.family.norm_offset
 
+    def _embedding(self, module: nn.Module) -> Any:
+        module = self._without_adapters(module)
+        if not isinstance(module, nn.Embedding):
+            kind = type(module)
+            raise NotNativeError(f"an embedding is {kind.__module__}.{kind.__qualname__}, not torch's Embedding")
+        return module
+
     # ---- the model and its layers ----
 
     def _model_fields(self, model: PreTrainedModel, calls: Sequence[LayerCall]) -> dict[str, Any]:
         family, config = self.family, model.config
-        embedding = _part(model, family.embedding)
+        embedding = self._embedding(_part(model, family.embedding))
         layers = _part(model, family.layers)
         if layers is None or len(layers) != len(calls):
             raise NotNativeError("its layers are not where the family's are")
         positions = _part(model, family.positions)
+        if positions is not None:
+            positions = self._embedding(positions)
         scale = getattr(embedding, "embed_scale", None)
         cap = getattr(config, "final_logit_softcapping", None)
         fields: dict[str, Any] = {

@@ -91,6 +91,11 @@ def local_folder(path_or_id: str | os.PathLike[str], where: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise FileNotFoundError(
+                    f"{where}: path_or_id must be a folder with a whole model, got {folder} with an adapter alone; "
+                    "write one with merge_and_unload().save_pretrained of the adapted model"
+                )
             raise FileNotFoundError(
                 f"{where}: path_or_id must be a folder with a config.json, got {folder}; write one with save_pretrained"
             )

@@ -218,6 +218,8 @@ def test_generate_takes_settings_by_name(pair, capsys):
     assert penalised["tokens"] != plain["tokens"]
     assert cli.main([*common, "--set", "repetition_penality=1.9"]) == 2
     assert "did you mean 'repetition_penalty'?" in capsys.readouterr().err.replace("\n", " ")
+    assert cli.main([*common, "--set", "num_return_sequences=2"]) == 2
+    assert "that is no argument of generate, got num_return_sequences" in capsys.readouterr().err.replace("\n", " ")
     for bad in ("repetition_penalty", "=3"):
         with pytest.raises(SystemExit):
             cli.main([*common, "--set", bad])

@@ -633,3 +633,105 @@ def test_without_a_draft_it_is_a_plain_loop():
     target, _ = pair("llama")
     ours = target.generate(**prompts(), max_new_tokens=9, custom_generate=hf.custom_generate)
     assert ours.tolist() == target.generate(**prompts(), max_new_tokens=9).tolist()
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["read at once", "read a step late"])
+def test_nothing_goes_on_behind_an_end_where_tokens_are_read_late(monkeypatch, ahead):
+    monkeypatch.setattr("sequoia_kernels.decoding.loop.steps_ahead", lambda target: ahead)  # as on a GPU
+    target, draft = pair("llama")
+    options = {"tree": TREE, "max_new_tokens": 20, "eos_token_id": [22, 26]}
+    plain = generate(target, draft, **prompts(), **options)
+    assert max(map(len, plain.new_tokens)) < 20
+    seen = []
+
+    def allowed(batch, ids):
+        seen.append(ids[9:].tolist())
+        return list(range(VOCAB))
+
+    output = generate(target, draft, **prompts(), **options, prefix_allowed_tokens_fn=allowed)
+    assert output.new_tokens == plain.new_tokens
+    assert not any({22, 26} & set(path) for path in seen)
+
+
+def test_prefix_functions_are_given_the_prompts_index():
+    target, draft = pair("llama")
+    allowed = {0: [1, 2, 3], 1: [4, 5, 6]}
+    output = generate(
+        target, draft, **prompts(), tree=TREE, temperature=1.0, num_return_sequences=2, max_new_tokens=5,
+        eos_token_id=(), prefix_allowed_tokens_fn=lambda batch, ids: allowed[batch],
+    )  # fmt: skip
+    assert [set(tokens) <= set(allowed[index // 2]) for index, tokens in enumerate(output.new_tokens)] == [True] * 4
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_stopping_criteria_see_the_scores_that_are_returned(custom):
+    target, draft = pair("llama")
+    seen = []
+
+    class Looks(stopping_criteria.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(scores[-1][0].clone())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 6, "output_scores": True, "tree": TREE}
+    ids = prompts()["input_ids"][:1]
+    if custom:
+        output = target.generate(
+            ids, custom_generate=hf.custom_generate, draft=draft, return_dict_in_generate=True,
+            stopping_criteria=[Looks()], **options,
+        )  # fmt: skip
+        scores = [row[0] for row in output.scores]
+    else:
+        scores = list(generate(target, draft, ids, stopping_criteria=[Looks()], **options).scores[0])
+    assert len(scores) == len(seen)
+    assert all(torch.equal(mine, its) for mine, its in zip(scores, seen, strict=True))
+
+
+def test_padding_and_ends_as_transformers_has_them():
+    target = tiny_llama(3, vocab_size=VOCAB, sharpness=4.0)
+    target.generation_config = GenerationConfig(eos_token_id=[26, 22, 9])
+    custom = {"custom_generate": hf.custom_generate, "draft": target, "tree": TREE}
+    wanted = target.generate(**prompts(), max_new_tokens=20)
+    assert 26 in wanted[:, -1].tolist()
+    assert target.generate(**prompts(), max_new_tokens=20, **custom).tolist() == wanted.tolist()
+    assert generate(target, target, **prompts(), max_new_tokens=20, tree=TREE).sequences.tolist() == wanted.tolist()
+    target.generation_config = GenerationConfig(eos_token_id=-1, pad_token_id=0)
+    wanted = target.generate(**prompts(), max_new_tokens=6)
+    assert target.generate(**prompts(), max_new_tokens=6, **custom).tolist() == wanted.tolist()
+
+
+def test_masked_tokens_are_shown_as_they_are():
+    target, draft = pair("llama")
+    given = prompts()
+    given["input_ids"][1, :4] = torch.tensor([18, 6, 18, 6])
+    settings = {"no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "max_new_tokens": 20}
+    wanted = target.generate(**given, **settings)
+    assert generate(target, draft, **given, **settings, tree=TREE).sequences.tolist() == wanted.tolist()
+    custom = {"custom_generate": hf.custom_generate, "draft": draft, "tree": TREE}
+    assert target.generate(**given, **settings, **custom).tolist() == wanted.tolist()
+    # padding on the right is moved to the left, as a tokenizer would have put it
+    right = {name: tensor.clone() for name, tensor in prompts().items()}
+    for tensor in right.values():
+        tensor[1] = tensor[1].roll(-4)
+    left = generate(target, draft, **prompts(), **settings, tree=TREE)
+    assert generate(target, draft, **right, **settings, tree=TREE).new_tokens == left.new_tokens
+
+
+def test_top_p_of_nothing_keeps_the_likeliest_token():
+    target, draft = pair("llama")
+    ids = prompts()["input_ids"][:1]
+    custom = {"custom_generate": hf.custom_generate, "draft": draft, "tree": TREE}
+    ours = target.generate(ids, do_sample=True, top_p=0.0, max_new_tokens=9, **custom)
+    assert ours.tolist() == target.generate(ids, max_new_tokens=9).tolist()
+
+
+@pytest.mark.parametrize(
+    ("gives", "looks"),
+    [(lambda ids, scores: None, "NoneType"), (lambda ids, scores: scores[:, :1], r"torch.float32 \[2, 1\]")],
+)
+def test_what_a_processor_must_give(gives, looks):
+    target, draft = pair("llama")
+    with pytest.raises(
+        ValueError, match=rf"logits_processor must give scores of shape \[2, 32\], got {looks} from funct"
+    ):
+        generate(target, draft, **prompts(), tree=TREE, logits_processor=[gives])

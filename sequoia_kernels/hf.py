@@ -156,7 +156,7 @@ class CustomGenerate:
             source = None if source is None else draft_source(source)
             arguments = _arguments(
                 target, source, input_ids, model_kwargs.get("attention_mask"), config, logits_processor,
-                stopping_criteria, token_streamer or streamer,
+                stopping_criteria, token_streamer or streamer, _pad_token_id(generation_config),
                 tree=tree, acceptance=acceptance, profile=profile, rule=rule, logits_hook=logits_hook, seed=seed,
                 backend=backend, cuda_graphs=cuda_graphs,
             )  # fmt: skip
@@ -206,7 +206,7 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) -
 
 def _arguments(
     target: TreeModel, draft: DraftSource | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None,
-    config: Any, processors: Sequence[Any], criteria: Sequence[Any], streamer: Any | None, *,
+    config: Any, processors: Sequence[Any], criteria: Sequence[Any], streamer: Any | None, pad_token_id: int | None, *,
     seed: Any, **options: Any,
 ) -> GenerationArguments:  # fmt: skip
     """Turn what transformers has prepared into arguments of the loop."""
@@ -220,6 +220,7 @@ def _arguments(
     if in_ops is not None:
         processors, top_k, top_p = in_ops
     max_new_tokens, eos_token_ids, left = _limits(criteria, config, input_ids.shape[1])
+    eos_token_ids = [token for token in eos_token_ids if 0 <= token < target.vocab_size]  # -1 is a way to say none
     if seed is None:
         seed = int(torch.randint(1 << 62, ()))
     if attention_mask is None:  # transformers drops one without padding
@@ -227,7 +228,7 @@ def _arguments(
     arguments = check_arguments(
         target, draft, input_ids.to(target.device), attention_mask.to(target.device), max_new_tokens=max_new_tokens,
         temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos_token_ids,
-        pad_token_id=_pad_token_id(config), seed=seed, stop_strings=None, tokenizer=None,
+        pad_token_id=pad_token_id, seed=seed, stop_strings=None, tokenizer=None,
         streamer=None if streamer is None else _WithoutPrompt(streamer), max_cache_len=None,
         stopping_criteria=left, **options,
     )  # fmt: skip
@@ -263,7 +264,8 @@ def _left_to_the_ops(
     for entry in (top_k, top_p):
         if entry is not None and (entry.filter_value != -float("inf") or getattr(entry, "min_tokens_to_keep", 1) != 1):
             return None
-    return left, None if top_k is None else int(top_k.top_k), None if top_p is None else float(top_p.top_p)
+    k, p = None if top_k is None else int(top_k.top_k), None if top_p is None else float(top_p.top_p)
+    return (left, 1, None) if p == 0 else (left, k, p)
 
 
 def _limits(criteria: Sequence[Any], config: Any, width: int) -> tuple[int, list[int], list[Any]]:
@@ -280,9 +282,10 @@ def _limits(criteria: Sequence[Any], config: Any, width: int) -> tuple[int, list
     return min(lengths), sorted(eos), left
 
 
-def _pad_token_id(config: Any) -> int | None:
-    pad = getattr(config, "_pad_token_tensor", None)
-    return config.pad_token_id if pad is None else int(pad)
+def _pad_token_id(prepared: Any) -> int | None:
+    """What transformers pads with, from the configuration that it has prepared."""
+    pad = getattr(prepared, "_pad_token_tensor", None)
+    return prepared.pad_token_id if pad is None else int(pad)
 
 
 def _as_transformers_returns(output: GenerateOutput, config: Any) -> Any:

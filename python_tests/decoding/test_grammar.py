@@ -141,6 +141,66 @@ def test_a_stop_token_that_the_grammar_does_not_know_is_an_error():
         )  # fmt: skip
 
 
+class Only(Rising):
+    """Some tokens only, and nothing behind a given text."""
+
+    def __init__(self, tokens, dead_end=None) -> None:
+        super().__init__()
+        self.only, self.dead_end = tokens, dead_end
+
+    def allowed(self) -> list[int]:
+        return [] if self.tokens == self.dead_end else self.only
+
+    def is_terminated(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["read at once", "read a step late"])
+def test_ends_are_kept_where_tokens_are_read_late(monkeypatch, ahead):
+    monkeypatch.setattr("sequoia_kernels.decoding.loop.steps_ahead", lambda target: ahead)  # as on a GPU
+    target = tiny_llama(9, vocab_size=VOCAB, sharpness=6.0)
+    prompts = torch.randint(1, 5, (4, 7), generator=torch.Generator().manual_seed(2))
+    output = generate(
+        target, target, prompts, tree=TokenTree.chain(5), max_new_tokens=25, eos_token_id=END,
+        logits_hook=GrammarHook([Rising() for _ in prompts]),
+    )  # fmt: skip
+    assert output.new_tokens == [plainly(target, row.tolist(), 25) for row in prompts]
+
+
+def test_a_draft_need_not_know_what_is_allowed():
+    target, _ = pair()
+    narrow = tiny_llama(5, vocab_size=4)
+    hook = GrammarHook([Only([4, 5])])
+    output = generate(
+        target, narrow, torch.tensor([[2, 1, 3]]), tree=TREE, max_new_tokens=12, eos_token_id=(), logits_hook=hook
+    )
+    hook = GrammarHook([Only([4, 5])])
+    wanted = generate(target, None, torch.tensor([[2, 1, 3]]), max_new_tokens=12, eos_token_id=(), logits_hook=hook)
+    assert output.new_tokens == wanted.new_tokens
+    assert set(output.new_tokens[0]) <= {4, 5}
+
+
+@pytest.mark.parametrize("with_processors", [False, True])
+def test_a_place_where_nothing_is_allowed_is_an_error_where_it_is_reached(with_processors):
+    target, draft = pair()
+    tokens = [0, 1, 2, 3, 4]
+    options = {"tree": TREE, "max_new_tokens": 9, "eos_token_id": ()}
+    if with_processors:
+        options["repetition_penalty"] = 1.01
+    prompt = torch.tensor([[2, 1, 4]])
+
+    def text(dead_end):
+        return generate(target, draft, prompt, **options, logits_hook=GrammarHook([Only(tokens, dead_end)])).new_tokens
+
+    wanted = text(None)
+    assert text([*wanted[0][:3], (wanted[0][3] + 1) % 5]) == wanted  # off the path
+    assert text(wanted[0]) == wanted  # behind the last token that is wanted
+    for place in (0, 1, 2, 5, 8):
+        message = f"GrammarHook: matchers must allow .* request 0 allows none behind {place} new tokens"
+        with pytest.raises(ValueError, match=message):
+            text(wanted[0][:place])
+
+
 def test_arguments():
     target, draft = pair()
     with pytest.raises(TypeError, match="GrammarHook: matchers must have rollback, got Half"):

@@ -56,8 +56,13 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    import inspect
+
     from sequoia_kernels import AcceptanceEstimate, HardwareProfile, generate
 
+    for name, _ in args.set:
+        if name in inspect.signature(generate).parameters:
+            raise BadUsage(f"--set must name a generation setting that is no argument of generate, got {name}")
     words = {"auto": "auto", "adaptive": "adaptive", "none": None}
     tree: Any = words[args.tree] if args.tree in words else load_tree(Path(args.tree))
     profile = None if args.profile is None else HardwareProfile.load(args.profile)

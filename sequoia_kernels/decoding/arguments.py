@@ -90,8 +90,9 @@ class GenerationArguments:
         width = self.input_ids.shape[1]
         padded = self.input_ids.to(torch.int64, copy=True)
         for row, (prompt, length) in enumerate(zip(self.prompts, self.prompt_lens, strict=True)):
-            padded[row, : width - length] = self.pad_token_id if length < width else 0
-            padded[row, width - length :] = prompt[:length]
+            if not torch.equal(padded[row, width - length :], prompt[:length]):  # padding on the right, too
+                padded[row, : width - length] = self.pad_token_id
+                padded[row, width - length :] = prompt[:length]
         return padded
 
 
@@ -133,7 +134,8 @@ def check_arguments(
     if not isinstance(stopping_criteria, Sequence) or not all(map(callable, stopping_criteria)):
         rule = "be a list of what is called with (input_ids, scores)"
         _refuse("stopping_criteria", rule, _describe(stopping_criteria), TypeError)
-    pad = _pad_token_id(target, pad_token_id, eos_token_ids)
+    ends = list(target.eos_token_ids) if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+    pad = _pad_token_id(target, pad_token_id, [token for token in ends if token in eos_token_ids])
     arguments = GenerationArguments(
         input_ids, prompts, prompt_lens, int(max_new_tokens),
         temperature=temperatures, top_k=top_ks, top_p=top_ps, eos_token_ids=eos_token_ids, pad_token_id=pad,
@@ -354,10 +356,10 @@ def _planned_rule(tree: GivenTree) -> str | None:
     return plan.rule if isinstance(plan, (TreePlan, AdaptivePlan)) else None
 
 
-def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: frozenset[int]) -> int:
+def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: Sequence[int]) -> int:
     if pad_token_id is None:
         configured = _configured_pad_token_id(target)
-        return min(eos_token_ids, default=0) if configured is None else configured
+        return configured if configured is not None else eos_token_ids[0] if eos_token_ids else 0
     return checks.whole_number("generate", "pad_token_id", pad_token_id, torch.int64)
 
 

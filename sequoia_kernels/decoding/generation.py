@@ -276,10 +276,10 @@ def run_generation(
         elif not isinstance(tree, (TokenTree, ShapedTree, TreeFollower)):
             tree = tuple(tree)
         requests, stats = decode(target, draft, tree, arguments)
-    hook = _processor_hook(arguments.logits_hook)
+    check = getattr(arguments.logits_hook, "check", None)
     for index, request in enumerate(requests):
-        if hook is not None:
-            hook.check(index, request.new_tokens)
+        if check is not None:
+            check(index, request.new_tokens)
     stats.seconds = time.perf_counter() - started
     if learn is not None:
         learn(stats)
@@ -289,20 +289,12 @@ def run_generation(
     input_ids = arguments.input_ids
     sequences = torch.cat((input_ids, torch.tensor(rows, dtype=torch.int64, device=input_ids.device)), dim=1)
     kept = [request.rows for request in requests]
-    scales = [1.0] * len(kept) if hook is None else hook.scales
     return GenerateOutput(
         sequences, stats, new_tokens, [request.finish_reason or "length" for request in requests],
         logprobs=None if kept[0].logprobs is None else [entry.logprobs or [] for entry in kept],
         logits=None if kept[0].logits is None else [torch.stack(entry.logits or []) for entry in kept],
-        scores=None if kept[0].scores is None else [
-            torch.stack(entry.scores or []).to(torch.float32) / scale for entry, scale in zip(kept, scales, strict=True)
-        ],
+        scores=None if kept[0].scores is None else [torch.stack(entry.scores or []) for entry in kept],
     )  # fmt: skip
-
-
-def _processor_hook(hook: Any) -> ProcessorHook | None:
-    hooks = hook.hooks if isinstance(hook, ChainedHooks) else [hook]
-    return next((entry for entry in hooks if isinstance(entry, ProcessorHook)), None)
 
 
 def _temperature(settings: GenerationSettings, do_sample: bool | None, temperature: Any) -> Any:

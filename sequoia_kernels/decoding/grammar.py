@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sequoia_kernels.decoding.dead_ends import DeadEnds
 from sequoia_kernels.decoding.logits_hook import NodePaths
 
 __all__ = ["GrammarHook", "GrammarMatcher"]
@@ -36,13 +37,13 @@ class GrammarHook:
     looked at. What is fed back after the end (an EOS token that the grammar accepted) is left as it is.
 
     Args:
-        matchers: one for each request, as they stand before the first new token. [B] A call of `generate` moves them on
-            by what it emits: make new ones, or `reset` them, for the next.
+        matchers: one for each request, as they stand before the first new token. [B] A call of `generate` leaves them
+            somewhere behind it: make new ones, or `reset` them, for the next.
 
     Raises:
         TypeError: a matcher lacks one of the four methods.
         ValueError: a batch of another size, or (while decoding) a token that the grammar does not allow, as where a
-            stop token of `generate` is none of the matcher's.
+            stop token of `generate` is none of the matcher's, or a place where it allows none.
 
     Example:
         >>> class OnlyEven:  # a grammar of one's own: even tokens only
@@ -75,6 +76,7 @@ class GrammarHook:
             if missing:
                 raise TypeError(f"GrammarHook: matchers must have {missing[0]}, got {type(matcher).__name__}")
         self.matchers = list(matchers)
+        self._dead_ends = DeadEnds()
         self._starts: list[int] = []  # tokens of each prompt
         self._num_followed: list[int] = []  # new tokens that each matcher has seen
 
@@ -100,20 +102,33 @@ class GrammarHook:
             num_committed = all_lens[request] - self._starts[request]
             rows = {node: request * len(wanted) + place for place, node in enumerate(wanted)}
             if num_committed < 0:  # the prefill: its root is the prompt's last token
-                self._fill(request, masks, rows[0])
+                self._fill(request, masks, rows[0], vocab, 0, [])
                 continue
-            self._follow(request, paths, num_committed)
+            self._follow(request, paths, num_committed, all_tokens[request][0])
             parents = all_parents[request if len(all_parents) > 1 else 0]
-            self._visit(request, all_tokens[request], parents, rows, masks)
+            self._visit(request, all_tokens[request], parents, rows, masks, vocab)
         bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32) & 1
         allowed = bits.bool().flatten(1)[:, :vocab].view(logits.shape)
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
-    def _follow(self, request: int, paths: NodePaths, num_committed: int) -> None:
+    def check(self, request: int, new_tokens: Sequence[int]) -> None:
+        """Raise ValueError where the newest tokens of a request lie behind a place where nothing was allowed."""
+        num_new = self._dead_ends.reached(request, new_tokens)
+        if num_new is not None:
+            raise self._nothing_allowed(request, num_new)
+
+    def _nothing_allowed(self, request: int, num_new: int) -> ValueError:
+        return ValueError(
+            f"GrammarHook: matchers must allow at least one token, that of request {request} allows none behind "
+            f"{num_new} new tokens"
+        )
+
+    def _follow(self, request: int, paths: NodePaths, num_committed: int, root: int) -> None:
         """Move a matcher on by what was committed since."""
         start = self._starts[request]
-        new = paths.history[request, start + self._num_followed[request] : start + num_committed].tolist()
-        for token in new:
+        committed = paths.history[request, start : start + num_committed].tolist()
+        self.check(request, [*committed, root])
+        for token in committed[self._num_followed[request] :]:
             if not self.matchers[request].accept_token(token):
                 place = self._num_followed[request]
                 raise ValueError(
@@ -123,7 +138,7 @@ class GrammarHook:
             self._num_followed[request] += 1
 
     def _visit(
-        self, request: int, tokens: list[int], parents: list[int], rows: dict[int, int], masks: torch.Tensor
+        self, request: int, tokens: list[int], parents: list[int], rows: dict[int, int], masks: torch.Tensor, vocab: int
     ) -> None:
         """Fill the masks of the nodes in `rows`: each node's token is accepted, and taken back behind its children."""
         needed = set(rows)
@@ -133,18 +148,31 @@ class GrammarHook:
                 needed.add(parents[node])
                 children.setdefault(parents[node], []).append(node)
         matcher = self.matchers[request]
+        path: list[int] = []
         stack = [(0, False)]
         while stack:
             node, is_done = stack.pop()
             if is_done:
                 matcher.rollback(1)
+                path.pop()
             elif not matcher.is_terminated() and tokens[node] >= 0 and matcher.accept_token(tokens[node]):
                 stack.append((node, True))
+                path.append(tokens[node])
                 if node in rows:
-                    self._fill(request, masks, rows[node])
+                    num_new = self._num_followed[request] + len(path)
+                    self._fill(request, masks, rows[node], vocab, num_new, path)
                 stack.extend((child, False) for child in children.get(node, ()))
 
-    def _fill(self, request: int, masks: torch.Tensor, row: int) -> None:
-        if not self.matchers[request].is_terminated():
-            masks[row] = 0
-            self.matchers[request].fill_next_token_bitmask(masks, row)
+    def _fill(self, request: int, masks: torch.Tensor, row: int, vocab: int, num_new: int, path: Sequence[int]) -> None:
+        """Fill the mask behind so many new tokens, the last of which are the path; a dead end's stays full."""
+        if self.matchers[request].is_terminated():
+            return
+        masks[row] = 0
+        self.matchers[request].fill_next_token_bitmask(masks, row)
+        if vocab % 32:
+            masks[row, -1] &= (1 << vocab % 32) - 1
+        if not bool(masks[row].any()):
+            masks[row] = -1
+            if not path:
+                raise self._nothing_allowed(request, num_new)
+            self._dead_ends.note(request, num_new, path)

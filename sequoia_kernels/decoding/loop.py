@@ -81,7 +81,8 @@ def _decode(
         draft = None
     device = target.device
     clock = StageClock(enabled=device.type == "cpu")
-    lag = steps_ahead(target)
+    # A hook follows the text, which must not go on behind the end of a request; it waits for the device anyway.
+    lag = steps_ahead(target) if arguments.logits_hook is None else 0
     num_levels = max(entry.num_levels for entry in trees)
     # Behind a request's last token there is room for one whole tree, for what the last step accepts beyond the end, and
     # for the step that an asynchronous device may already be running then. So no tree ever has to shrink.

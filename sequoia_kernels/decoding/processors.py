@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from sequoia_kernels.decoding.dead_ends import DeadEnds
 from sequoia_kernels.decoding.logits_hook import LogitsHook, NodePaths
 from sequoia_kernels.tree import Topology
 
@@ -91,11 +92,22 @@ class ChainedHooks:
         """Whether one of them does."""
         return any(getattr(hook, "hooks_draft", False) for hook in self.hooks)
 
+    @property
+    def scales(self) -> list[float]:
+        """Those of the last one; see `ProcessorHook`."""
+        return self.hooks[-1].scales  # type: ignore[attr-defined]
+
     def begin(self, prompt_lens: Sequence[int]) -> None:
         """Tell those that want to know."""
         for hook in self.hooks:
             if hasattr(hook, "begin"):
                 hook.begin(prompt_lens)
+
+    def check(self, request: int, new_tokens: list[int]) -> None:
+        """Let those that remember dead ends check them."""
+        for hook in self.hooks:
+            if hasattr(hook, "check"):
+                hook.check(request, new_tokens)
 
     def __call__(self, paths: NodePaths, logits: torch.Tensor) -> torch.Tensor:
         for hook in self.hooks:
@@ -133,7 +145,7 @@ class ProcessorHook:
     ) -> None:  # fmt: skip
         self.processors, self.prompts, self.prompt_lens, self.scales = processors, prompts, prompt_lens, scales
         self.eos_token_ids, self.max_new_tokens = eos_token_ids, max_new_tokens
-        self._dead_ends: dict[int, list[tuple[int, list[int]]]] = {}
+        self._dead_ends = DeadEnds()
         self._to_check = {id(entry): entry for entries in processors for entry in entries if not takes_any_rows(entry)}
         self.hooks_draft = hooks_draft or bool(self._to_check)
 
@@ -162,7 +174,7 @@ class ProcessorHook:
         """Remember a row without a token left: an error as soon as the request gets there."""
         if paths.nodes is None and len(row.path) <= 1:
             raise self._no_token_left(row.request, row.num_new)
-        self._dead_ends.setdefault(row.request, []).append((row.num_new, row.path))
+        self._dead_ends.note(row.request, row.num_new, row.path)
 
     def _no_token_left(self, request: int, num_new: int) -> ValueError:
         names = dict.fromkeys(type(processor).__name__ for processor in self.processors[request])
@@ -194,9 +206,9 @@ class ProcessorHook:
 
     def check(self, request: int, new_tokens: list[int]) -> None:
         """Raise ValueError where the newest tokens of a request lie behind a row that had no token left."""
-        for num_new, path in self._dead_ends.pop(request, ()):
-            if num_new < len(new_tokens) and new_tokens[num_new - len(path) : num_new] == path:
-                raise self._no_token_left(request, num_new)
+        num_new = self._dead_ends.reached(request, new_tokens)
+        if num_new is not None:
+            raise self._no_token_left(request, num_new)
 
     def _own_paths(self, tokens: list[int], parents: list[int], *, is_prefill: bool) -> list[list[int] | None]:
         """Tokens from the root to each node; None where what comes behind them decides nothing."""
@@ -227,6 +239,13 @@ class ProcessorHook:
 
     def _call(self, processor: Processor, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         given = processor(input_ids, scores.clone())
+        if not isinstance(given, torch.Tensor) or given.shape != scores.shape or not given.is_floating_point():
+            is_tensor = isinstance(given, torch.Tensor)
+            looks = f"{given.dtype} {list(given.shape)}" if is_tensor else type(given).__name__
+            raise ValueError(
+                f"generate: logits_processor must give scores of shape {list(scores.shape)}, got {looks} from "
+                f"{type(processor).__name__}"
+            )
         if self._to_check.pop(id(processor), None) is not None:
             try:
                 same = bool(torch.equal(processor(input_ids, scores.clone()), given))

@@ -247,7 +247,8 @@ class GenerationSettings:
                 logits_process.MinNewTokensLengthLogitsProcessor(width, self["min_new_tokens"], eos, device=device)
             )
         if prefix_allowed_tokens_fn is not None:
-            made.append(logits_process.PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, 1))
+            copies = self["num_return_sequences"] or 1
+            made.append(logits_process.PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, copies))
         if self["forced_bos_token_id"] is not None:
             made.append(logits_process.ForcedBOSTokenLogitsProcessor(self["forced_bos_token_id"]))
         if self["forced_eos_token_id"] is not None:

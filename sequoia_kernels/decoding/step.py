@@ -328,11 +328,11 @@ class DecodingStep:
             )
         elif "logprobs" in keeps:
             logprobs = token_logprobs(raw_rows, emitted.tokens, backend=self.backend)
-        return emitted._replace(
-            logprobs=logprobs,
-            logits=raw_rows if "logits" in keeps else None,
-            scores=rows if "scores" in keeps else None,
-        )
+        logits, scores = raw_rows if "logits" in keeps else None, None
+        if "scores" in keeps:
+            scales = torch.tensor(getattr(self.logits_hook, "scales", [1.0] * len(rows)), device=rows.device)
+            scores = rows.to(torch.float32) / scales[:, None, None]
+        return emitted._replace(logprobs=logprobs, logits=logits, scores=scores)
 
     def _verify(
         self, tokens: torch.Tensor, logits: torch.Tensor, draft_logits: torch.Tensor | None, tree: TokenTree | Topology

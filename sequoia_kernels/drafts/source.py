@@ -187,7 +187,9 @@ class Drafting(ABC):
             if self.logits_hook is not None:  # which may name tokens that only the target knows
                 missing = buffers.draft_logits.shape[2] - vocab
                 logits = torch.nn.functional.pad(logits[:, :, :vocab], (0, missing), value=-torch.inf)
-                logits, vocab = self.logits_hook(level, logits, buffers), vocab + missing
+                hooked, vocab = self.logits_hook(level, logits, buffers), vocab + missing
+                # A row of nothing that the draft knows is left as it was: any guess will do.
+                logits = torch.where(hooked.isneginf().all(-1, keepdim=True), logits.to(hooked.dtype), hooked)
             # drawn from the very numbers that are kept for the verification
             logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
             if level.step.first_node is not None:

@@ -102,9 +102,10 @@ def main() -> int:
                 print(f"== {name}: {text}: what is installed anyway", flush=True)
                 continue
             print(f"== {name}: {text}", flush=True)
-            arguments = pytest_arguments or list(TESTS.get(name, ()))
-            if options.quick and name not in TESTS:
-                arguments = pytest_arguments + list(QUICK)
+            chosen = TESTS.get(name, QUICK if options.quick else ())
+            if name in TESTS and any((ROOT / argument.split("::")[0]).exists() for argument in pytest_arguments):
+                chosen = ()  # others are named
+            arguments = [*pytest_arguments, *chosen]
             path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
             command = [sys.executable, str(ROOT / "python_tests" / "run.py"), "--no-lint", *arguments]
             result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import itertools
 import re
@@ -15,6 +16,7 @@ import pytest
 from support.bench_scripts import cli_page
 from support.examples import EXAMPLES
 
+from sequoia_kernels import TokenTree
 from sequoia_kernels.cli import command_parser
 
 REPOSITORY = EXAMPLES.parent
@@ -225,3 +227,83 @@ def test_the_page_on_transformers_names_every_setting() -> None:
     text = TRANSFORMERS.read_text(encoding="utf-8")
     unsaid = {name for name in settings.KNOWN - settings._WITHOUT_EFFECT if f"`{name}`" not in text}
     assert unsaid == {"assistant_ensemble_weight"}  # of assisted generation with two models' mixed probabilities
+
+
+# ---- pages whose code speaks of models that are not here: the demo pair takes their place ----
+
+
+def demo_names(tmp_path: Path) -> dict[str, object]:
+    """What the pages take for granted: the demo pair and short prompts for it."""
+    demo = importlib.import_module("sequoia_kernels.demo")
+    pair = demo.load_demo_pair()
+    prompt = pair.tokenizer("def main(argv):\n    ", return_tensors="pt").input_ids
+    TokenTree([-1, 0, 0, 1]).save(tmp_path / "tree.json")
+    return {"target": pair.target, "draft": pair.draft, "input_ids": prompt, "prompt": prompt, "prompts": [prompt] * 2}
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = importlib.import_module("sequoia_kernels.demo").demo_pair_folder()
+    names: dict[str, object] = {}
+    blocks = code_blocks(REPOSITORY / "README.md")
+    assert len(blocks) == 2
+    for block in blocks:
+        for role in ("target", "draft"):
+            block = block.replace(f"path/or/id/of/{role}", str(folder / role))
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "The sequoia is" in printed and "tokens per forward of the target" in printed
+    assert names["tree"].num_nodes == 16  # type: ignore[attr-defined]
+
+
+def test_the_code_on_recorded_and_shaped_trees_runs(tmp_path: Path) -> None:
+    for page, imports in (
+        ("robustness.md", ""),
+        (
+            "planner.md",
+            "from sequoia_kernels import measure_profile, plan_tree\n"
+            "from sequoia_kernels.decoding import record_steps\n"
+            "profile = measure_profile(target, draft, context_lens=[32], quick=True)\n",
+        ),
+    ):
+        (block,) = code_blocks(REPOSITORY / "docs" / page)
+        names = demo_names(tmp_path)
+        exec(compile(imports + block, page, "exec"), names)
+        per_step = names["records"].tokens_per_step(TokenTree.chain(3), "sequoia")  # type: ignore[attr-defined]
+        assert 1 < per_step <= 3
+    assert names["plan"].rule == "traversal"  # type: ignore[attr-defined]
+
+
+def test_the_code_on_offloading_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = importlib.import_module("sequoia_kernels.demo").demo_pair_folder()
+    names = demo_names(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (block,) = code_blocks(REPOSITORY / "docs" / "offloading.md")
+    for there, here in (
+        ("meta-llama/Llama-2-7b-hf", str(folder / "draft")),
+        ("/models/Llama-2-70b-hf", str(folder / "target")),
+        ("torch.bfloat16", "torch.float32"),
+        ('"cuda"', '"cpu"'),
+    ):
+        assert there in block
+        block = block.replace(there, here)
+    exec(compile(block, "offloading.md", "exec"), names)
+    assert names["output"].stats.tokens_per_step > 1  # type: ignore[attr-defined]
+
+
+def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
+    """With a stand-in for the adapters themselves, which python_tests/models/test_peft.py has."""
+    names = demo_names(tmp_path)
+    calls: list[str] = []
+    model = names["model"] = names["target"]
+    model.set_adapter = calls.append  # type: ignore[attr-defined]
+    model.disable_adapter = contextlib.nullcontext  # type: ignore[attr-defined]
+    (block,) = code_blocks(REPOSITORY / "docs" / "models.md")
+    exec(compile(block, "models.md", "exec"), names)
+    assert calls == ["contracts", "poems"]
+    assert names["first"].new_tokens == names["third"].new_tokens  # type: ignore[attr-defined]
+
+
+def test_no_page_has_code_that_does_not_run() -> None:
+    run = {"README.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md", "planner.md",
+           "robustness.md", "transformers.md"}  # fmt: skip
+    assert {page.name for page in PAGES if code_blocks(page)} == run

@@ -256,3 +256,41 @@ def test_greedy_text_is_that_of_xgrammars_own_processor():
         json.loads(output.texts(pair.tokenizer)[0])
     with pytest.raises(ValueError, match="a grammar's matcher goes into a GrammarHook"):
         generate(pair.target, pair.draft, **inputs, tree=TREE, logits_processor=[LogitsProcessor(compiled)])
+
+
+def test_sampled_text_of_a_grammar_of_xgrammar_is_that_of_masked_logits():
+    xgr = xgrammar()
+    info = xgr.TokenizerInfo(["a", "b", "ab", "ba", "(", "</s>"], vocab_size=VOCAB, stop_token_ids=[END])
+    compiled = xgr.GrammarCompiler(info).compile_grammar('root ::= "(" [ab] [ab]? [a]? | [a]+ "b"')
+    target, draft = pair()
+    prompt, num_samples, length = torch.tensor([2, 1, 4]), 4000, 4
+
+    def allowed(matcher) -> torch.Tensor:
+        mask = torch.zeros(1, 1, dtype=torch.int32)
+        matcher.fill_next_token_bitmask(mask)
+        return (mask[0, 0] >> torch.arange(VOCAB, dtype=torch.int32) & 1).bool()
+
+    joint = torch.zeros([VOCAB] * length, dtype=torch.float64)
+    for path in itertools.product(range(VOCAB), repeat=length):
+        matcher, probability = xgr.GrammarMatcher(compiled), 1.0
+        for depth, token in enumerate(path):
+            if matcher.is_terminated():
+                probability *= token == END
+                continue
+            with torch.inference_mode():
+                ids = torch.cat((prompt, torch.tensor(path[:depth], dtype=torch.int64)))
+                logits = target(input_ids=ids[None]).logits[0, -1].double()
+            probability *= float(logits.masked_fill(~allowed(matcher), -torch.inf).softmax(-1)[token])
+            if not probability or not matcher.accept_token(token):
+                break
+        joint[path] = probability
+    assert abs(float(joint.sum()) - 1) < 1e-9
+    assert int((joint > 0).sum()) > 8
+    output = generate(
+        target, draft, prompt.repeat(num_samples, 1), tree=TREE, max_new_tokens=length, temperature=1.0,
+        seed=range(num_samples), eos_token_id=END, pad_token_id=END,
+        logits_hook=GrammarHook([xgr.GrammarMatcher(compiled) for _ in range(num_samples)]),
+    )  # fmt: skip
+    rows = torch.full((num_samples, length), END)
+    rows[:, : output.sequences.shape[1] - 3] = output.sequences[:, 3:]
+    assert p_value(sequence_counts(rows, VOCAB), joint) > 1e-4

@@ -35,7 +35,7 @@ from sequoia_kernels.tree import ShapedTree, TokenTree
 
 DEFAULT_NEW_TOKENS = 128  # where nothing says how many
 # From here on a target's forward on a CPU is taken for most of a step. An estimate: processing the draft's logits costs
-# some 3 ms a step; on the demo pair (9.4 M, 4 ms a forward) it loses 14 to 31 % of the speed for 0 to 25 % more tokens.
+# some 3 ms a step; on the demo pair (5 M) it lost 14 to 31 % of the speed for 0 to 25 % more tokens a step.
 SLOW_PARAMETERS = 100_000_000
 
 

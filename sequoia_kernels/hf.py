@@ -17,12 +17,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, logits_process, s
 
 from sequoia_kernels.decoding import GenerateOutput, GenerateStats
 from sequoia_kernels.decoding.arguments import GenerationArguments, check_arguments
-from sequoia_kernels.decoding.generation import run_generation, with_processor_hook
+from sequoia_kernels.decoding.generation import run_generation, tree_of, with_processor_hook
+from sequoia_kernels.decoding.loop import on_target_device
 from sequoia_kernels.decoding.processors import check_processors
 from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.drafts import DraftSource, draft_source
-from sequoia_kernels.models import TreeModel, adapt
-from sequoia_kernels.planner import read_tree
+from sequoia_kernels.models import TreeModel, adapt, described_once
 
 __all__ = ["TreeDecoderOnlyOutput", "custom_generate"]
 
@@ -148,23 +148,28 @@ class CustomGenerate:
             raise ValueError(f"{WHERE}: synced_gpus must be False: ranks of a sharded model do not decide alike here")
         config = GenerationSettings(model, generation_config).config  # refuses what trees cannot honour
         _check_model_kwargs(model_kwargs, input_ids)
-        if (isinstance(tree, str) and tree not in ("auto", "adaptive")) or hasattr(tree, "__fspath__"):
-            tree = read_tree(tree)
-        with torch.inference_mode():
-            target = adapt(model)
-            source = draft if draft is not None else assistant_model
-            source = None if source is None else draft_source(source)
-            arguments = _arguments(
-                target, source, input_ids, model_kwargs.get("attention_mask"), config, logits_processor,
-                stopping_criteria, token_streamer or streamer, _pad_token_id(generation_config),
-                tree=tree, acceptance=acceptance, profile=profile, rule=rule, logits_hook=logits_hook, seed=seed,
-                backend=backend, cuda_graphs=cuda_graphs,
-            )  # fmt: skip
-        output = run_generation(target, source, arguments, tree, acceptance=acceptance, profile=profile)
+        output = _generate(
+            model, draft if draft is not None else assistant_model, tree=tree_of(tree), acceptance=acceptance,
+            profile=profile, input_ids=input_ids, attention_mask=model_kwargs.get("attention_mask"), config=config,
+            processors=logits_processor, criteria=stopping_criteria, streamer=token_streamer or streamer,
+            pad_token_id=_pad_token_id(generation_config), seed=seed, rule=rule, logits_hook=logits_hook,
+            backend=backend, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
         return _as_transformers_returns(output, config)
 
 
 custom_generate = CustomGenerate()
+
+
+@on_target_device
+@described_once()
+def _generate(model: Any, draft: Any, *, tree: Any, acceptance: Any, profile: Any, **given: Any) -> GenerateOutput:
+    """Do what `sequoia_kernels.generate` does, with what transformers has prepared; the rest as in `_arguments`."""
+    with torch.inference_mode():
+        target = adapt(model)
+        source = None if draft is None else draft_source(draft)
+        arguments = _arguments(target, source, tree=tree, acceptance=acceptance, profile=profile, **given)
+    return run_generation(target, source, arguments, tree, acceptance=acceptance, profile=profile)
 
 
 class _WithoutPrompt:
@@ -205,8 +210,8 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], input_ids: torch.Tensor) -
 
 
 def _arguments(
-    target: TreeModel, draft: DraftSource | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None,
-    config: Any, processors: Sequence[Any], criteria: Sequence[Any], streamer: Any | None, pad_token_id: int | None, *,
+    target: TreeModel, draft: DraftSource | None, *, input_ids: torch.Tensor, attention_mask: torch.Tensor | None,
+    config: Any, processors: Sequence[Any], criteria: Sequence[Any], streamer: Any | None, pad_token_id: int | None,
     seed: Any, **options: Any,
 ) -> GenerationArguments:  # fmt: skip
     """Turn what transformers has prepared into arguments of the loop."""

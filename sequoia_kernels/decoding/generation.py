@@ -174,8 +174,8 @@ def generate(
         logits_hook: changes the target's logits before tokens are decided from them (`LogitsHook`): own penalties,
             grammars (`GrammarHook`). The target's part of a step is then not captured.
         logits_processor: transformers' logits processors, or what is called as they are, with (input_ids, scores). Each
-            node of a tree has the tokens before it as input_ids, so they must depend on nothing else; the draft's
-            logits go through them as well, which changes speed only. Steps are not captured then.
+            node of a tree has the tokens before it as input_ids, so they must depend on nothing else. Where it pays,
+            and for processors of one's own, the draft's logits go through them as well. Steps are not captured then.
         stopping_criteria: transformers' stopping criteria; each request is asked about by itself, [1, length].
         prefix_allowed_tokens_fn: as in transformers: from a request's index and its tokens to those allowed next.
         generation_config: transformers' `GenerationConfig`; what it leaves open, the target's own says.
@@ -222,8 +222,7 @@ def generate(
         8
     """
     started = time.perf_counter()
-    if isinstance(tree, os.PathLike) or (isinstance(tree, str) and tree not in WORDS and os.path.isfile(tree)):
-        tree = read_tree(tree)
+    tree = tree_of(tree)
     with torch.inference_mode():
         target = adapt(target, compile=compile)
         draft = draft_source(draft, compile=compile) if draft is not None else None
@@ -253,6 +252,12 @@ def generate(
         arguments = dataclasses.replace(arguments, keeps=keeps, deadline=deadline)
         arguments = _with_processors(target, arguments, chosen, logits_processor, prefix_allowed_tokens_fn)
     return run_generation(target, draft, arguments, tree, acceptance=acceptance, profile=profile, started=started)
+
+
+def tree_of(tree: Any) -> Any:
+    """Read a tree that is given by its path; give any other as it is."""
+    is_path = isinstance(tree, os.PathLike) or (isinstance(tree, str) and tree not in WORDS and os.path.isfile(tree))
+    return read_tree(tree) if is_path else tree
 
 
 def run_generation(

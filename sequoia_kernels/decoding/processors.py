@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,17 +36,18 @@ REFUSED = {
 }
 
 
-def _classes(names: Sequence[str]) -> tuple[type, ...]:
-    """Classes of the installed transformers; the oldest supported one may lack some."""
+@functools.cache
+def _row_wise_classes() -> frozenset[type]:
+    """Those of the installed transformers; the oldest supported one may lack some."""
     logits_process = transformers.generation.logits_process
-    return tuple(getattr(logits_process, name) for name in names if hasattr(logits_process, name))
+    return frozenset(getattr(logits_process, name) for name in ROW_WISE if hasattr(logits_process, name))
 
 
 def takes_any_rows(processor: Any) -> bool:
     """Tell whether a processor may be given rows that are not the requests of the batch, one by one."""
     if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):  # one entry a request
         return False
-    return type(processor) in _classes(ROW_WISE)
+    return type(processor) in _row_wise_classes()
 
 
 def check_processors(processors: Any) -> list[Processor]:

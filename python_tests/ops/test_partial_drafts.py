@@ -1,4 +1,4 @@
-"""verify_tree for drafts of a smaller vocabulary and for children that are certain: exact, and alike in all backends."""
+"""verify_tree for drafts of a smaller vocabulary and children that are certain: exact, and alike in all backends."""
 
 from __future__ import annotations
 

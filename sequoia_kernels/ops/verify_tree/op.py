@@ -263,9 +263,7 @@ def check(inputs: VerifyTreeInputs) -> None:
             checks.fail_range(OP, "draft_logits", rule, checks.shape_text(draft_logits.shape) + fix)
         checks.check_device(OP, "draft_logits", draft_logits, device)
     elif num_nodes > 1 and inputs.certain is None:
-        raise TypeError(
-            f"{OP}: draft_logits must be a tensor for a tree of {num_nodes} nodes that are not certain, got None"
-        )
+        raise TypeError(f"{OP}: draft_logits must be a tensor for a tree of {num_nodes} nodes, got None")
     if inputs.target_to_draft is not None:
         checks.check_dtype(OP, "draft_to_target", inputs.target_to_draft, torch.int32)
         checks.check_shape(OP, "draft_to_target's inverse", inputs.target_to_draft, (vocab,), "vocab")

@@ -1,8 +1,10 @@
 """Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
 
 from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.given import draft_source
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
-from sequoia_kernels.drafts.model import ModelDraft, draft_source
+from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
+from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 
@@ -11,6 +13,8 @@ __all__ = [
     "DraftLevel",
     "DraftSource",
     "Drafting",
+    "LookupDraft",
+    "LookupDrafting",
     "ModelDraft",
     "StageClock",
     "StepTree",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 import sequoia_kernels._host as _host
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.drafts import LookupDrafting, StepTree
@@ -76,7 +74,7 @@ class LookupSteps:
         if tree is not None:
             self.evidence.note(match, proposed, tokens)
             if isinstance(tree, LookupTree):
-                self.num_copied += int(np.isin(path, tree.path).sum())
+                self.num_copied += sum(node in tree.path for node in path)
             elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
                 self._seen[0] += len(tokens)
                 self._seen[1] += 1

@@ -12,10 +12,11 @@ compared with those that were emitted, so that the table learns without proposal
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
-
-import numpy as np
 
 from sequoia_kernels.planner.candidates import PlanCandidate
 from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
@@ -33,15 +34,16 @@ PRIOR_CHANCES = (0.3, 0.45, 0.55, 0.65, 0.75, 0.8, 0.85)
 PRIOR_WEIGHT = 4.0
 BASE_WEIGHT = 8.0  # steps that the expected tokens of the draft's own tree count as
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_BIN_OF = np.searchsorted(BIN_STARTS, np.arange(MOST_MATCH + LENGTHS[-1] + 1), side="right") - 1
+_BIN_OF = [bisect_right(BIN_STARTS, agreed) - 1 for agreed in range(MOST_MATCH + LENGTHS[-1] + 1)]
 
 
 class LookupEvidence:
     """How often a proposed token was right, by how many tokens before it agreed."""
 
     def __init__(self) -> None:
-        self.tried = np.full(len(BIN_STARTS), PRIOR_WEIGHT)
-        self.right = np.array(PRIOR_CHANCES) * PRIOR_WEIGHT
+        self.tried = [PRIOR_WEIGHT] * len(BIN_STARTS)
+        self.right = [chance * PRIOR_WEIGHT for chance in PRIOR_CHANCES]
+        self._chances = self._by_agreement()
 
     def note(self, match: int, proposed: Sequence[int], emitted: Sequence[int]) -> None:
         """Compare a proposal with the tokens that were emitted behind the text it was made for.
@@ -51,17 +53,21 @@ class LookupEvidence:
             proposed: the proposal.
             emitted: what came.
         """
-        for place, (one, other) in enumerate(zip(proposed, emitted, strict=False)):
-            bin_index = _BIN_OF[min(match + place, len(_BIN_OF) - 1)]
+        for place, (one, other) in enumerate(zip(proposed, emitted, strict=False), match):
+            bin_index = _BIN_OF[min(place, len(_BIN_OF) - 1)]
             self.tried[bin_index] += 1
             self.right[bin_index] += one == other
             if one != other:
                 break
+        self._chances = self._by_agreement()
 
-    def reach(self, match: int, length: int) -> np.ndarray:
-        """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length] float64."""
-        places = np.minimum(match + np.arange(length), len(_BIN_OF) - 1)
-        return np.cumprod((self.right / self.tried)[_BIN_OF[places]])
+    def reach(self, match: int, length: int) -> list[float]:
+        """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length]."""
+        return list(accumulate(self._chances[match : match + length], mul))
+
+    def _by_agreement(self) -> list[float]:
+        chances = [right / tried for right, tried in zip(self.right, self.tried, strict=True)]
+        return [chances[index] for index in _BIN_OF]
 
 
 class LookupPick(NamedTuple):
@@ -86,19 +92,26 @@ def lookup_trees(max_nodes: int, siblings: Sequence[int]) -> list[LookupTree]:
     return [LookupTree(length, count) for length, count in shapes if 1 + length * (1 + count) <= max_nodes]
 
 
-def lookup_value(tree: LookupTree, reach: np.ndarray, sibling_chance: float) -> float:
-    """Give the expected tokens of a step with a tree, for the chances of its path that `LookupEvidence.reach` gives."""
-    reached = np.concatenate(([1.0], reach[: tree.length]))
-    value = float(reached.sum())
-    if tree.siblings:
-        rejected = float((reached[:-1] - reached[1:]).sum())
-        value += rejected * (1 - (1 - sibling_chance) ** tree.siblings)
-    return value
+def lookup_value(tree: LookupTree, reach: Sequence[float], sibling_chance: float) -> float:
+    """Give the expected tokens of a step with a tree.
+
+    Args:
+        tree: the tree.
+        reach: as `LookupEvidence.reach` gives it, for as many nodes as are proposed.
+        sibling_chance: that a drawn child is accepted where the proposed one was not.
+    """
+    through = reach[tree.length - 1] if tree.length <= len(reach) else 0.0  # what is not proposed is not accepted
+    return 1.0 + sum(reach[: tree.length]) + (1.0 - through) * _saved(tree, sibling_chance)
+
+
+def _saved(tree: LookupTree, sibling_chance: float) -> float:
+    """The chance that a sibling is accepted where the path ends early."""
+    return 1.0 - (1.0 - sibling_chance) ** tree.siblings
 
 
 def fastest_lookup(
     trees: Sequence[LookupTree],
-    reaches: Sequence[np.ndarray | None],
+    reaches: Sequence[Sequence[float] | None],
     step_ms: Mapping[LookupTree, float],
     sibling_chance: float,
 ) -> LookupPick | None:
@@ -110,19 +123,25 @@ def fastest_lookup(
         step_ms: milliseconds of a step with each.
         sibling_chance: that a drawn child is accepted where the proposed one was not.
     """
-    nothing = np.zeros(0)
-    best = None
-    for tree in trees:
-        value = 0.0
-        for reach in reaches:
-            own = nothing if reach is None else reach[: tree.length]
-            padded = np.zeros(tree.length)
-            padded[: len(own)] = own
-            value += lookup_value(tree, padded, sibling_chance)
-        speed = value / step_ms[tree]
-        if best is None or speed > best.speed:
-            best = LookupPick(tree, speed)
-    return best
+    if not trees:
+        return None
+    longest = max(tree.length for tree in trees)
+    through, below = [0.0] * (longest + 1), [0.0] * (longest + 1)  # of all requests: chance and tokens, by length
+    for reach in reaches:
+        accepted = 0.0
+        for length, chance in enumerate(() if reach is None else reach[:longest], 1):
+            accepted += chance
+            through[length] += chance
+            below[length] += accepted
+        for length in range(1 if reach is None else len(reach) + 1, longest + 1):
+            below[length] += accepted
+    count = len(reaches)
+    speeds = [
+        (count + below[tree.length] + (count - through[tree.length]) * _saved(tree, sibling_chance)) / step_ms[tree]
+        for tree in trees
+    ]
+    best = max(range(len(trees)), key=speeds.__getitem__)
+    return LookupPick(trees[best], speeds[best])
 
 
 class LookupCosts:

@@ -23,7 +23,7 @@ from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
 from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, LookupTree, TokenTree
 
 __all__ = [
-    "LEAST_MATCH", "MOST_MATCH", "LookupCosts", "LookupEvidence", "LookupPick", "fastest_lookup", "lookup_trees",
+    "LEAST_MATCH", "MOST_MATCH", "LookupCosts", "LookupEvidence", "LookupPick", "lookup_trees",
     "lookup_value",
 ]  # fmt: skip
 
@@ -109,41 +109,6 @@ def _saved(tree: LookupTree, sibling_chance: float) -> float:
     return 1.0 - (1.0 - sibling_chance) ** tree.siblings
 
 
-def fastest_lookup(
-    trees: Sequence[LookupTree],
-    reaches: Sequence[Sequence[float] | None],
-    step_ms: Mapping[LookupTree, float],
-    sibling_chance: float,
-) -> LookupPick | None:
-    """Choose the tree with the most expected tokens a millisecond over all requests; None without any trees.
-
-    Args:
-        trees: to choose among.
-        reaches: of each request that still decodes, for as many nodes as its proposal has; None without a proposal.
-        step_ms: milliseconds of a step with each.
-        sibling_chance: that a drawn child is accepted where the proposed one was not.
-    """
-    if not trees:
-        return None
-    longest = max(tree.length for tree in trees)
-    through, below = [0.0] * (longest + 1), [0.0] * (longest + 1)  # of all requests: chance and tokens, by length
-    for reach in reaches:
-        accepted = 0.0
-        for length, chance in enumerate(() if reach is None else reach[:longest], 1):
-            accepted += chance
-            through[length] += chance
-            below[length] += accepted
-        for length in range(1 if reach is None else len(reach) + 1, longest + 1):
-            below[length] += accepted
-    count = len(reaches)
-    speeds = [
-        (count + below[tree.length] + (count - through[tree.length]) * _saved(tree, sibling_chance)) / step_ms[tree]
-        for tree in trees
-    ]
-    best = max(range(len(trees)), key=speeds.__getitem__)
-    return LookupPick(trees[best], speeds[best])
-
-
 class LookupCosts:
     """What steps with lookup trees, and the steps beside them, take.
 
@@ -163,8 +128,34 @@ class LookupCosts:
         base_tokens: Mapping[TokenTree, float],
         sibling_chance: float,
     ) -> None:
-        self.trees, self.step_ms, self.base_ms, self.base_tokens = tuple(trees), step_ms, base_ms, base_tokens
-        self.sibling_chance = sibling_chance
+        self.trees, self.base_ms, self.base_tokens = tuple(trees), base_ms, base_tokens
+        self.longest = max((tree.length for tree in trees), default=0)
+        self._rows = [(tree.length, _saved(tree, sibling_chance), 1.0 / step_ms[tree]) for tree in trees]
+
+    def fastest(self, reaches: Sequence[Sequence[float] | None]) -> LookupPick | None:
+        """Choose the lookup tree with the most expected tokens a millisecond; None where there is none.
+
+        Args:
+            reaches: of each request that still decodes, for as many nodes as its proposal has; None without a proposal.
+        """
+        longest, count = self.longest, len(reaches)
+        if longest == 0:
+            return None
+        through, below = [0.0] * (longest + 1), [0.0] * (longest + 1)  # of all requests: chance and tokens, by length
+        for reach in reaches:
+            accepted = 0.0
+            known = 0 if reach is None else min(len(reach), longest)
+            for length in range(1, known + 1):
+                accepted += reach[length - 1]  # type: ignore[index]
+                through[length] += reach[length - 1]  # type: ignore[index]
+                below[length] += accepted
+            for length in range(known + 1, longest + 1):
+                below[length] += accepted
+        speeds = [
+            (count + below[length] + (count - through[length]) * saved) * rate for length, saved, rate in self._rows
+        ]
+        best = max(range(len(speeds)), key=speeds.__getitem__)
+        return LookupPick(self.trees[best], speeds[best])
 
     @classmethod
     def alike(cls, base: Sequence[TokenTree], max_nodes: int, siblings: Sequence[int]) -> LookupCosts:
@@ -188,8 +179,9 @@ class LookupCosts:
         """
         times = costs.at_context(context_len)
         reads = any(siblings)
-        most = costs.max_nodes if not reads else min(costs.max_nodes, costs.max_draft_rows - ROOT_ROWS)
-        trees = lookup_trees(most, siblings)
+        trees = lookup_trees(costs.max_nodes, siblings)
+        if reads:
+            trees = [tree for tree in trees if tree.length + ROOT_ROWS <= costs.max_draft_rows]
         step_ms = {}
         for tree in trees:
             nodes = tree.num_nodes

@@ -35,6 +35,7 @@ PRIOR_WEIGHT = 4.0
 BASE_WEIGHT = 8.0  # steps that the expected tokens of the draft's own tree count as
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _BIN_OF = [bisect_right(BIN_STARTS, agreed) - 1 for agreed in range(MOST_MATCH + LENGTHS[-1] + 1)]
+_BIN_WIDTHS = [_BIN_OF.count(index) for index in range(len(BIN_STARTS))]
 
 
 class LookupEvidence:
@@ -66,8 +67,10 @@ class LookupEvidence:
         return list(accumulate(self._chances[match : match + length], mul))
 
     def _by_agreement(self) -> list[float]:
-        chances = [right / tried for right, tried in zip(self.right, self.tried, strict=True)]
-        return [chances[index] for index in _BIN_OF]
+        chances: list[float] = []
+        for right, tried, width in zip(self.right, self.tried, _BIN_WIDTHS, strict=True):
+            chances += [right / tried] * width
+        return chances
 
 
 class LookupPick(NamedTuple):

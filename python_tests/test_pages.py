@@ -205,6 +205,19 @@ def test_the_code_on_choosing_a_tree_runs(capsys: pytest.CaptureFixture[str]) ->
     assert printed.count("tokens per step") >= 5 and printed.count(" tokens/s\n") == 2
 
 
+# ---- docs/choosing_a_draft.md ----
+
+
+def test_the_code_on_choosing_a_draft_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, as a reader would paste it."""
+    page = REPOSITORY / "docs" / "choosing_a_draft.md"
+    names: dict[str, object] = {}
+    for block in code_blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+    copied = re.search(r"(\d+) of \d+ steps copied (\d+) tokens", capsys.readouterr().out)
+    assert copied and int(copied[1]) > 0 and int(copied[2]) > 0
+
+
 # ---- docs/transformers.md ----
 
 TRANSFORMERS = REPOSITORY / "docs" / "transformers.md"
@@ -304,6 +317,6 @@ def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
 
 
 def test_no_page_has_code_that_does_not_run() -> None:
-    run = {"README.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md", "planner.md",
+    run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md", "planner.md",
            "robustness.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run

@@ -159,8 +159,6 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
         return "takes float32, bfloat16 and float16"
     if inputs.tokens.shape[0] > 65535:
         return "takes up to 65535 requests"
-    if inputs.target_to_draft is not None or inputs.certain is not None:
-        return "takes drafts of the target's vocabulary, whose children were drawn"
     return rule_reason(inputs, ("sequoia", "traversal")) or triton_device.device_reason(inputs.tokens.device)
 
 
@@ -174,8 +172,9 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
         top_k = top_p = None  # they leave a single token; find_cut takes two and more
     if config is None:
         config = _launch_config(batch_size, num_nodes, vocab, triton_device.device_traits(tokens.device))
+    draft = _draft_form(inputs)
     if draft_logits is None:
-        draft_logits = target_logits  # of one node, a leaf: not read
+        draft_logits = target_logits  # not read
     first_child, num_children = inputs.first_child.contiguous(), inputs.num_children.contiguous()
     inputs = inputs._replace(draft_logits=draft_logits, first_child=first_child, num_children=num_children)
 
@@ -211,12 +210,15 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
     }
     with triton_device.launching_on(tokens.device):
         node_chunks_kernel[(num_chunks, num_nodes, batch_size)](
-            tokens, target_logits, draft_logits, first_child, num_children, temperature,
+            tokens, target_logits, draft_logits, draft.target_to_draft, first_child, num_children, draft.certain,
+            temperature,
             target_peaks, target_masses, target_lowest, draft_peaks, draft_masses, best_tokens,
             child_target, child_draft, is_drawn, decisions, next_ranks,
-            vocab, num_nodes, num_chunks,
-            *row_strides,
+            vocab, draft.vocab, num_nodes, num_chunks,
+            *row_strides, *draft.certain_strides,
             WARPED=is_warped,
+            HAS_CERTAIN=draft.certain is not None,
+            **draft.row_flags,
             BLOCK_CHILDREN=blocks["BLOCK_CHILDREN"],
             CHUNK=config.chunk,
             num_warps=config.chunk_warps,
@@ -239,16 +241,18 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
             )  # fmt: skip
         if max_branching > 0:  # else there is only the root
             decide = _traverse if rule == "traversal" else _decide_nodes
-            decide(inputs, config, buffers, row_strides, blocks, is_warped)
+            decide(inputs, config, draft, buffers, row_strides, blocks, is_warped)
         draw_kernel[(num_chunks, batch_size)](
-            tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
+            tokens, target_logits, draft_logits, draft.target_to_draft, first_child, num_children, temperature,
+            seeds, offsets,
             target_peaks, target_masses, warped, draft_peaks, draft_masses, child_draft, is_drawn, decisions,
             last_ratio,
             nodes, num_accepted, keys, key_tokens,
-            vocab, num_nodes, num_levels, num_chunks,
+            vocab, draft.vocab, num_nodes, num_levels, num_chunks,
             *row_strides, _stride(seeds), _stride(offsets),
             _stride(nodes), _stride(nodes, 1), _stride(num_accepted),
             WARPED=is_warped,
+            **draft.row_flags,
             BLOCK_LEVELS=triton.next_power_of_2(num_levels),
             CHUNK=config.chunk,
             **blocks,
@@ -265,6 +269,48 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
             num_warps=1,
             enable_fp_fusion=True,
         )  # fmt: skip
+
+
+class _DraftForm(NamedTuple):
+    """What a call's children come from, as the kernels take it.
+
+    What a call does not have is None here: Triton drops such an argument, and compiles the kernel without it.
+    """
+
+    target_to_draft: Tensor | None
+    vocab: int | None
+    """width of the draft's rows, where that is not the target's"""
+    certain: Tensor | None
+    certain_strides: tuple[int, int] | tuple[None, None]
+    """from request to request and from node to node"""
+    row_flags: dict[str, bool]
+    """how a row of the draft is read"""
+
+
+def _draft_form(inputs: VerifyTreeInputs) -> _DraftForm:
+    draft_logits, target_to_draft, certain = inputs.draft_logits, inputs.target_to_draft, inputs.certain
+    if inputs.max_branching == 0:
+        target_to_draft = certain = None  # only a root, whose row is not read: one variant serves all forms
+    elif draft_logits is None:
+        target_to_draft = None
+    flags = {
+        "HAS_DRAFT": draft_logits is not None or inputs.max_branching == 0,
+        "HAS_MAP": target_to_draft is not None,
+    }
+    if target_to_draft is not None:
+        target_to_draft = target_to_draft.contiguous()
+    if certain is None:
+        strides: tuple[int, int] | tuple[None, None] = (None, None)
+    else:
+        certain = certain.expand(inputs.tokens.shape)
+        strides = _stride(certain), _stride(certain, 1)
+    return _DraftForm(
+        target_to_draft,
+        None if target_to_draft is None or draft_logits is None else draft_logits.shape[2],
+        certain,
+        strides,
+        flags,
+    )
 
 
 class _NodeBuffers(NamedTuple):
@@ -287,6 +333,7 @@ class _NodeBuffers(NamedTuple):
 def _decide_nodes(
     inputs: VerifyTreeInputs,
     config: LaunchConfig,
+    draft: _DraftForm,
     buffers: _NodeBuffers,
     row_strides: tuple[int, ...],
     blocks: dict[str, int],
@@ -300,12 +347,15 @@ def _decide_nodes(
     for rank in range(min(inputs.max_branching, config.rank_launches + 1)):
         is_rest = rank == config.rank_launches
         decide_kernel[(1 if is_rest else num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
-            *inputs[:5], inputs.temperature, inputs.seeds, inputs.offsets,
+            *inputs[:3], draft.target_to_draft, *inputs[3:5], draft.certain,
+            inputs.temperature, inputs.seeds, inputs.offsets,
             *buffers[:9], buffers.next_ranks, log_ratio, sums,
             buffers.decisions, buffers.last_ratio,
-            vocab, num_nodes, num_chunks, rank,
-            *row_strides, _stride(inputs.seeds), _stride(inputs.offsets),
+            vocab, draft.vocab, num_nodes, num_chunks, rank,
+            *row_strides, _stride(inputs.seeds), _stride(inputs.offsets), *draft.certain_strides,
             WARPED=is_warped,
+            HAS_CERTAIN=draft.certain is not None,
+            **draft.row_flags,
             FIRST=rank == 0,
             REST=is_rest,
             BLOCK_NODES=triton.next_power_of_2(num_nodes),
@@ -320,6 +370,7 @@ def _decide_nodes(
 def _traverse(
     inputs: VerifyTreeInputs,
     config: LaunchConfig,
+    draft: _DraftForm,
     buffers: _NodeBuffers,
     row_strides: tuple[int, ...],
     blocks: dict[str, int],
@@ -354,11 +405,14 @@ def _traverse(
     for wave, num_children in enumerate(launches):
         is_rest = num_children == _REST
         try_children_kernel[(1, 1, batch_size) if is_rest else (num_chunks, num_children, batch_size)](
-            *inputs[:3], *topology, inputs.temperature, inputs.seeds, inputs.offsets,
+            *inputs[:3], draft.target_to_draft, *topology, draft.certain,
+            inputs.temperature, inputs.seeds, inputs.offsets,
             parents, waves, numbers, buffers.child_target, buffers.child_draft,
             buffers.is_drawn, chances, states, sums,
-            vocab, num_nodes, num_chunks, wave,
-            *row_strides, *stream_strides,
+            vocab, draft.vocab, num_nodes, num_chunks, wave,
+            *row_strides, *stream_strides, *draft.certain_strides,
+            HAS_CERTAIN=draft.certain is not None,
+            **draft.row_flags,
             REST=is_rest,
             BLOCK_NODES=block_nodes,
             CHUNK=config.row_tile if is_rest else config.chunk,

@@ -11,6 +11,14 @@ Computes
     node; the children still left are added one by one. Likewise D is the mass outside the children, taken once, plus
     the children left: no difference of nearly equal sums occurs, and g and D are kept as logarithms, so that a draft
     whose first token holds all mass that float32 can see is no special case.
+    A certain child x is proposed with all mass: it is accepted where its coin is below its residual. A rejection leaves
+    max(residual - [is x], 0), which is the residual without x: x joins S, g stays, f = F(g) without it and D without
+    d(x) follow. So what a child is says only whether g moves. Without a draft, d is 0 and all children that were not
+    certain are no draws.
+    A draft of a smaller vocabulary has d(x) at the place of x in its row, and 0 where it has none: wherever a row is
+    read, `target_to_draft` is read first.
+    A token that several children have is one child's: of the first that can be a draw, since it is certain or the draft
+    has a logit for it. The others are passed over.
 
 Parallel plan: what one program owns
     1. `node_chunks_kernel`, a program for each node with children, chunk of the vocabulary and request: peak and mass
@@ -34,7 +42,10 @@ Parallel plan: what one program owns
 Memory: bytes read and written
     Target and draft rows of nodes with children once from memory, and once more from L2 for each rejection after which
     there is another child; leaves' rows are not read, but for the one that a path ends in (all target rows with top-k
-    or top-p). Writes 24 bytes a chunk and node, nothing of vocabulary size. Floor (both tensors once, bf16, 4.3 TB/s):
+    or top-p). Writes 24 bytes a chunk and node, nothing of vocabulary size. With a map, each read of a draft row is one
+    of 4 bytes a token of the target's vocabulary (the same for all nodes, so from L2: 513 kB of 128256 tokens) and a
+    gather of the row, whose neighbours are read together where the map rises; certain children take a byte each.
+    Without a draft no row of it is read. Floor (both tensors once, bf16, 4.3 TB/s):
     64 x 128256 7.6 us, 128 x 128256 15.3 us.
     Estimate for a tree of 64 nodes, 30 of them with children, 8 at most: 16 MB of first reads 5 us, the first
     rejections 4 us, six further ranks at about 2 us, the draw 3.5 us, the end 2 us: 27 to 30 us in a CUDA graph, of
@@ -164,7 +175,7 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
 
 def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | None = None) -> None:
     """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
-    tokens, target_logits, draft_logits = inputs[:3]
+    tokens, target_logits = inputs[:2]
     num_levels, max_branching, temperature, seeds, offsets, top_k, top_p, rule = inputs[5:13]
     nodes, num_accepted, next_token = outputs
     batch_size, num_nodes, vocab = target_logits.shape
@@ -172,9 +183,10 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
         top_k = top_p = None  # they leave a single token; find_cut takes two and more
     if config is None:
         config = _launch_config(batch_size, num_nodes, vocab, triton_device.device_traits(tokens.device))
+    if max_branching == 0:  # only a root, behind which nothing was drafted: one variant of the kernels for all forms
+        inputs = inputs._replace(draft_logits=target_logits, target_to_draft=None, certain=None)
     draft = _draft_form(inputs)
-    if draft_logits is None:
-        draft_logits = target_logits  # not read
+    draft_logits = target_logits if inputs.draft_logits is None else inputs.draft_logits  # not read in place of None
     first_child, num_children = inputs.first_child.contiguous(), inputs.num_children.contiguous()
     inputs = inputs._replace(draft_logits=draft_logits, first_child=first_child, num_children=num_children)
 
@@ -272,45 +284,34 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
 
 
 class _DraftForm(NamedTuple):
-    """What a call's children come from, as the kernels take it.
+    """How a call's children were proposed, as the kernels take it.
 
-    What a call does not have is None here: Triton drops such an argument, and compiles the kernel without it.
+    Tensors and numbers that a call does not have are None: Triton compiles a kernel without such an argument.
     """
 
-    target_to_draft: Tensor | None
-    vocab: int | None
-    """width of the draft's rows, where that is not the target's"""
-    certain: Tensor | None
-    certain_strides: tuple[int, int] | tuple[None, None]
-    """from request to request and from node to node"""
     row_flags: dict[str, bool]
     """how a row of the draft is read"""
+    target_to_draft: Tensor | None
+    vocab: int | None
+    """width of the draft's rows, if they have a map"""
+    certain: Tensor | None
+    certain_strides: tuple[int | None, int | None]
+    """from request to request and from node to node"""
 
 
 def _draft_form(inputs: VerifyTreeInputs) -> _DraftForm:
     draft_logits, target_to_draft, certain = inputs.draft_logits, inputs.target_to_draft, inputs.certain
-    if inputs.max_branching == 0:
-        target_to_draft = certain = None  # only a root, whose row is not read: one variant serves all forms
-    elif draft_logits is None:
+    draft_vocab: int | None = None
+    if draft_logits is None:
         target_to_draft = None
-    flags = {
-        "HAS_DRAFT": draft_logits is not None or inputs.max_branching == 0,
-        "HAS_MAP": target_to_draft is not None,
-    }
-    if target_to_draft is not None:
-        target_to_draft = target_to_draft.contiguous()
-    if certain is None:
-        strides: tuple[int, int] | tuple[None, None] = (None, None)
-    else:
+    elif target_to_draft is not None:
+        target_to_draft, draft_vocab = target_to_draft.contiguous(), draft_logits.shape[2]
+    certain_strides: tuple[int | None, int | None] = (None, None)
+    if certain is not None:
         certain = certain.expand(inputs.tokens.shape)
-        strides = _stride(certain), _stride(certain, 1)
-    return _DraftForm(
-        target_to_draft,
-        None if target_to_draft is None or draft_logits is None else draft_logits.shape[2],
-        certain,
-        strides,
-        flags,
-    )
+        certain_strides = (_stride(certain), _stride(certain, 1))
+    flags = {"HAS_DRAFT": draft_logits is not None, "HAS_MAP": target_to_draft is not None}
+    return _DraftForm(flags, target_to_draft, draft_vocab, certain, certain_strides)
 
 
 class _NodeBuffers(NamedTuple):

@@ -8,6 +8,9 @@ Computes
     a child x enters with the chance min(1, p max(t(x) - g d(x), 0) / f / (d(x) / D)), and after it has failed
         g' = g + f / (p D),   f' = F(g') without x,   Z = p f' / f,   p' = Z / (Z + 1 - p).
     So the state of a node is (p, g, f), and one sum over the vocabulary takes it from child to child.
+    There draft_i is d / D, and g' comes from p residual - draft_i = (p / f) (t - g d) - d / D. The draft_i of a certain
+    child is 1 at x, which joins S, and 0 elsewhere: it enters with the chance min(1, p max(t(x) - g d(x), 0) / f), and
+    after it has failed g' = g, with f', Z and p' as above. Of either kind Z is p at most, and so is p'.
 
 Parallel plan: what one program owns
     Chances are no random numbers: a node's state after its i-th failure follows from its chance at entry and its
@@ -36,8 +39,8 @@ Parallel plan: what one program owns
     of every sum is fixed, there are no atomics, no waiting programs: results repeat bit for bit.
 
 Memory: bytes read and written
-    Both rows of a node once from memory, and once more from L2 for each of its children whose failure matters. Writes
-    24 bytes a chunk and node, and 76 bytes a node.
+    Both rows of a node once from memory, and once more from L2 for each of its children whose failure matters; maps and
+    flags as in triton_launch.py. Writes 24 bytes a chunk and node, and 76 bytes a node.
     Estimate for the tree of 64 nodes x 128256 on an H100, not timed on one: first reads 5 us, places 2 us, nine waves
     that do work at about 2.2 us and four launches that find none at 1.3 us, leaving and choosing 4 us, the draw 3.5 us,
     the end 2 us: about 42 us in a CUDA graph, 50 us for 128 nodes. A walk, one drop after the other, would take 63

@@ -1,6 +1,8 @@
 """Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
 
 from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.eagle3 import Eagle3Draft
+from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.model import ModelDraft, draft_source
 from sequoia_kernels.drafts.source import Drafting, DraftSource
@@ -8,14 +10,17 @@ from sequoia_kernels.drafts.state import DecodingState, request_seeds
 
 __all__ = [
     "DecodingState",
+    "DraftFolder",
     "DraftLevel",
     "DraftSource",
     "Drafting",
+    "Eagle3Draft",
     "ModelDraft",
     "StageClock",
     "StepTree",
     "TokenBuffers",
     "TreeLayout",
+    "draft_from_folder",
     "draft_source",
     "each_tree",
     "request_seeds",

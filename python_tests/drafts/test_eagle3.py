@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.chi_square import p_value, sequence_counts
 from support.eagle_heads import chain_logits, write_head
+from support.shaped_trees import steep_confidence
 from support.tiny_models import sequence_probabilities, tiny_llama
 
-from sequoia_kernels import TokenTree, adapt, generate
-from sequoia_kernels.drafts import Drafting, Eagle3Draft, draft_from_folder
+from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, measure_profile
+from sequoia_kernels.decoding.engine import GraphedSteps
+from sequoia_kernels.drafts import Drafting, Eagle3Draft, StageClock, draft_from_folder
 
 DATA = Path(__file__).parent / "data" / "eagle3"
 CASES = sorted(folder.name for folder in DATA.iterdir())
@@ -389,3 +392,144 @@ def test_a_head_says_what_it_is(target, tmp_path):
 def write_model(folder: Path) -> Path:
     tiny_llama(0, vocab_size=12).save_pretrained(folder)
     return folder
+
+
+# Trees and engines
+
+
+def test_trees_of_each_request_and_shaped_trees(tmp_path, monkeypatch):
+    model = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target)
+    prompts = torch.randint(12, (2, 6), generator=torch.Generator().manual_seed(1))
+    trees = (TokenTree([-1, 0, 0, 0, 1, 1, 2, 4]), TokenTree([-1, 0, 0, 0, 1, 3, 3, 5]))
+    levels = recorded(monkeypatch)
+    step, texts = begun(target, source, prompts.tolist())
+    shaped = ShapedTree((1, 2, 3, 2), steep_confidence())
+    checked = 0
+    for tree in (trees, shaped) * 6:
+        before = len(levels)
+        emitted = step.run(tree)
+        layout = step.prepare(tree)[0]
+        parents = layout.topology.parents.tolist()
+        shapes = [SimpleNamespace(parents=row) for row in parents]
+        for text, tokens, count in zip(texts, emitted.tokens.tolist(), emitted.num_tokens.tolist(), strict=True):
+            text += tokens[:count]
+        checked += check_levels(source, model, texts, levels[before:], shapes)
+    assert checked > 60
+
+
+def test_a_step_that_is_run_to_be_captured_leaves_the_head_as_it_was(tmp_path, monkeypatch, fake_cuda):
+    """The drafts behind a capture, which runs steps and takes them back, are those without one."""
+    model = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target)
+    levels = recorded(monkeypatch)
+    runs = []
+    for captures in (False, True):
+        step, _texts = begun(target, source, [[3, 1, 4, 1, 5], [2, 6]])
+        step.prepare(TREE)
+        if captures:
+            launched = lambda tree, step=step: fake_cuda.launch(None, lambda: step.run(tree))  # noqa: E731
+            GraphedSteps(launched, step.state).capture(TREE)
+        before = len(levels)
+        emitted = [step.run(TREE) for _ in range(3)]
+        runs.append((levels[before:], emitted))
+    assert len(levels) > len(runs[0][0]) + len(runs[1][0])  # the capture ran steps
+    for (_, tokens, logits, *_), (_, others, other_logits, *_) in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(tokens[:, 0], others[:, 0]) and torch.equal(logits, other_logits)
+    for mine, its in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.equal(mine.tokens, its.tokens)
+
+
+def test_a_batch_that_follows_another_begins_anew(tmp_path, monkeypatch):
+    """As in an engine that is kept: the source lets go in between, and another one of the same weights goes on."""
+    model = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target)
+    step, texts = begun(target, source, [[3, 1, 4, 1, 5]])
+    for _ in range(4):
+        step.run(TREE)
+    for tensor in step.drafting.cache.tensors():
+        tensor.fill_(torch.inf)  # of a batch whose numbers ran over
+    step.use(None, None, StageClock(enabled=False))
+    assert step.drafting.source is None
+    step.use(target, source, StageClock(enabled=False))
+    fresh, texts = begun(target, source, [[2, 7, 1, 8]])
+    step.restart(fresh.state)
+    state = step.state
+    for tensor in (state.cache_lens, state.offsets):
+        tensor.zero_()
+    levels = recorded(monkeypatch)
+    prompt = torch.tensor([[2, 7, 1, 8]])
+    first = step.prefill(prompt, torch.tensor([4], dtype=torch.int32))
+    text = [2, 7, 1, 8, *first.tokens[0].tolist()]
+    assert text == texts[0]
+    for _ in range(5):
+        emitted = step.run(TREE)
+        text += emitted.tokens[0, : int(emitted.num_tokens[0])].tolist()
+    assert check_levels(source, model, [text], levels, [TREE]) > 20
+
+
+@pytest.mark.parametrize("name", ["plain", "eagle31", "peagle"])
+def test_a_head_of_few_tokens_drafts_the_targets(name, monkeypatch):
+    """Logits are of its own tokens; what is drawn are the target's, and the text stays the target's."""
+    model = tiny_llama(3, vocab_size=64, num_layers=5, sharpness=4.0)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(DATA / name, target)
+    known = set(source.vocabulary.draft_to_target.tolist())
+    levels = recorded(monkeypatch)
+    prompts = torch.randint(64, (2, 7), generator=torch.Generator().manual_seed(1))
+    plain = generate(target, None, prompts, max_new_tokens=30).new_tokens
+    output = generate(target, source, prompts, tree=TREE, max_new_tokens=30)
+    assert output.new_tokens == plain
+    assert {logits.shape[2] for _, _, logits, *_ in levels} == {len(known)} == {24}
+    drafted = {
+        token for nodes, tokens, *_ in levels if int(nodes[0]) > 0 for token in tokens[:, nodes].flatten().tolist()
+    }
+    assert drafted <= known and len(drafted) > 3
+    texts = output.sequences.tolist()
+    assert check_levels(source, model, texts, levels, [TREE] * 2) > 100
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_joint_distribution_with_a_head_of_few_tokens(wrong, tmp_path):
+    """With a wrong map as well: the guesses are other tokens then, drawn with the same probabilities."""
+    model = tiny_llama(7, vocab_size=5, sharpness=8.0)
+    target = adapt(model)
+    folder = write_head(tmp_path / "head", model, draft_vocab_size=3)
+    if wrong:
+        weights = load_file(folder / "model.safetensors")
+        known = weights["d2t"] + torch.arange(3)
+        others = torch.tensor([token for token in range(5) if token not in known.tolist()] + known.tolist())[:3]
+        marks = torch.zeros(5, dtype=torch.bool).index_fill_(0, others, True)
+        folder = changed(folder, tmp_path / "wrong", weights={"d2t": others - torch.arange(3), "t2d": marks})
+    source = Eagle3Draft.from_folder(folder, target)
+    prompt = torch.tensor([2, 0, 4])
+    tree = TokenTree([-1, 0, 0, 1, 1, 2, 3])
+    output = generate(
+        target, source, prompt.repeat(6000, 1), seed=range(6000), tree=tree, max_new_tokens=3, temperature=1.0
+    )  # fmt: skip
+    assert output.stats.tokens_per_step > 1.1
+    counts = sequence_counts(torch.tensor(output.new_tokens), 5)
+    assert p_value(counts, sequence_probabilities(model, prompt, 3, lambda logits: logits.softmax(-1))) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["plain", "peagle"])
+def test_what_a_level_costs_can_be_measured(name, monkeypatch):
+    target = adapt(tiny_llama(3, vocab_size=64, num_layers=5, sharpness=4.0))
+    source = Eagle3Draft.from_folder(DATA / name, target)
+    profile = measure_profile(target, source, context_lens=[16], node_counts=[1, 2, 4], seconds=0.05)
+    assert profile.draft_key == source.fingerprint.key
+    output = generate(target, source, torch.tensor([[1, 2, 3]]), max_new_tokens=12, profile=profile)
+    assert output.new_tokens == generate(target, None, torch.tensor([[1, 2, 3]]), max_new_tokens=12).new_tokens
+
+
+def test_lower_precision_runs_in_the_targets_dtype(tmp_path):
+    model = tiny_llama(3, vocab_size=12, sharpness=4.0).to(torch.bfloat16)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model, config={"norm_output": True}), target)
+    assert source.logits_dtype == torch.bfloat16
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    plain = generate(target, None, prompt, max_new_tokens=30).new_tokens
+    assert generate(target, source, prompt, tree=TREE, max_new_tokens=30).new_tokens == plain

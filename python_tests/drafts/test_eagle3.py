@@ -17,7 +17,8 @@ from support.tiny_models import sequence_probabilities, tiny_llama
 
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, measure_profile
 from sequoia_kernels.decoding.engine import GraphedSteps
-from sequoia_kernels.drafts import Drafting, Eagle3Draft, StageClock, draft_from_folder
+from sequoia_kernels.drafts import DecodingState, Drafting, Eagle3Draft, StageClock, draft_from_folder
+from sequoia_kernels.models import causal_step
 
 DATA = Path(__file__).parent / "data" / "eagle3"
 CASES = sorted(folder.name for folder in DATA.iterdir())
@@ -45,6 +46,43 @@ def test_logits_are_those_of_the_reference_implementation(name, target):
     for known in range(1, len(tokens) - num_depths + 2):
         found = chain_logits(source, features[:known], tokens[: known + num_depths - 1], known)
         torch.testing.assert_close(found, expected[:, known - 1], rtol=1e-5, atol=1e-5)
+
+
+def rows_of(source, num_rows):
+    """The drafting of one request, and what runs rows behind one another in it."""
+    state = DecodingState.create(1, source.device, seeds=[0], temperature=[1.0], top_k=None, top_p=None)
+    drafting = source.start(None, state, 64, backend="auto", clock=StageClock(enabled=False))
+    return drafting, drafting._bind(num_rows, causal_step(num_rows))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_native_forwards_give_the_reference_implementations_numbers(name, target):
+    source = Eagle3Draft.from_folder(DATA / name, target, forward="native")
+    assert source.runs == "native"
+    golden = load_file(DATA / name / "golden.safetensors")
+    features, tokens, expected = golden["features"], golden["tokens"], golden["logits"]
+    num_depths = expected.shape[0]
+    parallel = "anchor" in golden
+    known = int(golden["anchor"]) + 1 if parallel else len(tokens) - num_depths + 1
+    given = source.head.combine(features[None, :known].split(32, -1))
+    if parallel:
+        extra = num_depths - 1
+        drafting, rows = rows_of(source, known + extra)
+        fed = torch.cat((tokens[:known], torch.full((extra,), source.head.mask_token_id)))
+        given = torch.cat((given, source.head.mask_feature.expand(1, extra, -1)), 1)
+        _, logits = rows.run(fed[None], given, torch.zeros(1, dtype=torch.int32))
+        torch.testing.assert_close(logits[0, known - 1 :], expected, rtol=1e-5, atol=1e-5)
+        return
+    drafting, rows = rows_of(source, known)
+    outputs, logits = rows.run(tokens[None, :known], given, torch.zeros(1, dtype=torch.int32))
+    torch.testing.assert_close(logits[0], expected[0, :known], rtol=1e-5, atol=1e-5)
+    features = source.head.next_features(outputs[:, -1:])
+    single = drafting._bind(1, causal_step(1))
+    for depth in range(1, num_depths):
+        row = known + depth - 1
+        outputs, logits = single.run(tokens[None, row : row + 1], features, torch.tensor([row], dtype=torch.int32))
+        torch.testing.assert_close(logits[0, 0], expected[depth, known - 1], rtol=1e-5, atol=1e-5)
+        features = source.head.next_features(outputs)
 
 
 def original_form(name: str, folder: Path) -> Path:

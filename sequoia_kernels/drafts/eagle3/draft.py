@@ -7,7 +7,7 @@ lies at row c - 1 + j, which is what the tree's own masks and depths say for a p
 Steps. When a step has committed a tokens, their rows are computed again from the target's features, in one forward with
 the new root's row behind them. So nothing of a tree's rows is kept and nothing has to be compacted. The forward feeds
 as many rows as the tree has levels; what lies behind the root's row is padding, written where the next tree goes.
-Whatever is drafted before the next step ends starts from the root's output, which is kept until then.
+Whatever is drafted before the next step ends starts from the root's output and logits, which are kept until then.
 
 P-EAGLE. The padding behind the root's row are rows of the mask token and the learned feature: causal attention makes
 them the depths below the root, so the same forward gives a row for every depth. All nodes of a depth share it.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -26,16 +27,23 @@ import torch
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.eagle3.config import is_eagle3
 from sequoia_kernels.drafts.eagle3.loading import LoadedHead, load_head
+from sequoia_kernels.drafts.eagle3.native import NativeHead
+from sequoia_kernels.drafts.eagle3.rows import Rows, bind_rows
 from sequoia_kernels.drafts.folders import DraftFolder, DraftFormat, register_format
 from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import LayerSpec, TreeCache, TreeModel, TreeStep, causal_step
+from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
 
 __all__ = ["Eagle3Draft"]
+
+logger = logging.getLogger("sequoia_kernels")
+
+FORWARDS = ("auto", "native", "torch")
 
 _PREFILL_ROWS = 512  # of one forward, as a target's prefill
 _DIGEST_ELEMENTS = 256  # of each weight
@@ -49,9 +57,17 @@ class Eagle3Draft(DraftSource):
         name: what to call it, a path say.
         num_depths: rows that a parallel head gives in a forward; deeper levels take the last one. None for as many as
             it was trained for. Other heads give one.
+        forward: what runs the forwards of a step: "native", one C++ call on a CPU; "torch"; "auto" takes native where
+            it can be.
+
+    Attributes:
+        native: the native head, None where forwards are torch's.
+        not_native: why they are, "" where they are not.
     """
 
-    def __init__(self, loaded: LoadedHead, name: str = "", *, num_depths: int | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedHead, name: str = "", *, num_depths: int | None = None, forward: str = "auto"
+    ) -> None:
         self.loaded, self.head, self.name = loaded, loaded.head, name
         parallel = loaded.config.mask_token_id is not None
         if num_depths is not None and (num_depths < 1 or (num_depths > 1 and not parallel)):
@@ -62,6 +78,7 @@ class Eagle3Draft(DraftSource):
         self.needs = tuple(dict.fromkeys(loaded.feature_layers))
         self._order = [self.needs.index(number) for number in loaded.feature_layers]
         self._digest = _digest(loaded)
+        self.native, self.not_native = _native(loaded, forward)
 
     @classmethod
     def from_folder(
@@ -71,6 +88,7 @@ class Eagle3Draft(DraftSource):
         *,
         feature_layers: Sequence[int] | None = None,
         num_depths: int | None = None,
+        forward: str = "auto",
     ) -> Eagle3Draft:
         """Load a head.
 
@@ -81,12 +99,13 @@ class Eagle3Draft(DraftSource):
             feature_layers: which of the target's `hidden_states` it reads, where the folder does not say so or is
                 wrong: the output never depends on them, only the speed does.
             num_depths: see the class.
+            forward: see the class.
 
         Raises:
             FileNotFoundError: no such folder, none with a config.json and weights, or the id is neither cached nor
                 reachable.
             ValueError: an option is not understood, a weight is missing, left over or of another shape, or the head
-                does not fit the target.
+                does not fit the target, or its forwards cannot be native, which was asked for.
 
         Example:
             draft = Eagle3Draft.from_folder("heads/eagle3-llama3.1-8b", adapt(target))
@@ -95,11 +114,17 @@ class Eagle3Draft(DraftSource):
         folder = DraftFolder.open(path_or_id, "Eagle3Draft.from_folder")
         if not is_eagle3(folder.config):
             raise ValueError(f"{folder}: must be an EAGLE-3 or P-EAGLE head, got {folder.config.get('architectures')}")
-        return cls(load_head(folder, target, feature_layers), os.fspath(path_or_id), num_depths=num_depths)
+        loaded = load_head(folder, target, feature_layers)
+        return cls(loaded, os.fspath(path_or_id), num_depths=num_depths, forward=forward)
 
     def __repr__(self) -> str:
         kind = "eagle3" if self.loaded.config.mask_token_id is None else "peagle"
         return f"Eagle3Draft({kind}, {self.fingerprint.num_parameters:,} parameters, {self.name or self.device})"
+
+    @property
+    def runs(self) -> str:
+        """What runs the forwards of its steps, "native" or "torch"."""
+        return "torch" if self.native is None else "native"
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -173,25 +198,39 @@ class _Eagle3Drafting(Drafting):
         self, source: Eagle3Draft, state: DecodingState, max_cache_len: int, backend: str, clock: StageClock
     ) -> None:
         super().__init__(source, state, backend, clock)
-        batch_size, device = state.cache_lens.shape[0], source.device
-        self.cache = _new_cache(source, batch_size, max_cache_len + source.num_depths)
+        batch_size, device, depths = state.cache_lens.shape[0], source.device, source.num_depths
+        self.cache = _new_cache(source, batch_size, max_cache_len + depths)
+        width, dtype = source.head.embed.shape[1], source.logits_dtype
         with torch.inference_mode(False):
-            width = int(source.loaded.config.layer_config.hidden_size)
-            # What a step leaves for the next one: the outputs behind the root's row and, of a parallel head, the depths
-            # below it. [B, num_depths, H]
-            self.outputs = torch.zeros(batch_size, source.num_depths, width, dtype=source.logits_dtype, device=device)
+            # What a step leaves for the next one, of the root's row and, of a parallel head, of the depths below it.
+            kept = torch.float32 if source.native is not None else dtype
+            self.outputs = torch.zeros(batch_size, depths, width, dtype=kept, device=device)
+            self.logits = torch.zeros(batch_size, depths, source.vocab_size, dtype=dtype, device=device)
             # The tokens of the newest tree: a replayed graph of `grow` leaves them here for `committed`.
             self.tree_tokens = torch.zeros(batch_size, MAX_STEP_ROWS, dtype=torch.int64, device=device)
-            self._depths = torch.arange(source.num_depths, device=device)
-        state.carried.append(self.outputs)
-        self._trees: dict[Any, _TreeFeatures] = {}
+            self._depths = torch.arange(depths, device=device)
+        state.carried += [self.outputs, self.logits]
+        self._trees: dict[Any, _TreeRows] = {}
+        self._chains: dict[int, Rows] = {}
+        self._chain_steps: dict[int, TreeStep] = {}  # which captured graphs read
+
+    def use(self, source: DraftSource | None, clock: StageClock) -> None:
+        """Go on with a source of the same weights, or let go of it."""
+        super().use(source, clock)
+        self._chains.clear()  # what holds the weights
+        for tree in self._trees.values():
+            tree.rows.clear()
 
     def restart(self) -> None:
         """Forget the batch before."""
-        for tensor in (*self.cache.tensors(), self.outputs, self.tree_tokens):
+        for tensor in (*self.cache.tensors(), self.outputs, self.logits, self.tree_tokens):
             tensor.zero_()
         for tree in self._trees.values():
             tree.features.zero_()
+
+    def _bind(self, num_rows: int, step: TreeStep, num_wanted: int | None = None) -> Rows:
+        source = self.source
+        return bind_rows(source.head, source.native, self.cache, num_rows, step, num_wanted)
 
     def prefill(
         self, lanes: list[int], tokens: torch.Tensor, num_tokens: torch.Tensor, hidden_states: Sequence[torch.Tensor]
@@ -204,7 +243,7 @@ class _Eagle3Drafting(Drafting):
         fed.scatter_(1, ends - 1, self.state.root_tokens[lanes][:, None])
         is_all = len(lanes) == self.cache.batch_size
         cache = self.cache if is_all else _new_cache(source, len(lanes), num_rows)
-        outputs = torch.empty_like(self.outputs) if is_all else self.outputs[lanes]
+        outputs = self.outputs[lanes].to(source.logits_dtype)
         wanted = ends - 1 + self._depths
         for start in range(0, num_rows, _PREFILL_ROWS):
             count = min(_PREFILL_ROWS, num_rows - start)
@@ -216,10 +255,10 @@ class _Eagle3Drafting(Drafting):
             here = wanted - start
             rows = found.take_along_dim(here.clamp(0, count - 1)[:, :, None], 1)
             outputs = torch.where(((here >= 0) & (here < count))[:, :, None], rows, outputs)
+        self.outputs[lanes] = outputs.to(self.outputs.dtype)
+        self.logits[lanes] = head.logits(outputs)
         if is_all:
-            self.outputs.copy_(outputs)
             return
-        self.outputs[lanes] = outputs
         for whole, part in zip(self.cache.tensors(), cache.tensors(), strict=True):
             whole[lanes, :num_rows] = part
 
@@ -236,24 +275,28 @@ class _Eagle3Drafting(Drafting):
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
         """Give a forward over the level with its logits; of a parallel head's deeper levels the logits alone."""
-        head, cache, num_rows = self.source.head, self.cache, step.node_ids.shape[0]
-        batch_size, device = cache.batch_size, self.source.device
+        head, num_rows, device = self.source.head, step.node_ids.shape[0], self.source.device
         if head.mask_feature is not None:
-            if num_rows > 1:  # below the root
-                return lambda: head.logits(self.outputs[:, :1])
+            if num_rows > 1:  # below the root: there already
+                return lambda: None
             num_rows = self.source.num_depths
             step = causal_step(num_rows, device)
+        batch_size = self.cache.batch_size
         generator = torch.Generator().manual_seed(num_rows)
         tokens = torch.randint(head.embed.shape[0], (batch_size, num_rows), generator=generator).to(device)
         features = torch.randn(batch_size, num_rows, self.outputs.shape[2], generator=generator)
         features = features.to(device, self.outputs.dtype)
         cache_lens = torch.full((batch_size,), context_len, dtype=torch.int32, device=device)
-        return lambda: head.logits(head.forward(tokens, features, cache, cache_lens, step))
+        rows = self._bind(num_rows, step)
+        return lambda: rows.run(tokens, features, cache_lens)
 
     def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
-        """Allocate the features of the tree's nodes."""
-        if layout.tree not in self._trees:
-            self._trees[layout.tree] = _TreeFeatures(layout, self.outputs)
+        """Allocate the features of the tree's nodes, and bind the forwards of its levels and of what it commits."""
+        tree = self._trees.get(layout.tree)
+        if tree is None:
+            tree = self._trees[layout.tree] = _TreeRows(layout, self.outputs)
+        if not tree.rows and self.source.head.mask_feature is None:
+            tree.rows = [self._bind(level.nodes.shape[0], level.step) for level in layout.levels[1:]]
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Draw level by level; leaves are never fed. Mutates the cache's rows behind the committed ones."""
@@ -262,17 +305,16 @@ class _Eagle3Drafting(Drafting):
         prefix = self.state.cache_lens - 1  # the root's row is the tree's first
         for index, level in enumerate(layout.levels):
             with self.clock.stage("draft"):
-                if index == 0:
-                    outputs = self.outputs
-                elif head.mask_feature is None:
-                    tokens = buffers.tokens.index_select(1, level.nodes)  # one that could not be drawn is -1
-                    outputs = head.forward(tokens, tree.of_parents(index), self.cache, prefix, level.step)
                 if head.mask_feature is not None:  # a row for each depth
                     row = min(index, self.source.num_depths - 1)
-                    logits = head.logits(self.outputs[:, row : row + 1]).expand(-1, level.nodes.shape[0], -1)
+                    logits = self.logits[:, row : row + 1].expand(-1, level.nodes.shape[0], -1)
                 else:
-                    logits = head.logits(outputs)
-                    tree.store(index, head.next_features(outputs))
+                    outputs, logits = self.outputs, self.logits
+                    if index > 0:
+                        tokens = buffers.tokens.index_select(1, level.nodes)  # one that could not be drawn is -1
+                        outputs, logits = tree.rows[index - 1].run(tokens, tree.of_parents(index), prefix)
+                    if index + 1 < len(layout.levels):
+                        tree.store(index, head.next_features(outputs))
             self.draw_children(level, logits, buffers)
         self.tree_tokens[:, : layout.num_nodes].copy_(buffers.tokens)
 
@@ -287,27 +329,37 @@ class _Eagle3Drafting(Drafting):
             tokens = self.tree_tokens.gather(1, nodes[:, 1:])
             tokens = torch.nn.functional.pad(tokens, (0, extra + 1))
             tokens.scatter_(1, num_accepted - 1, state.root_tokens[:, None])
-            features = torch.nn.functional.pad(features, (0, 0, 0, extra))
+            features = torch.nn.functional.pad(features, (0, 0, 0, extra)).to(self.outputs.dtype)
             tokens, features = self._masked(tokens, features, num_accepted)
             cache_lens = state.cache_lens - path.num_accepted * state.active  # as they were before this step
-            step = causal_step(tokens.shape[1], tokens.device)
-            outputs = source.head.forward(tokens, features, self.cache, cache_lens, step)
+            num_rows = tokens.shape[1]
+            rows = self._chains.get(num_rows)
+            if rows is None:
+                step = self._chain_steps.setdefault(num_rows, causal_step(num_rows, tokens.device))
+                rows = self._chains[num_rows] = self._bind(num_rows, step, extra + 1)
             wanted = num_accepted - 1 + self._depths
+            outputs, logits = rows.run(tokens, features, cache_lens, wanted)
             self.outputs.copy_(outputs.take_along_dim(wanted[:, :, None], 1))
+            self.logits.copy_(logits)
 
 
-class _TreeFeatures:
+class _TreeRows:
     """The features that a tree's nodes hand to their children: buffers of one tree. N nodes.
 
     Args:
         layout: the tree.
         like: gives batch size, width, dtype and device: [B, any, H].
+
+    Attributes:
+        features: of every node that is fed. [B, N, H].
+        rows: forwards of the levels below the root's whose nodes have children.
     """
 
     def __init__(self, layout: TreeLayout, like: torch.Tensor) -> None:
         batch_size, _, width = like.shape
         with torch.inference_mode(False):
             self.features = torch.zeros(batch_size, layout.num_nodes, width, dtype=like.dtype, device=like.device)
+        self.rows: list[Rows] = []
         self._levels = layout.levels
         topology = layout.topology
         self._topology = topology.tensors(like.device) if isinstance(topology, TokenTree) else topology
@@ -337,6 +389,23 @@ def _new_cache(source: Eagle3Draft, batch_size: int, num_rows: int) -> TreeCache
         for layer in head.layers
     )
     return TreeCache(specs, batch_size, num_rows)
+
+
+def _native(loaded: LoadedHead, forward: str) -> tuple[NativeHead | None, str]:
+    """Give the native head, or the reason why there is none."""
+    if forward not in FORWARDS:
+        raise ValueError(f"Eagle3Draft: forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
+    if forward == "torch":
+        return None, "torch was asked for"
+    try:
+        native = NativeHead(loaded.head)
+    except NotNativeError as reason:
+        if forward == "native":
+            raise ValueError(f"Eagle3Draft: forward must be 'auto' or 'torch' for this head: {reason}") from reason
+        logger.info("Eagle3Draft: forwards by torch, %s", reason)
+        return None, str(reason)
+    logger.info("Eagle3Draft: native forwards, %s", native.instruction_set)
+    return native, ""
 
 
 def _digest(loaded: LoadedHead) -> str:

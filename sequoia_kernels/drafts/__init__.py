@@ -3,8 +3,10 @@
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.eagle3 import Eagle3Draft
 from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder
+from sequoia_kernels.drafts.given import draft_source
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
-from sequoia_kernels.drafts.model import ModelDraft, draft_source
+from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
+from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 
@@ -15,6 +17,8 @@ __all__ = [
     "DraftSource",
     "Drafting",
     "Eagle3Draft",
+    "LookupDraft",
+    "LookupDrafting",
     "ModelDraft",
     "StageClock",
     "StepTree",

@@ -24,12 +24,15 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies
 _DEFAULT_DEPTHS = 8  # rows that a parallel head gives where its config does not say how many it was trained for
 
 # Options of an `eagle_config` that say what every head does here; another value would ask for other arithmetic.
-_FIXED_OPTIONS = {
+_FIXED_OPTIONS: dict[str, Any] = {
     "use_aux_hidden_state": True,
     "use_input_layernorm_in_first_layer": True,
     "use_last_layernorm": True,
     "use_mtp_layernorm": False,
+    "next_layer_regular": True,
+    "parallel_draft_step": 1,
 }
+# "parallel_draft_heads_num_layers" is of further heads, which one draft step has none of.
 _SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # Of the speculators form: what is read, and what says nothing about the arithmetic.
@@ -132,9 +135,15 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
         raise ValueError(f"{folder}: eagle_config must be an object, got {options!r:.60}")
     for name, value in options.items():
         if name in _FIXED_OPTIONS:
-            if value is not _FIXED_OPTIONS[name]:
+            if value not in (None, _FIXED_OPTIONS[name]):
                 raise ValueError(f"{folder}: eagle_config.{name} must be {_FIXED_OPTIONS[name]}, got {value!r:.60}")
-        elif name not in (_LAYER_IDS, *_SWITCHES) and value not in (None, False, [], {}, ""):
+        elif name not in (_LAYER_IDS, "parallel_draft_heads_num_layers", *_SWITCHES) and value not in (
+            None,
+            False,
+            [],
+            {},
+            "",
+        ):
             rule = "must hold options that are known here"
             raise ValueError(f"{folder}: eagle_config {rule}, got {name} = {value!r:.60}")
     if config.get("parallel_drafting"):

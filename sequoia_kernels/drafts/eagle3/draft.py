@@ -144,7 +144,8 @@ class Eagle3Draft(DraftSource):
     @property
     def identity(self) -> str:
         """The head by its options and weights: what acceptance was measured with holds for no other."""
-        return f"eagle3-{self._digest}-{self.num_depths}-{'.'.join(map(str, self.loaded.feature_layers))}"
+        layers = ".".join(map(str, self.loaded.feature_layers))
+        return f"eagle3-{self._digest}-{self.num_depths}-{layers}-{self.runs}"
 
     @property
     def fingerprint(self) -> ModelFingerprint:

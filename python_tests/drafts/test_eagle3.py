@@ -571,3 +571,18 @@ def test_lower_precision_runs_in_the_targets_dtype(tmp_path):
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     plain = generate(target, None, prompt, max_new_tokens=30).new_tokens
     assert generate(target, source, prompt, tree=TREE, max_new_tokens=30).new_tokens == plain
+
+
+def test_lookup_beside_a_head(tmp_path, monkeypatch):
+    """Tokens that lookup proposed and the target accepted are rows of the head as well."""
+    model = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target)
+    levels = recorded(monkeypatch)
+    prompts = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6] * 4, [2, 7] * 16])
+    options = {"max_new_tokens": 60, "eos_token_id": ()}
+    plain = generate(target, None, prompts, **options).new_tokens
+    output = generate(target, source, prompts, tree=TREE, lookup=True, **options)
+    assert output.new_tokens == plain
+    assert output.stats.copied_tokens > 10
+    assert check_levels(source, model, output.sequences.tolist(), levels, [TREE] * 2) > 40

@@ -317,6 +317,10 @@ class _Eagle3Drafting(Drafting):
                     if index + 1 < len(layout.levels):
                         tree.store(index, head.next_features(outputs))
             self.draw_children(level, logits, buffers)
+        self.see_tree(layout, buffers)
+
+    def see_tree(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Keep a tree's tokens for `committed`, whoever proposed them."""
         self.tree_tokens[:, : layout.num_nodes].copy_(buffers.tokens)
 
     def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from support.tiny_models import sequence_probabilities, tiny_llama
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, measure_profile
 from sequoia_kernels.decoding.engine import GraphedSteps
 from sequoia_kernels.drafts import DecodingState, Drafting, Eagle3Draft, StageClock, draft_from_folder
-from sequoia_kernels.models import causal_step
+from sequoia_kernels.models import TreeStep, causal_step
 
 DATA = Path(__file__).parent / "data" / "eagle3"
 CASES = sorted(folder.name for folder in DATA.iterdir())
@@ -83,6 +83,46 @@ def test_native_forwards_give_the_reference_implementations_numbers(name, target
         outputs, logits = single.run(tokens[None, row : row + 1], features, torch.tensor([row], dtype=torch.int32))
         torch.testing.assert_close(logits[0, 0], expected[depth, known - 1], rtol=1e-5, atol=1e-5)
         features = source.head.next_features(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_rows_are_the_same_bits_beside_others(dtype, tmp_path):
+    """A node's logits and outputs do not depend on its siblings, nor on requests beside its own."""
+    model = tiny_llama(3, vocab_size=12).to(dtype)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model, num_layers=2), adapt(model))
+    generator = torch.Generator().manual_seed(2)
+    prefix, count = 5, TREE.num_nodes
+    tokens = torch.randint(12, (2, prefix + count), generator=generator)
+    features = torch.randn(2, prefix + count, 32, generator=generator)
+    state = DecodingState.create(2, source.device, seeds=[0, 0], temperature=[1.0] * 2, top_k=None, top_p=None)
+    drafting = source.start(None, state, 64, backend="auto", clock=StageClock(enabled=False))
+    lens = torch.zeros(2, dtype=torch.int32)
+    drafting._bind(prefix, causal_step(prefix)).run(tokens[:, :prefix], features[:, :prefix], lens)
+    whole = drafting._bind(count, TreeStep.of(TREE)).run(tokens[:, prefix:], features[:, prefix:], lens + prefix)
+    for lane in range(2):
+        for node in range(count):
+            path = [node]
+            while TREE.parents[path[0]] >= 0:
+                path.insert(0, TREE.parents[path[0]])
+            rows = [*range(prefix), *(prefix + entry for entry in path)]
+            _, chain = rows_of(source, len(rows))
+            alone = chain.run(tokens[lane, rows][None], features[lane, rows][None], lens[:1])
+            for mine, its in zip(whole, alone, strict=True):
+                assert torch.equal(mine[lane, node], its[0, -1])
+
+
+def test_what_runs_forwards_is_chosen_by_name(target):
+    assert Eagle3Draft.from_folder(DATA / "plain", target).runs == "native"
+    torch_only = Eagle3Draft.from_folder(DATA / "plain", target, forward="torch")
+    assert (torch_only.runs, torch_only.not_native) == ("torch", "torch was asked for")
+    with pytest.raises(ValueError, match=r"forward must be one of auto, native, torch, got 'fast'"):
+        Eagle3Draft.from_folder(DATA / "plain", target, forward="fast")
+    wide = adapt(tiny_llama(3, vocab_size=64, num_layers=5).double())
+    assert "float64" in Eagle3Draft.from_folder(DATA / "plain", wide).not_native
+    with pytest.raises(
+        ValueError, match=r"forward must be 'auto' or 'torch' for this head: a weight is of torch.float64"
+    ):
+        Eagle3Draft.from_folder(DATA / "plain", wide, forward="native")
 
 
 def original_form(name: str, folder: Path) -> Path:
@@ -195,11 +235,12 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("forward", ["native", "torch"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_node_is_scored_as_its_path_alone(options, tmp_path, monkeypatch):
+def test_every_node_is_scored_as_its_path_alone(options, forward, tmp_path, monkeypatch):
     model = tiny_llama(3, vocab_size=12, sharpness=4.0)
     target = adapt(model)
-    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model, **options), target)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model, **options), target, forward=forward)
     levels = recorded(monkeypatch)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     output = generate(target, source, prompt, tree=TREE, max_new_tokens=30, temperature=0.7, seed=5)
@@ -207,21 +248,16 @@ def test_every_node_is_scored_as_its_path_alone(options, tmp_path, monkeypatch):
     assert check_levels(source, model, output.sequences.tolist(), levels, [TREE]) > 60
 
 
-@pytest.mark.parametrize("name", ["peagle", "plain_depths"])
-def test_a_parallel_head_gives_a_row_for_each_depth(name, monkeypatch):
+@pytest.mark.parametrize("forward", ["native", "torch"])
+@pytest.mark.parametrize("num_depths", [None, 2])  # where there are few, deeper levels take the last row
+def test_a_parallel_head_gives_a_row_for_each_depth(num_depths, forward, monkeypatch):
     model = tiny_llama(3, vocab_size=64, num_layers=5, sharpness=4.0)
     target = adapt(model)
-    depths = {"peagle": None, "plain_depths": 2}[name]  # deeper levels take the last row
-    source = full_vocabulary(Eagle3Draft.from_folder(DATA / "peagle", target, num_depths=depths))
+    source = Eagle3Draft.from_folder(DATA / "peagle", target, num_depths=num_depths, forward=forward)
+    assert source.num_depths == (num_depths or 4)
     levels = recorded(monkeypatch)
-    output = generate(target, source, torch.tensor([[3, 1, 4, 1]]), tree=TREE, max_new_tokens=20, temperature=1.0)
+    output = generate(target, source, torch.tensor([[3, 1, 4, 1]]), tree=TREE, max_new_tokens=30, temperature=1.0)
     assert check_levels(source, model, output.sequences.tolist(), levels, [TREE]) > 60
-
-
-def full_vocabulary(source):
-    """Let a head of few tokens score the first ones of its target."""
-    source.vocabulary = None
-    return source
 
 
 def padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,11 +267,12 @@ def padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, torch.arange(rows.shape[1]) < lens[:, None]
 
 
-def test_a_batch_is_scored_as_its_requests_alone(tmp_path, monkeypatch):
-    """Requests accept different numbers of tokens, end at different times, and have trees of their own."""
+@pytest.mark.parametrize("forward", ["native", "torch"])
+def test_a_batch_is_scored_as_its_requests_alone(forward, tmp_path, monkeypatch):
+    """Requests accept different numbers of tokens and end at different times."""
     model = tiny_llama(3, vocab_size=12, sharpness=4.0)
     target = adapt(model)
-    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target, forward=forward)
     levels = recorded(monkeypatch)
     prompts = [torch.tensor(prompt) for prompt in ([3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9])]
     options = {"tree": TREE, "temperature": 0.7}
@@ -299,7 +336,7 @@ def test_long_prompts_are_fed_in_chunks(parallel, tmp_path, monkeypatch):
     model = tiny_llama(3, vocab_size=64, num_layers=5, max_positions=1200, sharpness=4.0)
     target = adapt(model)
     folder = DATA / "peagle" if parallel else write_head(tmp_path / "head", model)
-    source = full_vocabulary(Eagle3Draft.from_folder(folder, target))
+    source = Eagle3Draft.from_folder(folder, target)
     levels = recorded(monkeypatch)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(64, (length,), generator=generator) for length in (1000, 512, 40)]
@@ -457,11 +494,12 @@ def test_trees_of_each_request_and_shaped_trees(tmp_path, monkeypatch):
     assert checked > 60
 
 
-def test_a_step_that_is_run_to_be_captured_leaves_the_head_as_it_was(tmp_path, monkeypatch, fake_cuda):
+@pytest.mark.parametrize("forward", ["native", "torch"])
+def test_a_step_that_is_run_to_be_captured_leaves_the_head_as_it_was(forward, tmp_path, monkeypatch, fake_cuda):
     """The drafts behind a capture, which runs steps and takes them back, are those without one."""
     model = tiny_llama(3, vocab_size=12, sharpness=4.0)
     target = adapt(model)
-    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model), target, forward=forward)
     levels = recorded(monkeypatch)
     runs = []
     for captures in (False, True):

@@ -11,12 +11,14 @@ import re
 import shlex
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.bench_scripts import cli_page
+from support.eagle_heads import write_head
 from support.examples import EXAMPLES
 
-from sequoia_kernels import TokenTree
+from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.cli import command_parser
 
 REPOSITORY = EXAMPLES.parent
@@ -290,6 +292,24 @@ def test_the_code_on_offloading_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names["output"].stats.tokens_per_step > 1  # type: ignore[attr-defined]
 
 
+def test_the_code_on_choosing_a_draft_runs(tmp_path: Path) -> None:
+    """With a head of random weights, which proposes nonsense: the text is the target's all the same."""
+    folder = importlib.import_module("sequoia_kernels.demo").demo_pair_folder() / "target"
+    names = demo_names(tmp_path)
+    target: Any = names["target"]
+    (block,) = code_blocks(REPOSITORY / "docs" / "choosing_a_draft.md")
+    for there, here in (
+        ("models/llama-3.1-8b-instruct", str(folder)),
+        ("heads/eagle3-llama-3.1-8b-instruct", str(write_head(tmp_path / "head", target))),
+        ("max_new_tokens=200", "max_new_tokens=20"),
+    ):
+        assert there in block
+        block = block.replace(there, here)
+    exec(compile(block, "choosing_a_draft.md", "exec"), names)
+    plain = generate(target, None, names["input_ids"], max_new_tokens=20)
+    assert names["output"].new_tokens == plain.new_tokens  # type: ignore[attr-defined]
+
+
 def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
     """With a stand-in for the adapters themselves, which python_tests/models/test_peft.py has."""
     names = demo_names(tmp_path)
@@ -304,6 +324,6 @@ def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
 
 
 def test_no_page_has_code_that_does_not_run() -> None:
-    run = {"README.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md", "planner.md",
-           "robustness.md", "transformers.md"}  # fmt: skip
+    run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md",
+           "planner.md", "robustness.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run

@@ -44,6 +44,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"draft_vocab_size": 24, "fc_norm": True, "norm_output": True},
     ),
     "qwen3_layers": ("qwen3", {"num_hidden_layers": 2, "attention_bias": True}, {"draft_vocab_size": 24}),
+    "sliding": (
+        "qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0,
+                  "layer_types": ["sliding_attention"]},
+        {"draft_vocab_size": 24},
+    ),
     "peagle": ("llama", {"num_hidden_layers": 2}, {"draft_vocab_size": 24, "norm_before_residual": True}),
 }  # fmt: skip
 

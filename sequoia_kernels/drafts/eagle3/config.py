@@ -32,9 +32,9 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "next_layer_regular": True,
     "parallel_draft_step": 1,
 }
-# "parallel_draft_heads_num_layers" is of further heads, which one draft step has none of.
 _SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_OF_FURTHER_HEADS = "parallel_draft_heads_num_layers"  # which one draft step has none of
 # Of the speculators form: what is read, and what says nothing about the arithmetic.
 _READ = {"transformer_layer_config", "draft_vocab_size", "speculators_config", "mask_token_id", _LAYER_IDS, *_SWITCHES}
 _SILENT = {
@@ -137,7 +137,7 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
         if name in _FIXED_OPTIONS:
             if value not in (None, _FIXED_OPTIONS[name]):
                 raise ValueError(f"{folder}: eagle_config.{name} must be {_FIXED_OPTIONS[name]}, got {value!r:.60}")
-        elif name not in (_LAYER_IDS, "parallel_draft_heads_num_layers", *_SWITCHES) and value not in (
+        elif name not in (_LAYER_IDS, _OF_FURTHER_HEADS, *_SWITCHES) and value not in (
             None,
             False,
             [],
@@ -155,7 +155,8 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
         raise ValueError(f"{folder}: num_aux_hidden_states must be the {len(ids)} of {_LAYER_IDS}, got {num_features}")
     layer_config = _layer_config(folder, config, "llama")
     vocab_size = _count(folder, config, "draft_vocab_size", default=layer_config.vocab_size)
-    switches = {name: _switch(folder, {**config, **options}, name) for name in _SWITCHES}
+    given = {**config, **{name: value for name, value in options.items() if value is not None}}
+    switches = {name: _switch(folder, given, name) for name in _SWITCHES}
     return _checked(folder, HeadConfig(layer_config, vocab_size, ids, num_features, **switches))
 
 

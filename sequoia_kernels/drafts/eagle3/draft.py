@@ -275,7 +275,7 @@ class _Eagle3Drafting(Drafting):
         return tokens, torch.where(unknown[:, :, None], head.mask_feature, features)
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
-        """Give a forward over the level with its logits; of a parallel head's deeper levels the logits alone."""
+        """Give a forward over the level with its logits; a parallel head's is that of all levels, and of one row."""
         head, num_rows, device = self.source.head, step.node_ids.shape[0], self.source.device
         if head.mask_feature is not None:
             if num_rows > 1:  # below the root: there already
@@ -292,7 +292,7 @@ class _Eagle3Drafting(Drafting):
         return lambda: rows.run(tokens, features, cache_lens)
 
     def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
-        """Allocate the features of the tree's nodes, and bind the forwards of its levels and of what it commits."""
+        """Allocate the features of the tree's nodes, and bind the forwards of its levels."""
         tree = self._trees.get(layout.tree)
         if tree is None:
             tree = self._trees[layout.tree] = _TreeRows(layout, self.outputs)

@@ -20,6 +20,7 @@ from support.examples import EXAMPLES
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.cli import command_parser
+from sequoia_kernels.drafts import Eagle3Draft
 
 REPOSITORY = EXAMPLES.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -207,6 +208,29 @@ def test_the_code_on_choosing_a_tree_runs(capsys: pytest.CaptureFixture[str]) ->
     assert printed.count("tokens per step") >= 5 and printed.count(" tokens/s\n") == 2
 
 
+# ---- docs/choosing_a_draft.md ----
+
+
+def test_the_code_on_choosing_a_draft_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, as a reader would paste it; with a head of random weights in place of a published one."""
+    demo = importlib.import_module("sequoia_kernels.demo")
+    page = REPOSITORY / "docs" / "choosing_a_draft.md"
+    text = "\n".join(code_blocks(page))
+    for there, here in (
+        ("models/llama-3.1-8b-instruct", demo.demo_pair_folder() / "target"),
+        ("heads/eagle3-llama-3.1-8b-instruct", write_head(tmp_path / "head", demo.load_demo_pair().target)),
+    ):
+        assert there in text
+        text = text.replace(there, str(here))
+    names: dict[str, Any] = {}
+    exec(compile(text, str(page), "exec"), names)
+    copied = re.search(r"(\d+) of \d+ steps copied (\d+) tokens", capsys.readouterr().out)
+    assert copied and int(copied[1]) > 0 and int(copied[2]) > 0
+    assert isinstance(names["draft"], Eagle3Draft)
+    new_tokens = generate(names["target"], None, names["prompt"], max_new_tokens=200).new_tokens
+    assert names["output"].new_tokens == new_tokens
+
+
 # ---- docs/transformers.md ----
 
 TRANSFORMERS = REPOSITORY / "docs" / "transformers.md"
@@ -290,24 +314,6 @@ def test_the_code_on_offloading_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         block = block.replace(there, here)
     exec(compile(block, "offloading.md", "exec"), names)
     assert names["output"].stats.tokens_per_step > 1  # type: ignore[attr-defined]
-
-
-def test_the_code_on_choosing_a_draft_runs(tmp_path: Path) -> None:
-    """With a head of random weights, which proposes nonsense: the text is the target's all the same."""
-    folder = importlib.import_module("sequoia_kernels.demo").demo_pair_folder() / "target"
-    names = demo_names(tmp_path)
-    target: Any = names["target"]
-    (block,) = code_blocks(REPOSITORY / "docs" / "choosing_a_draft.md")
-    for there, here in (
-        ("models/llama-3.1-8b-instruct", str(folder)),
-        ("heads/eagle3-llama-3.1-8b-instruct", str(write_head(tmp_path / "head", target))),
-        ("max_new_tokens=200", "max_new_tokens=20"),
-    ):
-        assert there in block
-        block = block.replace(there, here)
-    exec(compile(block, "choosing_a_draft.md", "exec"), names)
-    plain = generate(target, None, names["input_ids"], max_new_tokens=20)
-    assert names["output"].new_tokens == plain.new_tokens  # type: ignore[attr-defined]
 
 
 def test_the_code_on_adapters_runs(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
 
 from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.eagle3 import Eagle3Draft
+from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder
 from sequoia_kernels.drafts.given import draft_source
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
@@ -11,9 +13,11 @@ from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 
 __all__ = [
     "DecodingState",
+    "DraftFolder",
     "DraftLevel",
     "DraftSource",
     "Drafting",
+    "Eagle3Draft",
     "LookupDraft",
     "LookupDrafting",
     "ModelDraft",
@@ -22,6 +26,7 @@ __all__ = [
     "TokenBuffers",
     "TokenPairing",
     "TreeLayout",
+    "draft_from_folder",
     "draft_source",
     "each_tree",
     "pair_tokens",

@@ -32,6 +32,7 @@ SHARED = {
     "fingerprints",
     "guard",
     "rng",
+    "vocabularies",
 }
 NATIVE = {"_host", "_cuda"}
 ALLOWED = {
@@ -43,6 +44,7 @@ ALLOWED = {
     "cuda_graphs": {"guard"},
     "fingerprints": set(),
     "rng": SHARED,
+    "vocabularies": {"checks"},
     "tree": {"errors", "documents", "checks"},
     "ops": SHARED | NATIVE | {"tree"},
     "interop": SHARED | {"tree", "ops"},

@@ -20,7 +20,7 @@ from support.closed_form import closed_form_decisions
 from support.enumeration import emitted_distribution, ordered_draws
 from support.op_backends import OpBackend, op_backends
 from support.speculative_steps import decode, grow
-from support.toy_models import chain_probs, plain_probs, toy_pair
+from support.toy_models import KINDS, chain_probs, plain_probs, toy_pair
 
 from sequoia_kernels import TokenTree
 from sequoia_kernels.ops import sample_without_replacement
@@ -30,17 +30,6 @@ from sequoia_kernels.ops.verify_tree.residuals import draft_left, residual_left
 from sequoia_kernels.ops.warping import warped_probs
 from sequoia_kernels.rng import DRAFT_TAG
 
-KINDS = [
-    "unrelated",
-    "near",
-    "same",
-    "one-hot draft",
-    "peaked draft",
-    "draft misses tokens",
-    "target misses tokens",
-    "disjoint",
-    "tied",
-]
 # (temperature, top_k, top_p)
 WARPS = [
     (0.0, None, None),

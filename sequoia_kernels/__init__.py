@@ -10,7 +10,8 @@ Generation with Hugging Face models:
     generate, GenerateOutput, GenerateStats, GrammarHook, adapt, load_offloaded (sequoia_kernels.hf: trees for
     model.generate)
 The four ops of a decoding step, and one for own verifiers and samplers (docs/own_loop.md):
-    tree_attention, sample_without_replacement, verify_tree, compact_kv_cache_, CacheTable; warped_logsumexp
+    tree_attention, sample_without_replacement, verify_tree, compact_kv_cache_, CacheTable; warped_logsumexp;
+    VocabularyMap
 Own loops with Hugging Face models, besides adapt; servers' conventions are in sequoia_kernels.interop:
     TreeStep, prefill
 Errors:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         shape_tree,
     )
     from sequoia_kernels.tree import ShapedTree, TokenTree, Topology
+    from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = [
     "AcceptanceEstimate",
@@ -67,6 +69,7 @@ __all__ = [
     "TreePlan",
     "TreeStep",
     "UnsupportedModelError",
+    "VocabularyMap",
     "__version__",
     "adapt",
     "compact_kv_cache_",
@@ -115,6 +118,7 @@ _ROOMS = {
         "shape_tree",
     ],
     "tree": ["ShapedTree", "TokenTree", "Topology"],
+    "vocabularies": ["VocabularyMap"],
 }
 _MODULES = ("hf", "interop")  # public by their own names
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

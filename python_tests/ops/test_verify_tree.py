@@ -15,7 +15,7 @@ from support.operators import check_fake_matches_real
 from support.plain_verifier import plain_verify
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sequoia_kernels import TokenTree, Topology
+from sequoia_kernels import TokenTree, Topology, VocabularyMap
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import VerifiedPath, backends, verify_tree
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
@@ -753,18 +753,24 @@ def test_a_rule_of_ones_own_is_a_backend_that_knows_it(monkeypatch):
         backends.register_room("verify_tree", package="sequoia_kernels.ops.verify_tree")
 
 
-def _operator_inputs():
+def _operator_inputs(partial=False):
     tokens, target_logits, draft_logits = _random_step(MIXED, 3, 9)
     topology = MIXED.tensors("cpu")
     seeds = torch.arange(3)
     warps = (torch.tensor([0.0, 0.7, 1.0]), seeds, seeds, torch.tensor([2, 0, 5], dtype=torch.int32), torch.ones(3))
     shape = (topology.first_child, topology.num_children, MIXED.num_levels, MIXED.max_branching)
-    return (tokens, target_logits, draft_logits.nan_to_num(), *shape, *warps, "sequoia", False, "reference")
+    draft_logits, options = draft_logits.nan_to_num(), (None, None)
+    if partial:
+        ids = torch.tensor([4, 8, 0, 1])
+        draft_logits = draft_logits[:, :, ids].contiguous()
+        options = VocabularyMap.of(ids, 9).target_to_draft, torch.arange(MIXED.num_nodes) % 3 == 1
+    return (tokens, target_logits, draft_logits, *shape, *warps, "sequoia", *options, False, "reference")
 
 
-def test_the_torch_operators_keep_their_promises():
+@pytest.mark.parametrize("partial", [False, True])
+def test_the_torch_operators_keep_their_promises(partial):
     operators = torch.ops.sequoia.verify_tree
-    inputs = _operator_inputs()
+    inputs = _operator_inputs(partial)
     check_fake_matches_real(operators.default, *inputs)
     torch.library.opcheck(operators.default, inputs)
     out = (torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int64))

@@ -8,13 +8,20 @@ import math
 import torch
 from support.toy_models import TableModel, chain_probs
 
-from sequoia_kernels import TokenTree
+from sequoia_kernels import TokenTree, VocabularyMap
 from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.verify_tree.reference import node_decisions
 from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
 from sequoia_kernels.ops.warping import warped_probs
 
-__all__ = ["draft_outcomes", "emitted_by_outcomes", "emitted_distribution", "ordered_draws"]
+__all__ = [
+    "draft_outcomes",
+    "emitted_by_outcomes",
+    "emitted_distribution",
+    "ordered_draws",
+    "partial_outcomes",
+    "proposed_token",
+]
 
 
 def ordered_draws(scaled_logits: list[float], count: int) -> list[tuple[tuple[int, ...], float]]:
@@ -70,6 +77,74 @@ def draft_outcomes(
     return tokens, draft_logits, probability
 
 
+def proposed_token(path: torch.Tensor, rank: int, vocab: int) -> torch.Tensor:
+    """What the tests' source of certain children proposes: some function of the path and the rank. [M]."""
+    return (path.sum(dim=1) * 2 + path[:, -1] + rank) % vocab
+
+
+def partial_outcomes(
+    tree: TokenTree,
+    draft: TableModel,
+    root: int,
+    temperature: float,
+    *,
+    places: tuple[int, ...] = (),
+    known: list[int] | None = None,
+    excludes: bool = True,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None, list[int] | None]:
+    """The same for a draft that knows some tokens only, some of whose children are certain.
+
+    Args:
+        tree, draft, root, temperature: as in `draft_outcomes`.
+        places: ranks of the children that are certain.
+        known: tokens of the target that the draft knows, in its order; None for all.
+        excludes: whether the other children are drawn without those that are certain.
+
+    Returns:
+        (tokens, draft_logits, probability) as above, with rows of the draft's width; which nodes are certain [N], None
+        for none; and `known`.
+    """
+    temperature = float(torch.tensor(temperature, dtype=torch.float32))
+    ids = list(range(draft.vocab)) if known is None else known
+    certain = torch.zeros(tree.num_nodes, dtype=torch.bool)
+    states = [(torch.full((tree.num_nodes,), root), {}, 1.0)]
+    for node in range(tree.num_nodes):
+        children = tree.children(node)
+        if not children:
+            continue
+        proposed = [rank for rank in range(len(children)) if rank in places]
+        certain[[children[rank] for rank in proposed]] = True
+        grown = []
+        for tokens, rows, probability in states:
+            path = _path_tokens(tree, tokens[None], node)
+            tokens = tokens.clone()
+            for rank in proposed:
+                tokens[children[rank]] = proposed_token(path, rank, draft.vocab)[0]
+            row = draft.logits(path)[0][ids].clone()
+            if excludes:
+                taken = {int(tokens[children[rank]]) for rank in proposed}
+                row[[place for place, token in enumerate(ids) if token in taken]] = -math.inf
+            if float(row.max()) == -math.inf:
+                row[:] = 0.0  # a row must hold something: draws of it repeat what is certain, if any are made
+            others = [child for rank, child in enumerate(children) if rank not in proposed]
+            if temperature == 0:
+                draws = [(_largest(row.tolist(), len(others)), 1.0)]
+            else:
+                draws = ordered_draws(((row - row.max()) / temperature).tolist(), len(others))
+            for drawn, chance in draws:
+                chosen = tokens.clone()
+                chosen[others] = torch.tensor([ids[place] if place >= 0 else -1 for place in drawn], dtype=torch.int64)
+                grown.append((chosen, rows | {node: row}, probability * chance))
+        states = grown
+    draft_logits = torch.full((len(states), tree.num_nodes, len(ids)), torch.nan, dtype=torch.float64)
+    for outcome, (_, rows, _) in enumerate(states):
+        for node, row in rows.items():
+            draft_logits[outcome, node] = row
+    tokens = torch.stack([tokens for tokens, _, _ in states])
+    chances = torch.tensor([probability for _, _, probability in states], dtype=torch.float64)
+    return (tokens, draft_logits, chances), certain if places else None, known
+
+
 def emitted_distribution(
     tree: TokenTree,
     target: TableModel,
@@ -103,9 +178,16 @@ def emitted_by_outcomes(
     top_p: float | None = None,
     dtype: torch.dtype = torch.float64,
     rule: str = "sequoia",
+    certain: torch.Tensor | None = None,
+    known: list[int] | None = None,
 ) -> torch.Tensor:
-    """The same for some outcomes of the draws, as `draft_outcomes` lists them: what they add to the distribution."""
+    """The same for some outcomes of the draws, as `draft_outcomes` lists them: what they add to the distribution.
+
+    `certain` nodes [N] and the tokens `known` to the draft are as `partial_outcomes` gives them.
+    """
     tokens, draft_logits, probability = outcomes
+    if known is not None:
+        draft_logits = VocabularyMap.of(torch.tensor(known), target.vocab).widened(draft_logits)
     root = int(tokens[0, 0])
     num_outcomes, vocab = len(tokens), target.vocab
     per_row = [
@@ -115,7 +197,7 @@ def emitted_by_outcomes(
     target_logits = torch.stack([target.logits(_path_tokens(tree, tokens, node)) for node in range(tree.num_nodes)], 1)
     target_logits, draft_logits = target_logits.to(dtype), draft_logits.to(dtype)
     endings = {"sequoia": _sequoia_endings, "traversal": _traversal_endings}[rule]
-    ends, residuals = endings(tree, tokens, target_logits, draft_logits, per_row)
+    ends, residuals = endings(tree, tokens, target_logits, draft_logits, per_row, certain)
     emitted = [torch.zeros([vocab] * (level + 1), dtype=torch.float64) for level in range(tree.num_levels)]
     for node in range(tree.num_nodes):
         path = _path_tokens(tree, tokens, node)
@@ -133,7 +215,12 @@ def emitted_by_outcomes(
 
 
 def _sequoia_endings(
-    tree: TokenTree, tokens: torch.Tensor, target_logits: torch.Tensor, draft_logits: torch.Tensor, per_row: list
+    tree: TokenTree,
+    tokens: torch.Tensor,
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    per_row: list,
+    certain: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The probability of ending at each node [M, N], and the distribution of the next token there [M, N, vocab]."""
     ends = torch.zeros(tokens.shape, dtype=torch.float64)
@@ -143,7 +230,8 @@ def _sequoia_endings(
         children = tree.children(node)
         target_probs = warped_probs(target_logits[:, node], *per_row)
         node_draft = draft_logits[:, node] if children else torch.zeros_like(target_probs)
-        decisions = node_decisions(target_probs, node_draft, tokens[:, children], per_row[0])
+        of_children = () if certain is None else (certain[children].expand(len(tokens), -1),)
+        decisions = node_decisions(target_probs, node_draft, tokens[:, children], per_row[0], *of_children)
         for rank, child in enumerate(children):
             accepted = decisions.acceptance()[:, rank].double()
             ends[:, child] = ends[:, node] * accepted
@@ -153,13 +241,18 @@ def _sequoia_endings(
 
 
 def _traversal_endings(
-    tree: TokenTree, tokens: torch.Tensor, target_logits: torch.Tensor, draft_logits: torch.Tensor, per_row: list
+    tree: TokenTree,
+    tokens: torch.Tensor,
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor,
+    per_row: list,
+    certain: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the rule "traversal"."""
     nothing, shape = torch.zeros(len(tokens), dtype=torch.int64), tree.tensors()
     inputs = VerifyTreeInputs(
         tokens, target_logits, draft_logits if tree.num_nodes > 1 else None, shape.first_child, shape.num_children,
-        shape.num_levels, shape.max_branching, per_row[0], nothing, nothing, *per_row[1:], "traversal",
+        shape.num_levels, shape.max_branching, per_row[0], nothing, nothing, *per_row[1:], "traversal", None, certain,
     )  # fmt: skip
     chances = traversal_chances(inputs)
     order = chances.turn.argsort(dim=1)

@@ -5,7 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["TableModel", "chain_probs", "plain_probs", "toy_pair"]
+__all__ = ["KINDS", "TableModel", "chain_probs", "plain_probs", "toy_pair"]
+
+# Relations of a target and a draft, for `toy_pair`.
+KINDS = [
+    "unrelated",
+    "near",
+    "same",
+    "one-hot draft",
+    "peaked draft",
+    "draft misses tokens",
+    "target misses tokens",
+    "disjoint",
+    "tied",
+]
 
 
 class TableModel:

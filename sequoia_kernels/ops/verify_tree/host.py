@@ -26,6 +26,8 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
     reason = rule_reason(inputs, tuple(VERIFICATION_RULES))
     if reason is not None:
         return reason
+    if inputs.target_to_draft is not None or inputs.certain is not None:
+        return "takes drafts of the target's vocabulary, whose children were drawn"
     return None if inputs.tokens.is_cpu else "takes CPU tensors"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sequoia_kernels import checks
 from sequoia_kernels.ops.operators import Buffer, Operator
 from sequoia_kernels.tree import DEFAULT_RULE, MAX_STEP_ROWS, TokenTree, Topology, rule_named
+from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["VerifiedPath", "VerifyTreeInputs", "check_values", "rule_reason", "verify_tree"]
 
@@ -23,7 +24,7 @@ class VerifyTreeInputs(NamedTuple):
     Attributes:
         tokens: tokens of the nodes, in any requests' stride. [B, N], int64.
         target_logits: [B, N, vocab], float; last dimension contiguous, as of the draft's.
-        draft_logits: [B, N, vocab], float; None for a tree of one node.
+        draft_logits: [B, N, draft vocab], float; None where no child was drawn.
         first_child: first child of each node, -1 for leaves. [N], or [B, N] for a tree a request, int32.
         num_children: shape and dtype of first_child.
         num_levels: no tree has more levels.
@@ -34,6 +35,9 @@ class VerifyTreeInputs(NamedTuple):
         top_k: [B], int32, or None.
         top_p: [B], float32, or None.
         rule: name of a verification rule. A backend decides by those that it names in its ``supports``.
+        target_to_draft: place of each token in a row of draft_logits, -1 for none. [vocab], int32. None where the two
+            vocabularies are one.
+        certain: which nodes were proposed with certainty, not drawn. Shape of first_child or [B, N], bool, or None.
     """
 
     tokens: Tensor
@@ -49,6 +53,8 @@ class VerifyTreeInputs(NamedTuple):
     top_k: Tensor | None
     top_p: Tensor | None
     rule: str
+    target_to_draft: Tensor | None = None
+    certain: Tensor | None = None
 
 
 class VerifiedPath(NamedTuple):
@@ -78,6 +84,8 @@ def verify_tree(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     rule: str = DEFAULT_RULE,
+    draft_to_target: Tensor | VocabularyMap | None = None,
+    certain: Tensor | None = None,
     out: VerifiedPath | tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
     debug: bool = False,
@@ -86,14 +94,15 @@ def verify_tree(
 
     The emitted tokens (the accepted nodes' tokens, then `next_token`) are distributed exactly as if the target had been
     sampled token by token, provided that every node's children were drawn by `sample_without_replacement` from its
-    `draft_logits` at the same temperature, with noise of their own.
+    `draft_logits` at the same temperature, with noise of their own; or are `certain`.
 
     Args:
         tokens: the token of every node, the last emitted one at node 0. [B, N], int64. -1 where none could be drawn.
         target_logits: the target's logits behind each node; -inf masks a token. [B, N, vocab], float32, bfloat16,
             float16 or float64, last dimension contiguous, the others strided at will.
         draft_logits: the draft's logits behind each node, from which its children were drawn; rows of leaves are never
-            used and may hold anything. [B, N, vocab], dtype and layout as above. None for a tree of one node.
+            used and may hold anything. [B, N, vocab], or [B, N, Vd] with `draft_to_target`; dtype and layout as above.
+            None where no child was drawn: in a tree of one node, or where all are certain.
         tree: topology of the N nodes, at most 1024: a `TokenTree`, or a `Topology` on the device of the tokens, whose
             tensors are [N], or [B, N] for a tree of its own for each request. Every request's node 0 is the root; nodes
             that are nobody's children are not used.
@@ -131,8 +140,9 @@ def verify_tree(
     Notes:
         Mutates only `out`. No host sync unless `debug`; can be captured in a CUDA graph. The same inputs give the same
         path on every run. The draft is not cut by top_k and top_p: only the target's distribution is to be reproduced.
-        A child that cannot have been drawn (-1, a repeat of an earlier sibling, a token the draft masks) is passed over
-        as if it were not there. A token of target probability 0 is never emitted.
+        A child that cannot have been drawn (-1, a repeat of an earlier sibling, a token the draft masks or does not
+        know, unless it is certain) is passed over as if it were not there. A token of target probability 0 is never
+        emitted.
 
     Source:
         Sequoia (arXiv 2402.12374), section 3.2, tree sampling and verification, with strict coins.
@@ -180,6 +190,8 @@ def verify_tree(
         None if top_k is None else row_values("top_k", top_k, dtype=torch.int32),
         None if top_p is None else row_values("top_p", top_p, dtype=torch.float32, rule=checks.TOP_P),
         rule,
+        _target_to_draft(draft_to_target, draft_logits, target_logits),
+        certain,
     )
     return OPERATOR(inputs, out, backend, debug)
 
@@ -189,6 +201,29 @@ def rule_reason(inputs: VerifyTreeInputs, known: tuple[str, ...]) -> str | None:
     if inputs.rule in known:
         return None
     return f"knows the rule{'s' if len(known) > 1 else ''} {' and '.join(known)}"
+
+
+def _target_to_draft(
+    draft_to_target: Tensor | VocabularyMap | None, draft_logits: Tensor | None, target_logits: Tensor
+) -> Tensor | None:
+    name = "draft_to_target"
+    if draft_to_target is None:
+        return None
+    ids = draft_to_target.draft_to_target if isinstance(draft_to_target, VocabularyMap) else draft_to_target
+    checks.check_tensor(OP, name, ids)
+    checks.check_dtype(OP, name, ids, torch.int64)
+    if isinstance(draft_logits, Tensor) and draft_logits.dim() == 3 and ids.shape != draft_logits.shape[2:]:
+        rule = f"have shape [draft vocabulary] = [{draft_logits.shape[2]}], as draft_logits has"
+        checks.fail_range(OP, name, rule, checks.shape_text(ids.shape))
+    if isinstance(draft_to_target, VocabularyMap):
+        return draft_to_target.target_to_draft
+    checks.check_tensor(OP, "target_logits", target_logits)
+    if draft_to_target.dim() != 1 or target_logits.dim() != 3:
+        checks.fail_range(OP, name, "have shape [draft vocabulary]", checks.shape_text(draft_to_target.shape))
+    # Values are read where that costs no wait; elsewhere `debug` looks at the map.
+    readable = type(draft_to_target) is Tensor and draft_to_target.is_cpu and not torch.compiler.is_compiling()
+    make = VocabularyMap.of if readable else VocabularyMap.unchecked
+    return make(draft_to_target, target_logits.shape[2]).target_to_draft
 
 
 def _check_topology(tree: Topology) -> None:
@@ -221,13 +256,24 @@ def check(inputs: VerifyTreeInputs) -> None:
     if draft_logits is not None:
         checks.check_dtype(OP, "draft_logits", draft_logits, *checks.FLOAT_DTYPES)
         checks.check_rows(OP, "draft_logits", draft_logits, "batch, nodes, vocab")
-        if draft_logits.shape != shape:
+        mapped = inputs.target_to_draft is not None
+        if draft_logits.shape[:2] != shape[:2] or (draft_logits.shape[2] != vocab and not mapped):
             rule = f"have shape [batch, nodes, vocab] = {checks.shape_text(shape)}"
             fix = "; pad the draft's logits with -inf or slice them" if draft_logits.shape[2] != vocab else ""
             checks.fail_range(OP, "draft_logits", rule, checks.shape_text(draft_logits.shape) + fix)
         checks.check_device(OP, "draft_logits", draft_logits, device)
-    elif num_nodes > 1:
+    elif num_nodes > 1 and inputs.certain is None:
         raise TypeError(f"{OP}: draft_logits must be a tensor for a tree of {num_nodes} nodes, got None")
+    if inputs.target_to_draft is not None:
+        checks.check_dtype(OP, "draft_to_target", inputs.target_to_draft, torch.int32)
+        checks.check_shape(OP, "draft_to_target's inverse", inputs.target_to_draft, (vocab,), "vocab")
+        checks.check_device(OP, "draft_to_target", inputs.target_to_draft, device)
+    if inputs.certain is not None:
+        checks.check_dtype(OP, "certain", inputs.certain, torch.bool)
+        if inputs.certain.shape not in ((num_nodes,), (batch_size, num_nodes)):
+            rule = f"have shape [nodes] or [batch, nodes] with {num_nodes} nodes and batch {batch_size}"
+            checks.fail_range(OP, "certain", rule, checks.shape_text(inputs.certain.shape))
+        checks.check_device(OP, "certain", inputs.certain, device)
     for name, part in (("tree.first_child", inputs.first_child), ("tree.num_children", inputs.num_children)):
         checks.check_dtype(OP, name, part, torch.int32)
         if part.shape != inputs.first_child.shape or part.shape not in ((num_nodes,), (batch_size, num_nodes)):
@@ -295,10 +341,16 @@ def check_use(inputs: VerifyTreeInputs) -> None:
     """No two requests share their noise, and every child can be a draw of its parent's draft row. Reads values."""
     hint = "pass a seed of its own for each request, and advance its offset by the number of nodes behind every step"
     checks.check_streams(OP, inputs.seeds, inputs.offsets, inputs.temperature, "requests", hint)
-    tokens, draft_logits = inputs.tokens, inputs.draft_logits
+    tokens, draft_logits, target_to_draft = inputs.tokens, inputs.draft_logits, inputs.target_to_draft
     if draft_logits is None:
         return
     num_nodes = tokens.shape[1]
+    if target_to_draft is not None:
+        width = draft_logits.shape[2]
+        known = target_to_draft[target_to_draft >= 0].sort().values
+        if known.tolist() != list(range(width)):
+            rule = f"name a token for each of the draft's {width}, each once"
+            checks.fail_range(OP, "draft_to_target", rule, f"{len(known.unique())} of them")
     nodes = torch.arange(num_nodes, device=tokens.device)
     first_child, num_children = (
         part.expand(tokens.shape).to(torch.int64) for part in (inputs.first_child, inputs.num_children)
@@ -307,10 +359,17 @@ def check_use(inputs: VerifyTreeInputs) -> None:
     # Whether a column is a child of a row. [B, N, N]; greedy requests may be offered any tokens.
     is_child = (nodes >= first_child[:, :, None]) & (nodes < ends[:, :, None])
     is_child &= (inputs.temperature != 0)[:, None, None] & (tokens >= 0)[:, None, :]
+    if inputs.certain is not None:
+        is_child &= ~inputs.certain.expand(tokens.shape)[:, None, :]
     parents = is_child.to(torch.int8).argmax(dim=1)
     drawn = is_child.any(dim=1)
     requests = torch.arange(len(tokens), device=tokens.device)
-    masked = drawn & (draft_logits[requests[:, None], parents, tokens.clamp(min=0)] == -torch.inf)
+    places = tokens.clamp(min=0)
+    unknown = torch.zeros_like(drawn)
+    if target_to_draft is not None:
+        places = target_to_draft[places].to(torch.int64)
+        places, unknown = places.clamp(min=0), places < 0
+    masked = drawn & (unknown | (draft_logits[requests[:, None], parents, places] == -torch.inf))
     if bool(masked.any()):
         request, node = masked.nonzero()[0].tolist()
         rule = "be draws from their parents' draft_logits above temperature 0"

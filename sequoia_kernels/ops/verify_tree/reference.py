@@ -37,7 +37,7 @@ from sequoia_kernels.ops.warping import compute_dtype, warped_probs
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
 
 from .op import VerifiedPath, VerifyTreeInputs, rule_reason
-from .residuals import draft_left, residual_left
+from .residuals import draft_left, residual_left, with_whole_draft
 from .traversal import traverse_paths
 
 __all__ = ["NodeDecisions", "node_decisions", "run", "supports", "verify_paths"]
@@ -81,6 +81,7 @@ def node_decisions(
     draft_logits: torch.Tensor,  # [R, vocab]
     children: torch.Tensor,  # [R, K] int64 tokens in draw order, -1 for none
     temperature: torch.Tensor,  # [R]
+    certain: torch.Tensor | None = None,  # [R, K] bool
 ) -> NodeDecisions:
     """Return the exact decision probabilities at R nodes; nothing here is random.
 
@@ -97,7 +98,8 @@ def node_decisions(
     draft_at_child = torch.zeros_like(residual_at_child)
     for rank in range(children.shape[1]):
         is_child = children[:, rank, None] == vocab_ids  # [R, vocab], at most one per row
-        draft = draft_left(draft_logits, drawn, is_child, temperature)
+        of_child = temperature if certain is None else temperature.masked_fill(certain[:, rank], 0)
+        draft = draft_left(draft_logits, drawn, is_child, of_child)
         draft_of_child = draft.masked_fill(~is_child | drawn, 0).sum(dim=-1)
         is_draw = draft_of_child > 0
         draft_at_child[:, rank] = draft_of_child
@@ -110,12 +112,14 @@ def node_decisions(
 
 def verify_paths(inputs: VerifyTreeInputs) -> VerifiedPath:
     """Return the accepted paths and the tokens behind them."""
+    inputs = with_whole_draft(inputs)
     tokens, target_logits, draft_logits = inputs[:3]
     temperature, seeds, offsets, top_k, top_p = inputs[7:12]
     batch_size, num_nodes, vocab = target_logits.shape
     num_levels, device = inputs.num_levels, tokens.device
-    draft_dtype = target_logits.dtype if draft_logits is None else draft_logits.dtype
-    dtype = compute_dtype(target_logits.dtype, draft_dtype)
+    assert draft_logits is not None
+    dtype = compute_dtype(target_logits.dtype, draft_logits.dtype)
+    certain = None if inputs.certain is None else inputs.certain.expand(batch_size, num_nodes)
     requests = torch.arange(batch_size, device=device)
     # One tree for all requests is every request's own.
     first_child, num_children = (
@@ -140,11 +144,9 @@ def verify_paths(inputs: VerifyTreeInputs) -> VerifiedPath:
         children = tokens.gather(1, child_nodes).masked_fill(~is_child, -1)
 
         target_probs = warped_probs(target_logits[requests, current].to(dtype), temperature, top_k, top_p)
-        if draft_logits is None:
-            node_draft = torch.zeros_like(target_probs)
-        else:
-            node_draft = draft_logits[requests, current].masked_fill(num_own == 0, 0)
-        decisions = node_decisions(target_probs, node_draft, children, temperature)
+        node_draft = draft_logits[requests, current].masked_fill(num_own == 0, 0)
+        of_children = () if certain is None else (certain.gather(1, child_nodes),)
+        decisions = node_decisions(target_probs, node_draft, children, temperature, *of_children)
 
         accepted = coins.gather(1, child_nodes) * decisions.draft_at_child < decisions.residual_at_child
         any_accepted = accepted.any(dim=1)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["draft_left", "residual_left"]
+from .op import VerifyTreeInputs
+
+__all__ = ["draft_left", "residual_left", "with_whole_draft"]
+
+
+def with_whole_draft(inputs: VerifyTreeInputs) -> VerifyTreeInputs:
+    """Return the same call with rows of the draft as wide as the target's, of -inf where it does not know a token."""
+    target_logits, draft_logits, target_to_draft = inputs.target_logits, inputs.draft_logits, inputs.target_to_draft
+    if draft_logits is None:
+        nothing = torch.full((1, 1, 1), -torch.inf, dtype=target_logits.dtype, device=target_logits.device)
+        return inputs._replace(draft_logits=nothing.expand(target_logits.shape), target_to_draft=None)
+    if target_to_draft is None:
+        return inputs
+    whole = draft_logits.index_select(2, target_to_draft.clamp(min=0).to(torch.int64))
+    return inputs._replace(draft_logits=whole.masked_fill(target_to_draft < 0, -torch.inf), target_to_draft=None)
 
 
 def draft_left(
     draft_logits: torch.Tensor,  # [R, vocab]
     drawn: torch.Tensor,  # [R, vocab] bool: tokens drawn before
     is_child: torch.Tensor,  # [R, vocab] bool: the token that is tested, at most one a row
-    temperature: torch.Tensor,  # [R]
+    temperature: torch.Tensor,  # [R]; 0 too where the child is certain
 ) -> torch.Tensor:
     """Return the distribution that the next child was drawn from: the draft's without the tokens drawn before.
 

@@ -23,6 +23,7 @@ Source: Traversal verification (arXiv 2505.12398), for children drawn without re
 
 Corners:
     Not a draw: as in reference.py; such a child is passed over with all that is below it.
+    Certain: as in reference.py; all mass of its draft_i is on it.
     Empty residual of a node whose chance is 1: target and draft agree up to rounding. The chance stays 1, and the
         residual becomes that of reference.py, the target without the tokens drawn so far or the target itself.
     Empty residual of a chance below 1: the chance becomes 0. No path through the node is accepted any more.
@@ -38,7 +39,7 @@ from sequoia_kernels.ops.warping import compute_dtype, warped_probs
 from sequoia_kernels.rng import RESIDUAL_TAG, node_coins, token_gumbel
 
 from .op import VerifiedPath, VerifyTreeInputs
-from .residuals import draft_left, residual_left
+from .residuals import draft_left, residual_left, with_whole_draft
 
 __all__ = ["TraversalChances", "traversal_chances", "traverse_paths"]
 
@@ -62,11 +63,16 @@ class TraversalChances(NamedTuple):
 
 def traversal_chances(inputs: VerifyTreeInputs) -> TraversalChances:
     """Walk all requests' trees together, one node entered or left at a time; nothing here is random."""
+    inputs = with_whole_draft(inputs)
     tokens, target_logits, draft_logits = inputs[:3]
     temperature = inputs.temperature
     batch_size, num_nodes, vocab = target_logits.shape
     device = tokens.device
-    dtype = compute_dtype(target_logits.dtype, target_logits.dtype if draft_logits is None else draft_logits.dtype)
+    assert draft_logits is not None
+    dtype = compute_dtype(target_logits.dtype, draft_logits.dtype)
+    of_child = temperature[:, None].expand(batch_size, num_nodes)  # 0 where the child is certain
+    if inputs.certain is not None:
+        of_child = of_child.masked_fill(inputs.certain, 0)
     requests, vocab_ids = torch.arange(batch_size, device=device), torch.arange(vocab, device=device)
     first_child, num_children = (
         part.long().expand(batch_size, -1) for part in (inputs.first_child, inputs.num_children)
@@ -89,8 +95,6 @@ def traversal_chances(inputs: VerifyTreeInputs) -> TraversalChances:
         enters = num_tried[requests, current] < num_children[requests, current]
         leaves = ~enters & (turn[:, 0] > last_turn)
         turn[requests, current] = torch.where(leaves, now, turn[requests, current])
-        if draft_logits is None:
-            break  # a tree of one node
         owner = torch.where(enters, current, parents[requests, current])
         child = torch.where(enters, first_child[requests, current] + num_tried[requests, current], current)
         num_tried[requests, owner] += enters.long()
@@ -99,7 +103,7 @@ def traversal_chances(inputs: VerifyTreeInputs) -> TraversalChances:
         owner_drawn, owner_chance = drawn[requests, owner], chance[requests, owner]
         owner_draft = draft_logits[requests, owner].to(dtype)
         draft = draft_left(owner_draft.masked_fill((num_children == 0)[requests, owner, None], 0), owner_drawn,
-                           is_child, temperature)  # fmt: skip
+                           is_child, of_child[requests, child])  # fmt: skip
         draft_of_child = draft.masked_fill(~is_child | owner_drawn, 0).sum(dim=-1)
         wanted = owner_chance * residual[requests, owner].masked_fill(~is_child, 0).sum(dim=-1)
 

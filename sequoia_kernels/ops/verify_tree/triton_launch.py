@@ -159,13 +159,15 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
         return "takes float32, bfloat16 and float16"
     if inputs.tokens.shape[0] > 65535:
         return "takes up to 65535 requests"
+    if inputs.target_to_draft is not None or inputs.certain is not None:
+        return "takes drafts of the target's vocabulary, whose children were drawn"
     return rule_reason(inputs, ("sequoia", "traversal")) or triton_device.device_reason(inputs.tokens.device)
 
 
 def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | None = None) -> None:
     """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
     tokens, target_logits, draft_logits = inputs[:3]
-    num_levels, max_branching, temperature, seeds, offsets, top_k, top_p, rule = inputs[5:]
+    num_levels, max_branching, temperature, seeds, offsets, top_k, top_p, rule = inputs[5:13]
     nodes, num_accepted, next_token = outputs
     batch_size, num_nodes, vocab = target_logits.shape
     if vocab == 1:

@@ -1,12 +1,15 @@
 """Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
 
 from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
+from sequoia_kernels.drafts.folders import draft_from_folder
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.model import ModelDraft, draft_source
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 
 __all__ = [
+    "DFlashDraft",
     "DecodingState",
     "DraftLevel",
     "DraftSource",
@@ -16,6 +19,8 @@ __all__ = [
     "StepTree",
     "TokenBuffers",
     "TreeLayout",
+    "dflash_from_model",
+    "draft_from_folder",
     "draft_source",
     "each_tree",
     "request_seeds",

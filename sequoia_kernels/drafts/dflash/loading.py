@@ -15,6 +15,7 @@ from sequoia_kernels.drafts.dflash.forms import DFlashForm, is_dflash, read_form
 from sequoia_kernels.drafts.dflash.source import DFlashDraft
 from sequoia_kernels.drafts.folders import DraftFolder, DraftFormat, register_format
 from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["dflash_from_model", "load_dflash"]
 
@@ -37,10 +38,10 @@ def load_dflash(folder: DraftFolder, target: TreeModel) -> DFlashDraft:
         name: weight.to(device=target.device, dtype=target.dtype)
         for name, weight in _layer_weights(folder, form).items() | _head_weights(folder, form, target).items()
     }
-    embedding = _embedding(folder, form, target)
-    head = _head(folder, form, target)
+    vocabulary = _vocabulary(folder, form, target)
+    embedding, head = _embedding(folder, form, target), _head(folder, form, target)
     folder.check_all_taken(unused=("verifier_lm_head.weight", "verifier_norm.weight"))
-    draft = DFlashDraft(form, weights, embedding, head)
+    draft = DFlashDraft(form, weights, embedding, head, vocabulary)
     draft.check_target(target)
     return draft
 
@@ -131,6 +132,24 @@ def _head_weights(folder: DraftFolder, form: DFlashForm, target: TreeModel) -> d
         shapes["confidence_head.proj.weight"] = (1, width + (rank if form.confidence_reads_token else 0))
         shapes["confidence_head.proj.bias"] = (1,)
     return {name: folder.need(name, shape=shape) for name, shape in shapes.items()}
+
+
+def _vocabulary(folder: DraftFolder, form: DFlashForm, target: TreeModel) -> VocabularyMap | None:
+    """Give the map of a reduced vocabulary, whose ids are kept as differences."""
+    size = form.draft_vocab_size or target.vocab_size
+    differences = folder.take("d2t", shape=(size,), optional=form.draft_vocab_size is None)
+    known = folder.take("t2d", shape=(None,), optional=True)
+    if differences is None:
+        return None
+    ids = differences.to(torch.int64) + torch.arange(size)
+    if form.draft_vocab_size is None and not differences.any():
+        return None  # every token is itself
+    if known is not None and known.nonzero().flatten().tolist() != ids.sort().values.tolist():
+        raise ValueError(f"{folder}: t2d must mark the tokens of d2t, got {int(known.sum())} others or more")
+    try:
+        return VocabularyMap.of(ids, target.vocab_size).to(target.device)
+    except ValueError as error:
+        raise ValueError(f"{folder}: d2t must map to the target's {target.vocab_size} tokens: {error}") from error
 
 
 def _embedding(folder: DraftFolder, form: DFlashForm, target: TreeModel) -> nn.Module:

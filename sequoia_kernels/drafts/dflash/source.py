@@ -18,6 +18,7 @@ from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath
+from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["DFlashDraft"]
 
@@ -34,6 +35,7 @@ class DFlashDraft(DraftSource):
         weights: its weights by their common names, on the target's device and in its dtype.
         embedding: of tokens.
         head: likewise.
+        vocabulary: which of the target's tokens are the head's rows; None where they are its first ones.
 
     Attributes:
         form: what the draft is.
@@ -41,9 +43,10 @@ class DFlashDraft(DraftSource):
     """
 
     def __init__(
-        self, form: DFlashForm, weights: Mapping[str, torch.Tensor], embedding: nn.Module, head: nn.Module
-    ) -> None:
-        self.form = form
+        self, form: DFlashForm, weights: Mapping[str, torch.Tensor], embedding: nn.Module, head: nn.Module,
+        vocabulary: VocabularyMap | None = None,
+    ) -> None:  # fmt: skip
+        self.form, self.vocabulary = form, vocabulary
         self.backbone = BlockBackbone(form, weights, embedding, head)
         self.heads = DSparkHeads(form, weights)
         model = self.backbone.model

@@ -96,11 +96,13 @@ void bind_ops(py::module_& module) {
                "Attend along a packed tree mask; see tree_attention.cpp. Returns False, and has written nothing, if a "
                "length or page lies outside the cache.");
     module.def("verify_tree", &verify_tree, release_gil, py::arg("tokens_ptr"), py::arg("target_ptr"),
-               py::arg("target_type"), py::arg("draft_ptr"), py::arg("draft_type"), py::arg("first_child_ptr"),
+               py::arg("target_type"), py::arg("draft_ptr"), py::arg("draft_type"),
+               py::arg("target_to_draft_ptr"), py::arg("certain_ptr"), py::arg("first_child_ptr"),
                py::arg("num_children_ptr"), py::arg("max_branching"), py::arg("temperature_ptr"), py::arg("seeds_ptr"),
                py::arg("offsets_ptr"), py::arg("top_k_ptr"), py::arg("top_p_ptr"), py::arg("nodes_ptr"),
                py::arg("num_accepted_ptr"), py::arg("next_token_ptr"), py::arg("batch_size"), py::arg("num_nodes"),
-               py::arg("num_levels"), py::arg("vocab"), py::arg("topology_stride"), py::arg("tokens_stride"),
+               py::arg("num_levels"), py::arg("vocab"), py::arg("draft_vocab"), py::arg("topology_stride"),
+               py::arg("certain_stride"), py::arg("tokens_stride"),
                py::arg("target_batch_stride"), py::arg("target_node_stride"), py::arg("draft_batch_stride"),
                py::arg("draft_node_stride"), py::arg("rule_code"), py::arg("check_values"),
                "Decide which paths of token trees are accepted; see verify_tree.cpp.");

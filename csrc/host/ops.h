@@ -31,8 +31,10 @@ enum class VerificationRule : int { sequoia = 0, traversal = 1 };
 bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests tokens_stride apart
                  std::uintptr_t target_ptr,         // [B, N, vocab] target_type
                  int target_type,                   //
-                 std::uintptr_t draft_ptr,          // [B, N, vocab] draft_type, or 0 for a tree of one node
+                 std::uintptr_t draft_ptr,          // [B, N, draft_vocab] draft_type, or 0 where nothing was drawn
                  int draft_type,                    //
+                 std::uintptr_t target_to_draft_ptr,  // [vocab] int32, or 0 where the vocabularies are one
+                 std::uintptr_t certain_ptr,        // [N] bool, requests certain_stride apart, or 0
                  std::uintptr_t first_child_ptr,    // [N] int32, requests topology_stride apart: 0 where they share it
                  std::uintptr_t num_children_ptr,   // [N] int32, likewise
                  std::int64_t max_branching,        //
@@ -45,7 +47,8 @@ bool verify_tree(std::uintptr_t tokens_ptr,         // [B, N] int64, requests to
                  std::uintptr_t num_accepted_ptr,   // out: [B] int32
                  std::uintptr_t next_token_ptr,     // out: [B] int64
                  std::int64_t batch_size, std::int64_t num_nodes, std::int64_t num_levels, std::int64_t vocab,
-                 std::int64_t topology_stride, std::int64_t tokens_stride,           // elements
+                 std::int64_t draft_vocab, std::int64_t topology_stride, std::int64_t certain_stride,  // elements
+                 std::int64_t tokens_stride,                                         //
                  std::int64_t target_batch_stride, std::int64_t target_node_stride,  //
                  std::int64_t draft_batch_stride, std::int64_t draft_node_stride,    //
                  int rule_code,                                                      // of VerificationRule

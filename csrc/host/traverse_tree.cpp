@@ -58,9 +58,9 @@ class Traversal {
             }
             Entry<Real>& last = path(depth_);
             if (depth_ == 0 || coin_of(last.tried.node()) < last.chance) break;
-            const std::int64_t token = request_.tokens[last.tried.node()];
+            const std::int32_t failed = last.tried.node();
             --depth_;
-            drop(path(depth_), token);
+            drop(path(depth_), failed);
         }
         for (std::int64_t level = 0; level <= depth_; ++level) emitted.nodes[level] = path(level).tried.node();
         emitted.num_accepted = static_cast<std::int32_t>(depth_ + 1);
@@ -87,9 +87,9 @@ class Traversal {
         entry.chance = chance;
     }
 
-    void drop(Entry<Real>& entry, std::int64_t token) {
+    void drop(Entry<Real>& entry, std::int32_t child) {
         entry.tried.reopen(request_, rows(depth_));
-        entry.chance = entry.tried.drop(request_, token, entry.chance);
+        entry.chance = entry.tried.drop(request_, child, entry.chance);
     }
 
     // Try the children of the last node that are left: until one with children of its own is entered, or a leaf is
@@ -100,10 +100,9 @@ class Traversal {
         const std::int32_t node = entry.tried.node();
         while (entry.next_rank < tree.num_children[node] && entry.chance > 0) {
             const std::int32_t child = tree.first_child[node] + entry.next_rank++;
-            const std::int64_t token = request_.tokens[child];
-            if (!entry.tried.is_draw(request_, token)) continue;
-            const double wanted = entry.chance * entry.tried.residual_at(token);
-            const double chance = std::min(1.0, wanted / entry.tried.draft_at(request_, token));
+            if (!entry.tried.is_draw(request_, child)) continue;
+            const double wanted = entry.chance * entry.tried.residual_at(request_.tokens[child]);
+            const double chance = std::min(1.0, wanted / entry.tried.draft_at(request_, child));
             if (chance > 0) {
                 if (tree.num_children[child] > 0) {
                     enter(child, chance);
@@ -111,7 +110,7 @@ class Traversal {
                 }
                 if (coin_of(child) < chance) return child;
             }
-            drop(entry, token);
+            drop(entry, child);
         }
         return NONE;
     }

@@ -36,11 +36,13 @@ class TreeCommit {
         num_nodes_ = number_of(source, "num_nodes");
         num_levels_ = number_of(source, "num_levels");
         vocab_ = number_of(source, "vocab");
+        draft_vocab_ = number_of(source, "draft_vocab");
         max_branching_ = number_of(source, "max_branching");
         topology_stride_ = number_of(source, "topology_stride");
         draft_type_ = static_cast<int>(number_of(source, "draft_type"));
         rule_code_ = static_cast<int>(number_of(source, "rule_code"));
         tokens_ = at("tokens"), draft_logits_ = at("draft_logits");
+        target_to_draft_ = at("target_to_draft"), certain_ = at("certain");
         first_child_ = at("first_child"), num_children_ = at("num_children");
         temperature_ = at("temperature"), seeds_ = at("seeds"), offsets_ = at("offsets");
         top_k_ = at("top_k"), top_p_ = at("top_p");
@@ -56,10 +58,11 @@ class TreeCommit {
 
     // Returns false, and has written nothing, if a value is out of range.
     bool verify(std::uintptr_t target_logits, int target_type, std::int64_t batch_stride, std::int64_t node_stride) {
-        return verify_tree(tokens_, target_logits, target_type, draft_logits_, draft_type_, first_child_, num_children_,
-                           max_branching_, temperature_, seeds_, offsets_, top_k_, top_p_, nodes_, num_accepted_,
-                           next_token_, batch_size_, num_nodes_, num_levels_, vocab_, topology_stride_, num_nodes_,
-                           batch_stride, node_stride, num_nodes_ * vocab_, vocab_, rule_code_, true);
+        return verify_tree(tokens_, target_logits, target_type, draft_logits_, draft_type_, target_to_draft_,
+                           certain_, first_child_, num_children_, max_branching_, temperature_, seeds_, offsets_, top_k_, top_p_, nodes_, num_accepted_,
+                           next_token_, batch_size_, num_nodes_, num_levels_, vocab_, draft_vocab_, topology_stride_, num_nodes_,
+                           num_nodes_, batch_stride, node_stride, num_nodes_ * draft_vocab_, draft_vocab_, rule_code_,
+                           true);
     }
 
     // Returns false, and has written nothing, if a tree does not fit behind a cache's committed rows.
@@ -99,9 +102,10 @@ class TreeCommit {
 
   private:
     py::dict source_;  // holds what the caller put beside the addresses
-    std::int64_t batch_size_, num_nodes_, num_levels_, vocab_, max_branching_, topology_stride_;
+    std::int64_t batch_size_, num_nodes_, num_levels_, vocab_, draft_vocab_, max_branching_, topology_stride_;
     int draft_type_, rule_code_;
-    std::uintptr_t tokens_, draft_logits_;  // [B, N] int64, [B, N, vocab]
+    std::uintptr_t tokens_, draft_logits_;      // [B, N] int64, [B, N, draft_vocab]
+    std::uintptr_t target_to_draft_, certain_;  // [vocab] int32 and [B, N] bool, or 0
     std::uintptr_t first_child_, num_children_;  // [N] or [B, N] int32
     std::uintptr_t temperature_, seeds_, offsets_, top_k_, top_p_, active_, last_tokens_, root_tokens_;  // [B]
     std::uintptr_t nodes_, num_accepted_, next_token_;  // [B, L] int32, [B] int32, [B] int64

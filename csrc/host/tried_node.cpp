@@ -185,6 +185,16 @@ namespace {
 
 constexpr std::int64_t whole_stretches(std::int64_t size) { return (size + STRETCH - 1) / STRETCH * STRETCH; }
 
+// Weights of the draft's tokens as those of the target's.
+template <class Real>
+void spread(const Real* own, const std::int32_t* target_to_draft, std::int64_t vocab, std::int64_t draft_vocab,
+            Real* out) {
+    for (std::int64_t token = 0; token < vocab; ++token) {
+        const std::int64_t id = target_to_draft[token];
+        out[token] = id >= 0 && id < draft_vocab ? own[id] : Real{0};
+    }
+}
+
 template <class Real>
 Real* reserve_row(Scratch<Real>& scratch, std::int64_t size) {
     Real* const row = scratch.reserve(whole_stretches(size));
@@ -204,10 +214,11 @@ void TriedNode<Real>::open(const VerifyRequest& request, std::int32_t node, Node
     residual_.gamma = 0;
     residual_.mass = target_mass_;
     residual_.draft = nullptr;
-    closed_ = request.tree.num_children[node] == 0;
-    if (closed_) return;
+    finished_ = request.tree.num_children[node] == 0;
+    exhausted_ = !request.has_draft();
+    if (finished_ || exhausted_) return;
     draft_weighing_ = Weighing<Real>::of(request.draft_peak(node), request.warp.temperature);
-    draft_mass_ = summed_draft_mass_ = weigh_draft(undrawn_draft(request));
+    draft_mass_ = summed_draft_mass_ = weigh_draft(request, undrawn_draft(request));
 }
 
 template <class Real>
@@ -215,7 +226,7 @@ void TriedNode<Real>::reopen(const VerifyRequest& request, NodeRows<Real>& rows)
     if (rows.node == node_) return;
     load_target(request, rows);
     if (request.tree.num_children[node_] == 0) return;
-    weigh_draft(undrawn_draft(request));
+    if (request.has_draft()) weigh_draft(request, undrawn_draft(request));
     for (const auto& [token, weight] : drawn_) {
         const std::int64_t entry = entry_of(token);
         if (entry >= 0 && !restored_) rows.target.reserve(0)[entry] = 0;
@@ -261,23 +272,36 @@ template <class Real>
 LogitRows TriedNode<Real>::undrawn_draft(const VerifyRequest& request) const {
     static thread_local Scratch<Real> scratch;
     if (drawn_.empty()) return request.draft.rows_from(node_);
-    const std::int64_t vocab = request.target.vocab;
+    const std::int64_t vocab = request.draft.vocab;
     Real* const undrawn = scratch.reserve(padded(vocab));
     load_row(request.draft.row(node_), request.draft.type, vocab, undrawn);
-    for (const auto& [token, weight] : drawn_) undrawn[token] = static_cast<Real>(NEVER);
+    for (const auto& [token, weight] : drawn_) {
+        const std::int64_t id = request.draft_id(token);
+        if (id >= 0) undrawn[id] = static_cast<Real>(NEVER);
+    }
     const auto type = std::is_same<Real, double>::value ? ElementType::float64 : ElementType::float32;
     return {reinterpret_cast<const char*>(undrawn), type, 0, vocab};
 }
 
 // The weights that draft_weighing_ gives to logits of the draft; returns the sum over all tokens.
 template <class Real>
-double TriedNode<Real>::weigh_draft(const LogitRows& logits) {
+double TriedNode<Real>::weigh_draft(const VerifyRequest& request, const LogitRows& logits) {
     const void* const row = logits.row(0);
     Real* const draft = reserve_row(rows_->draft, residual_.size);
     residual_.draft = draft;
-    if (residual_.tokens == nullptr) return weigh_row(row, logits.type, logits.vocab, draft_weighing_, draft);
+    if (residual_.tokens == nullptr) {
+        if (request.target_to_draft == nullptr) {
+            return weigh_row(row, logits.type, logits.vocab, draft_weighing_, draft);
+        }
+        static thread_local Scratch<Real> scratch;
+        Real* const own = scratch.reserve(padded(logits.vocab));
+        const double mass = weigh_row(row, logits.type, logits.vocab, draft_weighing_, own);
+        spread(own, request.target_to_draft, residual_.size, logits.vocab, draft);
+        return mass;
+    }
     for (std::int64_t entry = 0; entry < residual_.size; ++entry) {
-        draft[entry] = draft_weighing_(static_cast<Real>(logit_at(row, logits.type, residual_.tokens[entry])));
+        const std::int64_t id = request.draft_id(residual_.tokens[entry]);
+        draft[entry] = id < 0 ? Real{0} : draft_weighing_(static_cast<Real>(logit_at(row, logits.type, id)));
     }
     return weigh_row(row, logits.type, logits.vocab, draft_weighing_, nullptr);
 }
@@ -285,9 +309,15 @@ double TriedNode<Real>::weigh_draft(const LogitRows& logits) {
 template <class Real>
 double TriedNode<Real>::draft_weight(const VerifyRequest& request, std::int64_t token) const {
     if (residual_.tokens == nullptr) return residual_.draft[token];
+    const std::int64_t id = request.draft_id(token);
+    if (id < 0 || was_dropped(token)) return 0;
+    return draft_weighing_(static_cast<Real>(logit_at(request.draft.row(node_), request.draft.type, id)));
+}
+
+template <class Real>
+bool TriedNode<Real>::was_dropped(std::int64_t token) const {
     const auto is_token = [token](const std::pair<std::int64_t, double>& drawn) { return drawn.first == token; };
-    if (std::any_of(drawn_.begin(), drawn_.end(), is_token)) return 0;
-    return draft_weighing_(static_cast<Real>(logit_at(request.draft.row(node_), request.draft.type, token)));
+    return std::any_of(drawn_.begin(), drawn_.end(), is_token);
 }
 
 // Where a token's weights are, -1 if it is none of those that are kept.
@@ -304,7 +334,7 @@ template <class Real>
 double TriedNode<Real>::take_out(std::int64_t entry) {
     if (entry < 0) return 0;
     Real& weight = rows_->target.reserve(0)[entry];
-    rows_->draft.reserve(0)[entry] = 0;
+    if (residual_.draft != nullptr) rows_->draft.reserve(0)[entry] = 0;
     const double had = weight;
     weight = 0;
     return had;
@@ -321,24 +351,27 @@ void TriedNode<Real>::lower_draft_mass(const VerifyRequest& request, double weig
     }
     const LogitRows logits = undrawn_draft(request);
     const RowPeak peak = row_peak(logits.row(0), logits.type, logits.vocab);
-    if (!peak.valid) {  // empty draft: no further child can be a draw
-        closed_ = true;
+    if (!peak.valid) {  // empty draft
+        exhausted_ = true;
         return;
     }
     residual_.gamma *= draft_weighing_.relative(peak.logit);
     draft_weighing_ = Weighing<Real>::of(peak.logit, request.warp.temperature);
-    draft_mass_ = summed_draft_mass_ = weigh_draft(logits);
+    draft_mass_ = summed_draft_mass_ = weigh_draft(request, logits);
 }
 
 template <class Real>
-double TriedNode<Real>::drop(const VerifyRequest& request, std::int64_t token, double chance) {
-    const double mass_before = residual_.mass, draft_weight_before = draft_weight(request, token);
+double TriedNode<Real>::drop(const VerifyRequest& request, std::int32_t child, double chance) {
+    const std::int64_t token = request.tokens[child];
+    const double mass_before = residual_.mass, draft_weight_before = exhausted_ ? 0 : draft_weight(request, token);
     residual_.alpha *= chance;
-    residual_.gamma = chance * residual_.gamma + mass_before / draft_mass_;
+    residual_.gamma = chance * residual_.gamma + (request.is_certain(child) ? 0 : mass_before / draft_mass_);
     drawn_.emplace_back(token, take_out(entry_of(token)));
-    lower_draft_mass(request, draft_weight_before);
+    if (!exhausted_) lower_draft_mass(request, draft_weight_before);
     const std::int64_t size = padded(residual_.size);
-    residual_.mass = mass_left(residual_.target, residual_.draft, size, residual_.alpha, residual_.gamma);
+    // Without a draft any finite row stands in for it, times a gamma of 0.
+    const Real* const draft = residual_.draft == nullptr ? residual_.target : residual_.draft;
+    residual_.mass = mass_left(residual_.target, draft, size, residual_.alpha, residual_.gamma);
     if (residual_.mass > 0) {
         const double left = residual_.mass / mass_before;
         const double power_of_2 = std::ldexp(1.0, -std::ilogb(residual_.mass));
@@ -348,7 +381,7 @@ double TriedNode<Real>::drop(const VerifyRequest& request, std::int64_t token, d
         return left / (left + (1 - chance));
     }
     if (chance < 1) {  // no path through this node is accepted any more
-        closed_ = true;
+        finished_ = true;
         return 0;
     }
     // Empty residual: the target without the drawn tokens, or all of it where nothing else is left.
@@ -361,7 +394,7 @@ double TriedNode<Real>::drop(const VerifyRequest& request, std::int64_t token, d
             if (entry >= 0) rows_->target.reserve(0)[entry] = static_cast<Real>(weight);
         }
         residual_.mass = target_mass_;
-        restored_ = closed_ = true;  // no token that is still to come has any mass
+        restored_ = finished_ = true;  // no token that is still to come has any mass
     }
     return chance;
 }

@@ -4,12 +4,14 @@
 //     residual(x) = max(alpha t(x) - gamma d(x), 0) / Z, at first alpha = 1, gamma = 0 and Z = sum t;
 //     dropping x_i, with chance p: gamma' = p gamma + Z / D; alpha' = p alpha; zero x_i;
 //                   Z' = sum max(alpha' t - gamma' d, 0); m = Z' / Z; p <- m / (m + 1 - p).
+// A child that is certain has a draft of its own, which is 0 but for it: dropping it leaves gamma' = p gamma.
 // Three numbers are the whole state, scaled by powers of 2, so that a sum Z' > 0 is what the draw finds again to the
 // last bit; a drop is one pass over two rows. The rules that try children, and what a chance is, are told in
 // sequoia_kernels/ops/verify_tree/reference.py and traversal.py; from the root down every p is 1.
 //
 // Where top-k or top-p leave few tokens of the target, only those are kept of either row: the residual is 0 elsewhere,
-// and of the draft's other weights nothing but their sum counts. Weights are float32, or float64 where either of the
+// and of the draft's other weights nothing but their sum counts. A draft of fewer tokens is spread out to the target's
+// when its weights are made. Weights are float32, or float64 where either of the
 // logits is; all sums and what is made of them are float64.
 
 #pragma once
@@ -40,7 +42,9 @@ struct VerifyRequest {
     Tree tree;
     const std::int64_t* tokens;  // [N]
     LogitRows target;            // rows are nodes
-    LogitRows draft;
+    LogitRows draft;             // of no data where nothing was drawn
+    const std::int32_t* target_to_draft;  // [vocab], or null where the draft's tokens are the target's
+    const bool* certain;         // [N], or null
     const double* target_peaks;  // largest logit of each row, or null where nobody has looked yet
     const double* draft_peaks;   // of nodes with children
     Warp warp;
@@ -48,6 +52,14 @@ struct VerifyRequest {
 
     double target_peak(std::int32_t node) const { return peak(target, target_peaks, node); }
     double draft_peak(std::int32_t node) const { return peak(draft, draft_peaks, node); }
+    bool has_draft() const { return draft.data != nullptr; }
+    bool is_certain(std::int32_t node) const { return certain != nullptr && certain[node]; }
+    // Where a token is in a row of the draft, -1 if the draft does not know it.
+    std::int64_t draft_id(std::int64_t token) const {
+        if (target_to_draft == nullptr) return token;
+        const std::int64_t id = target_to_draft[token];
+        return id < draft.vocab ? id : -1;
+    }
 
   private:
     static double peak(const LogitRows& rows, const double* peaks, std::int32_t node) {
@@ -99,19 +111,24 @@ class TriedNode {
     // Go on with a node: its rows are loaded again, without what was dropped, if the memory was lent in between.
     void reopen(const VerifyRequest& request, NodeRows<Real>& rows);
 
-    bool is_draw(const VerifyRequest& request, std::int64_t token) const {
-        return !closed_ && token >= 0 && token < request.target.vocab && draft_weight(request, token) != 0;
+    // Whether a child can have been proposed: drawn, or being certain.
+    bool is_draw(const VerifyRequest& request, std::int32_t child) const {
+        const std::int64_t token = request.tokens[child];
+        if (finished_ || token < 0 || token >= request.target.vocab) return false;
+        if (request.is_certain(child)) return !was_dropped(token);
+        return !exhausted_ && draft_weight(request, token) != 0;
     }
     double residual_at(std::int64_t token) const {
         const std::int64_t entry = entry_of(token);
         return entry < 0 ? 0 : residual_.at(entry);
     }
-    double draft_at(const VerifyRequest& request, std::int64_t token) const {
-        return draft_weight(request, token) / draft_mass_;
+    // Of a child that is a draw.
+    double draft_at(const VerifyRequest& request, std::int32_t child) const {
+        return request.is_certain(child) ? 1 : draft_weight(request, request.tokens[child]) / draft_mass_;
     }
 
     // Drop a child that is a draw. Returns the chance of this node behind it, from the one before.
-    double drop(const VerifyRequest& request, std::int64_t token, double chance);
+    double drop(const VerifyRequest& request, std::int32_t child, double chance);
 
     // The token behind this node, from its residual.
     std::int64_t draw_next(const VerifyRequest& request) const;
@@ -126,7 +143,8 @@ class TriedNode {
         residual_.size = size;
     }
     LogitRows undrawn_draft(const VerifyRequest& request) const;
-    double weigh_draft(const LogitRows& logits);
+    double weigh_draft(const VerifyRequest& request, const LogitRows& logits);
+    bool was_dropped(std::int64_t token) const;
     double draft_weight(const VerifyRequest& request, std::int64_t token) const;
     std::int64_t entry_of(std::int64_t token) const;
     double take_out(std::int64_t entry);
@@ -138,7 +156,8 @@ class TriedNode {
     double target_mass_ = 0, draft_mass_ = 0;
     double summed_draft_mass_ = 0;  // the draft's mass when it was last added up
     NodeRows<Real>* rows_ = nullptr;
-    bool closed_ = false;    // no further child can be a draw
+    bool finished_ = false;  // no further child counts
+    bool exhausted_ = false;  // no further child can have been drawn
     bool restored_ = false;  // the residual is the target itself, drawn tokens included
     std::vector<std::pair<std::int64_t, double>> drawn_;  // drawn tokens with the target weights they had
 };

@@ -51,11 +51,10 @@ Decision decide(const VerifyRequest& request, std::int32_t node, Workspace<Real>
     tried.open(request, node, workspace.rows);
     for (std::int32_t rank = 0; rank < tree.num_children[node]; ++rank) {
         const std::int32_t child = tree.first_child[node] + rank;
-        const std::int64_t token = request.tokens[child];
-        if (!tried.is_draw(request, token)) continue;
+        if (!tried.is_draw(request, child)) continue;
         const double coin = node_coin(request.stream.seed, request.stream.offset, static_cast<std::uint32_t>(child));
-        if (coin * tried.draft_at(request, token) < tried.residual_at(token)) return {child, -1};
-        tried.drop(request, token, 1.0);
+        if (coin * tried.draft_at(request, child) < tried.residual_at(request.tokens[child])) return {child, -1};
+        tried.drop(request, child, 1.0);
     }
     return {-1, tried.draw_next(request)};
 }
@@ -111,7 +110,7 @@ bool values_valid(const VerifyRequest& request, Peaks peaks) {
     };
     for (std::int64_t node = 0; node < tree.num_nodes; ++node) {
         if (!look(request.target, node, peaks.target)) return false;
-        if (request.draft.data != nullptr && tree.num_children[node] > 0 && !look(request.draft, node, peaks.draft)) {
+        if (request.has_draft() && tree.num_children[node] > 0 && !look(request.draft, node, peaks.draft)) {
             return false;
         }
     }
@@ -121,12 +120,14 @@ bool values_valid(const VerifyRequest& request, Peaks peaks) {
 }  // namespace
 
 bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int target_type, std::uintptr_t draft_ptr,
-                 int draft_type, std::uintptr_t first_child_ptr, std::uintptr_t num_children_ptr,
+                 int draft_type, std::uintptr_t target_to_draft_ptr, std::uintptr_t certain_ptr,
+                 std::uintptr_t first_child_ptr, std::uintptr_t num_children_ptr,
                  std::int64_t max_branching, std::uintptr_t temperature_ptr, std::uintptr_t seeds_ptr,
                  std::uintptr_t offsets_ptr, std::uintptr_t top_k_ptr, std::uintptr_t top_p_ptr,
                  std::uintptr_t nodes_ptr, std::uintptr_t num_accepted_ptr, std::uintptr_t next_token_ptr,
                  std::int64_t batch_size, std::int64_t num_nodes, std::int64_t num_levels, std::int64_t vocab,
-                 std::int64_t topology_stride, std::int64_t tokens_stride, std::int64_t target_batch_stride,
+                 std::int64_t draft_vocab, std::int64_t topology_stride, std::int64_t certain_stride,
+                 std::int64_t tokens_stride, std::int64_t target_batch_stride,
                  std::int64_t target_node_stride, std::int64_t draft_batch_stride, std::int64_t draft_node_stride,
                  int rule_code, bool check_values) {
     const auto rule = static_cast<VerificationRule>(rule_code);
@@ -153,7 +154,9 @@ bool verify_tree(std::uintptr_t tokens_ptr, std::uintptr_t target_ptr, int targe
                  max_branching},
             reinterpret_cast<const std::int64_t*>(tokens_ptr) + b * tokens_stride,
             LogitRows{target, target_element, target_node_stride * target_bytes, vocab},
-            LogitRows{draft, draft_element, draft_node_stride * draft_bytes, vocab},
+            LogitRows{draft, draft_element, draft_node_stride * draft_bytes, draft_vocab},
+            reinterpret_cast<const std::int32_t*>(target_to_draft_ptr),
+            certain_ptr == 0 ? nullptr : reinterpret_cast<const bool*>(certain_ptr) + b * certain_stride,
             peaks(b).target,
             peaks(b).draft,
             Warp{reinterpret_cast<const float*>(temperature_ptr)[b], top_ks == nullptr ? 0 : top_ks[b],

@@ -61,6 +61,7 @@ class HostStep:
             "num_nodes": num_nodes,
             "num_levels": levels,
             "vocab": target.vocab_size,
+            "draft_vocab": target.vocab_size if draft_logits is None else draft_logits.shape[2],
             "max_branching": topology.max_branching,
             "topology_stride": num_nodes if topology.first_child.dim() == 2 else 0,
             "draft_type": ELEMENT_TYPES[target.logits_dtype if draft_logits is None else draft_logits.dtype],
@@ -74,6 +75,8 @@ class HostStep:
         tensors = {
             "tokens": tokens,
             "draft_logits": draft_logits,
+            "target_to_draft": None if buffers.vocabulary is None else buffers.vocabulary.target_to_draft,
+            "certain": buffers.certain,
             "first_child": topology.first_child,
             "num_children": topology.num_children,
             "temperature": state.temperature,

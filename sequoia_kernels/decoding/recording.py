@@ -153,6 +153,8 @@ class _Recorder:
         """Take one step of one request. target_logits: [1, N, vocab]."""
         draft_logits = buffers.draft_logits
         assert draft_logits is not None  # there is a draft
+        if buffers.vocabulary is not None:
+            draft_logits = buffers.vocabulary.widened(draft_logits)
         temperature = self.warps[0]
         target = warped_probs(target_logits[0, self.internal].double(), *self.warps)
         draft = torch.softmax(draft_logits[0, self.internal].double() / temperature.clamp(min=1e-5)[:, None], dim=1)

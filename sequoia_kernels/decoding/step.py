@@ -121,7 +121,13 @@ class DecodingStep:
             layout = TreeLayout.build(tree, target.device, self.state.cache_lens.shape[0])
             dtype = target.logits_dtype if draft is None else draft.logits_dtype
             batch_size = self.state.cache_lens.shape[0]
-            buffers = TokenBuffers.allocate(layout, batch_size, target.vocab_size, dtype, target.device)
+            vocabulary, draws, proposes = None, True, False
+            if draft is not None:
+                vocabulary, draws, proposes = draft.vocabulary, draft.draws, draft.proposes
+            buffers = TokenBuffers.allocate(
+                layout, batch_size, target.vocab_size, dtype, target.device,
+                vocabulary=vocabulary, draws=draws, proposes=proposes,
+            )  # fmt: skip
             self._prepared[tree] = layout, buffers
             self._host_step(tree)
             if self.drafting is not None and layout.levels:
@@ -167,7 +173,7 @@ class DecodingStep:
             single = TokenTree.single()
             raw = logits.clone() if self._keeps_raw else logits
             logits = self._hooked(last_tokens, logits, single)
-            path = self._verify(torch.zeros_like(last_tokens), logits, None, single)
+            path = self._verify(TokenBuffers(torch.zeros_like(last_tokens), None), logits, single)
             next_token = path.next_token
             emitted = EmittedTokens(next_token[:, None], path.nodes, path.num_accepted)
             emitted = self._with_rows(emitted, raw, logits)
@@ -267,7 +273,7 @@ class DecodingStep:
             if path is None:  # where a value is out of range, the op says which
                 raw = logits.clone() if self._keeps_raw else logits
                 logits = self._hooked(buffers.tokens, logits, layout.topology)
-                path = self._verify(buffers.tokens, logits, buffers.draft_logits, layout.topology)
+                path = self._verify(buffers, logits, layout.topology)
         if self.keeps:
             self._decided_from = raw, logits
         return path, list(wanted.values())
@@ -334,13 +340,12 @@ class DecodingStep:
             scores = rows.to(torch.float32) / scales[:, None, None]
         return emitted._replace(logprobs=logprobs, logits=logits, scores=scores)
 
-    def _verify(
-        self, tokens: torch.Tensor, logits: torch.Tensor, draft_logits: torch.Tensor | None, tree: TokenTree | Topology
-    ) -> VerifiedPath:
+    def _verify(self, buffers: TokenBuffers, logits: torch.Tensor, tree: TokenTree | Topology) -> VerifiedPath:
         state = self.state
         return verify_tree(
-            tokens, logits, draft_logits, tree, state.temperature, state.seeds, state.offsets,
-            top_k=state.top_k, top_p=state.top_p, rule=self.rule, backend=self.backend,
+            buffers.tokens, logits, buffers.draft_logits, tree, state.temperature, state.seeds, state.offsets,
+            top_k=state.top_k, top_p=state.top_p, rule=self.rule, draft_to_target=buffers.vocabulary,
+            certain=buffers.certain, backend=self.backend,
         )  # fmt: skip
 
     def commit_path(

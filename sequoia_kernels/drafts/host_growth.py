@@ -38,7 +38,7 @@ class HostGrowth:
     ) -> HostGrowth | None:  # fmt: skip
         """Prepare growing a tree; None where the draft's forwards or draws run elsewhere."""
         kept, tokens = buffers.draft_logits, buffers.tokens
-        if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu:
+        if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu or buffers.vocabulary is not None:
             return None
         if not runs_own(sample_without_replacement.__name__, backend, "cpu", "host"):
             return None

@@ -11,6 +11,7 @@ import torch
 from sequoia_kernels.drafts.shaping import LevelShape, ShapedReach, shaped_topology
 from sequoia_kernels.models import TreeStep
 from sequoia_kernels.tree import ShapedTree, TokenTree, Topology
+from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["DraftLevel", "StepTree", "TokenBuffers", "TreeLayout", "each_tree"]
 
@@ -128,20 +129,42 @@ class TokenBuffers:
 
     Attributes:
         tokens: token of every node, -1 where none could be drawn. [B, N] int64.
-        draft_logits: the draft's logits at every internal node, as wide as the target's; tokens that the draft does not
-            know hold -inf, rows of leaves are never read. [B, N, vocab], the dtype of its logits. None without a draft.
+        draft_logits: the draft's logits at every internal node; rows of leaves are never read. [B, N, vocab], the dtype
+            of its logits: as wide as the target's, with -inf for tokens that the draft does not know, or as the draft's
+            where it has a vocabulary of its own. None without a draft, or where it draws nothing.
+        vocabulary: of the draft, where it is not a first part of the target's.
+        certain: nodes whose tokens were proposed with certainty, not drawn. [B, N] bool. None where a source draws all.
     """
 
     tokens: torch.Tensor
     draft_logits: torch.Tensor | None
+    vocabulary: VocabularyMap | None = None
+    certain: torch.Tensor | None = None
 
     @classmethod
     def allocate(
-        cls, layout: TreeLayout, batch_size: int, vocab_size: int, logits_dtype: torch.dtype, device: torch.device
-    ) -> TokenBuffers:
-        """Allocate the buffers of a tree and batch."""
+        cls, layout: TreeLayout, batch_size: int, vocab_size: int, logits_dtype: torch.dtype, device: torch.device,
+        *, vocabulary: VocabularyMap | None = None, draws: bool = True, proposes: bool = False,
+    ) -> TokenBuffers:  # fmt: skip
+        """Allocate the buffers of a tree and batch.
+
+        Args:
+            layout: the tree.
+            batch_size: requests.
+            vocab_size: width of the target's logits.
+            logits_dtype: of the draft's.
+            device: of all buffers.
+            vocabulary: of the draft, where it has its own.
+            draws: whether any child may be drawn.
+            proposes: whether any child may be certain.
+        """
         shape = (batch_size, layout.num_nodes)
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         if not layout.levels:
             return cls(tokens, None)
-        return cls(tokens, torch.full((*shape, vocab_size), -torch.inf, dtype=logits_dtype, device=device))
+        certain = torch.zeros(shape, dtype=torch.bool, device=device) if proposes else None
+        if not draws:
+            return cls(tokens, None, None, certain)
+        width = vocab_size if vocabulary is None else vocabulary.draft_vocab_size
+        draft_logits = torch.full((*shape, width), -torch.inf, dtype=logits_dtype, device=device)
+        return cls(tokens, draft_logits, vocabulary, certain)

@@ -14,6 +14,7 @@ from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
+from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["DraftSource", "Drafting"]
 
@@ -27,7 +28,11 @@ class DraftSource(ABC):
 
     Attributes:
         device: where it runs: the target's device.
-        vocab_size: width of its logits; a vocabulary narrower than the target's is the first part of it.
+        vocab_size: width of its logits; a vocabulary narrower than the target's is the first part of it, unless
+            `vocabulary` says otherwise.
+        vocabulary: which tokens of a target its logits are of, on its device; None where they are the target's own.
+        draws: whether it draws any children; a source that does not leaves no logits.
+        proposes: whether it has children that are certain, which it marks in `TokenBuffers.certain`.
         logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
         needs: hidden states of the target that it reads, numbered as transformers' `hidden_states`: i is the input of
             layer i, the number of layers what is behind the last norm. It gets them of every committed row.
@@ -41,6 +46,9 @@ class DraftSource(ABC):
     device: torch.device
     vocab_size: int
     logits_dtype: torch.dtype
+    vocabulary: VocabularyMap | None = None
+    draws: bool = True
+    proposes: bool = False
     needs: tuple[int, ...] = ()
     positions: int | None = None
     max_levels: int | None = None
@@ -151,7 +159,8 @@ class Drafting(ABC):
         Args:
             layout: the tree, level by level.
             buffers: `tokens[:, 0]` holds the roots; `draw_children` fills the rest of a level. Where children are not
-                drawn, their tokens must be -1 and the logits of their parents finite.
+                drawn, their tokens must be -1 and the logits of their parents finite; or they are certain, and marked
+                so in every step.
         """
 
     def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:  # noqa: B027
@@ -189,17 +198,22 @@ class Drafting(ABC):
 
         Args:
             level: the level.
-            logits: of its nodes. [B, W, vocab]; a vocabulary narrower than the target's is a part of it.
+            logits: of its nodes. [B, W, vocab]; a vocabulary narrower than the target's is a part of it, unless the
+                source has its own.
             buffers: takes both.
         """
         assert buffers.draft_logits is not None  # allocated with every tree that has a level to draw
         with self.clock.stage("sample"):
             batch_size, width, _ = logits.shape
-            vocab = min(logits.shape[2], buffers.draft_logits.shape[2])
+            vocab, vocabulary = min(logits.shape[2], buffers.draft_logits.shape[2]), buffers.vocabulary
             if self.logits_hook is not None:  # which may name tokens that only the target knows
-                missing = buffers.draft_logits.shape[2] - vocab
-                logits = torch.nn.functional.pad(logits[:, :, :vocab], (0, missing), value=-torch.inf)
-                hooked, vocab = self.logits_hook(level, logits, buffers), vocab + missing
+                if vocabulary is None:
+                    missing = buffers.draft_logits.shape[2] - vocab
+                    logits = torch.nn.functional.pad(logits[:, :, :vocab], (0, missing), value=-torch.inf)
+                    hooked, vocab = self.logits_hook(level, logits, buffers), vocab + missing
+                else:
+                    hooked = self.logits_hook(level, vocabulary.widened(logits), buffers)
+                    hooked = hooked.index_select(2, vocabulary.draft_to_target)
                 # A row of nothing that the draft knows is left as it was: any guess will do.
                 logits = torch.where(hooked.isneginf().all(-1, keepdim=True), logits.to(hooked.dtype), hooked)
             # drawn from the very numbers that are kept for the verification
@@ -230,6 +244,9 @@ class Drafting(ABC):
                 children.copy_(drawn.index_select(1, level.drawn))
             if level.shape is not None:
                 level.shape.note_draws(logits, state.temperature, buffers.tokens)
+            if vocabulary is not None:  # until here they were places in a row
+                ids = vocabulary.draft_to_target.index_select(0, children.clamp(min=0).flatten()).view_as(children)
+                children.copy_(torch.where(children < 0, children, ids))
 
     def restart(self) -> None:
         """Forget everything of the batch before: another one of the same shape begins, with the state's new values."""

@@ -26,8 +26,6 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
     reason = rule_reason(inputs, tuple(VERIFICATION_RULES))
     if reason is not None:
         return reason
-    if inputs.target_to_draft is not None or inputs.certain is not None:
-        return "takes drafts of the target's vocabulary, whose children were drawn"
     return None if inputs.tokens.is_cpu else "takes CPU tensors"
 
 
@@ -45,6 +43,7 @@ def bind(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> Callable[[bool], bo
     batch_size, num_nodes, vocab = target.shape
     drafted = target if draft is None else draft
     topology = contiguous(inputs.first_child, inputs.num_children)
+    mapped = contiguous(inputs.target_to_draft, inputs.certain)
     rows = contiguous(inputs.temperature, inputs.seeds, inputs.offsets, inputs.top_k, inputs.top_p)
     arguments = (
         tokens.data_ptr(),
@@ -52,6 +51,7 @@ def bind(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> Callable[[bool], bo
         ELEMENT_TYPES[target.dtype],
         address(draft),
         ELEMENT_TYPES[drafted.dtype],
+        *map(address, mapped),
         *map(address, topology),
         inputs.max_branching,
         *map(address, rows),
@@ -60,7 +60,9 @@ def bind(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> Callable[[bool], bo
         num_nodes,
         inputs.num_levels,
         vocab,
+        drafted.shape[2],
         num_nodes if inputs.first_child.dim() == 2 else 0,
+        num_nodes if inputs.certain is not None and inputs.certain.dim() == 2 else 0,
         tokens.stride(0),
         target.stride(0),
         target.stride(1),
@@ -69,7 +71,7 @@ def bind(inputs: VerifyTreeInputs, outputs: VerifiedPath) -> Callable[[bool], bo
         VERIFICATION_RULES[inputs.rule],
     )
 
-    def call(check: bool, held: object = (inputs, outputs, topology, rows)) -> bool:
+    def call(check: bool, held: object = (inputs, outputs, topology, mapped, rows)) -> bool:
         return _host.verify_tree(*arguments, check)
 
     return call

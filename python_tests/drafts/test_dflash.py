@@ -60,18 +60,24 @@ def grow(drafting, tree: TokenTree, tokens: torch.Tensor, lens: list[int]) -> li
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_logits_equal_those_of_the_authors_modules(name):
-    golden = {key.partition(".")[2]: value for key, value in load_file(DATA / "golden.safetensors").items() if key.startswith(f"{name}.")}
+    golden = {
+        key.partition(".")[2]: value
+        for key, value in load_file(DATA / "golden.safetensors").items()
+        if key.startswith(f"{name}.")
+    }
     target = golden_target()
     draft = draft_from_folder(DATA / name, target)
     config = json.loads((DATA / name / "config.json").read_text())
     block, first = config["block_size"], 0 if config["sample_from_anchor"] else 1
     with torch.inference_mode():
-        state, drafting = started(draft, target)
+        _, drafting = started(draft, target)
         width = golden["features"].shape[1] // 2
         for anchor, logits in zip(golden["anchors"].tolist(), golden["logits"], strict=True):
             context = golden["features"][None, :anchor]
             drafting.restart()
-            drafting.prefill([0], golden["tokens"][None, :anchor], torch.tensor([anchor]), list(context.split(width, -1)))
+            drafting.prefill(
+                [0], golden["tokens"][None, :anchor], torch.tensor([anchor]), list(context.split(width, -1))
+            )
             drafting.wants_confidence = True
             chain = TokenTree.chain(draft.max_levels)
             tokens = golden["tokens"][None, anchor : anchor + chain.num_nodes]

@@ -68,11 +68,16 @@ def random_weights(config: dict[str, Any], seed: int = 0, scale: float = 0.25) -
             f"{mlp}down_proj.weight": (width, inner),
         }
         if layers.get("attention_bias"):
-            shapes |= {f"{attention}{side}_proj.bias": (rows,) for side, rows in zip("qkvo", (queries, keys, keys, width))}
+            shapes |= {
+                f"{attention}{side}_proj.bias": (rows,) for side, rows in zip("qkvo", (queries, keys, keys, width))
+            }
     vocab, draft_vocab, rank = layers["vocab_size"], config["draft_vocab_size"], config["markov_rank"]
     if config["speculators_model_type"] == "dspark":
         if rank:
-            shapes |= {"markov_head.markov_w1.weight": (vocab, rank), "markov_head.markov_w2.weight": (draft_vocab, rank)}
+            shapes |= {
+                "markov_head.markov_w1.weight": (vocab, rank),
+                "markov_head.markov_w2.weight": (draft_vocab, rank),
+            }
         if config.get("markov_head_type") == "gated":
             shapes |= {"markov_head.gate_proj.weight": (rank, width + rank), "markov_head.gate_proj.bias": (rank,)}
         if config.get("markov_head_type") == "rnn":

@@ -1,15 +1,15 @@
 """Write the folders of `python_tests/drafts/data/dflash`: random drafts by `speculators`' own writer, and its logits.
 
-Run where `speculators` is, which the tests do not need. In a virtual environment of its own, with torch and transformers
-of at most 5.19:
+Run where `speculators` is, which the tests do not need: in a virtual environment of its own, with torch and at most
+transformers 5.19.
 
     pip install torch "transformers<=5.19" openai loguru pydantic-settings aiohttp httpx psutil typer datasets
     pip install --no-deps speculators==0.9.0 hs-connectors
     python python_tests/support/dflash_oracle.py python_tests/drafts/data/dflash
 
-Each draft is a folder: config.json and model.safetensors as `save_pretrained` writes them. golden.safetensors holds, by
-the folder's name: the features and tokens of a text, anchors in it, and for every slot of the anchors' blocks the logits
-behind all heads, and the confidence. target.safetensors holds the embedding and the head of their target.
+Each draft is a folder: config.json and model.safetensors as `save_pretrained` writes them. golden.safetensors holds by
+the folder's name: the features and tokens of a text, anchors in it, and for every slot of the anchors' blocks the
+logits behind all heads, and the confidence. target.safetensors holds the embedding and the head of their target.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def write(folder: Path) -> None:
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from transformers import Qwen3Config
 
-    classes = {"dflash": (DFlashDraftModel, DFlashSpeculatorConfig), "dspark": (DSparkDraftModel, DSparkSpeculatorConfig)}
+    classes = {
+        "dflash": (DFlashDraftModel, DFlashSpeculatorConfig),
+        "dspark": (DSparkDraftModel, DSparkSpeculatorConfig),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     embedding, head = torch.randn(VOCAB, WIDTH), torch.randn(VOCAB, WIDTH) / WIDTH**0.5
@@ -135,9 +138,7 @@ def _scores(model, features: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.
     seen = [hidden]
     if model.markov_head is not None:
         embedded = model.markov_head.prev_embeddings(before)
-        logits = logits + model.markov_head.block_bias(
-            prev_token_ids=before, hidden_states=hidden, prev_emb=embedded
-        )
+        logits = logits + model.markov_head.block_bias(prev_token_ids=before, hidden_states=hidden, prev_emb=embedded)
         if model.config.confidence_head_with_markov:
             seen.append(embedded)
     if model.confidence_head is None:

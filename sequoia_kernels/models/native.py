@@ -32,6 +32,7 @@ class NativeForward:
         name: "native".
         instruction_set: which of the CPU's it uses.
         weight_forms: of its linear layers, such as "int8, bfloat16".
+        num_layers: attention layers.
 
     Raises:
         NotNativeError: the model cannot be described; the message says why.
@@ -49,7 +50,7 @@ class NativeForward:
         self._leased: Callable[[], _Lease | None] = lambda: None
         self._rotations = described.rotations
         self._caches: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
-        self._width, self._num_layers = described.fields["width"], len(calls)
+        self._width, self.num_layers = described.fields["width"], len(calls)
         self._vocab_size = described.vocab_size
         self._dtype, self._logits_dtype = model.dtype, logits_dtype
         self._forward = _host.Forward(described.fields, environ.get(INSTRUCTION_SET_VARIABLE, ""))
@@ -65,7 +66,7 @@ class NativeForward:
         logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype, device="cpu")
         hidden, kept = None, {}
         if hidden_states:
-            numbers = range(self._num_layers + 1)
+            numbers = range(self.num_layers + 1)
             shape = (batch_size, num_nodes, self._width)
             kept = {number: torch.empty(shape, dtype=torch.float32, device="cpu") for number in hidden_states}
             hidden = _addresses([kept[number].data_ptr() if number in kept else 0 for number in numbers])
@@ -115,7 +116,7 @@ class NativeForward:
         self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None
     ) -> tuple[dict[str, int], list[Any]]:
         """Give a call but for its weights and outputs, and what must live as long as it is used."""
-        inputs.check_for_kernels(self._num_layers)
+        inputs.check_for_kernels(self.num_layers)
         input_ids, cache_lens, step, last_row, _ = inputs
         batch_size, num_nodes = input_ids.shape
         cache_rows = cache.max_cache_len
@@ -211,11 +212,12 @@ class BoundForward:
             self._look()
         return self._lease.address
 
-    def run(self, logits: torch.Tensor) -> bool:
+    def run(self, logits: torch.Tensor, last_hidden: torch.Tensor | None = None) -> bool:
         """Run one forward.
 
         Args:
             logits: takes the logits. Contiguous, of `shape` and the model's `logits_dtype`.
+            last_hidden: takes what the head gets, of all rows, where it is wanted. [B, N, width] float32, contiguous.
 
         Returns:
             False, and nothing is written, where a length leaves no room in the cache.
@@ -223,7 +225,11 @@ class BoundForward:
         Raises:
             ValueError: as in `weights`.
         """
-        return bool(self.prepared.run(self.weights(), logits.data_ptr(), torch.get_num_threads()))
+        threads = torch.get_num_threads()
+        if last_hidden is None:
+            return bool(self.prepared.run(self.weights(), logits.data_ptr(), threads))
+        hidden = _addresses([0] * self._own.num_layers + [last_hidden.data_ptr()])
+        return bool(self.prepared.run(self.weights(), logits.data_ptr(), threads, hidden.data_ptr()))
 
 
 class _Lease:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from sequoia_kernels.drafts.dflash.forms import DFlashForm, LayerSight
-from sequoia_kernels.models import StepContext, TreeCache, TreeModel, TreeStep, adapt
+from sequoia_kernels.models import BoundForward, FewRowsLinear, StepContext, TreeCache, TreeModel, TreeStep, adapt
 
-__all__ = ["BlockBackbone"]
+__all__ = ["BlockBackbone", "BoundBlock"]
 
 _CHUNK_ROWS = 512  # of a prompt's features that are projected at a time
 
@@ -36,15 +37,19 @@ class BlockBackbone:
 
     Attributes:
         model: the layers between embedding and head.
-        hidden_size: width of the layers.
+        fc: projects the target's features.
+        hidden_norm: their norm behind it.
+        device: where it runs.
+        dtype: of its weights.
     """
 
     def __init__(
         self, form: DFlashForm, weights: Mapping[str, torch.Tensor], embedding: nn.Module, head: nn.Module
     ) -> None:
-        self.form, self.hidden_size = form, form.config.hidden_size
-        self.fc, self.hidden_norm = weights["fc.weight"], weights["hidden_norm.weight"]
-        device = self.fc.device
+        self.form = form
+        self.fc, self.hidden_norm = FewRowsLinear(weights["fc.weight"]), weights["hidden_norm.weight"]
+        self.device, self.dtype = self.hidden_norm.device, self.hidden_norm.dtype
+        device = self.device
         seen = _in_tree_masks(form.sights, form.block_size)
         config = Qwen3Config(**form.config.to_dict())
         windows = [None] * len(form.sights) if seen is None else seen[1]
@@ -53,7 +58,10 @@ class BlockBackbone:
         with torch.device("meta"):  # without memory for what is replaced
             model = Qwen3ForCausalLM(config)
         stacked = self._stack(weights)
-        named = {f"model.{name}": weight for name, weight in (dict(weights) | stacked).items() if name in _OWN or _in_layer(name)}
+        named = {
+            f"model.{name}": weight for name, weight in {**weights, **stacked}.items()
+            if name.startswith("layers.") or name == "norm.weight"
+        }  # fmt: skip
         model.load_state_dict(named, strict=False, assign=True)
         model.model.embed_tokens, model.lm_head = embedding, head
         model.model.rotary_emb = Qwen3RotaryEmbedding(config=config).to(device)
@@ -70,7 +78,7 @@ class BlockBackbone:
         """Put what projects features to keys and values of all layers into one tensor, whose parts the layers have."""
         config = self.form.config
         stacked: dict[str, torch.Tensor] = {}
-        parts = []
+        parts: list[torch.Tensor | None] = []
         for kind in ("weight", "bias"):
             names = [
                 f"layers.{index}.self_attn.{side}_proj.{kind}"
@@ -82,7 +90,8 @@ class BlockBackbone:
             whole = torch.cat([weights[name] for name in names])
             parts.append(whole)
             stacked |= zip(names, whole.chunk(len(names)), strict=True)
-        self._kv_weight, self._kv_bias = parts
+        assert parts[0] is not None
+        self._kv = FewRowsLinear(parts[0], parts[1])
         norms = [weights[f"layers.{index}.self_attn.k_norm.weight"] for index in range(config.num_hidden_layers)]
         self._key_norms = torch.stack(norms)[:, None]  # [layers, 1, D]
         return stacked
@@ -90,13 +99,11 @@ class BlockBackbone:
     @property
     def own_weights(self) -> list[torch.Tensor]:
         """What a step reads beside the model's weights."""
-        kept = (self.fc, self.hidden_norm, self._kv_weight, self._kv_bias, self._key_norms)
-        return [weight for weight in kept if weight is not None]
+        return [*self.fc.tensors, *self._kv.tensors, self.hidden_norm, self._key_norms]
 
     def rotations(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Give cosines and sines of positions. [num_positions, D] each."""
-        positions = torch.arange(num_positions, device=self.fc.device)[None]
-        cosines, sines = self._rotary(self.fc, positions)
+        cosines, sines = self._rotary(self.hidden_norm, torch.arange(num_positions, device=self.device)[None])
         return cosines[0], sines[0]
 
     def write_context(
@@ -114,12 +121,14 @@ class BlockBackbone:
         """
         config = self.form.config
         num_rows, length = positions.shape
-        context = F.linear(torch.cat(list(features), dim=-1).to(self.fc.dtype), self.fc)
+        context = self.fc(torch.cat(list(features), dim=-1).to(self.dtype))
         context = _rms_norm(context, self.hidden_norm, config.rms_norm_eps)
         shape = (num_rows, length, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        projected = F.linear(context, self._kv_weight, self._kv_bias).view(shape)
+        projected = self._kv(context).view(shape)
         keys = _rms_norm(projected[:, :, :, 0], self._key_norms, config.rms_norm_eps)
-        cosines, sines = (table.index_select(0, positions.flatten()).view(num_rows, length, 1, 1, -1) for table in rotations)
+        cosines, sines = (
+            table.index_select(0, positions.flatten()).view(num_rows, length, 1, 1, -1) for table in rotations
+        )
         keys = (keys * cosines + _half_turned(keys) * sines).flatten(0, 1)  # [R * T, layers, Hkv, D]
         values = projected[:, :, :, 1].flatten(0, 1)
         for index, layer in enumerate(cache.layers):
@@ -138,7 +147,7 @@ class BlockBackbone:
             features: hidden states of the target. [R, T, width] each.
             rotations: as for `write_context`.
         """
-        length, device = features[0].shape[1], self.fc.device
+        length, device = features[0].shape[1], self.device
         first_rows = torch.tensor(lanes, device=device)[:, None] * cache.max_cache_len
         for start in range(0, length, _CHUNK_ROWS):
             positions = torch.arange(start, min(start + _CHUNK_ROWS, length), device=device).expand(len(lanes), -1)
@@ -162,23 +171,49 @@ class BlockBackbone:
         last = self.model.num_layers
         hidden = {last: tokens} if wants_hidden else {}
         logits = self.model.forward(tokens, cache, cache_lens, self.step, hidden_states=hidden)
+        return self._as_said(logits), hidden.get(last)
+
+    def bind(self, tokens: torch.Tensor, cache: TreeCache, cache_lens: torch.Tensor) -> BoundBlock | None:
+        """Prepare native forwards of what will lie in these tensors; None where there are none. See `block`."""
+        bound = self.model.bind(tokens, cache, cache_lens, self.step)
+        if bound is None:
+            return None
+        logits = torch.empty(bound.shape, dtype=self.model.logits_dtype)
+        hidden = torch.empty(*bound.shape[:2], self.form.config.hidden_size)
+        return BoundBlock(self, bound, logits, hidden)
+
+    def _as_said(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and cap logits as the form says."""
         if self.form.logit_scale != 1.0:
             logits = logits * self.form.logit_scale
         if self.form.logit_softcap > 0.0:
             logits = torch.tanh(logits / self.form.logit_softcap) * self.form.logit_softcap
-        return logits, hidden.get(last)
+        return logits
 
     @cached_property
     def num_parameters(self) -> int:
         """Numbers in all of its weights."""
-        return self.model.num_parameters + self.fc.numel() + self.hidden_norm.numel()
+        return self.model.num_parameters + self.fc.weight.numel() + self.hidden_norm.numel()
 
 
-_OWN = frozenset({"norm.weight"})
+class BoundBlock(NamedTuple):
+    """A native forward of a block on memory of its own; made by `BlockBackbone.bind`."""
 
+    backbone: BlockBackbone
+    forward: BoundForward
+    logits: torch.Tensor  # [B, block_size, vocab]
+    hidden: torch.Tensor  # [B, block_size, hidden_size] float32
 
-def _in_layer(name: str) -> bool:
-    return name.startswith("layers.")
+    def run(self, wants_hidden: bool) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Run the block; None, and nothing is written, where a length leaves no room in the cache.
+
+        Returns:
+            As `BlockBackbone.block`; the next run may overwrite it.
+        """
+        if not self.forward.run(self.logits, self.hidden if wants_hidden else None):
+            return None
+        logits = self.backbone._as_said(self.logits)
+        return logits, self.hidden.to(self.backbone.dtype) if wants_hidden else None
 
 
 def _rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -126,7 +126,9 @@ def _z_lab_form(config: Mapping[str, Any], where: str) -> DFlashForm:
     unknown = sorted(own.keys() - _UNDERSTOOD)
     names = [str(name) for name in config.get("architectures") or ()]
     if unknown or any("DFlash2" in name for name in names):
-        _refuse(where, "dflash_config", f"hold no other options than {', '.join(sorted(_UNDERSTOOD))}", unknown or names)
+        _refuse(
+            where, "dflash_config", f"hold no other options than {', '.join(sorted(_UNDERSTOOD))}", unknown or names
+        )
 
     def option(name: str, default: Any = None) -> Any:
         return own.get(name, config.get(name, default))
@@ -245,7 +247,7 @@ def _windows(config: Qwen3Config) -> list[int | None]:
 
 
 def _spread_layers(where: str, num_target_layers: Any, num_layers: int) -> list[int]:
-    """Layers of the target that a z-lab folder reads which does not name them: spread from the second to the last but two."""
+    """Layers of the target for a z-lab folder that names none: spread from the second to the last but two."""
     count = _count(where, "num_target_layers", num_target_layers, 1)
     if num_layers == 1:
         return [count // 2]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from sequoia_kernels.drafts.dflash.forms import DFlashForm
+from sequoia_kernels.models import FewRowsLinear
 
 __all__ = ["DSparkHeads", "NodeRows"]
 
@@ -47,25 +48,26 @@ class DSparkHeads:
         kind: of the Markov head, "vanilla", "gated", "rnn", or None without one.
         rank: r.
         has_confidence: whether there is a confidence head.
-        slot_width: numbers of each slot that `slot_rows` gives; 0 where hidden states are not needed.
+        slot_width: numbers of each slot that `slot_rows` gives.
     """
 
     def __init__(self, form: DFlashForm, weights: Mapping[str, torch.Tensor]) -> None:
         self.kind, self.rank = form.markov_kind, form.markov_rank
-        self._w1, self._w2 = (weights.get(f"markov_head.markov_w{number}.weight") for number in (1, 2))
+        self._w1 = weights.get("markov_head.markov_w1.weight")
+        self._w2 = None if self._w1 is None else FewRowsLinear(weights["markov_head.markov_w2.weight"])
         width, rank = form.config.hidden_size, self.rank
-        self._mixing: torch.Tensor | None = None  # what a projection does to [s; e] or e
+        self._mixing: FewRowsLinear | None = None  # what a projection does to [s; e] or e
         of_slots, biases = [], []
         if self.kind == "gated":
             weight = weights["markov_head.gate_proj.weight"]
             of_slots.append(weight[:, :width])
             biases.append(weights["markov_head.gate_proj.bias"])
-            self._mixing = weight[:, width:].contiguous()
+            self._mixing = FewRowsLinear(weight[:, width:].contiguous())
         elif self.kind == "rnn":
             weight = weights["markov_head.joint_proj.weight"]
             of_slots.append(weight[:, 2 * rank :])
             biases.append(weights["markov_head.joint_proj.bias"])
-            self._mixing = weight[:, : 2 * rank].contiguous()
+            self._mixing = FewRowsLinear(weight[:, : 2 * rank].contiguous())
         self._confidence: torch.Tensor | None = None  # what its projection does to e. [r]
         self.has_confidence = form.has_confidence
         if form.has_confidence:
@@ -74,15 +76,20 @@ class DSparkHeads:
             biases.append(weights["confidence_head.proj.bias"])
             if form.confidence_reads_token:
                 self._confidence = weight[0, width:].contiguous()
-        self._slot_weight = torch.cat(of_slots) if of_slots else None
-        self._slot_bias = torch.cat(biases) if biases else None
-        self.slot_width = 0 if self._slot_weight is None else self._slot_weight.shape[0]
+        self._slots = FewRowsLinear(torch.cat(of_slots), torch.cat(biases)) if of_slots else None
+        self.slot_width = 0 if self._slots is None else self._slots.weight.shape[0]
 
     @property
     def weights(self) -> list[torch.Tensor]:
         """Everything that it reads."""
-        kept = (self._w1, self._w2, self._mixing, self._confidence, self._slot_weight, self._slot_bias)
-        return [weight for weight in kept if weight is not None]
+        linears = (self._w2, self._mixing, self._slots)
+        kept = [tensor for linear in linears if linear is not None for tensor in linear.tensors]
+        return kept + [weight for weight in (self._w1, self._confidence) if weight is not None]
+
+    @property
+    def mixes_hidden(self) -> bool:
+        """Whether the Markov head reads hidden states."""
+        return self.kind in ("gated", "rnn")
 
     @property
     def num_tokens(self) -> int:
@@ -91,8 +98,8 @@ class DSparkHeads:
 
     def slot_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project the hidden states of a block. [B, block_size, hidden_size] -> [B, block_size, slot_width]."""
-        assert self._slot_weight is not None  # who has a slot width
-        return F.linear(hidden.to(self._slot_weight.dtype), self._slot_weight, self._slot_bias)
+        assert self._slots is not None  # who has a slot width
+        return self._slots(hidden)
 
     def rows(
         self, tokens: torch.Tensor, logits: torch.Tensor, slot: torch.Tensor | None, states: torch.Tensor | None
@@ -109,10 +116,7 @@ class DSparkHeads:
             return NodeRows(logits.expand(-1, tokens.shape[1], -1), None)
         assert self._w1 is not None and self._w2 is not None
         mixed, states = self.mix(F.embedding(tokens, self._w1), slot, states)
-        if logits.shape[0] == 1:  # added in the product
-            added = torch.addmm(logits[0].expand(tokens.shape[1], -1), mixed[0], self._w2.t())
-            return NodeRows(added[None], states)
-        return NodeRows(torch.matmul(mixed, self._w2.t()) + logits, states)
+        return NodeRows(self._w2(mixed).add_(logits), states)
 
     def mix(
         self, embedded: torch.Tensor, slot: torch.Tensor | None, states: torch.Tensor | None
@@ -120,13 +124,13 @@ class DSparkHeads:
         """Give what w2 multiplies, and the nodes' states. [B, W, r] each."""
         if self.kind == "vanilla":
             return embedded, None
-        assert slot is not None
+        assert slot is not None and self._mixing is not None
         if self.kind == "gated":
-            gate = torch.sigmoid(F.linear(embedded, self._mixing) + slot[..., : self.rank])
+            gate = torch.sigmoid(self._mixing(embedded) + slot[..., : self.rank])
             return gate * embedded, None
         assert states is not None
         together = torch.cat((states, embedded), dim=-1)
-        gate, candidate, output = (F.linear(together, self._mixing) + slot[..., : 3 * self.rank]).chunk(3, dim=-1)
+        gate, candidate, output = (self._mixing(together) + slot[..., : 3 * self.rank]).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * states + (1.0 - gate) * torch.tanh(candidate)
 

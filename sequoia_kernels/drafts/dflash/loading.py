@@ -166,7 +166,9 @@ def _embedding(folder: DraftFolder, form: DFlashForm, target: TreeModel) -> nn.M
     if shared.shape[1] != width:
         raise ValueError(f"{folder}: target must have embeddings of width {width}, the draft's, got {shared.shape[1]}")
     if form.mask_token_id >= shared.shape[0]:
-        raise ValueError(f"{folder}: mask_token_id must be below the {shared.shape[0]} tokens, got {form.mask_token_id}")
+        raise ValueError(
+            f"{folder}: mask_token_id must be below the {shared.shape[0]} tokens, got {form.mask_token_id}"
+        )
     if form.embedding_scale != 1.0:
         shared = shared * form.embedding_scale
     embedding = nn.Embedding(1, 1, device="meta")

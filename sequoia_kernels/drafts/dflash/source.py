@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sequoia_kernels.drafts.clock import StageClock
-from sequoia_kernels.drafts.dflash.backbone import BlockBackbone
+from sequoia_kernels.drafts.dflash.backbone import BlockBackbone, BoundBlock
 from sequoia_kernels.drafts.dflash.forms import DFlashForm
 from sequoia_kernels.drafts.dflash.heads import DSparkHeads
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
@@ -96,7 +96,7 @@ class DFlashDraft(DraftSource):
     def check_target(self, target: TreeModel) -> None:
         """Raise ValueError where the target's hidden states or tokens are not what the draft was made for."""
         width = int(target.model.config.get_text_config(decoder=True).hidden_size)
-        taken = self.backbone.fc.shape[1]
+        taken = self.backbone.fc.weight.shape[1]
         if taken != len(self.needs) * width:
             raise ValueError(
                 f"DFlashDraft: target must have hidden states of width {taken / len(self.needs):g}, as fc takes "
@@ -146,6 +146,12 @@ class _DFlashDrafting(Drafting):
         self.steps = torch.arange(self.cache.max_cache_len, device=device)
         self.wants_confidence = False
         self.confidence: torch.Tensor | None = None
+        self._bound: BoundBlock | None = None
+
+    def use(self, source: DraftSource | None, clock: StageClock) -> None:
+        """Go on with a source of the same weights, or let go of it."""
+        super().use(source, clock)
+        self._bound = None  # it holds the weights
 
     def restart(self) -> None:
         """Forget the context of the batch before."""
@@ -178,6 +184,11 @@ class _DFlashDrafting(Drafting):
 
     # A step
 
+    def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Bind the block's forward, where it is native."""
+        if self._bound is None:
+            self._bound = self.source.backbone.bind(self.tokens, self.cache, self.state.cache_lens)
+
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Run the block, then draw level by level. Mutates the cache's rows behind the committed ones."""
         heads = self.source.heads
@@ -202,7 +213,11 @@ class _DFlashDrafting(Drafting):
         self.tokens[:, 0].copy_(self.state.root_tokens)
         if self.source.vocab_size > backbone.model.num_embeddings:
             self.tokens.clamp_(max=backbone.model.num_embeddings - 1)
-        logits, hidden = backbone.block(self.tokens, self.cache, self.state.cache_lens, heads.slot_width > 0)
+        wants_hidden = heads.mixes_hidden or (self.wants_confidence and heads.has_confidence)
+        scored = None if self._bound is None else self._bound.run(wants_hidden)
+        if scored is None:  # where a length is out of range, the forward says which
+            scored = backbone.block(self.tokens, self.cache, self.state.cache_lens, wants_hidden)
+        logits, hidden = scored
         return logits, None if hidden is None else heads.slot_rows(hidden)
 
     def _first_states(
@@ -279,14 +294,19 @@ class _DFlashDrafting(Drafting):
         lens = torch.full((batch_size,), context_len, dtype=torch.int32, device=device)
         positions = lens.to(torch.int64)[:, None] + self.steps[:_TYPICAL_ACCEPTED]
         rows = (self.first_rows + positions).flatten()
-        width = backbone.fc.shape[1] // len(self.source.needs)
-        states = torch.ones(batch_size, _TYPICAL_ACCEPTED, width, dtype=backbone.fc.dtype, device=device)
+        width = backbone.fc.weight.shape[1] // len(self.source.needs)
+        states = torch.ones(batch_size, _TYPICAL_ACCEPTED, width, dtype=backbone.dtype, device=device)
         features = [states] * len(self.source.needs)
-        wants_hidden = self.source.heads.slot_width > 0
+        wants_hidden = self.source.heads.mixes_hidden
+        bound = backbone.bind(self.tokens, self.cache, lens)
 
         def call() -> object:
             backbone.write_context(self.cache, features, positions, rows, self.rotations)
-            return backbone.block(self.tokens, self.cache, lens, wants_hidden)
+            return (
+                backbone.block(self.tokens, self.cache, lens, wants_hidden)
+                if bound is None
+                else bound.run(wants_hidden)
+            )
 
         return call
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from sequoia_kernels import adapt
+from sequoia_kernels.drafts import DFlashDraft
+from sequoia_kernels.drafts.dflash import load_dflash
 from sequoia_kernels.drafts.folders import DraftFolder
 
-__all__ = ["memory_folder", "random_config", "random_weights"]
+__all__ = ["good_draft", "memory_folder", "random_config", "random_draft", "random_weights"]
 
 
 def random_config(target: Any, *, kind: str = "dflash", num_layers: int = 2, **options: Any) -> dict[str, Any]:
@@ -105,6 +108,40 @@ def random_weights(config: dict[str, Any], seed: int = 0, scale: float = 0.25) -
 def memory_folder(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> DraftFolder:
     """Give a folder that is in memory only."""
     return DraftFolder(Path("of-a-test"), config, {name: partial(_same, weight) for name, weight in weights.items()})
+
+
+def random_draft(target: Any, *, seed: int = 0, **options: Any) -> DFlashDraft:
+    """Give a draft of random weights for a Hugging Face target; `options` as in `random_config`."""
+    config = random_config(target, **options)
+    return load_dflash(memory_folder(config, random_weights(config, seed)), adapt(target))
+
+
+def good_draft(target: Any, kind: str | None, *, share: float = 0.3, **options: Any) -> DFlashDraft:
+    """Give a draft whose Markov head holds what the target says behind each single token.
+
+    Its backbone stays random and adds some noise to that: so a wrong context or slot changes what it says.
+
+    Args:
+        target: a Hugging Face model of few tokens.
+        kind: of the Markov head; None gives the random backbone alone.
+        share: of the backbone in the logits.
+        options: as in `random_config`.
+    """
+    vocab = target.config.vocab_size
+    if kind is None:
+        return random_draft(target, **options)
+    config = random_config(target, kind="dspark", markov_head_type=kind, markov_rank=vocab, **options)
+    weights = random_weights(config)
+    with torch.inference_mode():
+        table = target(input_ids=torch.arange(vocab)[:, None]).logits[:, 0]
+    weights["norm.weight"] *= share
+    weights["markov_head.markov_w1.weight"] = torch.eye(vocab)
+    weights["markov_head.markov_w2.weight"] = table.T.contiguous()
+    if kind == "gated":
+        weights["markov_head.gate_proj.bias"] += 4.0
+    if kind == "rnn":  # the output's part reads the token above all
+        weights["markov_head.joint_proj.weight"][2 * vocab :, vocab : 2 * vocab] += 3.0 * torch.eye(vocab)
+    return load_dflash(memory_folder(config, weights), adapt(target))
 
 
 def _same(weight: torch.Tensor) -> torch.Tensor:

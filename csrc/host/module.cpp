@@ -18,6 +18,7 @@
 
 #include "cache_entry.h"
 #include "ops.h"
+#include "text_index.h"
 #include "tree_search.h"
 
 namespace py = pybind11;
@@ -128,6 +129,19 @@ void bind_philox(py::module_& module) {
                "Write the acceptance coins of tree nodes. seeds, offsets: [B] int64; out: [B, N] float32.");
 }
 
+// ---- lookup ----
+
+void bind_text_index(py::module_& module) {
+    py::class_<TextIndex>(module, "TextIndex", "Finds where the newest tokens of a text stood before; see text_index.h.")
+        .def(py::init<std::int64_t, std::int64_t>(), py::arg("least_match"), py::arg("most_match"))
+        .def("__len__", &TextIndex::size)
+        .def("append", &TextIndex::append, py::arg("tokens"), "Add tokens to the end of the text.")
+        .def("propose", [](const TextIndex& index, std::int64_t count) {
+            TextIndex::Proposal proposal = index.propose(count);
+            return std::make_pair(proposal.match, std::move(proposal.tokens));
+        }, py::arg("count"), "Give how many of the newest tokens agree with an earlier place, and what followed there.");
+}
+
 // ---- tree search ----
 
 void raise_pending_signal() {
@@ -208,5 +222,6 @@ PYBIND11_MODULE(_host, module) {
     sequoia::bind_ops(module);
     bind_forward(module);
     bind_tree_growth(module);
+    sequoia::bind_text_index(module);
     bind_tree_commit(module);
 }

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.decoding import loop
-from sequoia_kernels.tree import ShapedTree
+from sequoia_kernels.tree import LookupTree, ShapedTree
 
 VOCAB, LENGTH, NUM_REQUESTS = 5, 4, 6000
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
@@ -57,9 +57,43 @@ def test_joint_distribution_of_shaped_trees(settings, rule):
     assert p_value(target, tiny_llama(8, vocab_size=VOCAB, sharpness=8.0), settings, rule=rule, tree=tree) > 1e-4
 
 
-def p_value(target, draft, settings, seed: int = 1000, **options) -> float:
+REPEATING = [2, 0, 4, 2, 0, 4, 2, 0]  # so that something is found
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.6, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("kind", ["alone", "close draft", "unrelated draft", "draft of other tokens"])
+def test_joint_distribution_with_lookup(settings, kind, rule, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(loop.LookupSteps, "tree", _lookup_as_often_as_not(chosen, loop.LookupSteps.tree))
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    draft = {
+        "alone": "lookup",
+        "close draft": noisy_copy(target, 0.4),
+        "unrelated draft": tiny_llama(8, vocab_size=VOCAB, sharpness=8.0),
+        "draft of other tokens": tiny_llama(8, vocab_size=3, num_layers=1, sharpness=8.0),
+    }[kind]
+    assert p_value(target, draft, settings, rule=rule, prompt=REPEATING, lookup=True) > 1e-4
+    assert any(isinstance(tree, LookupTree) for tree in chosen)
+
+
+def _lookup_as_often_as_not(chosen, choose):
+    """Steps with lookup trees where they would be taken, and in every other step where there is any proposal."""
+
+    def tree(self, base, requests):
+        picked = choose(self, base, requests)
+        if not isinstance(picked, LookupTree) and len(chosen) % 2:
+            picked = self.costs.trees[len(chosen) % len(self.costs.trees)]
+            self.drafting.propose([path[: picked.length] for _, path in self._proposed])
+        chosen.append(picked)
+        return picked
+
+    return tree
+
+
+def p_value(target, draft, settings, seed: int = 1000, prompt=(2, 0, 4), **options) -> float:
     """Chi-square test of the first tokens behind a prompt, against the product of the target's own probabilities."""
-    prompt = torch.tensor([2, 0, 4])
+    prompt = torch.tensor(prompt)
     output = generate(
         target, draft, prompt.repeat(NUM_REQUESTS, 1), seed=range(seed, seed + NUM_REQUESTS),
         **{"tree": TREE, "max_new_tokens": LENGTH, **settings, **options},

@@ -203,7 +203,7 @@ def _check_tree(tree: GivenTree, batch_size: int) -> None:
         rule = f'be a TokenTree, one for each request, a ShapedTree, {plans}, the path of one, "auto" or "adaptive"'
         _refuse("tree", rule, repr(tree), TypeError)
     trees = _trees(tree)
-    size = max((entry.num_nodes for entry in trees), default=0)
+    size = largest_size(tree)
     if size > MAX_STEP_ROWS:
         _refuse("tree", f"have at most {MAX_STEP_ROWS} nodes", size)
     if is_each and (len(trees) != batch_size or any(entry.widths != trees[0].widths for entry in trees)):
@@ -352,6 +352,11 @@ def _trees(tree: GivenTree) -> Sequence[TokenTree | ShapedTree]:
     if isinstance(tree, TreePlan):
         return [tree.tree]
     return [tree] if isinstance(tree, (TokenTree, ShapedTree)) else [] if isinstance(tree, str) else list(tree)
+
+
+def largest_size(tree: GivenTree) -> int:
+    """Give the nodes of the largest tree that may be decoded with; none yet for a word."""
+    return max((entry.num_nodes for entry in _trees(tree)), default=0)
 
 
 def _planned_rule(tree: GivenTree) -> str | None:

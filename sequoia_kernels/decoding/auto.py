@@ -27,7 +27,7 @@ import transformers
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.overhead import measure_overhead
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.drafts import DraftSource
+from sequoia_kernels.drafts import DraftSource, LookupDraft
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import affordable_node_counts, measure_profile
 from sequoia_kernels.models import TreeModel
@@ -38,6 +38,7 @@ from sequoia_kernels.planner import (
     AdaptivePlan,
     CostModel,
     HardwareProfile,
+    LookupCosts,
     StepRecords,
     TreePlan,
     plan_adaptive,
@@ -79,6 +80,7 @@ class Choice(NamedTuple):
 
     tree: TokenTree | TreePlan | AdaptivePlan
     learn: Callable[[GenerateStats], None]  # takes the call's statistics
+    lookup: LookupCosts | None = None  # what steps take, where the draft looks tokens up
 
 
 _numbers: WeakKeyDictionary[DraftSource, int] = WeakKeyDictionary()
@@ -107,9 +109,11 @@ def choose_tree(
         profile: hardware profile; None measures the two models on their device, if that was not done before.
         adaptive: switch between trees as acceptance drifts, rather than towards what the calls show in the long run.
     """
-    context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
-    if target.max_positions is not None:
-        context_len = min(context_len, target.max_positions - 1)
+    context_len = _nominal_context(target, arguments)
+    looks_up = draft if isinstance(draft, LookupDraft) else None
+    if looks_up is not None:
+        assert looks_up.base is not None  # lookup alone is `choose_lookup`'s
+        draft = looks_up.base
     rows = target.max_cache_rows(arguments.batch_size)
     if rows is not None and rows < arguments.longest + LEAST_TREE_ROWS:
         logger.info("the target's memory has no room for a tree behind its cache: decoding without one")
@@ -121,6 +125,16 @@ def choose_tree(
         settings = pair | {
             "context_len": context_len, "temperature": max(arguments.temperature), "rule": arguments.rule
         }  # fmt: skip
+
+        def choice(plan: TreePlan | AdaptivePlan, learn: Callable[[GenerateStats], None]) -> Choice:
+            if looks_up is None:
+                return Choice(plan, learn)
+            of_pair = CostModel(profile, **pair, temperature=settings["temperature"], rule=arguments.rule)
+            plans = [plan] if isinstance(plan, TreePlan) else plan.plans
+            # A draft that is not worth asking need not read along either.
+            siblings = looks_up.siblings if any(entry.tree.num_nodes > 1 for entry in plans) else (0,)
+            return Choice(plan, learn, LookupCosts.measured(of_pair, context_len, plans, siblings))
+
         if rows is not None:  # a row a node and two a level
             costs = CostModel(profile, **pair)
             settings["max_levels"] = min((rows - arguments.longest) // 4, costs.max_nodes)
@@ -132,7 +146,7 @@ def choose_tree(
                 acceptance = acceptance.acceptance
             plan = (plan_adaptive if adaptive else plan_tree)(acceptance, profile, **settings)
             logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
-            return Choice(plan, lambda stats: None)
+            return choice(plan, lambda stats: None)
         key = _acceptance_key(target, draft, arguments)
         kept = _pairs.get(digest := store.key_digest(key))
         if kept is None:
@@ -141,8 +155,28 @@ def choose_tree(
         _remember(_pairs, digest, kept)
         plan = _planned(kept, profile, adaptive, arguments.max_new_tokens >= EXPLORED_TOKENS, settings)
     if arguments.logits_hook is not None:  # what is accepted under it says nothing of other calls
-        return Choice(plan, lambda stats: None)
-    return Choice(plan, lambda stats: _learn(kept, key, stats))
+        return choice(plan, lambda stats: None)
+    return choice(plan, lambda stats: _learn(kept, key, stats))
+
+
+def choose_lookup(target: TreeModel, arguments: GenerationArguments, *, profile: HardwareProfile | None) -> LookupCosts:
+    """Give what steps take that decode with looked-up tokens alone; arguments as in `choose_tree`."""
+    context_len = _nominal_context(target, arguments)
+    rows = target.max_cache_rows(arguments.batch_size)
+    with _lock:
+        if profile is None:
+            profile = _profile(target, None, arguments, context_len, rows)
+    costs = CostModel(
+        profile, batch_size=arguments.batch_size, target=target, temperature=max(arguments.temperature),
+        rule=arguments.rule,
+    )  # fmt: skip
+    return LookupCosts.measured(costs, context_len, [], [0])
+
+
+def _nominal_context(target: TreeModel, arguments: GenerationArguments) -> int:
+    """Committed tokens in the middle of the call."""
+    context_len = max(arguments.prompt_lens) + arguments.max_new_tokens // 2
+    return context_len if target.max_positions is None else min(context_len, target.max_positions - 1)
 
 
 def _planned(
@@ -184,7 +218,7 @@ def _learn(kept: _Kept, key: dict[str, Any], stats: GenerateStats) -> None:
 
 
 def _profile(
-    target: TreeModel, draft: DraftSource, arguments: GenerationArguments, context_len: int, rows: int | None
+    target: TreeModel, draft: DraftSource | None, arguments: GenerationArguments, context_len: int, rows: int | None
 ) -> HardwareProfile:
     """The pair's times, measured now where they are not known for this range of contexts and this batch size."""
     steps = round(math.log(max(context_len / SMALLEST_CONTEXT, 1), CONTEXT_STEP))
@@ -214,13 +248,13 @@ def _remember(known: OrderedDict[str, Any], digest: str, value: Any) -> None:
 
 
 def _measure(
-    target: TreeModel, draft: DraftSource, arguments: GenerationArguments, context_len: int, rows: int | None
+    target: TreeModel, draft: DraftSource | None, arguments: GenerationArguments, context_len: int, rows: int | None
 ) -> HardwareProfile:
     batch_size = arguments.batch_size
     where = store.cache_folder()
     logger.warning(
         "measuring %s and %s on %s once, for batches of %d and about %d tokens of context, %s; profile= skips this",
-        target, draft, target.device, batch_size, context_len,
+        target, "no draft" if draft is None else draft, target.device, batch_size, context_len,
         "kept for this process only" if where is None else f"kept in {where}",
     )  # fmt: skip
     node_counts, budget = affordable_node_counts(
@@ -260,9 +294,10 @@ def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
         yield advance
 
 
-def _profile_key(target: TreeModel, draft: DraftSource, context_len: int) -> dict[str, Any]:
+def _profile_key(target: TreeModel, draft: DraftSource | None, context_len: int) -> dict[str, Any]:
     """What times depend on."""
     device = DeviceFingerprint.of(target.device)
+    models = (target,) if draft is None else (target, *draft.models)
     return {
         "device": [device.type, device.name, device.num_threads],
         "versions": {
@@ -271,13 +306,13 @@ def _profile_key(target: TreeModel, draft: DraftSource, context_len: int) -> dic
             "sequoia_kernels": __version__,
         },
         "target": ModelFingerprint.of(target).key,
-        "draft": draft.fingerprint.key,
-        "modules": [_modules(model) for model in (target, *draft.models)],
-        "compile": [model.compile_mode for model in (target, *draft.models)],
-        "forward": [model.runs for model in (target, *draft.models)],
+        "draft": None if draft is None else draft.fingerprint.key,
+        "modules": [_modules(model) for model in models],
+        "compile": [model.compile_mode for model in models],
+        "forward": [model.runs for model in models],
         "context": context_len,
-        **_attentions(target, *draft.models),
-        **_source(draft),
+        **_attentions(*models),
+        **({} if draft is None else _source(draft)),
     }
 
 

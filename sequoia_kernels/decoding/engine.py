@@ -294,7 +294,7 @@ def _key(
     source = None if draft is None else (
         type(draft), id(draft.owner), draft.vocab_size, draft.logits_dtype, tuple(draft.needs), draft.positions,
         draft.graph_key, None if draft.vocabulary is None else draft.vocabulary.target_to_draft.data_ptr(),
-        draft.draws, draft.proposes,
+        draft.proposes,
     )  # fmt: skip
     return (
         state.cache_lens.shape[0], rows, draft_rows, arguments.backend, arguments.rule, arguments.keeps,

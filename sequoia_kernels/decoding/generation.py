@@ -13,19 +13,26 @@ from typing import Any
 import torch
 
 from sequoia_kernels import checks
-from sequoia_kernels.decoding.arguments import WORDS, GenerationArguments, GivenTree, check_arguments
-from sequoia_kernels.decoding.auto import choose_tree
+from sequoia_kernels.decoding.arguments import (
+    WORDS,
+    GenerationArguments,
+    GivenTree,
+    check_arguments,
+    largest_size,
+)
+from sequoia_kernels.decoding.auto import choose_lookup, choose_tree
 from sequoia_kernels.decoding.logits_hook import LogitsHook
 from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.processors import ChainedHooks, ProcessorHook, check_processors
 from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.drafts import DraftSource, draft_source
+from sequoia_kernels.drafts import DraftSource, LookupDraft, draft_source
 from sequoia_kernels.models import TreeModel, adapt, described_once
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
     AdaptivePlan,
     HardwareProfile,
+    LookupCosts,
     StepRecords,
     TreeFollower,
     TreePlan,
@@ -99,6 +106,7 @@ def generate(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
+    lookup: bool = False,
     tree: GivenTree | os.PathLike[str] = "auto",
     max_new_tokens: int | None = None,
     do_sample: bool | None = None,
@@ -133,11 +141,14 @@ def generate(
 
     Args:
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
-        draft: what proposes the tree's tokens: a smaller model of the same vocabulary, or any other `DraftSource`; None
-            decodes one token a step.
+        draft: what proposes the tree's tokens: a smaller model of the same vocabulary, any other `DraftSource`, or
+            "lookup", which copies what stood behind the same words earlier in a request's own text and needs no model;
+            None decodes one token a step.
         input_ids: prompts. [B, L] int64, on the target's device.
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
             takes pad tokens for padding, as transformers does, unless they also end sequences.
+        lookup: look tokens up in the text besides: in each step the loop takes whichever promises more, the draft's
+            tree or a path of tokens from the text with siblings that the draft draws. It waits for each step's tokens.
         tree: a `TokenTree`, a sequence of one for each request (all of the same widths, level by level), a
             `ShapedTree`, which takes its shape in every step, a `TreePlan`, an `AdaptivePlan`, or one of two words:
             "auto" takes the planner's pick for this machine, these models and these sampling settings, and learns from
@@ -225,7 +236,7 @@ def generate(
     tree = tree_of(tree)
     with torch.inference_mode():
         target = adapt(target, compile=compile)
-        draft = draft_source(draft, compile=compile) if draft is not None else None
+        draft = draft_source(draft, target, compile=compile, lookup=lookup)
         chosen = GenerationSettings(
             target.model, generation_config, {**settings, "num_return_sequences": num_return_sequences}
         )
@@ -266,12 +277,18 @@ def run_generation(
 ) -> GenerateOutput:  # fmt: skip
     """Decode checked arguments with a tree, or with what chooses one; see `generate`."""
     started = time.perf_counter() if started is None else started
-    learn = None
+    learn = costs = None
     with torch.inference_mode():
         if draft is None:
             tree = TokenTree.single()  # whatever was asked for
+        elif isinstance(draft, LookupDraft) and draft.base is None:
+            if isinstance(tree, str):
+                costs = choose_lookup(target, arguments, profile=profile)
+            else:
+                costs = LookupCosts.alike([TokenTree.single()], largest_size(tree), draft.siblings)
+            tree = TokenTree.single()
         elif isinstance(tree, str):
-            tree, learn = choose_tree(
+            tree, learn, costs = choose_tree(
                 target, draft, arguments, acceptance=acceptance, profile=profile, adaptive=tree == "adaptive"
             )
         if isinstance(tree, AdaptivePlan):
@@ -280,7 +297,14 @@ def run_generation(
             tree = tree.tree
         elif not isinstance(tree, (TokenTree, ShapedTree, TreeFollower)):
             tree = tuple(tree)
-        requests, stats = decode(target, draft, tree, arguments)
+        if isinstance(draft, LookupDraft):
+            trees = list(tree.plan.trees) if isinstance(tree, TreeFollower) else [tree]
+            base = [entry for entry in trees if isinstance(entry, TokenTree)]
+            if base and all(entry.num_nodes == 1 for entry in base):
+                draft = LookupDraft(target)  # the other one is not worth asking
+            if costs is None:
+                costs = LookupCosts.alike(base, largest_size(tree), draft.siblings)
+        requests, stats = decode(target, draft, tree, arguments, costs)
     check = getattr(arguments.logits_hook, "check", None)
     for index, request in enumerate(requests):
         if check is not None:

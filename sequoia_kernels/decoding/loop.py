@@ -16,14 +16,15 @@ from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.draft_context import DraftContext
 from sequoia_kernels.decoding.engine import DecodingEngine, borrow_engine, let_go, return_engine, steps_ahead
+from sequoia_kernels.decoding.lookup import LookupSteps
 from sequoia_kernels.decoding.request import EmittedRows, Request, StoppingCriteria
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import EmittedTokens
 from sequoia_kernels.decoding.streaming import BatchStreamer
-from sequoia_kernels.drafts import DecodingState, DraftSource, StageClock, StepTree, each_tree
+from sequoia_kernels.drafts import DecodingState, DraftSource, LookupDrafting, StageClock, StepTree, each_tree
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.planner import TreeFollower
-from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.planner import LookupCosts, TreeFollower
+from sequoia_kernels.tree import LookupTree, TokenTree
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -51,8 +52,9 @@ class Decoded(NamedTuple):
 @on_target_device
 @torch.inference_mode()
 def decode(
-    target: TreeModel, draft: DraftSource | None, tree: StepTree | TreeFollower, arguments: GenerationArguments
-) -> Decoded:
+    target: TreeModel, draft: DraftSource | None, tree: StepTree | TreeFollower, arguments: GenerationArguments,
+    lookup: LookupCosts | None = None,
+) -> Decoded:  # fmt: skip
     """Decode a batch of requests to their ends.
 
     Args:
@@ -60,29 +62,34 @@ def decode(
         draft: what proposes tokens; None decodes one token a step, as a tree of one node does.
         tree: the tree, one for each request, or what chooses one for every step.
         arguments: the requests, and how they are decoded.
+        lookup: what steps take with proposals from the requests' own texts, of a draft that has some.
 
     Returns:
         The requests and statistics, all but the wall time of the whole call.
     """
     try:
-        return _decode(target, draft, tree, arguments)
+        return _decode(target, draft, tree, arguments, lookup)
     finally:
         let_go(target, draft)
 
 
 def _decode(
-    target: TreeModel, draft: DraftSource | None, tree: StepTree | TreeFollower, arguments: GenerationArguments
-) -> Decoded:
+    target: TreeModel, draft: DraftSource | None, tree: StepTree | TreeFollower, arguments: GenerationArguments,
+    lookup: LookupCosts | None,
+) -> Decoded:  # fmt: skip
     if draft is None:
         tree = TokenTree.single()
     step_trees: Sequence[StepTree] = tree.plan.trees if isinstance(tree, TreeFollower) else [tree]
     trees = [entry for step_tree in step_trees for entry in each_tree(step_tree)]
+    if lookup is not None:
+        trees.extend(lookup.trees)
     if all(entry.num_nodes == 1 for entry in trees):
         draft = None
     device = target.device
     clock = StageClock(enabled=device.type == "cpu")
-    # A hook follows the text, which must not go on behind the end of a request; it waits for the device anyway.
-    lag = steps_ahead(target) if arguments.logits_hook is None else 0
+    # A hook follows the text, which must not go on behind the end of a request; it waits for the device anyway. What is
+    # looked up is what the newest tokens are.
+    lag = steps_ahead(target) if arguments.logits_hook is None and lookup is None else 0
     num_levels = max(entry.num_levels for entry in trees)
     # Behind a request's last token there is room for one whole tree, for what the last step accepts beyond the end, and
     # for the step that an asynchronous device may already be running then. So no tree ever has to shrink.
@@ -95,6 +102,9 @@ def _decode(
     draft_positions = None if context is None else context.positions
     engine = borrow_engine(target, draft, state, arguments, room, clock, draft_positions)
     loop = DecodingLoop(engine, arguments, context, lag)
+    if lookup is not None and draft is not None:
+        assert isinstance(engine.eager.drafting, LookupDrafting)
+        loop.lookup = LookupSteps(engine.eager.drafting, [request.prompt for request in loop.requests], lookup)
     if loop.streamer is not None:
         prompts = [row[:length] for row, length in zip(arguments.prompts, arguments.prompt_lens, strict=True)]
         loop.streamer.begin(arguments.input_ids, prompts)
@@ -112,6 +122,8 @@ def _decode(
     stats.new_tokens = [len(request.new_tokens) for request in loop.requests]
     stats.stage_seconds = dict(clock.seconds)
     stats.draft_restarts = 0 if context is None else context.num_restarts
+    if loop.lookup is not None:
+        stats.lookup_steps, stats.copied_tokens = loop.lookup.num_proposed, loop.lookup.num_copied
     return_engine(engine)
     return Decoded(loop.requests, stats)
 
@@ -198,6 +210,7 @@ class DecodingLoop:
         num_requests = arguments.batch_size
         self.stats = GenerateStats(request_steps=[0] * num_requests, last_nodes=[[] for _ in range(num_requests)])
         self.follower: TreeFollower | None = None
+        self.lookup: LookupSteps | None = None
         self.in_flight: deque[_Launched] = deque()  # oldest first
 
     def run(self, first_tokens: EmittedTokens, tree: StepTree | TreeFollower) -> None:
@@ -208,12 +221,14 @@ class DecodingLoop:
         first = HostCopy(first_tokens)
         for index, tokens in enumerate(first.read()[0]):
             self._take(index, tokens, first)
+            if self.lookup is not None:
+                self.lookup.take(index, tokens)
         while any(request.is_active for request in self.requests):
             if self.follower is not None:
                 self.stats.tree = step_tree = self.follower.tree
             if each_tree(step_tree)[0].num_nodes > 1 and self._restart_drafts():
                 continue  # what was in flight may have ended the last request, or changed the tree
-            self._launch(step_tree)
+            self._launch(step_tree if self.lookup is None else self.lookup.tree(step_tree, self.requests))
             self._read(self.lag)
         self._read(0)
         if self.streamer is not None:
@@ -241,11 +256,14 @@ class DecodingLoop:
             if was_active and self.requests[index].is_active:
                 self.stats.request_steps[index] += 1
                 counts.append(self.stats.count_path(trees[index % len(trees)], nodes[index], num_tokens[index]))
-                self._take(index, tokens[index][: num_tokens[index]], launched.emitted)
+                emitted = tokens[index][: num_tokens[index]]
+                self._take(index, emitted, launched.emitted)
+                if self.lookup is not None:
+                    self.lookup.take(index, emitted, launched.tree, nodes[index][1 : num_tokens[index]])
                 self.stats.last_nodes[index].append(nodes[index][num_tokens[index] - 1])
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)
-        if self.follower is not None and counts:
+        if self.follower is not None and counts and not isinstance(trees[0], LookupTree):
             ranks = ([sum(rank) for rank in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts))
             self.follower.observe(*ranks)
 

@@ -53,7 +53,7 @@ def measure_overhead(
     target = adapt(target)
     if target.device.type == "cuda" and not target.capturable:  # it streams its layers
         return profile.with_overhead(0.0)
-    draft = draft_source(draft) if draft is not None else None
+    draft = draft_source(draft)
     speculates: dict[str, Any] = {} if draft is None else {"draft": draft.fingerprint, "temperature": 1.0}
     cost = CostModel(profile.with_overhead(0.0), batch_size=batch_size, target=target, **speculates)
     if target.max_positions is not None:

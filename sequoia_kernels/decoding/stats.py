@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sequoia_kernels.tree import ShapedTree, TokenTree
+from sequoia_kernels.tree import LookupTree, ShapedTree, TokenTree
 
 
 @dataclass
@@ -27,8 +27,10 @@ class GenerateStats:
         decode_seconds: wall time behind the prefill.
         stage_seconds: wall time by stage, for synchronous devices (CPU); empty elsewhere.
         tree: the tree asked for; with an adaptive plan the last one used; None where each request has its own. Steps
-            with a shaped tree are not counted by rank.
+            with a shaped tree or one around a proposed path are not counted by rank.
         steps_by_tree: steps decoded with each tree: in the order of first use.
+        lookup_steps: steps that decoded with proposals from the requests' own texts.
+        copied_tokens: tokens that were accepted as proposed there.
         draft_restarts: how often the draft had used up its positions and went on with a request's newest tokens only.
     """
 
@@ -44,6 +46,8 @@ class GenerateStats:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     tree: TokenTree | ShapedTree | None = None
     steps_by_tree: dict[TokenTree | ShapedTree, int] = field(default_factory=dict)
+    lookup_steps: int = 0
+    copied_tokens: int = 0
     draft_restarts: int = 0
 
     @property
@@ -71,7 +75,7 @@ class GenerateStats:
         while len(self.accepted_histogram) <= num_accepted:
             self.accepted_histogram.append(0)
         self.accepted_histogram[num_accepted] += 1
-        if isinstance(tree, ShapedTree):  # whose ranks stayed on the device
+        if isinstance(tree, (ShapedTree, LookupTree)):  # whose ranks stayed on the device, or are no draws
             return [], []
         visited = [0] * tree.max_branching
         accepted = [0] * tree.max_branching

@@ -123,7 +123,7 @@ class DecodingStep:
             batch_size = self.state.cache_lens.shape[0]
             vocabulary, draws, proposes = None, True, False
             if draft is not None:
-                vocabulary, draws, proposes = draft.vocabulary, draft.draws, draft.proposes
+                vocabulary, draws, proposes = draft.vocabulary, draft.draws_children(tree), draft.proposes
             buffers = TokenBuffers.allocate(
                 layout, batch_size, target.vocab_size, dtype, target.device,
                 vocabulary=vocabulary, draws=draws, proposes=proposes,

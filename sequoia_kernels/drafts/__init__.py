@@ -3,8 +3,10 @@
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
 from sequoia_kernels.drafts.folders import draft_from_folder
+from sequoia_kernels.drafts.given import draft_source
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
-from sequoia_kernels.drafts.model import ModelDraft, draft_source
+from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
+from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 
@@ -14,6 +16,8 @@ __all__ = [
     "DraftLevel",
     "DraftSource",
     "Drafting",
+    "LookupDraft",
+    "LookupDrafting",
     "ModelDraft",
     "StageClock",
     "StepTree",

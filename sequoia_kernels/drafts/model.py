@@ -13,32 +13,15 @@ from sequoia_kernels.drafts.levels import StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep, adapt, check_pair, prefill
+from sequoia_kernels.models import TreeModel, TreeStep, check_pair, prefill
 
-__all__ = ["ModelDraft", "draft_source"]
-
-
-def draft_source(draft: Any, *, compile: bool | str = False) -> DraftSource:
-    """Give what `generate` takes as a draft as a source: a Hugging Face model, a `TreeModel`, or a source itself.
-
-    Changes of its models since they were last used are noticed here.
-
-    Args:
-        draft: the draft.
-        compile: as in `adapt`; a source is left alone.
-
-    Raises:
-        UnsupportedModelError: a model cannot decode trees.
-    """
-    if not isinstance(draft, DraftSource):
-        return ModelDraft(adapt(draft, compile=compile))
-    for model in draft.models:
-        model.refresh()
-    return draft
+__all__ = ["ModelDraft"]
 
 
 class ModelDraft(DraftSource):
     """A language model as the draft."""
+
+    scores_paths = True
 
     def __init__(self, model: TreeModel) -> None:
         if not isinstance(model, TreeModel):
@@ -178,6 +161,13 @@ class _ModelDrafting(Drafting):
                     fed = drawn.clamp(0, model.num_embeddings - 1)  # one that could not be drawn is -1
                     logits = model.forward(fed, cache, state.draft_lens, level.step)
             self.draw_children(level, logits, buffers)
+
+    def score_path(self, proposed: torch.Tensor, step: TreeStep) -> torch.Tensor:
+        """Feed the path in one forward. Mutates the cache's rows behind the committed ones."""
+        state, model = self.state, self.source.model
+        fed = torch.cat((state.last_tokens[:, None], state.root_tokens[:, None], proposed), dim=1)
+        fed = fed.clamp(0, model.num_embeddings - 1)
+        return model.forward(fed, self.cache, state.draft_lens - 1, step)[:, 1:]
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What grows this tree in one call, where something does; made when the tree is first met."""

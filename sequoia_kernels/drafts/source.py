@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sequoia_kernels.drafts.clock import StageClock
-from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeModel, TreeStep
@@ -31,8 +31,9 @@ class DraftSource(ABC):
         vocab_size: width of its logits; a vocabulary narrower than the target's is the first part of it, unless
             `vocabulary` says otherwise.
         vocabulary: which tokens of a target its logits are of, on its device; None where they are the target's own.
-        draws: whether it draws any children; a source that does not leaves no logits.
         proposes: whether it has children that are certain, which it marks in `TokenBuffers.certain`.
+        scores_paths: whether it must read tokens that others proposed in its place, and tells what it makes of them:
+            `Drafting.score_path`. A source that is shown accepted tokens by `committed` need not.
         logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
         needs: hidden states of the target that it reads, numbered as transformers' `hidden_states`: i is the input of
             layer i, the number of layers what is behind the last norm. It gets them of every committed row.
@@ -47,8 +48,8 @@ class DraftSource(ABC):
     vocab_size: int
     logits_dtype: torch.dtype
     vocabulary: VocabularyMap | None = None
-    draws: bool = True
     proposes: bool = False
+    scores_paths: bool = False
     needs: tuple[int, ...] = ()
     positions: int | None = None
     max_levels: int | None = None
@@ -81,6 +82,10 @@ class DraftSource(ABC):
             vocab_size=self.vocab_size, num_layers=0, hidden_size=0, intermediate_size=None, num_heads=0,
             num_kv_heads=0, head_dim=0,
         )  # fmt: skip
+
+    def draws_children(self, tree: StepTree) -> bool:
+        """Tell whether any children of a tree are drawn; where none are, no logits are kept of it."""
+        return True
 
     def check_target(self, target: TreeModel) -> None:  # noqa: B027
         """Raise ValueError where it cannot propose tokens for a target; the message says why."""
@@ -162,6 +167,18 @@ class Drafting(ABC):
                 drawn, their tokens must be -1 and the logits of their parents finite; or they are certain, and marked
                 so in every step.
         """
+
+    def score_path(self, proposed: torch.Tensor, step: TreeStep) -> torch.Tensor:
+        """Read a path of tokens that was proposed elsewhere, in place of `grow`; of sources that score paths.
+
+        Args:
+            proposed: tokens below the root, -1 behind the end. [B, L] int64.
+            step: rows of the last committed token, of the root and of these, one row before the committed length.
+
+        Returns:
+            The logits behind the root and each of them. [B, L + 1, vocab].
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores no paths")
 
     def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:  # noqa: B027
         """See what a step accepted; the state is advanced, the buffers are as `grow` left them.

@@ -109,7 +109,7 @@ def measure_profile(
     """
     where = "measure_profile"
     target = adapt(target)
-    draft = draft_source(draft) if draft is not None else None
+    draft = draft_source(draft)
     if draft is not None and draft.device != target.device:
         raise ValueError(f"{where}: draft must be on the target's device, {target.device}, got {draft.device}")
     device = target.device

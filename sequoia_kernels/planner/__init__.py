@@ -13,6 +13,7 @@ from sequoia_kernels.planner.candidates import PlanCandidate
 from sequoia_kernels.planner.confidence import fit_confidence, shape_tree
 from sequoia_kernels.planner.cost_model import CostModel
 from sequoia_kernels.planner.evidence import AcceptanceEvidence
+from sequoia_kernels.planner.lookup import LookupCosts, LookupEvidence
 from sequoia_kernels.planner.plan import TreePlan, plan_tree
 from sequoia_kernels.planner.profile import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.search import LevelWidths, OptimalTrees, optimal_tree, optimal_values
@@ -28,6 +29,8 @@ __all__ = [
     "ForwardTable",
     "HardwareProfile",
     "LevelWidths",
+    "LookupCosts",
+    "LookupEvidence",
     "ModelFingerprint",
     "OpPoint",
     "OptimalTrees",

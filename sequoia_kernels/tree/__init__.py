@@ -1,6 +1,7 @@
 """Token trees: topology, packed ancestor masks, values, files and drawings; verification rules by name."""
 
 from sequoia_kernels.tree.acceptance_vector import TYPICAL_ACCEPTANCE, check_acceptance, vector_of_chances
+from sequoia_kernels.tree.lookup_tree import LookupTree
 from sequoia_kernels.tree.rules import (
     DEFAULT_RULE,
     VerificationRule,
@@ -20,6 +21,7 @@ __all__ = [
     "PROBABILITY_EDGES",
     "TYPICAL_ACCEPTANCE",
     "Confidence",
+    "LookupTree",
     "ShapedTree",
     "TokenTree",
     "Topology",

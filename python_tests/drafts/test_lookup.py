@@ -1,0 +1,234 @@
+"""Lookup: what is found in a text, what it is worth, and generation with it."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_models import noisy_copy, tiny_llama
+
+from sequoia_kernels import TokenTree, _host, adapt, generate
+from sequoia_kernels.drafts import LookupDraft, draft_source
+from sequoia_kernels.planner.lookup import LookupCosts, LookupEvidence, fastest_lookup, lookup_trees, lookup_value
+from sequoia_kernels.tree import LookupTree, ShapedTree
+
+TREE = TokenTree([-1, 0, 0, 1, 1, 2])
+
+
+# ---- the index ----
+
+
+def _best_place(tokens, least, most, places):
+    """The same by looking at every place."""
+    best, found = 0, None
+    for place in range(len(tokens) - 2, -1, -1):
+        match = 0
+        while match < min(most, place + 1) and tokens[place - match] == tokens[len(tokens) - 1 - match]:
+            match += 1
+        if match >= least and places > 0:
+            places -= 1
+            if match > best:
+                best, found = match, place
+    return best, found
+
+
+def test_the_index_finds_the_longest_agreement_and_the_newest_of_equals():
+    rng = random.Random(0)
+    for trial in range(300):
+        least, most = rng.choice([(1, 4), (2, 6), (3, 32)])
+        tokens = [rng.randrange(rng.choice([2, 3, 50])) for _ in range(rng.randrange(1, 60))]
+        index = _host.TextIndex(least, most)
+        cut = rng.randrange(len(tokens) + 1)
+        index.append(tokens[:cut])
+        index.append(tokens[cut:])
+        assert len(index) == len(tokens)
+        match, proposed = index.propose(7)
+        wanted, place = _best_place(tokens, least, most, 64)
+        assert match == wanted, (trial, tokens)
+        if place is None:
+            assert proposed == []
+            continue
+        text = list(tokens)
+        for _ in range(7):  # what stands there, going on with itself
+            text.append(text[place + 1 + len(text) - len(tokens)])
+        assert proposed == text[len(tokens) :], (trial, tokens)
+
+
+def test_an_empty_text_and_bad_bounds():
+    assert _host.TextIndex(2, 4).propose(3) == (0, [])
+    for least, most in ((0, 4), (3, 2)):
+        with pytest.raises(ValueError, match="least_match must be at least 1"):
+            _host.TextIndex(least, most)
+
+
+# ---- trees and their value ----
+
+
+def test_a_lookup_tree_is_a_path_with_siblings_and_nobody_elses_tree():
+    tree = LookupTree(3, 2)
+    assert tree.parents == [-1, 0, 0, 0, 1, 1, 1, 4, 4, 4]
+    assert tree.path == (1, 4, 7) and [tree.rank(node) for node in tree.path] == [0, 0, 0]
+    chain = TokenTree.chain(4)
+    assert LookupTree(3).parents == chain.parents and LookupTree(3) != chain and chain != LookupTree(3)
+    assert len({chain, LookupTree(3), LookupTree(3), LookupTree(3, 1)}) == 3
+    assert pickle.loads(pickle.dumps(tree)) == tree and pickle.loads(pickle.dumps(tree)).path == tree.path
+
+
+def test_values_are_those_of_a_simulation():
+    rng = np.random.default_rng(0)
+    evidence = LookupEvidence()
+    reach = evidence.reach(5, 4)
+    chances = np.concatenate((reach[:1], reach[1:] / reach[:-1]))
+    for siblings in (0, 1):
+        coins = rng.random((200_000, 4, 2))
+        right = (coins[:, :, 0] < chances).cumprod(axis=1)
+        length = right.sum(axis=1)
+        saved = (coins[np.arange(len(coins)), np.minimum(length, 3), 1] < 0.4) & (length < 4) & (siblings == 1)
+        mean = float((1 + length + saved).mean())
+        assert abs(mean - lookup_value(LookupTree(4, siblings), reach, 0.4)) < 0.01
+
+
+def test_evidence_learns_by_agreement_and_stops_at_the_first_wrong_token():
+    evidence = LookupEvidence()
+    before = evidence.reach(2, 3)
+    for _ in range(200):
+        evidence.note(2, [5, 6, 7], [5, 6, 8, 9])
+    first, second, third = evidence.reach(2, 3)
+    assert first > 0.98 and second / first > 0.98 and third / second < 0.05
+    assert before[0] < 0.5
+    tried = evidence.tried.copy()
+    evidence.note(2, [1, 2, 3], [9])
+    evidence.note(2, [], [9])
+    assert evidence.tried.sum() == tried.sum() + 1
+
+
+def test_the_fastest_tree_is_long_where_much_agrees_and_none_is_made_beyond_the_budget():
+    trees = lookup_trees(9, [0, 1])
+    assert max(tree.num_nodes for tree in trees) == 9 and LookupTree(4, 1) in trees and LookupTree(6, 1) not in trees
+    evidence = LookupEvidence()
+    step_ms = {tree: 1.0 + 0.1 * tree.num_nodes for tree in trees}
+    sure, unsure = (fastest_lookup(trees, [evidence.reach(match, 32)], step_ms, 0.6) for match in (30, 2))
+    assert sure.tree.length > unsure.tree.length and sure.speed > unsure.speed
+    nothing = fastest_lookup(trees, [None], step_ms, 0.0)
+    assert nothing.speed == max(1.0 / step_ms[tree] for tree in trees)
+    assert fastest_lookup([], [None], {}, 0.6) is None
+    costs = LookupCosts.alike([TREE], 4, [0])
+    assert costs.base_speed(TREE, 0, 0) == TREE.expected_tokens((0.6, 0.12))
+    assert costs.base_speed(TREE, 800, 800) == pytest.approx(1.0, abs=0.02)
+
+
+# ---- generation ----
+
+
+def _pair():
+    target = tiny_llama(3, vocab_size=40, sharpness=4.0, num_layers=2)
+    return target, noisy_copy(target, 0.3)
+
+
+def _prompts(count):
+    generator = torch.Generator().manual_seed(1)
+    motif = torch.randint(40, (count, 5), generator=generator)
+    prompts = motif.repeat(1, 4)
+    prompts[0] = torch.arange(20)  # nothing to find there at first
+    return prompts
+
+
+def _variants(target, draft):
+    return {
+        "lookup": {"draft": "lookup", "tree": TokenTree.chain(9)},
+        "draft and lookup": {"draft": draft, "lookup": True, "tree": TokenTree.kary(2, 4)},
+        "planned": {"draft": draft, "lookup": True, "tree": "auto"},
+        "planned alone": {"draft": None, "lookup": True},
+        "a source": {"draft": LookupDraft(adapt(target), draft_source(draft)), "tree": TREE},
+    }
+
+
+@pytest.mark.parametrize("name", ["lookup", "draft and lookup", "planned", "planned alone", "a source"])
+def test_greedy_text_is_the_targets(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEQUOIA_CACHE", str(tmp_path))
+    target, draft = _pair()
+    prompts = _prompts(4)
+    wanted = generate(target, None, prompts, max_new_tokens=40).new_tokens
+    output = generate(target, input_ids=prompts, max_new_tokens=40, **_variants(target, draft)[name])
+    assert output.new_tokens == wanted
+    assert output.stats.lookup_steps > 0 and output.stats.copied_tokens > 0
+    assert sum(output.stats.steps_by_tree.values()) == output.stats.num_steps
+    single = [
+        generate(target, input_ids=row[None], max_new_tokens=40, **_variants(target, draft)[name]) for row in prompts
+    ]
+    assert [entry.new_tokens[0] for entry in single] == wanted
+
+
+def test_repeated_text_takes_fewer_steps_and_equal_calls_are_equal():
+    target, draft = _pair()
+    prompt = _prompts(2)[1:]
+    runs = [
+        generate(target, draft, prompt, tree=TREE, lookup=lookup, max_new_tokens=60, temperature=0.0)
+        for lookup in (False, True, True)
+    ]
+    assert runs[1].stats.num_steps < runs[0].stats.num_steps
+    assert runs[1].new_tokens == runs[2].new_tokens and runs[1].stats.num_steps == runs[2].stats.num_steps
+    drawn = [generate(target, draft, prompt, lookup=True, tree=TREE, max_new_tokens=60, temperature=1.0) for _ in "ab"]
+    assert drawn[0].new_tokens == drawn[1].new_tokens
+
+
+def test_a_text_without_repeats_is_decoded_as_without_lookup():
+    target, draft = _pair()
+    prompt = torch.arange(12)[None]
+    with_lookup, without = (
+        generate(target, draft, prompt, tree=TREE, lookup=lookup, max_new_tokens=3, temperature=1.0, seed=5)
+        for lookup in (True, False)
+    )
+    assert with_lookup.stats.lookup_steps == 0 and with_lookup.new_tokens == without.new_tokens
+
+
+def test_ranks_are_counted_of_drawn_trees_only():
+    target, draft = _pair()
+    output = generate(target, draft, _prompts(2)[1:], tree=TREE, lookup=True, max_new_tokens=60)
+    drawn_steps = output.stats.steps_by_tree.get(TREE, 0)
+    assert output.stats.lookup_steps == output.stats.num_steps - drawn_steps > 0
+    assert (
+        output.stats.visited_by_rank[:1] == [] if drawn_steps == 0 else output.stats.visited_by_rank[0] >= drawn_steps
+    )
+
+
+def test_drafts_with_few_positions_and_hooks_go_with_lookup():
+    target, draft = _pair()
+    draft.config.max_position_embeddings = 24
+    prompts = _prompts(3)
+    hook_calls = []
+
+    def hook(paths, logits):
+        hook_calls.append(logits.shape[1])
+        return logits
+
+    plain = generate(target, None, prompts, max_new_tokens=60)
+    output = generate(target, draft, prompts, tree=TREE, lookup=True, max_new_tokens=60, logits_hook=hook)
+    assert output.new_tokens == plain.new_tokens and output.stats.draft_restarts > 0 and hook_calls
+
+
+def test_what_is_refused():
+    target, draft = _pair()
+    prompt = _prompts(1)
+    with pytest.raises(ValueError, match="draft must be a model, a draft source or 'lookup', got 'look'"):
+        generate(target, "look", prompt)
+    with pytest.raises(TypeError, match="lookup must be True or False, got 1"):
+        generate(target, draft, prompt, lookup=1)
+    with pytest.raises(TypeError, match="target must be given for lookup"):
+        draft_source("lookup")
+    with pytest.raises(TypeError, match="base must be a draft that draws its tokens, got LookupDraft"):
+        LookupDraft(adapt(target), LookupDraft(adapt(target)))
+
+
+def test_shaped_trees_and_trees_a_request_are_left_alone():
+    from support.shaped_trees import steep_confidence
+
+    target, draft = _pair()
+    prompts = _prompts(2)
+    for tree in (ShapedTree((1, 2, 3, 2), steep_confidence()), (TREE, TREE)):
+        output = generate(target, draft, prompts, tree=tree, lookup=True, max_new_tokens=10)
+        assert output.stats.lookup_steps == 0
+        assert output.new_tokens == generate(target, None, prompts, max_new_tokens=10).new_tokens

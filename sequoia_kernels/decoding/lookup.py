@@ -1,0 +1,83 @@
+"""Which steps decode with proposals from the requests' own texts, and which with the draft's tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+import sequoia_kernels._host as _host
+from sequoia_kernels.decoding.request import Request
+from sequoia_kernels.drafts import LookupDrafting, StepTree
+from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, LookupCosts, LookupEvidence, fastest_lookup
+from sequoia_kernels.tree import LookupTree, TokenTree
+
+__all__ = ["LookupSteps"]
+
+
+class LookupSteps:
+    """Follows the texts of a batch, and chooses a tree before every step.
+
+    What is chosen follows from the texts and from the costs, not from the clock: equal calls decode alike.
+
+    Args:
+        drafting: takes the proposals.
+        prompts: of the requests.
+        costs: what steps take.
+
+    Attributes:
+        num_proposed: steps that decoded with proposals.
+        num_copied: tokens that were accepted as proposed.
+    """
+
+    def __init__(self, drafting: LookupDrafting, prompts: Sequence[Sequence[int]], costs: LookupCosts) -> None:
+        self.drafting, self.costs = drafting, costs
+        self.longest = max((tree.length for tree in costs.trees), default=0)
+        drafting.reserve(self.longest)
+        self.evidence = LookupEvidence()
+        self.num_proposed = self.num_copied = 0
+        self._texts = [_host.TextIndex(LEAST_MATCH, MOST_MATCH) for _ in prompts]
+        for text, prompt in zip(self._texts, prompts, strict=True):
+            text.append(list(prompt))
+        self._proposed: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # of the step to come
+        self._seen = [0.0, 0.0]  # tokens and steps with trees of the draft
+
+    def tree(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
+        """Choose the next step's tree: `base`, or a lookup tree, whose proposals are handed over."""
+        self._proposed = [
+            text.propose(self.longest) if request.is_active else (0, [])
+            for text, request in zip(self._texts, requests, strict=True)
+        ]
+        reaches = [
+            self.evidence.reach(match, len(path)) if path else None
+            for (match, path), request in zip(self._proposed, requests, strict=True)
+            if request.is_active
+        ]
+        if not isinstance(base, TokenTree) or all(reach is None for reach in reaches):
+            return base
+        costs = self.costs
+        pick = fastest_lookup(costs.trees, reaches, costs.step_ms, costs.sibling_chance)
+        if pick is None or pick.speed <= len(reaches) * costs.base_speed(base, *self._seen):
+            return base
+        self.drafting.propose([path[: pick.tree.length] for _, path in self._proposed])
+        self.num_proposed += 1
+        return pick.tree
+
+    def take(self, index: int, tokens: Sequence[int], tree: StepTree | None = None, path: Sequence[int] = ()) -> None:
+        """See what a step, or the prefill, emitted for a request.
+
+        Args:
+            index: which request.
+            tokens: all that it emitted.
+            tree: what it decoded with, None for the prefill.
+            path: the accepted nodes.
+        """
+        match, proposed = self._proposed[index]
+        if tree is not None:
+            self.evidence.note(match, proposed, tokens)
+            if isinstance(tree, LookupTree):
+                self.num_copied += int(np.isin(path, tree.path).sum())
+            elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
+                self._seen[0] += len(tokens)
+                self._seen[1] += 1
+        self._texts[index].append(list(tokens))

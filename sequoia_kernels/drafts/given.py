@@ -1,0 +1,54 @@
+"""What `generate` takes as a draft, as a source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sequoia_kernels.drafts.lookup import LookupDraft
+from sequoia_kernels.drafts.model import ModelDraft
+from sequoia_kernels.drafts.source import DraftSource
+from sequoia_kernels.models import TreeModel, adapt
+
+__all__ = ["LOOKUP", "draft_source"]
+
+LOOKUP = "lookup"
+
+
+def draft_source(
+    draft: Any, target: TreeModel | None = None, *, compile: bool | str = False, lookup: bool = False
+) -> Any:
+    """Give a draft as a source: a Hugging Face model, a `TreeModel`, a source itself, or "lookup".
+
+    Changes of its models since they were last used are noticed here.
+
+    Args:
+        draft: the draft; None for none.
+        target: the target, which lookup is for.
+        compile: as in `adapt`; a source is left alone.
+        lookup: look tokens up in the text besides.
+
+    Returns:
+        The source; None without a draft and lookup.
+
+    Raises:
+        TypeError: `lookup` is no bool, or lookup has no target.
+        ValueError: a string that names no draft.
+        UnsupportedModelError: a model cannot decode trees.
+    """
+    if not isinstance(lookup, bool):
+        raise TypeError(f"generate: lookup must be True or False, got {lookup!r}")
+    if isinstance(draft, str):
+        if draft != LOOKUP:
+            raise ValueError(f"generate: draft must be a model, a draft source or {LOOKUP!r}, got {draft!r}")
+        draft, lookup = None, True
+    source = draft
+    if draft is not None and not isinstance(draft, DraftSource):
+        source = ModelDraft(adapt(draft, compile=compile))
+    elif draft is not None:
+        for model in draft.models:
+            model.refresh()
+    if not lookup or isinstance(source, LookupDraft):
+        return source
+    if target is None:
+        raise TypeError("draft_source: target must be given for lookup, got None")
+    return LookupDraft(target, source)

@@ -1,0 +1,282 @@
+"""Lookup: tokens that stood behind the same words earlier in a request's own text, with another draft or alone.
+
+The proposals are certain children (see `verify_tree`): what was copied from the text is accepted with the target's own
+probability of it. A step decodes either with the tree of the draft, or with a `LookupTree` around the proposed path;
+before each step the loop decides which, by what proposals have been worth so far (`decoding.lookup`). With a lookup
+tree the draft reads along in one forward, so that it has seen every token when it is asked again, and draws siblings of
+the proposed nodes from it. Drafts that are shown accepted tokens anyway (`scores_paths` is False) do nothing then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.source import Drafting, DraftSource
+from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.fingerprints import ModelFingerprint
+from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
+from sequoia_kernels.tree import LookupTree, TokenTree
+
+__all__ = ["LookupDraft", "LookupDrafting"]
+
+
+class LookupDraft(DraftSource):
+    """Proposals from the text itself, beside those of another source or alone.
+
+    Args:
+        target: the target; only what it looks like is kept.
+        base: the other source, None for lookup alone.
+
+    Attributes:
+        base: as given.
+    """
+
+    proposes = True
+
+    def __init__(self, target: TreeModel, base: DraftSource | None = None) -> None:
+        if base is not None and base.proposes:
+            raise TypeError(f"LookupDraft: base must be a draft that draws its tokens, got {type(base).__name__}")
+        self.base = base
+        self._device, self._vocab_size, self._logits_dtype = target.device, target.vocab_size, target.logits_dtype
+
+    def __repr__(self) -> str:
+        return "lookup" if self.base is None else f"lookup with {self.base!r}"
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The base's, or the target's."""
+        return self._device if self.base is None else self.base.device
+
+    @property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        """The base's, or the target's."""
+        return self._vocab_size if self.base is None else self.base.vocab_size
+
+    @property
+    def logits_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The base's, or the target's."""
+        return self._logits_dtype if self.base is None else self.base.logits_dtype
+
+    @property
+    def vocabulary(self) -> Any:  # type: ignore[override]
+        """The base's."""
+        return None if self.base is None else self.base.vocabulary
+
+    @property
+    def needs(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The base's."""
+        return () if self.base is None else self.base.needs
+
+    @property
+    def positions(self) -> int | None:  # type: ignore[override]
+        """The base's."""
+        return None if self.base is None else self.base.positions
+
+    @property
+    def models(self) -> tuple[TreeModel, ...]:  # type: ignore[override]
+        """The base's."""
+        return () if self.base is None else self.base.models
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """As the base."""
+        return self.base is None or self.base.capturable
+
+    @property
+    def owner(self) -> Any:
+        """The base's."""
+        return self if self.base is None else self.base.owner
+
+    @property
+    def graph_key(self) -> Hashable:
+        """The base's, and that there is lookup."""
+        return "lookup", None if self.base is None else self.base.graph_key
+
+    @property
+    def identity(self) -> str | None:
+        """The base's: what is measured and learnt of drawn tokens is its own."""
+        return "lookup" if self.base is None else self.base.identity
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """The base's."""
+        return super().fingerprint if self.base is None else self.base.fingerprint
+
+    @property
+    def siblings(self) -> tuple[int, ...]:
+        """How many drawn children there may be beside a proposed one."""
+        return (0, 1) if self.base is not None and self.base.scores_paths else (0,)
+
+    def draws_children(self, tree: StepTree) -> bool:
+        """Where there is a base: all but the proposed ones."""
+        return self.base is not None and not (isinstance(tree, LookupTree) and tree.siblings == 0)
+
+    def check_target(self, target: TreeModel) -> None:
+        """Raise ValueError where the base does not fit."""
+        if self.base is not None:
+            self.base.check_target(target)
+
+    def start(
+        self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock
+    ) -> LookupDrafting:
+        """Begin a batch."""
+        base = None
+        if self.base is not None:
+            base = self.base.start(target, state, max_cache_len, backend=backend, clock=clock)
+        return LookupDrafting(self, base, state, backend, clock)
+
+
+class LookupDrafting(Drafting):
+    """Lookup at work for one batch: whoever chooses a lookup tree says before the step what is proposed.
+
+    Args:
+        base: the other source at work, None for lookup alone.
+
+    Attributes:
+        proposals: the proposed path of each request, -1 behind its end. [B, longest] int64.
+    """
+
+    source: LookupDraft
+
+    def __init__(
+        self, source: LookupDraft, base: Drafting | None, state: DecodingState, backend: str, clock: StageClock
+    ) -> None:
+        self.base = base
+        super().__init__(source, state, backend, clock)
+        self.foreign = base is not None and base.foreign
+        self.proposals = torch.full(
+            (state.cache_lens.shape[0], 0), -1, dtype=torch.int64, device=state.cache_lens.device
+        )
+        self._steps: dict[LookupTree, tuple[TreeStep, torch.Tensor]] = {}  # of the reading along; nodes of the path
+
+    @property
+    def logits_hook(self) -> Callable[[DraftLevel, torch.Tensor, TokenBuffers], torch.Tensor] | None:  # type: ignore[override]
+        """The base's: lookup itself proposes what it finds."""
+        return None if self.base is None else self.base.logits_hook
+
+    @logits_hook.setter
+    def logits_hook(self, hook: Callable[[DraftLevel, torch.Tensor, TokenBuffers], torch.Tensor] | None) -> None:
+        if self.base is not None:
+            self.base.logits_hook = hook
+
+    def reserve(self, longest: int) -> None:
+        """Make room for paths of so many nodes."""
+        batch_size = self.proposals.shape[0]
+        self.proposals = torch.full((batch_size, longest), -1, dtype=torch.int64, device=self.proposals.device)
+
+    def propose(self, paths: Sequence[Sequence[int]]) -> None:
+        """Say what the next step proposes.
+
+        Args:
+            paths: of each request, nothing where there is no proposal. No longer than reserved.
+        """
+        longest = self.proposals.shape[1]
+        rows = [[*path, *[-1] * (longest - len(path))] for path in paths]
+        self.proposals.copy_(torch.tensor(rows, dtype=torch.int64))
+
+    def use(self, source: DraftSource | None, clock: StageClock) -> None:
+        """Go on with a source of the same base."""
+        super().use(source, clock)
+        if self.base is not None:
+            self.base.use(None if source is None else source.base, clock)  # type: ignore[attr-defined]
+
+    def cache_tensors(self) -> list[torch.Tensor]:
+        """Give the base's."""
+        return [] if self.base is None else self.base.cache_tensors()
+
+    def prefill(
+        self, lanes: list[int], tokens: torch.Tensor, num_tokens: torch.Tensor, hidden_states: Sequence[torch.Tensor]
+    ) -> None:
+        """Hand it to the base."""
+        if self.base is not None:
+            self.base.prefill(lanes, tokens, num_tokens, hidden_states)
+
+    def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Mark a lookup tree's proposed nodes; they are the same in every step."""
+        tree = layout.tree
+        if not isinstance(tree, LookupTree):
+            if self.base is not None:
+                self.base.prepare(layout, buffers)
+            return
+        assert buffers.certain is not None
+        device = buffers.tokens.device
+        path = torch.tensor(tree.path, dtype=torch.int64, device=device)
+        buffers.certain.index_fill_(1, path, True)
+        self._steps[tree] = reading_step(tree, device), path
+
+    def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
+        """Let the base draw its tree, or copy the proposals into a lookup tree and draw their siblings."""
+        tree = layout.tree
+        if not isinstance(tree, LookupTree):
+            if self.base is None:
+                raise ValueError(f"lookup: tree must be a lookup tree or a single node, got {tree!r}")
+            self.base.grow(layout, buffers)
+            return
+        step, path = self._steps[tree]
+        proposed = self.proposals[:, : tree.length]
+        buffers.tokens.index_copy_(1, path, proposed)
+        if self.base is None or not self.base.source.scores_paths:
+            return
+        with self.clock.stage("draft"):
+            logits = self.base.score_path(proposed, step)
+        if tree.siblings:
+            self._draw_siblings(tree, path, proposed, logits[:, :-1], buffers)
+
+    def _draw_siblings(
+        self, tree: LookupTree, path: torch.Tensor, proposed: torch.Tensor, logits: torch.Tensor, buffers: TokenBuffers
+    ) -> None:
+        """Draw the children beside each proposed node, from the rows of the nodes above. logits: [B, length, vocab]."""
+        assert buffers.draft_logits is not None
+        state, count = self.state, tree.siblings
+        with self.clock.stage("sample"):
+            batch_size, length = proposed.shape
+            vocabulary = buffers.vocabulary
+            vocab = min(logits.shape[2], buffers.draft_logits.shape[2])
+            places = proposed if vocabulary is None else vocabulary.target_to_draft[proposed.clamp(min=0)].long()
+            known = (proposed >= 0) & (places >= 0) & (places < vocab)
+            # Without what is proposed already: it would be a repeat.
+            logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
+            at_place = places.clamp(0, vocab - 1)[:, :, None]
+            left = torch.where(known[:, :, None], -torch.inf, logits.gather(2, at_place))
+            logits = logits.scatter(2, at_place, left)
+            parents = torch.cat((path.new_zeros(1), path[:-1]))
+            buffers.draft_logits[:, :, :vocab].index_copy_(1, parents, logits)
+            drawn = sample_without_replacement(
+                logits.flatten(0, 1), count, state.temperature.repeat_interleave(length),
+                state.seeds.repeat_interleave(length), (state.offsets[:, None] + parents).flatten(),
+                backend=self.backend,
+            ).tokens.view(batch_size, length, count)  # fmt: skip
+            if vocabulary is not None:
+                drawn = torch.where(drawn < 0, drawn, vocabulary.draft_to_target[drawn.clamp(min=0)])
+            siblings = path[:, None] + torch.arange(1, count + 1, device=path.device)
+            buffers.tokens.index_copy_(1, siblings.flatten(), drawn.flatten(1))
+
+    def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:
+        """Hand it to the base."""
+        if self.base is not None:
+            self.base.committed(path, hidden_states)
+
+    def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object] | None:
+        """Give the base's."""
+        return None if self.base is None else self.base.level_call(step, context_len)
+
+    def restart(self) -> None:
+        """Forget the batch before."""
+        super().restart()
+        if self.base is not None:
+            self.base.restart()
+
+
+def reading_step(tree: LookupTree, device: torch.device | str) -> TreeStep:
+    """Rows of a draft's forward over the last committed token, the root and the proposed path.
+
+    It starts one row before the committed length, as a draft's first forward does, so that node j lies at row j + 1.
+    """
+    shifted = TokenTree([-1, 0, *(parent + 1 for parent in tree.parents[1:])])
+    return TreeStep.of(shifted, [0, 1, *(node + 1 for node in tree.path)], device=device)

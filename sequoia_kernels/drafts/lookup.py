@@ -79,6 +79,11 @@ class LookupDraft(DraftSource):
         return None if self.base is None else self.base.positions
 
     @property
+    def max_levels(self) -> int | None:  # type: ignore[override]
+        """The base's; paths that are proposed may be longer."""
+        return None if self.base is None else self.base.max_levels
+
+    @property
     def models(self) -> tuple[TreeModel, ...]:  # type: ignore[override]
         """The base's."""
         return () if self.base is None else self.base.models
@@ -265,6 +270,10 @@ class LookupDrafting(Drafting):
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object] | None:
         """Give the base's."""
         return None if self.base is None else self.base.level_call(step, context_len)
+
+    def step_call(self, context_len: int) -> Callable[[], object] | None:
+        """Give the base's."""
+        return None if self.base is None else self.base.step_call(context_len)
 
     def restart(self) -> None:
         """Forget the batch before."""

@@ -101,14 +101,19 @@ class BlockBackbone:
         """What a step reads beside the model's weights."""
         return [*self.fc.tensors, *self._kv.tensors, self.hidden_norm, self._key_norms]
 
-    def rotations(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give cosines and sines of positions. [num_positions, D] each."""
+    def rotations(self, num_positions: int) -> torch.Tensor:
+        """Give what rotates keys at positions: cosines, then sines, those of the first half of a head negated.
+
+        Returns:
+            [num_positions, 2, D].
+        """
         cosines, sines = self._rotary(self.hidden_norm, torch.arange(num_positions, device=self.device)[None])
-        return cosines[0], sines[0]
+        half = sines.shape[-1] // 2
+        return torch.stack((cosines[0], torch.cat((-sines[0, :, :half], sines[0, :, half:]), 1)), 1)
 
     def write_context(
         self, cache: TreeCache, features: Sequence[torch.Tensor], positions: torch.Tensor, rows: torch.Tensor,
-        rotations: tuple[torch.Tensor, torch.Tensor],
+        rotations: torch.Tensor,
     ) -> None:  # fmt: skip
         """Write the keys and values of committed rows into all layers of a cache.
 
@@ -119,26 +124,21 @@ class BlockBackbone:
             rows: flat cache rows that they go to. [R * T] int64.
             rotations: as `rotations` gives them, for all of the positions.
         """
-        config = self.form.config
-        num_rows, length = positions.shape
+        config, head_dim = self.form.config, self.form.config.head_dim
         context = self.fc(torch.cat(list(features), dim=-1).to(self.dtype))
-        context = _rms_norm(context, self.hidden_norm, config.rms_norm_eps)
-        shape = (num_rows, length, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        projected = self._kv(context).view(shape)
-        keys = _rms_norm(projected[:, :, :, 0], self._key_norms, config.rms_norm_eps)
-        cosines, sines = (
-            table.index_select(0, positions.flatten()).view(num_rows, length, 1, 1, -1) for table in rotations
-        )
-        keys = (keys * cosines + _half_turned(keys) * sines).flatten(0, 1)  # [R * T, layers, Hkv, D]
-        values = projected[:, :, :, 1].flatten(0, 1)
+        context = F.rms_norm(context, (config.hidden_size,), self.hidden_norm, config.rms_norm_eps)
+        shape = (rows.shape[0], config.num_hidden_layers, 2, config.num_key_value_heads, head_dim)
+        keys, values = self._kv(context).view(shape).unbind(2)  # [R * T, layers, Hkv, D] each
+        keys = F.rms_norm(keys, (head_dim,), eps=config.rms_norm_eps) * self._key_norms
+        cosines, sines = rotations.index_select(0, positions.flatten())[:, :, None, None].unbind(1)
+        keys = torch.addcmul(keys * cosines, keys.roll(head_dim // 2, -1), sines)
         for index, layer in enumerate(cache.layers):
             layer.flat_keys.index_copy_(0, rows, keys[:, index])
             layer.flat_values.index_copy_(0, rows, values[:, index])
 
     def write_prompts(
-        self, cache: TreeCache, lanes: Sequence[int], features: Sequence[torch.Tensor],
-        rotations: tuple[torch.Tensor, torch.Tensor],
-    ) -> None:  # fmt: skip
+        self, cache: TreeCache, lanes: Sequence[int], features: Sequence[torch.Tensor], rotations: torch.Tensor
+    ) -> None:
         """Write the context of whole prompts, from position 0 on.
 
         Args:
@@ -214,17 +214,6 @@ class BoundBlock(NamedTuple):
             return None
         logits = self.backbone._as_said(self.logits)
         return logits, self.hidden.to(self.backbone.dtype) if wants_hidden else None
-
-
-def _rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    exact = rows.to(torch.float32)
-    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return weight * exact.to(rows.dtype)
-
-
-def _half_turned(rows: torch.Tensor) -> torch.Tensor:
-    first, second = rows.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 def _in_tree_masks(sights: Sequence[LayerSight], block_size: int) -> tuple[bool, list[int | None]] | None:

@@ -88,7 +88,11 @@ class TreeGrowth {
           first_lens_(pointer_of<std::int32_t>(source, "first_lens")),
           temperature_(pointer_of<float>(source, "temperature")),
           seeds_(pointer_of<std::int64_t>(source, "seeds")),
-          offsets_(pointer_of<std::int64_t>(source, "offsets")) {
+          offsets_(pointer_of<std::int64_t>(source, "offsets")),
+          own_ids_(pointer_of<std::int64_t>(source, "own_ids")),
+          target_ids_(pointer_of<std::int64_t>(source, "target_ids")),
+          fed_ids_(pointer_of<std::int64_t>(source, "fed_ids")),
+          num_fed_(number_of(source, "num_fed")) {
         std::int64_t widest = 0, most_samples = 0;
         for (const py::handle entry : source["levels"]) {
             const py::dict fields = py::reinterpret_borrow<py::dict>(entry);
@@ -135,15 +139,17 @@ class TreeGrowth {
             const GrowthLevel& level = levels_[index];
             const Clock::time_point begin = Clock::now();
             feed(level, index == 0);
+            const bool cuts = own_ids_ != nullptr;
             const std::int64_t row_bytes = drafted_ * element_bytes(type_);
-            const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_;
+            const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_ && !cuts;
             char* logits = in_place ? kept_row(0, level.nodes[0])
                                     : scratch_.reserve(batch_size_ * level.width * row_bytes);
             if (!level.forward->run(weights, logits, num_threads)) return false;
             const Clock::time_point scored = Clock::now();
             forward_seconds_ += seconds_between(begin, scored);
-            if (!in_place) keep(level, logits, row_bytes);
-            if (!draw(level, logits)) return false;
+            if (cuts) cut(level, logits);
+            if (!in_place) keep(level, logits, cuts ? vocab_ * element_bytes(type_) : row_bytes);
+            if (!draw(level, logits, cuts ? vocab_ : drafted_)) return false;
             draw_seconds_ += seconds_between(scored, Clock::now());
         }
         return true;
@@ -160,14 +166,39 @@ class TreeGrowth {
     void feed(const GrowthLevel& level, bool first) {
         for (std::int64_t b = 0; b < batch_size_; ++b) {
             if (first) {
-                level.fed[2 * b] = last_tokens_[b];
-                level.fed[2 * b + 1] = root_tokens_[b];
+                level.fed[2 * b] = fed(last_tokens_[b]);
+                level.fed[2 * b + 1] = fed(root_tokens_[b]);
                 first_lens_[b] = draft_lens_[b] - 1;
                 continue;
             }
             for (std::int64_t i = 0; i < level.width; ++i) {
-                level.fed[b * level.width + i] = tokens_[b * num_nodes_ + level.nodes[i]];
+                level.fed[b * level.width + i] = fed(tokens_[b * num_nodes_ + level.nodes[i]]);
             }
+        }
+    }
+
+    // What the draft is fed for a token of the target.
+    std::int64_t fed(std::int64_t token) const {
+        return fed_ids_ == nullptr ? token : fed_ids_[std::clamp<std::int64_t>(token, 0, num_fed_ - 1)];
+    }
+
+    // Leave the common tokens of each row, the rows one behind the other.
+    void cut(const GrowthLevel& level, char* logits) {
+        switch (element_bytes(type_)) {
+            case 2: return cut_rows(level, reinterpret_cast<std::uint16_t*>(logits));
+            case 4: return cut_rows(level, reinterpret_cast<std::uint32_t*>(logits));
+            default: return cut_rows(level, reinterpret_cast<std::uint64_t*>(logits));
+        }
+    }
+
+    // By way of a row, since the draft's ids need not rise.
+    template <class Bits>
+    void cut_rows(const GrowthLevel& level, Bits* logits) {
+        Bits* const row = reinterpret_cast<Bits*>(cut_row_.reserve(vocab_ * static_cast<std::int64_t>(sizeof(Bits))));
+        for (std::int64_t i = 0; i < batch_size_ * level.width; ++i) {
+            const Bits* const whole = logits + i * drafted_;
+            for (std::int64_t token = 0; token < vocab_; ++token) row[token] = whole[own_ids_[token]];
+            std::copy(row, row + vocab_, logits + i * vocab_);
         }
     }
 
@@ -181,7 +212,8 @@ class TreeGrowth {
         }
     }
 
-    bool draw(const GrowthLevel& level, const char* logits) {
+    // width: elements between rows.
+    bool draw(const GrowthLevel& level, const char* logits, std::int64_t width) {
         std::size_t row = 0;
         for (std::int64_t b = 0; b < batch_size_; ++b) {
             for (std::int64_t i = 0; i < level.width; ++i, ++row) {
@@ -195,11 +227,11 @@ class TreeGrowth {
         if (!sample_without_replacement(at(logits), static_cast<int>(type_), at(temperatures_.data()),
                                         at(row_seeds_.data()), at(row_offsets_.data()), at(draws_.data()),
                                         at(log_normalisers_.data()), batch_size_ * level.width,
-                                        std::min(drafted_, vocab_), drafted_, level.num_samples, true)) {
+                                        std::min(width, vocab_), width, level.num_samples, true)) {
             return false;
         }
-        const std::int64_t row_bytes = drafted_ * element_bytes(type_);
-        const LogitRows rows{logits, type_, row_bytes, std::min(drafted_, vocab_)};
+        const std::int64_t row_bytes = width * element_bytes(type_);
+        const LogitRows rows{logits, type_, row_bytes, std::min(width, vocab_)};
         for (std::int64_t b = 0; b < batch_size_; ++b) {
             // After the draw, but by nothing that was drawn in it.
             if (level.shape) level.shape->give_out(b, rows.rows_from(b * level.width), temperature_[b]);
@@ -208,11 +240,16 @@ class TreeGrowth {
                 tokens_[b * num_nodes_ + level.first_child + child] = draws_[static_cast<std::size_t>(b * draws + places[child])];
             }
             if (level.shape) level.shape->note_draws(b, rows.rows_from(b * level.width), tokens_ + b * num_nodes_);
+            if (target_ids_ == nullptr) continue;
+            for (std::int64_t child = 0; child < level.num_children; ++child) {  // until here they were places in a row
+                std::int64_t& token = tokens_[b * num_nodes_ + level.first_child + child];
+                if (token >= 0) token = target_ids_[token];
+            }
         }
         return true;
     }
 
-    std::int64_t batch_size_, num_nodes_, vocab_;  // vocab: the target's
+    std::int64_t batch_size_, num_nodes_, vocab_;  // vocab: the target's, or the tokens in common with it
     std::int64_t* tokens_;                         // [B, N]
     char* draft_logits_;                           // [B, N, vocab]
     const std::int64_t *last_tokens_, *root_tokens_;  // [B]
@@ -220,10 +257,13 @@ class TreeGrowth {
     std::int32_t* first_lens_;                        // [B], what the first level's forward reads: one less
     const float* temperature_;                        // [B]
     const std::int64_t *seeds_, *offsets_;            // [B]
+    // Of a draft with other tokens, else null: its ids of the common ones, the target's, and what it is fed for a token.
+    const std::int64_t *own_ids_, *target_ids_, *fed_ids_;
+    std::int64_t num_fed_;
     std::vector<GrowthLevel> levels_;
     std::int64_t drafted_ = 0;  // the draft's vocabulary
     ElementType type_ = ElementType::float32;
-    Scratch<char> scratch_;
+    Scratch<char> scratch_, cut_row_;
     // Of the rows of a draw.
     std::vector<float> temperatures_;
     std::vector<std::int64_t> row_seeds_, row_offsets_, draws_;

@@ -9,8 +9,9 @@ from support.shaped_trees import steep_confidence
 from support.tiny_models import noisy_copy, sequence_probabilities, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sequoia_kernels import TokenTree, generate
+from sequoia_kernels import TokenTree, VocabularyMap, adapt, generate
 from sequoia_kernels.decoding import loop
+from sequoia_kernels.drafts import ModelDraft, TokenPairing
 from sequoia_kernels.tree import LookupTree, ShapedTree
 
 VOCAB, LENGTH, NUM_REQUESTS = 5, 4, 6000
@@ -55,6 +56,16 @@ def test_joint_distribution_of_shaped_trees(settings, rule):
     target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
     tree = ShapedTree((1, 2, 3, 2), steep_confidence())
     assert p_value(target, tiny_llama(8, vocab_size=VOCAB, sharpness=8.0), settings, rule=rule, tree=tree) > 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.6, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_joint_distribution_of_a_draft_with_other_tokens(settings, rule):
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    model = adapt(tiny_llama(8, vocab_size=4, num_layers=1, sharpness=8.0))
+    common, own_ids = torch.tensor([0, 3, 4]), torch.tensor([2, 1, 0])  # two of the target's are not known
+    pairing = TokenPairing(VocabularyMap.of(common, VOCAB), own_ids, torch.tensor([2, 3, 3, 1, 0]))
+    assert p_value(target, ModelDraft(model, pairing), settings, rule=rule) > 1e-4
 
 
 REPEATING = [2, 0, 4, 2, 0, 4, 2, 0]  # so that something is found

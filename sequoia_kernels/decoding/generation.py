@@ -118,6 +118,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any | None = None,
+    draft_tokenizer: Any | None = None,
     streamer: Any | None = None,
     max_cache_len: int | None = None,
     acceptance: StepRecords | AcceptanceEstimate | Sequence[float] | None = None,
@@ -141,7 +142,7 @@ def generate(
 
     Args:
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
-        draft: what proposes the tree's tokens: a smaller model of the same vocabulary, any other `DraftSource`, or
+        draft: what proposes the tree's tokens: a smaller model (see `draft_tokenizer`), any other `DraftSource`, or
             "lookup", which copies what stood behind the same words earlier in a request's own text and needs no model;
             None decodes one token a step.
         input_ids: prompts. [B, L] int64, on the target's device.
@@ -172,6 +173,8 @@ def generate(
         stop_strings: strings that end a request with the token that completes them; needs `tokenizer`. As in
             transformers one may begin in the prompt, and the token may go on behind it.
         tokenizer: decodes the tokens for `stop_strings`.
+        draft_tokenizer: the draft's tokenizer, where it is another one than the target's `tokenizer`: the draft then
+            proposes the tokens that both know, and is fed its own for the others. The output is the target's as ever.
         streamer: object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; for a batch one for each
             request, or one that takes a token of each request at a time ([B]), as transformers' loop gives them.
         max_cache_len: tokens that a request may hold in the target's cache, prompt included and the newest one left
@@ -236,7 +239,10 @@ def generate(
     tree = tree_of(tree)
     with torch.inference_mode():
         target = adapt(target, compile=compile)
-        draft = draft_source(draft, target, compile=compile, lookup=lookup)
+        if draft_tokenizer is not None and tokenizer is None:
+            raise TypeError("generate: tokenizer must be given with draft_tokenizer, got None")
+        tokenizers = None if draft_tokenizer is None else (tokenizer, draft_tokenizer)
+        draft = draft_source(draft, target, compile=compile, lookup=lookup, tokenizers=tokenizers)
         chosen = GenerationSettings(
             target.model, generation_config, {**settings, "num_return_sequences": num_return_sequences}
         )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 import sequoia_kernels._host as _host
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.drafts import LookupDrafting, StepTree
-from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, LookupCosts, LookupEvidence, fastest_lookup
+from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, LookupCosts, LookupEvidence
 from sequoia_kernels.tree import LookupTree, TokenTree
 
 __all__ = ["LookupSteps"]
@@ -32,7 +30,7 @@ class LookupSteps:
 
     def __init__(self, drafting: LookupDrafting, prompts: Sequence[Sequence[int]], costs: LookupCosts) -> None:
         self.drafting, self.costs = drafting, costs
-        self.longest = max((tree.length for tree in costs.trees), default=0)
+        self.longest = costs.longest
         drafting.reserve(self.longest)
         self.evidence = LookupEvidence()
         self.num_proposed = self.num_copied = 0
@@ -55,9 +53,8 @@ class LookupSteps:
         ]
         if not isinstance(base, TokenTree) or all(reach is None for reach in reaches):
             return base
-        costs = self.costs
-        pick = fastest_lookup(costs.trees, reaches, costs.step_ms, costs.sibling_chance)
-        if pick is None or pick.speed <= len(reaches) * costs.base_speed(base, *self._seen):
+        pick = self.costs.fastest(reaches)
+        if pick is None or pick.speed <= len(reaches) * self.costs.base_speed(base, *self._seen):
             return base
         self.drafting.propose([path[: pick.tree.length] for _, path in self._proposed])
         self.num_proposed += 1
@@ -76,7 +73,7 @@ class LookupSteps:
         if tree is not None:
             self.evidence.note(match, proposed, tokens)
             if isinstance(tree, LookupTree):
-                self.num_copied += int(np.isin(path, tree.path).sum())
+                self.num_copied += sum(node in tree.path for node in path)
             elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
                 self._seen[0] += len(tokens)
                 self._seen[1] += 1

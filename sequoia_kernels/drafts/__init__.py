@@ -9,6 +9,7 @@ from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
 from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
+from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 
 __all__ = [
     "DFlashDraft",
@@ -22,10 +23,12 @@ __all__ = [
     "StageClock",
     "StepTree",
     "TokenBuffers",
+    "TokenPairing",
     "TreeLayout",
     "dflash_from_model",
     "draft_from_folder",
     "draft_source",
     "each_tree",
+    "pair_tokens",
     "request_seeds",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from sequoia_kernels.drafts.lookup import LookupDraft
 from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.source import DraftSource
+from sequoia_kernels.drafts.vocabulary import pair_tokens
 from sequoia_kernels.models import TreeModel, adapt
 
 __all__ = ["LOOKUP", "draft_source"]
@@ -15,7 +16,12 @@ LOOKUP = "lookup"
 
 
 def draft_source(
-    draft: Any, target: TreeModel | None = None, *, compile: bool | str = False, lookup: bool = False
+    draft: Any,
+    target: TreeModel | None = None,
+    *,
+    compile: bool | str = False,
+    lookup: bool = False,
+    tokenizers: tuple[Any, Any] | None = None,
 ) -> Any:
     """Give a draft as a source: a Hugging Face model, a `TreeModel`, a source itself, or "lookup".
 
@@ -26,6 +32,7 @@ def draft_source(
         target: the target, which lookup is for.
         compile: as in `adapt`; a source is left alone.
         lookup: look tokens up in the text besides.
+        tokenizers: the target's and the draft's, of a model that may have other tokens than the target.
 
     Returns:
         The source; None without a draft and lookup.
@@ -43,7 +50,11 @@ def draft_source(
         draft, lookup = None, True
     source = draft
     if draft is not None and not isinstance(draft, DraftSource):
-        source = ModelDraft(adapt(draft, compile=compile))
+        model = adapt(draft, compile=compile)
+        pairing = None
+        if tokenizers is not None and target is not None:
+            pairing = pair_tokens(*tokenizers, target.vocab_size, model.vocab_size)
+        source = ModelDraft(model, pairing)
     elif draft is not None:
         for model in draft.models:
             model.refresh()

@@ -11,6 +11,7 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.shaping import LevelShape
 from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.drafts.vocabulary import TokenPairing
 from sequoia_kernels.models import BoundForward, TreeCache, TreeModel
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own
@@ -34,11 +35,13 @@ class HostGrowth:
     @classmethod
     def bind(
         cls, model: TreeModel, cache: TreeCache, state: DecodingState, layout: TreeLayout, buffers: TokenBuffers,
-        backend: str,
+        backend: str, pairing: TokenPairing | None = None,
     ) -> HostGrowth | None:  # fmt: skip
         """Prepare growing a tree; None where the draft's forwards or draws run elsewhere."""
         kept, tokens = buffers.draft_logits, buffers.tokens
-        if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu or buffers.vocabulary is not None:
+        if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu:
+            return None
+        if (buffers.vocabulary is None) != (pairing is None):
             return None
         if not runs_own(sample_without_replacement.__name__, backend, "cpu", "host"):
             return None
@@ -61,7 +64,12 @@ class HostGrowth:
             levels.append(_fields(level, fed, bound.prepared))
         if bound is None:
             return None
-        numbers = {"batch_size": batch_size, "num_nodes": layout.num_nodes, "vocab": kept.shape[2], "levels": levels}
+        numbers: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_nodes": layout.num_nodes,
+            "vocab": kept.shape[2],
+            "levels": levels,
+        }
         tensors = {
             "tokens": tokens,
             "draft_logits": kept,
@@ -74,6 +82,12 @@ class HostGrowth:
             "offsets": state.offsets,
         }
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        maps: tuple[Any, ...] = (None,) * 3
+        if pairing is not None:
+            maps = pairing.own_ids, pairing.vocabulary.draft_to_target, pairing.fed_ids
+            held.extend(maps)
+        addresses |= zip(("own_ids", "target_ids", "fed_ids"), map(address, maps))
+        numbers["num_fed"] = 0 if pairing is None else len(pairing.fed_ids)
         return cls(_host.TreeGrowth(numbers | addresses), bound, held)
 
     def run(self, clock: StageClock) -> bool:

@@ -1,8 +1,8 @@
-"""A smaller language model of the same vocabulary as the draft: a forward a level."""
+"""A smaller language model as the draft: a forward a level."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,31 @@ from sequoia_kernels.drafts.host_growth import HostGrowth
 from sequoia_kernels.drafts.levels import StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.drafts.vocabulary import TokenPairing
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep, check_pair, prefill
+from sequoia_kernels.models import TreeModel, TreeStep, check_pair, check_sizes, prefill
 
 __all__ = ["ModelDraft"]
 
 
 class ModelDraft(DraftSource):
-    """A language model as the draft."""
+    """A language model as the draft.
+
+    Args:
+        model: the model.
+        pairing: what it has in common with the target, where its tokens are others; see `pair_tokens`.
+    """
 
     scores_paths = True
 
-    def __init__(self, model: TreeModel) -> None:
+    def __init__(self, model: TreeModel, pairing: TokenPairing | None = None) -> None:
         if not isinstance(model, TreeModel):
             raise TypeError(f"ModelDraft: model must be a TreeModel, as adapt gives, got {type(model).__name__}")
         self.model = model
         self.models = (model,)
+        self.pairing = None if pairing is None else pairing.to(model.device)
+        if pairing is not None:
+            self.vocabulary = self.pairing.vocabulary  # type: ignore[union-attr]
 
     def __repr__(self) -> str:
         return repr(self.model)
@@ -41,8 +50,8 @@ class ModelDraft(DraftSource):
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]
-        """Width of its head."""
-        return self.model.vocab_size
+        """Width of its head, or the tokens that it has in common with the target."""
+        return self.model.vocab_size if self.pairing is None else len(self.pairing.own_ids)
 
     @property
     def logits_dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -65,9 +74,25 @@ class ModelDraft(DraftSource):
         return self.model.model
 
     @property
+    def graph_key(self) -> Hashable:
+        """Where its map between vocabularies lies."""
+        return None if self.pairing is None else (self.pairing.own_ids.data_ptr(), self.pairing.fed_ids.data_ptr())
+
+    @property
     def identity(self) -> str | None:
-        """What the model does not say of itself: the class, where it is another one."""
-        return "" if type(self) is ModelDraft else f"{type(self).__module__}.{type(self).__qualname__}"
+        """What the model does not say of itself: the class, where it is another one, and that its tokens are others."""
+        name = "" if type(self) is ModelDraft else f"{type(self).__module__}.{type(self).__qualname__}"
+        return name if self.pairing is None else f"{name}, {len(self.pairing.own_ids)} common tokens"
+
+    def fed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Give what the model is fed for tokens of the target, -1 among them."""
+        if self.pairing is not None:
+            return self.pairing.fed(tokens)
+        return tokens.clamp(0, self.model.num_embeddings - 1)
+
+    def common(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut logits to the tokens that are common. [..., vocab]."""
+        return logits if self.pairing is None else logits.index_select(-1, self.pairing.own_ids)
 
     @property
     def fingerprint(self) -> ModelFingerprint:
@@ -76,7 +101,15 @@ class ModelDraft(DraftSource):
 
     def check_target(self, target: TreeModel) -> None:
         """Raise ValueError where the two do not make a pair."""
-        check_pair(target, self.model)
+        if self.pairing is None:
+            check_pair(target, self.model)
+            return
+        check_sizes(target, self.model)
+        if self.pairing.vocabulary.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"ModelDraft: pairing must be made for the target's {target.vocab_size} tokens, "
+                f"got one for {self.pairing.vocabulary.vocab_size}"
+            )
 
     def start(
         self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock
@@ -97,7 +130,8 @@ class _ModelDrafting(Drafting):
         self.cache = source.model.new_cache(state.cache_lens.shape[0], max_cache_len, beyond_positions=True)
         # Whether it may meet tokens of the target that it has no embedding of. Such a one is fed as the last one that
         # it has: what grows behind it is a worse guess, and verified like any other.
-        self.lacks_tokens = source.model.num_embeddings < max(target.num_embeddings, target.vocab_size)
+        most = max(target.num_embeddings, target.vocab_size)
+        self.lacks_tokens = source.pairing is not None or source.model.num_embeddings < most
         self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
@@ -114,7 +148,7 @@ class _ModelDrafting(Drafting):
     ) -> None:
         """Run the tokens through the model."""
         model, cache = self.source.model, self.cache
-        tokens = tokens.clamp(max=model.num_embeddings - 1)
+        tokens = self.source.fed(tokens)
         if len(lanes) == cache.batch_size:
             prefill(model, cache, tokens, num_tokens)
         else:
@@ -152,22 +186,21 @@ class _ModelDrafting(Drafting):
                 if index == 0:
                     fed = torch.stack((state.last_tokens, state.root_tokens), dim=1)
                     if self.lacks_tokens:
-                        fed.clamp_(max=model.num_embeddings - 1)
+                        fed = self.source.fed(fed)
                     logits = model.forward(fed, cache, state.draft_lens - 1, layout.root_step)[:, 1:]
                 else:
                     first, width = level.step.first_node, level.nodes.shape[0]
                     drawn = buffers.tokens
                     drawn = drawn.index_select(1, level.nodes) if first is None else drawn.narrow(1, first, width)
-                    fed = drawn.clamp(0, model.num_embeddings - 1)  # one that could not be drawn is -1
+                    fed = self.source.fed(drawn)
                     logits = model.forward(fed, cache, state.draft_lens, level.step)
-            self.draw_children(level, logits, buffers)
+            self.draw_children(level, self.source.common(logits), buffers)
 
     def score_path(self, proposed: torch.Tensor, step: TreeStep) -> torch.Tensor:
         """Feed the path in one forward. Mutates the cache's rows behind the committed ones."""
         state, model = self.state, self.source.model
-        fed = torch.cat((state.last_tokens[:, None], state.root_tokens[:, None], proposed), dim=1)
-        fed = fed.clamp(0, model.num_embeddings - 1)
-        return model.forward(fed, self.cache, state.draft_lens - 1, step)[:, 1:]
+        fed = self.source.fed(torch.cat((state.last_tokens[:, None], state.root_tokens[:, None], proposed), dim=1))
+        return self.source.common(model.forward(fed, self.cache, state.draft_lens - 1, step)[:, 1:])
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What grows this tree in one call, where something does; made when the tree is first met."""
@@ -177,6 +210,9 @@ class _ModelDrafting(Drafting):
         if known is None or known[0] is not buffers:
             host = None
             if self.state.cache_lens.is_cpu and type(self).draw_children is Drafting.draw_children:
-                host = HostGrowth.bind(self.source.model, self.cache, self.state, layout, buffers, self.backend)
+                source = self.source
+                host = HostGrowth.bind(
+                    source.model, self.cache, self.state, layout, buffers, self.backend, source.pairing
+                )
             known = self._grown[layout.tree] = buffers, host
         return known[1]

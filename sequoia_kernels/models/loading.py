@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import TreeModel, adapt
 
-__all__ = ["check_pair", "load_model", "local_folder"]
+__all__ = ["check_pair", "check_sizes", "load_model", "local_folder"]
 
 # Heads are padded to multiples of up to 512 rows; heads that differ by more than that hold different tokens.
 _MAX_PADDING = 1024
@@ -115,6 +115,15 @@ def _unreadable(name: str, folder: Path | None, error: OSError) -> Exception:
     )
 
 
+def check_sizes(target: TreeModel, draft: TreeModel) -> None:
+    """Raise ValueError where a draft is larger than its target."""
+    if draft.num_parameters > target.num_parameters:
+        raise ValueError(
+            f"check_pair: draft must be at most as large as the target with {target.num_parameters:,} parameters, "
+            f"got {draft.num_parameters:,}; are the two swapped?"
+        )
+
+
 def check_pair(
     target: TreeModel | PreTrainedModel,
     draft: TreeModel | PreTrainedModel,
@@ -150,11 +159,7 @@ def check_pair(
         40
     """
     target, draft = adapt(target), adapt(draft)
-    if draft.num_parameters > target.num_parameters:
-        raise ValueError(
-            f"check_pair: draft must be at most as large as the target with {target.num_parameters:,} parameters, "
-            f"got {draft.num_parameters:,}; are the two swapped?"
-        )
+    check_sizes(target, draft)
     common = min(target.vocab_size, draft.vocab_size)
     if (target_tokenizer is None) != (draft_tokenizer is None):
         raise ValueError("check_pair: target_tokenizer and draft_tokenizer must be given together, got only one")
@@ -164,7 +169,8 @@ def check_pair(
             raise ValueError(
                 f"check_pair: draft must share the target's vocabulary of {target.vocab_size} tokens, "
                 f"got {draft.vocab_size}, which is not a matter of padding; where it is (check_pair compares what two "
-                "tokenizers hold), give both heads one size with draft.resize_token_embeddings"
+                "tokenizers hold), give both heads one size with draft.resize_token_embeddings; where the tokenizers "
+                "are two, give generate both as tokenizer and draft_tokenizer"
             )
         return common
     of_target, of_draft = (

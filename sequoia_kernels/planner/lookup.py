@@ -12,17 +12,18 @@ compared with those that were emitted, so that the table learns without proposal
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
-
-import numpy as np
 
 from sequoia_kernels.planner.candidates import PlanCandidate
 from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
 from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, LookupTree, TokenTree
 
 __all__ = [
-    "LEAST_MATCH", "MOST_MATCH", "LookupCosts", "LookupEvidence", "LookupPick", "fastest_lookup", "lookup_trees",
+    "LEAST_MATCH", "MOST_MATCH", "LookupCosts", "LookupEvidence", "LookupPick", "lookup_trees",
     "lookup_value",
 ]  # fmt: skip
 
@@ -33,15 +34,17 @@ PRIOR_CHANCES = (0.3, 0.45, 0.55, 0.65, 0.75, 0.8, 0.85)
 PRIOR_WEIGHT = 4.0
 BASE_WEIGHT = 8.0  # steps that the expected tokens of the draft's own tree count as
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_BIN_OF = np.searchsorted(BIN_STARTS, np.arange(MOST_MATCH + LENGTHS[-1] + 1), side="right") - 1
+_BIN_OF = [bisect_right(BIN_STARTS, agreed) - 1 for agreed in range(MOST_MATCH + LENGTHS[-1] + 1)]
+_BIN_WIDTHS = [_BIN_OF.count(index) for index in range(len(BIN_STARTS))]
 
 
 class LookupEvidence:
     """How often a proposed token was right, by how many tokens before it agreed."""
 
     def __init__(self) -> None:
-        self.tried = np.full(len(BIN_STARTS), PRIOR_WEIGHT)
-        self.right = np.array(PRIOR_CHANCES) * PRIOR_WEIGHT
+        self.tried = [PRIOR_WEIGHT] * len(BIN_STARTS)
+        self.right = [chance * PRIOR_WEIGHT for chance in PRIOR_CHANCES]
+        self._chances = self._by_agreement()
 
     def note(self, match: int, proposed: Sequence[int], emitted: Sequence[int]) -> None:
         """Compare a proposal with the tokens that were emitted behind the text it was made for.
@@ -51,17 +54,23 @@ class LookupEvidence:
             proposed: the proposal.
             emitted: what came.
         """
-        for place, (one, other) in enumerate(zip(proposed, emitted, strict=False)):
-            bin_index = _BIN_OF[min(match + place, len(_BIN_OF) - 1)]
+        for place, (one, other) in enumerate(zip(proposed, emitted, strict=False), match):
+            bin_index = _BIN_OF[min(place, len(_BIN_OF) - 1)]
             self.tried[bin_index] += 1
             self.right[bin_index] += one == other
             if one != other:
                 break
+        self._chances = self._by_agreement()
 
-    def reach(self, match: int, length: int) -> np.ndarray:
-        """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length] float64."""
-        places = np.minimum(match + np.arange(length), len(_BIN_OF) - 1)
-        return np.cumprod((self.right / self.tried)[_BIN_OF[places]])
+    def reach(self, match: int, length: int) -> list[float]:
+        """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length]."""
+        return list(accumulate(self._chances[match : match + length], mul))
+
+    def _by_agreement(self) -> list[float]:
+        chances: list[float] = []
+        for right, tried, width in zip(self.right, self.tried, _BIN_WIDTHS, strict=True):
+            chances += [right / tried] * width
+        return chances
 
 
 class LookupPick(NamedTuple):
@@ -86,43 +95,21 @@ def lookup_trees(max_nodes: int, siblings: Sequence[int]) -> list[LookupTree]:
     return [LookupTree(length, count) for length, count in shapes if 1 + length * (1 + count) <= max_nodes]
 
 
-def lookup_value(tree: LookupTree, reach: np.ndarray, sibling_chance: float) -> float:
-    """Give the expected tokens of a step with a tree, for the chances of its path that `LookupEvidence.reach` gives."""
-    reached = np.concatenate(([1.0], reach[: tree.length]))
-    value = float(reached.sum())
-    if tree.siblings:
-        rejected = float((reached[:-1] - reached[1:]).sum())
-        value += rejected * (1 - (1 - sibling_chance) ** tree.siblings)
-    return value
-
-
-def fastest_lookup(
-    trees: Sequence[LookupTree],
-    reaches: Sequence[np.ndarray | None],
-    step_ms: Mapping[LookupTree, float],
-    sibling_chance: float,
-) -> LookupPick | None:
-    """Choose the tree with the most expected tokens a millisecond over all requests; None without any trees.
+def lookup_value(tree: LookupTree, reach: Sequence[float], sibling_chance: float) -> float:
+    """Give the expected tokens of a step with a tree.
 
     Args:
-        trees: to choose among.
-        reaches: of each request that still decodes, for as many nodes as its proposal has; None without a proposal.
-        step_ms: milliseconds of a step with each.
+        tree: the tree.
+        reach: as `LookupEvidence.reach` gives it, for as many nodes as are proposed.
         sibling_chance: that a drawn child is accepted where the proposed one was not.
     """
-    nothing = np.zeros(0)
-    best = None
-    for tree in trees:
-        value = 0.0
-        for reach in reaches:
-            own = nothing if reach is None else reach[: tree.length]
-            padded = np.zeros(tree.length)
-            padded[: len(own)] = own
-            value += lookup_value(tree, padded, sibling_chance)
-        speed = value / step_ms[tree]
-        if best is None or speed > best.speed:
-            best = LookupPick(tree, speed)
-    return best
+    through = reach[tree.length - 1] if tree.length <= len(reach) else 0.0  # what is not proposed is not accepted
+    return 1.0 + sum(reach[: tree.length]) + (1.0 - through) * _saved(tree, sibling_chance)
+
+
+def _saved(tree: LookupTree, sibling_chance: float) -> float:
+    """The chance that a sibling is accepted where the path ends early."""
+    return 1.0 - (1.0 - sibling_chance) ** tree.siblings
 
 
 class LookupCosts:
@@ -144,8 +131,34 @@ class LookupCosts:
         base_tokens: Mapping[TokenTree, float],
         sibling_chance: float,
     ) -> None:
-        self.trees, self.step_ms, self.base_ms, self.base_tokens = tuple(trees), step_ms, base_ms, base_tokens
-        self.sibling_chance = sibling_chance
+        self.trees, self.base_ms, self.base_tokens = tuple(trees), base_ms, base_tokens
+        self.longest = max((tree.length for tree in trees), default=0)
+        self._rows = [(tree.length, _saved(tree, sibling_chance), 1.0 / step_ms[tree]) for tree in trees]
+
+    def fastest(self, reaches: Sequence[Sequence[float] | None]) -> LookupPick | None:
+        """Choose the lookup tree with the most expected tokens a millisecond; None where there is none.
+
+        Args:
+            reaches: of each request that still decodes, for as many nodes as its proposal has; None without a proposal.
+        """
+        longest, count = self.longest, len(reaches)
+        if longest == 0:
+            return None
+        through, below = [0.0] * (longest + 1), [0.0] * (longest + 1)  # of all requests: chance and tokens, by length
+        for reach in reaches:
+            accepted = 0.0
+            known = 0 if reach is None else min(len(reach), longest)
+            for length in range(1, known + 1):
+                accepted += reach[length - 1]  # type: ignore[index]
+                through[length] += reach[length - 1]  # type: ignore[index]
+                below[length] += accepted
+            for length in range(known + 1, longest + 1):
+                below[length] += accepted
+        speeds = [
+            (count + below[length] + (count - through[length]) * saved) * rate for length, saved, rate in self._rows
+        ]
+        best = max(range(len(speeds)), key=speeds.__getitem__)
+        return LookupPick(self.trees[best], speeds[best])
 
     @classmethod
     def alike(cls, base: Sequence[TokenTree], max_nodes: int, siblings: Sequence[int]) -> LookupCosts:
@@ -169,8 +182,9 @@ class LookupCosts:
         """
         times = costs.at_context(context_len)
         reads = any(siblings)
-        most = costs.max_nodes if not reads else min(costs.max_nodes, costs.max_draft_rows - ROOT_ROWS)
-        trees = lookup_trees(most, siblings)
+        trees = lookup_trees(costs.max_nodes, siblings)
+        if reads:
+            trees = [tree for tree in trees if tree.length + ROOT_ROWS <= costs.max_draft_rows]
         step_ms = {}
         for tree in trees:
             nodes = tree.num_nodes

@@ -23,6 +23,7 @@ from sequoia_kernels.drafts import (
     TreeLayout,
     dflash_from_model,
     draft_from_folder,
+    host_growth,
 )
 from sequoia_kernels.drafts.dflash import load_dflash
 from sequoia_kernels.drafts.dflash.forms import HEAD_KINDS, is_dflash, read_form
@@ -352,6 +353,28 @@ def test_an_engine_goes_on_with_another_batch():
         drafting.prefill([0], text, torch.tensor([4]), states_of(target, text, draft.needs))
         for bound, unbound in zip(first, grow(drafting, TREE, tokens, [4]), strict=True):
             torch.testing.assert_close(bound, unbound, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab_size": 9}, {"sample_from_anchor": True}])
+@pytest.mark.parametrize(("kind", "batch_size"), [(None, 1), (None, 3), ("vanilla", 1), ("vanilla", 2), ("rnn", 1)])
+def test_trees_are_grown_in_one_call_as_level_by_level(kind, batch_size, options, monkeypatch):
+    target = nearly_bigram()
+    kinds = {"kind": "dspark", "markov_head_type": kind} if kind else {}
+    draft = random_draft(target, **kinds, **options)
+    prompts = torch.randint(12, (batch_size, 7), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 24, "temperature": 0.8, "seed": 3, "eos_token_id": ()}
+    grown, run = [], host_growth.HostGrowth.run
+    monkeypatch.setattr(host_growth.HostGrowth, "run", lambda self, clock: grown.append(run(self, clock)) or grown[-1])
+    trees = TREE, CHAIN, ShapedTree((1, 2, 2, 2), steep_confidence(2))
+    in_one_call = [generate(target, draft, prompts, tree=tree, **settings) for tree in trees]
+    runs_on_host = kind is None or (kind == "vanilla" and batch_size == 1)
+    assert all(grown) and bool(grown) == runs_on_host
+    assert all(output.stats.stage_seconds["sample"] > 0 for output in in_one_call)
+    monkeypatch.setattr(host_growth.HostGrowth, "of_block", classmethod(lambda cls, *arguments: None))
+    for tree, output in zip(trees, in_one_call, strict=True):
+        level_by_level = generate(target, draft, prompts, tree=tree, **settings)
+        assert output.new_tokens == level_by_level.new_tokens
+        assert output.stats.request_steps == level_by_level.stats.request_steps
 
 
 def test_nothing_of_a_step_waits_for_the_device(monkeypatch):

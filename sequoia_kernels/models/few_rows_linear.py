@@ -12,7 +12,7 @@ import sequoia_kernels._host as _host
 from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE
 from sequoia_kernels.models.quantised import ELEMENT_TYPES
 
-__all__ = ["FewRowsLinear"]
+__all__ = ["FewRowsLinear", "bind_linear"]
 
 # Where torch's own product is faster (one thread of a Zen CPU with AVX-512, python -m bench.systems.bench_dflash): more
 # rows of halves are multiplied as such there, and a small weight takes less than the call.
@@ -61,7 +61,9 @@ class FewRowsLinear:
             raise ValueError(f"FewRowsLinear: rows must have {self.weight.shape[1]} inputs, got {width}")
         bound = self._bound.get(count)
         if bound is None:
-            bound = self._bound[count] = self._bind(count)
+            tokens = torch.arange(count, dtype=torch.int64)
+            bound = bind_linear(self.weight, tokens, count, has_bias=self.bias is not None)
+            self._bound[count] = bound
         given = rows.contiguous()
         out = torch.empty(*rows.shape[:-1], self.weight.shape[0], dtype=self.weight.dtype)
         addresses = [given.data_ptr(), *(tensor.data_ptr() for tensor in self.tensors)]
@@ -69,47 +71,55 @@ class FewRowsLinear:
         bound[0].run(table.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
-    def _bind(self, count: int) -> tuple[Any, ...]:
-        """Describe the product of so many rows."""
-        outputs, inputs = self.weight.shape
-        code = ELEMENT_TYPES[self.weight.dtype]
-        forward = _host.Forward(
-            {
-                "width": inputs,
-                "embedding": (0, 0, count, inputs, code, False),
-                "positions": None,
-                "position_offset": 0,
-                "embedding_scale": 1.0,
-                "residual_scale": 1.0,
-                "final_norm": None,
-                "head": (
-                    (1, 0, outputs, inputs, code, False),
-                    None if self.bias is None else (2, 0, 1, outputs, code, False),
-                ),
-                "logit_scale": 1.0,
-                "logit_softcap": 0.0,
-                "rotation_dims": [],
-                "layers": [],
-            },
-            environ.get(INSTRUCTION_SET_VARIABLE, ""),
-        )
-        tokens = torch.arange(count, dtype=torch.int64)
-        zeros = torch.zeros(count, dtype=torch.int32)
-        call = {
-            "tokens": tokens.data_ptr(),
-            "depths": zeros.data_ptr(),
-            "node_ids": zeros.data_ptr(),
-            "tree_mask": zeros.data_ptr(),
-            "cache_lens": zeros.data_ptr(),
-            "num_requests": 1,
-            "num_nodes": count,
-            "num_words": 1,
-            "mask_per_request": False,
-            "max_position": 0,
-            "caches": 0,
-            "cache_rows": 1,
-            "rotations": 0,
-            "wanted_nodes": 0,
-            "logits_type": code,
-        }
-        return _host.BoundForward(forward, call), tokens, zeros
+
+def bind_linear(
+    weight: torch.Tensor, tokens: torch.Tensor, num_embeddings: int, *, has_bias: bool
+) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """Describe the product of some rows of a table with a weight, to be run on tables of three or two addresses.
+
+    Args:
+        weight: [outputs, inputs], row by row.
+        tokens: which rows, read at every run; those out of range are taken as the nearest. [rows] int64, contiguous.
+        num_embeddings: rows of the table, which has the weight's inputs and dtype.
+        has_bias: whether a bias is added, of the weight's dtype.
+
+    Returns:
+        A `_host.BoundForward`, which takes the addresses of table, weight and bias; and what must live as long.
+    """
+    outputs, inputs = weight.shape
+    code, count = ELEMENT_TYPES[weight.dtype], tokens.shape[0]
+    bias = (2, 0, 1, outputs, code, False) if has_bias else None
+    description = {
+        "width": inputs,
+        "embedding": (0, 0, num_embeddings, inputs, code, False),
+        "positions": None,
+        "position_offset": 0,
+        "embedding_scale": 1.0,
+        "residual_scale": 1.0,
+        "final_norm": None,
+        "head": ((1, 0, outputs, inputs, code, False), bias),
+        "logit_scale": 1.0,
+        "logit_softcap": 0.0,
+        "rotation_dims": [],
+        "layers": [],
+    }
+    zeros = torch.zeros(count, dtype=torch.int32)
+    call = {
+        "tokens": tokens.data_ptr(),
+        "depths": zeros.data_ptr(),
+        "node_ids": zeros.data_ptr(),
+        "tree_mask": zeros.data_ptr(),
+        "cache_lens": zeros.data_ptr(),
+        "num_requests": 1,
+        "num_nodes": count,
+        "num_words": 1,
+        "mask_per_request": False,
+        "max_position": 0,
+        "caches": 0,
+        "cache_rows": 1,
+        "rotations": 0,
+        "wanted_nodes": 0,
+        "logits_type": code,
+    }
+    forward = _host.Forward(description, environ.get(INSTRUCTION_SET_VARIABLE, ""))
+    return _host.BoundForward(forward, call), (tokens, zeros)

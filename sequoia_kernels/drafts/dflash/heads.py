@@ -87,6 +87,13 @@ class DSparkHeads:
         return kept + [weight for weight in (self._w1, self._confidence) if weight is not None]
 
     @property
+    def table_and_weight(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """w1 and w2, where a row is w2 times that of the token: of a "vanilla" head. None for others."""
+        if self.kind != "vanilla" or self._w1 is None or self._w2 is None:
+            return None
+        return self._w1, self._w2.weight
+
+    @property
     def mixes_hidden(self) -> bool:
         """Whether the Markov head reads hidden states."""
         return self.kind in ("gated", "rnn")

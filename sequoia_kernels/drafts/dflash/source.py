@@ -12,7 +12,8 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash.backbone import BlockBackbone, BoundBlock
 from sequoia_kernels.drafts.dflash.forms import DFlashForm
 from sequoia_kernels.drafts.dflash.heads import DSparkHeads
-from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.host_growth import HostGrowth
+from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
@@ -147,11 +148,13 @@ class _DFlashDrafting(Drafting):
         self.wants_confidence = False
         self.confidence: torch.Tensor | None = None
         self._bound: BoundBlock | None = None
+        self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with a source of the same weights, or let go of it."""
         super().use(source, clock)
         self._bound = None  # it holds the weights
+        self._grown.clear()
 
     def restart(self) -> None:
         """Forget the context of the batch before."""
@@ -188,13 +191,17 @@ class _DFlashDrafting(Drafting):
         """Bind the block's forward, where it is native."""
         if self._bound is None:
             self._bound = self.source.backbone.bind(self.tokens, self.cache, self.state.cache_lens)
+        self._host_growth(layout, buffers)
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Run the block, then draw level by level. Mutates the cache's rows behind the committed ones."""
         heads = self.source.heads
         with self.clock.stage("draft"):
             logits, slots = self._block()
-            states = self._first_states(layout, buffers, slots)
+        host = self._host_growth(layout, buffers)
+        if host is not None and host.run(self.clock):
+            return  # where a value is out of range, the ops below say which
+        states = self._first_states(layout, buffers, slots)
         if self.wants_confidence and heads.has_confidence:
             self.confidence = torch.full(buffers.tokens.shape, torch.nan, device=buffers.tokens.device)
         first_slot = 1 - int(self.source.form.sample_from_anchor)
@@ -206,6 +213,23 @@ class _DFlashDrafting(Drafting):
                     None if slots is None else slots[:, slot : slot + 1], states,
                 )  # fmt: skip
             self.draw_children(level, rows, buffers)
+
+    def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
+        """What draws this tree from the block's rows in one call, where something does; made when it is first met."""
+        heads, form, bound = self.source.heads, self.source.form, self._bound
+        plain = self.logits_hook is None and not (self.wants_confidence and heads.has_confidence)
+        if bound is None or not plain or heads.mixes_hidden or form.logit_scale != 1.0 or form.logit_softcap > 0.0:
+            return None
+        if type(self).draw_children is not Drafting.draw_children or "draw_children" in vars(self):
+            return None  # whoever replaced it wants to be called
+        known = self._grown.get(layout.tree)
+        if known is None or known[0] is not buffers:
+            first_slot = 1 - int(form.sample_from_anchor)
+            host = HostGrowth.of_block(
+                bound.logits, first_slot, heads.table_and_weight, self.state, layout, buffers, self.backend
+            )
+            known = self._grown[layout.tree] = buffers, host
+        return known[1]
 
     def _block(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Give the block's logits, and what the heads want of its hidden states."""

@@ -14,7 +14,7 @@ from support.dflash_models import good_draft, memory_folder, random_config, rand
 from support.shaped_trees import steep_confidence
 from support.tiny_models import sequence_probabilities, tiny_llama
 
-from sequoia_kernels import TokenTree, adapt, generate, measure_profile
+from sequoia_kernels import TokenTree, adapt, generate, measure_profile, tree_attention
 from sequoia_kernels.decoding import auto
 from sequoia_kernels.drafts import (
     DecodingState,
@@ -26,9 +26,12 @@ from sequoia_kernels.drafts import (
     host_growth,
 )
 from sequoia_kernels.drafts.dflash import load_dflash
+from sequoia_kernels.drafts.dflash.backbone import block_step
 from sequoia_kernels.drafts.dflash.forms import HEAD_KINDS, is_dflash, read_form
 from sequoia_kernels.models import StepContext, TreeModel
-from sequoia_kernels.ops import VerifiedPath
+from sequoia_kernels.models.fused import fused_forward
+from sequoia_kernels.ops import VerifiedPath, triton_device
+from sequoia_kernels.ops.backends import unavailable_reason
 from sequoia_kernels.planner import CostModel
 from sequoia_kernels.tree import ShapedTree
 
@@ -277,6 +280,47 @@ def test_long_prompts_are_projected_in_chunks():
         draft.backbone.write_context(drafting.cache, part, positions, positions.flatten(), drafting.rotations)
         for found, expected in zip(drafting.cache.tensors(), before, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["host", "sdpa", "triton"])
+def test_every_attention_shows_a_block_what_its_mask_says(backend, causal):
+    """The op was made for trees, whose rows see no rows behind them: nothing in it may rest on that."""
+    reason = unavailable_reason("tree_attention", backend)
+    if reason is not None:
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(1)
+    for num_rows, window in ((5, None), (5, 9), (40, 44)):
+        step = block_step(num_rows, causal, torch.device("cpu"))
+        query, keys, values = (
+            torch.randn(2, length, heads, 32, generator=generator)
+            for length, heads in ((num_rows, 4), (120, 2), (120, 2))
+        )
+        lens = torch.tensor([37, 3], dtype=torch.int32)
+        found, expected = (
+            tree_attention(query, keys, values, step.tree_mask, lens, sliding_window=window, backend=name).out
+            for name in (backend, "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(triton_device.unavailable_reason() is not None, reason="the kernels cannot run")
+def test_fused_forwards_run_blocks_as_modules_do():
+    draft = random_draft(tiny_llama(3, vocab_size=12), kind="dspark")
+    modules = adapt(draft.backbone.model, forward="modules")
+    device = torch.device("cpu" if triton_device.INTERPRETED else "cuda:0")
+    modules.model.to(device)
+    modules.refresh()
+    own = fused_forward(modules.model, modules._plan.calls, modules.logits_dtype, device)
+    fused = TreeModel(modules.model, modules._plan._replace(own=own))
+    assert fused.runs == "fused"
+    cache = modules.new_cache(2, 24)
+    for tensor in cache.tensors():
+        tensor.normal_(generator=torch.Generator(device).manual_seed(1))
+    tokens, lens = SOME_TOKENS[:, :5].to(device), torch.tensor([7, 11], dtype=torch.int32, device=device)
+    step = block_step(5, False, device)
+    found, expected = (model.forward(tokens, cache, lens, step) for model in (fused, modules))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- the text stays the target's ----

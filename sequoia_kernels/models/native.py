@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import environ
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -18,6 +18,7 @@ from sequoia_kernels.models.forward_state import num_foreign
 from sequoia_kernels.models.quantised import ELEMENT_TYPES as _ELEMENT_TYPES
 from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.tree_step import ForwardInputs
+from sequoia_kernels.ops.host_calls import address
 
 __all__ = ["INSTRUCTION_SET_VARIABLE", "BoundForward", "NativeForward"]
 
@@ -188,12 +189,13 @@ class BoundForward:
     Attributes:
         prepared: the same for what is written in C++.
         shape: of the logits.
+        width: of hidden states.
     """
 
     def __init__(
         self, native: NativeForward, prepared: Any, shape: torch.Size, held: Any, check: Callable[[], None]
     ) -> None:
-        self.prepared, self.shape = prepared, shape
+        self.prepared, self.shape, self.width = prepared, shape, native._width
         self._own, self._held, self._check = native, held, check
         self._look()
 
@@ -212,12 +214,13 @@ class BoundForward:
             self._look()
         return self._lease.address
 
-    def run(self, logits: torch.Tensor, last_hidden: torch.Tensor | None = None) -> bool:
+    def run(self, logits: torch.Tensor, hidden_states: Mapping[int, torch.Tensor] | None = None) -> bool:
         """Run one forward.
 
         Args:
             logits: takes the logits. Contiguous, of `shape` and the model's `logits_dtype`.
-            last_hidden: takes what the head gets, of all rows, where it is wanted. [B, N, width] float32, contiguous.
+            hidden_states: take the hidden states of their numbers, of all rows; see `TreeModel.forward`. [B, N, width]
+                float32 each, contiguous.
 
         Returns:
             False, and nothing is written, where a length leaves no room in the cache.
@@ -226,9 +229,9 @@ class BoundForward:
             ValueError: as in `weights`.
         """
         threads = torch.get_num_threads()
-        if last_hidden is None:
+        if not hidden_states:
             return bool(self.prepared.run(self.weights(), logits.data_ptr(), threads))
-        hidden = _addresses([0] * self._own.num_layers + [last_hidden.data_ptr()])
+        hidden = _addresses([address(hidden_states.get(number)) for number in range(self._own.num_layers + 1)])
         return bool(self.prepared.run(self.weights(), logits.data_ptr(), threads, hidden.data_ptr()))
 
 

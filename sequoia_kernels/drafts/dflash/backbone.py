@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from sequoia_kernels.drafts.dflash.forms import DFlashForm, LayerSight
 from sequoia_kernels.models import BoundForward, FewRowsLinear, StepContext, TreeCache, TreeModel, TreeStep, adapt
 
-__all__ = ["BlockBackbone", "BoundBlock"]
+__all__ = ["BlockBackbone", "BoundBlock", "block_step"]
 
 _CHUNK_ROWS = 512  # of a prompt's features that are projected at a time
 
@@ -71,7 +71,7 @@ class BlockBackbone:
         is_causal = seen is not None and seen[0]
         attention = None if seen is not None else _BlockAttention(form.sights, form.block_size)
         self.model: TreeModel = adapt(model.eval(), attention=attention)
-        self.step = _block_step(form.block_size, is_causal, device)
+        self.step = block_step(form.block_size, is_causal, device)
         self._rotary = model.model.rotary_emb
 
     def _stack(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -210,7 +210,8 @@ class BoundBlock(NamedTuple):
         Returns:
             As `BlockBackbone.block`; the next run may overwrite it.
         """
-        if not self.forward.run(self.logits, self.hidden if wants_hidden else None):
+        hidden_states = {self.backbone.model.num_layers: self.hidden} if wants_hidden else None
+        if not self.forward.run(self.logits, hidden_states):
             return None
         logits = self.backbone._as_said(self.logits)
         return logits, self.hidden.to(self.backbone.dtype) if wants_hidden else None
@@ -236,7 +237,8 @@ def _in_tree_masks(sights: Sequence[LayerSight], block_size: int) -> tuple[bool,
     return is_causal, [None if sight.window is None else sight.window + longer for sight in sights]
 
 
-def _block_step(block_size: int, is_causal: bool, device: torch.device) -> TreeStep:
+def block_step(block_size: int, is_causal: bool, device: torch.device) -> TreeStep:
+    """Give the tree step of a block: rows that all see one another, or each those before it."""
     words = -(-block_size // 32)
     slots = torch.arange(32 * words)
     rows = torch.arange(block_size)[:, None]

@@ -133,7 +133,7 @@ def good_draft(target: Any, kind: str | None, *, share: float = 0.3, **options: 
     config = random_config(target, kind="dspark", markov_head_type=kind, markov_rank=vocab, **options)
     weights = random_weights(config)
     with torch.inference_mode():
-        table = target(input_ids=torch.arange(vocab)[:, None]).logits[:, 0]
+        table = target(input_ids=torch.arange(vocab, device=target.device)[:, None]).logits[:, 0].cpu()
     weights["norm.weight"] *= share
     weights["markov_head.markov_w1.weight"] = torch.eye(vocab)
     weights["markov_head.markov_w2.weight"] = table.T.contiguous()

@@ -17,7 +17,7 @@ from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, Tr
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.models import TreeModel, TreeStep, bind_linear
 from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.vocabularies import VocabularyMap
 
@@ -310,7 +310,19 @@ class _DFlashDrafting(Drafting):
             torch.zeros(batch_size, count, width, dtype=logits.dtype, device=device)
             for count, width in ((1, heads.slot_width), (num_rows, heads.rank))
         )
-        return lambda: heads.rows(tokens, logits, slot, states)
+        pair = heads.table_and_weight
+        if pair is None or batch_size > 1 or self.source.backbone.model.runs != "native":
+            return lambda: heads.rows(tokens, logits, slot, states)
+        # As `HostGrowth` runs it.
+        (table, weight), out = pair, torch.empty(num_rows, self.source.vocab_size, dtype=logits.dtype)
+        forward, held = bind_linear(weight, tokens[0], table.shape[0], has_bias=True)
+        addresses = torch.tensor([table.data_ptr(), weight.data_ptr(), logits.data_ptr()])
+
+        def call() -> object:
+            assert forward.run(addresses.data_ptr(), out.data_ptr(), torch.get_num_threads())
+            return held, logits, out
+
+        return call
 
     def step_call(self, context_len: int) -> Callable[[], object]:
         """Give what a step takes whatever its tree: the block's forward, and the context of a few accepted rows."""

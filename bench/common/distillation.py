@@ -1,7 +1,8 @@
 """Texts that a target wrote, with what its head got at every token; and a loss that compares a draft with it there.
 
 A target's distribution is its head applied to its last hidden state. So a text with those states, 1 kB a token and not
-a row of the vocabulary, holds all that a draft can be taught on it: the head makes the distribution anew.
+a row of the vocabulary, holds all that a draft can be taught on it: the head makes the distribution anew. Drafts that
+read further hidden states of the target get them from the same forwards, kept beside.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Texts(NamedTuple):
     hidden: Tensor  # what the target's head got at each of them. [T, width] bfloat16
     lens: Tensor  # tokens of each text. [P] int64
     prompt_lens: Tensor  # of them the prompt's. [P] int64
+    features: Tensor = torch.empty(0, 0)  # hidden states that a draft reads, side by side. [T, layers * width] bfloat16
+    log_normalisers: Tensor = torch.empty(0, 0)  # of the target at some temperatures. [T, temperatures] float32
 
     @property
     def num_written(self) -> int:
@@ -42,7 +45,16 @@ class Texts(NamedTuple):
     def part(self, first: int, last: int) -> Texts:
         """Some of the texts."""
         rows = slice(int(self.lens[:first].sum()), int(self.lens[:last].sum()))
-        return Texts(self.tokens[rows], self.hidden[rows], self.lens[first:last], self.prompt_lens[first:last])
+        of_tokens = {
+            name: getattr(self, name)[rows] for name in ("tokens", "hidden", "features", "log_normalisers")
+        }  # fmt: skip
+        return self._replace(**of_tokens, lens=self.lens[first:last], prompt_lens=self.prompt_lens[first:last])
+
+    @property
+    def written(self) -> Tensor:
+        """Where the target chose the next token, so that a draft has to foretell it. [T] bool."""
+        places = [torch.arange(count) >= asked - 1 for count, asked in zip(self.lens.tolist(), self.prompt_lens)]
+        return torch.cat(places)
 
     def save(self, path: Path, settings: str, minutes: float) -> None:
         """Write a file, whole or not at all: `settings` say how the texts came about, `minutes` how long it took."""
@@ -67,6 +79,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, L] int64
     written: Tensor  # where the target chose the next token, so that a draft has to foretell it. [B, L] bool
     hidden: Tensor  # the target's, at these places in order of rows. [written, width] float32
+    features: Tensor  # what a draft reads, 0 behind a text's end. [B, L, layers * width] bfloat16
+    log_normalisers: Tensor  # at the places of `hidden`. [written, temperatures] float32
 
     @classmethod
     def of(cls, texts: Texts, chosen: Sequence[int]) -> Batch:
@@ -75,13 +89,18 @@ class Batch(NamedTuple):
         length = int(texts.lens[list(chosen)].max())
         tokens = torch.zeros(len(chosen), length, dtype=torch.int64)
         written = torch.zeros(len(chosen), length, dtype=torch.bool)
-        hidden = []
+        features = texts.features.new_zeros(len(chosen), length, texts.features.shape[1])
+        hidden, normalisers = [], []
         for row, index in enumerate(chosen):
             begin, count, asked = (int(values[index]) for values in (begins, texts.lens, texts.prompt_lens))
             tokens[row, :count] = texts.tokens[begin : begin + count]
             written[row, asked - 1 : count] = True
-            hidden.append(texts.hidden[begin + asked - 1 : begin + count])
-        return cls(tokens, written, torch.cat(hidden).float())
+            chose = slice(begin + asked - 1, begin + count)
+            hidden.append(texts.hidden[chose])
+            normalisers.append(texts.log_normalisers[chose])
+            if features.shape[2]:
+                features[row, :count] = texts.features[begin : begin + count]
+        return cls(tokens, written, torch.cat(hidden).float(), features, torch.cat(normalisers))
 
 
 @torch.no_grad()
@@ -91,6 +110,7 @@ def write_texts(
     temperatures: Sequence[float],
     *,
     num_tokens: int,
+    layers: Sequence[int] = (),
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda tokens: None,
@@ -103,6 +123,7 @@ def write_texts(
         prompts: token ids of each prompt.
         temperatures: taken in turn.
         num_tokens: tokens written behind each prompt, past an end-of-text token as well.
+        layers: hidden states to keep beside, numbered as transformers' `hidden_states`.
         batch_size: prompts at work together.
         seed: of the first prompt; the others count on from it. What is written does not depend on the batch.
         progress: called with the tokens written since the last call.
@@ -118,13 +139,13 @@ def write_texts(
         group = prompts[first : first + batch_size]
         numbers = range(first, first + len(group))
         of_group = torch.tensor([temperatures[number % len(temperatures)] for number in numbers])
-        parts.append(_write_batch(target, group, of_group, torch.tensor(numbers) + seed, num_tokens, progress))
+        parts.append(_write_batch(target, group, of_group, torch.tensor(numbers) + seed, num_tokens, layers, progress))
     return Texts(*(torch.cat(tensors) for tensors in zip(*parts)))
 
 
 def _write_batch(
     target: TreeModel, prompts: Sequence[Sequence[int]], temperatures: Tensor, seeds: Tensor, num_tokens: int,
-    progress: Callable[[int], Any],
+    layers: Sequence[int], progress: Callable[[int], Any],
 ) -> Texts:  # fmt: skip
     batch_size, longest = len(prompts), max(map(len, prompts))
     device, last = target.device, target.num_layers
@@ -134,10 +155,18 @@ def _write_batch(
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     cache = target.new_cache(batch_size, longest + num_tokens)
     cache_lens = lens.to(device, torch.int32)
-    states: dict[int, Tensor] = {last: torch.empty(0)}
+    states: dict[int, Tensor] = {number: torch.empty(0) for number in (last, *layers)}
     logits = prefill(target, cache, tokens[:, :longest].to(device), cache_lens, hidden_states=states)
     hidden = torch.zeros(batch_size, longest + num_tokens, states[last].shape[-1], dtype=torch.bfloat16)
     hidden[:, :longest] = states[last].to("cpu", torch.bfloat16)
+    features = hidden.new_zeros(*hidden.shape[:2], len(layers) * hidden.shape[2])
+
+    def keep_features(rows: Any, places: Any) -> None:
+        if layers:
+            read = torch.cat([states[number] for number in layers], -1).to("cpu", torch.bfloat16)
+            features[rows, places] = read if isinstance(places, slice) else read[:, 0]
+
+    keep_features(slice(None), slice(0, longest))
     rows, temperatures, seeds = torch.arange(batch_size), temperatures.to(device), seeds.to(device)
     for count in range(num_tokens):
         offsets = torch.full((batch_size,), count, dtype=torch.int64, device=device)
@@ -149,10 +178,11 @@ def _write_batch(
             break
         logits = target.forward(drawn, cache, cache_lens, causal_step(1, device), hidden_states=states)
         hidden[rows, places] = states[last][:, 0].to("cpu", torch.bfloat16)
+        keep_features(rows, places)
         cache_lens += 1
     fed = lens + num_tokens - 1
     kept = torch.arange(longest + num_tokens) < fed[:, None]
-    return Texts(tokens[kept], hidden[kept], fed, lens)
+    return Texts(tokens[kept], hidden[kept], fed, lens, features[kept])
 
 
 class Candidates(NamedTuple):

@@ -63,9 +63,9 @@ def with_normalisers(texts: Texts, head: Tensor, temperatures: Sequence[float]) 
     """
     found = torch.zeros(len(texts.tokens), len(temperatures))
     for places in texts.written.nonzero()[:, 0].split(_PASS_ROWS):
+        logits = (texts.hidden[places].to(head.dtype) @ head.T).float()
         for column, temperature in enumerate(temperatures):
-            rows = (texts.hidden[places].float() / temperature).to(head.dtype)
-            found[places, column] = (rows @ head.T).float().logsumexp(-1)
+            found[places, column] = (logits / temperature).logsumexp(-1)
     return texts._replace(log_normalisers=found)
 
 

@@ -50,8 +50,8 @@ from bench.common.report import table
 from bench.common.script import Run, Script, option, shared, write_json
 from bench.common.smollm2_prompts import CALIBRATION, training_prompts
 from sequoia_kernels import adapt, estimate_acceptance, generate
-from sequoia_kernels.decoding import PROBE_TREE
-from sequoia_kernels.drafts import draft_from_folder
+from sequoia_kernels.decoding import probe_tree
+from sequoia_kernels.drafts import DraftSource, draft_from_folder
 
 HELD_BACK = 0.04  # of the texts, to measure on
 WRITING_TEMPERATURES = (1.0, 0.6)
@@ -176,15 +176,20 @@ class HeadDraft(Kind):
 
     def prepare(self, texts: Texts) -> Texts:
         """Add the target's normalisers: at temperature 1, at which all is measured, and those of the training."""
-        return with_normalisers(texts, self.whole, (1.0, *self.options.temperatures))
+        return with_normalisers(texts, self.whole, self.known_temperatures())
+
+    def known_temperatures(self) -> tuple[float, ...]:
+        """1, at which all is measured, then those of the training that are not 1."""
+        return (1.0, *(value for value in dict.fromkeys(self.options.temperatures) if value != 1.0))
 
     def wanted(self, batch: Batch, generator: torch.Generator | None) -> Wanted:
         """Give the target's distributions at the batch's written places, each at one of the temperatures."""
-        temperatures = torch.tensor((1.0, *self.options.temperatures))
+        temperatures = torch.tensor(self.known_temperatures())
         count = len(batch.hidden)
         drawn = torch.zeros(count, dtype=torch.int64)
         if generator is not None:
-            drawn = torch.randint(1, len(temperatures), (count,), generator=generator)
+            first = int(1.0 not in self.options.temperatures)
+            drawn = torch.randint(first, len(temperatures), (count,), generator=generator)
         normalisers = batch.log_normalisers.gather(1, drawn[:, None])[:, 0]
         return Wanted.of(batch.hidden, self.head, normalisers, 1.0 / temperatures[drawn])
 
@@ -396,13 +401,14 @@ def fit(kind: Kind, texts: Texts, held_back: Texts, options: Namespace, deadline
 
 def acceptance(target: Any, kind: Kind, prompts: list[list[int]], new_tokens: int) -> dict[str, list[float]]:
     """Acceptance vectors of the decoding loop, greedily and at temperature 1, on prompts of no training text."""
-    vectors = {}
+    vectors, draft = {}, kind.draft()
+    tree = probe_tree(draft if isinstance(draft, DraftSource) else None)
     for temperature in (0.0, 1.0):
         common = {"max_new_tokens": new_tokens, "temperature": temperature, "eos_token_id": (), "rule": "sequoia"}
         runs = [
             generate(
-                target, kind.draft(), torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                seed=number, tree=PROBE_TREE, **common,
+                target, draft, torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                seed=number, tree=tree, **common,
             ).stats
             for number, ids in enumerate(prompts)
         ]  # fmt: skip

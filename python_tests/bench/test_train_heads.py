@@ -33,7 +33,7 @@ class Tokenizer:
 
 def tiny_target():
     """A target whose weights are numbers of bfloat16, as a folder's are."""
-    model = tiny_llama(5, vocab_size=VOCAB, num_layers=3, sharpness=4.0)
+    model = tiny_llama(5, vocab_size=VOCAB, num_layers=3, sharpness=16.0)
     return model.bfloat16().float()
 
 

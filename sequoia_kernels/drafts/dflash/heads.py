@@ -141,12 +141,12 @@ class DSparkHeads:
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * states + (1.0 - gate) * torch.tanh(candidate)
 
-    def states(
-        self, tokens: torch.Tensor, slot: torch.Tensor | None, states: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Give the nodes' states alone; arguments as in `rows`."""
+    def rows_states(self, tokens: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Give the nodes' states alone, of an "rnn" head; arguments as in `rows`."""
         assert self._w1 is not None
-        return self.mix(F.embedding(tokens, self._w1), slot, states)[1]
+        moved = self.mix(F.embedding(tokens, self._w1), slot, states)[1]
+        assert moved is not None
+        return moved
 
     def confidence(self, tokens: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """Give how likely the token behind each node is accepted. [B, W] float32; arguments as in `rows`."""

@@ -108,6 +108,11 @@ class DFlashDraft(DraftSource):
                 f"DFlashDraft: target must have at least {max(self.needs)} layers, whose hidden states are read, got "
                 f"{target.num_layers}"
             )
+        if target.dtype != self.backbone.dtype:
+            raise ValueError(
+                f"DFlashDraft: target must have the dtype that the draft was loaded in, {self.backbone.dtype}, got "
+                f"{target.dtype}; load the draft again"
+            )
         if self.backbone.model.num_embeddings < target.num_embeddings:
             raise ValueError(
                 f"DFlashDraft: target must have at most the {self.backbone.model.num_embeddings} tokens that the draft "
@@ -258,13 +263,9 @@ class _DFlashDrafting(Drafting):
         if not self.source.form.sample_from_anchor:
             # The anchor's own slot tells nothing, but it was trained to be the chain's first link, with its own token.
             assert slots is not None
-            states[:, :1] = self._moved(buffers.tokens[:, :1], slots[:, :1], states[:, :1])
+            roots = buffers.tokens[:, :1].clamp(0, heads.num_tokens - 1)
+            states[:, :1] = heads.rows_states(roots, slots[:, :1], states[:, :1])
         return states
-
-    def _moved(self, tokens: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        moved = self.source.heads.states(tokens, slot, states)
-        assert moved is not None
-        return moved
 
     def _level_rows(
         self, layout: TreeLayout, level: DraftLevel, buffers: TokenBuffers, logits: torch.Tensor,
@@ -319,7 +320,7 @@ class _DFlashDrafting(Drafting):
         addresses = torch.tensor([table.data_ptr(), weight.data_ptr(), logits.data_ptr()])
 
         def call() -> object:
-            assert forward.run(addresses.data_ptr(), out.data_ptr(), torch.get_num_threads())
+            forward.run(addresses.data_ptr(), out.data_ptr(), torch.get_num_threads())
             return held, logits, out
 
         return call

@@ -75,7 +75,7 @@ def main() -> int:
     chosen = sys.argv[1:]
     if not chosen:
         natives = ["models/test_native.py", "models/test_native_quantised.py"]
-        natives += ["decoding/test_in_place.py", "drafts/test_shaping.py"]
+        natives += ["decoding/test_in_place.py", "drafts/test_shaping.py", "drafts/test_eagle3.py"]
         chosen = ["python_tests/ops", *(f"python_tests/{name}" for name in natives), "-n", "2", "-m", "not slow"]
         chosen += ["-k", "host or (test_native and not compiled) or test_in_place or (test_shaping and cpp)"]
     arguments = [

@@ -38,12 +38,14 @@ def decode(name, prompts, num_tokens, temperature, vocab, seeds, noise=0.1):
         return decode(target, draft, prompts.tolist(), trees, num_tokens, temperatures, seeds)
     if name == "server_conventions":
         return decode(target, target.bigrams(), prompts, num_tokens, temperature, seeds)
+    if name == "lookup":
+        return decode(target, prompts, 4, num_tokens, temperature, seeds)
     if name == "captured_step":
         return decode(target, draft, prompts, TREE, num_tokens, torch.full((len(prompts),), temperature), seeds)
     return decode(target, draft, prompts, 4 if name == "chain" else TREE, num_tokens, temperature, seeds)
 
 
-LOOPS = ("plain_tensors", "paged_cache", "chain", "server_conventions", "captured_step")
+LOOPS = ("plain_tensors", "paged_cache", "chain", "lookup", "server_conventions", "captured_step")
 
 
 @pytest.fixture(params=[False, True], ids=["", "debug"])

@@ -11,13 +11,16 @@ import re
 import shlex
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.bench_scripts import cli_page
+from support.eagle_heads import write_head
 from support.examples import EXAMPLES
 
-from sequoia_kernels import TokenTree
+from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.cli import command_parser
+from sequoia_kernels.drafts import Eagle3Draft
 
 REPOSITORY = EXAMPLES.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -205,6 +208,29 @@ def test_the_code_on_choosing_a_tree_runs(capsys: pytest.CaptureFixture[str]) ->
     assert printed.count("tokens per step") >= 5 and printed.count(" tokens/s\n") == 2
 
 
+# ---- docs/choosing_a_draft.md ----
+
+
+def test_the_code_on_choosing_a_draft_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From top to bottom, as a reader would paste it; with a head of random weights in place of a published one."""
+    demo = importlib.import_module("sequoia_kernels.demo")
+    page = REPOSITORY / "docs" / "choosing_a_draft.md"
+    text = "\n".join(code_blocks(page))
+    for there, here in (
+        ("models/llama-3.1-8b-instruct", demo.demo_pair_folder() / "target"),
+        ("heads/eagle3-llama-3.1-8b-instruct", write_head(tmp_path / "head", demo.load_demo_pair().target)),
+    ):
+        assert there in text
+        text = text.replace(there, str(here))
+    names: dict[str, Any] = {}
+    exec(compile(text, str(page), "exec"), names)
+    copied = re.search(r"(\d+) of \d+ steps copied (\d+) tokens", capsys.readouterr().out)
+    assert copied and int(copied[1]) > 0 and int(copied[2]) > 0
+    assert isinstance(names["draft"], Eagle3Draft)
+    new_tokens = generate(names["target"], None, names["prompt"], max_new_tokens=200).new_tokens
+    assert names["output"].new_tokens == new_tokens
+
+
 # ---- docs/transformers.md ----
 
 TRANSFORMERS = REPOSITORY / "docs" / "transformers.md"
@@ -304,6 +330,6 @@ def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
 
 
 def test_no_page_has_code_that_does_not_run() -> None:
-    run = {"README.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md", "planner.md",
-           "robustness.md", "transformers.md"}  # fmt: skip
+    run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md",
+           "planner.md", "robustness.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run

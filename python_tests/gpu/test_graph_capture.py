@@ -10,13 +10,15 @@ import logging
 
 import pytest
 import torch
+from support.eagle_heads import write_head
 from support.op_scenarios import SCENARIOS, on_device, refill
 from support.shaped_trees import steep_confidence
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import ShapedTree, TokenTree, generate, release_engines
+from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, release_engines
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.decoding import engine as engines
+from sequoia_kernels.drafts import Eagle3Draft
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.ops import backends, sample_without_replacement, verify_tree
 
@@ -182,6 +184,23 @@ def test_the_captured_loop_equals_the_uncaptured_one(pair, tree, temperature, ca
     assert graphed.finish_reasons == launched.finish_reasons == ["length"] * 3
     assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
     assert torch.equal(graphed.sequences, launched.sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_captured_head_reads_what_the_step_before_has_accepted(pair, temperature, tmp_path):
+    """An EAGLE-3 head, whose outputs and logits behind the root go from one replay to the next."""
+    target, _ = pair
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", target), adapt(target))
+    prompts = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    options = {"max_new_tokens": 40, "temperature": temperature, "eos_token_id": (), "seed": 5, "tree": TREES["tree"]}
+    release_engines()
+    for _ in range(2):  # the second time with the engine of the first
+        graphed, launched = (generate(target, source, prompts, cuda_graphs=on, **options) for on in (True, False))
+        assert graphed.new_tokens == launched.new_tokens
+        assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
+    (kept,) = engines._kept[target].values()
+    assert kept.engine._graphed.num_captured == 1
 
 
 @pytest.mark.gpu

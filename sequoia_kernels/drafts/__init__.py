@@ -2,7 +2,8 @@
 
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
-from sequoia_kernels.drafts.folders import draft_from_folder
+from sequoia_kernels.drafts.eagle3 import Eagle3Draft
+from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder
 from sequoia_kernels.drafts.given import draft_source
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
@@ -14,9 +15,11 @@ from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 __all__ = [
     "DFlashDraft",
     "DecodingState",
+    "DraftFolder",
     "DraftLevel",
     "DraftSource",
     "Drafting",
+    "Eagle3Draft",
     "LookupDraft",
     "LookupDrafting",
     "ModelDraft",

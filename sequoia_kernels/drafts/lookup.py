@@ -226,7 +226,10 @@ class LookupDrafting(Drafting):
         step, path = self._steps[tree]
         proposed = self.proposals[:, : tree.length]
         buffers.tokens.index_copy_(1, path, proposed)
-        if self.base is None or not self.base.source.scores_paths:
+        if self.base is None:
+            return
+        if not self.base.source.scores_paths:
+            self.base.see_tree(layout, buffers)
             return
         with self.clock.stage("draft"):
             logits = self.base.score_path(proposed, step)
@@ -249,7 +252,9 @@ class LookupDrafting(Drafting):
             logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
             at_place = places.clamp(0, vocab - 1)[:, :, None]
             left = torch.where(known[:, :, None], -torch.inf, logits.gather(2, at_place))
-            logits = logits.scatter(2, at_place, left)
+            others = logits.scatter(2, at_place, left)
+            # A row of nothing else is left as it was: a repeat is passed over.
+            logits = torch.where(others.isneginf().all(-1, keepdim=True), logits, others)
             parents = torch.cat((path.new_zeros(1), path[:-1]))
             buffers.draft_logits[:, :, :vocab].index_copy_(1, parents, logits)
             drawn = sample_without_replacement(

@@ -293,8 +293,9 @@ void check_layer(const Layer& layer, const Model& model) {
             "num_heads must be a multiple of num_kv_heads");
     require(!layer.projections.empty(), "a layer must have projections");
     std::int64_t projected = 0;
+    const std::int64_t inputs = model.has_features && &layer == &model.layers.front() ? 2 * width : width;
     for (const Linear& linear : layer.projections) {
-        check_linear(linear, linear.weight.rows, width, "projections");
+        check_linear(linear, linear.weight.rows, inputs, "projections");
         projected += linear.weight.rows;
     }
     const auto fits = [&](const Heads& heads, std::int64_t count) {
@@ -356,6 +357,12 @@ Model model_of(const py::dict& source) {
     require(model.position_offset >= 0, "position_offset must not be negative");
     check_norm(model.final_norm, model.width, "final_norm");
     check_linear(model.head, model.head.weight.rows, model.width, "head");
+    if (source.contains("feature_norm")) {
+        model.has_features = true;
+        model.feature_norm = norm_of(source["feature_norm"]);
+        model.normed_residual = source["normed_residual"].cast<bool>();
+        check_norm(model.feature_norm, model.width, "feature_norm");
+    }
     for (const Layer& layer : model.layers) check_layer(layer, model);
     return model;
 }
@@ -470,6 +477,7 @@ class Forward : public Runner {
         gated_floats_ = std::max(gated_floats_, gated_stride_);
         routes_stride_ = whole_vectors(experts);
         widest_ = std::max({stream_stride_, projected_stride_, attended_stride_, gated_stride_});
+        if (model_.has_features) widest_ = std::max(widest_, whole_vectors(2 * model_.width));
     }
 
     const char* instruction_set() const { return set_.name; }
@@ -482,6 +490,9 @@ class Forward : public Runner {
         if (model_.positions.given() && call.max_position + model_.position_offset >= model_.positions.rows) {
             return "max_position must be in the table of " + std::to_string(model_.positions.rows) + " positions, got " +
                    std::to_string(call.max_position + model_.position_offset);
+        }
+        if (model_.has_features != (call.features != nullptr)) {
+            return std::string("features must ") + (model_.has_features ? "come with the rows" : "be none");
         }
         for (std::int64_t i = 0; i < call.num_rows(); ++i) {
             if (call.tokens[i] < 0 || call.tokens[i] >= model_.embedding.rows) {
@@ -511,9 +522,10 @@ class Forward : public Runner {
                     break;
                 }
             }
-            if (call.wanted_nodes != nullptr && (call.wanted_nodes[b] < 0 || call.wanted_nodes[b] >= call.num_nodes)) {
-                return "last_row must be in 0.." + std::to_string(call.num_nodes - 1) + ", got " +
-                       std::to_string(call.wanted_nodes[b]);
+            for (std::int64_t k = 0; call.wanted_nodes != nullptr && k < call.num_wanted; ++k) {
+                const std::int64_t node = call.wanted_nodes[b * call.num_wanted + k];
+                if (node >= 0 && node < call.num_nodes) continue;
+                return "last_row must be in 0.." + std::to_string(call.num_nodes - 1) + ", got " + std::to_string(node);
             }
         }
         return {};
@@ -547,9 +559,16 @@ class Forward : public Runner {
             ++segments_.back().num_nodes;
             const std::int64_t position = std::int64_t{call.cache_lens[request]} + call.depths[node];
             positions_.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(position, 0, call.max_position)));
-            if (call.wanted_nodes == nullptr || call.wanted_nodes[request] == node) {
+            if (call.wanted_nodes == nullptr) {
                 wanted_.push_back(static_cast<std::int32_t>(i));
-                logit_rows_.push_back(call.wanted_nodes == nullptr ? first_row + i : request);
+                logit_rows_.push_back(first_row + i);
+                continue;
+            }
+            for (std::int64_t k = request * call.num_wanted; k < (request + 1) * call.num_wanted; ++k) {
+                if (call.wanted_nodes[k] != node) continue;
+                wanted_.push_back(static_cast<std::int32_t>(i));
+                logit_rows_.push_back(k);
+                break;  // MAX_ROWS of a pass
             }
         }
         const std::size_t num_columns = windows_.size() * segments_.size();
@@ -671,6 +690,11 @@ Call call_of(const py::dict& source) {
     call.cache_rows = number("cache_rows");
     call.rotations = at<std::uintptr_t>(address("rotations"));
     call.wanted_nodes = at<std::int64_t>(address("wanted_nodes"));
+    call.num_wanted = source.contains("num_wanted") ? number("num_wanted") : 1;
+    if (source.contains("features")) {
+        call.features = at<float>(address("features"));
+        call.outputs = reinterpret_cast<float*>(address("outputs"));
+    }
     call.logits_type = element_type(static_cast<int>(number("logits_type")));
     return call;
 }

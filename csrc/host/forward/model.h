@@ -123,6 +123,11 @@ struct Model {
     float logit_softcap = 0.0f;
     std::vector<Layer> layers;
     std::vector<std::int64_t> rotation_dims;  // of each table
+    // Of a draft on features of its target: rows come with a feature, which is the stream's first value, and the first
+    // layer's projections read [its norm of the embedding, feature_norm of the feature], of twice the width.
+    bool has_features = false;
+    bool normed_residual = false;  // the stream begins with the normed feature
+    Norm feature_norm;
 };
 
 // One forward: num_requests x num_nodes rows, all nodes of a request after those of the one before.
@@ -139,10 +144,13 @@ struct Call {
     const std::uintptr_t* caches;  // keys and values of each layer, [B, cache_rows, num_kv_heads, head_dim]
     std::int64_t cache_rows;
     const std::uintptr_t* rotations;   // tables [positions, dims]: cosines of dims / 2 frequencies, then sines
-    const std::int64_t* wanted_nodes;  // [B], or null: the logits of all rows
-    void* logits;                      // [B, N or 1, vocab]
+    const std::int64_t* wanted_nodes;  // [B, num_wanted] different ones, or null: the logits of all rows
+    std::int64_t num_wanted;           // of each request
+    void* logits;                      // [B, N or num_wanted, vocab]
     ElementType logits_type;
     float* const* hidden;  // for each layer and behind the last norm null, or [B, N, width]; or null
+    const float* features;  // [B, N, width], of a model that has features
+    float* outputs;         // of the last layer, before the norm: [B, N, width], or null
 
     std::int64_t num_rows() const { return num_requests * num_nodes; }
 };

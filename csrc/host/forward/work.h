@@ -109,6 +109,23 @@ struct Worker {
         return panel;
     }
 
+    // Of the first layer of a model with features: normalised embeddings and features side by side.
+    Panel paired(const Norm& norm) const {
+        const Panel panel{bench.panel, pass.num_rows, 2 * model.width, up_to_lanes(2 * model.width)};
+        for (i64 i = 0; i < pass.num_rows; ++i) {
+            const float* const feature = pass.stream + i * pass.stream_stride;
+            float* const pair = bench.wide;
+            normalise(norm, pass.branch + i * pass.stream_stride, model.width, pair);
+            if (model.normed_residual) {
+                std::memcpy(pair + model.width, feature, static_cast<std::size_t>(model.width) * sizeof(float));
+            } else {
+                normalise(model.feature_norm, feature, model.width, pair + model.width);
+            }
+            panel.put(i, pair);
+        }
+        return panel;
+    }
+
     Panel arranged(const float* rows, i64 stride, i64 size) const {
         const Panel panel{bench.panel, pass.num_rows, size, up_to_lanes(size)};
         for (i64 i = 0; i < pass.num_rows; ++i) panel.put(i, rows + i * stride);
@@ -230,7 +247,13 @@ struct Worker {
     void embed() const {
         const auto [begin, end] = part(pass.num_rows);
         for (i64 i = begin; i < end; ++i) {
-            float* const row = pass.stream + i * pass.stream_stride;
+            float* row = pass.stream + i * pass.stream_stride;
+            if (model.has_features) {  // the embedding waits in the branch until the first layer's projections
+                const float* const feature = call.features + (pass.first_row + i) * model.width;
+                std::memcpy(row, feature, static_cast<std::size_t>(model.width) * sizeof(float));
+                if (model.normed_residual) normalise_in_place(model.feature_norm, model.width, row);
+                row = pass.branch + i * pass.stream_stride;
+            }
             widen(model.embedding, call.tokens[pass.first_row + i], row);
             if (model.embedding_scale != 1.0f) {
                 for (i64 k = 0; k < model.width; ++k) row[k] *= model.embedding_scale;
@@ -615,7 +638,8 @@ struct Worker {
         const Layer& layer = model.layers[static_cast<std::size_t>(index)];
         const i64 count = pass.num_rows, attended_width = layer.num_heads * layer.head_dim;
         keep_hidden(index, nullptr);
-        project(layer, normalised(layer.input_norm, count, nullptr));
+        project(layer, index == 0 && model.has_features ? paired(layer.input_norm)
+                                                        : normalised(layer.input_norm, count, nullptr));
         wait();
         prepare(layer, index);
         wait();
@@ -644,6 +668,13 @@ struct Worker {
 
     void run_head() const {
         keep_hidden(static_cast<i64>(model.layers.size()), &model.final_norm);
+        if (call.outputs != nullptr) {
+            const auto [begin, end] = part(pass.num_rows);
+            for (i64 i = begin; i < end; ++i) {
+                std::memcpy(call.outputs + (pass.first_row + i) * model.width, pass.stream + i * pass.stream_stride,
+                            static_cast<std::size_t>(model.width) * sizeof(float));
+            }
+        }
         if (pass.num_wanted == 0) return;
         const i64 vocab = model.head.weight.rows;
         const Panel panel = normalised(model.final_norm, pass.num_wanted, pass.wanted);

@@ -73,14 +73,13 @@ class HostGrowth:
 
     @classmethod
     def of_block(
-        cls, rows: torch.Tensor, first_slot: int, head: tuple[torch.Tensor, torch.Tensor] | None, state: DecodingState,
+        cls, rows: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor] | None, state: DecodingState,
         layout: TreeLayout, buffers: TokenBuffers, backend: str,
     ) -> HostGrowth | None:  # fmt: skip
-        """Prepare growing a tree on rows that lie there already, one for each depth; None where draws run elsewhere.
+        """Prepare growing a tree on rows that lie there already, one for each level; None where draws run elsewhere.
 
         Args:
-            rows: logits, which every run reads anew. [B, slots, vocab], contiguous.
-            first_slot: that of the root; a level further down takes the next one.
+            rows: logits, which every run reads anew. [B, levels, vocab], contiguous.
             head: table [tokens, rank] and weight [vocab, rank] of a Markov head: weight times the row of a node's own
                 token is added to the row of its depth. For one request; None without one.
             state: the batch's state.
@@ -94,7 +93,7 @@ class HostGrowth:
         held: list[Any] = [state, layout, buffers, rows, head]
         levels = []
         for depth, level in enumerate(layout.levels):
-            row = rows[:, first_slot + depth]
+            row = rows[:, depth]
             fed = torch.zeros(batch_size, level.nodes.shape[0], dtype=torch.int64)
             fields = _fields(level, fed, None) | {"row": row.data_ptr()}
             fields["row_stride"] = rows.stride(0) * rows.element_size()

@@ -93,7 +93,7 @@ def measure(bench: Run) -> None:
     drafting.prepare(layout, buffers)
 
     num_levels = len(layout.levels)
-    block = drafting._bound_block(num_levels)
+    block = drafting.bound_block(num_levels)
     logits, hidden = block.run(True)
     modules = adapt(backbone.model, forward="modules")
     expected = modules.forward(drafting.tokens, drafting.cache, state.cache_lens, backbone.step)
@@ -116,8 +116,8 @@ def measure(bench: Run) -> None:
         calls[f"level of {rows}"] = lambda tokens=tokens, slot=slot, states=states: heads.rows(
             tokens, logits[:, :1], slot, states
         )
-        mixed, weight = torch.randn(rows, heads.rank, dtype=dtype), heads._w2.weight
-        torch.testing.assert_close(heads._w2(mixed), F.linear(mixed, weight), rtol=2e-2, atol=2e-2 * heads.rank**0.5)
+        mixed, weight = torch.randn(rows, heads.rank, dtype=dtype), heads.w2.weight
+        torch.testing.assert_close(heads.w2(mixed), F.linear(mixed, weight), rtol=2e-2, atol=2e-2 * heads.rank**0.5)
         native = FewRowsLinear(weight, most_rows=64)
         calls[f"level of {rows}, C++"] = lambda mixed=mixed, native=native: native(mixed)
         read[f"level of {rows}, C++"] = num_bytes([weight])
@@ -134,7 +134,7 @@ def measure(bench: Run) -> None:
     calls["draws of a level of 2"] = lambda: drafting.draw_children(level, rows_of_level, buffers)
     read["draws of a level of 2"] = num_bytes([rows_of_level])
     calls["grow 11 nodes, 6 levels"] = lambda: drafting.grow(layout, buffers)
-    read["grow 11 nodes, 6 levels"] = read["block"] + len(layout.levels) * num_bytes([heads._w2.weight])
+    read["grow 11 nodes, 6 levels"] = read["block"] + len(layout.levels) * num_bytes([heads.w2.weight])
 
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(options.rounds + 1):

@@ -388,7 +388,7 @@ def test_an_engine_goes_on_with_another_batch():
         drafting.prepare(layout, TokenBuffers(tokens, None))
         drafting.prefill([0], text, torch.tensor([4]), states_of(target, text, draft.needs))
         first = grow(drafting, TREE, tokens, [4])
-        assert drafting._bound_block(len(layout.levels)) is not None  # of a native backbone
+        assert drafting.bound_block(len(layout.levels)) is not None  # of a native backbone
         drafting.use(None, StageClock(enabled=False))
         assert drafting.source is None and not drafting._bound  # nobody's weights are kept
         drafting.use(draft, StageClock(enabled=False))

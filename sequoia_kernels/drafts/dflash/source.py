@@ -219,7 +219,7 @@ class _DFlashDrafting(Drafting):
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What draws this tree from the block's rows in one call, where something does; made when it is first met."""
-        heads, form, bound = self.source.heads, self.source.form, self._bound_block(len(layout.levels))
+        heads, form, bound = self.source.heads, self.source.form, self.bound_block(len(layout.levels))
         plain = self.logits_hook is None and not (self.wants_confidence and heads.has_confidence)
         if bound is None or not plain or heads.mixes_hidden or form.logit_scale != 1.0 or form.logit_softcap > 0.0:
             return None
@@ -231,7 +231,7 @@ class _DFlashDrafting(Drafting):
             known = self._grown[layout.tree] = buffers, host
         return known[1]
 
-    def _bound_block(self, num_levels: int) -> BoundBlock | None:
+    def bound_block(self, num_levels: int) -> BoundBlock | None:
         """The block's native forward for trees of so many levels with children, where there is one."""
         if num_levels not in self._bound:
             backbone, state = self.source.backbone, self.state
@@ -245,7 +245,7 @@ class _DFlashDrafting(Drafting):
         if self.source.vocab_size > backbone.model.num_embeddings:
             self.tokens.clamp_(max=backbone.model.num_embeddings - 1)
         wants_hidden = heads.mixes_hidden or (self.wants_confidence and heads.has_confidence)
-        bound = self._bound_block(num_levels)
+        bound = self.bound_block(num_levels)
         scored = None if bound is None else bound.run(wants_hidden)
         if scored is None:  # where a length is out of range, the forward says which
             logits, hidden = backbone.block(self.tokens, self.cache, self.state.cache_lens, wants_hidden)

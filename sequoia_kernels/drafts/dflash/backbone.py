@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers import Qwen3Config
 
 from sequoia_kernels.drafts.dflash.forms import DFlashForm, LayerSight
 from sequoia_kernels.models import BoundForward, FewRowsLinear, StepContext, TreeCache, TreeModel, TreeStep, adapt
@@ -47,6 +46,9 @@ class BlockBackbone:
     def __init__(
         self, form: DFlashForm, weights: Mapping[str, torch.Tensor], embedding: nn.Module, head: nn.Module
     ) -> None:
+        # Half a second to import, for those who have such a draft.
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RotaryEmbedding
+
         self.form, self.first_slot = form, 1 - int(form.sample_from_anchor)
         self.fc, self.hidden_norm = FewRowsLinear(weights["fc.weight"]), weights["hidden_norm.weight"]
         self.device, self.dtype = self.hidden_norm.device, self.hidden_norm.dtype

@@ -133,7 +133,7 @@ def stepped(tree, seed, rule, op_by_op=None):
     buffers = step.prepare(tree)[1]
     return (
         emitted,
-        [getattr(state, name).tolist() for name in vars(state) if getattr(state, name) is not None],
+        [tensor.tolist() for tensor in vars(state).values() if isinstance(tensor, torch.Tensor)],
         rows,
         buffers,
     )

@@ -62,6 +62,7 @@ SCRIPTS = (
     Script("forward_floors", "decode", ("cpu",), "times forwards on the CPU", takes_device=False, weight=2.0),
     Script("offload", "decode", takes_seconds=True, weight=4.0),
     Script("adaptive", "planner"),
+    Script("lookup", "decode", weight=2.0),
     Script("auto", "planner", weight=2.0),
     Script("robustness", "decode", weight=6.0),
     Script("plan", "planner", takes_device=False),

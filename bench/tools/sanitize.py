@@ -139,6 +139,16 @@ def verification_exercises() -> Iterator[Exercise]:
             name, options = f"{num_nodes} nodes x {vocab}, traversal, {dtype}", {"rule": "traversal"}
             yield Exercise("verify_tree", name, arguments, options, 0.0)
             yield Exercise("verify_tree", f"{name}, warped", arguments, {**warps, **options}, 0.0)
+            known = torch.arange(vocab - 1, 0, -2)  # what a smaller draft knows
+            partial = (*arguments[:2], step.draft_logits[..., known].contiguous(), *arguments[3:])
+            alone = (*arguments[:2], None, *arguments[3:])
+            certain = {"certain": torch.arange(num_nodes) % 3 == 1}
+            for rule in ("sequoia", "traversal"):
+                name = f"{num_nodes} nodes x {vocab}, {rule}, {dtype}"
+                options = {"rule": rule, "draft_to_target": known, **certain}
+                yield Exercise("verify_tree", f"{name}, map and certain children", partial, options, 0.0)
+                options = {"rule": rule, **certain}
+                yield Exercise("verify_tree", f"{name}, certain children alone", alone, options, 0.0)
 
 
 def compaction_exercises() -> Iterator[Exercise]:

@@ -3,6 +3,8 @@
 // Computes    for each level whose nodes have children: the draft's logits at these nodes, kept for the verification;
 //             children drawn from them without replacement; their tokens. What `Drafting.grow` of a model computes.
 //             A shaped tree gives its children out level by level (level_shape.h).
+//             Where a draft has scored all depths beforehand, a level's rows are its depth's row, as it is or through a
+//             forward of the level's own whose head has it as its bias (a Markov head).
 // Plan        The forwards are bound to their memory beforehand (forward/bound.h), and so is everything else: a level
 //             takes no allocation and nothing of Python, whose caches the target's weights have emptied by then.
 // Memory      Logits go straight to where they are kept, if the nodes' rows lie there side by side.
@@ -42,10 +44,14 @@ Element* pointer_of(const py::dict& source, const char* name) {
     return reinterpret_cast<Element*>(address_of(source, name));
 }
 
-// One level; the first one's forward feeds the last committed token before the root.
+// One level.
 struct GrowthLevel {
-    forward::BoundForward* forward;
-    std::int64_t* fed;          // [B, W], or [B, 2] for the first level: what the forward reads
+    forward::BoundForward* forward;  // null: the level's rows are copies of `row`
+    const std::uintptr_t* weights;   // of this forward alone; null: those of the run
+    const char* row;                 // of the first request; those of the others lie `row_stride` bytes behind
+    std::int64_t row_stride;
+    bool before_root;           // the forward feeds the last committed token before the root
+    std::int64_t* fed;          // [B, W], or [B, 2] where it feeds a token before the root: what the forward reads
     const std::int64_t* nodes;  // [W]
     std::int64_t width;         // W
     bool adjacent;              // the nodes follow one another
@@ -92,12 +98,18 @@ class TreeGrowth {
           own_ids_(pointer_of<std::int64_t>(source, "own_ids")),
           target_ids_(pointer_of<std::int64_t>(source, "target_ids")),
           fed_ids_(pointer_of<std::int64_t>(source, "fed_ids")),
-          num_fed_(number_of(source, "num_fed")) {
+          num_fed_(number_of(source, "num_fed")),
+          drafted_(number_of(source, "drafted")),
+          type_(static_cast<ElementType>(number_of(source, "logits_type"))) {
         std::int64_t widest = 0, most_samples = 0;
         for (const py::handle entry : source["levels"]) {
             const py::dict fields = py::reinterpret_borrow<py::dict>(entry);
             GrowthLevel level{};
-            level.forward = fields["forward"].cast<forward::BoundForward*>();
+            level.forward = fields["forward"].is_none() ? nullptr : fields["forward"].cast<forward::BoundForward*>();
+            level.weights = pointer_of<std::uintptr_t>(fields, "weights");
+            level.row = pointer_of<char>(fields, "row");
+            level.row_stride = number_of(fields, "row_stride");
+            level.before_root = fields["before_root"].cast<bool>();
             level.fed = pointer_of<std::int64_t>(fields, "fed");
             level.nodes = pointer_of<std::int64_t>(fields, "nodes");
             level.width = number_of(fields, "width");
@@ -113,17 +125,18 @@ class TreeGrowth {
                     shaped_memory(shape), number_of(shape, "first"), level.width, level.num_children,
                     pointer_of<std::int64_t>(fields, "drawn"), pointer_of<std::uint32_t>(shape, "own_mask"));
             }
-            const std::int64_t fed = levels_.empty() ? 2 : level.width;
-            if (level.forward->num_requests() != batch_size_ || level.forward->num_nodes() != fed) {
+            const std::int64_t fed = level.before_root ? 2 : level.width;
+            if (level.forward == nullptr) {
+                if (level.row == nullptr) throw std::invalid_argument("TreeGrowth: a level must have a forward or a row");
+            } else if (level.forward->num_requests() != batch_size_ || level.forward->num_nodes() != fed ||
+                       level.forward->vocab() != drafted_ || level.forward->logits_type() != type_) {
                 throw std::invalid_argument("TreeGrowth: a level's forward must feed the level's nodes of all requests");
             }
-            type_ = level.forward->logits_type();
             widest = std::max(widest, level.width);
             most_samples = std::max(most_samples, level.width * level.num_samples);
             levels_.push_back(std::move(level));
         }
         if (levels_.empty()) throw std::invalid_argument("TreeGrowth: levels must have entries");
-        drafted_ = levels_.front().forward->vocab();
         const auto rows = static_cast<std::size_t>(batch_size_ * widest);
         temperatures_.resize(rows);
         row_seeds_.resize(rows);
@@ -138,13 +151,17 @@ class TreeGrowth {
         for (std::size_t index = 0; index < levels_.size(); ++index) {
             const GrowthLevel& level = levels_[index];
             const Clock::time_point begin = Clock::now();
-            feed(level, index == 0);
+            if (level.forward != nullptr) feed(level);
             const bool cuts = own_ids_ != nullptr;
             const std::int64_t row_bytes = drafted_ * element_bytes(type_);
             const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_ && !cuts;
             char* logits = in_place ? kept_row(0, level.nodes[0])
                                     : scratch_.reserve(batch_size_ * level.width * row_bytes);
-            if (!level.forward->run(weights, logits, num_threads)) return false;
+            if (level.forward == nullptr) {
+                copy_row(level, logits, row_bytes);
+            } else if (!level.forward->run(level.weights == nullptr ? weights : level.weights, logits, num_threads)) {
+                return false;
+            }
             const Clock::time_point scored = Clock::now();
             forward_seconds_ += seconds_between(begin, scored);
             if (cuts) cut(level, logits);
@@ -163,9 +180,18 @@ class TreeGrowth {
         return draft_logits_ + (request * num_nodes_ + node) * vocab_ * element_bytes(type_);
     }
 
-    void feed(const GrowthLevel& level, bool first) {
+    void copy_row(const GrowthLevel& level, char* logits, std::int64_t row_bytes) const {
         for (std::int64_t b = 0; b < batch_size_; ++b) {
-            if (first) {
+            for (std::int64_t i = 0; i < level.width; ++i) {
+                std::memcpy(logits + (b * level.width + i) * row_bytes, level.row + b * level.row_stride,
+                            static_cast<std::size_t>(row_bytes));
+            }
+        }
+    }
+
+    void feed(const GrowthLevel& level) {
+        for (std::int64_t b = 0; b < batch_size_; ++b) {
+            if (level.before_root) {
                 level.fed[2 * b] = fed(last_tokens_[b]);
                 level.fed[2 * b + 1] = fed(root_tokens_[b]);
                 first_lens_[b] = draft_lens_[b] - 1;
@@ -260,9 +286,9 @@ class TreeGrowth {
     // Of a draft with other tokens, else null: its ids of the common ones, the target's, and what it is fed for a token.
     const std::int64_t *own_ids_, *target_ids_, *fed_ids_;
     std::int64_t num_fed_;
+    std::int64_t drafted_;  // the draft's vocabulary
+    ElementType type_;
     std::vector<GrowthLevel> levels_;
-    std::int64_t drafted_ = 0;  // the draft's vocabulary
-    ElementType type_ = ElementType::float32;
     Scratch<char> scratch_, cut_row_;
     // Of the rows of a draw.
     std::vector<float> temperatures_;

@@ -12,7 +12,7 @@ from support.tiny_models import noisy_copy, tiny_llama
 
 from sequoia_kernels import TokenTree, _host, adapt, generate
 from sequoia_kernels.drafts import LookupDraft, draft_source
-from sequoia_kernels.planner.lookup import LookupCosts, LookupEvidence, lookup_trees, lookup_value
+from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, lookup_trees, lookup_value
 from sequoia_kernels.tree import LookupTree, ShapedTree
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 2])
@@ -122,9 +122,20 @@ def test_the_fastest_tree_is_long_where_much_agrees_and_none_is_made_beyond_the_
         assert picked.speed == pytest.approx(max(speeds.values()))
         assert speeds[picked.tree] == pytest.approx(picked.speed)
     assert LookupCosts([], {}, {}, {}, 0.6).fastest([None]) is None
-    costs = LookupCosts.alike([TREE], 4, [0])
-    assert costs.base_speed(TREE, 0, 0) == TREE.expected_tokens((0.6, 0.12))
-    assert costs.base_speed(TREE, 800, 800) == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_draft_counts_for_what_it_does_where_as_much_agrees():
+    base = BaseEvidence(LookupCosts.alike([TREE, TokenTree.single()], 4, [0]))
+    expected = TREE.expected_tokens((0.6, 0.12))
+    assert base.speed(TREE, [0]) == pytest.approx(expected)
+    assert base.speed(TREE, [9, 0]) == pytest.approx(2.5 * expected)  # never tried where 9 agree: with a doubt
+    assert base.speed(TokenTree.single(), [9, 9]) == 2.0
+    for _ in range(400):
+        base.note(0, 1)
+        base.note(9, 4)
+    assert base.speed(TREE, [0]) == pytest.approx(1.0, abs=0.03)
+    assert base.speed(TREE, [9]) == pytest.approx(4.0, abs=0.03)
+    assert 2.4 < base.speed(TREE, [3]) < 1.5 * 2.6
 
 
 # ---- generation ----

@@ -158,7 +158,18 @@ def verification_call(chance: Chance):
     streams = [chance.pick((7, chance.integers((batch,), 0, 99, torch.int64, odd=0.2)), (2**63,)) for _ in "so"]
     logits = [chance.floats((*shape, vocab), chance.random.choice(FLOATS)) for _ in range(2)]
     tokens = chance.integers(shape, -1, vocab - 1, torch.int64, odd=0.01)
+    draft_to_target = certain = None
+    if chance.odd(0.4):
+        ids = chance.random.sample(range(vocab), max(0, vocab - chance.random.choice((0, 0, 1, 9))))
+        draft_to_target = chance.pick((torch.tensor(ids, dtype=torch.int64),), (torch.arange(vocab) - 1,))
+        if chance.odd(0.9):
+            logits[1] = chance.floats((*shape, len(ids)), chance.random.choice(FLOATS))
+    if chance.odd(0.4):
+        flags = chance.pick(((tree.num_nodes,), (batch, tree.num_nodes)), ((), (vocab,), (1, 2, 3)))
+        certain = chance.integers(flags, 0, 1, odd=0.0) > 0
     return (tokens, logits[0], chance.pick(logits[1:], (None,)), tree, temperature, *streams), {
+        "draft_to_target": draft_to_target,
+        "certain": certain,
         "top_k": chance.pick((None, 5, chance.integers((batch,), 0, vocab)), (-1, 2**31 - 1, 2**31)),
         "top_p": chance.pick((None, 0.9, chance.shares(batch)), NUMBERS),
     }

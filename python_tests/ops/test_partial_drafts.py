@@ -146,7 +146,7 @@ def test_backends_decide_as_the_reference(backend, rule, warp):
         for one, other in zip(got, wanted):
             assert torch.equal(one.cpu(), other), (seed, got, wanted)
         accepted += wanted.num_accepted.tolist()
-    assert max(accepted) > 2
+    assert max(accepted) > (2 if backend.at_scale else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

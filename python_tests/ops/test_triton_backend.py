@@ -26,7 +26,7 @@ from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
 from support.trees import all_parents
 from support.triton_compile import DEVICES
 
-from sequoia_kernels import TokenTree
+from sequoia_kernels import TokenTree, VocabularyMap
 from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention, triton_device
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
@@ -39,6 +39,7 @@ from sequoia_kernels.ops.tree_attention import triton_launch as attention
 from sequoia_kernels.ops.tree_attention.op import OPERATOR as attention_operator
 from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
 from sequoia_kernels.ops.tree_attention.triton_launch import LaunchConfig, TileShape
+from sequoia_kernels.ops.verify_tree import reference as specification
 from sequoia_kernels.ops.verify_tree import triton_launch as verification
 from sequoia_kernels.ops.verify_tree.op import OPERATOR as verification_operator
 from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
@@ -346,6 +347,134 @@ def test_traversal_decides_as_the_plain_verifier(device, part):
             assert torch.equal(got.cpu(), wanted), (seed, tree.parents)
 
 
+# verify_tree: drafts of a smaller vocabulary, and certain children
+
+PARTIAL_FORMS = ("map", "certain", "map and certain", "no draft")
+
+
+def partial_step(seed, form, rule):
+    """The step of `traversal_step` whose draft knows part of the tokens, or whose children are certain in part.
+
+    Certain tokens are the target's likely ones, any others, repeats of a sibling, drawn or not, and none.
+    """
+    tree, tokens, target_logits, draft_logits, temperature, *streams_and_cuts = traversal_step(seed)
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    vocab = target_logits.shape[2]
+    target_to_draft = certain = None
+    if "map" in form:
+        known = torch.cat([torch.tensor([1]), torch.randperm(vocab, generator=generator)[: vocab * 2 // 3]]).unique()
+        known = known[torch.randperm(len(known), generator=generator)]
+        draft_logits = draft_logits[..., known].contiguous()
+        target_to_draft = VocabularyMap.of(known, vocab).target_to_draft
+        # A place outside of the draft's row, of a token that it does not know.
+        target_to_draft[target_to_draft < 0] = pick.choice([-1, -7, len(known), 2**31 - 1])
+    if form != "map":
+        # Flags of a row for all, of every second column, or with requests behind nodes.
+        layout = pick.choice(["row", "columns", "requests last"])
+        certain = torch.rand(tokens.shape, generator=generator) < pick.choice([0.3, 0.7])
+        if layout == "row":
+            certain = certain[0]
+        elif layout == "columns":
+            certain = certain.repeat_interleave(2, dim=1)[:, ::2]
+        else:
+            certain = certain.T.contiguous().T
+        flags = certain.expand(tokens.shape)
+        for node, request in itertools.product(range(tree.num_nodes), range(len(tokens))):
+            children = tree.children(node)
+            for rank, child in enumerate(children):
+                if flags[request, child]:
+                    likely = int(target_logits[request, node].topk(min(vocab, rank + 1)).indices[-1])
+                    sibling = int(tokens[request, pick.choice(children)])
+                    tokens[request, child] = pick.choice([likely, likely, pick.randrange(vocab), sibling, -1])
+    if form == "no draft":
+        draft_logits = None
+    topology = tree.tensors()
+    sizes = (topology.first_child, topology.num_children, tree.num_levels, tree.max_branching)
+    logits = (target_logits, draft_logits)
+    return VerifyTreeInputs(
+        tokens, *logits, *sizes, temperature, *streams_and_cuts, rule, target_to_draft, certain
+    )  # fmt: skip
+
+
+def specified(inputs):
+    """What the reference decides in float64; places outside of the draft's row are unknown tokens there."""
+    target_to_draft, draft_logits = inputs.target_to_draft, inputs.draft_logits
+    if target_to_draft is not None:
+        outside = (target_to_draft < 0) | (target_to_draft >= draft_logits.shape[2])
+        target_to_draft = target_to_draft.masked_fill(outside, -1)
+    if draft_logits is not None:
+        draft_logits = draft_logits.double()
+    wide = inputs._replace(
+        target_logits=inputs.target_logits.double(), draft_logits=draft_logits, target_to_draft=target_to_draft
+    )
+    outputs = verification_operator.new_outputs(wide)
+    specification.run(wide, outputs)
+    return outputs
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("form", PARTIAL_FORMS)
+def test_partial_drafts_decide_as_the_reference(device, form, rule):
+    """Over many trees, with chunks, ranks and waves at which launches and programs take turns."""
+    num_steps = 6 if device.type == "cpu" else 300
+    num_accepted = 0
+    for seed in range(num_steps):
+        inputs = partial_step(seed, form, rule)
+        expected = specified(inputs)
+        vocab = inputs.target_logits.shape[2]
+        chunk = (16, 32, 128)[seed % 3]
+        config = verification.LaunchConfig(
+            chunk, triton.cdiv(vocab, chunk), 1, 32, 1,
+            rank_launches=(1, 8, 2)[seed % 3], wave_launches=(24, 0, 2)[seed % 3], candidates=8,
+        )  # fmt: skip
+        moved = VerifyTreeInputs(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in inputs))
+        outputs = verification_operator.new_outputs(moved)
+        verification.run(moved, outputs, config)
+        for got, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(got.cpu(), wanted), (seed, inputs)
+        num_accepted += int((expected.num_accepted - 1).sum())
+    assert num_accepted > 0
+
+
+# Tokens of four siblings, which of them are certain, and what the draft and the target mask.
+CERTAIN_CORNERS = {
+    "passed over as drawn, then certain": ([2, 2, 0, 1], [1], [2], []),
+    "masked by the target, likely for the draft": ([3, 0, 1, 2], [0], [], [3]),
+    "certain, then drawn again": ([1, 1, 0, 2], [0], [], []),
+    "drawn, then certain again": ([1, 1, 0, 2], [1], [], []),
+    "twice passed over, then certain twice": ([2, 2, 2, 2], [2, 3], [2], []),
+    "behind the end of the draft": ([0, 1, 3, 4], [2, 3], [2, 3, 4], []),
+    "no token": ([-1, 5, 0, 1], [0, 1], [], []),
+}
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("corner", CERTAIN_CORNERS)
+def test_corners_of_certain_children(device, corner, rule):
+    """A dozen requests, whose coins fall either way; by "traversal" the siblings' parent has chances of 1 and below."""
+    children, are_certain, draft_masks, target_masks = CERTAIN_CORNERS[corner]
+    generator, tree, batch_size = torch.Generator().manual_seed(1), TokenTree([-1, 0, 1, 1, 1, 1]), 12
+    shape = (batch_size, tree.num_nodes, 5)
+    target_logits, draft_logits = (torch.randn(shape, generator=generator) for _ in range(2))
+    draft_logits[:, 1, children[0]] += 2.0
+    draft_logits[:, 1, draft_masks] = target_logits[:, 1, target_masks] = -torch.inf
+    certain = torch.zeros(tree.num_nodes, dtype=torch.bool)
+    certain[[2 + rank for rank in are_certain]] = True
+    tokens = torch.tensor([0, 4, *children]).repeat(batch_size, 1)
+    topology, streams = tree.tensors(), torch.arange(batch_size)
+    inputs = VerifyTreeInputs(
+        tokens, target_logits, draft_logits, topology.first_child, topology.num_children, 3, 4,
+        torch.ones(batch_size), streams, streams, None, None, rule, None, certain,
+    )  # fmt: skip
+    expected = specified(inputs)
+    moved = VerifyTreeInputs(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in inputs))
+    outputs = verification_operator.new_outputs(moved)
+    verification.run(moved, outputs, verification.LaunchConfig(16, 1, 1, 16, 1, rank_launches=2, wave_launches=2))
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got.cpu(), wanted)
+    assert len(expected.nodes[:, 2].unique()) > 1
+
+
 # All ops: what the programs of a launch share
 
 
@@ -369,18 +498,26 @@ def sample(generator):
     sampling.run(inputs, sampling_operator.new_outputs(inputs))
 
 
-def verify(generator, warped=True, rule="sequoia"):
+def verify(generator, warped=True, rule="sequoia", form=""):
     """A greedy request and one whose children mostly fail; the last two ranks of the root, or waves, share a launch."""
     target_logits, tokens = torch.randn(2, 7, 40, generator=generator), torch.arange(7).expand(2, 7).contiguous()
     draft_logits = target_logits + torch.randn(2, 7, 40, generator=generator)
     draft_logits[..., :7] += 4.0  # drawn far more often than the target would
     tree, streams = TokenTree([-1, 0, 0, 0, 0, 1, 1]).tensors(), torch.arange(2)
     cuts = (torch.tensor([0, 30]).int(), torch.tensor([1, 0.9])) if warped else (None, None)
+    target_to_draft = certain = None
+    if "map" in form:
+        known = torch.arange(39, -1, -2)
+        draft_logits, target_to_draft = draft_logits[..., known], VocabularyMap.of(known, 40).target_to_draft
+    if "certain" in form:
+        certain = torch.tensor([False, True, False, False, True, False, True])
     config = verification.LaunchConfig(32, 2, 1, 64, 1, rank_launches=2, wave_launches=2, candidates=8)
     inputs = VerifyTreeInputs(
         tokens, target_logits, draft_logits, tree.first_child, tree.num_children, 3, 4,
-        torch.tensor([0.0, 1.0]), streams, streams, *cuts, rule,
+        torch.tensor([0.0, 1.0]), streams, streams, *cuts, rule, target_to_draft, certain,
     )  # fmt: skip
+    if form == "certain alone":
+        inputs = inputs._replace(draft_logits=None)
     verification.run(inputs, verification_operator.new_outputs(inputs), config)
 
 
@@ -398,6 +535,11 @@ CALLS = {
     "verify_tree, unwarped": functools.partial(verify, warped=False),
     "verify_tree, traversal": functools.partial(verify, rule="traversal"),
     "verify_tree, traversal, unwarped": functools.partial(verify, warped=False, rule="traversal"),
+    **{
+        f"verify_tree, {rule}, {form}": functools.partial(verify, warped=warped, rule=rule, form=form)
+        for rule, warped in (("sequoia", False), ("traversal", True))
+        for form in ("map", "map and certain", "certain alone")
+    },
     "compact_kv_cache_": compact,
 }
 

@@ -184,6 +184,34 @@ def _unwarped(inputs: Tensors, backend: str) -> Callable[[], list[torch.Tensor]]
     return lambda: list(verify_tree(*step, TREE, *streams, backend=backend))
 
 
+def _partial_inputs(seed: int) -> Tensors:
+    """A draft that knows 900 tokens, and children of which every third is certain."""
+    inputs = _unwarped_inputs(seed)
+    known = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))[:900]
+    inputs["draft_logits"] = inputs["draft_logits"][..., known].contiguous()
+    certain = (torch.arange(TREE.num_nodes) + seed) % 3 == 0
+    for node, count in enumerate(TREE.num_children):
+        if count:
+            children = list(TREE.children(node))
+            drawn = known[inputs["draft_logits"][:, node].topk(count).indices]
+            likely = inputs["target_logits"][:, node].topk(count).indices
+            inputs["tokens"][:, children] = torch.where(certain[children], likely, drawn)
+    return {**inputs, "draft_to_target": known, "certain": certain}
+
+
+def _certain_inputs(seed: int) -> Tensors:
+    inputs = _partial_inputs(seed)
+    del inputs["draft_logits"], inputs["draft_to_target"]
+    certain = inputs["certain"].expand(BATCH, -1).clone()
+    certain[seed % BATCH] = True
+    return {**inputs, "certain": certain}
+
+
+def _partial(inputs: Tensors, backend: str, rule: str) -> Callable[[], list[torch.Tensor]]:
+    given = {"draft_logits": None, **inputs, "tree": TREE, "rule": rule, "backend": backend}
+    return lambda: list(verify_tree(**given))
+
+
 def _single_inputs(seed: int) -> Tensors:
     inputs = _unwarped_inputs(seed)
     del inputs["draft_logits"]
@@ -251,6 +279,18 @@ SCENARIOS = {
     ),
     "verify_tree, unwarped": Scenario("verify_tree", _unwarped_inputs, _unwarped),
     "verify_tree, one node": Scenario("verify_tree", _single_inputs, _single),
+    "verify_tree, map and certain children": Scenario(
+        "verify_tree", _partial_inputs, functools.partial(_partial, rule="sequoia")
+    ),
+    "verify_tree, traversal, map and certain children": Scenario(
+        "verify_tree", _partial_inputs, functools.partial(_partial, rule="traversal")
+    ),
+    "verify_tree, certain children alone": Scenario(
+        "verify_tree", _certain_inputs, functools.partial(_partial, rule="sequoia")
+    ),
+    "verify_tree, traversal, certain children alone": Scenario(
+        "verify_tree", _certain_inputs, functools.partial(_partial, rule="traversal")
+    ),
     "compact_kv_cache_": Scenario("compact_kv_cache_", _compaction_inputs, _compaction),
     "compact_kv_cache_, paged": Scenario("compact_kv_cache_", _paged_compaction_inputs, _paged_compaction),
 }

@@ -310,13 +310,17 @@ def verification_case(
     batch_size: int = 1,
     warped: bool = False,
     rule: str = "sequoia",
+    draft_vocab: int | None = None,
+    certain: str | None = None,
     quick: tuple[int, ...] = (),
 ) -> CompileCase:
-    """A call of verify_tree; of a tree, only these numbers decide what is compiled."""
+    """A call of verify_tree; of a tree, only these numbers decide what is compiled. draft_vocab 0: without a draft."""
     options = [
         *([f"batch {batch_size}"] if batch_size > 1 else []),
         *(["top-k, top-p"] if warped else []),
         *([rule] if rule != "sequoia" else []),
+        *([f"draft vocab {draft_vocab}" if draft_vocab else "no draft"] if draft_vocab is not None else []),
+        *([f"certain {certain}"] if certain else []),
     ]
     name = ", ".join([NAMES[dtype], f"{tree} x {vocab}", *options])
 
@@ -324,10 +328,14 @@ def verification_case(
         logits = _empty(batch_size, num_nodes, vocab, dtype=dtype)
         streams = _empty(batch_size, dtype=torch.int64)
         topology = _empty(num_nodes, dtype=torch.int32)
+        draft_logits = logits if num_nodes > 1 and draft_vocab != 0 else None
+        if draft_vocab:
+            draft_logits = _empty(batch_size, num_nodes, draft_vocab, dtype=dtype)
+        flags = {"nodes": (num_nodes,), "requests": (batch_size, num_nodes)}
         inputs = VerifyTreeInputs(
             _empty(batch_size, num_nodes, dtype=torch.int64),
             logits,
-            logits if num_nodes > 1 else None,
+            draft_logits,
             topology,
             topology,
             num_levels,
@@ -338,6 +346,8 @@ def verification_case(
             _empty(batch_size, dtype=torch.int32) if warped else None,
             _empty(batch_size, dtype=torch.float32) if warped else None,
             rule,
+            _empty(vocab, dtype=torch.int32) if draft_vocab else None,
+            _empty(*flags[certain], dtype=torch.bool) if certain else None,
         )
         verification.run(inputs, verification_operator.new_outputs(inputs))
 
@@ -372,6 +382,30 @@ def _verification_cases() -> Iterator[CompileCase]:
         yield verification_case(half, "11 nodes, 10 children", 11, 2, 10, vocab=1, warped=warped, **traversal)
     yield verification_case(half, "6 nodes, 1 child", 6, 6, 1, vocab=32000, **traversal)
     yield verification_case(half, "1024 nodes, 1 child", 1024, 1024, 1, vocab=32000, **traversal)
+    yield from _partial_verification_cases()
+
+
+def _partial_verification_cases() -> Iterator[CompileCase]:
+    """Drafts of a smaller vocabulary, children that are certain, and both."""
+    half = torch.bfloat16
+    small, wide = ("64 nodes, 8 children", 64, 8, 8), ("128 nodes, 16 children", 128, 10, 16)
+    forms: tuple[tuple[dict[str, Any], int], ...] = (
+        ({"draft_vocab": 32000}, 80),
+        ({"certain": "nodes"}, 90),
+        ({"draft_vocab": 32000, "certain": "nodes"}, 100),
+        ({"draft_vocab": 0, "certain": "nodes"}, 90),
+    )
+    for rule in ("sequoia", "traversal"):
+        for form, tested in forms:
+            yield verification_case(half, *small, rule=rule, **form, quick=(tested,))
+        both: dict[str, Any] = {"draft_vocab": 32000, "certain": "requests", "rule": rule}
+        for dtype in (half, torch.float16, torch.float32):
+            yield verification_case(dtype, *wide, warped=True, batch_size=4, **both)
+        yield verification_case(half, "1024 nodes, 128 children", 1024, 20, 128, **both)
+        # Strides and sizes of 1, of which Triton makes constants.
+        ones: dict[str, Any] = {"vocab": 61, "draft_vocab": 1, "certain": "nodes", "rule": rule}
+        yield verification_case(half, "2 nodes, 1 child", 2, 2, 1, **ones, quick=(90,) if rule == "sequoia" else ())
+        yield verification_case(half, "11 nodes, 10 children", 11, 2, 10, **{**ones, "vocab": 1})
 
 
 # the fused forward's steps

@@ -33,6 +33,7 @@ class HostStep:
         path: what `verify` decides; overwritten by the next step.
         emitted: tokens, nodes and their number, as `commit` leaves them; overwritten by the next step.
         scored: memory of logits, and what of it takes this tree's; for whoever runs `forward`.
+        hidden_states: what of them a draft wants, by number, as `forward` leaves them. [B, N, width] float32 each.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class HostStep:
         self.emitted = emitted, self.path.nodes, num_emitted
         self.forward = target.bind(tokens, cache, state.cache_lens, layout.target_step)
         self.scored = (torch.empty(0), torch.empty(0))
+        self.hidden_states: dict[int, torch.Tensor] = {}
         self._held = state, buffers, topology, caches
         self._shape = (batch_size, num_nodes, target.vocab_size)
         numbers: dict[str, Any] = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sequoia_kernels._host as _host
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.drafts import LookupDrafting, StepTree
-from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, LookupCosts, LookupEvidence
+from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, BaseEvidence, LookupCosts, LookupEvidence
 from sequoia_kernels.tree import LookupTree, TokenTree
 
 __all__ = ["LookupSteps"]
@@ -38,7 +38,7 @@ class LookupSteps:
         for text, prompt in zip(self._texts, prompts, strict=True):
             text.append(list(prompt))
         self._proposed: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # of the step to come
-        self._seen = [0.0, 0.0]  # tokens and steps with trees of the draft
+        self._base = BaseEvidence(costs)
 
     def tree(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
         """Choose the next step's tree: `base`, or a lookup tree, whose proposals are handed over."""
@@ -54,7 +54,8 @@ class LookupSteps:
         if not isinstance(base, TokenTree) or all(reach is None for reach in reaches):
             return base
         pick = self.costs.fastest(reaches)
-        if pick is None or pick.speed <= len(reaches) * self.costs.base_speed(base, *self._seen):
+        active = [match for (match, _), request in zip(self._proposed, requests, strict=True) if request.is_active]
+        if pick is None or pick.speed <= self._base.speed(base, active):
             return base
         self.drafting.propose([path[: pick.tree.length] for _, path in self._proposed])
         self.num_proposed += 1
@@ -75,6 +76,5 @@ class LookupSteps:
             if isinstance(tree, LookupTree):
                 self.num_copied += sum(node in tree.path for node in path)
             elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
-                self._seen[0] += len(tokens)
-                self._seen[1] += 1
+                self._base.note(match, len(tokens))
         self._texts[index].append(list(tokens))

@@ -257,7 +257,7 @@ class DecodingStep:
         host = self._host_step(tree)
         wanted = self._wanted_states()
         with self.clock.stage("target"):
-            logits = None if host is None or wanted else self._score_in_place(host)
+            logits = None if host is None else self._score_in_place(host, wanted)
             if logits is None:
                 # A token that could not be drawn is -1: it is fed as token 0 and never accepted. One that the target
                 # has no embedding of is fed as the last one that it has.
@@ -278,8 +278,11 @@ class DecodingStep:
             self._decided_from = raw, logits
         return path, list(wanted.values())
 
-    def _score_in_place(self, host: HostStep) -> torch.Tensor | None:
-        """Run the target's bound forward; None where there is none, or a length leaves no room."""
+    def _score_in_place(self, host: HostStep, wanted: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        """Run the target's bound forward; None where there is none, or a length leaves no room.
+
+        `wanted` takes hidden states, as in `TreeModel.forward`.
+        """
         if host.forward is None:
             return None
         memory, logits = host.scored
@@ -289,7 +292,14 @@ class DecodingStep:
                 self._scored = torch.empty(shape.numel(), dtype=self.target.logits_dtype)
             logits = self._scored[: shape.numel()].view(shape)
             host.scored = self._scored, logits
-        return logits if host.forward.run(logits) else None
+        if wanted and not host.hidden_states:
+            sizes = (*logits.shape[:2], host.forward.width)
+            host.hidden_states = {number: torch.empty(sizes) for number in wanted}
+        if not host.forward.run(logits, host.hidden_states):
+            return None
+        dtype = self.target.dtype  # copies: the next step writes them again
+        wanted.update({number: states.to(dtype, copy=True) for number, states in host.hidden_states.items()})
+        return logits
 
     def _wanted_states(self) -> dict[int, torch.Tensor]:
         """What a forward of the target is to leave for the draft; by the number of the hidden state."""

@@ -1,6 +1,7 @@
 """Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
 
 from sequoia_kernels.drafts.clock import StageClock
+from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
 from sequoia_kernels.drafts.eagle3 import Eagle3Draft
 from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder
 from sequoia_kernels.drafts.given import draft_source
@@ -12,6 +13,7 @@ from sequoia_kernels.drafts.state import DecodingState, request_seeds
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 
 __all__ = [
+    "DFlashDraft",
     "DecodingState",
     "DraftFolder",
     "DraftLevel",
@@ -26,6 +28,7 @@ __all__ = [
     "TokenBuffers",
     "TokenPairing",
     "TreeLayout",
+    "dflash_from_model",
     "draft_from_folder",
     "draft_source",
     "each_tree",

@@ -1,4 +1,7 @@
-"""A tree grown by a native draft on the CPU: all levels in one call; see csrc/host/tree_growth.cpp."""
+"""A tree grown on the CPU, all levels in one call: by a native draft, or on rows that a draft has scored beforehand.
+
+See csrc/host/tree_growth.cpp.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.shaping import LevelShape
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.drafts.vocabulary import TokenPairing
-from sequoia_kernels.models import BoundForward, TreeCache, TreeModel
+from sequoia_kernels.models import BoundForward, TreeCache, TreeModel, bind_linear
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own
-from sequoia_kernels.ops.host_calls import address
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address
 
 __all__ = ["HostGrowth"]
 
@@ -25,11 +28,11 @@ class HostGrowth:
 
     Args:
         prepared: the C++ object.
-        bound: the forward of one of its levels, which knows where the weights lie.
+        bound: the forward of one of its levels, which knows where the weights lie; None where every level knows.
         held: what its addresses lie in.
     """
 
-    def __init__(self, prepared: Any, bound: BoundForward, held: list[Any]) -> None:
+    def __init__(self, prepared: Any, bound: BoundForward | None, held: list[Any]) -> None:
         self._prepared, self._bound, self._held = prepared, bound, held
 
     @classmethod
@@ -38,14 +41,11 @@ class HostGrowth:
         backend: str, pairing: TokenPairing | None = None,
     ) -> HostGrowth | None:  # fmt: skip
         """Prepare growing a tree; None where the draft's forwards or draws run elsewhere."""
-        kept, tokens = buffers.draft_logits, buffers.tokens
-        if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu:
+        if not _keeps_on_host(buffers, model.logits_dtype, backend):
             return None
         if (buffers.vocabulary is None) != (pairing is None):
             return None
-        if not runs_own(sample_without_replacement.__name__, backend, "cpu", "host"):
-            return None
-        batch_size = tokens.shape[0]
+        batch_size = buffers.tokens.shape[0]
         first_lens = torch.zeros_like(state.draft_lens)
         last_row = torch.ones(batch_size, dtype=torch.int64)  # of the last committed token and the root, the root's
         held: list[Any] = [state, layout, buffers, first_lens]
@@ -61,47 +61,111 @@ class HostGrowth:
             if bound is None:
                 return None
             held += bound, fed
-            levels.append(_fields(level, fed, bound.prepared))
+            levels.append(_fields(level, fed, bound.prepared) | {"before_root": index == 0})
         if bound is None:
             return None
-        numbers: dict[str, Any] = {
-            "batch_size": batch_size,
-            "num_nodes": layout.num_nodes,
-            "vocab": kept.shape[2],
-            "levels": levels,
-        }
-        tensors = {
-            "tokens": tokens,
-            "draft_logits": kept,
-            "last_tokens": state.last_tokens,
-            "root_tokens": state.root_tokens,
-            "draft_lens": state.draft_lens,
-            "first_lens": first_lens,
-            "temperature": state.temperature,
-            "seeds": state.seeds,
-            "offsets": state.offsets,
-        }
-        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         maps: tuple[Any, ...] = (None,) * 3
         if pairing is not None:
             maps = pairing.own_ids, pairing.vocabulary.draft_to_target, pairing.fed_ids
             held.extend(maps)
-        addresses |= zip(("own_ids", "target_ids", "fed_ids"), map(address, maps))
-        numbers["num_fed"] = 0 if pairing is None else len(pairing.fed_ids)
-        return cls(_host.TreeGrowth(numbers | addresses), bound, held)
+        prepared = _prepared(state, layout, buffers, levels, model.vocab_size, first_lens, maps)
+        return cls(prepared, bound, held)
+
+    @classmethod
+    def of_block(
+        cls, rows: torch.Tensor, first_slot: int, head: tuple[torch.Tensor, torch.Tensor] | None, state: DecodingState,
+        layout: TreeLayout, buffers: TokenBuffers, backend: str,
+    ) -> HostGrowth | None:  # fmt: skip
+        """Prepare growing a tree on rows that lie there already, one for each depth; None where draws run elsewhere.
+
+        Args:
+            rows: logits, which every run reads anew. [B, slots, vocab], contiguous.
+            first_slot: that of the root; a level further down takes the next one.
+            head: table [tokens, rank] and weight [vocab, rank] of a Markov head: weight times the row of a node's own
+                token is added to the row of its depth. For one request; None without one.
+            state: the batch's state.
+            layout: the tree.
+            buffers: of the tree.
+            backend: backend of the ops.
+        """
+        batch_size, _, vocab = rows.shape
+        if not _keeps_on_host(buffers, rows.dtype, backend) or (head is not None and batch_size > 1):
+            return None
+        held: list[Any] = [state, layout, buffers, rows, head]
+        levels = []
+        for depth, level in enumerate(layout.levels):
+            row = rows[:, first_slot + depth]
+            fed = torch.zeros(batch_size, level.nodes.shape[0], dtype=torch.int64)
+            fields = _fields(level, fed, None) | {"row": row.data_ptr()}
+            fields["row_stride"] = rows.stride(0) * rows.element_size()
+            if head is not None:
+                table, weight = head
+                fields["forward"], parts = bind_linear(weight, fed[0], table.shape[0], has_bias=True)
+                addresses = torch.tensor([table.data_ptr(), weight.data_ptr(), row.data_ptr()])
+                fields["weights"] = addresses.data_ptr()
+                held += fields["forward"], parts, addresses
+            held.append(fed)
+            levels.append(fields)
+        ids = None if buffers.vocabulary is None else buffers.vocabulary.draft_to_target
+        first_lens = torch.zeros_like(state.draft_lens)
+        held += first_lens, ids
+        return cls(_prepared(state, layout, buffers, levels, vocab, first_lens, (None, ids, None)), None, held)
 
     def run(self, clock: StageClock) -> bool:
         """Grow the tree; False, and the tree is of no use, where a value is out of range."""
-        grown = bool(self._prepared.run(self._bound.weights(), torch.get_num_threads()))
+        weights = 0 if self._bound is None else self._bound.weights()
+        grown = bool(self._prepared.run(weights, torch.get_num_threads()))
         if clock.enabled:
             clock.seconds["draft"] += self._prepared.forward_seconds
             clock.seconds["sample"] += self._prepared.draw_seconds
         return grown
 
 
+def _keeps_on_host(buffers: TokenBuffers, dtype: torch.dtype, backend: str) -> bool:
+    """Tell whether logits of a dtype go to these buffers as they are, and draws from them run in C++."""
+    kept = buffers.draft_logits
+    on_host = kept is not None and kept.dtype == dtype and buffers.tokens.is_cpu
+    return on_host and runs_own(sample_without_replacement.__name__, backend, "cpu", "host")
+
+
+def _prepared(
+    state: DecodingState, layout: TreeLayout, buffers: TokenBuffers, levels: list[dict[str, Any]], drafted: int,
+    first_lens: torch.Tensor, maps: tuple[torch.Tensor | None, ...],
+) -> Any:  # fmt: skip
+    """Give the C++ object. maps: the draft's ids of the tokens in common, the target's, what the draft is fed."""
+    kept = buffers.draft_logits
+    assert kept is not None  # whoever keeps rows on the host has them
+    tensors = {
+        "tokens": buffers.tokens,
+        "draft_logits": kept,
+        "last_tokens": state.last_tokens,
+        "root_tokens": state.root_tokens,
+        "draft_lens": state.draft_lens,
+        "first_lens": first_lens,
+        "temperature": state.temperature,
+        "seeds": state.seeds,
+        "offsets": state.offsets,
+        **dict(zip(("own_ids", "target_ids", "fed_ids"), maps, strict=True)),
+    }
+    numbers = {
+        "batch_size": buffers.tokens.shape[0],
+        "num_nodes": layout.num_nodes,
+        "vocab": kept.shape[2],
+        "levels": levels,
+        "num_fed": 0 if maps[2] is None else len(maps[2]),
+        "drafted": drafted,
+        "logits_type": ELEMENT_TYPES[kept.dtype],
+    }
+    return _host.TreeGrowth(numbers | {name: address(tensor) for name, tensor in tensors.items()})
+
+
 def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any]:
     return {
         "forward": forward,
+        "weights": 0,
+        "row": 0,
+        "row_stride": 0,
+        "before_root": False,
         "fed": fed.data_ptr(),
         "nodes": level.nodes.data_ptr(),
         "width": level.nodes.shape[0],

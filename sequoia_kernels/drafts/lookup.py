@@ -79,6 +79,11 @@ class LookupDraft(DraftSource):
         return None if self.base is None else self.base.positions
 
     @property
+    def max_levels(self) -> int | None:  # type: ignore[override]
+        """The base's; paths that are proposed may be longer."""
+        return None if self.base is None else self.base.max_levels
+
+    @property
     def models(self) -> tuple[TreeModel, ...]:  # type: ignore[override]
         """The base's."""
         return () if self.base is None else self.base.models
@@ -247,7 +252,9 @@ class LookupDrafting(Drafting):
             logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
             at_place = places.clamp(0, vocab - 1)[:, :, None]
             left = torch.where(known[:, :, None], -torch.inf, logits.gather(2, at_place))
-            logits = logits.scatter(2, at_place, left)
+            others = logits.scatter(2, at_place, left)
+            # A row of nothing else is left as it was: a repeat is passed over.
+            logits = torch.where(others.isneginf().all(-1, keepdim=True), logits, others)
             parents = torch.cat((path.new_zeros(1), path[:-1]))
             buffers.draft_logits[:, :, :vocab].index_copy_(1, parents, logits)
             drawn = sample_without_replacement(
@@ -268,6 +275,10 @@ class LookupDrafting(Drafting):
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object] | None:
         """Give the base's."""
         return None if self.base is None else self.base.level_call(step, context_len)
+
+    def step_call(self, context_len: int) -> Callable[[], object] | None:
+        """Give the base's."""
+        return None if self.base is None else self.base.step_call(context_len)
 
     def restart(self) -> None:
         """Forget the batch before."""

@@ -3,6 +3,7 @@
 from sequoia_kernels.models.adapter import TreeModel, adapt
 from sequoia_kernels.models.attention import TreeAttention
 from sequoia_kernels.models.cache import LayerSpec, StepContext, TreeCache, TreeCacheLayer
+from sequoia_kernels.models.few_rows_linear import FewRowsLinear, bind_linear
 from sequoia_kernels.models.forward_state import described_once, foreign_code_ran
 from sequoia_kernels.models.loading import check_pair, check_sizes, load_model
 from sequoia_kernels.models.native import BoundForward
@@ -11,7 +12,8 @@ from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 
 __all__ = [
-    "BoundForward", "LayerSpec", "StepContext", "TreeAttention", "TreeCache", "TreeCacheLayer", "TreeModel", "TreeStep",
-    "adapt", "causal_step", "check_pair", "check_sizes", "described_once", "foreign_code_ran", "load_model",
+    "BoundForward", "FewRowsLinear", "LayerSpec", "StepContext", "TreeAttention", "TreeCache", "TreeCacheLayer",
+    "TreeModel", "TreeStep", "adapt", "bind_linear", "causal_step", "check_pair", "check_sizes", "described_once",
+    "foreign_code_ran", "load_model",
     "pack_linear_layers", "prefill", "unpack_linear_layers",
 ]  # fmt: skip

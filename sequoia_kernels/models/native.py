@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import environ
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -18,6 +18,7 @@ from sequoia_kernels.models.forward_state import num_foreign
 from sequoia_kernels.models.quantised import ELEMENT_TYPES as _ELEMENT_TYPES
 from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.tree_step import ForwardInputs
+from sequoia_kernels.ops.host_calls import address
 
 __all__ = ["INSTRUCTION_SET_VARIABLE", "BoundForward", "NativeForward"]
 
@@ -32,6 +33,7 @@ class NativeForward:
         name: "native".
         instruction_set: which of the CPU's it uses.
         weight_forms: of its linear layers, such as "int8, bfloat16".
+        num_layers: attention layers.
 
     Raises:
         NotNativeError: the model cannot be described; the message says why.
@@ -49,7 +51,7 @@ class NativeForward:
         self._leased: Callable[[], _Lease | None] = lambda: None
         self._rotations = described.rotations
         self._caches: WeakKeyDictionary[TreeCache, torch.Tensor] = WeakKeyDictionary()
-        self._width, self._num_layers = described.fields["width"], len(calls)
+        self._width, self.num_layers = described.fields["width"], len(calls)
         self._vocab_size = described.vocab_size
         self._dtype, self._logits_dtype = model.dtype, logits_dtype
         self._forward = _host.Forward(described.fields, environ.get(INSTRUCTION_SET_VARIABLE, ""))
@@ -65,7 +67,7 @@ class NativeForward:
         logits = torch.empty(batch_size, rows, self._vocab_size, dtype=self._logits_dtype, device="cpu")
         hidden, kept = None, {}
         if hidden_states:
-            numbers = range(self._num_layers + 1)
+            numbers = range(self.num_layers + 1)
             shape = (batch_size, num_nodes, self._width)
             kept = {number: torch.empty(shape, dtype=torch.float32, device="cpu") for number in hidden_states}
             hidden = _addresses([kept[number].data_ptr() if number in kept else 0 for number in numbers])
@@ -115,7 +117,7 @@ class NativeForward:
         self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None
     ) -> tuple[dict[str, int], list[Any]]:
         """Give a call but for its weights and outputs, and what must live as long as it is used."""
-        inputs.check_for_kernels(self._num_layers)
+        inputs.check_for_kernels(self.num_layers)
         input_ids, cache_lens, step, last_row, _ = inputs
         batch_size, num_nodes = input_ids.shape
         cache_rows = cache.max_cache_len
@@ -187,12 +189,13 @@ class BoundForward:
     Attributes:
         prepared: the same for what is written in C++.
         shape: of the logits.
+        width: of hidden states.
     """
 
     def __init__(
         self, native: NativeForward, prepared: Any, shape: torch.Size, held: Any, check: Callable[[], None]
     ) -> None:
-        self.prepared, self.shape = prepared, shape
+        self.prepared, self.shape, self.width = prepared, shape, native._width
         self._own, self._held, self._check = native, held, check
         self._look()
 
@@ -211,11 +214,13 @@ class BoundForward:
             self._look()
         return self._lease.address
 
-    def run(self, logits: torch.Tensor) -> bool:
+    def run(self, logits: torch.Tensor, hidden_states: Mapping[int, torch.Tensor] | None = None) -> bool:
         """Run one forward.
 
         Args:
             logits: takes the logits. Contiguous, of `shape` and the model's `logits_dtype`.
+            hidden_states: take the hidden states of their numbers, of all rows; see `TreeModel.forward`. [B, N, width]
+                float32 each, contiguous.
 
         Returns:
             False, and nothing is written, where a length leaves no room in the cache.
@@ -223,7 +228,11 @@ class BoundForward:
         Raises:
             ValueError: as in `weights`.
         """
-        return bool(self.prepared.run(self.weights(), logits.data_ptr(), torch.get_num_threads()))
+        threads = torch.get_num_threads()
+        if not hidden_states:
+            return bool(self.prepared.run(self.weights(), logits.data_ptr(), threads))
+        hidden = _addresses([address(hidden_states.get(number)) for number in range(self._own.num_layers + 1)])
+        return bool(self.prepared.run(self.weights(), logits.data_ptr(), threads, hidden.data_ptr()))
 
 
 class _Lease:

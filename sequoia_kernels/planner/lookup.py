@@ -23,7 +23,7 @@ from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
 from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, LookupTree, TokenTree
 
 __all__ = [
-    "LEAST_MATCH", "MOST_MATCH", "LookupCosts", "LookupEvidence", "LookupPick", "lookup_trees",
+    "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "lookup_trees",
     "lookup_value",
 ]  # fmt: skip
 
@@ -33,6 +33,8 @@ BIN_STARTS = (0, 3, 4, 6, 9, 14, 20)
 PRIOR_CHANCES = (0.3, 0.45, 0.55, 0.65, 0.75, 0.8, 0.85)
 PRIOR_WEIGHT = 4.0
 BASE_WEIGHT = 8.0  # steps that the expected tokens of the draft's own tree count as
+AGREED_WEIGHT = 2.0  # and what it accepts of all texts, for those where as much agrees
+DOUBT = 0.5  # by which a lookup tree must be faster than a draft that was never tried where as much agrees
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _BIN_OF = [bisect_right(BIN_STARTS, agreed) - 1 for agreed in range(MOST_MATCH + LENGTHS[-1] + 1)]
 _BIN_WIDTHS = [_BIN_OF.count(index) for index in range(len(BIN_STARTS))]
@@ -202,9 +204,43 @@ class LookupCosts:
         base_tokens.setdefault(single, 1.0)
         return cls(trees, step_ms, base_ms, base_tokens, TYPICAL_ACCEPTANCE[0])
 
-    def base_speed(self, tree: TokenTree, seen_tokens: float, seen_steps: float) -> float:
-        """Give the tokens a millisecond of a tree of the draft, from what is expected and what was seen."""
+
+class BaseEvidence:
+    """What the draft's own trees have been worth, by how much of the text agreed with an earlier place.
+
+    Where a text repeats it is easy for the draft, too: what lookup competes with there is more than the average.
+    """
+
+    def __init__(self, costs: LookupCosts) -> None:
+        self.costs = costs
+        self.tokens, self.steps = 0.0, 0.0
+        self._agreed = [[0.0, 0.0] for _ in range(len(BIN_STARTS) + 1)]  # tokens and steps, first without agreement
+
+    def note(self, match: int, num_tokens: int) -> None:
+        """Take in a step with one of the draft's trees, for a request of which so many tokens agreed; 0 for none."""
+        self.tokens += num_tokens
+        self.steps += 1
+        entry = self._agreed[_bin_of(match)]
+        entry[0] += num_tokens
+        entry[1] += 1
+
+    def speed(self, tree: TokenTree, matches: Sequence[int]) -> float:
+        """Give the tokens a millisecond that a lookup tree must promise to be taken, of all requests together.
+
+        Args:
+            tree: the draft's tree.
+            matches: of each request, how many tokens agree.
+        """
         if tree.num_nodes == 1:
-            return 1.0 / self.base_ms[tree]
-        tokens = (self.base_tokens[tree] * BASE_WEIGHT + seen_tokens) / (BASE_WEIGHT + seen_steps)
-        return tokens / self.base_ms[tree]
+            return len(matches) / self.costs.base_ms[tree]
+        usual = (self.costs.base_tokens[tree] * BASE_WEIGHT + self.tokens) / (BASE_WEIGHT + self.steps)
+        wanted = 0.0
+        for match in matches:
+            tokens, steps = self._agreed[_bin_of(match)]
+            own = (usual * AGREED_WEIGHT + tokens) / (AGREED_WEIGHT + steps)
+            wanted += own * (1.0 + (DOUBT / (1.0 + steps / AGREED_WEIGHT) if match else 0.0))
+        return wanted / self.costs.base_ms[tree]
+
+
+def _bin_of(match: int) -> int:
+    return 0 if match == 0 else 1 + _BIN_OF[match]

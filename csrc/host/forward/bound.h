@@ -26,9 +26,9 @@ class BoundForward {
         : runner_(runner), call_(call), fed_(static_cast<std::size_t>(call.num_rows())) {}
 
     // Scores the tokens that lie where the call says. One that could not be drawn is -1: it is fed as token 0; one that
-    // the model has no embedding of as the last that it has. Returns false, and has written nothing, where a length
-    // leaves no room in the cache.
-    bool run(const std::uintptr_t* tensors, void* logits, int num_threads) {
+    // the model has no embedding of as the last that it has. Hidden states are left as a call's, if asked for. Returns
+    // false, and has written nothing, where a length leaves no room in the cache.
+    bool run(const std::uintptr_t* tensors, void* logits, int num_threads, float* const* hidden = nullptr) {
         Call call = call_;
         const std::int64_t last = runner_.num_embeddings() - 1;
         for (std::size_t i = 0; i < fed_.size(); ++i) {
@@ -38,6 +38,7 @@ class BoundForward {
         call.tokens = fed_.data();
         call.tensors = tensors;
         call.logits = logits;
+        call.hidden = hidden;
         if (!runner_.accepts(call)) return false;
         runner_.run(call, num_threads);
         return true;

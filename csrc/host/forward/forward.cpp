@@ -349,7 +349,7 @@ Model model_of(const py::dict& source) {
     for (const py::handle layer : source["layers"]) {
         model.layers.push_back(layer_of(py::reinterpret_borrow<py::dict>(layer)));
     }
-    require(model.width > 0 && !model.layers.empty(), "a model must have a width and layers");
+    require(model.width > 0, "a model must have a width");  // without layers it is a linear layer on an embedding
     require(model.embedding.given() && model.embedding.columns == model.width, "embedding must be as wide as the stream");
     require(!model.positions.given() || model.positions.columns == model.width,
             "positions must be as wide as the stream");
@@ -719,10 +719,12 @@ void run_forward(Forward& forward, const py::dict& source, std::uintptr_t tensor
     if (!refusal.empty()) throw py::index_error("forward: " + refusal);
 }
 
-bool run_bound(BoundForward& bound, std::uintptr_t tensors, std::uintptr_t logits, int num_threads) {
+bool run_bound(BoundForward& bound, std::uintptr_t tensors, std::uintptr_t logits, int num_threads,
+               std::uintptr_t hidden) {
     check_num_threads(num_threads);
     const py::gil_scoped_release release;
-    return bound.run(at<std::uintptr_t>(tensors), reinterpret_cast<void*>(logits), num_threads);
+    return bound.run(at<std::uintptr_t>(tensors), reinterpret_cast<void*>(logits), num_threads,
+                     reinterpret_cast<float* const*>(hidden));
 }
 
 }  // namespace
@@ -742,6 +744,7 @@ void bind_forward(py::module_& module) {
                  return std::make_unique<BoundForward>(forward, sequoia::forward::call_of(call));
              }), py::arg("forward"), py::arg("call"), py::keep_alive<1, 2>())
         .def("run", &sequoia::forward::run_bound, py::arg("tensors"), py::arg("logits"), py::arg("num_threads"),
+             py::arg("hidden") = 0,
              "Score what lies there now. False, and nothing is written, if a length is out of range.");
     module.def("forward_instruction_sets", [] {
         std::vector<std::string> names;

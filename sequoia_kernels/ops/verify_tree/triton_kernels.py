@@ -55,7 +55,10 @@ def _test_child(
     scale,
     seed,
     offset,
+    certain_ptr,  # of the request, read if HAS_CERTAIN
+    stride_certain_node,
     FIRST: tl.constexpr,
+    HAS_CERTAIN: tl.constexpr,
 ):
     """Test one child: return (what is known of the node then, whether it is a draw, the ratio after a rejection)."""
     is_tested = children == rank
@@ -81,6 +84,11 @@ def _test_child(
 
     tested_residual = tl.sum(tl.where(is_tested, residual, 0.0), 0) / residual_mass
     tested_draft = tl.sum(tl.where(is_tested, draft, 0.0), 0) / draft_mass
+    if HAS_CERTAIN:
+        is_certain = tl.load(certain_ptr + (first_child + rank).to(tl.int64) * stride_certain_node)
+        tested_draft = tl.where(
+            is_certain, triton_nodes.certain_draw(is_tested, child_target, child_draft), tested_draft
+        )
     is_draw = tested_draft > 0.0
     is_accepted = is_draw & (coin * tested_draft < tested_residual)
     if FIRST:
@@ -90,6 +98,8 @@ def _test_child(
         added = tl.log2(residual_mass) + (reference - base) * scale - tl.log2(draft_mass)
         higher = tl.maximum(log_ratio, added)
         rejected_ratio = higher + tl.log2(tl.exp2(log_ratio - higher) + tl.exp2(added - higher))
+    if HAS_CERTAIN:
+        rejected_ratio = tl.where(is_certain, log_ratio, rejected_ratio)
     decision = tl.where(rank + 1 == num_children, NONE_ACCEPTED, PENDING)
     decision = tl.where(is_exhausted, TARGET_LEFT, decision)
     decision = tl.where(is_accepted, first_child + rank, decision)
@@ -112,9 +122,11 @@ def node_chunks_kernel(
     # inputs
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16; rows of leaves are not read
+    draft_logits_ptr,  # [batch, num_nodes, vocab, or draft_vocab if HAS_MAP] fp32, bf16, fp16; not of leaves
+    target_to_draft_ptr,  # [vocab] int32 contiguous, read if HAS_MAP
     first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
     num_children_ptr,  # likewise
+    certain_ptr,  # [batch, num_nodes] bool, read if HAS_CERTAIN
     temperature_ptr,  # [batch] fp32
     # outputs, all contiguous
     target_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32
@@ -130,6 +142,7 @@ def node_chunks_kernel(
     next_ranks_ptr,  # [2, batch, num_nodes] int32
     # sizes
     vocab,
+    draft_vocab,  # read if HAS_MAP
     num_nodes,
     num_chunks,
     # strides, in elements; rows of logits are contiguous
@@ -140,8 +153,13 @@ def node_chunks_kernel(
     stride_draft_batch,
     stride_draft_node,
     stride_temperature_batch,
+    stride_certain_batch,
+    stride_certain_node,
     # flags
     WARPED: tl.constexpr,
+    HAS_DRAFT: tl.constexpr,  # else no row of the draft is read, and no child was drawn
+    HAS_MAP: tl.constexpr,
+    HAS_CERTAIN: tl.constexpr,
     # blocks
     BLOCK_CHILDREN: tl.constexpr,  # >= children of any node
     CHUNK: tl.constexpr,
@@ -182,20 +200,39 @@ def node_chunks_kernel(
         child_tokens_ptr = tokens_ptr + batch * stride_tokens_batch + first_child
         tokens = triton_nodes.child_tokens(child_tokens_ptr, children, is_child, vocab)
         draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node
-        draft_logits = tl.load(draft_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        draft_logits = triton_nodes.draft_at(
+            draft_row_ptr, target_to_draft_ptr, ids, ids < vocab, draft_vocab, HAS_DRAFT, HAS_MAP
+        )
         is_outside = triton_nodes.is_outside(ids, first_id, tokens, CHUNK)
         peak, mass = triton_warping.peak_and_mass(tl.where(is_outside, draft_logits, float("-inf")), scale)
+        if not HAS_DRAFT:
+            peak = tl.full([], 0.0, tl.float32)  # of no mass, and a logit that others can be relative to
         tl.store(draft_peaks_ptr + record, peak)
         tl.store(draft_masses_ptr + record, mass)
         if chunk == 0:
             is_token = tokens >= 0
-            for rank in range(num_children - 1):  # a repeat of an earlier sibling cannot have been drawn
-                earlier = tl.max(tl.where(children == rank, tokens, -1), 0)
-                is_token = is_token & ((tokens != earlier) | (children <= rank))
+            if HAS_CERTAIN:
+                # Of siblings with the same token, the first that can be a draw has it; the first where none can be.
+                logits = triton_nodes.draft_at(
+                    draft_row_ptr, target_to_draft_ptr, tokens, is_token, draft_vocab, HAS_DRAFT, HAS_MAP
+                )
+                certain_ptr += batch * stride_certain_batch + first_child.to(tl.int64) * stride_certain_node
+                is_certain = tl.load(certain_ptr + children.to(tl.int64) * stride_certain_node, mask=is_child, other=0)
+                order = children + tl.where((logits > float("-inf")) | (is_certain != 0), 0, BLOCK_CHILDREN)
+                for rank in range(num_children):
+                    is_same = tokens == tl.max(tl.where(children == rank, tokens, -1), 0)
+                    first = tl.min(tl.where(is_same, order, 2 * BLOCK_CHILDREN), 0)
+                    is_token = is_token & ((is_same == 0) | (order == first))
+            else:
+                for rank in range(num_children - 1):  # a repeat of an earlier sibling cannot have been drawn
+                    earlier = tl.max(tl.where(children == rank, tokens, -1), 0)
+                    is_token = is_token & ((tokens != earlier) | (children <= rank))
             child_nodes = batch * num_nodes + first_child + children
             logits = tl.load(target_row_ptr + tokens, mask=is_token, other=float("-inf")).to(tl.float32)
             tl.store(child_target_ptr + child_nodes, logits, mask=is_child)
-            logits = tl.load(draft_row_ptr + tokens, mask=is_token, other=float("-inf")).to(tl.float32)
+            logits = triton_nodes.draft_at(
+                draft_row_ptr, target_to_draft_ptr, tokens, is_token, draft_vocab, HAS_DRAFT, HAS_MAP
+            )
             tl.store(child_draft_ptr + child_nodes, logits, mask=is_child)
             tl.store(is_drawn_ptr + child_nodes, tl.zeros([BLOCK_CHILDREN], tl.int32), mask=is_child)
 
@@ -265,9 +302,11 @@ def decide_kernel(
     # inputs
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
+    draft_logits_ptr,  # [batch, num_nodes, vocab, or draft_vocab if HAS_MAP] fp32, bf16, fp16
+    target_to_draft_ptr,  # [vocab] int32 contiguous, read if HAS_MAP
     first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
     num_children_ptr,  # likewise
+    certain_ptr,  # [batch, num_nodes] bool, read if HAS_CERTAIN
     temperature_ptr,  # [batch] fp32
     seeds_ptr,  # [batch] int64
     offsets_ptr,  # [batch] int64
@@ -289,6 +328,7 @@ def decide_kernel(
     last_ratio_ptr,  # [batch, num_nodes] fp32
     # sizes
     vocab,
+    draft_vocab,  # read if HAS_MAP
     num_nodes,
     num_chunks,
     rank,
@@ -302,8 +342,13 @@ def decide_kernel(
     stride_temperature_batch,
     stride_seeds_batch,
     stride_offsets_batch,
+    stride_certain_batch,
+    stride_certain_node,
     # flags
     WARPED: tl.constexpr,
+    HAS_DRAFT: tl.constexpr,  # else no row of the draft is read, and no child was drawn
+    HAS_MAP: tl.constexpr,
+    HAS_CERTAIN: tl.constexpr,
     FIRST: tl.constexpr,  # rank is 0
     REST: tl.constexpr,  # also all ranks behind it, one program a node
     # blocks
@@ -316,6 +361,8 @@ def decide_kernel(
     batch = tl.program_id(2).to(tl.int64)
     first_child_ptr += batch * stride_topology
     num_children_ptr += batch * stride_topology
+    if HAS_CERTAIN:
+        certain_ptr += batch * stride_certain_batch
     node = _node_of_slot(num_children_ptr, num_nodes, rank, tl.program_id(1), BLOCK_NODES)
     if node < 0:
         return
@@ -377,7 +424,7 @@ def decide_kernel(
     decision, is_draw, log_ratio = _test_child(
         rank, children, num_children, first_child, child_target, child_draft, is_drawn, outside_residual,
         outside_target, outside_peak, outside_mass, target_peak, target_mass, cut, log_ratio, scale, seed, offset,
-        FIRST,
+        certain_ptr, stride_certain_node, FIRST, HAS_CERTAIN,
     )  # fmt: skip
     if REST:
         is_drawn = tl.where(children == rank, is_draw, is_drawn)
@@ -386,8 +433,8 @@ def decide_kernel(
             outside_target = 0.0
             for first_id in range(0, vocab, CHUNK):
                 residual_sum, target_sum = triton_nodes.residual_sums(
-                    target_row_ptr, draft_row_ptr, first_id, vocab, tokens, target_peak, target_mass, cut, reference,
-                    log_ratio, scale, CHUNK,
+                    target_row_ptr, draft_row_ptr, target_to_draft_ptr, first_id, vocab, draft_vocab, tokens,
+                    target_peak, target_mass, cut, reference, log_ratio, scale, HAS_DRAFT, HAS_MAP, CHUNK,
                 )  # fmt: skip
                 outside_residual += residual_sum
                 outside_target += target_sum
@@ -395,7 +442,7 @@ def decide_kernel(
             decision, is_draw, log_ratio = _test_child(
                 rank, children, num_children, first_child, child_target, child_draft, is_drawn, outside_residual,
                 outside_target, outside_peak, outside_mass, target_peak, target_mass, cut, log_ratio, scale, seed,
-                offset, False,
+                offset, certain_ptr, stride_certain_node, False, HAS_CERTAIN,
             )  # fmt: skip
             is_drawn = tl.where(children == rank, is_draw, is_drawn)
         tl.store(is_drawn_ptr + child_nodes, is_drawn, mask=is_child)
@@ -412,8 +459,8 @@ def decide_kernel(
                 tl.store(decisions_ptr + request_node, decision)
         if decision == PENDING:
             residual_sum, target_sum = triton_nodes.residual_sums(
-                target_row_ptr, draft_row_ptr, chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut, reference,
-                log_ratio, scale, CHUNK,
+                target_row_ptr, draft_row_ptr, target_to_draft_ptr, chunk * CHUNK, vocab, draft_vocab, tokens,
+                target_peak, target_mass, cut, reference, log_ratio, scale, HAS_DRAFT, HAS_MAP, CHUNK,
             )  # fmt: skip
             sum_ptr = sums_ptr + ((new_half + request_node) * num_chunks + chunk) * 2
             tl.store(sum_ptr, residual_sum)
@@ -425,7 +472,8 @@ def draw_kernel(
     # inputs
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16; rows of leaves are not read
+    draft_logits_ptr,  # [batch, num_nodes, vocab, or draft_vocab if HAS_MAP] fp32, bf16, fp16; not of leaves
+    target_to_draft_ptr,  # [vocab] int32 contiguous, read if HAS_MAP
     first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
     num_children_ptr,  # likewise
     temperature_ptr,  # [batch] fp32
@@ -447,6 +495,7 @@ def draw_kernel(
     key_tokens_ptr,  # [batch, 3, num_chunks] int32 contiguous
     # sizes
     vocab,
+    draft_vocab,  # read if HAS_MAP
     num_nodes,
     num_levels,
     num_chunks,
@@ -465,6 +514,8 @@ def draw_kernel(
     stride_num_accepted_batch,
     # flags
     WARPED: tl.constexpr,
+    HAS_DRAFT: tl.constexpr,  # else no row of the draft is read, and no child was drawn
+    HAS_MAP: tl.constexpr,
     # blocks
     BLOCK_LEVELS: tl.constexpr,  # >= num_levels
     BLOCK_CHILDREN: tl.constexpr,  # >= children of any node
@@ -536,7 +587,9 @@ def draw_kernel(
                 draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
             )
             draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node
-            draft_logits = tl.load(draft_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+            draft_logits = triton_nodes.draft_at(
+                draft_row_ptr, target_to_draft_ptr, ids, ids < vocab, draft_vocab, HAS_DRAFT, HAS_MAP
+            )
             undrawn = tl.where(triton_nodes.is_outside(ids, first_id, tokens, CHUNK), target, 0.0)
             if decision == TARGET_LEFT:
                 undrawn = tl.zeros_like(target)

@@ -11,6 +11,14 @@ Computes
     node; the children still left are added one by one. Likewise D is the mass outside the children, taken once, plus
     the children left: no difference of nearly equal sums occurs, and g and D are kept as logarithms, so that a draft
     whose first token holds all mass that float32 can see is no special case.
+    A certain child x is proposed with all mass: it is accepted where its coin is below its residual. A rejection leaves
+    max(residual - [is x], 0), which is the residual without x: x joins S, g stays, f = F(g) without it and D without
+    d(x) follow. So what a child is says only whether g moves. Without a draft, d is 0 and all children that were not
+    certain are no draws.
+    A draft of a smaller vocabulary has d(x) at the place of x in its row, and 0 where it has none: wherever a row is
+    read, `target_to_draft` is read first.
+    A token that several children have is one child's: of the first that can be a draw, since it is certain or the draft
+    has a logit for it. The others are passed over.
 
 Parallel plan: what one program owns
     1. `node_chunks_kernel`, a program for each node with children, chunk of the vocabulary and request: peak and mass
@@ -34,7 +42,10 @@ Parallel plan: what one program owns
 Memory: bytes read and written
     Target and draft rows of nodes with children once from memory, and once more from L2 for each rejection after which
     there is another child; leaves' rows are not read, but for the one that a path ends in (all target rows with top-k
-    or top-p). Writes 24 bytes a chunk and node, nothing of vocabulary size. Floor (both tensors once, bf16, 4.3 TB/s):
+    or top-p). Writes 24 bytes a chunk and node, nothing of vocabulary size. With a map, each read of a draft row is one
+    of 4 bytes a token of the target's vocabulary (the same for all nodes, so from L2: 513 kB of 128256 tokens) and a
+    gather of the row, whose neighbours are read together where the map rises; certain children take a byte each.
+    Without a draft no row of it is read. Floor (both tensors once, bf16, 4.3 TB/s):
     64 x 128256 7.6 us, 128 x 128256 15.3 us.
     Estimate for a tree of 64 nodes, 30 of them with children, 8 at most: 16 MB of first reads 5 us, the first
     rejections 4 us, six further ranks at about 2 us, the draw 3.5 us, the end 2 us: 27 to 30 us in a CUDA graph, of
@@ -159,14 +170,12 @@ def supports(inputs: VerifyTreeInputs) -> str | None:
         return "takes float32, bfloat16 and float16"
     if inputs.tokens.shape[0] > 65535:
         return "takes up to 65535 requests"
-    if inputs.target_to_draft is not None or inputs.certain is not None:
-        return "takes drafts of the target's vocabulary, whose children were drawn"
     return rule_reason(inputs, ("sequoia", "traversal")) or triton_device.device_reason(inputs.tokens.device)
 
 
 def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | None = None) -> None:
     """Write the outputs. ``config`` overrules the launch configuration, for tests and tuning."""
-    tokens, target_logits, draft_logits = inputs[:3]
+    tokens, target_logits = inputs[:2]
     num_levels, max_branching, temperature, seeds, offsets, top_k, top_p, rule = inputs[5:13]
     nodes, num_accepted, next_token = outputs
     batch_size, num_nodes, vocab = target_logits.shape
@@ -174,8 +183,10 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
         top_k = top_p = None  # they leave a single token; find_cut takes two and more
     if config is None:
         config = _launch_config(batch_size, num_nodes, vocab, triton_device.device_traits(tokens.device))
-    if draft_logits is None:
-        draft_logits = target_logits  # of one node, a leaf: not read
+    if max_branching == 0:  # only a root, behind which nothing was drafted: one variant of the kernels for all forms
+        inputs = inputs._replace(draft_logits=target_logits, target_to_draft=None, certain=None)
+    draft = _draft_form(inputs)
+    draft_logits = target_logits if inputs.draft_logits is None else inputs.draft_logits  # not read in place of None
     first_child, num_children = inputs.first_child.contiguous(), inputs.num_children.contiguous()
     inputs = inputs._replace(draft_logits=draft_logits, first_child=first_child, num_children=num_children)
 
@@ -211,12 +222,15 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
     }
     with triton_device.launching_on(tokens.device):
         node_chunks_kernel[(num_chunks, num_nodes, batch_size)](
-            tokens, target_logits, draft_logits, first_child, num_children, temperature,
+            tokens, target_logits, draft_logits, draft.target_to_draft, first_child, num_children, draft.certain,
+            temperature,
             target_peaks, target_masses, target_lowest, draft_peaks, draft_masses, best_tokens,
             child_target, child_draft, is_drawn, decisions, next_ranks,
-            vocab, num_nodes, num_chunks,
-            *row_strides,
+            vocab, draft.vocab, num_nodes, num_chunks,
+            *row_strides, *draft.certain_strides,
             WARPED=is_warped,
+            HAS_CERTAIN=draft.certain is not None,
+            **draft.row_flags,
             BLOCK_CHILDREN=blocks["BLOCK_CHILDREN"],
             CHUNK=config.chunk,
             num_warps=config.chunk_warps,
@@ -239,16 +253,18 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
             )  # fmt: skip
         if max_branching > 0:  # else there is only the root
             decide = _traverse if rule == "traversal" else _decide_nodes
-            decide(inputs, config, buffers, row_strides, blocks, is_warped)
+            decide(inputs, config, draft, buffers, row_strides, blocks, is_warped)
         draw_kernel[(num_chunks, batch_size)](
-            tokens, target_logits, draft_logits, first_child, num_children, temperature, seeds, offsets,
+            tokens, target_logits, draft_logits, draft.target_to_draft, first_child, num_children, temperature,
+            seeds, offsets,
             target_peaks, target_masses, warped, draft_peaks, draft_masses, child_draft, is_drawn, decisions,
             last_ratio,
             nodes, num_accepted, keys, key_tokens,
-            vocab, num_nodes, num_levels, num_chunks,
+            vocab, draft.vocab, num_nodes, num_levels, num_chunks,
             *row_strides, _stride(seeds), _stride(offsets),
             _stride(nodes), _stride(nodes, 1), _stride(num_accepted),
             WARPED=is_warped,
+            **draft.row_flags,
             BLOCK_LEVELS=triton.next_power_of_2(num_levels),
             CHUNK=config.chunk,
             **blocks,
@@ -265,6 +281,37 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
             num_warps=1,
             enable_fp_fusion=True,
         )  # fmt: skip
+
+
+class _DraftForm(NamedTuple):
+    """How a call's children were proposed, as the kernels take it.
+
+    Tensors and numbers that a call does not have are None: Triton compiles a kernel without such an argument.
+    """
+
+    row_flags: dict[str, bool]
+    """how a row of the draft is read"""
+    target_to_draft: Tensor | None
+    vocab: int | None
+    """width of the draft's rows, if they have a map"""
+    certain: Tensor | None
+    certain_strides: tuple[int | None, int | None]
+    """from request to request and from node to node"""
+
+
+def _draft_form(inputs: VerifyTreeInputs) -> _DraftForm:
+    draft_logits, target_to_draft, certain = inputs.draft_logits, inputs.target_to_draft, inputs.certain
+    draft_vocab: int | None = None
+    if draft_logits is None:
+        target_to_draft = None
+    elif target_to_draft is not None:
+        target_to_draft, draft_vocab = target_to_draft.contiguous(), draft_logits.shape[2]
+    certain_strides: tuple[int | None, int | None] = (None, None)
+    if certain is not None:
+        certain = certain.expand(inputs.tokens.shape)
+        certain_strides = (_stride(certain), _stride(certain, 1))
+    flags = {"HAS_DRAFT": draft_logits is not None, "HAS_MAP": target_to_draft is not None}
+    return _DraftForm(flags, target_to_draft, draft_vocab, certain, certain_strides)
 
 
 class _NodeBuffers(NamedTuple):
@@ -287,6 +334,7 @@ class _NodeBuffers(NamedTuple):
 def _decide_nodes(
     inputs: VerifyTreeInputs,
     config: LaunchConfig,
+    draft: _DraftForm,
     buffers: _NodeBuffers,
     row_strides: tuple[int, ...],
     blocks: dict[str, int],
@@ -300,12 +348,15 @@ def _decide_nodes(
     for rank in range(min(inputs.max_branching, config.rank_launches + 1)):
         is_rest = rank == config.rank_launches
         decide_kernel[(1 if is_rest else num_chunks, (num_nodes - 1) // (rank + 1), batch_size)](
-            *inputs[:5], inputs.temperature, inputs.seeds, inputs.offsets,
+            *inputs[:3], draft.target_to_draft, *inputs[3:5], draft.certain,
+            inputs.temperature, inputs.seeds, inputs.offsets,
             *buffers[:9], buffers.next_ranks, log_ratio, sums,
             buffers.decisions, buffers.last_ratio,
-            vocab, num_nodes, num_chunks, rank,
-            *row_strides, _stride(inputs.seeds), _stride(inputs.offsets),
+            vocab, draft.vocab, num_nodes, num_chunks, rank,
+            *row_strides, _stride(inputs.seeds), _stride(inputs.offsets), *draft.certain_strides,
             WARPED=is_warped,
+            HAS_CERTAIN=draft.certain is not None,
+            **draft.row_flags,
             FIRST=rank == 0,
             REST=is_rest,
             BLOCK_NODES=triton.next_power_of_2(num_nodes),
@@ -320,6 +371,7 @@ def _decide_nodes(
 def _traverse(
     inputs: VerifyTreeInputs,
     config: LaunchConfig,
+    draft: _DraftForm,
     buffers: _NodeBuffers,
     row_strides: tuple[int, ...],
     blocks: dict[str, int],
@@ -354,11 +406,14 @@ def _traverse(
     for wave, num_children in enumerate(launches):
         is_rest = num_children == _REST
         try_children_kernel[(1, 1, batch_size) if is_rest else (num_chunks, num_children, batch_size)](
-            *inputs[:3], *topology, inputs.temperature, inputs.seeds, inputs.offsets,
+            *inputs[:3], draft.target_to_draft, *topology, draft.certain,
+            inputs.temperature, inputs.seeds, inputs.offsets,
             parents, waves, numbers, buffers.child_target, buffers.child_draft,
             buffers.is_drawn, chances, states, sums,
-            vocab, num_nodes, num_chunks, wave,
-            *row_strides, *stream_strides,
+            vocab, draft.vocab, num_nodes, num_chunks, wave,
+            *row_strides, *stream_strides, *draft.certain_strides,
+            HAS_CERTAIN=draft.certain is not None,
+            **draft.row_flags,
             REST=is_rest,
             BLOCK_NODES=block_nodes,
             CHUNK=config.row_tile if is_rest else config.chunk,

@@ -16,7 +16,9 @@ __all__ = [
     "NO_TOKEN",
     "PENDING",
     "TARGET_LEFT",
+    "certain_draw",
     "child_tokens",
+    "draft_at",
     "draft_left",
     "draft_reference",
     "greedy_decision",
@@ -53,6 +55,37 @@ def is_outside(ids, first_id, tokens, CHUNK: tl.constexpr):
         outside = outside & (ids != last_token)
         last_token = tl.max(tl.where(tokens < last_token, tokens, -1), 0)
     return outside
+
+
+@triton.jit
+def draft_at(
+    draft_row_ptr,  # of a node, as wide as draft_vocab if HAS_MAP, else as the target's
+    target_to_draft_ptr,  # [vocab] int32 contiguous, read if HAS_MAP
+    ids,  # of the target
+    is_token,  # which of them are to be read
+    draft_vocab,  # read if HAS_MAP
+    HAS_DRAFT: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+):
+    """The draft's logits at ids of the target; -inf for tokens that it does not know, and without a draft. fp32."""
+    if HAS_MAP:
+        ids = tl.load(target_to_draft_ptr + ids, mask=is_token, other=-1)
+        is_token = (ids >= 0) & (ids < draft_vocab)
+    if HAS_DRAFT:
+        return tl.load(draft_row_ptr + ids, mask=is_token, other=float("-inf")).to(tl.float32)
+    else:
+        return tl.full(ids.shape, float("-inf"), tl.float32)
+
+
+@triton.jit
+def certain_draw(is_tested, child_target, child_draft):
+    """1.0, the probability with which a certain child was proposed; 0.0 if it is no token or repeats a sibling.
+
+    That is where neither row has a logit for it. Nor has one for a token that both rows mask: it is never accepted,
+    and nothing changes when it leaves them.
+    """
+    is_known = (child_target > float("-inf")) | (child_draft > float("-inf"))
+    return tl.max(tl.where(is_tested & is_known, 1.0, 0.0), 0)
 
 
 @triton.jit
@@ -116,8 +149,10 @@ def residual_weights(target, draft_logits, reference, log_ratio, log_mass, scale
 def residual_sums(
     target_row_ptr,
     draft_row_ptr,
+    target_to_draft_ptr,
     first_id,
     vocab,
+    draft_vocab,
     tokens,
     target_peak,
     target_mass,
@@ -125,12 +160,14 @@ def residual_sums(
     reference,
     log_ratio,
     scale,
+    HAS_DRAFT: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Masses of residual and target over the chunk's tokens that are no children, relative to the target's peak."""
     ids = first_id + tl.arange(0, CHUNK)
     target_logits = tl.load(target_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    draft_logits = tl.load(draft_row_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    draft_logits = draft_at(draft_row_ptr, target_to_draft_ptr, ids, ids < vocab, draft_vocab, HAS_DRAFT, HAS_MAP)
     target = target_weights(target_logits, target_peak, cut, scale)
     target = tl.where(is_outside(ids, first_id, tokens, CHUNK), target, 0.0)
     residual = residual_weights(target, draft_logits, reference, log_ratio, tl.log2(target_mass), scale)

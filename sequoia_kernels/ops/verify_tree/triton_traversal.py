@@ -8,6 +8,9 @@ Computes
     a child x enters with the chance min(1, p max(t(x) - g d(x), 0) / f / (d(x) / D)), and after it has failed
         g' = g + f / (p D),   f' = F(g') without x,   Z = p f' / f,   p' = Z / (Z + 1 - p).
     So the state of a node is (p, g, f), and one sum over the vocabulary takes it from child to child.
+    There draft_i is d / D, and g' comes from p residual - draft_i = (p / f) (t - g d) - d / D. The draft_i of a certain
+    child is 1 at x, which joins S, and 0 elsewhere: it enters with the chance min(1, p max(t(x) - g d(x), 0) / f), and
+    after it has failed g' = g, with f', Z and p' as above. Of either kind Z is p at most, and so is p'.
 
 Parallel plan: what one program owns
     Chances are no random numbers: a node's state after its i-th failure follows from its chance at entry and its
@@ -36,8 +39,8 @@ Parallel plan: what one program owns
     of every sum is fixed, there are no atomics, no waiting programs: results repeat bit for bit.
 
 Memory: bytes read and written
-    Both rows of a node once from memory, and once more from L2 for each of its children whose failure matters. Writes
-    24 bytes a chunk and node, and 76 bytes a node.
+    Both rows of a node once from memory, and once more from L2 for each of its children whose failure matters; maps and
+    flags as in triton_launch.py. Writes 24 bytes a chunk and node, and 76 bytes a node.
     Estimate for the tree of 64 nodes x 128256 on an H100, not timed on one: first reads 5 us, places 2 us, nine waves
     that do work at about 2.2 us and four launches that find none at 1.3 us, leaving and choosing 4 us, the draw 3.5 us,
     the end 2 us: about 42 us in a CUDA graph, 50 us for 128 nodes. A walk, one drop after the other, would take 63
@@ -120,10 +123,11 @@ def _try_child(
     child,
     first_request_node,  # int64: where the request's nodes begin in what is kept of nodes
     is_writer,  # whether this program is the one that notes what comes out
-    # inputs and outputs as in try_children_kernel; the first three of the request
+    # inputs and outputs as in try_children_kernel; the first four of the request
     tokens_ptr,
     first_child_ptr,
     num_children_ptr,
+    certain_ptr,
     parents_ptr,
     numbers_ptr,
     child_target_ptr,
@@ -139,6 +143,10 @@ def _try_child(
     scale,
     seed,
     offset,
+    # strides, in elements
+    stride_certain_node,
+    # flags
+    HAS_CERTAIN: tl.constexpr,
     # blocks
     BLOCK_CHILDREN: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
@@ -205,13 +213,21 @@ def _try_child(
         draft, draft_mass, base = triton_nodes.draft_left(child_draft, is_left, outside_peak, outside_mass, scale)
         tested_residual = tl.sum(tl.where(is_tested, residual, 0.0), 0) / residual_mass
         tested_draft = tl.sum(tl.where(is_tested, draft, 0.0), 0) / draft_mass
+        if HAS_CERTAIN:
+            is_certain = tl.load(certain_ptr + child.to(tl.int64) * stride_certain_node)
+            tested_draft = tl.where(
+                is_certain, triton_nodes.certain_draw(is_tested, child_target, child_draft), tested_draft
+            )
         is_draw = tested_draft > 0.0
         if is_draw:
             child_chance = tl.minimum(chance * tested_residual / tested_draft, 1.0)
             child_chance = tl.where(child_chance >= SMALLEST_NORMAL, child_chance, 0.0)
             added = tl.log2(residual_mass) - tl.log2(chance) + (reference - base) * scale - tl.log2(draft_mass)
             higher = tl.maximum(log_ratio, added)
-            log_ratio = higher + tl.log2(tl.exp2(log_ratio - higher) + tl.exp2(added - higher))
+            failed_ratio = higher + tl.log2(tl.exp2(log_ratio - higher) + tl.exp2(added - higher))
+            if HAS_CERTAIN:
+                failed_ratio = tl.where(is_certain, log_ratio, failed_ratio)
+            log_ratio = failed_ratio
             is_leaf = tl.load(num_children_ptr + child) == 0
             is_last = rank + 1 == num_children
             is_over = (child_chance == 1.0) | (is_leaf & (_coin(seed, offset, child) < child_chance))
@@ -329,9 +345,11 @@ def try_children_kernel(
     # inputs
     tokens_ptr,  # [batch, num_nodes] int64
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
-    draft_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
+    draft_logits_ptr,  # [batch, num_nodes, vocab, or draft_vocab if HAS_MAP] fp32, bf16, fp16
+    target_to_draft_ptr,  # [vocab] int32 contiguous, read if HAS_MAP
     first_child_ptr,  # [num_nodes] int32 contiguous, requests stride_topology apart
     num_children_ptr,  # likewise
+    certain_ptr,  # [batch, num_nodes] bool, read if HAS_CERTAIN
     temperature_ptr,  # [batch] fp32
     seeds_ptr,  # [batch] int64
     offsets_ptr,  # [batch] int64
@@ -348,6 +366,7 @@ def try_children_kernel(
     sums_ptr,  # [batch, num_nodes, 2, num_chunks] fp32, of the parent: residual and target outside its children
     # sizes
     vocab,
+    draft_vocab,  # read if HAS_MAP
     num_nodes,
     num_chunks,
     wave,
@@ -361,7 +380,12 @@ def try_children_kernel(
     stride_temperature_batch,
     stride_seeds_batch,
     stride_offsets_batch,
+    stride_certain_batch,
+    stride_certain_node,
     # flags
+    HAS_DRAFT: tl.constexpr,  # else no row of the draft is read, and no child was drawn
+    HAS_MAP: tl.constexpr,
+    HAS_CERTAIN: tl.constexpr,
     REST: tl.constexpr,  # also all waves behind it, one program a request, in the order of the nodes
     # blocks
     BLOCK_NODES: tl.constexpr,  # >= num_nodes
@@ -379,6 +403,8 @@ def try_children_kernel(
     tokens_ptr += batch * stride_tokens_batch
     target_logits_ptr += batch * stride_target_batch
     draft_logits_ptr += batch * stride_draft_batch
+    if HAS_CERTAIN:
+        certain_ptr += batch * stride_certain_batch
     first_request_node = batch * num_nodes
     scale = triton_warping.exponent_scale(temperature)
     seed = tl.load(seeds_ptr + batch * stride_seeds_batch)
@@ -396,9 +422,9 @@ def try_children_kernel(
     while child >= 0:
         needs_sums, node, tokens, target_peak, target_mass, cut, reference, log_ratio = _try_child(
             child, first_request_node, chunk == 0,
-            tokens_ptr, first_child_ptr, num_children_ptr, parents_ptr, numbers_ptr, child_target_ptr,
+            tokens_ptr, first_child_ptr, num_children_ptr, certain_ptr, parents_ptr, numbers_ptr, child_target_ptr,
             child_draft_ptr, is_drawn_ptr, chances_ptr, states_ptr, sums_ptr,
-            vocab, num_chunks, scale, seed, offset, BLOCK_CHILDREN, BLOCK_CHUNKS,
+            vocab, num_chunks, scale, seed, offset, stride_certain_node, HAS_CERTAIN, BLOCK_CHILDREN, BLOCK_CHUNKS,
         )  # fmt: skip
         if needs_sums:
             target_row_ptr = target_logits_ptr + node.to(tl.int64) * stride_target_node
@@ -409,8 +435,8 @@ def try_children_kernel(
                 outside_target = 0.0
                 for first_id in range(0, vocab, CHUNK):
                     residual_sum, target_sum = triton_nodes.residual_sums(
-                        target_row_ptr, draft_row_ptr, first_id, vocab, tokens, target_peak, target_mass, cut,
-                        reference, log_ratio, scale, CHUNK,
+                        target_row_ptr, draft_row_ptr, target_to_draft_ptr, first_id, vocab, draft_vocab, tokens,
+                        target_peak, target_mass, cut, reference, log_ratio, scale, HAS_DRAFT, HAS_MAP, CHUNK,
                     )  # fmt: skip
                     outside_residual += residual_sum
                     outside_target += target_sum
@@ -420,8 +446,8 @@ def try_children_kernel(
                 tl.store(child_sums_ptr + chunks, tl.where(chunks == 0, outside_target, 0.0), mask=is_chunk)
             else:
                 residual_sum, target_sum = triton_nodes.residual_sums(
-                    target_row_ptr, draft_row_ptr, chunk * CHUNK, vocab, tokens, target_peak, target_mass, cut,
-                    reference, log_ratio, scale, CHUNK,
+                    target_row_ptr, draft_row_ptr, target_to_draft_ptr, chunk * CHUNK, vocab, draft_vocab, tokens,
+                    target_peak, target_mass, cut, reference, log_ratio, scale, HAS_DRAFT, HAS_MAP, CHUNK,
                 )  # fmt: skip
                 tl.store(child_sums_ptr + chunk, residual_sum)
                 tl.store(child_sums_ptr + num_chunks + chunk, target_sum)

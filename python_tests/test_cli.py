@@ -253,10 +253,12 @@ def test_doctor_lists_backends_and_reasons(capsys):
 def test_doctor_says_what_runs_a_models_forwards(pair, capsys, monkeypatch):
     target = pair[pair.index("--target") + 1]
     status, report = run_json(capsys, "doctor", target)
-    assert status == 0 and report["models"] == {target: ["native", ""]}
+    assert status == 0 and report["models"][target]["holds"] == "a llama model, native forwards"
     monkeypatch.setitem(description.NATIVE_FAMILIES, "llama", None)
     status, report = run_json(capsys, "doctor", target)
-    assert report["models"] == {target: ["modules", "family llama has no description"]}
+    found = report["models"][target]
+    assert found["forwards"] == "modules" and found["not_native"] == "family llama has no description"
+    assert found["holds"] == "a llama model, modules forwards, since family llama has no description"
     monkeypatch.setenv("SEQUOIA_HOST_ISA", "portable")
     assert run_json(capsys, "doctor")[1]["native_forwards"][0] == "portable"
     monkeypatch.setenv("SEQUOIA_HOST_ISA", "mmx")

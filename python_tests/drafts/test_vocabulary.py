@@ -163,7 +163,7 @@ def test_lookup_and_positions_go_with_other_tokens():
 def test_a_planned_call_learns_of_the_pair_with_its_tokens(monkeypatch, tmp_path):
     monkeypatch.setenv("SEQUOIA_CACHE_DIR", str(tmp_path))
     target, _, renamed, (name, other) = renamed_pair()
-    paired = draft_source(renamed, adapt(target), tokenizers=(name, other))
+    paired = draft_source(renamed, adapt(target), tokenizer=name, draft_tokenizer=other)
     assert paired.vocab_size == VOCAB and paired.identity != draft_source(renamed).identity
     prompt = torch.tensor([[1, 2, 3]])
     output = generate(target, paired, prompt, max_new_tokens=24)

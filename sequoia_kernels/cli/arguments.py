@@ -55,7 +55,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """Add what `pair.load_pair` reads."""
     models = parser.add_argument_group("models (the demo pair when none is given)")
     models.add_argument("--target", help="folder or hub id of the target")
-    models.add_argument("--draft", help="folder or hub id of the draft")
+    models.add_argument(
+        "--draft",
+        help="folder or hub id of the draft: a smaller model, or a published head for the target; or lookup, which "
+        "copies from the text",
+    )
     models.add_argument(
         "--dtype", choices=DTYPES,
         help="dtype to compute in (default: the one that each model is stored in; float32 for the demo pair)",

@@ -21,7 +21,10 @@ def add(commands: Any) -> None:
         "Say what is installed, which backends work here, and why others do not.",
         "sequoia-kernels doctor path/of/model",
     )
-    parser.add_argument("models", nargs="*", help="folders or hub ids: say what runs these models' forwards, too")
+    parser.add_argument(
+        "models", nargs="*",
+        help="folders or hub ids: say what runs these models' forwards, too, or which draft one holds",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             modules[module] = str(error)
     report = backend_report()
     forwards = [] if modules["_host"] is not None else _native_forwards()
-    models = {name: _forward_of(name) for name in args.models}
+    models = {name: _held(name) for name in args.models}
     healthy = modules["_host"] is None and all(None in reasons.values() for reasons in report.values())
     document = {
         "version": __version__,
@@ -69,8 +72,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.table(columns, rows, "backends", left=columns)
         if forwards:
             terminal.out.print(f"native forwards on this CPU: {forwards[0]} (of {', '.join(forwards)})")
-        for name, (runs, reason) in models.items():
-            terminal.out.print(f"{name}: {runs} forwards" + (f", since {reason}" if reason else ""))
+        for name, found in models.items():
+            terminal.out.print(f"{name}: {found['holds']}")
         if modules["_host"] is not None:
             terminal.out.print("Build the host module with `pip install .` from a checkout; it needs a C++17 compiler.")
         if modules["_cuda"] is not None:
@@ -93,12 +96,26 @@ def _native_forwards() -> list[str]:
     return [chosen, *(name for name in _host.forward_instruction_sets() if name != chosen)]
 
 
-def _forward_of(name: str) -> tuple[str, str]:
-    """What runs a model's forwards on a CPU, and why they are not native."""
+def _held(name: str) -> dict[str, Any]:
+    """What a folder holds: a published draft, or a model, with what runs its forwards on a CPU."""
+    from sequoia_kernels.drafts import DraftFolder, format_of
     from sequoia_kernels.models import adapt, load_model
 
+    published = format_of(name)
+    if published is not None:
+        folder = DraftFolder.open(name)
+        size = sum(folder.need(key).numel() for key in folder.keys)
+        config = folder.config
+        known = config.get("draft_vocab_size") or config.get("vocab_size")
+        holds = f"a draft of the format {published.name}, {size:,} parameters in {len(folder.keys)} weights"
+        return {
+            "draft_format": published.name, "parameters": size, "draft_vocab_size": known,
+            "holds": holds + (f", {known:,} tokens" if isinstance(known, int) else ""),
+        }  # fmt: skip
     model = adapt(load_model(name))
-    return model.runs, model.not_native
+    because = f", since {model.not_native}" if model.not_native else ""
+    holds = f"a {model.family} model, {model.runs} forwards{because}"
+    return {"family": model.family, "forwards": model.runs, "not_native": model.not_native, "holds": holds}
 
 
 def _version_of(package: str) -> str | None:

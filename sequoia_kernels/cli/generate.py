@@ -37,6 +37,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch-size", type=positive, default=1, help="prompts of the file that are decoded together")
     parser.add_argument("--new-tokens", type=positive, default=128, help="tokens to generate, at most")
     parser.add_argument(
+        "--lookup", action="store_true", help="besides, propose what stood behind the same words earlier in the text"
+    )
+    parser.add_argument(
         "--tree",
         default="auto",
         help="auto, adaptive (switches between trees as acceptance drifts), none (no speculation), or a tree, "
@@ -91,6 +94,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 pair.target, None if tree is None else pair.draft, ids, mask, tree="auto" if tree is None else tree,
                 max_new_tokens=args.new_tokens, stop_strings=args.stop or None, tokenizer=pair.tokenizer,
                 profile=profile, acceptance=acceptance, rule=args.rule, compile=args.compile,
+                lookup=args.lookup and tree is not None,
                 streamer=text_streamer(pair.tokenizer) if streams else None, **sampling_settings(args),
                 **dict(args.set),
             )  # fmt: skip

@@ -67,15 +67,16 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
         from sequoia_kernels.demo import load_demo_pair
 
         return Pair(*load_demo_pair(dtype or torch.float32, device))
-    from sequoia_kernels.models import check_pair, load_model
+    from sequoia_kernels.drafts import draft_source
+    from sequoia_kernels.models import adapt, check_sizes, load_model
     from sequoia_kernels.offload import load_offloaded
 
     target = _find_model("--target", target, terminal)
-    draft = None if draft is None else _find_model("--draft", draft, terminal)
+    kind, draft = (None, None) if draft is None else _draft_kind(draft, terminal)
     terminal.note(f"loading {target}" + (f" and {draft}" if draft else ""))
     tokenizer = transformers.AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     # The draft first: the default budget of an offloaded target is a share of what is free.
-    draft_model = load_model(draft, dtype, device) if draft is not None else None
+    draft_model = load_model(draft, dtype, device) if draft is not None and kind == "model" else None
     target_model: Any
     if args.offload:
         target_model = load_offloaded(
@@ -86,11 +87,30 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
         target_model = load_model(target, dtype, device)
     dtypes = [str(model.dtype).removeprefix("torch.") for model in (target_model, draft_model) if model is not None]
     terminal.note(f"computing in {' and '.join(dict.fromkeys(dtypes))}" + (", as stored" if dtype is None else ""))
-    if draft_model is None:
+    if draft is None:
         return Pair(target_model, None, tokenizer)
+    if draft_model is None:
+        return Pair(target_model, draft_source(draft, adapt(target_model)), tokenizer)
+    check_sizes(adapt(target_model), adapt(draft_model))
     draft_tokenizer = transformers.AutoTokenizer.from_pretrained(draft, trust_remote_code=False)
-    check_pair(target_model, draft_model, tokenizer, draft_tokenizer)
-    return Pair(target_model, draft_model, tokenizer)
+    source = draft_source(draft_model, adapt(target_model), tokenizer=tokenizer, draft_tokenizer=draft_tokenizer)
+    if source.vocabulary is not None:
+        size = source.vocabulary.draft_vocab_size
+        terminal.note(f"the draft has another vocabulary: it proposes the {size} tokens that both have")
+    return Pair(target_model, source, tokenizer)
+
+
+def _draft_kind(name: str, terminal: Terminal) -> tuple[str, str]:
+    """Tell what --draft names, "word", "published" or "model", and give it for whoever loads it."""
+    from sequoia_kernels.drafts import LOOKUP, format_of
+
+    if name == LOOKUP:
+        return "word", name
+    found = _find_model("--draft", name, terminal)
+    published = format_of(found)
+    if published is not None:
+        terminal.note(f"--draft: {found} holds a draft of the format {published.name}")
+    return "model" if published is None else "published", found
 
 
 def _find_model(option: str, name: str, terminal: Terminal) -> str:
@@ -117,9 +137,13 @@ def _find_model(option: str, name: str, terminal: Terminal) -> str:
 
 
 def need_draft(args: argparse.Namespace) -> None:
-    """Refuse a target without a draft, for commands that need both."""
+    """Refuse a target without a draft that draws, for commands that need both."""
+    from sequoia_kernels.drafts import LOOKUP
+
     if args.target is not None and args.draft is None:
         raise BadUsage(f"{args.command} needs a draft model; give --draft")
+    if args.draft == LOOKUP:
+        raise BadUsage(f"{args.command} needs a draft that draws its tokens, got --draft lookup")
 
 
 def read_prompts(args: argparse.Namespace, terminal: Terminal) -> list[str]:
@@ -166,14 +190,16 @@ def estimate_pair(
 ) -> Any:
     """Estimate the acceptance of a pair from continuations of the prompts."""
     from sequoia_kernels import estimate_acceptance, generate
-    from sequoia_kernels.decoding import PROBE_TREE
+    from sequoia_kernels.decoding import probe_tree
+    from sequoia_kernels.drafts import draft_source
 
     runs = []
+    tree = tree or probe_tree(draft_source(pair.draft))
     with terminal.progress("estimating acceptance") as advance:
         for index, ids in enumerate(prompts):
             advance(index, len(prompts), f"prompt {index + 1}")
             output = generate(
-                pair.target, pair.draft, ids, tree=tree or PROBE_TREE, max_new_tokens=new_tokens,
+                pair.target, pair.draft, ids, tree=tree, max_new_tokens=new_tokens,
                 eos_token_id=(), rule="sequoia", **(sampling | {"seed": sampling["seed"] + index}),
             )  # fmt: skip
             runs.append(output.stats)

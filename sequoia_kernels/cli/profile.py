@@ -35,10 +35,13 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
+    from sequoia_kernels.drafts import LOOKUP
     from sequoia_kernels.planner import ModelFingerprint
 
     if args.shapes is not None and not args.microbenchmarks:
         raise BadUsage("--shapes needs --microbenchmarks")
+    if args.draft == LOOKUP:
+        raise BadUsage("profile needs a draft that draws its tokens, got --draft lookup")
     shapes = [ModelFingerprint.from_config(path) for path in args.shapes or ()]
     pair = load_pair(args, terminal)
     profile = measure_pair(pair, args.contexts, args.batch_size, args.quick, terminal)

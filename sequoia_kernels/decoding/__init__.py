@@ -4,7 +4,7 @@ from sequoia_kernels.decoding.engine import DecodingEngine, release_engines
 from sequoia_kernels.decoding.generation import GenerateOutput, generate
 from sequoia_kernels.decoding.grammar import GrammarHook, GrammarMatcher
 from sequoia_kernels.decoding.logits_hook import LogitsHook, NodePaths
-from sequoia_kernels.decoding.overhead import PROBE_TREE, measure_overhead
+from sequoia_kernels.decoding.overhead import PROBE_TREE, measure_overhead, probe_tree
 from sequoia_kernels.decoding.recording import RECORD_TREE, record_steps
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.decoding.step import DecodingStep
@@ -22,6 +22,7 @@ __all__ = [
     "NodePaths",
     "generate",
     "measure_overhead",
+    "probe_tree",
     "record_steps",
     "release_engines",
 ]

@@ -144,7 +144,9 @@ def generate(
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
         draft: what proposes the tree's tokens: a smaller model (see `draft_tokenizer`), any other `DraftSource`, or
             "lookup", which copies what stood behind the same words earlier in a request's own text and needs no model;
-            None decodes one token a step.
+            or the folder or hub id of a published head or a model, which is loaded for this call (load it once with
+            `sequoia_kernels.drafts.draft_source` for several). None decodes one token a step. docs/choosing_a_draft.md
+            has what there is.
         input_ids: prompts. [B, L] int64, on the target's device.
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
             takes pad tokens for padding, as transformers does, unless they also end sequences.
@@ -239,10 +241,9 @@ def generate(
     tree = tree_of(tree)
     with torch.inference_mode():
         target = adapt(target, compile=compile)
-        if draft_tokenizer is not None and tokenizer is None:
-            raise TypeError("generate: tokenizer must be given with draft_tokenizer, got None")
-        tokenizers = None if draft_tokenizer is None else (tokenizer, draft_tokenizer)
-        draft = draft_source(draft, target, compile=compile, lookup=lookup, tokenizers=tokenizers)
+        draft = draft_source(
+            draft, target, compile=compile, lookup=lookup, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer
+        )
         chosen = GenerationSettings(
             target.model, generation_config, {**settings, "num_return_sequences": num_return_sequences}
         )

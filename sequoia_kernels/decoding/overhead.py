@@ -9,13 +9,21 @@ import torch
 from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.drafts import draft_source, request_seeds
+from sequoia_kernels.drafts import DraftSource, draft_source, request_seeds
 from sequoia_kernels.models import adapt
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
 
 # Wide enough to see a fifth child, deep enough to be accepted often: about the optimal 24 nodes for a middling pair.
 PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 13, 13, 14, 18, 18, 21])
+
+
+def probe_tree(draft: DraftSource | None = None) -> TokenTree:
+    """Give a tree whose run tells the acceptance of all ranks that matter, no deeper than a draft can grow."""
+    limit = None if draft is None else draft.max_levels
+    if limit is None or limit >= PROBE_TREE.num_levels:
+        return PROBE_TREE
+    return TokenTree(PROBE_TREE.parents[: sum(depth < limit for depth in PROBE_TREE.depths)])
 
 
 def measure_overhead(
@@ -60,9 +68,9 @@ def measure_overhead(
         context_len = min(context_len, max(target.max_positions // 2, 1))
         num_tokens = min(num_tokens, target.max_positions - context_len)
     # No larger than what was measured. The small one tells what is once a step from what is once a level.
-    limit = PROBE_TREE.num_levels if draft is None or draft.max_levels is None else draft.max_levels
-    largest = min(sum(depth < limit for depth in PROBE_TREE.depths), cost.max_nodes)
-    trees = [TokenTree(PROBE_TREE.parents[: min(nodes, largest)]) for nodes in (largest, 4)]
+    probe = probe_tree(draft)
+    largest = min(probe.num_nodes, cost.max_nodes)
+    trees = [TokenTree(probe.parents[: min(nodes, largest)]) for nodes in (largest, 4)]
     overheads = []
     for run in range(num_runs + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)

@@ -3,8 +3,8 @@
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
 from sequoia_kernels.drafts.eagle3 import Eagle3Draft
-from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder
-from sequoia_kernels.drafts.given import draft_source
+from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder, format_of
+from sequoia_kernels.drafts.given import LOOKUP, draft_source
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
 from sequoia_kernels.drafts.model import ModelDraft
@@ -13,6 +13,7 @@ from sequoia_kernels.drafts.state import DecodingState, request_seeds
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 
 __all__ = [
+    "LOOKUP",
     "DFlashDraft",
     "DecodingState",
     "DraftFolder",
@@ -32,6 +33,7 @@ __all__ = [
     "draft_from_folder",
     "draft_source",
     "each_tree",
+    "format_of",
     "pair_tokens",
     "request_seeds",
 ]

@@ -21,7 +21,7 @@ from sequoia_kernels.drafts.source import DraftSource
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.models.loading import local_folder
 
-__all__ = ["DraftFolder", "DraftFormat", "draft_from_folder", "register_format"]
+__all__ = ["DraftFolder", "DraftFormat", "draft_from_folder", "format_of", "register_format"]
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
 _DOWNLOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json")
@@ -160,13 +160,24 @@ def draft_from_folder(path_or_id: str | os.PathLike[str], target: TreeModel) -> 
         ValueError: a file cannot be read, a weight is missing, left over or of another shape, an option is not
             understood, or the draft does not fit the target.
     """
+    found = format_of(path_or_id)
+    return None if found is None else found.load(DraftFolder.open(path_or_id), target)
+
+
+def format_of(path_or_id: str | os.PathLike[str]) -> DraftFormat | None:
+    """Tell by its config which format a folder is of; None for none that is known here.
+
+    Args:
+        path_or_id: the folder, or a hub id, of which nothing but the config is downloaded.
+
+    Raises:
+        FileNotFoundError: as in `DraftFolder.open`.
+        ValueError: the config cannot be read.
+    """
     where = "draft_from_folder"
     path = local_folder(path_or_id, where) or _downloaded(os.fspath(path_or_id), where, ("config.json",))
     config = _read_json(path / "config.json", where)
-    for draft_format in _formats.values():
-        if draft_format.matches(config):
-            return draft_format.load(DraftFolder.open(path_or_id), target)
-    return None
+    return next((known for known in _formats.values() if known.matches(config)), None)
 
 
 def _downloaded(name: str, where: str, files: Sequence[str] = _DOWNLOADED) -> Path:

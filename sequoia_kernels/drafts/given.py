@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from sequoia_kernels.drafts.folders import draft_from_folder
 from sequoia_kernels.drafts.lookup import LookupDraft
 from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.source import DraftSource
-from sequoia_kernels.drafts.vocabulary import pair_tokens
-from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
+from sequoia_kernels.models import TreeModel, adapt, load_model
 
 __all__ = ["LOOKUP", "draft_source"]
 
@@ -21,45 +23,76 @@ def draft_source(
     *,
     compile: bool | str = False,
     lookup: bool = False,
-    tokenizers: tuple[Any, Any] | None = None,
+    tokenizer: Any | None = None,
+    draft_tokenizer: Any | None = None,
 ) -> Any:
-    """Give a draft as a source: a Hugging Face model, a `TreeModel`, a source itself, or "lookup".
+    """Give a draft as a source.
 
     Changes of its models since they were last used are noticed here.
 
     Args:
-        draft: the draft; None for none.
-        target: the target, which lookup is for.
+        draft: a Hugging Face model, a `TreeModel`, a source itself, "lookup", or the folder or hub id of a published
+            draft or of a model, which is loaded to the target's device; None for none.
+        target: the target, which lookup and what is loaded are for.
         compile: as in `adapt`; a source is left alone.
         lookup: look tokens up in the text besides.
-        tokenizers: the target's and the draft's, of a model that may have other tokens than the target.
+        tokenizer: the target's tokenizer.
+        draft_tokenizer: that of a model which may have other tokens than the target; needs `tokenizer`. A model that is
+            loaded comes with its own.
 
     Returns:
         The source; None without a draft and lookup.
 
     Raises:
-        TypeError: `lookup` is no bool, or lookup has no target.
-        ValueError: a string that names no draft.
+        TypeError: `lookup` is no bool, or the target or a tokenizer is missing.
+        FileNotFoundError: a name that is no folder, and no hub id that can be reached or is cached.
+        ValueError: a folder cannot be read, or its draft does not fit the target.
         UnsupportedModelError: a model cannot decode trees.
     """
     if not isinstance(lookup, bool):
         raise TypeError(f"generate: lookup must be True or False, got {lookup!r}")
-    if isinstance(draft, str):
-        if draft != LOOKUP:
-            raise ValueError(f"generate: draft must be a model, a draft source or {LOOKUP!r}, got {draft!r}")
+    if draft_tokenizer is not None and tokenizer is None:
+        raise TypeError("generate: tokenizer must be given with draft_tokenizer, got None")
+    named = isinstance(draft, (str, os.PathLike))
+    if target is None and (lookup or named):
+        raise TypeError(f"draft_source: target must be given for {'lookup' if lookup else draft}, got None")
+    if named and draft == LOOKUP:
         draft, lookup = None, True
+    elif named:
+        assert target is not None
+        draft, draft_tokenizer = _loaded(draft, target, tokenizer, draft_tokenizer)
     source = draft
     if draft is not None and not isinstance(draft, DraftSource):
         model = adapt(draft, compile=compile)
-        pairing = None
-        if tokenizers is not None and target is not None:
-            pairing = pair_tokens(*tokenizers, target.vocab_size, model.vocab_size)
-        source = ModelDraft(model, pairing)
+        source = ModelDraft(model, _pairing(target, model, tokenizer, draft_tokenizer))
     elif draft is not None:
         for model in draft.models:
             model.refresh()
     if not lookup or isinstance(source, LookupDraft):
         return source
-    if target is None:
-        raise TypeError("draft_source: target must be given for lookup, got None")
+    assert target is not None
     return LookupDraft(target, source)
+
+
+def _loaded(name: str | os.PathLike[str], target: TreeModel, tokenizer: Any, draft_tokenizer: Any) -> tuple[Any, Any]:
+    """Load what a name stands for: a published draft, or a model with its tokenizer, where the target's is known."""
+    try:
+        source = draft_from_folder(name, target)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"generate: draft must be a model, a draft source, {LOOKUP!r} or the folder or hub id of one, "
+            f"got {os.fspath(name)!r}: {error}"
+        ) from error
+    if source is not None:
+        return source, None
+    if tokenizer is not None and draft_tokenizer is None:
+        from transformers import AutoTokenizer
+
+        draft_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return load_model(name, device=target.device), draft_tokenizer
+
+
+def _pairing(target: TreeModel | None, model: TreeModel, tokenizer: Any, draft_tokenizer: Any) -> TokenPairing | None:
+    if target is None or draft_tokenizer is None:
+        return None
+    return pair_tokens(tokenizer, draft_tokenizer, target.vocab_size, model.vocab_size)

@@ -48,7 +48,8 @@ class LookupSteps:
         """
         tree = self._chosen(base, requests)
         if any(self._missed) and self.drafting.reads(tree):
-            self.drafting.catch_up([request.committed for request in requests], max(self._missed))
+            # One more: the last token before may have been a leaf, which nobody fed.
+            self.drafting.catch_up([request.committed for request in requests], max(self._missed) + 1)
             self._missed = [0] * len(self._missed)
         return tree
 

@@ -133,7 +133,7 @@ def stepped(tree, seed, rule, op_by_op=None):
     buffers = step.prepare(tree)[1]
     return (
         emitted,
-        [tensor.tolist() for tensor in vars(state).values() if isinstance(tensor, torch.Tensor)],
+        [value.tolist() for value in vars(state).values() if isinstance(value, torch.Tensor)],
         rows,
         buffers,
     )

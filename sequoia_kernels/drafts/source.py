@@ -33,7 +33,7 @@ class DraftSource(ABC):
         vocabulary: which tokens of a target its logits are of, on its device; None where they are the target's own.
         proposes: whether it has children that are certain, which it marks in `TokenBuffers.certain`.
         scores_paths: whether it must read tokens that others proposed in its place, and tells what it makes of them:
-            `Drafting.score_path`. A source that is shown accepted tokens by `committed` need not.
+            `Drafting.score_path` and `Drafting.read`. A source that is shown accepted tokens by `committed` need not.
         logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
         needs: hidden states of the target that it reads, numbered as transformers' `hidden_states`: i is the input of
             layer i, the number of layers what is behind the last norm. It gets them of every committed row.
@@ -187,6 +187,16 @@ class Drafting(ABC):
             The logits behind the root and each of them. [B, L + 1, vocab].
         """
         raise NotImplementedError(f"{type(self).__name__} scores no paths")
+
+    def read(self, tokens: torch.Tensor, starts: torch.Tensor) -> None:
+        """Read committed tokens that were accepted without it; of sources that score paths.
+
+        Args:
+            tokens: tokens of each request, which follow one another. [B, M] int64. What reaches beyond the committed
+                length is padding.
+            starts: place of the first of them in the draft's context. [B] int32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no tokens of others")
 
     def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:  # noqa: B027
         """See what a step accepted; the state is advanced, the buffers are as `grow` left them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,8 @@ class DecodingState:
         temperature: 0 is greedy. [B] float32.
         top_k: 0 is off. [B] int32, or None when off for all.
         top_p: 1 is off. [B] float32, or None when off for all.
+        carried: what a draft keeps from one step to the next beside cache rows: a step that is run to be captured puts
+            it back. A `Drafting` adds its tensors when it starts; another batch's values are written by its prefill.
     """
 
     cache_lens: torch.Tensor
@@ -38,6 +40,7 @@ class DecodingState:
     temperature: torch.Tensor
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
+    carried: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def create(
@@ -71,12 +74,12 @@ class DecodingState:
 
     def advancing(self) -> list[torch.Tensor]:
         """Give the tensors that a step changes."""
-        return [self.cache_lens, self.draft_lens, self.root_tokens, self.last_tokens, self.offsets]
+        return [self.cache_lens, self.draft_lens, self.root_tokens, self.last_tokens, self.offsets, *self.carried]
 
     def copy_(self, other: DecodingState) -> None:
         """Take over another state's values, in place; both have the same batch size, filters and kind of lengths."""
         for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
-            if mine is not None:
+            if isinstance(mine, torch.Tensor):
                 mine.copy_(its)
 
 

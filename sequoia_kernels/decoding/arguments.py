@@ -114,6 +114,10 @@ def check_arguments(
     if draft is not None:
         _check_draft(target, draft)
     _check_tree(tree, batch_size)
+    if draft is not None and draft.max_levels is not None:
+        deepest = max((entry.num_levels for entry in _trees(tree)), default=0)
+        if deepest > draft.max_levels:
+            _refuse("tree", f"have at most the {draft.max_levels} levels that {draft!r} can grow", deepest)
     if acceptance is not None and not isinstance(acceptance, StepRecords):
         validate_acceptance(acceptance, "generate")
     if profile is not None and not isinstance(profile, HardwareProfile):

@@ -139,6 +139,8 @@ def choose_tree(
             costs = CostModel(profile, **pair)
             settings["max_levels"] = min((rows - arguments.longest) // 4, costs.max_nodes)
             settings["max_budget"] = min(rows - arguments.longest - 2 * settings["max_levels"], costs.max_nodes)
+        if draft.max_levels is not None:
+            settings["max_levels"] = min(draft.max_levels, settings.get("max_levels", draft.max_levels))
         if acceptance is not None:
             if adaptive and isinstance(acceptance, StepRecords):
                 acceptance = acceptance.acceptance

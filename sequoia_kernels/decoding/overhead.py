@@ -60,7 +60,9 @@ def measure_overhead(
         context_len = min(context_len, max(target.max_positions // 2, 1))
         num_tokens = min(num_tokens, target.max_positions - context_len)
     # No larger than what was measured. The small one tells what is once a step from what is once a level.
-    trees = [TokenTree(PROBE_TREE.parents[: min(nodes, cost.max_nodes)]) for nodes in (PROBE_TREE.num_nodes, 4)]
+    limit = PROBE_TREE.num_levels if draft is None or draft.max_levels is None else draft.max_levels
+    largest = min(sum(depth < limit for depth in PROBE_TREE.depths), cost.max_nodes)
+    trees = [TokenTree(PROBE_TREE.parents[: min(nodes, largest)]) for nodes in (largest, 4)]
     overheads = []
     for run in range(num_runs + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)

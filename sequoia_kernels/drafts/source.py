@@ -39,6 +39,7 @@ class DraftSource(ABC):
             layer i, the number of layers what is behind the last norm. It gets them of every committed row.
         positions: positions that it was made for, None without a limit. Behind them its context is begun anew with the
             newest tokens; so a source with `needs` has none.
+        max_levels: levels of the deepest tree that it can grow, the root's included; None without a limit.
         models: the models that it runs: what a captured step depends on besides `graph_key`.
         capturable: whether its part of a step may become a CUDA graph: static shapes, nothing waits for the device.
     """
@@ -51,6 +52,7 @@ class DraftSource(ABC):
     scores_paths: bool = False
     needs: tuple[int, ...] = ()
     positions: int | None = None
+    max_levels: int | None = None
     models: tuple[TreeModel, ...] = ()
     capturable: bool = True
 
@@ -195,6 +197,16 @@ class Drafting(ABC):
 
         Returns:
             The call; None where the source cannot tell what it costs, and so must be given a tree.
+        """
+        return None
+
+    def step_call(self, context_len: int) -> Callable[[], object] | None:
+        """Give a call that does what a step takes whatever its tree, where that is not the first level's forward.
+
+        Timed beside `level_call`, whose levels then do all but that, the root's like any other.
+
+        Args:
+            context_len: committed tokens.
         """
         return None
 

@@ -17,6 +17,7 @@ from sequoia_kernels.measure.bandwidth import measure_bandwidth
 from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
+from sequoia_kernels.planner.profile import DRAFT_STEP
 from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["affordable_node_counts", "measure_profile"]
@@ -244,6 +245,12 @@ class _Plan:
                     f"measure_profile: draft must tell what growing a level takes (Drafting.level_call), got {draft!r}"
                 )
             self.calls["forward", "draft", context_len, count] = call
+        if draft is not None:
+            for context_len in context_lens:
+                call = drafting.step_call(context_len)
+                if call is not None:
+                    sizes = {"draft": draft.fingerprint.key, "batch_size": batch_size, "context_len": context_len}
+                    self.calls[calls.op_key(DRAFT_STEP, **sizes)] = call
         drawing = draft or target
         self.calls.update(
             calls.draw_and_verify_calls(

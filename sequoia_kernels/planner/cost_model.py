@@ -3,7 +3,8 @@
 One step, stage by stage (as the decoding loop runs it):
 
     draft    forwards of the draft: one over 2 rows (the last committed token and the root), then one a level over the
-             level's internal nodes; leaves are never fed, so a tree of l levels takes l - 1 forwards
+             level's internal nodes; leaves are never fed, so a tree of l levels takes l - 1 forwards. Of a draft whose
+             levels share one forward: what it does once a step, then what it does for every level, the root's included
     sample   sample_without_replacement behind each of them, over the level's internal nodes
     target   one forward of the target over all n nodes
     verify   verify_tree over n nodes
@@ -37,7 +38,7 @@ from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
-from sequoia_kernels.planner.profile import HardwareProfile, OpPoint
+from sequoia_kernels.planner.profile import DRAFT_STEP, HardwareProfile, OpPoint
 from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, TokenTree
 
 __all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes", "brackets"]
@@ -137,6 +138,7 @@ class CostModel:
         if self.draft is not None:
             self._draft = self._forward_grid(self.draft, "draft", compose)
             self.max_draft_rows = min(int(self._draft.second[-1]), MAX_NODES)
+            self._draft_step = _draft_step_curve(profile, self.draft.key, batch_size)
             vocab = min(self.target.vocab_size, self.draft.vocab_size)
             self._sample = _sample_grid(profile, vocab, greedy)
             row_bytes = self.target.cache_row_bytes + self.draft.cache_row_bytes
@@ -173,6 +175,12 @@ class CostModel:
     def draft_ms(self, num_rows: ArrayLike, context_len: float) -> NDArray[np.float64]:
         """Time of a draft forward over `num_rows` tokens a request."""
         return self._draft.at(context_len, num_rows)
+
+    def draft_root_ms(self, context_len: float) -> float:
+        """Time of what a draft does before the root's children are drawn."""
+        if self._draft_step is None:
+            return float(self.draft_ms(ROOT_ROWS, context_len))
+        return float(self._draft_step.at(0, context_len) + self.draft_ms(1, context_len))
 
     def sample_ms(self, width: float, num_samples: ArrayLike) -> NDArray[np.float64]:
         """Time of drawing `num_samples` children for `width` nodes a request."""
@@ -228,7 +236,7 @@ class StepTimes:
         self.host: list[float] = model.host_ms(sizes).tolist()
         if model.draft is not None:
             self.draft: list[float] = model.draft_ms(sizes, context_len).tolist()
-            self.draft_root = float(model.draft_ms(ROOT_ROWS, context_len))
+            self.draft_root = model.draft_root_ms(context_len)
             self.compact: list[float] = model.compact_ms(sizes).tolist()
         self._sample: dict[tuple[int, int], float] = {}
 
@@ -368,6 +376,15 @@ def _sample_grid(profile: HardwareProfile, vocab: int, greedy: bool) -> Monotone
             f"{int(missing[0][0])} rows and {int(missing[0][1])} samples; measure the profile again"
         )
     return MonotoneGrid(rows, samples, [[scale * times[row, count] for count in samples] for row in rows])
+
+
+def _draft_step_curve(profile: HardwareProfile, draft: str, batch_size: int) -> MonotoneGrid | None:
+    """What a draft takes once a step, over context lengths; None where its levels' forwards are all that it does."""
+    points = [point for point in profile.ops.get(DRAFT_STEP, ()) if point.parameters.get("draft") == draft]
+    if not points:
+        return None
+    points = _nearest(points, "batch_size", batch_size)
+    return _curve(points, ("context_len",), profile.mean_over_median.get(DRAFT_STEP, 1.0))
 
 
 def _compact_grid(profile: HardwareProfile, row_bytes: int, batch_size: int) -> MonotoneGrid:

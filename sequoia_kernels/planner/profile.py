@@ -23,9 +23,12 @@ from sequoia_kernels.documents import MAX_TIME_MS, Document, Fields, Format, is_
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 
-__all__ = ["ForwardTable", "HardwareProfile", "OpPoint"]
+__all__ = ["DRAFT_STEP", "ForwardTable", "HardwareProfile", "OpPoint"]
 
 logger = logging.getLogger("sequoia_kernels")
+
+# Name among the ops of what a draft does once a step, where its levels share one forward.
+DRAFT_STEP = "draft_step"
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ Element* pointer_of(const py::dict& source, const char* name) {
     return reinterpret_cast<Element*>(address_of(source, name));
 }
 
-// One level; the first one's forward feeds the last committed token before the root.
+// One level; the first one's forward may feed the last committed token before the root.
 struct GrowthLevel {
     forward::BoundForward* forward;
-    std::int64_t* fed;          // [B, W], or [B, 2] for the first level: what the forward reads
+    std::int64_t* fed;          // [B, W], or [B, 2] with the last token: what the forward reads
     const std::int64_t* nodes;  // [W]
     std::int64_t width;         // W
     bool adjacent;              // the nodes follow one another
@@ -80,6 +80,7 @@ class TreeGrowth {
         : batch_size_(number_of(source, "batch_size")),
           num_nodes_(number_of(source, "num_nodes")),
           vocab_(number_of(source, "vocab")),
+          feeds_last_(source["feeds_last"].cast<bool>()),
           tokens_(pointer_of<std::int64_t>(source, "tokens")),
           draft_logits_(pointer_of<char>(source, "draft_logits")),
           last_tokens_(pointer_of<std::int64_t>(source, "last_tokens")),
@@ -113,7 +114,7 @@ class TreeGrowth {
                     shaped_memory(shape), number_of(shape, "first"), level.width, level.num_children,
                     pointer_of<std::int64_t>(fields, "drawn"), pointer_of<std::uint32_t>(shape, "own_mask"));
             }
-            const std::int64_t fed = levels_.empty() ? 2 : level.width;
+            const std::int64_t fed = levels_.empty() && feeds_last_ ? 2 : level.width;
             if (level.forward->num_requests() != batch_size_ || level.forward->num_nodes() != fed) {
                 throw std::invalid_argument("TreeGrowth: a level's forward must feed the level's nodes of all requests");
             }
@@ -138,7 +139,7 @@ class TreeGrowth {
         for (std::size_t index = 0; index < levels_.size(); ++index) {
             const GrowthLevel& level = levels_[index];
             const Clock::time_point begin = Clock::now();
-            feed(level, index == 0);
+            feed(level, index == 0 && feeds_last_);
             const bool cuts = own_ids_ != nullptr;
             const std::int64_t row_bytes = drafted_ * element_bytes(type_);
             const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_ && !cuts;
@@ -163,9 +164,9 @@ class TreeGrowth {
         return draft_logits_ + (request * num_nodes_ + node) * vocab_ * element_bytes(type_);
     }
 
-    void feed(const GrowthLevel& level, bool first) {
+    void feed(const GrowthLevel& level, bool with_last) {
         for (std::int64_t b = 0; b < batch_size_; ++b) {
-            if (first) {
+            if (with_last) {
                 level.fed[2 * b] = fed(last_tokens_[b]);
                 level.fed[2 * b + 1] = fed(root_tokens_[b]);
                 first_lens_[b] = draft_lens_[b] - 1;
@@ -250,6 +251,7 @@ class TreeGrowth {
     }
 
     std::int64_t batch_size_, num_nodes_, vocab_;  // vocab: the target's, or the tokens in common with it
+    bool feeds_last_;                              // the last committed token, in front of the root
     std::int64_t* tokens_;                         // [B, N]
     char* draft_logits_;                           // [B, N, vocab]
     const std::int64_t *last_tokens_, *root_tokens_;  // [B]

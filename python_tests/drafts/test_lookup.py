@@ -220,7 +220,10 @@ def test_drafts_with_few_positions_and_hooks_go_with_lookup():
 def test_what_is_refused():
     target, draft = _pair()
     prompt = _prompts(1)
-    with pytest.raises(ValueError, match="draft must be a model, a draft source or 'lookup', got 'look'"):
+    with pytest.raises(
+        ValueError,
+        match="draft must be a model, a draft source, 'lookup' or 'layers:' and a number of layers, got 'look'",
+    ):
         generate(target, "look", prompt)
     with pytest.raises(TypeError, match="lookup must be True or False, got 1"):
         generate(target, draft, prompt, lookup=1)

@@ -2,6 +2,7 @@
 
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.given import draft_source
+from sequoia_kernels.drafts.layers import LayersDraft
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
 from sequoia_kernels.drafts.model import ModelDraft
@@ -14,6 +15,7 @@ __all__ = [
     "DraftLevel",
     "DraftSource",
     "Drafting",
+    "LayersDraft",
     "LookupDraft",
     "LookupDrafting",
     "ModelDraft",

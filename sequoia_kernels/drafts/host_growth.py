@@ -35,9 +35,12 @@ class HostGrowth:
     @classmethod
     def bind(
         cls, model: TreeModel, cache: TreeCache, state: DecodingState, layout: TreeLayout, buffers: TokenBuffers,
-        backend: str, pairing: TokenPairing | None = None,
+        backend: str, pairing: TokenPairing | None = None, feeds_last: bool = True,
     ) -> HostGrowth | None:  # fmt: skip
-        """Prepare growing a tree; None where the draft's forwards or draws run elsewhere."""
+        """Prepare growing a tree; None where the draft's forwards or draws run elsewhere.
+
+        `feeds_last`: whether the first forward feeds the last committed token before the root.
+        """
         kept, tokens = buffers.draft_logits, buffers.tokens
         if kept is None or kept.dtype != model.logits_dtype or not tokens.is_cpu:
             return None
@@ -53,8 +56,9 @@ class HostGrowth:
         bound = None
         for index, level in enumerate(layout.levels):
             width = level.nodes.shape[0]
-            fed = torch.zeros(batch_size, width if index else 2, dtype=torch.int64)
-            if index == 0:
+            with_last = index == 0 and feeds_last
+            fed = torch.zeros(batch_size, 2 if with_last else width, dtype=torch.int64)
+            if with_last:
                 bound = model.bind(fed, cache, first_lens, layout.root_step, last_row=last_row)
             else:
                 bound = model.bind(fed, cache, state.draft_lens, level.step)
@@ -69,6 +73,7 @@ class HostGrowth:
             "num_nodes": layout.num_nodes,
             "vocab": kept.shape[2],
             "levels": levels,
+            "feeds_last": feeds_last,
         }
         tensors = {
             "tokens": tokens,

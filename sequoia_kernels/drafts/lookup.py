@@ -19,7 +19,7 @@ from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, Tr
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 from sequoia_kernels.tree import LookupTree, TokenTree
 
@@ -185,6 +185,11 @@ class LookupDrafting(Drafting):
         super().use(source, clock)
         if self.base is not None:
             self.base.use(None if source is None else source.base, clock)  # type: ignore[attr-defined]
+
+    def share(self, cache: TreeCache) -> None:
+        """Hand it to the base."""
+        if self.base is not None:
+            self.base.share(cache)
 
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the base's."""

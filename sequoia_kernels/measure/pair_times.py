@@ -249,8 +249,10 @@ class _Plan:
             for context_len in context_lens:
                 call = drafting.step_call(context_len)
                 if call is not None:
-                    sizes = {"draft": draft.fingerprint.key, "batch_size": batch_size, "context_len": context_len}
-                    self.calls[calls.op_key(DRAFT_STEP, **sizes)] = call
+                    key = calls.op_key(
+                        DRAFT_STEP, draft=draft.fingerprint.key, batch_size=batch_size, context_len=context_len
+                    )
+                    self.calls[key] = call
         drawing = draft or target
         self.calls.update(
             calls.draw_and_verify_calls(

@@ -52,7 +52,7 @@ def test_native_growth_draws_what_the_ops_draw():
     for num_steps in (0, 2):
         grown = []
         for backend in ("auto", "reference"):
-            growth = Growth(adapt(model, forward="native"), LayersDraft(model, 2), PROMPTS, LENS, TREE)
+            growth = Growth(adapt(model, forward="native"), LayersDraft(model, 2), PROMPTS, LENS, TREE, num_steps)
             growth.step.drafting.backend = backend
             growth.step.drafting._grown.clear()
             growth.step.draft_tokens(TREE)

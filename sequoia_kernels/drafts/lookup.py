@@ -226,7 +226,10 @@ class LookupDrafting(Drafting):
         step, path = self._steps[tree]
         proposed = self.proposals[:, : tree.length]
         buffers.tokens.index_copy_(1, path, proposed)
-        if self.base is None or not self.base.source.scores_paths:
+        if self.base is None:
+            return
+        if not self.base.source.scores_paths:
+            self.base.see_tree(layout, buffers)
             return
         with self.clock.stage("draft"):
             logits = self.base.score_path(proposed, step)

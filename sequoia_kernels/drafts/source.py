@@ -175,6 +175,14 @@ class Drafting(ABC):
                 so in every step.
         """
 
+    def see_tree(self, layout: TreeLayout, buffers: TokenBuffers) -> None:  # noqa: B027
+        """See the tokens of a tree that something else proposed, in place of `grow`; of sources that score no paths.
+
+        Args:
+            layout: the tree.
+            buffers: hold its tokens.
+        """
+
     def score_path(self, proposed: torch.Tensor, step: TreeStep) -> torch.Tensor:
         """Read a path of tokens that was proposed elsewhere, in place of `grow`; of sources that score paths.
 

@@ -8,6 +8,7 @@ from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, Tr
 from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
 from sequoia_kernels.drafts.medusa import MedusaDraft
 from sequoia_kernels.drafts.model import ModelDraft
+from sequoia_kernels.drafts.mtp import MtpDraft
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "LookupDrafting",
     "MedusaDraft",
     "ModelDraft",
+    "MtpDraft",
     "StageClock",
     "StepTree",
     "TokenBuffers",

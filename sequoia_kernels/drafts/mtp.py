@@ -1,13 +1,14 @@
 """Multi-token prediction modules as a draft: the layers that DeepSeek-V3 and others publish beside their model.
 
-Modules. transformers' `MtpModel` holds them, n of them, with the target's embedding and head. Module k projects a token's
-embedding beside a hidden state and runs one decoder layer of the target's kind; what comes out predicts the next token.
+Modules. transformers' `MtpModel` holds them, n of them, with the target's embedding and head. Module k projects a
+token's embedding beside a hidden state and runs one decoder layer of the target's kind; what comes out predicts the next
+token.
 
 Rows. With tokens y_0 .. y_c, the last one the tree's root, and the target's hidden states f_0 .. f_{c-1} behind its
 final norm: module 0 has a row for each y_p, p >= 1, of y_p and f_{p-1}; module k one for each y_p, p > k, of y_p and
-what module k - 1 made of y_{p-1}. Row p lies at place p - 1 - k of the module's cache, at position p. So every row of a
-committed token and of the root rests on the target's own hidden states and stays; behind a step the accepted tokens' rows
-are computed again in one forward a module, and nothing has to be compacted.
+what module k - 1 made of y_{p-1}. Row p lies at place p - 1 - k of the module's cache, at position p. So every row of
+a committed token and of the root rests on the target's own hidden states and stays; behind a step the accepted tokens'
+rows are computed again in one forward a module, and nothing has to be compacted.
 
 Tree. The root's rows are there when a step begins. A node at depth d is scored by module min(d, n - 1), from its own
 token and what came out for its parent; its keys and values lie in that module's cache behind the prefix, seen along the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.chi_square import p_value, sequence_counts
 from support.draft_checks import TREE, Growth, check_batches, check_text, trees_of_all_kinds
 from support.shaped_trees import steep_confidence
-from support.tiny_families import spread_weights, tiny_model
+from support.tiny_families import spread_weights
 from support.tiny_models import sequence_probabilities, tiny_llama
 
 from sequoia_kernels import HardwareProfile, TokenTree, adapt, generate, measure_profile
@@ -34,22 +35,38 @@ _EXPERTS = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }  # fmt: skip
+_LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
+# family -> (configuration class, its arguments beyond the common ones)
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": ("DeepseekV3Config", {**_EXPERTS, **_LATENT}),
+    "glm4_moe": ("Glm4MoeConfig", {**_EXPERTS, "head_dim": 8}),
+    "mellum": (
+        "MellumConfig",
+        {
+            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "sarvam_mla": ("SarvamMLAConfig", {**_EXPERTS, **_LATENT}),
+    "sarvam_moe": ("SarvamMoEConfig", {**_EXPERTS, "num_experts": 4, "head_dim": 8}),
+}  # fmt: skip
 _FAMILIES = ["deepseek_v3", "glm4_moe"]
 
 
 def target_of(family: str = "glm4_moe", num_modules: int = 1, vocab_size: int = 12, sharpness: float = 2.0) -> Any:
-    sizes = {"vocab_size": vocab_size, "num_mtp_layers": num_modules}
-    if family == "deepseek_v3":
-        model = tiny_model(family, **sizes)
-    else:
-        config = transformers.Glm4MoeConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, max_position_embeddings=1200, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-            **_EXPERTS, **sizes,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        spread_weights(model)
+    name, arguments = _CONFIGS[family]
+    common = {
+        "vocab_size": vocab_size, "num_mtp_layers": num_modules, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1200,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    config = getattr(transformers, name)(**{**common, **arguments})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    spread_weights(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(sharpness)
     return model
@@ -108,8 +125,10 @@ def rows_by_hand(target, modules, text, path):
     raise AssertionError("some module scores every path")
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
-@pytest.mark.parametrize("num_modules", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("family", "num_modules"),
+    [*product(_FAMILIES, [1, 2, 3]), ("mellum", 1), ("sarvam_mla", 1), ("sarvam_moe", 2)],
+)
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_a_nodes_logits_are_those_of_its_own_path(family, num_modules, num_steps):
     target = target_of(family, num_modules)

@@ -1,8 +1,8 @@
 """Multi-token prediction modules as a draft: the layers that DeepSeek-V3 and others publish beside their model.
 
 Modules. transformers' `MtpModel` holds them, n of them, with the target's embedding and head. Module k projects a
-token's embedding beside a hidden state and runs one decoder layer of the target's kind; what comes out predicts the next
-token.
+token's embedding beside a hidden state and runs one decoder layer of the target's kind; what comes out predicts the
+next token.
 
 Rows. With tokens y_0 .. y_c, the last one the tree's root, and the target's hidden states f_0 .. f_{c-1} behind its
 final norm: module 0 has a row for each y_p, p >= 1, of y_p and f_{p-1}; module k one for each y_p, p > k, of y_p and

@@ -8,8 +8,9 @@ import weakref
 
 import pytest
 import torch
+from support.adapters import add_adapters
 from support.chi_square import p_value, sequence_counts
-from support.draft_checks import TREE, Growth, check_batches, check_text, trees_of_all_kinds
+from support.draft_checks import TREE, Growth, check_batches, check_kept_engines, check_text, trees_of_all_kinds
 from support.quantised_models import quantise
 from support.shaped_trees import steep_confidence
 from support.tiny_families import FAMILIES, tiny_model
@@ -160,6 +161,11 @@ def test_the_joint_distribution_is_the_targets(rule, lookup):
     assert p_value(counts, sequence_probabilities(target, prompt, 3, lambda logits: logits.softmax(-1))) > 1e-4
 
 
+def test_engines_that_are_kept(monkeypatch):
+    target = adapt(target_of())
+    check_kept_engines(target, LayersDraft(target.model, 2), PROMPTS, monkeypatch)
+
+
 def test_lookup_beside_them():
     target = target_of()
     prompts = PROMPTS[:, :3].repeat(1, 4)
@@ -219,6 +225,30 @@ def test_one_draft_for_all_calls_as_long_as_the_target_stays_what_it_is():
     del model, target, mine, first
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("forward", ["native", "modules"])
+def test_up_to_the_last_position_of_a_table(forward):
+    target = adapt(tiny_model("gpt2", n_positions=24), forward=forward)
+    prompts = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    output = check_text(target, "layers:1", prompts, max_new_tokens=60)
+    assert {len(tokens) for tokens in output.new_tokens} == {16}  # the last one is not fed
+
+
+def test_adapters_inside_of_the_layers_are_the_drafts_as_well():
+    target = target_of()
+    draft = LayersDraft(target, 2)
+    adapters = add_adapters(target)
+    target.eval()
+    for active in (["a"], ["b"], []):
+        for adapter in adapters:
+            adapter.active = active
+        check_text(target, draft, PROMPTS)
+        growth = Growth(target, draft, PROMPTS, LENS, TREE)
+        with torch.inference_mode():
+            states = target(input_ids=torch.tensor([growth.texts[0]]), output_hidden_states=True).hidden_states[2]
+            wanted = target.lm_head(target.model.norm(states[0, -1]))
+        torch.testing.assert_close(growth.buffers.draft_logits[0, 0], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_quantised_targets():

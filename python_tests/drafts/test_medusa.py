@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from support.chi_square import p_value, sequence_counts
-from support.draft_checks import TREE, Growth, check_batches, check_text, trees_of_all_kinds
+from support.draft_checks import TREE, Growth, check_batches, check_kept_engines, check_text, trees_of_all_kinds
 from support.shaped_trees import steep_confidence
 from support.tiny_models import sequence_probabilities, tiny_llama
 
@@ -125,6 +125,11 @@ def test_the_joint_distribution_is_the_targets(rule, lookup):
     )  # fmt: skip
     counts = sequence_counts(torch.tensor(output.new_tokens), 5)
     assert p_value(counts, sequence_probabilities(target, prompt, 3, lambda logits: logits.softmax(-1))) > 1e-4
+
+
+def test_engines_that_are_kept(monkeypatch):
+    target = adapt(target_of())
+    check_kept_engines(target, draft_of(target.model), PROMPTS, monkeypatch)
 
 
 def test_lookup_beside_them():

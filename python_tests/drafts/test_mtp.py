@@ -314,6 +314,12 @@ def test_what_cannot_be_a_draft_is_refused_by_name():
     draft, other = draft_of(target), target_of()
     with pytest.raises(ValueError, match="MtpDraft: target must be the model that the modules were made for"):
         generate(other, draft, PROMPTS, tree=TREE)
+    target.bfloat16()
+    with pytest.raises(
+        ValueError, match=r"MtpDraft: target must be of the modules' dtype torch.float32, got torch.bfloat"
+    ):
+        generate(target, draft, PROMPTS, tree=TREE)
+    target.float()
     modules = modules_of(target)
     modules.layers[0].mtp_block.forward = lambda states, **options: states
     with pytest.raises(UnsupportedModelError, match="family glm4_moe cannot decode trees with its modules: module 0"):

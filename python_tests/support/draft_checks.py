@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sequoia_kernels import TokenTree, adapt, generate
+from sequoia_kernels.decoding import engine as engines
 from sequoia_kernels.decoding.step import DecodingStep
 from sequoia_kernels.drafts import DecodingState, StepTree, TokenBuffers
 from sequoia_kernels.tree import ShapedTree
@@ -84,3 +85,32 @@ def check_batches(target: Any, source: Any, prompts: torch.Tensor, lens: list[in
 def trees_of_all_kinds(shaped: ShapedTree) -> list[Any]:
     """A tree, a chain, a star, a tree for each of two requests, and a shaped one."""
     return [TREE, TokenTree.chain(4), TokenTree([-1, 0, 0, 0]), [TREE, TokenTree([-1, 0, 0, 0, 1, 2, 2, 4])], shaped]
+
+
+def check_kept_engines(target: Any, source: Any, prompts: torch.Tensor, monkeypatch: Any) -> None:
+    """A kept engine serves other prompts of the same shapes as a new one does; steps run as they are, uncaptured."""
+    made = []
+
+    class Replayed(engines.GraphedSteps):
+        def __init__(self, run_step, state):
+            self.run_step, self._captured = run_step, {}
+
+        def capture(self, tree):
+            self._captured[tree] = None
+
+    def options(seed: int) -> dict[str, Any]:
+        return {"tree": TREE, "max_new_tokens": 20, "temperature": 0.8, "seed": seed}
+
+    batches = [(prompts, 1), (prompts.flip(1), 2), (prompts, 1)]
+    wanted = [generate(target, source, batch, **options(seed)).new_tokens for batch, seed in batches]
+    plain = engines.DecodingEngine.__init__
+    monkeypatch.setattr(engines, "can_capture", lambda target, draft: True)
+    monkeypatch.setattr(engines, "GraphedSteps", Replayed)
+    monkeypatch.setattr(engines.DecodingEngine, "__init__", lambda self, *args: made.append(self) or plain(self, *args))
+    engines.release_engines()
+    try:
+        for (batch, seed), tokens in zip(batches, wanted, strict=True):
+            assert generate(target, source, batch, **options(seed)).new_tokens == tokens
+        assert len(made) == 1 and made[0].eager.drafting.source is None
+    finally:
+        engines.release_engines()

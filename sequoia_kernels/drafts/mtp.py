@@ -141,9 +141,12 @@ class MtpDraft(DraftSource):
         )  # fmt: skip
 
     def check_target(self, target: TreeModel) -> None:
-        """Raise ValueError where the modules are another model's."""
+        """Raise ValueError where the modules are another model's, or of another dtype than that is now."""
         if target.model.get_input_embeddings() is not self.model.embed_tokens or target.num_layers != self.needs[0]:
             raise ValueError(f"MtpDraft: target must be the model that the modules were made for, got {target!r}")
+        own = next(self.model.layers.parameters()).dtype
+        if target.dtype != own:
+            raise ValueError(f"MtpDraft: target must be of the modules' dtype {own}, got {target.dtype}")
 
     def start(
         self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock

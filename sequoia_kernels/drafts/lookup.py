@@ -20,7 +20,7 @@ from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, Tr
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 from sequoia_kernels.tree import LookupTree, TokenTree
 
@@ -219,6 +219,11 @@ class LookupDrafting(Drafting):
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the base's."""
         return [] if self.base is None else self.base.cache_tensors()
+
+    def share(self, cache: TreeCache) -> None:
+        """Hand it to the base."""
+        if self.base is not None:
+            self.base.share(cache)
 
     def prefill(
         self, lanes: list[int], tokens: torch.Tensor, num_tokens: torch.Tensor, hidden_states: Sequence[torch.Tensor]

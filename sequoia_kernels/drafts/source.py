@@ -12,7 +12,7 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 from sequoia_kernels.vocabularies import VocabularyMap
 
@@ -129,6 +129,13 @@ class Drafting(ABC):
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with this object of the same source; without any while nobody decodes, so that none is kept alive."""
         self.source, self.clock = source, clock
+
+    def share(self, cache: TreeCache) -> None:  # noqa: B027
+        """See the target's cache, whose rows live as long as this object; of sources that use them.
+
+        Args:
+            cache: the target's. Its committed rows are not to be written.
+        """
 
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the caches whose tree rows lie as the target's do, node j at row lens + j: they are compacted with it.

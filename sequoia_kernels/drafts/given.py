@@ -9,14 +9,20 @@ from sequoia_kernels.drafts.folders import draft_from_folder
 from sequoia_kernels.drafts.layers import first_layers
 from sequoia_kernels.drafts.lookup import LookupDraft
 from sequoia_kernels.drafts.model import ModelDraft
+from sequoia_kernels.drafts.mtp import MtpDraft
 from sequoia_kernels.drafts.source import DraftSource
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 from sequoia_kernels.models import TreeModel, adapt, load_model
 
-__all__ = ["LAYERS", "LOOKUP", "draft_source"]
+__all__ = ["LAYERS", "LOOKUP", "MTP", "draft_source", "is_word"]
 
-LOOKUP = "lookup"
+LOOKUP, MTP = "lookup", "mtp"
 LAYERS = "layers:"  # and a number
+
+
+def is_word(draft: Any) -> bool:
+    """Tell whether a string names a draft that needs no folder."""
+    return isinstance(draft, str) and (draft in (LOOKUP, MTP) or draft.startswith(LAYERS))
 
 
 def draft_source(
@@ -34,8 +40,8 @@ def draft_source(
 
     Args:
         draft: a Hugging Face model, a `TreeModel`, a source itself, "lookup", "layers:8" (say) for the target's own
-            first layers, or the folder or hub id of a published draft or of a model, which is loaded to the target's
-            device; None for none.
+            first layers, "mtp" for its multi-token prediction modules, or the folder or hub id of a published draft or
+            of a model, which is loaded to the target's device; None for none.
         target: the target, which lookup, layers and what is loaded are for.
         compile: as in `adapt`; a source is left alone.
         lookup: look tokens up in the text besides.
@@ -78,7 +84,9 @@ def draft_source(
 
 
 def _named(name: str | os.PathLike[str], target: TreeModel, tokenizer: Any, draft_tokenizer: Any) -> tuple[Any, Any]:
-    """Give what a name stands for: the target's layers, a published draft, or a model with its tokenizer."""
+    """Give what a name stands for: a part of the target, a published draft, or a model with its tokenizer."""
+    if name == MTP:
+        return MtpDraft.from_target(target), None
     if isinstance(name, str) and name.startswith(LAYERS):
         number = name.removeprefix(LAYERS)
         if not number.isdecimal():

@@ -7,7 +7,32 @@ from __future__ import annotations
 
 import random
 
-__all__ = ["CALIBRATION", "HELD_OUT", "training_prompts"]
+__all__ = ["CALIBRATION", "EDITS", "HELD_OUT", "training_prompts"]
+
+# Texts to be written again: most of an answer is in its request.
+EDITS = tuple(
+    f"Correct the spelling of the following text. Write the whole text again, and nothing else.\n\n{text}"
+    for text in (
+        "The old lighthous stood at the end of the harbour wall. Every evening the keeper climbed its one hundred and "
+        "twelve steps, lit the lamp and wrote the wether into his book. In the winter of the great storm he wrote "
+        "nothing for three days, since the door was frozen, and the fishermen thougt that he had left.",
+        "Bees find their way by the sun. When a bee comes home from a field of flowers, it dances on the comb, and the "
+        "angle of its dance tells the other bees where the field is. On cloudy days they see the sun all the same, "
+        "becouse their eyes notice how its light is polarised.",
+        "def total_price(items):\n    total = 0.0\n    for item in items:\n        price = item.price * item.quantity\n"
+        "        if item.discount is not None:\n            price = price * (1.0 - item.discount)\n"
+        "        total = total + price\n    retrun round(total, 2)",
+        "Dear colleagues, the lift in the east wing will be repaired on Thursday and on Friday. Please use the stairs "
+        "or the lift in the west wing on these two days. If you expect visitors who cannot climb stairs, tell the "
+        "reception a day befor they come, and we will find a room on the ground floor for your meeting.",
+        "A glacier is a river of ice. Snow falls on it year after year, is pressed together, and becomes ice under its "
+        "own weight. Slowly the ice moves downhill, a few centimeters or a few meters every day, and carries stones "
+        "with it. Where it melts it leaves them behind, and thier lines tell how far the glacier once came.",
+        "The recipe needs four eggs, two hundred grams of flour, half a litre of milk, a pinch of salt and some butter "
+        "for the pan. Beat the eggs, add the flour and the salt, and pour in the milk while you stir. Let the dough "
+        "rest for half an hour. Then melt some butter in the pan and bake one pancake after the othr on both sides.",
+    )
+)
 
 CALIBRATION = (
     "Explain why ice floats on water, in words that a ten-year-old understands.",

@@ -4,7 +4,7 @@
 
 A draft of random weights, for a target of two layers whose own forward is not timed. All parts take turns; the median
 counts. Before anything is timed, the logits of the native block are compared with those of its modules, and products of
-few rows with torch's. "torch" beside a part is what torch's own product takes there.
+few rows with torch's. "C++" and "torch" beside a level are what the two products alone take there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bench.common.script import Run, Script, option, shared
 from sequoia_kernels import TokenTree, adapt
 from sequoia_kernels.drafts import DecodingState, DFlashDraft, StageClock, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.dflash.forms import HEAD_KINDS, DFlashForm, LayerSight
+from sequoia_kernels.models import FewRowsLinear
 
 CONTEXT = 256
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4, 4, 7, 9])  # 11 nodes, 6 levels
@@ -91,10 +92,12 @@ def measure(bench: Run) -> None:
     buffers = TokenBuffers.allocate(layout, 1, target.vocab_size, draft.logits_dtype, target.device)
     drafting.prepare(layout, buffers)
 
-    block = drafting._bound
+    num_levels = len(layout.levels)
+    block = drafting.bound_block(num_levels)
     logits, hidden = block.run(True)
     modules = adapt(backbone.model, forward="modules")
     expected = modules.forward(drafting.tokens, drafting.cache, state.cache_lens, backbone.step)
+    expected = expected.narrow(1, backbone.first_slot, num_levels)
     error = float((logits.float() - expected.float()).abs().max() / expected.float().std())
     assert error < (1e-3 if dtype == torch.float32 else 0.2), error
     slots = heads.slot_rows(hidden) if heads.mixes_hidden else None
@@ -113,8 +116,11 @@ def measure(bench: Run) -> None:
         calls[f"level of {rows}"] = lambda tokens=tokens, slot=slot, states=states: heads.rows(
             tokens, logits[:, :1], slot, states
         )
-        mixed, weight = torch.randn(rows, heads.rank, dtype=dtype), heads._w2.weight
-        torch.testing.assert_close(heads._w2(mixed), F.linear(mixed, weight), rtol=2e-2, atol=2e-2 * heads.rank**0.5)
+        mixed, weight = torch.randn(rows, heads.rank, dtype=dtype), heads.w2.weight
+        torch.testing.assert_close(heads.w2(mixed), F.linear(mixed, weight), rtol=2e-2, atol=2e-2 * heads.rank**0.5)
+        native = FewRowsLinear(weight, most_rows=64)
+        calls[f"level of {rows}, C++"] = lambda mixed=mixed, native=native: native(mixed)
+        read[f"level of {rows}, C++"] = num_bytes([weight])
         calls[f"level of {rows}, torch"] = lambda mixed=mixed, weight=weight: F.linear(mixed, weight)
         read[f"level of {rows}"] = read[f"level of {rows}, torch"] = num_bytes([weight])
     in_block = [weight for name, weight in backbone.model.model.named_parameters() if "embed" not in name]
@@ -128,7 +134,7 @@ def measure(bench: Run) -> None:
     calls["draws of a level of 2"] = lambda: drafting.draw_children(level, rows_of_level, buffers)
     read["draws of a level of 2"] = num_bytes([rows_of_level])
     calls["grow 11 nodes, 6 levels"] = lambda: drafting.grow(layout, buffers)
-    read["grow 11 nodes, 6 levels"] = read["block"] + len(layout.levels) * num_bytes([heads._w2.weight])
+    read["grow 11 nodes, 6 levels"] = read["block"] + len(layout.levels) * num_bytes([heads.w2.weight])
 
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(options.rounds + 1):

@@ -1,30 +1,42 @@
-"""Lookup on the demo pair: alone and beside the draft, where text repeats its prompt and where it does not.
+"""Lookup alone and beside the draft, where text repeats its prompt and where it does not.
 
-"edit" prompts are a piece of held-out source code with its own beginning behind it, as a text to be written again;
-"write" prompts are such pieces alone. Every prompt is decoded by all in turn: without speculation, by lookup alone, by
-the draft (tree="auto", trees held fast), and by the draft with lookup. What lookup costs where it finds nothing is the
-time of a step with the draft's tree beside that of the same loop without lookup.
+On the demo pair "edit" prompts are a piece of held-out source code with its own beginning behind it, as a text to be
+written again, and "write" prompts are such pieces alone. SmolLM2 is asked to correct the spelling of texts, and with
+held-out requests. Every prompt is decoded by all in turn: without speculation, by lookup alone, by the draft
+(tree="auto"), and by the draft with lookup. Greedy texts are compared with plain decoding's.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.common.demo import Demo, decoding_rate, take_turns
-from bench.common.script import Run, Script, shared
+from bench.common.demo import Demo, TrainedPair, decoding_rate, take_turns
+from bench.common.script import Run, Script, option, shared
+from bench.common.smollm2 import DRAFT, SmolLM2, chat, why_not
+from bench.common.smollm2_prompts import EDITS, HELD_OUT
 from sequoia_kernels import generate
 from sequoia_kernels.decoding import GenerateStats
 
+PAIRS: dict[str, Callable[[Run], TrainedPair]] = {"demo": Demo, "smollm2": SmolLM2}
 
-def prompts_of(demo: Demo, count: int) -> dict[str, list[torch.Tensor]]:
+
+def prompts_of(pair: TrainedPair, count: int) -> dict[str, list[torch.Tensor]]:
     """Prompts of both kinds. [1, length] each."""
-    pieces = demo.encode(demo.texts(count))
-    return {"edit": [torch.cat((ids, ids[:, : ids.shape[1] // 3]), dim=1) for ids in pieces], "write": pieces}
+    if isinstance(pair, Demo):
+        pieces = pair.encode(pair.texts(count))
+        return {"edit": [torch.cat((ids, ids[:, : ids.shape[1] // 3]), dim=1) for ids in pieces], "write": pieces}
+    asked = {"edit": EDITS[:count], "write": HELD_OUT[:count]}
+    tokenizer = pair.pair.tokenizer
+    return {
+        kind: [torch.tensor([ids], device=pair.target.device) for ids in chat(tokenizer, texts)]
+        for kind, texts in asked.items()
+    }
 
 
 def summary(runs: Sequence[GenerateStats], plain: float) -> dict[str, Any]:
@@ -42,32 +54,41 @@ def summary(runs: Sequence[GenerateStats], plain: float) -> dict[str, Any]:
 def measure(bench: Run) -> None:
     options = bench.options
     logging.getLogger("sequoia_kernels").setLevel(logging.ERROR)
-    demo = Demo(bench)
+    pair = PAIRS[options.pair](bench)
+    bench.document["pair"] = options.pair
     bench.document["new_tokens"] = options.new_tokens
     results = bench.document["results"] = []
     for temperature in options.temperatures:
-        common = demo.decoding(temperature)
+        common = pair.decoding(temperature)
+        texts: dict[tuple[int, int], list[list[int]]] = {}  # of everybody, by prompt and seed
 
-        def decoder(draft: Any, common: dict[str, Any] = common, **choices: Any) -> Any:
+        def decoder(draft: Any, common: dict[str, Any] = common, texts: Any = texts, **choices: Any) -> Any:
             def decode(ids: torch.Tensor, seed: int) -> GenerateStats:
                 mask = torch.ones_like(ids)
-                return generate(demo.target, draft, ids, mask, seed=seed, **common, **choices).stats
+                output = generate(pair.target, draft, ids, mask, seed=seed, **common, **choices)
+                texts.setdefault((ids.data_ptr(), seed), []).append(output.new_tokens[0])
+                return output.stats
 
             return decode
 
         decoders = {
             "plain": decoder(None),
             "lookup": decoder("lookup"),
-            "draft": decoder(demo.draft),
-            "draft and lookup": decoder(demo.draft, lookup=True),
+            "draft": decoder(pair.draft),
+            "draft and lookup": decoder(pair.draft, lookup=True),
         }
-        for kind, prompts in prompts_of(demo, options.prompts).items():
+        for kind, prompts in prompts_of(pair, options.prompts).items():
             take_turns(decoders, prompts[:2])  # measures the pair, and learns a little
+            texts.clear()
             runs = take_turns(decoders, prompts, 100)
             plain = decoding_rate(runs["plain"])
-            row = {name: summary(stats, plain) for name, stats in runs.items()}
-            results.append({"temperature": temperature, "kind": kind, "prompts": options.prompts, **row})
-            print(f"T={temperature:g}, {kind}: plain {plain:.1f} tokens/s")
+            row: dict[str, Any] = {name: summary(stats, plain) for name, stats in runs.items()}
+            where = {"temperature": temperature, "kind": kind, "prompts": len(prompts)}
+            equal = [all(text == own[0] for text in own) for own in texts.values()]
+            if temperature == 0:
+                where["texts_equal"] = f"{sum(equal)} of {len(equal)}"
+            results.append(where | row)
+            print(f"T={temperature:g}, {kind}: plain {plain:.1f} tokens/s, {where.get('texts_equal', 'sampled')}")
             for name in list(decoders)[1:]:
                 found = row[name]
                 print(
@@ -78,11 +99,20 @@ def measure(bench: Run) -> None:
 
 
 OPTIONS = [
+    option("--pair", choices=sorted(PAIRS), default="demo", help="which models"),
+    option("--draft", type=Path, default=DRAFT, help="of smollm2: a model folder (default build/drafts/smollm2)"),
+    option("--calibration-prompts", type=int, default=1, help="of smollm2: not used"),
     *shared(device="cpu", threads=None, quick=False, temperatures=[0.0, 0.6, 1.0]),
     *shared(prompts=12, prompt_tokens=192, new_tokens=128),
 ]
 QUICK = {"prompts": 2, "new_tokens": 24, "temperatures": [0.0]}
-main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK).main
+
+
+def check(options: Any) -> str | None:
+    return why_not(options) if options.pair == "smollm2" else None
+
+
+main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK, check=check).main
 
 
 if __name__ == "__main__":

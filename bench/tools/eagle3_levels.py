@@ -1,10 +1,10 @@
 """What a level of an EAGLE-3 head takes on a CPU, beside the bytes that it reads.
 
-    python -m bench.tools.eagle3_levels --dtype bfloat16 --threads 1
+    python -m bench.tools.eagle3_levels --threads 1 --json bench/results/cpu/eagle3_levels.json
 
 Random weights. A level reads every weight of the layer and of the head's logits once, so its time is compared with that
-of reading as many bytes from memory with the same threads. Prints JSON: milliseconds for each number of rows, p50 of
-repeats that alternate, and what the bytes alone take.
+of reading as many bytes from memory with the same threads. Prints JSON: milliseconds for each number of rows, and what
+the bytes alone take; p20 and p50 of repeats that take turns.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.common.machine import command_line, commit, environment
+from bench.common.script import write_json
 from sequoia_kernels import TokenTree, adapt
 from sequoia_kernels.drafts import DecodingState, Eagle3Draft, StageClock
-from sequoia_kernels.fingerprints import DeviceFingerprint
+from sequoia_kernels.measure.timing import quantile
 from sequoia_kernels.models import TreeStep
 
 ROWS = (1, 2, 4, 8, 16)
@@ -62,7 +64,6 @@ def write_head(folder: Path, args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Time levels of some numbers of rows, in turn with reading as many bytes."""
-    torch.set_num_threads(args.threads)
     config = LlamaConfig(
         vocab_size=args.vocab, hidden_size=args.width, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=args.width // 64, bos_token_id=None, eos_token_id=None, dtype=getattr(torch, args.dtype),
@@ -97,25 +98,42 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 begin = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - begin)
-    p50 = {name: 1e3 * sorted(entries)[len(entries) // 2] for name, entries in times.items()}
-    bytes_ms = p50.pop("bytes")
-    return {
-        "device": DeviceFingerprint.of("cpu").name, "threads": args.threads, "dtype": args.dtype, "width": args.width,
-        "inner": args.inner, "draft_vocab": args.vocab, "context": args.context, "level_bytes": num_bytes,
-        "bytes_ms": round(bytes_ms, 3), "read_gb_per_s": round(num_bytes / bytes_ms / 1e6, 2),
-        "level_ms": {name: round(value, 3) for name, value in p50.items()},
-        "times_of_bytes": {name: round(value / bytes_ms, 2) for name, value in p50.items()},
-    }  # fmt: skip
+    result: dict[str, Any] = {"dtype": args.dtype, "level_bytes": num_bytes}
+    for name, fraction in (("p20", 0.2), ("p50", 0.5)):
+        ms = {key: round(1e3 * quantile(sorted(entries), fraction), 3) for key, entries in times.items()}
+        bytes_ms = ms["bytes"]
+        ratios = {key: round(value / bytes_ms, 2) for key, value in ms.items() if key != "bytes"}
+        result[name] = {"ms": ms, "read_gb_per_s": round(num_bytes / bytes_ms / 1e6, 2), "times_of_bytes": ratios}
+    return result
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Measure both dtypes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--width", type=int, default=2048, help="of the residual stream")
+    parser.add_argument("--width", type=int, default=2048, help="of the residual stream, a multiple of 256")
     parser.add_argument("--inner", type=int, default=8192, help="width of the MLP")
     parser.add_argument("--vocab", type=int, default=32000, help="tokens that the head knows")
     parser.add_argument("--context", type=int, default=512, help="committed tokens")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
-    json.dump(measure(parser.parse_args()), sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    document: dict[str, Any] = {
+        "bench": "eagle3_levels",
+        "command": command_line("bench.tools.eagle3_levels", argv),
+        "commit": commit(),
+        "environment": environment(),
+        "settings": {name: value for name, value in vars(args).items() if name != "json"},
+        "levels": [],
+    }
+    for args.dtype in ("bfloat16", "float32"):
+        document["levels"].append(measure(args))
+    sys.stdout.write(json.dumps(document["levels"], indent=1) + "\n")
+    if args.json is not None:
+        write_json(args.json, document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -133,7 +133,7 @@ def stepped(tree, seed, rule, op_by_op=None):
     buffers = step.prepare(tree)[1]
     return (
         emitted,
-        [getattr(state, name).tolist() for name in vars(state) if getattr(state, name) is not None],
+        [value.tolist() for value in vars(state).values() if isinstance(value, torch.Tensor)],
         rows,
         buffers,
     )

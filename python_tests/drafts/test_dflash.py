@@ -341,6 +341,24 @@ def test_greedy_text_is_the_targets(kind):
             assert output.stats.tokens_per_step > 1.2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_in_halves_and_beside_lookup(kind, dtype):
+    """Native logits of the target are the same bits for a tree, whatever grew it."""
+    target = nearly_bigram().to(dtype)
+    prompts = torch.randint(12, (2, 9), generator=torch.Generator().manual_seed(1))
+    plain = generate(target, None, prompts, max_new_tokens=40, eos_token_id=()).new_tokens
+    draft = good_draft(target, kind)
+    assert draft.logits_dtype == dtype and draft.backbone.model.runs == "native"
+    for batch in (prompts, prompts[:1]):
+        output = generate(target, draft, batch, tree=TREE if kind else CHAIN, max_new_tokens=40, eos_token_id=())
+        assert output.new_tokens == plain[: len(batch)]
+    both = generate(
+        target, draft, prompts, tree=TREE if kind else CHAIN, lookup=True, max_new_tokens=40, eos_token_id=()
+    )
+    assert both.new_tokens == plain and both.stats.lookup_steps > 0
+
+
 def test_a_wrong_draft_changes_the_speed_alone():
     target = nearly_bigram(attention=0.0)
     prompts = torch.randint(12, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -388,9 +406,9 @@ def test_an_engine_goes_on_with_another_batch():
         drafting.prepare(layout, TokenBuffers(tokens, None))
         drafting.prefill([0], text, torch.tensor([4]), states_of(target, text, draft.needs))
         first = grow(drafting, TREE, tokens, [4])
-        assert drafting._bound is not None  # of a native backbone
+        assert drafting.bound_block(len(layout.levels)) is not None  # of a native backbone
         drafting.use(None, StageClock(enabled=False))
-        assert drafting.source is None and drafting._bound is None  # nobody's weights are kept
+        assert drafting.source is None and not drafting._bound  # nobody's weights are kept
         drafting.use(draft, StageClock(enabled=False))
         drafting.restart()
         assert not any(bool(tensor.any()) for tensor in drafting.cache.tensors())
@@ -486,6 +504,18 @@ def test_the_block_is_paid_once_a_step():
     level = float(costs.draft_ms(1, 16))
     assert costs.draft_root_ms(16) == pytest.approx(7.0 + level)
     assert costs.stages(TokenTree.chain(4), 16)["draft"] == pytest.approx(7.0 + 3 * level)
+
+
+def test_what_is_measured_of_a_draft_belongs_to_its_weights_and_shape():
+    target = tiny_llama(3, vocab_size=12)
+    first, same, other = (random_draft(target, kind="dspark", seed=seed) for seed in (0, 0, 1))
+    assert first.identity == same.identity != other.identity
+    assert first.fingerprint.key == other.fingerprint.key != random_draft(target).fingerprint.key
+    assert first.fingerprint.cache_row_bytes == 0  # nothing of it is moved with accepted rows
+    assert first.graph_key != same.graph_key and first.owner is first
+    assert adapt(target).model is not first.models[0].model
+    longer = random_draft(target, kind="dspark", block_size=6)
+    assert longer.identity != first.identity and longer.fingerprint.key != first.fingerprint.key
 
 
 # ---- folders ----

@@ -250,3 +250,52 @@ def test_shaped_trees_and_trees_a_request_are_left_alone():
         output = generate(target, draft, prompts, tree=tree, lookup=True, max_new_tokens=10)
         assert output.stats.lookup_steps == 0
         assert output.new_tokens == generate(target, None, prompts, max_new_tokens=10).new_tokens
+
+
+@pytest.mark.parametrize("positions", [None, 48])
+def test_a_draft_that_is_asked_again_has_read_every_token(positions, monkeypatch):
+    """Its rows are those of a prefill, whatever steps came before."""
+    from sequoia_kernels.decoding import loop
+    from sequoia_kernels.models import prefill
+
+    target, draft = _pair()
+    draft.config.max_position_embeddings = positions or draft.config.max_position_embeddings
+    trees = [LookupTree(3), LookupTree(2), TREE, LookupTree(2, 1), LookupTree(1), LookupTree(4), TREE, TREE]
+    seen = []
+
+    def chosen(self, base, requests):
+        tree = trees[len(seen) % len(trees)]
+        seen.append(tree)
+        if isinstance(tree, LookupTree):
+            self._proposed = [text.propose(self.longest) for text in self._texts]
+            self.drafting.propose([path[: tree.length] for _, path in self._proposed])
+        return tree
+
+    def checked(self, base, requests):
+        tree = original(self, base, requests)
+        if self.drafting.reads(tree):
+            checks.append(_rows_differ(self.drafting, requests))
+        return tree
+
+    def _rows_differ(drafting, requests):
+        model, cache = drafting.base.source.model, drafting.base.cache
+        worst = 0.0
+        for index, (request, length) in enumerate(zip(requests, drafting.state.draft_lens.tolist())):
+            if not request.is_active:
+                continue
+            tokens = torch.tensor([request.committed[-length:]])
+            own = model.new_cache(1, length)
+            prefill(model, own, tokens, torch.tensor([length], dtype=torch.int32))
+            for mine, wanted in zip(cache.tensors(), own.tensors()):  # the last row is fed with the root
+                worst = max(worst, float((mine[index, : length - 1] - wanted[0, : length - 1]).abs().max()))
+        return worst
+
+    checks = []
+    original = loop.LookupSteps.tree
+    monkeypatch.setattr(loop.LookupSteps, "_chosen", chosen)
+    monkeypatch.setattr(loop.LookupSteps, "tree", checked)
+    prompts = _prompts(3)
+    output = generate(target, draft, prompts, tree=TREE, lookup=True, max_new_tokens=60)
+    assert output.new_tokens == generate(target, None, prompts, max_new_tokens=60).new_tokens
+    assert len(checks) > 8 and max(checks) < 1e-5
+    assert (output.stats.draft_restarts > 0) == (positions is not None)

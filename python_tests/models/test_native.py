@@ -29,6 +29,7 @@ from support.native_models import (
 )
 from support.processes import python_environment, run_process
 from support.tiny_families import tiny_model
+from support.tiny_models import tiny_llama
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -757,3 +758,24 @@ except KeyboardInterrupt:
 def test_an_interrupt_ends_a_long_prompt():
     result = run_process([sys.executable, "-c", _INTERRUPTED], env=python_environment())
     assert result.stdout.split() == ["interrupted", "early"]
+
+
+def test_bound_forwards_leave_the_wanted_rows_and_hidden_states():
+    model = adapt(tiny_llama(3, num_layers=2), forward="native")
+    step, cache = causal_step(5), model.new_cache(2, 16)
+    tokens, lens = torch.randint(32, (2, 5)), torch.tensor([0, 3], dtype=torch.int32)
+    expected = {number: torch.empty(0) for number in (0, 2)}
+    logits = model.forward(tokens, cache, lens, step, hidden_states=expected)
+    wanted = torch.tensor([[1, 3], [4, 0]])
+    bound = model.bind(tokens, cache, lens, step, wanted_rows=wanted)
+    found, hidden = torch.empty(bound.shape), {number: torch.empty(2, 5, bound.width) for number in (0, 2)}
+    assert bound.run(found, hidden)
+    assert torch.equal(found, logits.gather(1, wanted[:, :, None].expand(-1, -1, logits.shape[2])))
+    for number, states in expected.items():
+        assert torch.equal(hidden[number], states)
+    with pytest.raises(
+        ValueError, match=r"bind: wanted_rows must have shape \[batch, rows\] with batch 2, got \[1, 2\]"
+    ):
+        model.bind(tokens, cache, lens, step, wanted_rows=wanted[:1])
+    with pytest.raises(ValueError, match=r"bind: wanted_rows must be contiguous int64, got torch\.int32"):
+        model.bind(tokens, cache, lens, step, wanted_rows=wanted.int())

@@ -76,7 +76,7 @@ CHANGES = [
     ("models", None, "models must be an object"),
     (f"models.{TARGET.key}", 1, "must be an object"),
     (f"models.{TARGET.key}.fingerprint.num_layers", 13, "must be named llama-13x256"),
-    (f"models.{TARGET.key}.fingerprint.num_layers", True, r"num_layers must be a positive integer"),
+    (f"models.{TARGET.key}.fingerprint.num_layers", True, r"num_layers must be an integer >= 0"),
     (f"models.{TARGET.key}.fingerprint.dtype", None, r"dtype must be a string"),
     (f"models.{TARGET.key}.fingerprint.linears", None, r"linears must be a list of \[inputs, outputs, how many\]"),
     (f"models.{TARGET.key}.fingerprint.linears", [[8, 8]], r"linears must be a list of \[inputs, outputs, how many\]"),

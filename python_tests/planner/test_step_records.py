@@ -57,7 +57,7 @@ def _records(tokens, target, draft, temperature, top_k=None, top_p=None):
     for index in range(STEPS):
         recorder.begin(index // 4, *warps, torch.device("cpu"))
         one = slice(index, index + 1)
-        recorder(types.SimpleNamespace(tokens=tokens[one], draft_logits=draft[one]), target[one])
+        recorder(types.SimpleNamespace(tokens=tokens[one], draft_logits=draft[one], vocabulary=None), target[one])
     return recorder.records(estimate_acceptance(([9, 3], [6, 1]), temperature=temperature))
 
 

@@ -102,9 +102,9 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
 
 def _draft_kind(name: str, terminal: Terminal) -> tuple[str, str]:
     """Tell what --draft names, "word", "published" or "model", and give it for whoever loads it."""
-    from sequoia_kernels.drafts import LOOKUP, format_of
+    from sequoia_kernels.drafts import format_of, is_word
 
-    if name == LOOKUP:
+    if is_word(name):
         return "word", name
     found = _find_model("--draft", name, terminal)
     published = format_of(found)

@@ -39,9 +39,26 @@ class LookupSteps:
             text.append(list(prompt))
         self._proposed: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # of the step to come
         self._base = BaseEvidence(costs)
+        self._missed = [0] * len(self._texts)  # newest committed tokens that the draft has not read
 
     def tree(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
-        """Choose the next step's tree: `base`, or a lookup tree, whose proposals are handed over."""
+        """Choose the next step's tree: `base`, or a lookup tree, whose proposals are handed over.
+
+        A draft that is asked again reads what it missed first.
+        """
+        tree = self._chosen(base, requests)
+        if any(self._missed) and self.drafting.reads(tree):
+            # One more: the last token before may have been a leaf, which nobody fed.
+            self.drafting.catch_up([request.committed for request in requests], max(self._missed) + 1)
+            self._missed = [0] * len(self._missed)
+        return tree
+
+    def forget(self, lanes: Sequence[int]) -> None:
+        """Take notice that the draft's context of some requests was begun anew, with all that it may see."""
+        for lane in lanes:
+            self._missed[lane] = 0
+
+    def _chosen(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
         self._proposed = [
             text.propose(self.longest) if request.is_active else (0, [])
             for text, request in zip(self._texts, requests, strict=True)
@@ -72,6 +89,8 @@ class LookupSteps:
         """
         match, proposed = self._proposed[index]
         if tree is not None:
+            if not self.drafting.reads(tree):
+                self._missed[index] += len(tokens)
             self.evidence.note(match, proposed, tokens)
             if isinstance(tree, LookupTree):
                 self.num_copied += sum(node in tree.path for node in path)

@@ -283,5 +283,7 @@ class DecodingLoop:
         self._read(0)  # their newest tokens
         due = [index for index in due if self.requests[index].is_active]
         if due:
+            if self.lookup is not None:
+                self.lookup.forget(due)
             self.engine.eager.restart_draft(due, [self.context.tokens(index, self.requests[index]) for index in due])
         return True

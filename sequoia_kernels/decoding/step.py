@@ -96,6 +96,7 @@ class DecodingStep:
         if draft is not None:
             rows = draft_cache_len or max_cache_len
             self.drafting = draft.start(target, state, rows, backend=backend, clock=self.clock)
+            self.drafting.share(self.target_cache)
             draft_tensors = self.drafting.cache_tensors()
         # Each group of caches, with a table for every device, comes with the lengths that count its rows.
         parts = [(self.target_cache.tensors(), state.cache_lens)]

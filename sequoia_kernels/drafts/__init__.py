@@ -4,10 +4,13 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
 from sequoia_kernels.drafts.eagle3 import Eagle3Draft
 from sequoia_kernels.drafts.folders import DraftFolder, draft_from_folder, format_of
-from sequoia_kernels.drafts.given import LOOKUP, draft_source
+from sequoia_kernels.drafts.given import LOOKUP, draft_source, is_word
+from sequoia_kernels.drafts.layers import LayersDraft
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
+from sequoia_kernels.drafts.medusa import MedusaDraft
 from sequoia_kernels.drafts.model import ModelDraft
+from sequoia_kernels.drafts.mtp import MtpDraft
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
@@ -21,9 +24,12 @@ __all__ = [
     "DraftSource",
     "Drafting",
     "Eagle3Draft",
+    "LayersDraft",
     "LookupDraft",
     "LookupDrafting",
+    "MedusaDraft",
     "ModelDraft",
+    "MtpDraft",
     "StageClock",
     "StepTree",
     "TokenBuffers",
@@ -34,6 +40,7 @@ __all__ = [
     "draft_source",
     "each_tree",
     "format_of",
+    "is_word",
     "pair_tokens",
     "request_seeds",
 ]

@@ -24,7 +24,11 @@ from sequoia_kernels.models.loading import local_folder
 __all__ = ["DraftFolder", "DraftFormat", "draft_from_folder", "format_of", "register_format"]
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
-_DOWNLOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json")
+_MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # as their trainer names them
+_DOWNLOADED = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
+    "medusa_lm_head.pt",
+)  # fmt: skip
 
 
 class DraftFolder:
@@ -203,7 +207,7 @@ def _read_json(path: Path, where: str) -> dict[str, Any]:
 
 def _find_tensors(folder: Path, where: str) -> dict[str, Callable[[], torch.Tensor]]:
     """Give how to read each weight, by its name."""
-    for name in _WEIGHT_FILES:
+    for name in (*_WEIGHT_FILES, *_MEDUSA_FILES):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             files = {name}

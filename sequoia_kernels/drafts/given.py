@@ -6,15 +6,23 @@ import os
 from typing import Any
 
 from sequoia_kernels.drafts.folders import draft_from_folder
+from sequoia_kernels.drafts.layers import first_layers
 from sequoia_kernels.drafts.lookup import LookupDraft
 from sequoia_kernels.drafts.model import ModelDraft
+from sequoia_kernels.drafts.mtp import MtpDraft
 from sequoia_kernels.drafts.source import DraftSource
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 from sequoia_kernels.models import TreeModel, adapt, load_model
 
-__all__ = ["LOOKUP", "draft_source"]
+__all__ = ["LAYERS", "LOOKUP", "MTP", "draft_source", "is_word"]
 
-LOOKUP = "lookup"
+LOOKUP, MTP = "lookup", "mtp"
+LAYERS = "layers:"  # and a number
+
+
+def is_word(draft: Any) -> bool:
+    """Tell whether a string names a draft that needs no folder."""
+    return isinstance(draft, str) and (draft in (LOOKUP, MTP) or draft.startswith(LAYERS))
 
 
 def draft_source(
@@ -31,9 +39,10 @@ def draft_source(
     Changes of its models since they were last used are noticed here.
 
     Args:
-        draft: a Hugging Face model, a `TreeModel`, a source itself, "lookup", or the folder or hub id of a published
-            draft or of a model, which is loaded to the target's device; None for none.
-        target: the target, which lookup and what is loaded are for.
+        draft: a Hugging Face model, a `TreeModel`, a source itself, "lookup", "layers:8" (say) for the target's own
+            first layers, "mtp" for its multi-token prediction modules, or the folder or hub id of a published draft or
+            of a model, which is loaded to the target's device; None for none.
+        target: the target, which lookup, layers and what is loaded are for.
         compile: as in `adapt`; a source is left alone.
         lookup: look tokens up in the text besides.
         tokenizer: the target's tokenizer.
@@ -46,7 +55,7 @@ def draft_source(
     Raises:
         TypeError: `lookup` is no bool, or the target or a tokenizer is missing.
         FileNotFoundError: a name that is no folder, and no hub id that can be reached or is cached.
-        ValueError: a folder cannot be read, or its draft does not fit the target.
+        ValueError: a folder cannot be read, its draft does not fit the target, or no number of its layers.
         UnsupportedModelError: a model cannot decode trees.
     """
     if not isinstance(lookup, bool):
@@ -60,7 +69,7 @@ def draft_source(
         draft, lookup = None, True
     elif named:
         assert target is not None
-        draft, draft_tokenizer = _loaded(draft, target, tokenizer, draft_tokenizer)
+        draft, draft_tokenizer = _named(draft, target, tokenizer, draft_tokenizer)
     source = draft
     if draft is not None and not isinstance(draft, DraftSource):
         model = adapt(draft, compile=compile)
@@ -74,8 +83,15 @@ def draft_source(
     return LookupDraft(target, source)
 
 
-def _loaded(name: str | os.PathLike[str], target: TreeModel, tokenizer: Any, draft_tokenizer: Any) -> tuple[Any, Any]:
-    """Load what a name stands for: a published draft, or a model with its tokenizer, where the target's is known."""
+def _named(name: str | os.PathLike[str], target: TreeModel, tokenizer: Any, draft_tokenizer: Any) -> tuple[Any, Any]:
+    """Give what a name stands for: a part of the target, a published draft, or a model with its tokenizer."""
+    if name == MTP:
+        return MtpDraft.from_target(target), None
+    if isinstance(name, str) and name.startswith(LAYERS):
+        number = name.removeprefix(LAYERS)
+        if not number.isdecimal():
+            raise ValueError(f"generate: draft must name a number of layers behind {LAYERS!r}, got {name!r}")
+        return first_layers(target, int(number)), None
     try:
         source = draft_from_folder(name, target)
     except FileNotFoundError as error:

@@ -38,9 +38,12 @@ class HostGrowth:
     @classmethod
     def bind(
         cls, model: TreeModel, cache: TreeCache, state: DecodingState, layout: TreeLayout, buffers: TokenBuffers,
-        backend: str, pairing: TokenPairing | None = None,
+        backend: str, pairing: TokenPairing | None = None, feeds_last: bool = True,
     ) -> HostGrowth | None:  # fmt: skip
-        """Prepare growing a tree; None where the draft's forwards or draws run elsewhere."""
+        """Prepare growing a tree; None where the draft's forwards or draws run elsewhere.
+
+        `feeds_last`: whether the first forward feeds the last committed token before the root.
+        """
         if not _keeps_on_host(buffers, model.logits_dtype, backend):
             return None
         if (buffers.vocabulary is None) != (pairing is None):
@@ -53,15 +56,16 @@ class HostGrowth:
         bound = None
         for index, level in enumerate(layout.levels):
             width = level.nodes.shape[0]
-            fed = torch.zeros(batch_size, width if index else 2, dtype=torch.int64)
-            if index == 0:
+            with_last = index == 0 and feeds_last
+            fed = torch.zeros(batch_size, 2 if with_last else width, dtype=torch.int64)
+            if with_last:
                 bound = model.bind(fed, cache, first_lens, layout.root_step, last_row=last_row)
             else:
                 bound = model.bind(fed, cache, state.draft_lens, level.step)
             if bound is None:
                 return None
             held += bound, fed
-            levels.append(_fields(level, fed, bound.prepared) | {"before_root": index == 0})
+            levels.append(_fields(level, fed, bound.prepared) | {"before_root": with_last})
         if bound is None:
             return None
         maps: tuple[Any, ...] = (None,) * 3
@@ -73,14 +77,13 @@ class HostGrowth:
 
     @classmethod
     def of_block(
-        cls, rows: torch.Tensor, first_slot: int, head: tuple[torch.Tensor, torch.Tensor] | None, state: DecodingState,
+        cls, rows: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor] | None, state: DecodingState,
         layout: TreeLayout, buffers: TokenBuffers, backend: str,
     ) -> HostGrowth | None:  # fmt: skip
-        """Prepare growing a tree on rows that lie there already, one for each depth; None where draws run elsewhere.
+        """Prepare growing a tree on rows that lie there already, one for each level; None where draws run elsewhere.
 
         Args:
-            rows: logits, which every run reads anew. [B, slots, vocab], contiguous.
-            first_slot: that of the root; a level further down takes the next one.
+            rows: logits, which every run reads anew. [B, levels, vocab], contiguous.
             head: table [tokens, rank] and weight [vocab, rank] of a Markov head: weight times the row of a node's own
                 token is added to the row of its depth. For one request; None without one.
             state: the batch's state.
@@ -94,7 +97,7 @@ class HostGrowth:
         held: list[Any] = [state, layout, buffers, rows, head]
         levels = []
         for depth, level in enumerate(layout.levels):
-            row = rows[:, first_slot + depth]
+            row = rows[:, depth]
             fed = torch.zeros(batch_size, level.nodes.shape[0], dtype=torch.int64)
             fields = _fields(level, fed, None) | {"row": row.data_ptr()}
             fields["row_stride"] = rows.stride(0) * rows.element_size()

@@ -3,8 +3,9 @@
 The proposals are certain children (see `verify_tree`): what was copied from the text is accepted with the target's own
 probability of it. A step decodes either with the tree of the draft, or with a `LookupTree` around the proposed path;
 before each step the loop decides which, by what proposals have been worth so far (`decoding.lookup`). With a lookup
-tree the draft reads along in one forward, so that it has seen every token when it is asked again, and draws siblings of
-the proposed nodes from it. Drafts that are shown accepted tokens anyway (`scores_paths` is False) do nothing then.
+tree that has siblings the draft reads along in one forward and draws them from it. Without siblings it does nothing,
+and reads what it missed in one forward when it is asked again (`catch_up`); drafts that are shown accepted tokens
+anyway (`scores_paths` is False) have missed nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 
 from sequoia_kernels.drafts.clock import StageClock
-from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 from sequoia_kernels.tree import LookupTree, TokenTree
 
@@ -185,6 +186,30 @@ class LookupDrafting(Drafting):
         rows = [[*path, *[-1] * (longest - len(path))] for path in paths]
         self.proposals.copy_(torch.tensor(rows, dtype=torch.int64))
 
+    def reads(self, tree: StepTree) -> bool:
+        """Tell whether the base has seen all tokens of a step with this tree; one that is shown them always has."""
+        if self.base is None or not self.base.source.scores_paths:
+            return True
+        first = each_tree(tree)[0]
+        return first.num_nodes > 1 and not (isinstance(first, LookupTree) and first.siblings == 0)
+
+    def catch_up(self, texts: Sequence[Sequence[int]], num_missed: int) -> None:
+        """Let the base read the newest committed tokens of every request, which it has not read or reads again.
+
+        Args:
+            texts: committed tokens of each request.
+            num_missed: how many of them.
+        """
+        assert self.base is not None  # nobody else misses anything
+        with self.clock.stage("draft"):
+            rows, starts = [], []
+            for text, length in zip(texts, self.state.draft_lens.tolist(), strict=True):
+                held = text[len(text) - min(num_missed, length) :]  # a context may hold fewer
+                rows.append([*held, *[0] * (num_missed - len(held))])
+                starts.append(length - len(held))
+            tokens = torch.tensor(rows, dtype=torch.int64, device=self.proposals.device)
+            self.base.read(tokens, torch.tensor(starts, dtype=torch.int32, device=self.proposals.device))
+
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with a source of the same base."""
         super().use(source, clock)
@@ -194,6 +219,11 @@ class LookupDrafting(Drafting):
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the base's."""
         return [] if self.base is None else self.base.cache_tensors()
+
+    def share(self, cache: TreeCache) -> None:
+        """Hand it to the base."""
+        if self.base is not None:
+            self.base.share(cache)
 
     def prefill(
         self, lanes: list[int], tokens: torch.Tensor, num_tokens: torch.Tensor, hidden_states: Sequence[torch.Tensor]
@@ -231,10 +261,11 @@ class LookupDrafting(Drafting):
         if not self.base.source.scores_paths:
             self.base.see_tree(layout, buffers)
             return
+        if not tree.siblings:
+            return  # read when the base is asked again
         with self.clock.stage("draft"):
             logits = self.base.score_path(proposed, step)
-        if tree.siblings:
-            self._draw_siblings(tree, path, proposed, logits[:, :-1], buffers)
+        self._draw_siblings(tree, path, proposed, logits[:, :-1], buffers)
 
     def _draw_siblings(
         self, tree: LookupTree, path: torch.Tensor, proposed: torch.Tensor, logits: torch.Tensor, buffers: TokenBuffers

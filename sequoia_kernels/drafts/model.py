@@ -14,9 +14,11 @@ from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.drafts.vocabulary import TokenPairing
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep, check_pair, check_sizes, prefill
+from sequoia_kernels.models import TreeModel, TreeStep, causal_step, check_pair, check_sizes, prefill
 
 __all__ = ["ModelDraft"]
+
+ROWS_READ = 64
 
 
 class ModelDraft(DraftSource):
@@ -201,6 +203,15 @@ class _ModelDrafting(Drafting):
         state, model = self.state, self.source.model
         fed = self.source.fed(torch.cat((state.last_tokens[:, None], state.root_tokens[:, None], proposed), dim=1))
         return self.source.common(model.forward(fed, self.cache, state.draft_lens - 1, step)[:, 1:])
+
+    def read(self, tokens: torch.Tensor, starts: torch.Tensor) -> None:
+        """Feed the tokens, at most `ROWS_READ` in a forward."""
+        model, (batch_size, count) = self.source.model, tokens.shape
+        last_row = torch.zeros(batch_size, dtype=torch.int64, device=tokens.device)  # no logits are wanted
+        for first in range(0, count, ROWS_READ):
+            fed = self.source.fed(tokens[:, first : first + ROWS_READ])
+            step = causal_step(fed.shape[1], tokens.device)
+            model.forward(fed, self.cache, starts + first, step, last_row=last_row)
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What grows this tree in one call, where something does; made when the tree is first met."""

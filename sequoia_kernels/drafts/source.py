@@ -12,7 +12,7 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 from sequoia_kernels.vocabularies import VocabularyMap
 
@@ -33,7 +33,7 @@ class DraftSource(ABC):
         vocabulary: which tokens of a target its logits are of, on its device; None where they are the target's own.
         proposes: whether it has children that are certain, which it marks in `TokenBuffers.certain`.
         scores_paths: whether it must read tokens that others proposed in its place, and tells what it makes of them:
-            `Drafting.score_path`. A source that is shown accepted tokens by `committed` need not.
+            `Drafting.score_path` and `Drafting.read`. A source that is shown accepted tokens by `committed` need not.
         logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
         needs: hidden states of the target that it reads, numbered as transformers' `hidden_states`: i is the input of
             layer i, the number of layers what is behind the last norm. It gets them of every committed row.
@@ -130,6 +130,13 @@ class Drafting(ABC):
         """Go on with this object of the same source; without any while nobody decodes, so that none is kept alive."""
         self.source, self.clock = source, clock
 
+    def share(self, cache: TreeCache) -> None:  # noqa: B027
+        """See the target's cache, whose rows live as long as this object; of sources that use them.
+
+        Args:
+            cache: the target's. Its committed rows are not to be written.
+        """
+
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the caches whose tree rows lie as the target's do, node j at row lens + j: they are compacted with it.
 
@@ -187,6 +194,16 @@ class Drafting(ABC):
             The logits behind the root and each of them. [B, L + 1, vocab].
         """
         raise NotImplementedError(f"{type(self).__name__} scores no paths")
+
+    def read(self, tokens: torch.Tensor, starts: torch.Tensor) -> None:
+        """Read committed tokens that were accepted without it; of sources that score paths.
+
+        Args:
+            tokens: tokens of each request, which follow one another. [B, M] int64. What reaches beyond the committed
+                length is padding.
+            starts: place of the first of them in the draft's context. [B] int32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no tokens of others")
 
     def committed(self, path: VerifiedPath, hidden_states: Sequence[torch.Tensor]) -> None:  # noqa: B027
         """See what a step accepted; the state is advanced, the buffers are as `grow` left them.

@@ -435,6 +435,7 @@ class TreeModel:
         step: TreeStep,
         *,
         last_row: torch.Tensor | None = None,
+        wanted_rows: torch.Tensor | None = None,
     ) -> BoundForward | None:
         """Prepare native forwards that read the same tensors every time, for a loop that fills them anew.
 
@@ -445,6 +446,8 @@ class TreeModel:
             cache_lens: as for `forward`; contiguous. What it holds then is checked at every run.
             step: as for `forward`.
             last_row: as for `forward`.
+            wanted_rows: in place of it, the rows whose logits are wanted, different ones, in the order in which they
+                are given. [B, K] int64, contiguous.
 
         Returns:
             What runs them, with the model as it is now; None where forwards are not native.
@@ -458,7 +461,12 @@ class TreeModel:
             return None  # whoever replaced it wants to be called
         inputs = ForwardInputs(input_ids, cache_lens, step, last_row, None)
         self._check_forward(inputs, cache)
-        return native.bind(inputs, cache, self.max_positions, self._evaluation.check)
+        if wanted_rows is not None and (wanted_rows.dim() != 2 or wanted_rows.shape[0] != input_ids.shape[0]):
+            raise ValueError(
+                f"bind: wanted_rows must have shape [batch, rows] with batch {input_ids.shape[0]}, got "
+                f"{list(wanted_rows.shape)}"
+            )
+        return native.bind(inputs, cache, self.max_positions, self._evaluation.check, wanted_rows)
 
     def settle(self) -> None:
         """Give weights the places where forwards read them, for who notes down where they lie.

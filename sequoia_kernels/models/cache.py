@@ -102,6 +102,13 @@ class TreeCache(Cache):
         """Rows of a request."""
         return self._shape[1]
 
+    def first_layers(self, num_layers: int) -> TreeCache:
+        """Give the cache of the first layers alone: the same rows, not copies."""
+        part = TreeCache((), *self._shape)
+        part.layers.extend(self.layers[:num_layers])
+        part.specs = self.specs[:num_layers]
+        return part
+
     def tensors(self) -> list[torch.Tensor]:
         """Return keys and values of all layers, [B, S, Hkv, D] each, in the order k0, v0, k1, v1, ...; not copies."""
         return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]

@@ -14,8 +14,9 @@ from sequoia_kernels.models.quantised import ELEMENT_TYPES
 
 __all__ = ["FewRowsLinear", "bind_linear"]
 
-# Where torch's own product is faster (one thread of a Zen CPU with AVX-512, python -m bench.systems.bench_dflash): more
-# rows of halves are multiplied as such there, and a small weight takes less than the call.
+# Beyond these torch's own product is faster, and below them a small weight takes less than the call. One thread of a
+# Zen CPU with AVX-512, November 2026:
+# python -m bench.systems.bench_dflash --threads 1 --rows 1 2 4 8 16 32 --dtype float32 (or bfloat16)
 MOST_NATIVE_ROWS = {4: 32, 2: 8}  # by bytes of a number
 LEAST_NATIVE_NUMBERS = 1 << 16
 
@@ -28,6 +29,7 @@ class FewRowsLinear:
     Args:
         weight: [outputs, inputs].
         bias: [outputs], or None.
+        most_rows: rows that are multiplied in C++ at most; None takes what was measured.
 
     Attributes:
         is_native: whether few rows are multiplied in C++.
@@ -38,13 +40,13 @@ class FewRowsLinear:
         [[3.0, 3.0]]
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, most_rows: int | None = None) -> None:
         self.weight, self.bias = weight, bias
         tensors = [weight] if bias is None else [weight, bias]
         self.is_native = weight.dim() == 2 and all(
             tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == weight.dtype for tensor in tensors
         ) and weight.dtype in ELEMENT_TYPES and weight.numel() >= LEAST_NATIVE_NUMBERS  # fmt: skip
-        self._most_rows = MOST_NATIVE_ROWS.get(weight.element_size(), 0)
+        self._most_rows = MOST_NATIVE_ROWS.get(weight.element_size(), 0) if most_rows is None else most_rows
         self._bound: dict[int, Any] = {}  # by number of rows
 
     @property

@@ -90,7 +90,12 @@ class NativeForward:
         """Do nothing: no weights are held between forwards."""
 
     def bind(
-        self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None, check: Callable[[], None]
+        self,
+        inputs: ForwardInputs,
+        cache: TreeCache,
+        max_positions: int | None,
+        check: Callable[[], None],
+        wanted_rows: torch.Tensor | None = None,
     ) -> BoundForward:
         """Prepare forwards of what will lie in these tensors; see `TreeModel.bind`."""
         input_ids, cache_lens = inputs.input_ids, inputs.cache_lens
@@ -101,6 +106,12 @@ class NativeForward:
                 )
         call, held = self._describe_call(inputs, cache, max_positions)
         rows = input_ids.shape[1] if inputs.last_row is None else 1
+        if wanted_rows is not None:
+            if wanted_rows.dtype != torch.int64 or not wanted_rows.is_contiguous():
+                raise ValueError(f"bind: wanted_rows must be contiguous int64, got {wanted_rows.dtype}")
+            rows = wanted_rows.shape[1]
+            call |= {"wanted_nodes": wanted_rows.data_ptr(), "num_wanted": rows}
+            held.append(wanted_rows)
         shape = torch.Size((input_ids.shape[0], rows, self._vocab_size))
         return BoundForward(self, _host.BoundForward(self._forward, call), shape, (held, cache), check)
 

@@ -183,20 +183,19 @@ class LookupCosts:
             siblings: as in `lookup_trees`; more than 0 where the draft reads paths along.
         """
         times = costs.at_context(context_len)
-        reads = any(siblings)
-        trees = lookup_trees(costs.max_nodes, siblings)
-        if reads:
-            trees = [tree for tree in trees if tree.length + ROOT_ROWS <= costs.max_draft_rows]
+        trees = [
+            tree
+            for tree in lookup_trees(costs.max_nodes, siblings)
+            if not tree.siblings or tree.length + ROOT_ROWS <= costs.max_draft_rows
+        ]
         step_ms = {}
         for tree in trees:
             nodes = tree.num_nodes
-            step_ms[tree] = times.target[nodes] + times.verify[nodes] + times.host[2 if reads else 1]
+            step_ms[tree] = times.target[nodes] + times.verify[nodes] + times.host[2 if tree.siblings else 1]
             if costs.draft is not None:
                 step_ms[tree] += times.compact[min(tree.num_levels, len(times.compact) - 1)]
-            if reads:
-                step_ms[tree] += times.draft[tree.length + ROOT_ROWS]
             if tree.siblings:
-                step_ms[tree] += times.sample(tree.length, tree.siblings)
+                step_ms[tree] += times.draft[tree.length + ROOT_ROWS] + times.sample(tree.length, tree.siblings)
         base_ms = {plan.tree: plan.step_ms for plan in plans}
         base_tokens = {plan.tree: plan.tokens_per_step for plan in plans}
         single = TokenTree.single()

@@ -324,11 +324,13 @@ class HardwareProfile(Document):
 
 
 def _read_fingerprint(fields: Fields) -> ModelFingerprint:
-    counts = ("num_parameters", "vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
+    # A draft that is no whole model leaves sizes at 0: it has no such parts, or none that a step moves.
+    counts = ("num_parameters", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
     return ModelFingerprint(
         family=fields.text("family"),
         dtype=fields.text("dtype"),
-        **{name: fields.count(name) for name in counts},
+        vocab_size=fields.count("vocab_size"),
+        **{name: fields.count(name, 0) for name in counts},
         intermediate_size=fields.count("intermediate_size", optional=True),
         linears=tuple(map(tuple, fields.entries("linears", _is_linear, "a list of [inputs, outputs, how many]"))),
         streamed_bytes=fields.count("streamed_bytes", 0),

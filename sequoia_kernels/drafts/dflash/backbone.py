@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers import Qwen3Config
 
 from sequoia_kernels.drafts.dflash.forms import DFlashForm, LayerSight
 from sequoia_kernels.models import BoundForward, FewRowsLinear, StepContext, TreeCache, TreeModel, TreeStep, adapt
@@ -41,12 +40,16 @@ class BlockBackbone:
         hidden_norm: their norm behind it.
         device: where it runs.
         dtype: of its weights.
+        first_slot: slot of a block that tells the root's children.
     """
 
     def __init__(
         self, form: DFlashForm, weights: Mapping[str, torch.Tensor], embedding: nn.Module, head: nn.Module
     ) -> None:
-        self.form = form
+        # Half a second to import, for those who have such a draft.
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RotaryEmbedding
+
+        self.form, self.first_slot = form, 1 - int(form.sample_from_anchor)
         self.fc, self.hidden_norm = FewRowsLinear(weights["fc.weight"]), weights["hidden_norm.weight"]
         self.device, self.dtype = self.hidden_norm.device, self.hidden_norm.dtype
         device = self.device
@@ -173,13 +176,23 @@ class BlockBackbone:
         logits = self.model.forward(tokens, cache, cache_lens, self.step, hidden_states=hidden)
         return self._as_said(logits), hidden.get(last)
 
-    def bind(self, tokens: torch.Tensor, cache: TreeCache, cache_lens: torch.Tensor) -> BoundBlock | None:
-        """Prepare native forwards of what will lie in these tensors; None where there are none. See `block`."""
-        bound = self.model.bind(tokens, cache, cache_lens, self.step)
+    def bind(
+        self, tokens: torch.Tensor, cache: TreeCache, cache_lens: torch.Tensor, num_levels: int
+    ) -> BoundBlock | None:
+        """Prepare native forwards of what will lie in these tensors; None where there are none. See `block`.
+
+        Args:
+            tokens: as for `block`.
+            cache: as for `block`.
+            cache_lens: as for `block`.
+            num_levels: levels with children of the tree that is grown: of no other slots are there logits.
+        """
+        slots = torch.arange(self.first_slot, self.first_slot + num_levels).repeat(tokens.shape[0], 1)
+        bound = self.model.bind(tokens, cache, cache_lens, self.step, wanted_rows=slots)
         if bound is None:
             return None
         logits = torch.empty(bound.shape, dtype=self.model.logits_dtype)
-        hidden = torch.empty(*bound.shape[:2], self.form.config.hidden_size)
+        hidden = torch.empty(*tokens.shape, self.form.config.hidden_size)
         return BoundBlock(self, bound, logits, hidden)
 
     def _as_said(self, logits: torch.Tensor) -> torch.Tensor:
@@ -201,14 +214,15 @@ class BoundBlock(NamedTuple):
 
     backbone: BlockBackbone
     forward: BoundForward
-    logits: torch.Tensor  # [B, block_size, vocab]
+    logits: torch.Tensor  # [B, levels, vocab]
     hidden: torch.Tensor  # [B, block_size, hidden_size] float32
 
     def run(self, wants_hidden: bool) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Run the block; None, and nothing is written, where a length leaves no room in the cache.
 
         Returns:
-            As `BlockBackbone.block`; the next run may overwrite it.
+            Logits of the levels [B, levels, vocab], and hidden states as of `BlockBackbone.block`; the next run may
+            overwrite them.
         """
         hidden_states = {self.backbone.model.num_layers: self.hidden} if wants_hidden else None
         if not self.forward.run(self.logits, hidden_states):

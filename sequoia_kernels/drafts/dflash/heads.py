@@ -48,13 +48,15 @@ class DSparkHeads:
         kind: of the Markov head, "vanilla", "gated", "rnn", or None without one.
         rank: r.
         has_confidence: whether there is a confidence head.
+        w1: numbers of each token in the Markov head. [tokens, r].
+        w2: multiplies them to logits.
         slot_width: numbers of each slot that `slot_rows` gives.
     """
 
     def __init__(self, form: DFlashForm, weights: Mapping[str, torch.Tensor]) -> None:
         self.kind, self.rank = form.markov_kind, form.markov_rank
-        self._w1 = weights.get("markov_head.markov_w1.weight")
-        self._w2 = None if self._w1 is None else FewRowsLinear(weights["markov_head.markov_w2.weight"])
+        self.w1 = weights.get("markov_head.markov_w1.weight")
+        self.w2 = None if self.w1 is None else FewRowsLinear(weights["markov_head.markov_w2.weight"])
         width, rank = form.config.hidden_size, self.rank
         self._mixing: FewRowsLinear | None = None  # what a projection does to [s; e] or e
         of_slots, biases = [], []
@@ -82,16 +84,16 @@ class DSparkHeads:
     @property
     def weights(self) -> list[torch.Tensor]:
         """Everything that it reads."""
-        linears = (self._w2, self._mixing, self._slots)
+        linears = (self.w2, self._mixing, self._slots)
         kept = [tensor for linear in linears if linear is not None for tensor in linear.tensors]
-        return kept + [weight for weight in (self._w1, self._confidence) if weight is not None]
+        return kept + [weight for weight in (self.w1, self._confidence) if weight is not None]
 
     @property
     def table_and_weight(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """w1 and w2, where a row is w2 times that of the token: of a "vanilla" head. None for others."""
-        if self.kind != "vanilla" or self._w1 is None or self._w2 is None:
+        if self.kind != "vanilla" or self.w1 is None or self.w2 is None:
             return None
-        return self._w1, self._w2.weight
+        return self.w1, self.w2.weight
 
     @property
     def mixes_hidden(self) -> bool:
@@ -101,7 +103,7 @@ class DSparkHeads:
     @property
     def num_tokens(self) -> int:
         """Tokens that the Markov head knows."""
-        return 0 if self._w1 is None else self._w1.shape[0]
+        return 0 if self.w1 is None else self.w1.shape[0]
 
     def slot_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project the hidden states of a block. [B, block_size, hidden_size] -> [B, block_size, slot_width]."""
@@ -121,9 +123,9 @@ class DSparkHeads:
         """
         if self.kind is None:
             return NodeRows(logits.expand(-1, tokens.shape[1], -1), None)
-        assert self._w1 is not None and self._w2 is not None
-        mixed, states = self.mix(F.embedding(tokens, self._w1), slot, states)
-        return NodeRows(self._w2(mixed).add_(logits), states)
+        assert self.w1 is not None and self.w2 is not None
+        mixed, states = self.mix(F.embedding(tokens, self.w1), slot, states)
+        return NodeRows(self.w2(mixed).add_(logits), states)
 
     def mix(
         self, embedded: torch.Tensor, slot: torch.Tensor | None, states: torch.Tensor | None
@@ -141,17 +143,17 @@ class DSparkHeads:
         gate = torch.sigmoid(gate)
         return torch.tanh(output), gate * states + (1.0 - gate) * torch.tanh(candidate)
 
-    def states(
-        self, tokens: torch.Tensor, slot: torch.Tensor | None, states: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Give the nodes' states alone; arguments as in `rows`."""
-        assert self._w1 is not None
-        return self.mix(F.embedding(tokens, self._w1), slot, states)[1]
+    def rows_states(self, tokens: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Give the nodes' states alone, of an "rnn" head; arguments as in `rows`."""
+        assert self.w1 is not None
+        moved = self.mix(F.embedding(tokens, self.w1), slot, states)[1]
+        assert moved is not None
+        return moved
 
     def confidence(self, tokens: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """Give how likely the token behind each node is accepted. [B, W] float32; arguments as in `rows`."""
         logits = slot[..., -1].to(torch.float32)  # [B, 1]
-        if self._confidence is not None and self._w1 is not None:
-            embedded = F.embedding(tokens, self._w1).flatten(0, 1)
+        if self._confidence is not None and self.w1 is not None:
+            embedded = F.embedding(tokens, self.w1).flatten(0, 1)
             logits = logits + torch.mv(embedded, self._confidence).view(tokens.shape)
         return torch.sigmoid(logits).expand(tokens.shape)

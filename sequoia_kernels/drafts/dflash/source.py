@@ -108,6 +108,11 @@ class DFlashDraft(DraftSource):
                 f"DFlashDraft: target must have at least {max(self.needs)} layers, whose hidden states are read, got "
                 f"{target.num_layers}"
             )
+        if target.dtype != self.backbone.dtype:
+            raise ValueError(
+                f"DFlashDraft: target must have the dtype that the draft was loaded in, {self.backbone.dtype}, got "
+                f"{target.dtype}; load the draft again"
+            )
         if self.backbone.model.num_embeddings < target.num_embeddings:
             raise ValueError(
                 f"DFlashDraft: target must have at most the {self.backbone.model.num_embeddings} tokens that the draft "
@@ -147,13 +152,13 @@ class _DFlashDrafting(Drafting):
         self.steps = torch.arange(self.cache.max_cache_len, device=device)
         self.wants_confidence = False
         self.confidence: torch.Tensor | None = None
-        self._bound: BoundBlock | None = None
+        self._bound: dict[int, BoundBlock | None] = {}  # by levels with children
         self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with a source of the same weights, or let go of it."""
         super().use(source, clock)
-        self._bound = None  # it holds the weights
+        self._bound.clear()  # they hold the weights
         self._grown.clear()
 
     def restart(self) -> None:
@@ -189,34 +194,32 @@ class _DFlashDrafting(Drafting):
 
     def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Bind the block's forward, where it is native."""
-        if self._bound is None:
-            self._bound = self.source.backbone.bind(self.tokens, self.cache, self.state.cache_lens)
         self._host_growth(layout, buffers)
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Run the block, then draw level by level. Mutates the cache's rows behind the committed ones."""
         heads = self.source.heads
         with self.clock.stage("draft"):
-            logits, slots = self._block()
+            logits, slots = self._block(len(layout.levels))
         host = self._host_growth(layout, buffers)
         if host is not None and host.run(self.clock):
             return  # where a value is out of range, the ops below say which
         states = self._first_states(layout, buffers, slots)
         if self.wants_confidence and heads.has_confidence:
             self.confidence = torch.full(buffers.tokens.shape, torch.nan, device=buffers.tokens.device)
-        first_slot = 1 - int(self.source.form.sample_from_anchor)
+        first_slot = self.source.backbone.first_slot
         for depth, level in enumerate(layout.levels):
             with self.clock.stage("draft"):
                 slot = first_slot + depth
                 rows = self._level_rows(
-                    layout, level, buffers, logits[:, slot : slot + 1],
+                    layout, level, buffers, logits[:, depth : depth + 1],
                     None if slots is None else slots[:, slot : slot + 1], states,
                 )  # fmt: skip
             self.draw_children(level, rows, buffers)
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What draws this tree from the block's rows in one call, where something does; made when it is first met."""
-        heads, form, bound = self.source.heads, self.source.form, self._bound
+        heads, form, bound = self.source.heads, self.source.form, self.bound_block(len(layout.levels))
         plain = self.logits_hook is None and not (self.wants_confidence and heads.has_confidence)
         if bound is None or not plain or heads.mixes_hidden or form.logit_scale != 1.0 or form.logit_softcap > 0.0:
             return None
@@ -224,24 +227,31 @@ class _DFlashDrafting(Drafting):
             return None  # whoever replaced it wants to be called
         known = self._grown.get(layout.tree)
         if known is None or known[0] is not buffers:
-            first_slot = 1 - int(form.sample_from_anchor)
-            host = HostGrowth.of_block(
-                bound.logits, first_slot, heads.table_and_weight, self.state, layout, buffers, self.backend
-            )
+            host = HostGrowth.of_block(bound.logits, heads.table_and_weight, self.state, layout, buffers, self.backend)
             known = self._grown[layout.tree] = buffers, host
         return known[1]
 
-    def _block(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Give the block's logits, and what the heads want of its hidden states."""
+    def bound_block(self, num_levels: int) -> BoundBlock | None:
+        """The block's native forward for trees of so many levels with children, where there is one."""
+        if num_levels not in self._bound:
+            backbone, state = self.source.backbone, self.state
+            self._bound[num_levels] = backbone.bind(self.tokens, self.cache, state.cache_lens, num_levels)
+        return self._bound[num_levels]
+
+    def _block(self, num_levels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Give the logits of each level, and what the heads want of all slots' hidden states."""
         backbone, heads = self.source.backbone, self.source.heads
         self.tokens[:, 0].copy_(self.state.root_tokens)
         if self.source.vocab_size > backbone.model.num_embeddings:
             self.tokens.clamp_(max=backbone.model.num_embeddings - 1)
         wants_hidden = heads.mixes_hidden or (self.wants_confidence and heads.has_confidence)
-        scored = None if self._bound is None else self._bound.run(wants_hidden)
+        bound = self.bound_block(num_levels)
+        scored = None if bound is None else bound.run(wants_hidden)
         if scored is None:  # where a length is out of range, the forward says which
-            scored = backbone.block(self.tokens, self.cache, self.state.cache_lens, wants_hidden)
-        logits, hidden = scored
+            logits, hidden = backbone.block(self.tokens, self.cache, self.state.cache_lens, wants_hidden)
+            logits = logits.narrow(1, backbone.first_slot, num_levels)
+        else:
+            logits, hidden = scored
         return logits, None if hidden is None else heads.slot_rows(hidden)
 
     def _first_states(
@@ -258,13 +268,9 @@ class _DFlashDrafting(Drafting):
         if not self.source.form.sample_from_anchor:
             # The anchor's own slot tells nothing, but it was trained to be the chain's first link, with its own token.
             assert slots is not None
-            states[:, :1] = self._moved(buffers.tokens[:, :1], slots[:, :1], states[:, :1])
+            roots = buffers.tokens[:, :1].clamp(0, heads.num_tokens - 1)
+            states[:, :1] = heads.rows_states(roots, slots[:, :1], states[:, :1])
         return states
-
-    def _moved(self, tokens: torch.Tensor, slot: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        moved = self.source.heads.states(tokens, slot, states)
-        assert moved is not None
-        return moved
 
     def _level_rows(
         self, layout: TreeLayout, level: DraftLevel, buffers: TokenBuffers, logits: torch.Tensor,
@@ -319,7 +325,7 @@ class _DFlashDrafting(Drafting):
         addresses = torch.tensor([table.data_ptr(), weight.data_ptr(), logits.data_ptr()])
 
         def call() -> object:
-            assert forward.run(addresses.data_ptr(), out.data_ptr(), torch.get_num_threads())
+            forward.run(addresses.data_ptr(), out.data_ptr(), torch.get_num_threads())
             return held, logits, out
 
         return call
@@ -334,7 +340,7 @@ class _DFlashDrafting(Drafting):
         states = torch.ones(batch_size, _TYPICAL_ACCEPTED, width, dtype=backbone.dtype, device=device)
         features = [states] * len(self.source.needs)
         wants_hidden = self.source.heads.mixes_hidden
-        bound = backbone.bind(self.tokens, self.cache, lens)
+        bound = backbone.bind(self.tokens, self.cache, lens, min(_TYPICAL_LEVELS, self.source.form.max_levels - 1))
 
         def call() -> object:
             backbone.write_context(self.cache, features, positions, rows, self.rotations)
@@ -348,3 +354,4 @@ class _DFlashDrafting(Drafting):
 
 
 _TYPICAL_ACCEPTED = 4  # tokens of a step
+_TYPICAL_LEVELS = 6  # with children, of its tree

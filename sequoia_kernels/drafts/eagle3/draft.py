@@ -275,13 +275,20 @@ class _Eagle3Drafting(Drafting):
         return tokens, torch.where(unknown[:, :, None], head.mask_feature, features)
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
-        """Give a forward over the level with its logits; a parallel head's is that of all levels, and of one row."""
+        """Give a forward over the level with its logits, which of a parallel head are there already."""
+        if self.source.head.mask_feature is not None:
+            buffer = self.logits[:, :1].expand(-1, step.node_ids.shape[0], -1)
+            return lambda: buffer.contiguous()
+        return self._forward_call(step, context_len)
+
+    def step_call(self, context_len: int) -> Callable[[], object] | None:
+        """Give a parallel head's one forward."""
+        if self.source.head.mask_feature is None:
+            return None
+        return self._forward_call(causal_step(self.source.num_depths, self.source.device), context_len)
+
+    def _forward_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
         head, num_rows, device = self.source.head, step.node_ids.shape[0], self.source.device
-        if head.mask_feature is not None:
-            if num_rows > 1:  # below the root: there already
-                return lambda: None
-            num_rows = self.source.num_depths
-            step = causal_step(num_rows, device)
         batch_size = self.cache.batch_size
         generator = torch.Generator().manual_seed(num_rows)
         tokens = torch.randint(head.embed.shape[0], (batch_size, num_rows), generator=generator).to(device)

@@ -73,6 +73,7 @@ class _Confidence(nn.Module):
 class DSparkModule(nn.Module):
     """A backbone of Qwen3's layers in the target's width with its heads; `state_dict` has the names of the folder.
 
+    Its layers begin as the target's last ones, and the context as the last of its features.
     A token's numbers in the Markov head begin as its embedding's principal components, so that tokens which training
     never meets stand near those that are like them; the head itself begins at 0, and so changes nothing.
 
@@ -80,10 +81,13 @@ class DSparkModule(nn.Module):
         target: a Llama model of transformers.
         layers: hidden states of it that the draft reads, at least one.
         vocabulary: tokens that it knows.
-        num_layers: of the backbone.
+        num_layers: of the backbone, at most the target's.
         block_size: slots of a block, S.
         rank: of the Markov head.
         mask_token_id: token of the masks.
+
+    Raises:
+        ValueError: num_layers is out of range.
     """
 
     def __init__(
@@ -92,6 +96,9 @@ class DSparkModule(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         config = self.config = target.config
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            rule = f"in 1..{config.num_hidden_layers}, the target's layers that they begin as"
+            raise ValueError(f"DSparkModule: num_layers must be {rule}, got {num_layers}")
         self.read, self.vocabulary = layers, vocabulary
         self.block_size, self.rank, self.mask_token_id = block_size, rank, mask_token_id
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -106,10 +113,14 @@ class DSparkModule(nn.Module):
 
     @torch.no_grad()
     def _begin(self, target: Any) -> None:
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                std = 0.02 if "o_proj" not in name and "down_proj" not in name else 0.02 / len(self.layers) ** 0.5
-                nn.init.normal_(weight, std=std)
+        width = self.config.hidden_size
+        for mine, layer in zip(self.layers, target.model.layers[-len(self.layers) :], strict=True):
+            of_layer = dict(layer.named_parameters())
+            for name, weight in mine.named_parameters():
+                if name in of_layer:  # all but the norms of queries and keys
+                    weight.copy_(of_layer[name])
+        nn.init.normal_(self.fc.weight, std=0.02 / len(self.read))
+        self.fc.weight[:, -width:] += torch.eye(width)
         self.norm.weight.copy_(target.model.norm.weight)
         centred = (self.embed - self.embed.mean(0)).float()
         directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, : self.rank]

@@ -56,6 +56,7 @@ from sequoia_kernels.drafts import DraftSource, draft_from_folder
 HELD_BACK = 0.04  # of the texts, to measure on
 WRITING_TEMPERATURES = (1.0, 0.6)
 FREQUENT = 3  # times that a token must be among the texts to be looked at by every step
+HEADS = {"batch_texts": 2, "learning_rate": 3e-3}
 LOSS_STEPS = 20  # whose losses the document has as one number
 WARMUP, DECAY = 0.05, 0.6  # of the steps: the rate rises linearly, holds, and falls to nothing
 
@@ -113,7 +114,7 @@ class Kind(ABC):
 class LayersDraft(Kind):
     """The target's first layers with its norm, between its embedding and its head; layers and norm learn."""
 
-    defaults = {"out": smollm2.DRAFT, "epochs": 8, "learning_rate": 4e-3}  # noqa: RUF012
+    defaults = {"out": smollm2.DRAFT, "epochs": 8, "batch_texts": 4, "learning_rate": 4e-3}  # noqa: RUF012
 
     def __init__(self, target: Any, texts: Texts, options: Namespace) -> None:
         config = copy.deepcopy(target.config)
@@ -155,7 +156,12 @@ class HeadDraft(Kind):
 
     @classmethod
     def reads(cls, target: Any, options: Namespace) -> tuple[int, ...]:
-        return tuple(options.feature_layers or default_layers(target.config.num_hidden_layers))
+        count = target.config.num_hidden_layers
+        layers = tuple(options.feature_layers or default_layers(count))
+        if len(set(layers)) < len(layers) or not all(1 <= number <= count for number in layers):
+            rule = f"be different ones of 1..{count}, the target's hidden states behind a layer"
+            raise ValueError(f"train_draft: --feature-layers must {rule}, got {list(layers)}")
+        return layers
 
     def __init__(self, target: Any, texts: Texts, options: Namespace) -> None:
         self.target, self.options = target, options
@@ -217,7 +223,7 @@ class HeadDraft(Kind):
 class Eagle3Head(HeadDraft):
     """An EAGLE-3 head of one layer of the target's shape."""
 
-    defaults = {"out": smollm2.DRAFT.with_name("smollm2-eagle3"), "epochs": 5, "learning_rate": 1e-3}  # noqa: RUF012
+    defaults = {"out": smollm2.DRAFT.with_name("smollm2-eagle3"), **HEADS, "epochs": 8}  # noqa: RUF012
     module: Eagle3Module
 
     def __init__(self, target: Any, texts: Texts, options: Namespace) -> None:
@@ -248,7 +254,7 @@ class Eagle3Head(HeadDraft):
 class DSparkDraft(HeadDraft):
     """A DSpark draft: a block of slots at once, a Markov head and a confidence head."""
 
-    defaults = {"out": smollm2.DRAFT.with_name("smollm2-dspark"), "epochs": 8, "learning_rate": 1e-3}  # noqa: RUF012
+    defaults = {"out": smollm2.DRAFT.with_name("smollm2-dspark"), **HEADS, "epochs": 16}  # noqa: RUF012
     measures = (*MEASURES, "confidence_error")
     module: DSparkModule
 
@@ -506,7 +512,7 @@ OPTIONS = [
     option("--texts", type=int, default=1360, help="texts that the target writes (default %(default)s)"),
     option("--text-tokens", type=int, default=144, help="tokens of each, the prompt aside (default %(default)s)"),
     option("--epochs", type=int, help="times that every text is seen (default by kind)"),
-    option("--batch-texts", type=int, default=4, help="texts of a step (default %(default)s)"),
+    option("--batch-texts", type=int, help="texts of a step (default by kind)"),
     option(
         "--sampled-tokens",
         type=int,

@@ -295,6 +295,13 @@ def test_equal_options_give_equal_heads(kind, tiny, tmp_path):
     assert not all(torch.equal(other[name], weight) for name, weight in first.items())
 
 
+def test_sizes_that_the_target_has_not_are_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"--feature-layers must be different ones of 1..3, .* got \[1, 4\]"):
+        train(tmp_path, "eagle3", "--feature-layers", "1", "4")
+    with pytest.raises(ValueError, match=r"num_layers must be in 1..3, .* got 4"):
+        train(tmp_path, "dspark", "--layers", "4", "--texts", "4")
+
+
 def test_layers_that_are_read_by_default_are_those_that_folders_mean_without_a_word():
     assert default_layers(30) == (2, 15, 27) and default_layers(3) == (1, 2)
 

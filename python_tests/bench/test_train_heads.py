@@ -33,8 +33,12 @@ class Tokenizer:
 
 
 def tiny_target():
-    """A target whose weights are numbers of bfloat16, as a folder's are."""
-    model = tiny_llama(5, vocab_size=VOCAB, num_layers=3, sharpness=16.0)
+    """A target whose weights are numbers of bfloat16, as a folder's are, and whose base frequency is its own."""
+    weights = tiny_llama(5, vocab_size=VOCAB, num_layers=3, sharpness=16.0)
+    config = weights.config
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 700.0}
+    model = type(weights)(config).eval()
+    model.load_state_dict(weights.state_dict())
     return model.bfloat16().float()
 
 

@@ -202,6 +202,12 @@ class DSparkModule(nn.Module):
             "markov_head_type": "vanilla",
             "enable_confidence_head": True,
             "confidence_head_with_markov": True,
+            "speculators_config": {
+                "algorithm": "dspark",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": self.block_size}],
+                "verifier": {"name_or_path": None, "architectures": config.architectures or ["LlamaForCausalLM"]},
+            },
             "dtype": "bfloat16",
         }
         write_folder(folder, fields, self.state_dict(), self.vocabulary, self.head)

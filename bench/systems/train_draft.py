@@ -444,11 +444,11 @@ def measure(bench: Run) -> None:
     layers = KINDS[options.kind].reads(target, options)
     texts, writing_minutes = written(target, tokenizer, layers, options, deadline)
     torch.manual_seed(options.seed)  # what the writing drew is no part of the draft
-    kind = KINDS[options.kind](target, texts, options)
-    texts = kind.prepare(texts)
     kept = max(1, round((1 - HELD_BACK) * len(texts.lens)))
     held_back = texts.part(kept, len(texts.lens)) if kept < len(texts.lens) else texts
     texts = texts.part(0, kept)
+    kind = KINDS[options.kind](target, texts, options)
+    texts, held_back = kind.prepare(texts), kind.prepare(held_back)
     names = ("kind", "layers", "seed", "texts", "text_tokens", "epochs", "batch_texts", "learning_rate")
     bench.document |= {name: getattr(options, name) for name in names} | kind.facts
     bench.document |= {

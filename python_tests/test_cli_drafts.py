@@ -64,7 +64,10 @@ def test_every_draft_gives_the_targets_text(draft, folders, capsys):
 def test_lookup_alone_needs_no_draft_and_none_means_none(folders, capsys):
     common = ["generate", "--target", str(folders / "target"), "--prompt", PROMPT, "--new-tokens", "40", "--lookup"]
     assert run_json(capsys, *common)[1]["stats"]["lookup_steps"] > 0
-    assert run_json(capsys, *common, "--tree", "none")[1]["stats"]["lookup_steps"] == 0
+    assert cli.main([*common, "--tree", "none"]) == 2
+    assert "--lookup must not be given with --tree none" in " ".join(capsys.readouterr().err.split())
+    status, demo = run_json(capsys, "generate", "--draft", "lookup", "--prompt", "x = 1\nx = 1\n", "--new-tokens", "8")
+    assert status == 0 and len(demo["tokens"]) == 8  # of the demo pair's target
 
 
 @pytest.mark.parametrize("draft", ["other", "head"])

@@ -735,3 +735,22 @@ def test_what_a_processor_must_give(gives, looks):
         ValueError, match=rf"logits_processor must give scores of shape \[2, 32\], got {looks} from funct"
     ):
         generate(target, draft, **prompts(), tree=TREE, logits_processor=[gives])
+
+
+def test_other_drafts_come_through_the_same_door(tmp_path):
+    from sequoia_kernels.demo import load_demo_pair
+
+    pair = load_demo_pair()
+    ids = pair.tokenizer("x = 1\nx = 1\nx = 1\n", return_tensors="pt").input_ids
+    wanted = pair.target.generate(ids, do_sample=False, max_new_tokens=24)
+    pair.draft.save_pretrained(tmp_path)
+    for options in (
+        {"draft": "lookup"},
+        {"draft": pair.draft, "lookup": True},
+        {"draft": "layers:2"},
+        {"draft": str(tmp_path)},
+    ):
+        output = pair.target.generate(
+            ids, do_sample=False, max_new_tokens=24, custom_generate=hf.custom_generate, **options
+        )
+        assert torch.equal(output, wanted), options

@@ -129,6 +129,7 @@ class CustomGenerate:
         tokenizer: Any | None = None,
         assistant_tokenizer: Any | None = None,
         token_streamer: Any | None = None,
+        lookup: bool = False,
         tree: Any = "auto",
         seed: int | Sequence[int] | None = None,
         acceptance: Any | None = None,
@@ -140,8 +141,6 @@ class CustomGenerate:
         **model_kwargs: Any,
     ) -> Any:
         """Decode; transformers calls this."""
-        if assistant_tokenizer is not None:
-            raise ValueError(f"{WHERE}: assistant_tokenizer must not be given: the draft must share the tokenizer")
         if draft is not None and assistant_model is not None:
             raise ValueError(f"{WHERE}: draft must be given once, got draft and assistant_model")
         if synced_gpus:
@@ -153,7 +152,8 @@ class CustomGenerate:
             profile=profile, input_ids=input_ids, attention_mask=model_kwargs.get("attention_mask"), config=config,
             processors=logits_processor, criteria=stopping_criteria, streamer=token_streamer or streamer,
             pad_token_id=_pad_token_id(generation_config), seed=seed, rule=rule, logits_hook=logits_hook,
-            backend=backend, cuda_graphs=cuda_graphs,
+            backend=backend, cuda_graphs=cuda_graphs, lookup=lookup, tokenizer=tokenizer,
+            draft_tokenizer=assistant_tokenizer,
         )  # fmt: skip
         return _as_transformers_returns(output, config)
 
@@ -163,11 +163,17 @@ custom_generate = CustomGenerate()
 
 @on_target_device
 @described_once()
-def _generate(model: Any, draft: Any, *, tree: Any, acceptance: Any, profile: Any, **given: Any) -> GenerateOutput:
+def _generate(
+    model: Any, draft: Any, *, tree: Any, acceptance: Any, profile: Any, lookup: bool, tokenizer: Any,
+    draft_tokenizer: Any, **given: Any,
+) -> GenerateOutput:  # fmt: skip
     """Do what `sequoia_kernels.generate` does, with what transformers has prepared; the rest as in `_arguments`."""
     with torch.inference_mode():
         target = adapt(model)
-        source = None if draft is None else draft_source(draft)
+        source = draft_source(
+            draft, target, lookup=lookup, tokenizer=tokenizer if draft_tokenizer is not None else None,
+            draft_tokenizer=draft_tokenizer,
+        )  # fmt: skip
         arguments = _arguments(target, source, tree=tree, acceptance=acceptance, profile=profile, **given)
     return run_generation(target, source, arguments, tree, acceptance=acceptance, profile=profile)
 

@@ -26,7 +26,7 @@ Results go to standard output, progress and logs to standard error, so `--json` 
 appears whole or not at all, and whether it can be written is checked before the work. Exit status: 0 done, 1 the work
 failed, 2 a bad argument or file, 130 interrupted. [troubleshooting.md](troubleshooting.md) says what messages mean.
 
-`T` and `D` are folders or hub ids of a target and a draft with the same tokenizer.
+`T` and `D` are folders or hub ids of a target and a draft.
 """
 
 TAIL = """## Environment

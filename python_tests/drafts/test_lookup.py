@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
+from support.synthetic_profile import synthetic_profile
 from support.tiny_models import noisy_copy, tiny_llama
 
-from sequoia_kernels import TokenTree, _host, adapt, generate
-from sequoia_kernels.drafts import LookupDraft, draft_source
+from sequoia_kernels import (
+    AdaptivePlan,
+    TokenTree,
+    _host,
+    adapt,
+    generate,
+    load_offloaded,
+    measure_profile,
+    plan_tree,
+)
+from sequoia_kernels.decoding import record_steps
+from sequoia_kernels.drafts import DecodingState, LookupDraft, StageClock, draft_source
 from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, lookup_trees, lookup_value
 from sequoia_kernels.tree import LookupTree, ShapedTree
 
@@ -103,6 +115,9 @@ def test_evidence_learns_by_agreement_and_stops_at_the_first_wrong_token():
     evidence.note(2, [1, 2, 3], [9])
     evidence.note(2, [], [9])
     assert sum(evidence.tried) == tried + 1
+    before = evidence.sibling_chance
+    evidence.note_sibling(False)
+    assert evidence.sibling_chance < before
 
 
 def test_the_fastest_tree_is_long_where_much_agrees_and_none_is_made_beyond_the_budget():
@@ -110,18 +125,21 @@ def test_the_fastest_tree_is_long_where_much_agrees_and_none_is_made_beyond_the_
     assert max(tree.num_nodes for tree in trees) == 9 and LookupTree(4, 1) in trees and LookupTree(6, 1) not in trees
     evidence = LookupEvidence()
     step_ms = {tree: 1.0 + 0.1 * tree.num_nodes for tree in trees}
-    costs = LookupCosts(trees, step_ms, {}, {}, 0.6)
-    sure, unsure = (costs.fastest([evidence.reach(match, 32)]) for match in (30, 2))
+    costs = LookupCosts(trees, step_ms, {}, {})
+    sure, unsure = (costs.fastest([evidence.reach(match, 32)], 0.6) for match in (30, 2))
     assert sure.tree.length > unsure.tree.length and sure.speed > unsure.speed
     for match in (2, 7, 30):  # one request is what lookup_value says, several are their sum
         reaches = [evidence.reach(match, 5), None, evidence.reach(4, 32)]
         speeds = {
             tree: sum(lookup_value(tree, reach or [], 0.6) for reach in reaches) / step_ms[tree] for tree in trees
         }
-        picked = costs.fastest(reaches)
+        picked = costs.fastest(reaches, 0.6)
         assert picked.speed == pytest.approx(max(speeds.values()))
         assert speeds[picked.tree] == pytest.approx(picked.speed)
-    assert LookupCosts([], {}, {}, {}, 0.6).fastest([None]) is None
+        unread = costs.fastest(reaches, 0.6, read=False)
+        assert unread.speed == pytest.approx(max(speed for tree, speed in speeds.items() if not tree.siblings))
+    assert LookupCosts([], {}, {}, {}).fastest([None], 0.6) is None
+    assert sorted(tree.num_nodes + 2 * tree.num_levels for tree in costs.within(12).trees) == [6, 7, 9, 11, 12]
 
 
 def test_the_draft_counts_for_what_it_does_where_as_much_agrees():
@@ -166,7 +184,7 @@ def _variants(target, draft):
 
 @pytest.mark.parametrize("name", ["lookup", "draft and lookup", "planned", "planned alone", "a source"])
 def test_greedy_text_is_the_targets(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("SEQUOIA_CACHE", str(tmp_path))
+    monkeypatch.setenv("SEQUOIA_CACHE_DIR", str(tmp_path))
     target, draft = _pair()
     prompts = _prompts(4)
     wanted = generate(target, None, prompts, max_new_tokens=40).new_tokens
@@ -237,8 +255,95 @@ def test_what_is_refused():
         generate(target, draft, prompt, lookup=1)
     with pytest.raises(TypeError, match="target must be given for lookup"):
         draft_source("lookup")
-    with pytest.raises(TypeError, match="base must be a draft that draws its tokens, got LookupDraft"):
+    with pytest.raises(TypeError, match="base must be a draft source that draws, got LookupDraft"):
         LookupDraft(adapt(target), LookupDraft(adapt(target)))
+
+
+def test_misuse_is_refused_before_anything_runs():
+    target, draft = _pair()
+    with pytest.raises(TypeError, match="LookupDraft: target must be a TreeModel, as adapt gives, got Llama"):
+        LookupDraft(target)
+    with pytest.raises(TypeError, match="base must be a draft source that draws, got LlamaForCausalLM"):
+        LookupDraft(adapt(target), draft)
+    with pytest.raises(TypeError, match="tree must be no LookupTree"):
+        generate(target, draft, _prompts(1), tree=LookupTree(3), lookup=True)
+    for measure in (
+        lambda given: record_steps(target, given, [_prompts(1)]),
+        lambda given: measure_profile(target, given),
+    ):
+        for given in ("lookup", LookupDraft(adapt(target), draft_source(draft))):
+            with pytest.raises(TypeError, match="draft must be one that draws its tokens, got"):
+                measure(given)
+
+
+def test_a_draft_that_was_given_up_is_not_read_again():
+    """Whose positions end meanwhile: it is fed nothing behind them."""
+    target, draft = _pair()[0], tiny_llama(77, vocab_size=40, num_layers=1)
+    draft.config.max_position_embeddings = 24
+    prompts = _prompts(2)
+    wanted = generate(target, None, prompts, max_new_tokens=80).new_tokens
+    speculating = plan_tree([0.5, 0.1], synthetic_profile(), max_budget=4)
+    single = dataclasses.replace(speculating, tree=TokenTree.single(), tokens_per_step=1.0)
+    plan = AdaptivePlan(
+        (single, dataclasses.replace(speculating, tree=TREE, stages={"target": 50.0})),
+        1,
+        np.array([0.5, 0.1]),
+        patience=2,
+        margin=0.0,
+    )
+    for temperature in (0.0, 1.0):
+        output = generate(target, draft, prompts, tree=plan, lookup=True, max_new_tokens=80, temperature=temperature)
+        if temperature == 0:
+            assert output.new_tokens == wanted
+        assert output.stats.lookup_steps > 0 and output.stats.steps_by_tree.get(TokenTree.single(), 0) > 0
+
+
+def test_tokens_of_the_prompt_that_the_head_does_not_know_are_not_proposed():
+    target, _ = _pair()
+    target.lm_head = torch.nn.Linear(target.config.hidden_size, 36, bias=False).requires_grad_(False)
+    prompt = torch.tensor([[3, 7, 7, 38, 9, 7, 7, 38, 9, 7, 7, 38, 9, 7]])
+    wanted = generate(target, None, prompt, max_new_tokens=20).new_tokens
+    for backend in ("auto", "reference"):
+        output = generate(target, "lookup", prompt, tree=TokenTree.chain(9), max_new_tokens=20, backend=backend)
+        assert output.new_tokens == wanted
+
+
+def test_copied_tokens_are_those_of_the_text():
+    target, draft = _pair()
+    prompt = _prompts(2)[1:]
+    output = generate(target, draft, prompt, tree=TokenTree.kary(2, 5), lookup=True, max_new_tokens=60)
+    end = output.new_tokens[0][30]
+    cut = generate(target, draft, prompt, tree=TokenTree.kary(2, 5), lookup=True, max_new_tokens=60, eos_token_id=end)
+    assert 0 < cut.stats.copied_tokens <= len(cut.new_tokens[0])
+    few = generate(target, "lookup", prompt, tree=TokenTree.chain(17), max_new_tokens=3)
+    assert few.stats.copied_tokens <= 3
+
+
+def test_a_captured_step_finds_its_proposals_where_they_were():
+    target, _ = _pair()
+    state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
+    drafting = LookupDraft(adapt(target)).start(adapt(target), state, 64, backend="auto", clock=StageClock(False))
+    drafting.reserve(8)
+    place = drafting.proposals.data_ptr()
+    drafting.propose([[1, 2, 3]])
+    drafting.reserve(6)
+    assert drafting.proposals.data_ptr() == place and int(drafting.proposals.max()) == -1
+
+
+def test_an_offloaded_target_has_trees_that_its_memory_holds(tmp_path):
+    target, draft = _pair()
+    target.save_pretrained(tmp_path)
+    prompts = _prompts(1)
+    wanted = generate(target, None, prompts, max_new_tokens=30).new_tokens
+    with load_offloaded(tmp_path, resident_layers=1) as offloaded:
+        longest = prompts.shape[1] + 30
+        offloaded.max_cache_rows = lambda batch_size: longest + 24  # as a budget says
+        for given in ("lookup", draft):
+            output = generate(offloaded, given, prompts, tree=TokenTree.chain(17) if given == "lookup" else TREE,
+                              lookup=True, max_new_tokens=30)  # fmt: skip
+            assert output.new_tokens == wanted
+            sizes = [tree.num_nodes + 2 * tree.num_levels for tree in output.stats.steps_by_tree]
+            assert max(sizes) <= 24
 
 
 def test_shaped_trees_and_trees_a_request_are_left_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.shaped_trees import steep_confidence
@@ -9,7 +11,7 @@ from support.tiny_models import noisy_copy, tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sequoia_kernels import TokenTree, generate
+from sequoia_kernels import TokenTree, generate, hf
 from sequoia_kernels.drafts import ModelDraft, draft_source, host_growth, pair_tokens
 from sequoia_kernels.drafts.vocabulary import token_texts
 from sequoia_kernels.models import adapt
@@ -168,3 +170,53 @@ def test_a_planned_call_learns_of_the_pair_with_its_tokens(monkeypatch, tmp_path
     prompt = torch.tensor([[1, 2, 3]])
     output = generate(target, paired, prompt, max_new_tokens=24)
     assert output.new_tokens == generate(target, None, prompt, max_new_tokens=24).new_tokens
+
+
+def test_word_pieces_are_compared_by_text():
+    vocab = {piece: token for token, piece in enumerate(["[UNK]", "the", "##ing", ".", "fox"])}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", continuing_subword_prefix="##"))
+    words = token_texts(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert list(words.values())[1:] == [b" the", b"ing", b".", b" fox"]
+
+
+def test_a_draft_that_cannot_be_fed_all_that_it_predicts():
+    """Its embedding is shorter than its head; and a target's end may lie behind its own head."""
+    target, _, renamed, (name, other) = renamed_pair()
+    renamed.model.embed_tokens.weight = torch.nn.Parameter(renamed.model.embed_tokens.weight[:25].clone(), False)
+    renamed.model.embed_tokens.num_embeddings = 25
+    prompts = torch.randint(VOCAB, (2, 6), generator=torch.Generator().manual_seed(2))
+    for lookup in (False, True):
+        options = {"tokenizer": name, "draft_tokenizer": other, "tree": TREE, "lookup": lookup, "max_new_tokens": 30}
+        output = generate(target, renamed, prompts, **options)
+        assert output.new_tokens == generate(target, None, prompts, max_new_tokens=30).new_tokens
+    late = tokenizer(LETTERS, eos="<late>")
+    assert pair_tokens(late, other, VOCAB - 1, VOCAB).vocabulary.vocab_size == VOCAB - 1
+
+
+def test_pairings_are_found_again_and_made_anew_where_an_end_changes():
+    one, turned = tokenizer(LETTERS, eos="<a>"), tokenizer(LETTERS[::-1], eos="<b>")
+    found = pair_tokens(one, turned, VOCAB, VOCAB)
+    assert pair_tokens(one, turned, VOCAB, VOCAB, "cpu") is found
+    turned.eos_token = LETTERS[0]
+    assert pair_tokens(one, turned, VOCAB, VOCAB) is not found
+
+
+def test_a_part_of_the_targets_vocabulary_is_paired_where_it_is_more_than_padding():
+    names = [f"t{index}" for index in range(2000)]
+    found = pair_tokens(tokenizer(names), tokenizer(names[:700]), 2000, 700)
+    assert torch.equal(found.own_ids, torch.arange(700))
+
+
+def test_transformers_own_generate_hands_both_tokenizers_on():
+    target, _, renamed, (name, other) = renamed_pair()
+    renamed.config, renamed.model.layers = copy.deepcopy(renamed.config), renamed.model.layers[:1]
+    renamed.config.num_hidden_layers = 1
+    renamed.resize_token_embeddings(VOCAB + 4)  # transformers takes heads of one size for one vocabulary
+    prompt = torch.randint(VOCAB, (1, 6), generator=torch.Generator().manual_seed(2))
+    wanted = generate(target, None, prompt, max_new_tokens=30, eos_token_id=()).new_tokens[0]
+    output = target.generate(
+        prompt, do_sample=False, max_new_tokens=30, custom_generate=hf.custom_generate, assistant_model=renamed,
+        tokenizer=name, assistant_tokenizer=other, tree=TREE, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.sequences[0, 6:].tolist() == wanted
+    assert TREE in output.stats.steps_by_tree

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     for name, _ in args.set:
         if name in inspect.signature(generate).parameters:
             raise BadUsage(f"--set must name a generation setting that is no argument of generate, got {name}")
+    if args.lookup and args.tree == "none":
+        raise BadUsage("--lookup must not be given with --tree none")
     words = {"auto": "auto", "adaptive": "adaptive", "none": None}
     tree: Any = words[args.tree] if args.tree in words else load_tree(Path(args.tree))
     profile = None if args.profile is None else HardwareProfile.load(args.profile)
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 pair.target, None if tree is None else pair.draft, ids, mask, tree="auto" if tree is None else tree,
                 max_new_tokens=args.new_tokens, stop_strings=args.stop or None, tokenizer=pair.tokenizer,
                 profile=profile, acceptance=acceptance, rule=args.rule, compile=args.compile,
-                lookup=args.lookup and tree is not None,
+                lookup=args.lookup,
                 streamer=text_streamer(pair.tokenizer) if streams else None, **sampling_settings(args),
                 **dict(args.set),
             )  # fmt: skip

@@ -46,6 +46,10 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
     import torch
     import transformers
 
+    from sequoia_kernels.drafts import draft_source, is_word
+    from sequoia_kernels.models import adapt, check_sizes, load_model
+    from sequoia_kernels.offload import load_offloaded
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.threads:
@@ -57,7 +61,7 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
         raise BadUsage(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     target, draft, budget = args.target, args.draft, args.device_memory
-    if target is None and draft is not None:
+    if target is None and draft is not None and not is_word(draft):
         raise BadUsage("--draft needs --target")
     if budget is not None and not args.offload:
         raise BadUsage("--device-memory needs --offload")
@@ -66,11 +70,8 @@ def load_pair(args: argparse.Namespace, terminal: Terminal) -> Pair:
     if target is None:
         from sequoia_kernels.demo import load_demo_pair
 
-        return Pair(*load_demo_pair(dtype or torch.float32, device))
-    from sequoia_kernels.drafts import draft_source
-    from sequoia_kernels.models import adapt, check_sizes, load_model
-    from sequoia_kernels.offload import load_offloaded
-
+        demo = Pair(*load_demo_pair(dtype or torch.float32, device))
+        return demo if draft is None else demo._replace(draft=draft_source(draft, adapt(demo.target)))
     target = _find_model("--target", target, terminal)
     kind, draft = (None, None) if draft is None else _draft_kind(draft, terminal)
     terminal.note(f"loading {target}" + (f" and {draft}" if draft else ""))

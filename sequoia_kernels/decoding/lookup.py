@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import sequoia_kernels._host as _host
 from sequoia_kernels.decoding.request import Request
@@ -37,6 +38,9 @@ class LookupSteps:
         self._texts = [_host.TextIndex(LEAST_MATCH, MOST_MATCH) for _ in prompts]
         for text, prompt in zip(self._texts, prompts, strict=True):
             text.append(list(prompt))
+        # Prompts may hold tokens that the target's head does not know: they are never proposed.
+        limit = drafting.source.target_vocab_size
+        self._limit = limit if any(token >= limit for prompt in prompts for token in prompt) else None
         self._proposed: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # of the step to come
         self._base = BaseEvidence(costs)
         self._missed = [0] * len(self._texts)  # newest committed tokens that the draft has not read
@@ -60,7 +64,7 @@ class LookupSteps:
 
     def _chosen(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
         self._proposed = [
-            text.propose(self.longest) if request.is_active else (0, [])
+            self._found(text) if request.is_active else (0, [])
             for text, request in zip(self._texts, requests, strict=True)
         ]
         reaches = [
@@ -70,7 +74,8 @@ class LookupSteps:
         ]
         if not isinstance(base, TokenTree) or all(reach is None for reach in reaches):
             return base
-        pick = self.costs.fastest(reaches)
+        # A draft that is not asked any more is not asked for siblings either.
+        pick = self.costs.fastest(reaches, self.evidence.sibling_chance, read=base.num_nodes > 1)
         active = [match for (match, _), request in zip(self._proposed, requests, strict=True) if request.is_active]
         if pick is None or pick.speed <= self._base.speed(base, active):
             return base
@@ -78,7 +83,16 @@ class LookupSteps:
         self.num_proposed += 1
         return pick.tree
 
-    def take(self, index: int, tokens: Sequence[int], tree: StepTree | None = None, path: Sequence[int] = ()) -> None:
+    def _found(self, text: _host.TextIndex) -> tuple[int, list[int]]:
+        match, path = text.propose(self.longest)
+        if self._limit is not None:
+            path = list(takewhile(lambda token: token < self._limit, path))
+        return (match, path) if path else (0, [])
+
+    def take(
+        self, index: int, tokens: Sequence[int], tree: StepTree | None = None, path: Sequence[int] = (),
+        num_taken: int = 0,
+    ) -> None:  # fmt: skip
         """See what a step, or the prefill, emitted for a request.
 
         Args:
@@ -86,6 +100,7 @@ class LookupSteps:
             tokens: all that it emitted.
             tree: what it decoded with, None for the prefill.
             path: the accepted nodes.
+            num_taken: how many of the tokens came before the request's end.
         """
         match, proposed = self._proposed[index]
         if tree is not None:
@@ -93,7 +108,9 @@ class LookupSteps:
                 self._missed[index] += len(tokens)
             self.evidence.note(match, proposed, tokens)
             if isinstance(tree, LookupTree):
-                self.num_copied += sum(node in tree.path for node in path)
+                self.num_copied += sum(node in tree.path for node in path[:num_taken])
+                if tree.siblings and (not path or path[-1] != tree.path[-1]):
+                    self.evidence.note_sibling(bool(path) and path[-1] not in tree.path)
             elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
                 self._base.note(match, len(tokens))
         self._texts[index].append(list(tokens))

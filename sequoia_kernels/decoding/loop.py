@@ -82,6 +82,8 @@ def _decode(
     step_trees: Sequence[StepTree] = tree.plan.trees if isinstance(tree, TreeFollower) else [tree]
     trees = [entry for step_tree in step_trees for entry in each_tree(step_tree)]
     if lookup is not None:
+        rows = target.max_cache_rows(arguments.batch_size)
+        lookup = lookup if rows is None else lookup.within(rows - arguments.longest)
         trees.extend(lookup.trees)
     if all(entry.num_nodes == 1 for entry in trees):
         draft = None
@@ -226,7 +228,9 @@ class DecodingLoop:
         while any(request.is_active for request in self.requests):
             if self.follower is not None:
                 self.stats.tree = step_tree = self.follower.tree
-            if each_tree(step_tree)[0].num_nodes > 1 and self._restart_drafts():
+            # With lookup a step's rows are moved in the draft's cache, too, whatever the tree of the draft.
+            may_draft = each_tree(step_tree)[0].num_nodes > 1 or self.lookup is not None
+            if may_draft and self._restart_drafts():
                 continue  # what was in flight may have ended the last request, or changed the tree
             self._launch(step_tree if self.lookup is None else self.lookup.tree(step_tree, self.requests))
             self._read(self.lag)
@@ -257,9 +261,10 @@ class DecodingLoop:
                 self.stats.request_steps[index] += 1
                 counts.append(self.stats.count_path(trees[index % len(trees)], nodes[index], num_tokens[index]))
                 emitted = tokens[index][: num_tokens[index]]
-                self._take(index, emitted, launched.emitted)
+                num_taken = self._take(index, emitted, launched.emitted)
                 if self.lookup is not None:
-                    self.lookup.take(index, emitted, launched.tree, nodes[index][1 : num_tokens[index]])
+                    path = nodes[index][1 : num_tokens[index]]
+                    self.lookup.take(index, emitted, launched.tree, path, num_taken)
                 self.stats.last_nodes[index].append(nodes[index][num_tokens[index] - 1])
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)
@@ -267,13 +272,14 @@ class DecodingLoop:
             ranks = ([sum(rank) for rank in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts))
             self.follower.observe(*ranks)
 
-    def _take(self, index: int, tokens: list[int], emitted: HostCopy) -> None:
+    def _take(self, index: int, tokens: list[int], emitted: HostCopy) -> int:
         request = self.requests[index]
         taken = request.extend(tokens, emitted.rows(index))
         if self.streamer is not None:
             self.streamer.take(index, taken, not request.is_active)
         if not request.is_active:
             self.engine.eager.end_request(index)
+        return len(taken)
 
     def _restart_drafts(self) -> bool:
         """Restart the draft's contexts that are due before the next step. Returns whether there were any."""

@@ -105,7 +105,10 @@ def record_steps(
     if not prompts:
         checks.fail_range(where, "prompts", "be at least one", "none")
     checks.whole_number(where, "seed", seed, rule=checks.at_least(0))
-    target, source = adapt(target), draft_source(draft)
+    target = adapt(target)
+    source = draft_source(draft, target)
+    if source is None or source.proposes:
+        raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
     recorder = _Recorder(tree)
     runs = []
     for index, prompt in enumerate(prompts):

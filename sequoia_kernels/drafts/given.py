@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -92,6 +93,8 @@ def _named(name: str | os.PathLike[str], target: TreeModel, tokenizer: Any, draf
         if not number.isdecimal():
             raise ValueError(f"generate: draft must name a number of layers behind {LAYERS!r}, got {name!r}")
         return first_layers(target, int(number)), None
+    if not os.fspath(name):
+        raise ValueError("generate: draft must not be an empty string")
     try:
         source = draft_from_folder(name, target)
     except FileNotFoundError as error:
@@ -104,11 +107,13 @@ def _named(name: str | os.PathLike[str], target: TreeModel, tokenizer: Any, draf
     if tokenizer is not None and draft_tokenizer is None:
         from transformers import AutoTokenizer
 
-        draft_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # A folder without one is taken for a model of the target's tokens.
+        with contextlib.suppress(OSError, ValueError):
+            draft_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return load_model(name, device=target.device), draft_tokenizer
 
 
 def _pairing(target: TreeModel | None, model: TreeModel, tokenizer: Any, draft_tokenizer: Any) -> TokenPairing | None:
     if target is None or draft_tokenizer is None:
         return None
-    return pair_tokens(tokenizer, draft_tokenizer, target.vocab_size, model.vocab_size)
+    return pair_tokens(tokenizer, draft_tokenizer, target.vocab_size, model.vocab_size, model.device)

@@ -41,8 +41,10 @@ class LookupDraft(DraftSource):
     proposes = True
 
     def __init__(self, target: TreeModel, base: DraftSource | None = None) -> None:
-        if base is not None and base.proposes:
-            raise TypeError(f"LookupDraft: base must be a draft that draws its tokens, got {type(base).__name__}")
+        if not isinstance(target, TreeModel):
+            raise TypeError(f"LookupDraft: target must be a TreeModel, as adapt gives, got {type(target).__name__}")
+        if base is not None and (not isinstance(base, DraftSource) or base.proposes):
+            raise TypeError(f"LookupDraft: base must be a draft source that draws, got {type(base).__name__}")
         self.base = base
         self._device, self._vocab_size, self._logits_dtype = target.device, target.vocab_size, target.logits_dtype
 
@@ -115,6 +117,11 @@ class LookupDraft(DraftSource):
         return super().fingerprint if self.base is None else self.base.fingerprint
 
     @property
+    def target_vocab_size(self) -> int:
+        """Width of the target's logits: tokens from it on are never proposed."""
+        return self._vocab_size
+
+    @property
     def siblings(self) -> tuple[int, ...]:
         """How many drawn children there may be beside a proposed one."""
         return (0, 1) if self.base is not None and self.base.scores_paths else (0,)
@@ -172,8 +179,11 @@ class LookupDrafting(Drafting):
             self.base.logits_hook = hook
 
     def reserve(self, longest: int) -> None:
-        """Make room for paths of so many nodes."""
+        """Make room for paths of so many nodes; captured steps read them where they are."""
         batch_size = self.proposals.shape[0]
+        if longest <= self.proposals.shape[1]:
+            self.proposals.fill_(-1)
+            return
         self.proposals = torch.full((batch_size, longest), -1, dtype=torch.int64, device=self.proposals.device)
 
     def propose(self, paths: Sequence[Sequence[int]]) -> None:

@@ -89,7 +89,7 @@ class ModelDraft(DraftSource):
     def fed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Give what the model is fed for tokens of the target, -1 among them."""
         if self.pairing is not None:
-            return self.pairing.fed(tokens)
+            return self.pairing.fed(tokens).clamp_(max=self.model.num_embeddings - 1)
         return tokens.clamp(0, self.model.num_embeddings - 1)
 
     def common(self, logits: torch.Tensor) -> torch.Tensor:

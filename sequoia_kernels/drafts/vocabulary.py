@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from sequoia_kernels.models.loading import MAX_PADDING
 from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["TokenPairing", "pair_tokens", "token_texts"]
@@ -48,15 +49,19 @@ class TokenPairing(NamedTuple):
 
 
 class _Known(NamedTuple):
-    sizes: tuple[int, ...]
-    pairing: TokenPairing | None
+    looks: tuple[Any, ...]  # of the two tokenizers and heads
+    by_device: dict[str, TokenPairing | None]
 
 
 _known: WeakKeyDictionary[Any, WeakKeyDictionary[Any, _Known]] = WeakKeyDictionary()
 
 
 def pair_tokens(
-    target_tokenizer: Any, draft_tokenizer: Any, target_vocab_size: int, draft_vocab_size: int
+    target_tokenizer: Any,
+    draft_tokenizer: Any,
+    target_vocab_size: int,
+    draft_vocab_size: int,
+    device: torch.device | str = "cpu",
 ) -> TokenPairing | None:
     """Find the common tokens of two tokenizers.
 
@@ -65,9 +70,11 @@ def pair_tokens(
         draft_tokenizer: the draft's.
         target_vocab_size: width of the target's logits.
         draft_vocab_size: width of the draft's.
+        device: where the pairing is to be.
 
     Returns:
-        The pairing, on the CPU; None where every token that both have is the same one under the same id.
+        The pairing; None where every token that both have is the same one under the same id, and one head is no more
+        than padding wider than the other.
 
     Raises:
         TypeError: an object that has no vocabulary.
@@ -80,18 +87,25 @@ def pair_tokens(
     for name, tokenizer in (("tokenizer", target_tokenizer), ("draft_tokenizer", draft_tokenizer)):
         if not callable(getattr(tokenizer, "get_vocab", None)):
             raise TypeError(f"generate: {name} must be a tokenizer of transformers, got {type(tokenizer).__name__}")
-    sizes = (target_vocab_size, draft_vocab_size, len(target_tokenizer.get_vocab()), len(draft_tokenizer.get_vocab()))
+    tokenizers = target_tokenizer, draft_tokenizer
+    sizes = target_vocab_size, draft_vocab_size
+    looks = (*sizes, *((len(tokenizer), tokenizer.eos_token_id) for tokenizer in tokenizers))
     known = _known.setdefault(draft_tokenizer, WeakKeyDictionary())
     found = known.get(target_tokenizer)
-    if found is None or found.sizes != sizes:
-        found = known[target_tokenizer] = _Known(sizes, _pair(target_tokenizer, draft_tokenizer, *sizes[:2]))
-    return found.pairing
+    if found is None or found.looks != looks:
+        found = known[target_tokenizer] = _Known(looks, {"cpu": _pair(*tokenizers, *sizes)})
+    place = str(device)
+    if place not in found.by_device:
+        pairing = found.by_device["cpu"]
+        found.by_device[place] = None if pairing is None else pairing.to(device)
+    return found.by_device[place]
 
 
 def _pair(target_tokenizer: Any, draft_tokenizer: Any, target_size: int, draft_size: int) -> TokenPairing | None:
     of_target, of_draft = token_texts(target_tokenizer), token_texts(draft_tokenizer)
     common = range(min(target_size, draft_size))
-    if all(of_target.get(token) == of_draft.get(token) for token in common if token in of_target and token in of_draft):
+    both = [token for token in common if token in of_target and token in of_draft]
+    if abs(target_size - draft_size) <= MAX_PADDING and all(of_target[token] == of_draft[token] for token in both):
         return None
     own_ids: dict[Any, int] = {}
     for token, text in sorted(of_draft.items()):
@@ -105,7 +119,8 @@ def _pair(target_tokenizer: Any, draft_tokenizer: Any, target_size: int, draft_s
             pairs[token] = own
             taken.add(own)
     ends = target_tokenizer.eos_token_id, draft_tokenizer.eos_token_id
-    if None not in ends and ends[0] not in pairs and ends[1] not in taken and ends[1] < draft_size:
+    are_free = None not in ends and ends[0] not in pairs and ends[1] not in taken
+    if are_free and ends[0] < target_size and ends[1] < draft_size:
         pairs[ends[0]] = ends[1]
     if not pairs:
         names = " and ".join(type(tokenizer).__name__ for tokenizer in (target_tokenizer, draft_tokenizer))
@@ -125,7 +140,7 @@ def token_texts(tokenizer: Any) -> dict[int, Any]:
     pieces = {token: piece for piece, token in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])}
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     added = set(tokenizer.added_tokens_decoder)
-    by_bytes = _is_byte_level(tokenizer)
+    by_bytes, word_piece = _is_byte_level(tokenizer), _word_piece_prefix(tokenizer)
     table = _byte_of_character() if by_bytes else {}
     texts: dict[int, Any] = {}
     for token, piece in pieces.items():
@@ -136,6 +151,10 @@ def token_texts(tokenizer: Any) -> dict[int, Any]:
         elif by_bytes:
             known = [table.get(character) for character in piece]
             texts[token] = piece.encode() if None in known else bytes(known)  # type: ignore[arg-type]
+        elif word_piece:
+            inner = piece.startswith(word_piece)
+            begins = not inner and piece[:1].isalnum()
+            texts[token] = (piece.removeprefix(word_piece) if inner else " " * begins + piece).encode()
         else:
             byte = _BYTE_PIECE.fullmatch(piece)
             texts[token] = bytes([int(byte[1], 16)]) if byte else piece.replace(_WORD_START, " ").encode()
@@ -150,6 +169,13 @@ def _is_byte_level(tokenizer: Any) -> bool:
     described = json.loads(backend.to_str())
     parts = [described.get("decoder"), described.get("pre_tokenizer")]
     return any(entry.get("type") == "ByteLevel" for part in parts for entry in _entries(part))
+
+
+def _word_piece_prefix(tokenizer: Any) -> str:
+    """What a WordPiece vocabulary writes before pieces inside of a word, "" where it is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = {} if backend is None else json.loads(backend.to_str()).get("model", {})
+    return str(model.get("continuing_subword_prefix") or "") if model.get("type") == "WordPiece" else ""
 
 
 def _entries(described: Any) -> Iterator[dict[str, Any]]:

@@ -109,7 +109,9 @@ def measure_profile(
     """
     where = "measure_profile"
     target = adapt(target)
-    draft = draft_source(draft)
+    draft = draft_source(draft, target)
+    if draft is not None and draft.proposes:
+        raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
     if draft is not None and draft.device != target.device:
         raise ValueError(f"{where}: draft must be on the target's device, {target.device}, got {draft.device}")
     device = target.device

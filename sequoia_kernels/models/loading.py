@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import TreeModel, adapt
 
-__all__ = ["check_pair", "check_sizes", "load_model", "local_folder"]
+__all__ = ["MAX_PADDING", "check_pair", "check_sizes", "load_model", "local_folder"]
 
 # Heads are padded to multiples of up to 512 rows; heads that differ by more than that hold different tokens.
-_MAX_PADDING = 1024
+MAX_PADDING = 1024
 
 
 def load_model(
@@ -165,7 +165,7 @@ def check_pair(
         raise ValueError("check_pair: target_tokenizer and draft_tokenizer must be given together, got only one")
     if target_tokenizer is None or draft_tokenizer is None:
         difference = abs(target.vocab_size - draft.vocab_size)
-        if difference > _MAX_PADDING:
+        if difference > MAX_PADDING:
             raise ValueError(
                 f"check_pair: draft must share the target's vocabulary of {target.vocab_size} tokens, "
                 f"got {draft.vocab_size}, which is not a matter of padding; where it is (check_pair compares what two "

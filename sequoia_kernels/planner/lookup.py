@@ -36,6 +36,7 @@ BASE_WEIGHT = 8.0  # steps that the expected tokens of the draft's own tree coun
 AGREED_WEIGHT = 2.0  # and what it accepts of all texts, for those where as much agrees
 DOUBT = 0.5  # by which a lookup tree must be faster than a draft that was never tried where as much agrees
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LONGEST_READ = 12  # of paths with siblings, whose rows of logits are kept
 _BIN_OF = [bisect_right(BIN_STARTS, agreed) - 1 for agreed in range(MOST_MATCH + LENGTHS[-1] + 1)]
 _BIN_WIDTHS = [_BIN_OF.count(index) for index in range(len(BIN_STARTS))]
 
@@ -46,6 +47,7 @@ class LookupEvidence:
     def __init__(self) -> None:
         self.tried = [PRIOR_WEIGHT] * len(BIN_STARTS)
         self.right = [chance * PRIOR_WEIGHT for chance in PRIOR_CHANCES]
+        self.siblings_tried, self.siblings_right = PRIOR_WEIGHT, PRIOR_WEIGHT * TYPICAL_ACCEPTANCE[0]
         self._chances = self._by_agreement()
 
     def note(self, match: int, proposed: Sequence[int], emitted: Sequence[int]) -> None:
@@ -63,6 +65,16 @@ class LookupEvidence:
             if one != other:
                 break
         self._chances = self._by_agreement()
+
+    @property
+    def sibling_chance(self) -> float:
+        """That a drawn child is accepted where the proposed one was not."""
+        return self.siblings_right / self.siblings_tried
+
+    def note_sibling(self, accepted: bool) -> None:
+        """Take in a step whose proposed path ended early, and whether a sibling was accepted there."""
+        self.siblings_tried += 1
+        self.siblings_right += accepted
 
     def reach(self, match: int, length: int) -> list[float]:
         """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length]."""
@@ -87,14 +99,18 @@ def lookup_trees(max_nodes: int, siblings: Sequence[int]) -> list[LookupTree]:
 
     Args:
         max_nodes: nodes of the largest.
-        siblings: numbers of drawn children beside a proposed node that come into question.
+        siblings: numbers of drawn children beside a proposed node that come into question: 0 and 1.
 
     Example:
         >>> lookup_trees(4, [0])
         [LookupTree(1, 0), LookupTree(2, 0), LookupTree(3, 0)]
     """
     shapes = [(length, count) for length in LENGTHS for count in siblings]
-    return [LookupTree(length, count) for length, count in shapes if 1 + length * (1 + count) <= max_nodes]
+    return [
+        LookupTree(length, count)
+        for length, count in shapes
+        if 1 + length * (1 + count) <= max_nodes and (count == 0 or length <= LONGEST_READ)
+    ]
 
 
 def lookup_value(tree: LookupTree, reach: Sequence[float], sibling_chance: float) -> float:
@@ -106,12 +122,7 @@ def lookup_value(tree: LookupTree, reach: Sequence[float], sibling_chance: float
         sibling_chance: that a drawn child is accepted where the proposed one was not.
     """
     through = reach[tree.length - 1] if tree.length <= len(reach) else 0.0  # what is not proposed is not accepted
-    return 1.0 + sum(reach[: tree.length]) + (1.0 - through) * _saved(tree, sibling_chance)
-
-
-def _saved(tree: LookupTree, sibling_chance: float) -> float:
-    """The chance that a sibling is accepted where the path ends early."""
-    return 1.0 - (1.0 - sibling_chance) ** tree.siblings
+    return 1.0 + sum(reach[: tree.length]) + (1.0 - through) * sibling_chance * bool(tree.siblings)
 
 
 class LookupCosts:
@@ -122,7 +133,6 @@ class LookupCosts:
         step_ms: milliseconds of a step with each.
         base_ms: milliseconds of a step with each tree of the draft.
         base_tokens: tokens that are expected of such a step, before any was seen.
-        sibling_chance: that a drawn child is accepted where the proposed one was not.
     """
 
     def __init__(
@@ -131,17 +141,26 @@ class LookupCosts:
         step_ms: Mapping[LookupTree, float],
         base_ms: Mapping[TokenTree, float],
         base_tokens: Mapping[TokenTree, float],
-        sibling_chance: float,
     ) -> None:
-        self.trees, self.base_ms, self.base_tokens = tuple(trees), base_ms, base_tokens
+        self.trees, self.step_ms, self.base_ms, self.base_tokens = tuple(trees), step_ms, base_ms, base_tokens
         self.longest = max((tree.length for tree in trees), default=0)
-        self._rows = [(tree.length, _saved(tree, sibling_chance), 1.0 / step_ms[tree]) for tree in trees]
+        self._rows = [(tree, tree.length, 1.0 / step_ms[tree]) for tree in trees]
+        self._unread = [row for row in self._rows if not row[0].siblings]
 
-    def fastest(self, reaches: Sequence[Sequence[float] | None]) -> LookupPick | None:
+    def within(self, num_rows: int) -> LookupCosts:
+        """Give the same for trees that need no more cache rows: one a node and two a level."""
+        trees = [tree for tree in self.trees if tree.num_nodes + 2 * tree.num_levels <= num_rows]
+        return LookupCosts(trees, self.step_ms, self.base_ms, self.base_tokens)
+
+    def fastest(
+        self, reaches: Sequence[Sequence[float] | None], sibling_chance: float, read: bool = True
+    ) -> LookupPick | None:
         """Choose the lookup tree with the most expected tokens a millisecond; None where there is none.
 
         Args:
             reaches: of each request that still decodes, for as many nodes as its proposal has; None without a proposal.
+            sibling_chance: that a drawn child is accepted where the proposed one was not.
+            read: whether trees that the draft reads along come into question.
         """
         longest, count = self.longest, len(reaches)
         if longest == 0:
@@ -156,11 +175,16 @@ class LookupCosts:
                 below[length] += accepted
             for length in range(known + 1, longest + 1):
                 below[length] += accepted
+        rows = self._rows if read else self._unread
+        saved = [0.0, sibling_chance]
         speeds = [
-            (count + below[length] + (count - through[length]) * saved) * rate for length, saved, rate in self._rows
+            (count + below[length] + (count - through[length]) * saved[tree.siblings]) * rate
+            for tree, length, rate in rows
         ]
-        best = max(range(len(speeds)), key=speeds.__getitem__)
-        return LookupPick(self.trees[best], speeds[best])
+        if not rows:
+            return None
+        best = max(range(len(rows)), key=speeds.__getitem__)
+        return LookupPick(rows[best][0], speeds[best])
 
     @classmethod
     def alike(cls, base: Sequence[TokenTree], max_nodes: int, siblings: Sequence[int]) -> LookupCosts:
@@ -168,7 +192,7 @@ class LookupCosts:
         trees = lookup_trees(max_nodes, siblings)
         tokens = {tree: tree.expected_tokens(TYPICAL_ACCEPTANCE) for tree in base}
         alike = dict.fromkeys((*trees, *base), 1.0)
-        return cls(trees, {tree: alike[tree] for tree in trees}, alike, tokens, TYPICAL_ACCEPTANCE[0])
+        return cls(trees, {tree: alike[tree] for tree in trees}, alike, tokens)
 
     @classmethod
     def measured(
@@ -201,7 +225,7 @@ class LookupCosts:
         single = TokenTree.single()
         base_ms.setdefault(single, times.target[1] + times.verify[1] + times.host[1])
         base_tokens.setdefault(single, 1.0)
-        return cls(trees, step_ms, base_ms, base_tokens, TYPICAL_ACCEPTANCE[0])
+        return cls(trees, step_ms, base_ms, base_tokens)
 
 
 class BaseEvidence:

@@ -31,12 +31,13 @@ class VocabularyMap(NamedTuple):
     target_to_draft: Tensor
 
     @classmethod
-    def of(cls, draft_to_target: Tensor, vocab_size: int) -> VocabularyMap:
+    def of(cls, draft_to_target: Tensor, vocab_size: int, *, where: str = "VocabularyMap.of") -> VocabularyMap:
         """Give the map with its inverse.
 
         Args:
             draft_to_target: the target's id of every token of the draft. [Vd] int64.
             vocab_size: width of the target's logits, V.
+            where: function named in the messages.
 
         Raises:
             TypeError: draft_to_target is no int64 tensor.
@@ -45,7 +46,6 @@ class VocabularyMap(NamedTuple):
         Notes:
             Reads values: waits for the device.
         """
-        where = "VocabularyMap.of"
         checks.check_tensor(where, "draft_to_target", draft_to_target)
         checks.check_dtype(where, "draft_to_target", draft_to_target, torch.int64)
         vocab_size = checks.whole_number(where, "vocab_size", vocab_size, rule=checks.at_least(1))

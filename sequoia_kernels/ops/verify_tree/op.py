@@ -222,8 +222,9 @@ def _target_to_draft(
         checks.fail_range(OP, name, "have shape [draft vocabulary]", checks.shape_text(draft_to_target.shape))
     # Values are read where that costs no wait; elsewhere `debug` looks at the map.
     readable = type(draft_to_target) is Tensor and draft_to_target.is_cpu and not torch.compiler.is_compiling()
-    make = VocabularyMap.of if readable else VocabularyMap.unchecked
-    return make(draft_to_target, target_logits.shape[2]).target_to_draft
+    if not readable:
+        return VocabularyMap.unchecked(draft_to_target, target_logits.shape[2]).target_to_draft
+    return VocabularyMap.of(draft_to_target, target_logits.shape[2], where=OP).target_to_draft
 
 
 def _check_topology(tree: Topology) -> None:

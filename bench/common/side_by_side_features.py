@@ -42,7 +42,12 @@ FEATURES: dict[str, dict[str, Fact]] = {
         economize=("chains", {"techniques/draft_model/drafter.py": "class DraftModelDrafter"}),
     ),
     "other drafters": _facts(
-        sequoia_kernels=("a `DraftSource` of one's own", {"drafts/source.py": "class DraftSource"}),
+        sequoia_kernels=("EAGLE-3, P-EAGLE, DFlash, DSpark, Medusa, MTP, early exit, lookup (as trees), one's own", {
+            "drafts/eagle3/draft.py": "class Eagle3Draft", "drafts/dflash/source.py": "class DFlashDraft",
+            "drafts/medusa.py": "class MedusaDraft", "drafts/mtp.py": "class MtpDraft",
+            "drafts/layers.py": "class LayersDraft", "drafts/lookup.py": "class LookupDraft",
+            "drafts/source.py": "class DraftSource",
+        }),
         transformers=("prompt lookup, early exit, MTP", {
             UTILS: "candidate_generator = MTPCandidateGenerator(", GENERATORS: "class PromptLookupCandidateGenerator",
             "generation/configuration_utils.py": "assistant_early_exit",
@@ -60,7 +65,7 @@ FEATURES: dict[str, dict[str, Fact]] = {
     ),
     "trains drafters": _facts(economize=("yes", {"train/loop.py": "def fit("})),
     "draft with another tokenizer": _facts(
-        sequoia_kernels=("refused", {"hf.py": "assistant_tokenizer must not be given"}),
+        sequoia_kernels=("yes", {"drafts/vocabulary.py": "def pair_tokens"}),
         transformers=("yes", {GENERATORS: "class UniversalSpeculativeDecodingGenerator"}),
         economize=("refused", {"techniques/draft_model/technique.py": "uses another tokenizer than the model"}),
     ),

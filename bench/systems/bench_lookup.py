@@ -2,8 +2,9 @@
 
 On the demo pair "edit" prompts are a piece of held-out source code with its own beginning behind it, as a text to be
 written again, and "write" prompts are such pieces alone. SmolLM2 is asked to correct the spelling of texts, and with
-held-out requests. Every prompt is decoded by all in turn: without speculation, by lookup alone, by the draft
-(tree="auto"), and by the draft with lookup. Greedy texts are compared with plain decoding's.
+held-out requests. Every prompt is decoded by all in turn: without speculation, by lookup alone, by the draft, and by
+the draft with lookup, both with the plan of one profile and of acceptance on other prompts, so that nothing is learnt
+on the way. Greedy texts are compared with plain decoding's.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ def measure(bench: Run) -> None:
     pair = PAIRS[options.pair](bench)
     bench.document["pair"] = options.pair
     bench.document["new_tokens"] = options.new_tokens
+    others = prompts_of(pair, options.prompts + options.calibration_prompts)["write"][options.prompts :]
+    profile = pair.profile(pair.prompt_tokens + options.new_tokens, quick=True)
     results = bench.document["results"] = []
     for temperature in options.temperatures:
         common = pair.decoding(temperature)
+        planned = {"profile": profile, "acceptance": pair.acceptance(others, temperature)}
         texts: dict[tuple[int, int], list[list[int]]] = {}  # of everybody, by prompt and seed
 
         def decoder(draft: Any, common: dict[str, Any] = common, texts: Any = texts, **choices: Any) -> Any:
@@ -73,12 +77,12 @@ def measure(bench: Run) -> None:
 
         decoders = {
             "plain": decoder(None),
-            "lookup": decoder("lookup"),
-            "draft": decoder(pair.draft),
-            "draft and lookup": decoder(pair.draft, lookup=True),
+            "lookup": decoder("lookup", profile=profile),
+            "draft": decoder(pair.draft, **planned),
+            "draft and lookup": decoder(pair.draft, lookup=True, **planned),
         }
         for kind, prompts in prompts_of(pair, options.prompts).items():
-            take_turns(decoders, prompts[:2])  # measures the pair, and learns a little
+            take_turns(decoders, prompts[:1])
             texts.clear()
             runs = take_turns(decoders, prompts, 100)
             plain = decoding_rate(runs["plain"])
@@ -101,11 +105,11 @@ def measure(bench: Run) -> None:
 OPTIONS = [
     option("--pair", choices=sorted(PAIRS), default="demo", help="which models"),
     option("--draft", type=Path, default=DRAFT, help="of smollm2: a model folder (default build/drafts/smollm2)"),
-    option("--calibration-prompts", type=int, default=1, help="of smollm2: not used"),
+    option("--calibration-prompts", type=int, default=4, help="for the acceptance vector (default %(default)s)"),
     *shared(device="cpu", threads=None, quick=False, temperatures=[0.0, 0.6, 1.0]),
     *shared(prompts=12, prompt_tokens=192, new_tokens=128),
 ]
-QUICK = {"prompts": 2, "new_tokens": 24, "temperatures": [0.0]}
+QUICK = {"prompts": 2, "calibration_prompts": 1, "new_tokens": 24, "temperatures": [0.0]}
 
 
 def check(options: Any) -> str | None:

@@ -5,7 +5,7 @@
 //             of the text they go on with themselves: a text that repeats is one.
 // Plan        Every place is linked to the one before it with the same last `least_match` tokens (by a hash; agreement is
 //             always looked at). A search walks MOST_PLACES links at most.
-// Memory      8 bytes a token for text and links, and a table entry for each distinct run.
+// Memory      16 bytes a token for text and links, and a table entry for each distinct run.
 
 #pragma once
 

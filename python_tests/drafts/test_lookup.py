@@ -24,7 +24,7 @@ from sequoia_kernels import (
 )
 from sequoia_kernels.decoding import record_steps
 from sequoia_kernels.drafts import DecodingState, LookupDraft, StageClock, draft_source
-from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, lookup_trees, lookup_value
+from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, lookup_trees
 from sequoia_kernels.tree import LookupTree, ShapedTree
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 2])
@@ -87,6 +87,12 @@ def test_a_lookup_tree_is_a_path_with_siblings_and_nobody_elses_tree():
     assert LookupTree(3).parents == chain.parents and LookupTree(3) != chain and chain != LookupTree(3)
     assert len({chain, LookupTree(3), LookupTree(3), LookupTree(3, 1)}) == 3
     assert pickle.loads(pickle.dumps(tree)) == tree and pickle.loads(pickle.dumps(tree)).path == tree.path
+
+
+def lookup_value(tree, reach, sibling_chance):
+    """Expected tokens of a step with one tree and request; what is not proposed is not accepted."""
+    through = reach[tree.length - 1] if tree.length <= len(reach) else 0.0
+    return 1.0 + sum(reach[: tree.length]) + (1.0 - through) * sibling_chance * bool(tree.siblings)
 
 
 def test_values_are_those_of_a_simulation():

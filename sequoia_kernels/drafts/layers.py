@@ -16,14 +16,13 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.host_growth import HostGrowth
 from sequoia_kernels.drafts.levels import StepTree, TokenBuffers, TreeLayout
-from sequoia_kernels.drafts.model import ModelDraft
+from sequoia_kernels.drafts.model import ModelDraft, forward_call
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.errors import UnsupportedModelError
@@ -56,6 +55,7 @@ class LayersDraft(ModelDraft):
         another dtype, another device) are the draft's as well; where whole layers are exchanged it must be made anew.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from sequoia_kernels import TokenTree, generate
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
@@ -179,15 +179,7 @@ class _LayersDrafting(Drafting):
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
         """Give a forward over the level."""
-        model, cache, num_rows = self.source.model, self.cache, step.node_ids.shape[0]
-        generator = torch.Generator().manual_seed(num_rows)
-        tokens = torch.randint(model.num_embeddings, (cache.batch_size, num_rows), generator=generator).to(model.device)
-        cache_lens = torch.full((cache.batch_size,), context_len, dtype=torch.int32, device=model.device)
-        bound = model.bind(tokens, cache, cache_lens, step)
-        if bound is None:
-            return lambda: model.forward(tokens, cache, cache_lens, step)
-        logits = torch.empty(bound.shape, dtype=model.logits_dtype)
-        return lambda: bound.run(logits)
+        return forward_call(self.source.model, self.cache, step, context_len)
 
     def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Bind the forwards of all levels, where they are native."""

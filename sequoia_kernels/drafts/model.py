@@ -14,9 +14,9 @@ from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.drafts.vocabulary import TokenPairing
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep, causal_step, check_pair, check_sizes, prefill
+from sequoia_kernels.models import TreeCache, TreeModel, TreeStep, causal_step, check_pair, check_sizes, prefill
 
-__all__ = ["ModelDraft"]
+__all__ = ["ModelDraft", "forward_call"]
 
 ROWS_READ = 64
 
@@ -161,17 +161,9 @@ class _ModelDrafting(Drafting):
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
         """Give a forward over the level; one with fewer positions sees no more than those."""
-        model, cache, num_rows = self.source.model, self.cache, step.node_ids.shape[0]
         if self.source.positions is not None:
             context_len = min(context_len, self.source.positions - 1)
-        generator = torch.Generator().manual_seed(num_rows)
-        tokens = torch.randint(model.num_embeddings, (cache.batch_size, num_rows), generator=generator).to(model.device)
-        cache_lens = torch.full((cache.batch_size,), context_len, dtype=torch.int32, device=model.device)
-        bound = model.bind(tokens, cache, cache_lens, step)
-        if bound is None:
-            return lambda: model.forward(tokens, cache, cache_lens, step)
-        logits = torch.empty(bound.shape, dtype=model.logits_dtype)
-        return lambda: bound.run(logits)
+        return forward_call(self.source.model, self.cache, step, context_len)
 
     def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Bind the forwards of all levels, where they are native."""
@@ -227,3 +219,16 @@ class _ModelDrafting(Drafting):
                 )
             known = self._grown[layout.tree] = buffers, host
         return known[1]
+
+
+def forward_call(model: TreeModel, cache: TreeCache, step: TreeStep, context_len: int) -> Callable[[], object]:
+    """Give a forward of some tokens over a level's rows, to be timed."""
+    num_rows = step.node_ids.shape[0]
+    generator = torch.Generator().manual_seed(num_rows)
+    tokens = torch.randint(model.num_embeddings, (cache.batch_size, num_rows), generator=generator).to(model.device)
+    cache_lens = torch.full((cache.batch_size,), context_len, dtype=torch.int32, device=model.device)
+    bound = model.bind(tokens, cache, cache_lens, step)
+    if bound is None:
+        return lambda: model.forward(tokens, cache, cache_lens, step)
+    logits = torch.empty(bound.shape, dtype=model.logits_dtype)
+    return lambda: bound.run(logits)

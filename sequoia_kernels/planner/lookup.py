@@ -24,7 +24,6 @@ from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, LookupTree, TokenTree
 
 __all__ = [
     "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "lookup_trees",
-    "lookup_value",
 ]  # fmt: skip
 
 LEAST_MATCH, MOST_MATCH = 2, 32  # tokens that must agree, and that are compared at most
@@ -111,18 +110,6 @@ def lookup_trees(max_nodes: int, siblings: Sequence[int]) -> list[LookupTree]:
         for length, count in shapes
         if 1 + length * (1 + count) <= max_nodes and (count == 0 or length <= LONGEST_READ)
     ]
-
-
-def lookup_value(tree: LookupTree, reach: Sequence[float], sibling_chance: float) -> float:
-    """Give the expected tokens of a step with a tree.
-
-    Args:
-        tree: the tree.
-        reach: as `LookupEvidence.reach` gives it, for as many nodes as are proposed.
-        sibling_chance: that a drawn child is accepted where the proposed one was not.
-    """
-    through = reach[tree.length - 1] if tree.length <= len(reach) else 0.0  # what is not proposed is not accepted
-    return 1.0 + sum(reach[: tree.length]) + (1.0 - through) * sibling_chance * bool(tree.siblings)
 
 
 class LookupCosts:

@@ -62,7 +62,7 @@ class LayersDraft(ModelDraft):
         ...                      num_attention_heads=2)
         >>> target = LlamaForCausalLM(config).eval()
         >>> output = generate(target, LayersDraft(target, 1), torch.tensor([[3, 4]]), tree=TokenTree.chain(3),
-        ...                   max_new_tokens=4)
+        ...                   eos_token_id=(), max_new_tokens=4)
         >>> len(output.new_tokens[0])
         4
     """

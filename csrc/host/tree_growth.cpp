@@ -2,7 +2,8 @@
 //
 // Computes    for each level whose nodes have children: the draft's logits at these nodes, kept for the verification;
 //             children drawn from them without replacement; their tokens. What `Drafting.grow` of a model computes.
-//             A shaped tree gives its children out level by level (level_shape.h).
+//             A shaped tree gives its children out level by level (level_shape.h). A token that is proposed for the first
+//             child of a level's first node is put before the draws, from which it is left out.
 //             Where a draft has scored all depths beforehand, a level's rows are its depth's row, as it is or through a
 //             forward of the level's own whose head has it as its bias (a Markov head).
 // Plan        The forwards are bound to their memory beforehand (forward/bound.h), and so is everything else: a level
@@ -58,6 +59,7 @@ struct GrowthLevel {
     std::int64_t num_samples, first_child, num_children;
     const std::int64_t* drawn;  // [C], or [B, C]: each child's place in the request's draw [W * num_samples]
     bool drawn_per_request;
+    std::int64_t num_with_proposal;     // children of the first node, if the first of them may be proposed; else 0
     std::unique_ptr<LevelShape> shape;  // gives the children out, and writes `drawn`; null where they are fixed
 };
 
@@ -88,6 +90,7 @@ class TreeGrowth {
           vocab_(number_of(source, "vocab")),
           tokens_(pointer_of<std::int64_t>(source, "tokens")),
           draft_logits_(pointer_of<char>(source, "draft_logits")),
+          proposed_(pointer_of<std::int64_t>(source, "proposed")),
           last_tokens_(pointer_of<std::int64_t>(source, "last_tokens")),
           root_tokens_(pointer_of<std::int64_t>(source, "root_tokens")),
           draft_lens_(pointer_of<std::int32_t>(source, "draft_lens")),
@@ -119,6 +122,7 @@ class TreeGrowth {
             level.num_children = number_of(fields, "num_children");
             level.drawn = pointer_of<std::int64_t>(fields, "drawn");
             level.drawn_per_request = fields["drawn_per_request"].cast<bool>();
+            level.num_with_proposal = proposed_ == nullptr ? 0 : number_of(fields, "num_with_proposal");
             if (!fields["shape"].is_none()) {
                 const auto shape = py::reinterpret_borrow<py::dict>(fields["shape"]);
                 level.shape = std::make_unique<LevelShape>(
@@ -266,18 +270,30 @@ class TreeGrowth {
                 tokens_[b * num_nodes_ + level.first_child + child] = draws_[static_cast<std::size_t>(b * draws + places[child])];
             }
             if (level.shape) level.shape->note_draws(b, rows.rows_from(b * level.width), tokens_ + b * num_nodes_);
-            if (target_ids_ == nullptr) continue;
-            for (std::int64_t child = 0; child < level.num_children; ++child) {  // until here they were places in a row
-                std::int64_t& token = tokens_[b * num_nodes_ + level.first_child + child];
-                if (token >= 0) token = target_ids_[token];
+            std::int64_t* const children = tokens_ + b * num_nodes_ + level.first_child;
+            if (target_ids_ != nullptr) {
+                for (std::int64_t child = 0; child < level.num_children; ++child) {  // until here they were places in a row
+                    if (children[child] >= 0) children[child] = target_ids_[children[child]];
+                }
             }
+            if (level.num_with_proposal == 0) continue;
+            put_first(proposed_[b * num_nodes_ + level.first_child], children, level.num_with_proposal);
         }
         return true;
+    }
+
+    // As `put_first` of sequoia_kernels/drafts/source.py.
+    static void put_first(std::int64_t proposed, std::int64_t* children, std::int64_t count) {
+        if (proposed < 0) return;
+        std::int64_t* const drawn = std::find(children, children + count, proposed);
+        std::copy_backward(children, std::min(drawn, children + count - 1), std::min(drawn, children + count - 1) + 1);
+        children[0] = proposed;
     }
 
     std::int64_t batch_size_, num_nodes_, vocab_;  // vocab: the target's, or the tokens in common with it
     std::int64_t* tokens_;                         // [B, N]
     char* draft_logits_;                           // [B, N, vocab]
+    const std::int64_t* proposed_;                 // [B, N], or null; -1 for none
     const std::int64_t *last_tokens_, *root_tokens_;  // [B]
     const std::int32_t* draft_lens_;                  // [B]
     std::int32_t* first_lens_;                        // [B], what the first level's forward reads: one less

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sequoia_kernels import TokenTree, VocabularyMap, adapt, generate
 from sequoia_kernels.decoding import loop
 from sequoia_kernels.drafts import ModelDraft, TokenPairing
-from sequoia_kernels.tree import LookupTree, ShapedTree
+from sequoia_kernels.tree import LookupTree, MergedTree, ShapedTree
 
 VOCAB, LENGTH, NUM_REQUESTS = 5, 4, 6000
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
@@ -86,16 +86,19 @@ def test_joint_distribution_with_lookup(settings, kind, rule, monkeypatch):
     }[kind]
     assert p_value(target, draft, settings, rule=rule, prompt=REPEATING, lookup=True) > 1e-4
     assert any(isinstance(tree, LookupTree) for tree in chosen)
+    assert kind == "alone" or any(isinstance(tree, MergedTree) for tree in chosen)
 
 
 def _lookup_as_often_as_not(chosen, choose):
-    """Steps with lookup trees where they would be taken, and in every other step where there is any proposal."""
+    """Steps with proposals where they would be taken, and in two of three steps where there is any proposal."""
 
     def tree(self, base, requests):
         picked = choose(self, base, requests)
-        if not isinstance(picked, LookupTree) and len(chosen) % 2:
+        if not isinstance(picked, (LookupTree, MergedTree)) and len(chosen) % 3:
             picked = self.costs.trees[len(chosen) % len(self.costs.trees)]
-            self.drafting.propose([path[: picked.length] for _, path in self._proposed])
+            if len(chosen) % 3 == 2 and base.num_nodes > 1:
+                picked = MergedTree(base)
+            self._propose(picked, [path[: len(picked.path)] for _, path in self._found])
         chosen.append(picked)
         return picked
 

@@ -23,9 +23,18 @@ from sequoia_kernels import (
     plan_tree,
 )
 from sequoia_kernels.decoding import record_steps
-from sequoia_kernels.drafts import DecodingState, LookupDraft, StageClock, draft_source
-from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, lookup_trees
-from sequoia_kernels.tree import LookupTree, ShapedTree
+from sequoia_kernels.drafts import (
+    DecodingState,
+    LookupDraft,
+    StageClock,
+    TokenBuffers,
+    TreeLayout,
+    draft_source,
+    host_growth,
+)
+from sequoia_kernels.drafts.source import put_first
+from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, MergedValue, lookup_trees
+from sequoia_kernels.tree import LONGEST_PATH, TYPICAL_ACCEPTANCE, LookupTree, MergedTree, ShapedTree
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 2])
 
@@ -86,6 +95,17 @@ def test_a_lookup_tree_is_a_path_with_siblings_and_nobody_elses_tree():
     chain = TokenTree.chain(4)
     assert LookupTree(3).parents == chain.parents and LookupTree(3) != chain and chain != LookupTree(3)
     assert len({chain, LookupTree(3), LookupTree(3), LookupTree(3, 1)}) == 3
+    assert pickle.loads(pickle.dumps(tree)) == tree and pickle.loads(pickle.dumps(tree)).path == tree.path
+
+
+def test_a_merged_tree_is_the_drafts_with_a_path_of_first_children():
+    base = TokenTree([-1, 0, 0, 1, 1, 2, 3])
+    tree = MergedTree(base)
+    assert tree.parents == base.parents and tree.path == (1, 3, 6)
+    assert MergedTree(TokenTree([-1, 0, 0, 2])).path == (1,)  # the first node of the next level hangs elsewhere
+    assert MergedTree(TokenTree.chain(64)).path == tuple(range(1, LONGEST_PATH + 1))
+    assert tree == MergedTree(base) and tree != base and base != tree and tree != MergedTree(TREE)
+    assert len({base, tree, MergedTree(base), LookupTree(3)}) == 3
     assert pickle.loads(pickle.dumps(tree)) == tree and pickle.loads(pickle.dumps(tree)).path == tree.path
 
 
@@ -151,15 +171,56 @@ def test_the_fastest_tree_is_long_where_much_agrees_and_none_is_made_beyond_the_
 def test_the_draft_counts_for_what_it_does_where_as_much_agrees():
     base = BaseEvidence(LookupCosts.alike([TREE, TokenTree.single()], 4, [0]))
     expected = TREE.expected_tokens((0.6, 0.12))
-    assert base.speed(TREE, [0]) == pytest.approx(expected)
-    assert base.speed(TREE, [9, 0]) == pytest.approx(2.5 * expected)  # never tried where 9 agree: with a doubt
-    assert base.speed(TokenTree.single(), [9, 9]) == 2.0
+    assert base.tokens_to_beat(TREE, 0) == pytest.approx(expected)
+    assert base.tokens_to_beat(TREE, 9) == pytest.approx(1.5 * expected)  # never tried where 9 agree: with a doubt
+    assert base.tokens_to_beat(TokenTree.single(), 9) == 1.0
     for _ in range(400):
         base.note(0, 1)
         base.note(9, 4)
-    assert base.speed(TREE, [0]) == pytest.approx(1.0, abs=0.03)
-    assert base.speed(TREE, [9]) == pytest.approx(4.0, abs=0.03)
-    assert 2.4 < base.speed(TREE, [3]) < 1.5 * 2.6
+    assert base.tokens_to_beat(TREE, 0) == pytest.approx(1.0, abs=0.03)
+    assert base.tokens_to_beat(TREE, 9) == pytest.approx(4.0, abs=0.03)
+    assert 2.4 < base.tokens_to_beat(TREE, 3) < 1.5 * 2.6
+    assert base.merged_tokens(TREE, 9, [0.9, 0.8]) == MergedValue(TREE, TYPICAL_ACCEPTANCE).expected_tokens([0.9, 0.8])
+    for _ in range(400):
+        base.note_merged(9, 2)
+    assert base.merged_tokens(TREE, 9, [0.9, 0.8]) == pytest.approx(2.0, abs=0.05)
+    assert base.tokens_to_beat(TREE, 9) == pytest.approx(4.0, abs=0.03)  # what was merged is no evidence of the draft
+
+
+def test_the_value_of_a_merged_tree_is_that_of_a_simulation():
+    tree, acceptance, rng = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4, 4]), (0.5, 0.2, 0.1), np.random.default_rng(0)
+    path = MergedTree(tree).path
+    for chances in ([0.7, 0.4, 0.9], [0.7, 0.4], [0.3, 0.3, 0.3, 0.3], []):
+        value, total, count = MergedValue(tree, acceptance).expected_tokens(chances), 0, 40_000
+        for coin in rng.random((count, 8)):
+            node, depth = 0, 0
+            while True:
+                total += 1
+                children = [child for child in range(tree.num_nodes) if tree.parents[child] == node]
+                on_path = node == (0, *path)[depth] if depth <= len(path) else False
+                odds = list(acceptance[: len(children)])
+                if on_path and depth < min(len(chances), len(path)):
+                    odds = [chances[depth], *((1 - chances[depth]) * chance for chance in acceptance)][: len(children)]
+                rank = int(np.searchsorted(np.cumsum(odds), coin[depth], side="right"))
+                if rank >= len(children):
+                    break
+                node, depth = children[rank], depth + 1
+        assert abs(total / count - value) < 0.03, chances
+    assert MergedValue(tree, acceptance).expected_tokens([]) == pytest.approx(tree.expected_tokens(acceptance))
+
+
+def test_what_is_proposed_is_left_out_of_the_draws():
+    rng = random.Random(0)
+    drawn = [rng.sample(range(6), 4) for _ in range(200)]
+    drawn[0][2:] = [-1, -1]  # there was nothing left to draw
+    proposed = [rng.randrange(-1, 7) for _ in drawn]
+    wanted = [
+        row if token < 0 else [token, *(other for other in row if other != token)][:4]
+        for row, token in zip(drawn, proposed, strict=True)
+    ]
+    given = torch.tensor(drawn)
+    put_first(torch.tensor(proposed)[:, None], given)
+    assert given.tolist() == wanted
 
 
 # ---- generation ----
@@ -271,7 +332,7 @@ def test_misuse_is_refused_before_anything_runs():
         LookupDraft(target)
     with pytest.raises(TypeError, match="base must be a draft source that draws, got LlamaForCausalLM"):
         LookupDraft(adapt(target), draft)
-    with pytest.raises(TypeError, match="tree must be no LookupTree"):
+    with pytest.raises(TypeError, match="tree must be no tree of proposals"):
         generate(target, draft, _prompts(1), tree=LookupTree(3), lookup=True)
     for measure in (
         lambda given: record_steps(target, given, [_prompts(1)]),
@@ -325,15 +386,55 @@ def test_copied_tokens_are_those_of_the_text():
     assert few.stats.copied_tokens <= 3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_trees_with_proposals_are_grown_in_one_call_as_level_by_level(temperature, monkeypatch):
+    target, draft = (adapt(model) for model in _pair())
+    tree = MergedTree(TokenTree([-1, 0, 0, 0, 1, 1, 2, 4, 4]))
+    layout = TreeLayout.build(tree, "cpu")
+    found = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(host_growth.HostGrowth, "bind", classmethod(lambda cls, *args: None))
+        state = DecodingState.create(
+            3, torch.device("cpu"), seeds=[4, 5, 6], temperature=[temperature] * 3, top_k=None, top_p=None
+        )
+        source = LookupDraft(target, draft_source(draft, target))
+        drafting = source.start(target, state, 64, backend="auto", clock=StageClock(False))
+        tokens = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
+        drafting.prefill([0, 1, 2], tokens, torch.full((3,), 9, dtype=torch.int32), [])
+        state.draft_lens.fill_(9)
+        state.last_tokens.copy_(tokens[:, -1])
+        state.root_tokens.copy_(torch.tensor([1, 2, 3]))
+        buffers = TokenBuffers.allocate(layout, 3, 40, torch.float32, torch.device("cpu"), proposes=True)
+        buffers.tokens[:, 0] = state.root_tokens
+        drafting.prepare(layout, buffers)
+        for paths in ([[7, 8, 9, 10], [], [11]], [[], [], []]):
+            drafting.propose(paths)
+            drafting.grow(layout, buffers)
+            certain = [[tree.path[level] for level in range(min(len(path), len(tree.path)))] for path in paths]
+            assert [row.nonzero()[:, 0].tolist() for row in buffers.certain] == certain
+            for row, path in zip(buffers.tokens.tolist(), paths, strict=True):
+                assert [row[node] for node in tree.path[: len(path)]] == path[: len(tree.path)]
+                for node in range(tree.num_nodes):
+                    children = [row[child] for child in range(tree.num_nodes) if tree.parents[child] == node]
+                    assert len(set(children)) == len(children)
+            found.append((buffers.tokens.clone(), buffers.draft_logits[:, [0, 1, 2, 4]].clone()))
+    for (tokens, logits), (by_levels, their_logits) in zip(found[:2], found[2:], strict=True):
+        assert tokens.tolist() == by_levels.tolist()
+        torch.testing.assert_close(logits, their_logits)
+
+
 def test_a_captured_step_finds_its_proposals_where_they_were():
     target, _ = _pair()
     state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
     drafting = LookupDraft(adapt(target)).start(adapt(target), state, 64, backend="auto", clock=StageClock(False))
-    drafting.reserve(8)
     place = drafting.proposals.data_ptr()
     drafting.propose([[1, 2, 3]])
-    drafting.reserve(6)
-    assert drafting.proposals.data_ptr() == place and int(drafting.proposals.max()) == -1
+    drafting.propose([[*range(LONGEST_PATH)]])
+    drafting.restart()
+    drafting.propose([[4]])
+    assert drafting.proposals.data_ptr() == place
+    assert drafting.proposals[0].tolist() == [4, *[-1] * (LONGEST_PATH - 1)]
 
 
 def test_an_offloaded_target_has_trees_that_its_memory_holds(tmp_path):
@@ -378,8 +479,8 @@ def test_a_draft_that_is_asked_again_has_read_every_token(positions, monkeypatch
         tree = trees[len(seen) % len(trees)]
         seen.append(tree)
         if isinstance(tree, LookupTree):
-            self._proposed = [text.propose(self.longest) for text in self._texts]
-            self.drafting.propose([path[: tree.length] for _, path in self._proposed])
+            self._found = [text.propose(LONGEST_PATH) for text in self._texts]
+            self._propose(tree, [path[: tree.length] for _, path in self._found])
         return tree
 
     def checked(self, base, requests):

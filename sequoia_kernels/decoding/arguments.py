@@ -31,6 +31,7 @@ from sequoia_kernels.tree import (
     DEFAULT_RULE,
     MAX_STEP_ROWS,
     LookupTree,
+    MergedTree,
     ShapedTree,
     TokenTree,
     rule_named,
@@ -211,8 +212,8 @@ def _check_tree(tree: GivenTree, batch_size: int) -> None:
         rule = f'be a TokenTree, one for each request, a ShapedTree, {plans}, the path of one, "auto" or "adaptive"'
         _refuse("tree", rule, repr(tree), TypeError)
     trees = _trees(tree)
-    if any(isinstance(entry, LookupTree) for entry in trees):
-        _refuse("tree", "be no LookupTree, which lookup=True takes by itself", repr(tree), TypeError)
+    if any(isinstance(entry, (LookupTree, MergedTree)) for entry in trees):
+        _refuse("tree", "be no tree of proposals, which lookup=True takes by itself", repr(tree), TypeError)
     size = largest_size(tree)
     if size > MAX_STEP_ROWS:
         _refuse("tree", f"have at most {MAX_STEP_ROWS} nodes", size)

@@ -9,7 +9,7 @@ import sequoia_kernels._host as _host
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.drafts import LookupDrafting, StepTree
 from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, BaseEvidence, LookupCosts, LookupEvidence
-from sequoia_kernels.tree import LookupTree, TokenTree
+from sequoia_kernels.tree import LONGEST_PATH, LookupTree, MergedTree, TokenTree
 
 __all__ = ["LookupSteps"]
 
@@ -31,8 +31,6 @@ class LookupSteps:
 
     def __init__(self, drafting: LookupDrafting, prompts: Sequence[Sequence[int]], costs: LookupCosts) -> None:
         self.drafting, self.costs = drafting, costs
-        self.longest = costs.longest
-        drafting.reserve(self.longest)
         self.evidence = LookupEvidence()
         self.num_proposed = self.num_copied = 0
         self._texts = [_host.TextIndex(LEAST_MATCH, MOST_MATCH) for _ in prompts]
@@ -41,12 +39,14 @@ class LookupSteps:
         # Prompts may hold tokens that the target's head does not know: they are never proposed.
         limit = drafting.source.target_vocab_size
         self._limit = limit if any(token >= limit for prompt in prompts for token in prompt) else None
-        self._proposed: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # of the step to come
+        self._found: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # for the step to come
+        self._proposed: list[list[int]] = [[] for _ in prompts]  # what of it the step has
+        self._merged: dict[TokenTree, MergedTree] = {}
         self._base = BaseEvidence(costs)
         self._missed = [0] * len(self._texts)  # newest committed tokens that the draft has not read
 
     def tree(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
-        """Choose the next step's tree: `base`, or a lookup tree, whose proposals are handed over.
+        """Choose the next step's tree: `base`, with proposals in it or not, or a lookup tree; hand proposals over.
 
         A draft that is asked again reads what it missed first.
         """
@@ -63,28 +63,48 @@ class LookupSteps:
             self._missed[lane] = 0
 
     def _chosen(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
-        self._proposed = [
-            self._found(text) if request.is_active else (0, [])
-            for text, request in zip(self._texts, requests, strict=True)
-        ]
-        reaches = [
-            self.evidence.reach(match, len(path)) if path else None
-            for (match, path), request in zip(self._proposed, requests, strict=True)
-            if request.is_active
-        ]
-        if not isinstance(base, TokenTree) or all(reach is None for reach in reaches):
+        nothing: tuple[int, list[int]] = (0, [])
+        active = [request.is_active for request in requests]
+        self._found = [self._find(text) if alive else nothing for text, alive in zip(self._texts, active, strict=True)]
+        self._proposed = [[] for _ in requests]
+        if not isinstance(base, TokenTree) or not any(path for _, path in self._found):
             return base
+        # By request: what a step with the draft's tree gives, and with the proposal in that tree.
+        own, merged, reaches = [], [], []
+        for (match, path), alive in zip(self._found, active, strict=True):
+            if not alive:
+                own.append(0.0)
+                merged.append(0.0)
+                continue
+            own.append(self._base.tokens_to_beat(base, match))
+            chances = self.evidence.chances(match, len(path)) if path else []
+            takes = bool(path) and base.num_nodes > 1
+            merged.append(self._base.merged_tokens(base, match, chances) if takes else 0.0)
+            reaches.append(self.evidence.reach(match, len(path)) if path else None)
+        best = sum(map(max, own, merged)) / self.costs.base_ms[base]
         # A draft that is not asked any more is not asked for siblings either.
         pick = self.costs.fastest(reaches, self.evidence.sibling_chance, read=base.num_nodes > 1)
-        active = [match for (match, _), request in zip(self._proposed, requests, strict=True) if request.is_active]
-        if pick is None or pick.speed <= self._base.speed(base, active):
+        if pick is not None and pick.speed > best:
+            return self._propose(pick.tree, [path[: pick.tree.length] for _, path in self._found])
+        if not any(one > other for one, other in zip(merged, own, strict=True)):
             return base
-        self.drafting.propose([path[: pick.tree.length] for _, path in self._proposed])
-        self.num_proposed += 1
-        return pick.tree
+        tree = self._merged.get(base)
+        if tree is None:
+            tree = self._merged[base] = MergedTree(base)
+        paths = [
+            path[: len(tree.path)] if one > other else []
+            for (_, path), one, other in zip(self._found, merged, own, strict=True)
+        ]
+        return self._propose(tree, paths)
 
-    def _found(self, text: _host.TextIndex) -> tuple[int, list[int]]:
-        match, path = text.propose(self.longest)
+    def _propose(self, tree: LookupTree | MergedTree, paths: list[list[int]]) -> LookupTree | MergedTree:
+        self._proposed = paths
+        self.drafting.propose(paths)
+        self.num_proposed += 1
+        return tree
+
+    def _find(self, text: _host.TextIndex) -> tuple[int, list[int]]:
+        match, path = text.propose(LONGEST_PATH)
         if self._limit is not None:
             path = list(takewhile(lambda token: token < self._limit, path))
         return (match, path) if path else (0, [])
@@ -102,15 +122,19 @@ class LookupSteps:
             path: the accepted nodes.
             num_taken: how many of the tokens came before the request's end.
         """
-        match, proposed = self._proposed[index]
+        match, found = self._found[index]
         if tree is not None:
             if not self.drafting.reads(tree):
                 self._missed[index] += len(tokens)
-            self.evidence.note(match, proposed, tokens)
+            self.evidence.note(match, found, tokens)
+            proposed = self._proposed[index]
+            if isinstance(tree, (LookupTree, MergedTree)):
+                self.num_copied += sum(node in tree.path[: len(proposed)] for node in path[:num_taken])
             if isinstance(tree, LookupTree):
-                self.num_copied += sum(node in tree.path for node in path[:num_taken])
                 if tree.siblings and (not path or path[-1] != tree.path[-1]):
                     self.evidence.note_sibling(bool(path) and path[-1] not in tree.path)
+            elif proposed:
+                self._base.note_merged(match, len(tokens))
             elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
                 self._base.note(match, len(tokens))
         self._texts[index].append(list(tokens))

@@ -24,7 +24,7 @@ from sequoia_kernels.decoding.streaming import BatchStreamer
 from sequoia_kernels.drafts import DecodingState, DraftSource, LookupDrafting, StageClock, StepTree, each_tree
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.planner import LookupCosts, TreeFollower
-from sequoia_kernels.tree import LookupTree, TokenTree
+from sequoia_kernels.tree import LookupTree, MergedTree, TokenTree
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -268,7 +268,7 @@ class DecodingLoop:
                 self.stats.last_nodes[index].append(nodes[index][num_tokens[index] - 1])
                 if self.context is not None:
                     self.context.note(index, self.requests[index], step)
-        if self.follower is not None and counts and not isinstance(trees[0], LookupTree):
+        if self.follower is not None and counts and not isinstance(trees[0], (LookupTree, MergedTree)):
             ranks = ([sum(rank) for rank in zip_longest(*lists, fillvalue=0)] for lists in zip(*counts))
             self.follower.observe(*ranks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from sequoia_kernels.tree import LookupTree, ShapedTree, TokenTree
+from sequoia_kernels.tree import LookupTree, MergedTree, ShapedTree, TokenTree
 
 
 @dataclass
@@ -75,7 +75,7 @@ class GenerateStats:
         while len(self.accepted_histogram) <= num_accepted:
             self.accepted_histogram.append(0)
         self.accepted_histogram[num_accepted] += 1
-        if isinstance(tree, (ShapedTree, LookupTree)):  # whose ranks stayed on the device, or are no draws
+        if isinstance(tree, (ShapedTree, LookupTree, MergedTree)):  # whose ranks stayed on the device, or are no draws
             return [], []
         visited = [0] * tree.max_branching
         accepted = [0] * tree.max_branching

@@ -141,6 +141,7 @@ def _prepared(
     tensors = {
         "tokens": buffers.tokens,
         "draft_logits": kept,
+        "proposed": buffers.proposed,
         "last_tokens": state.last_tokens,
         "root_tokens": state.root_tokens,
         "draft_lens": state.draft_lens,
@@ -178,6 +179,7 @@ def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any
         "num_children": level.num_children,
         "drawn": level.drawn.data_ptr(),
         "drawn_per_request": level.drawn.dim() == 2,
+        "num_with_proposal": level.num_with_proposal,
         "shape": None if level.shape is None else _shape_fields(level.shape),
     }
 

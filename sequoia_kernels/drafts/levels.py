@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
 
 from sequoia_kernels.drafts.shaping import LevelShape, ShapedReach, shaped_topology
 from sequoia_kernels.models import TreeStep
-from sequoia_kernels.tree import ShapedTree, TokenTree, Topology
+from sequoia_kernels.tree import MergedTree, ShapedTree, TokenTree, Topology
 from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["DraftLevel", "StepTree", "TokenBuffers", "TreeLayout", "each_tree"]
@@ -36,6 +37,8 @@ class DraftLevel:
         num_children: how many they are, C.
         drawn: for each child, its place in the flattened draw [W * num_samples]. [C] int64, or [B, C] where each
             request has its own tree.
+        num_with_proposal: of a `MergedTree`, how many children the first node has, if the first of them may be proposed
+            instead of drawn; else 0.
         shape: gives the children out, where the tree is shaped: then `drawn` and the topology are as it writes them.
     """
 
@@ -45,6 +48,7 @@ class DraftLevel:
     first_child: int
     num_children: int
     drawn: torch.Tensor
+    num_with_proposal: int = 0
     shape: LevelShape | None = None
 
 
@@ -81,6 +85,13 @@ class TreeLayout:
         """
         if isinstance(tree, ShapedTree):
             return cls._shaped(tree, device, batch_size)
+        # fake tensors of a tracer must not stay behind
+        if isinstance(tree, TokenTree) and type(tree.tensors(device).ancestor_mask) is torch.Tensor:
+            return _kept_layout(tree, torch.device(device))
+        return cls._made(tree, device)
+
+    @classmethod
+    def _made(cls, tree: TokenTree | tuple[TokenTree, ...], device: torch.device | str) -> TreeLayout:
         trees = (tree,) if isinstance(tree, TokenTree) else tree
         parts = [entry.tensors(device) for entry in trees]
         topology = parts[0] if isinstance(tree, TokenTree) else Topology.stack(parts)
@@ -103,10 +114,16 @@ class TreeLayout:
             shape = LevelShape(tree, level, topology, shared, places, own_mask)
             first_child = tree.level_nodes(level + 1).start
             levels.append(
-                DraftLevel(step, nodes, shape.max_children, first_child, tree.widths[level + 1], places, shape)
+                DraftLevel(step, nodes, shape.max_children, first_child, tree.widths[level + 1], places, shape=shape)
             )
         root_step = TreeStep.of(TokenTree.chain(2).tensors(device))
         return cls(tree, topology, tree.num_nodes, TreeStep.of(topology), root_step, tuple(levels))
+
+
+@lru_cache(maxsize=64)
+def _kept_layout(tree: TokenTree, device: torch.device) -> TreeLayout:
+    with torch.inference_mode(False):  # for later calls, which may run outside inference mode
+        return TreeLayout._made(tree, device)
 
 
 def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, device: torch.device | str) -> DraftLevel:
@@ -120,7 +137,11 @@ def _draft_level(trees: Sequence[TokenTree], topology: Topology, level: int, dev
     ]
     nodes = torch.tensor(internal, dtype=torch.int64, device=device)
     places = torch.tensor(drawn if topology.batch_size is not None else drawn[0], device=device)
-    return DraftLevel(TreeStep.of(topology, internal), nodes, num_samples, first_child, len(drawn[0]), places)
+    with_proposal = 0
+    if isinstance(trees[0], MergedTree) and first_child in trees[0].path:
+        with_proposal = trees[0].num_children[internal[0]]
+    step = TreeStep.of(topology, internal)
+    return DraftLevel(step, nodes, num_samples, first_child, len(drawn[0]), places, with_proposal)
 
 
 @dataclass
@@ -134,12 +155,14 @@ class TokenBuffers:
             where it has a vocabulary of its own. None without a draft, or where it draws nothing.
         vocabulary: of the draft, where it is not a first part of the target's.
         certain: nodes whose tokens were proposed with certainty, not drawn. [B, N] bool. None where a source draws all.
+        proposed: of a `MergedTree`, tokens for the nodes of its path; -1 where a node's own draw counts. [B, N] int64.
     """
 
     tokens: torch.Tensor
     draft_logits: torch.Tensor | None
     vocabulary: VocabularyMap | None = None
     certain: torch.Tensor | None = None
+    proposed: torch.Tensor | None = None
 
     @classmethod
     def allocate(
@@ -167,4 +190,7 @@ class TokenBuffers:
             return cls(tokens, None, None, certain)
         width = vocab_size if vocabulary is None else vocabulary.draft_vocab_size
         draft_logits = torch.full((*shape, width), -torch.inf, dtype=logits_dtype, device=device)
-        return cls(tokens, draft_logits, vocabulary, certain)
+        proposed = None
+        if isinstance(layout.tree, MergedTree):
+            proposed = torch.full(shape, -1, dtype=torch.int64, device=device)
+        return cls(tokens, draft_logits, vocabulary, certain, proposed)

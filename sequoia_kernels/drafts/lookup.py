@@ -1,8 +1,9 @@
 """Lookup: tokens that stood behind the same words earlier in a request's own text, with another draft or alone.
 
 The proposals are certain children (see `verify_tree`): what was copied from the text is accepted with the target's own
-probability of it. A step decodes either with the tree of the draft, or with a `LookupTree` around the proposed path;
-before each step the loop decides which, by what proposals have been worth so far (`decoding.lookup`). With a lookup
+probability of it. A step decodes with the tree of the draft, with the same as a `MergedTree`, which takes the proposed
+path in, or with a `LookupTree` around a longer path; before each step the loop decides which, by what proposals have
+been worth so far (`decoding.lookup`). A merged tree is drawn as the draft's own, and costs what it does. With a lookup
 tree that has siblings the draft reads along in one forward and draws them from it. Without siblings it does nothing,
 and reads what it missed in one forward when it is asked again (`catch_up`); drafts that are shown accepted tokens
 anyway (`scores_paths` is False) have missed nothing.
@@ -11,6 +12,7 @@ anyway (`scores_paths` is False) have missed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
-from sequoia_kernels.tree import LookupTree, TokenTree
+from sequoia_kernels.tree import LONGEST_PATH, LookupTree, MergedTree, TokenTree
 
 __all__ = ["LookupDraft", "LookupDrafting"]
 
@@ -152,7 +154,8 @@ class LookupDrafting(Drafting):
         base: the other source at work, None for lookup alone.
 
     Attributes:
-        proposals: the proposed path of each request, -1 behind its end. [B, longest] int64.
+        proposals: the proposed path of each request, -1 behind its end; captured steps read it where it is.
+            [B, LONGEST_PATH] int64.
     """
 
     source: LookupDraft
@@ -163,10 +166,10 @@ class LookupDrafting(Drafting):
         self.base = base
         super().__init__(source, state, backend, clock)
         self.foreign = base is not None and base.foreign
-        self.proposals = torch.full(
-            (state.cache_lens.shape[0], 0), -1, dtype=torch.int64, device=state.cache_lens.device
-        )
-        self._steps: dict[LookupTree, tuple[TreeStep, torch.Tensor]] = {}  # of the reading along; nodes of the path
+        shape = (state.cache_lens.shape[0], LONGEST_PATH)
+        self.proposals = torch.full(shape, -1, dtype=torch.int64, device=state.cache_lens.device)
+        # Nodes that may be proposed, and of lookup trees the rows of the reading along: held for captured steps.
+        self._steps: dict[LookupTree | MergedTree, tuple[torch.Tensor, TreeStep | None]] = {}
 
     @property
     def logits_hook(self) -> Callable[[DraftLevel, torch.Tensor, TokenBuffers], torch.Tensor] | None:  # type: ignore[override]
@@ -178,22 +181,13 @@ class LookupDrafting(Drafting):
         if self.base is not None:
             self.base.logits_hook = hook
 
-    def reserve(self, longest: int) -> None:
-        """Make room for paths of so many nodes; captured steps read them where they are."""
-        batch_size = self.proposals.shape[0]
-        if longest <= self.proposals.shape[1]:
-            self.proposals.fill_(-1)
-            return
-        self.proposals = torch.full((batch_size, longest), -1, dtype=torch.int64, device=self.proposals.device)
-
     def propose(self, paths: Sequence[Sequence[int]]) -> None:
         """Say what the next step proposes.
 
         Args:
-            paths: of each request, nothing where there is no proposal. No longer than reserved.
+            paths: of each request, nothing where there is no proposal. `LONGEST_PATH` tokens at most.
         """
-        longest = self.proposals.shape[1]
-        rows = [[*path, *[-1] * (longest - len(path))] for path in paths]
+        rows = [[*path, *[-1] * (LONGEST_PATH - len(path))] for path in paths]
         self.proposals.copy_(torch.tensor(rows, dtype=torch.int64))
 
     def reads(self, tree: StepTree) -> bool:
@@ -243,27 +237,31 @@ class LookupDrafting(Drafting):
             self.base.prefill(lanes, tokens, num_tokens, hidden_states)
 
     def prepare(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
-        """Mark a lookup tree's proposed nodes; they are the same in every step."""
-        tree = layout.tree
-        if not isinstance(tree, LookupTree):
-            if self.base is not None:
-                self.base.prepare(layout, buffers)
+        """Mark a lookup tree's proposed nodes, which are the same in every step; hand any other tree to the base."""
+        tree, device = layout.tree, buffers.tokens.device
+        if isinstance(tree, LookupTree):
+            assert buffers.certain is not None
+            self._steps[tree] = path_of(tree, device), reading_step(tree, device)
+            buffers.certain.index_fill_(1, path_of(tree, device), True)
             return
-        assert buffers.certain is not None
-        device = buffers.tokens.device
-        path = torch.tensor(tree.path, dtype=torch.int64, device=device)
-        buffers.certain.index_fill_(1, path, True)
-        self._steps[tree] = reading_step(tree, device), path
+        if isinstance(tree, MergedTree):
+            self._steps[tree] = path_of(tree, device), None
+        if self.base is not None:
+            self.base.prepare(layout, buffers)
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
-        """Let the base draw its tree, or copy the proposals into a lookup tree and draw their siblings."""
+        """Let the base draw its tree, with the proposals in a merged one, or copy them into a lookup tree."""
         tree = layout.tree
         if not isinstance(tree, LookupTree):
             if self.base is None:
                 raise ValueError(f"lookup: tree must be a lookup tree or a single node, got {tree!r}")
+            if isinstance(tree, MergedTree):
+                assert buffers.proposed is not None and buffers.certain is not None
+                buffers.proposed.index_copy_(1, self._steps[tree][0], self.proposals[:, : len(tree.path)])
+                torch.ge(buffers.proposed, 0, out=buffers.certain)
             self.base.grow(layout, buffers)
             return
-        step, path = self._steps[tree]
+        path, step = self._steps[tree]
         proposed = self.proposals[:, : tree.length]
         buffers.tokens.index_copy_(1, path, proposed)
         if self.base is None:
@@ -273,6 +271,7 @@ class LookupDrafting(Drafting):
             return
         if not tree.siblings:
             return  # read when the base is asked again
+        assert step is not None  # every lookup tree has one
         with self.clock.stage("draft"):
             logits = self.base.score_path(proposed, step)
         self._draw_siblings(tree, path, proposed, logits[:, :-1], buffers)
@@ -328,10 +327,19 @@ class LookupDrafting(Drafting):
             self.base.restart()
 
 
-def reading_step(tree: LookupTree, device: torch.device | str) -> TreeStep:
+@lru_cache(maxsize=128)
+def path_of(tree: LookupTree | MergedTree, device: torch.device) -> torch.Tensor:
+    """Give the nodes that may be proposed as an index. [length] int64."""
+    with torch.inference_mode(False):  # for later calls, which may run outside inference mode
+        return torch.tensor(tree.path, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=128)
+def reading_step(tree: LookupTree, device: torch.device) -> TreeStep:
     """Rows of a draft's forward over the last committed token, the root and the proposed path.
 
     It starts one row before the committed length, as a draft's first forward does, so that node j lies at row j + 1.
     """
     shifted = TokenTree([-1, 0, *(parent + 1 for parent in tree.parents[1:])])
-    return TreeStep.of(shifted, [0, 1, *(node + 1 for node in tree.path)], device=device)
+    with torch.inference_mode(False):
+        return TreeStep.of(shifted, [0, 1, *(node + 1 for node in tree.path)], device=device)

@@ -14,7 +14,16 @@ from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.drafts.vocabulary import TokenPairing
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeCache, TreeModel, TreeStep, causal_step, check_pair, check_sizes, prefill
+from sequoia_kernels.models import (
+    BoundForward,
+    TreeCache,
+    TreeModel,
+    TreeStep,
+    causal_step,
+    check_pair,
+    check_sizes,
+    prefill,
+)
 
 __all__ = ["ModelDraft", "forward_call"]
 
@@ -135,11 +144,13 @@ class _ModelDrafting(Drafting):
         most = max(target.num_embeddings, target.vocab_size)
         self.lacks_tokens = source.pairing is not None or source.model.num_embeddings < most
         self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
+        self._readers: dict[int, _Reader | None] = {}  # by rows
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with a source of the same model, or let go of it."""
         super().use(source, clock)
         self._grown.clear()  # what holds the model's weights
+        self._readers.clear()
 
     def cache_tensors(self) -> list[torch.Tensor]:
         """Give the cache's."""
@@ -199,11 +210,16 @@ class _ModelDrafting(Drafting):
     def read(self, tokens: torch.Tensor, starts: torch.Tensor) -> None:
         """Feed the tokens, at most `ROWS_READ` in a forward."""
         model, (batch_size, count) = self.source.model, tokens.shape
-        last_row = torch.zeros(batch_size, dtype=torch.int64, device=tokens.device)  # no logits are wanted
         for first in range(0, count, ROWS_READ):
             fed = self.source.fed(tokens[:, first : first + ROWS_READ])
-            step = causal_step(fed.shape[1], tokens.device)
-            model.forward(fed, self.cache, starts + first, step, last_row=last_row)
+            rows = fed.shape[1]
+            if rows not in self._readers:
+                self._readers[rows] = _Reader.bind(model, self.cache, rows)
+            reader = self._readers[rows]
+            if reader is None or not reader.run(fed, starts + first):
+                last_row = torch.zeros(batch_size, dtype=torch.int64, device=tokens.device)
+                step = causal_step(rows, tokens.device)
+                model.forward(fed, self.cache, starts + first, step, last_row=last_row)
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
         """What grows this tree in one call, where something does; made when the tree is first met."""
@@ -219,6 +235,31 @@ class _ModelDrafting(Drafting):
                 )
             known = self._grown[layout.tree] = buffers, host
         return known[1]
+
+
+class _Reader:
+    """Native forwards of so many tokens a request whose logits nobody wants: of one row they are computed."""
+
+    def __init__(self, tokens: torch.Tensor, cache_lens: torch.Tensor, bound: BoundForward, dtype: torch.dtype) -> None:
+        self._tokens, self._cache_lens, self._bound = tokens, cache_lens, bound
+        self._logits = torch.empty(bound.shape, dtype=dtype)
+
+    @classmethod
+    def bind(cls, model: TreeModel, cache: TreeCache, num_rows: int) -> _Reader | None:
+        """Prepare them; None where the model's forwards are not native."""
+        if model.device.type != "cpu":
+            return None
+        tokens = torch.zeros(cache.batch_size, num_rows, dtype=torch.int64)
+        cache_lens = torch.zeros(cache.batch_size, dtype=torch.int32)
+        last_row = torch.zeros(cache.batch_size, dtype=torch.int64)
+        bound = model.bind(tokens, cache, cache_lens, causal_step(num_rows), last_row=last_row)
+        return None if bound is None else cls(tokens, cache_lens, bound, model.logits_dtype)
+
+    def run(self, tokens: torch.Tensor, cache_lens: torch.Tensor) -> bool:
+        """Run one; False, and nothing is written, where a length leaves no room."""
+        self._tokens.copy_(tokens)
+        self._cache_lens.copy_(cache_lens)
+        return self._bound.run(self._logits)
 
 
 def forward_call(model: TreeModel, cache: TreeCache, step: TreeStep, context_len: int) -> Callable[[], object]:

@@ -289,8 +289,30 @@ class Drafting(ABC):
             if vocabulary is not None:  # until here they were places in a row
                 ids = vocabulary.draft_to_target.index_select(0, children.clamp(min=0).flatten()).view_as(children)
                 children.copy_(torch.where(children < 0, children, ids))
+            if level.num_with_proposal:
+                assert buffers.proposed is not None  # allocated with every tree that has such a level
+                proposed = buffers.proposed.narrow(1, level.first_child, 1)
+                put_first(proposed, children.narrow(1, 0, level.num_with_proposal))
 
     def restart(self) -> None:
         """Forget everything of the batch before: another one of the same shape begins, with the state's new values."""
         for tensor in self.cache_tensors():  # a masked row counts with weight 0, and 0 times a left-over inf is NaN
             tensor.zero_()
+
+
+def put_first(proposed: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Put a proposed token before a node's drawn children, of which those up to itself, or all, move on by one.
+
+    What is left are draws without replacement from all tokens but the proposed one: it is as if that one had not been
+    among what they are drawn from.
+
+    Args:
+        proposed: -1 leaves the children as they are. [B, 1] int64.
+        drawn: the children in the order of their draw; overwritten. [B, C] int64.
+    """
+    places = torch.arange(drawn.shape[1], device=drawn.device)
+    behind = (drawn == proposed).cumsum(1) > 0  # from the proposed token's own draw on
+    before = torch.cat((torch.zeros_like(behind[:, :1]), behind[:, :-1]), dim=1)
+    moved = drawn.gather(1, (places - (~before).long()).clamp_(min=0))
+    moved = torch.where(places == 0, proposed, moved)
+    drawn.copy_(torch.where(proposed < 0, drawn, moved))

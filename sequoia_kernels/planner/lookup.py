@@ -6,6 +6,10 @@ first d of them are accepted, match + d tokens agree at the next one, so one tab
     value(L) = 1 + sum over d = 1..L of prod over i < d of chance(match + i)
 
 A drawn child beside each proposed node is reached when that node is rejected, and accepted with `sibling_chance` then.
+In a merged tree the draft's own children and what is below them take its place:
+
+    value(node i) = chance(match + i) * (1 + value(node i + 1)) + (1 - chance(match + i)) * (of the drawn children)
+
 Whether a proposal would have been accepted is seen in every step, whatever the step decoded with: its tokens are
 compared with those that were emitted, so that the table learns without proposals being tried.
 """
@@ -14,16 +18,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
 
 from sequoia_kernels.planner.candidates import PlanCandidate
 from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
-from sequoia_kernels.tree import TYPICAL_ACCEPTANCE, LookupTree, TokenTree
+from sequoia_kernels.tree import LONGEST_PATH, TYPICAL_ACCEPTANCE, LookupTree, MergedTree, TokenTree
 
 __all__ = [
-    "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "lookup_trees",
+    "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "MergedValue",
+    "lookup_trees",
 ]  # fmt: skip
 
 LEAST_MATCH, MOST_MATCH = 2, 32  # tokens that must agree, and that are compared at most
@@ -33,8 +39,9 @@ PRIOR_CHANCES = (0.3, 0.45, 0.55, 0.65, 0.75, 0.8, 0.85)
 PRIOR_WEIGHT = 4.0
 BASE_WEIGHT = 8.0  # steps that the expected tokens of the draft's own tree count as
 AGREED_WEIGHT = 2.0  # and what it accepts of all texts, for those where as much agrees
+MERGED_WEIGHT = 8.0  # and what the chances say of it with a proposal in it
 DOUBT = 0.5  # by which a lookup tree must be faster than a draft that was never tried where as much agrees
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, LONGEST_PATH)
 LONGEST_READ = 12  # of paths with siblings, whose rows of logits are kept
 _BIN_OF = [bisect_right(BIN_STARTS, agreed) - 1 for agreed in range(MOST_MATCH + LENGTHS[-1] + 1)]
 _BIN_WIDTHS = [_BIN_OF.count(index) for index in range(len(BIN_STARTS))]
@@ -57,6 +64,8 @@ class LookupEvidence:
             proposed: the proposal.
             emitted: what came.
         """
+        if not proposed:
+            return
         for place, (one, other) in enumerate(zip(proposed, emitted, strict=False), match):
             bin_index = _BIN_OF[min(place, len(_BIN_OF) - 1)]
             self.tried[bin_index] += 1
@@ -75,9 +84,13 @@ class LookupEvidence:
         self.siblings_tried += 1
         self.siblings_right += accepted
 
+    def chances(self, match: int, length: int) -> list[float]:
+        """Give the chance of accepting each of `length` proposed nodes, if those above it are. [length]."""
+        return self._chances[match : match + length]
+
     def reach(self, match: int, length: int) -> list[float]:
         """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length]."""
-        return list(accumulate(self._chances[match : match + length], mul))
+        return list(accumulate(self.chances(match, length), mul))
 
     def _by_agreement(self) -> list[float]:
         chances: list[float] = []
@@ -93,8 +106,58 @@ class LookupPick(NamedTuple):
     speed: float
 
 
+class MergedValue:
+    """What a draft's tree is worth that takes a proposed path in.
+
+    Args:
+        tree: the draft's tree.
+        acceptance: its acceptance vector.
+    """
+
+    def __init__(self, tree: TokenTree, acceptance: Sequence[float]) -> None:
+        first_child, num_children = tree.first_child, tree.num_children
+        below = [0.0] * tree.num_nodes  # tokens that are expected below each node
+        for node in reversed(range(tree.num_nodes)):
+            children = range(first_child[node], first_child[node] + num_children[node])
+            below[node] = sum(
+                chance * (1.0 + below[child]) for chance, child in zip(acceptance, children, strict=False)
+            )
+        self._nodes = []  # of the path, its first node's parent first: tokens below, and by the other children alone
+        for node in (0, *MergedTree(tree).path):
+            # The draft's first guess is the second child now, and so on.
+            others = range(first_child[node] + 1, first_child[node] + num_children[node])
+            drawn = sum(chance * (1.0 + below[child]) for chance, child in zip(acceptance, others, strict=False))
+            self._nodes.append((below[node], drawn))
+
+    def expected_tokens(self, chances: Sequence[float]) -> float:
+        """Give the tokens of a step, the bonus token included.
+
+        Args:
+            chances: of each proposed token, if those before it are accepted; the tree has room for the first ones.
+
+        Example:
+            >>> MergedValue(TokenTree([-1, 0, 0]), [0.5]).expected_tokens([0.8])  # the second child: 0.2 * 0.5
+            1.9
+        """
+        length = min(len(chances), len(self._nodes) - 1)
+        value = self._nodes[length][0]
+        for chance, (_, drawn) in zip(reversed(chances[:length]), reversed(self._nodes[:length]), strict=True):
+            value = chance * (1.0 + value) + (1.0 - chance) * drawn
+        return 1.0 + value
+
+
+@lru_cache(maxsize=64)
+def _lookup_trees(max_nodes: int, siblings: tuple[int, ...]) -> tuple[LookupTree, ...]:
+    shapes = [(length, count) for length in LENGTHS for count in siblings]
+    return tuple(
+        LookupTree(length, count)
+        for length, count in shapes
+        if 1 + length * (1 + count) <= max_nodes and (count == 0 or length <= LONGEST_READ)
+    )
+
+
 def lookup_trees(max_nodes: int, siblings: Sequence[int]) -> list[LookupTree]:
-    """Give the trees to choose among.
+    """Give the trees to choose among: the same objects at every call, which hold what was made of them.
 
     Args:
         max_nodes: nodes of the largest.
@@ -104,12 +167,7 @@ def lookup_trees(max_nodes: int, siblings: Sequence[int]) -> list[LookupTree]:
         >>> lookup_trees(4, [0])
         [LookupTree(1, 0), LookupTree(2, 0), LookupTree(3, 0)]
     """
-    shapes = [(length, count) for length in LENGTHS for count in siblings]
-    return [
-        LookupTree(length, count)
-        for length, count in shapes
-        if 1 + length * (1 + count) <= max_nodes and (count == 0 or length <= LONGEST_READ)
-    ]
+    return list(_lookup_trees(max_nodes, tuple(siblings)))
 
 
 class LookupCosts:
@@ -120,6 +178,7 @@ class LookupCosts:
         step_ms: milliseconds of a step with each.
         base_ms: milliseconds of a step with each tree of the draft.
         base_tokens: tokens that are expected of such a step, before any was seen.
+        acceptance: the draft's acceptance vector, for what its trees are worth with proposals in them.
     """
 
     def __init__(
@@ -128,8 +187,10 @@ class LookupCosts:
         step_ms: Mapping[LookupTree, float],
         base_ms: Mapping[TokenTree, float],
         base_tokens: Mapping[TokenTree, float],
+        acceptance: Sequence[float] = TYPICAL_ACCEPTANCE,
     ) -> None:
         self.trees, self.step_ms, self.base_ms, self.base_tokens = tuple(trees), step_ms, base_ms, base_tokens
+        self.acceptance = tuple(map(float, acceptance))
         self.longest = max((tree.length for tree in trees), default=0)
         self._rows = [(tree, tree.length, 1.0 / step_ms[tree]) for tree in trees]
         self._unread = [row for row in self._rows if not row[0].siblings]
@@ -137,7 +198,7 @@ class LookupCosts:
     def within(self, num_rows: int) -> LookupCosts:
         """Give the same for trees that need no more cache rows: one a node and two a level."""
         trees = [tree for tree in self.trees if tree.num_nodes + 2 * tree.num_levels <= num_rows]
-        return LookupCosts(trees, self.step_ms, self.base_ms, self.base_tokens)
+        return LookupCosts(trees, self.step_ms, self.base_ms, self.base_tokens, self.acceptance)
 
     def fastest(
         self, reaches: Sequence[Sequence[float] | None], sibling_chance: float, read: bool = True
@@ -183,7 +244,12 @@ class LookupCosts:
 
     @classmethod
     def measured(
-        cls, costs: CostModel, context_len: float, plans: Sequence[PlanCandidate], siblings: Sequence[int]
+        cls,
+        costs: CostModel,
+        context_len: float,
+        plans: Sequence[PlanCandidate],
+        siblings: Sequence[int],
+        acceptance: Sequence[float] = TYPICAL_ACCEPTANCE,
     ) -> LookupCosts:
         """From a profile.
 
@@ -192,6 +258,7 @@ class LookupCosts:
             context_len: committed tokens.
             plans: the trees of the draft that may be decoded with.
             siblings: as in `lookup_trees`; more than 0 where the draft reads paths along.
+            acceptance: the draft's acceptance vector.
         """
         times = costs.at_context(context_len)
         trees = [
@@ -205,14 +272,17 @@ class LookupCosts:
             step_ms[tree] = times.target[nodes] + times.verify[nodes] + times.host[2 if tree.siblings else 1]
             if costs.draft is not None:
                 step_ms[tree] += times.compact[min(tree.num_levels, len(times.compact) - 1)]
+            # A draft that reads along does so now, or reads what it missed later.
+            if max(siblings):
+                step_ms[tree] += times.draft[min(tree.length + ROOT_ROWS, costs.max_draft_rows)]
             if tree.siblings:
-                step_ms[tree] += times.draft[tree.length + ROOT_ROWS] + times.sample(tree.length, tree.siblings)
+                step_ms[tree] += times.sample(tree.length, tree.siblings)
         base_ms = {plan.tree: plan.step_ms for plan in plans}
         base_tokens = {plan.tree: plan.tokens_per_step for plan in plans}
         single = TokenTree.single()
         base_ms.setdefault(single, times.target[1] + times.verify[1] + times.host[1])
         base_tokens.setdefault(single, 1.0)
-        return cls(trees, step_ms, base_ms, base_tokens)
+        return cls(trees, step_ms, base_ms, base_tokens, acceptance)
 
 
 class BaseEvidence:
@@ -224,32 +294,52 @@ class BaseEvidence:
     def __init__(self, costs: LookupCosts) -> None:
         self.costs = costs
         self.tokens, self.steps = 0.0, 0.0
-        self._agreed = [[0.0, 0.0] for _ in range(len(BIN_STARTS) + 1)]  # tokens and steps, first without agreement
+        # Tokens and steps, first without agreement; the same of steps that took proposals in.
+        self._agreed, self._merged = ([[0.0, 0.0] for _ in range(len(BIN_STARTS) + 1)] for _ in range(2))
+        self._values: dict[TokenTree, MergedValue] = {}
 
     def note(self, match: int, num_tokens: int) -> None:
         """Take in a step with one of the draft's trees, for a request of which so many tokens agreed; 0 for none."""
         self.tokens += num_tokens
         self.steps += 1
-        entry = self._agreed[_bin_of(match)]
-        entry[0] += num_tokens
-        entry[1] += 1
+        _count(self._agreed[_bin_of(match)], num_tokens)
 
-    def speed(self, tree: TokenTree, matches: Sequence[int]) -> float:
-        """Give the tokens a millisecond that a lookup tree must promise to be taken, of all requests together.
+    def note_merged(self, match: int, num_tokens: int) -> None:
+        """Take in a step that took the request's proposal into the draft's tree."""
+        _count(self._merged[_bin_of(match)], num_tokens)
+
+    def tokens_to_beat(self, tree: TokenTree, match: int) -> float:
+        """Give the tokens that must be promised to a request in place of a step with the draft's tree.
 
         Args:
             tree: the draft's tree.
-            matches: of each request, how many tokens agree.
+            match: how many tokens of the request's text agree.
         """
         if tree.num_nodes == 1:
-            return len(matches) / self.costs.base_ms[tree]
+            return 1.0
         usual = (self.costs.base_tokens[tree] * BASE_WEIGHT + self.tokens) / (BASE_WEIGHT + self.steps)
-        wanted = 0.0
-        for match in matches:
-            tokens, steps = self._agreed[_bin_of(match)]
-            own = (usual * AGREED_WEIGHT + tokens) / (AGREED_WEIGHT + steps)
-            wanted += own * (1.0 + (DOUBT / (1.0 + steps / AGREED_WEIGHT) if match else 0.0))
-        return wanted / self.costs.base_ms[tree]
+        tokens, steps = self._agreed[_bin_of(match)]
+        own = (usual * AGREED_WEIGHT + tokens) / (AGREED_WEIGHT + steps)
+        return own * (1.0 + (DOUBT / (1.0 + steps / AGREED_WEIGHT) if match else 0.0))
+
+    def merged_tokens(self, tree: TokenTree, match: int, chances: Sequence[float]) -> float:
+        """Give the tokens that are expected of the draft's tree with a proposal in it.
+
+        Args:
+            tree: the draft's tree.
+            match: how many tokens of the request's text agree.
+            chances: as in `MergedValue.expected_tokens`.
+        """
+        value = self._values.get(tree)
+        if value is None:
+            value = self._values[tree] = MergedValue(tree, self.costs.acceptance)
+        tokens, steps = self._merged[_bin_of(match)]
+        return (value.expected_tokens(chances) * MERGED_WEIGHT + tokens) / (MERGED_WEIGHT + steps)
+
+
+def _count(entry: list[float], num_tokens: int) -> None:
+    entry[0] += num_tokens
+    entry[1] += 1
 
 
 def _bin_of(match: int) -> int:

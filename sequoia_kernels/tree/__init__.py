@@ -1,7 +1,7 @@
 """Token trees: topology, packed ancestor masks, values, files and drawings; verification rules by name."""
 
 from sequoia_kernels.tree.acceptance_vector import TYPICAL_ACCEPTANCE, check_acceptance, vector_of_chances
-from sequoia_kernels.tree.lookup_tree import LookupTree
+from sequoia_kernels.tree.lookup_tree import LONGEST_PATH, LookupTree, MergedTree
 from sequoia_kernels.tree.rules import (
     DEFAULT_RULE,
     VerificationRule,
@@ -16,12 +16,14 @@ from sequoia_kernels.tree.topology import Topology
 
 __all__ = [
     "DEFAULT_RULE",
+    "LONGEST_PATH",
     "MAX_NODES",
     "MAX_STEP_ROWS",
     "PROBABILITY_EDGES",
     "TYPICAL_ACCEPTANCE",
     "Confidence",
     "LookupTree",
+    "MergedTree",
     "ShapedTree",
     "TokenTree",
     "Topology",

@@ -1,15 +1,20 @@
-"""A tree around one path of proposed tokens: what is looked up in the text, and what the draft would have said instead.
+"""Trees with a path of proposed tokens: what is looked up in the text, and what the draft would have said instead.
 
-A path of L proposed nodes hangs below the root; each of its nodes but the last, and the root, may have further children
-behind the proposed one, which are drawn. All nodes of the path are known before anything is drawn, so that the draft
-scores the whole path in one forward.
+In a `LookupTree` a path of L proposed nodes hangs below the root; each of its nodes but the last, and the root, may
+have further children behind the proposed one, which are drawn. All nodes of the path are known before anything is
+drawn, so that the draft scores the whole path in one forward.
+
+A `MergedTree` is a draft's own tree whose first children, from the root down, may be proposed instead of drawn: what
+hangs below them and beside them is the draft's, drawn level by level as ever.
 """
 
 from __future__ import annotations
 
 from sequoia_kernels.tree.token_tree import TokenTree
 
-__all__ = ["LookupTree"]
+__all__ = ["LONGEST_PATH", "LookupTree", "MergedTree"]
+
+LONGEST_PATH = 32  # tokens that are proposed at most
 
 
 class LookupTree(TokenTree):
@@ -53,3 +58,44 @@ class LookupTree(TokenTree):
 
     def __repr__(self) -> str:
         return f"LookupTree({self.length}, {self.siblings})"
+
+
+class MergedTree(TokenTree):
+    """A draft's tree that takes proposed tokens in: each first child from the root down may be one.
+
+    Args:
+        base: the draft's tree.
+
+    Attributes:
+        base: as given.
+        path: the nodes that may be proposed: the root's first child, that one's first child, and so on.
+
+    Example:
+        >>> MergedTree(TokenTree([-1, 0, 0, 1, 2])).path
+        (1, 3)
+    """
+
+    base: TokenTree
+    path: tuple[int, ...]
+
+    def __init__(self, base: TokenTree) -> None:
+        super().__init__(base.parents)
+        path: list[int] = []
+        node = 0
+        num_children, first_child = base.num_children, base.first_child
+        while num_children[node] and len(path) < LONGEST_PATH:
+            node = first_child[node]
+            path.append(node)
+        vars(self).update(base=base, path=tuple(path), _hash=hash((MergedTree, base)))
+
+    def __eq__(self, other: object) -> bool:
+        return self.base == other.base if isinstance(other, MergedTree) else False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[MergedTree], tuple[TokenTree]]:  # type: ignore[override]
+        return MergedTree, (self.base,)
+
+    def __repr__(self) -> str:
+        return f"MergedTree({self.base!r})"

@@ -426,7 +426,7 @@ def measure(bench: Run) -> int:
     document |= {name: getattr(options, name) for name in ("pair", "new_tokens", "rounds", "calibration_rounds")}
     document |= {"dtype": "float32", "base": BASE, "num_prompts": len(prompts), "calibration_prompts": len(calibration)}
     document["prompt_tokens"] = [ids.shape[1] for ids in prompts]
-    document["packages"] = {name: _version(name) for name in PACKAGES}
+    document["packages"] = {name: version_of(name) for name in PACKAGES}
     document["not_timed"] = NOT_TIMED
     document["features"] = side_by_side_features.document()
     document["economize_generate"] = economize_generate(rivals, prompts[0])
@@ -459,7 +459,7 @@ def measure(bench: Run) -> int:
     return 1 if failed else 0
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

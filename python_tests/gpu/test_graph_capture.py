@@ -204,6 +204,26 @@ def test_a_captured_head_reads_what_the_step_before_has_accepted(pair, temperatu
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_captured_steps_take_the_proposals_of_their_time(pair, temperature):
+    """Texts that repeat, so that steps with trees of every kind follow one another."""
+    target, draft = pair
+    motif = torch.randint(61, (3, 4), generator=torch.Generator().manual_seed(3))
+    prompts = motif.repeat(1, 6).cuda()
+    options = {"max_new_tokens": 60, "temperature": temperature, "eos_token_id": (), "seed": 5, "tree": TREES["tree"]}
+    release_engines()
+    for _ in range(2):  # the second time with the engine of the first
+        graphed, launched = (
+            generate(target, draft, prompts, lookup=True, cuda_graphs=on, **options) for on in (True, False)
+        )
+        assert graphed.new_tokens == launched.new_tokens
+        assert graphed.stats.lookup_steps == launched.stats.lookup_steps > 0
+        assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
+    if temperature == 0:
+        assert graphed.new_tokens == generate(target, None, prompts, max_new_tokens=60, eos_token_id=()).new_tokens
+
+
+@pytest.mark.gpu
 def test_requests_of_a_captured_batch_end_on_their_own(pair):
     """Tokens are read one step late; none behind an end must get through, and one tree serves up to the cache's end."""
     target, draft = pair

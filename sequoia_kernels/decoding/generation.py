@@ -287,6 +287,8 @@ def run_generation(
     started = time.perf_counter() if started is None else started
     learn = costs = None
     with torch.inference_mode():
+        if draft is not None:
+            draft.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
         if draft is None:
             tree = TokenTree.single()  # whatever was asked for
         elif isinstance(draft, LookupDraft) and draft.base is None:

@@ -120,6 +120,7 @@ def record_steps(
             tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None, profile=None,
             rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
         )  # fmt: skip
+        source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
         recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
         runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
     if progress is not None:

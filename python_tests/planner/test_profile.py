@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.synthetic_profile import DEVICE, DRAFT, TARGET, forward_table, synthetic_profile
+from support.tiny_families import tiny_config
 from support.tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, LlamaConfig, Qwen2Config
 
@@ -252,6 +253,7 @@ def test_an_offloaded_model_tells_what_it_streams():
             vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=True,
         ),
+        tiny_config("gemma4_text"),  # whose layers differ in the width of their heads
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip

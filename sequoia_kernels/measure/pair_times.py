@@ -230,6 +230,7 @@ class _Plan:
                 top_p=None,
             )  # fmt: skip
             drafting = draft.start(target, state, rows, backend="auto", clock=StageClock(enabled=False))
+            drafting.share(cache)
             tensors = tensors + drafting.cache_tensors()
         for tensor in tensors:  # attention over zeros would be a softmax over equal scores
             tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))

@@ -93,7 +93,8 @@ class DraftSource(ABC):
     def meet_prompts(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:  # noqa: B027
         """See the prompts of a call before anything is measured, planned or allocated for it.
 
-        The only place where `needs` and what tells captured steps apart may change.
+        The only place where `needs` and what tells captured steps apart may change. No other thread is to decode with
+        the source meanwhile.
 
         Args:
             target: the target, which `check_target` has let pass.

@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ logger = logging.getLogger("sequoia_kernels")
 FORWARDS = ("auto", "native", "torch")
 
 _PREFILL_ROWS = 512  # of one forward, as a target's prefill
+_measuring = threading.Lock()  # calls of several threads with one head, which only the first of them measures
 _DIGEST_ELEMENTS = 256  # of each weight
 _NOT_DIGESTED = ("layer_config", "other_layers")  # the one is digested by itself, the other follows from the ids
 
@@ -191,6 +193,10 @@ class Eagle3Draft(DraftSource):
         Runs the target and the head once over up to 65 tokens of the longest prompt. Shorter ones than 17 tokens leave
         the question open. A target that streams its layers is not run for it.
         """
+        with _measuring:
+            self._settle_reading(target, prompts, prompt_lens)
+
+    def _settle_reading(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:
         documented, other = self.loaded.feature_layers, self.loaded.other_layers
         if other is None:
             return

@@ -33,6 +33,23 @@ def profile():
 # ---- the file ----
 
 
+def test_how_deep_a_draft_grows_is_kept_and_may_be_missing_in_older_files(profile):
+    limited = profile.with_draft_levels(DRAFT.key, 5)
+    assert limited.draft_levels == {DRAFT.key: 5} and HardwareProfile.from_json(limited.to_json()) == limited
+    assert profile.merged(limited) == limited and limited.merged(profile).draft_levels == {DRAFT.key: 5}
+    older = json.loads(limited.to_json())
+    for entry in older["models"].values():
+        del entry["max_levels"]
+    assert HardwareProfile.from_json(json.dumps(older)) == profile
+    older["models"][DRAFT.key]["max_levels"] = 0
+    with pytest.raises(ProfileError, match="max_levels must be a positive integer or null"):
+        HardwareProfile.from_json(json.dumps(older))
+    with pytest.raises(ValueError, match="with_draft_levels: levels must be at least 1, got 0"):
+        profile.with_draft_levels(DRAFT.key, 0)
+    with pytest.raises(ProfileError, match="the draft must be a measured model, got another"):
+        profile.with_draft_levels("another", 5)
+
+
 def test_saved_and_loaded_is_the_same(profile, tmp_path):
     path = tmp_path / "profile.json"
     profile.save(path)

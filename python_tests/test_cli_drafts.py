@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from support.dflash_models import random_config, random_weights
 from support.eagle_heads import write_head
 from support.tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sequoia_kernels import cli, generate
+from sequoia_kernels import TokenTree, cli, estimate_acceptance, generate
 
 VOCAB = 256
 PROMPT = "abab abab abab"
@@ -108,3 +110,47 @@ def test_generate_takes_folders_by_name(folders):
         assert output.new_tokens == wanted
     blind = generate(target, folders / "other", prompt, max_new_tokens=24)  # ids are taken for the target's
     assert blind.new_tokens == wanted
+
+
+def test_plans_from_files_are_no_deeper_than_a_block_draft_grows(folders, tmp_path, capsys):
+    target = tiny_llama(0, vocab_size=VOCAB, num_layers=3)
+    config = random_config(target, block_size=3)
+    folder = tmp_path / "block"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(random_weights(config), folder / "model.safetensors")
+    files = {name: str(tmp_path / f"{name}.json") for name in ("profile", "acceptance", "records", "plan", "older")}
+    models_ = ["--target", str(folders / "target"), "--draft", str(folder)]
+    assert cli.main(["profile", *models_, "--quick", "--contexts", "16", "--out", files["profile"]]) == 0
+    prompts = ["--prompts-file", str(folders / "prompts.txt"), "--new-tokens", "12"]
+    assert cli.main(["acceptance", *models_, *prompts, "--records", files["records"]]) == 0
+
+    # Were the draft right and nothing but the target to wait for, deep trees would pay.
+    estimate_acceptance(([900, 90], [800, 40]), temperature=0.0).save(files["acceptance"])
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    entry = profile["models"][profile["draft"]]
+    assert entry.pop("max_levels") == 3
+    for key, model in profile["models"].items():
+        for table in model["forwards"]:
+            for name in ("p20_ms", "p50_ms", "p80_ms"):
+                table[name] = [[1.0 if key == profile["target"] else 1e-6 for _ in row] for row in table[name]]
+    for points in profile["ops"].values():
+        for point in points:
+            point |= dict.fromkeys(("p20_ms", "p50_ms", "p80_ms"), 1e-6)
+    profile["overhead"] = {"step_ms": 0.0, "level_ms": 0.0}
+    (tmp_path / "older.json").write_text(json.dumps(profile))
+    entry["max_levels"] = 3
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+
+    def planned(name: str, evidence: str) -> list[int]:
+        asked = ["plan", "--profile", files[name], f"--{evidence}", files[evidence], "--max-levels", "9"]
+        status, plan = run_json(capsys, *asked, "--out", files["plan"])
+        assert status == 0
+        return [TokenTree(tree["parents"]).num_levels for tree in (plan, *plan["candidates"])]
+
+    assert max(planned("older", "acceptance")) > 3  # a file that does not say so
+    assert max(planned("profile", "records")) <= 3
+    assert planned("profile", "acceptance")[0] == 3 == max(planned("profile", "acceptance"))
+    text = ["generate", *models_, "--prompt", PROMPT, "--new-tokens", "12"]
+    wanted = run_json(capsys, *text, "--tree", "none")[1]["tokens"]
+    assert run_json(capsys, *text, "--tree", files["plan"])[1]["tokens"] == wanted

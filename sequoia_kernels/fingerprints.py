@@ -95,7 +95,7 @@ class ModelFingerprint:
         vocab_size = model.vocab_size if wrapped else config.vocab_size if head is None else head.weight.shape[0]
         num_heads = int(config.num_attention_heads)
         hidden_size = int(config.hidden_size)
-        intermediate_size = getattr(config, "intermediate_size", None)
+        intermediate_size = _of_most_layers(config, "intermediate_size")
         return cls(
             family=str(config.model_type),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -105,8 +105,8 @@ class ModelFingerprint:
             hidden_size=hidden_size,
             intermediate_size=int(intermediate_size) if isinstance(intermediate_size, int) else None,
             num_heads=num_heads,
-            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
-            head_dim=int(getattr(config, "head_dim", None) or hidden_size // num_heads),
+            num_kv_heads=int(_of_most_layers(config, "num_key_value_heads") or num_heads),
+            head_dim=int(_of_most_layers(config, "head_dim") or hidden_size // num_heads),
             linears=_linear_layers(inner),
             streamed_bytes=int(getattr(getattr(model, "memory", None), "streamed_bytes", 0)),
         )
@@ -183,6 +183,14 @@ class ModelFingerprint:
     def cache_row_bytes(self) -> int:
         """Bytes of one token's keys and values over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * _dtype_bytes(self.dtype)
+
+
+def _of_most_layers(config: Any, name: str) -> Any:
+    """Read an attribute which layers may differ in (Gemma 4): then what most of them have. None where there is none."""
+    if not getattr(config, "is_heterogeneous", False):
+        return getattr(config, name, None)
+    ((value, _),) = Counter(getattr(layer, name, None) for layer in config.per_layer_config).most_common(1)
+    return value
 
 
 def _linear_layers(model: Any) -> tuple[tuple[int, int, int], ...]:

@@ -14,6 +14,7 @@ from support.chi_square import p_value, sequence_counts
 from support.eagle_heads import chain_logits, write_head
 from support.shaped_trees import steep_confidence
 from support.tiny_models import sequence_probabilities, tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, measure_profile
 from sequoia_kernels.decoding.engine import GraphedSteps
@@ -629,3 +630,144 @@ def test_lookup_beside_a_head(tmp_path, monkeypatch):
     assert output.new_tokens == plain
     assert output.stats.copied_tokens > 10
     assert check_levels(source, model, output.sequences.tolist(), levels, [TREE] * 2) > 40
+
+
+# Which hidden states ids mean
+
+
+def marking_target(dtype=torch.float32):
+    """A target of which hidden states 2 and 4 say what comes next, alike behind every token; 1 and 3 do not."""
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, attention_bias=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        mark = torch.randn(32)
+        for number, sign in ((1, 1), (2, -1), (3, 1)):
+            model.model.layers[number].self_attn.o_proj.bias.copy_(20 * sign * mark)
+    return adapt(model.to(dtype))
+
+
+def passing_head(folder: Path, target, ids: tuple[int, ...], *, of_outputs: bool, **options) -> Path:
+    """Write a head that hands its first feature on to the target's own head of logits."""
+    where = {} if of_outputs else {"eagle_aux_hidden_state_layer_ids": list(ids)}
+    write_head(
+        folder, target.model, layer_ids=tuple(number + 1 for number in ids) if of_outputs else (0,) * len(ids),
+        drop=("embed_tokens.weight",), config=where, **options,
+    )  # fmt: skip
+    weights = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"midlayer.{name}.weight"].zero_()
+    weights["norm.weight"] = torch.ones_like(weights["norm.weight"])
+    weights["fc.weight"] = torch.eye(32, 32 * len(ids))
+    whole = target.model.lm_head.weight.detach().float()
+    known = slice(None)
+    if "d2t" in weights:
+        known = weights["d2t"] + torch.arange(len(weights["d2t"]))
+    weights["lm_head.weight"] = whole[known].clone()
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+TEXT = torch.arange(40)[None] * 7 % 24
+
+
+@pytest.mark.parametrize("vocab", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ids", "of_outputs", "documented", "taken"),
+    [
+        ((1,), True, (2,), (2,)),
+        ((2,), True, (3,), (2,)),
+        ((2,), False, (2,), (2,)),
+        ((1,), False, (1,), (2,)),
+    ],
+)
+def test_ids_are_read_by_what_the_head_makes_of_a_text(
+    ids, of_outputs, documented, taken, dtype, vocab, tmp_path, caplog
+):
+    target = marking_target(dtype)
+    folder = passing_head(tmp_path / "head", target, ids, of_outputs=of_outputs, draft_vocab_size=vocab)
+    source = Eagle3Draft.from_folder(folder, target)
+    assert (source.needs, source.reading) == (documented, None)
+    options = {"tree": TREE, "max_new_tokens": 12, "eos_token_id": ()}
+    with caplog.at_level("INFO", logger="sequoia_kernels"):
+        output = generate(target, source, TEXT, **options)
+        again = generate(target, source, TEXT, **options)
+    plain = generate(target, None, TEXT, **options | {"tree": "auto"})
+    assert output.new_tokens == again.new_tokens == plain.new_tokens
+    assert output.stats.tokens_per_step > 3
+    reading = source.reading
+    assert (source.needs, reading.layers) == (taken, taken) and reading.is_documented == (documented == taken)
+    assert reading.num_rows == 39 and reading.overlap > 0.5 > reading.other_overlap
+    told = [record for record in caplog.records if "layer ids" in record.getMessage()]
+    assert [record.levelname for record in told] == ["INFO" if documented == taken else "WARNING"]
+    assert f"{reading.overlap:.3f}" in told[0].getMessage() and f"{reading.other_overlap:.3f}" in told[0].getMessage()
+    assert f"hidden states {taken[0]}," in repr(source)
+    fixed = Eagle3Draft.from_folder(folder, target, feature_layers=documented)
+    generate(target, fixed, TEXT, **options)
+    assert (fixed.needs, fixed.reading) == (documented, None)
+
+
+def test_the_overlap_is_the_chance_that_a_drawn_child_is_accepted(tmp_path):
+    model = tiny_llama(3, vocab_size=12, num_layers=4, sharpness=4.0)
+    target = adapt(model)
+    source = Eagle3Draft.from_folder(write_head(tmp_path / "head", model, layer_ids=(1, 2)), target)
+    tokens = torch.randint(12, (21,), generator=torch.Generator().manual_seed(1))
+    source.meet_prompts(target, torch.stack((torch.zeros(21, dtype=torch.int64), tokens)), [18, 21])  # the longest
+    with torch.no_grad():
+        found = model(tokens[None], output_hidden_states=True)
+    probs = found.logits[0].softmax(-1)
+    reading = source.reading
+    by_layers = {reading.layers: reading.overlap, reading.other: reading.other_overlap}
+    assert set(by_layers) == {(1, 2), (0, 1)} and reading.is_documented == (reading.layers == (1, 2))
+    for layers, overlap in by_layers.items():
+        states = torch.cat([found.hidden_states[number][0] for number in layers], -1)
+        fixed = Eagle3Draft.from_folder(tmp_path / "head", target, feature_layers=layers)
+        rows = [
+            chain_logits(fixed, states[:known], tokens[1 : known + 1], known)[-1].softmax(-1) for known in range(1, 21)
+        ]
+        expected = torch.minimum(torch.stack(rows), probs[1:]).sum(-1).mean()
+        assert overlap == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_ids_of_heads_that_tell_nothing_are_read_as_documented(tmp_path, caplog):
+    """A head that gives the same whatever it reads: not better by more than chance."""
+    target = marking_target()
+    folder = passing_head(tmp_path / "head", target, (1,), of_outputs=False)
+    source = Eagle3Draft.from_folder(
+        changed(folder, tmp_path / "deaf", weights={"fc.weight": torch.zeros(32, 32)}), target
+    )
+    with caplog.at_level("WARNING", logger="sequoia_kernels"):
+        generate(target, source, TEXT, tree=TREE, max_new_tokens=4)
+    assert source.needs == (1,) and source.reading.is_documented and not caplog.records
+    assert source.reading.overlap == source.reading.other_overlap
+
+
+def test_what_cannot_be_measured_stays_as_documented(tmp_path, caplog):
+    target = marking_target()
+    short = Eagle3Draft.from_folder(passing_head(tmp_path / "short", target, (1,), of_outputs=False), target)
+    generate(target, short, TEXT[:, :16], tree=TREE, max_new_tokens=4)
+    assert (short.needs, short.reading) == ((1,), None)
+    generate(target, short, TEXT[:, :17], tree=TREE, max_new_tokens=4, lookup=True)  # a text that is long enough
+    assert short.needs == (2,) and short.reading.num_rows == 16
+    last = Eagle3Draft.from_folder(passing_head(tmp_path / "last", target, (4,), of_outputs=False), target)
+    generate(target, last, TEXT, tree=TREE, max_new_tokens=4)
+    assert (last.needs, last.reading) == ((4,), None)  # there is no hidden state 5
+    beyond = passing_head(tmp_path / "beyond", target, (4,), of_outputs=True)
+    with caplog.at_level("WARNING", logger="sequoia_kernels"):
+        assert Eagle3Draft.from_folder(beyond, target).needs == (4,)
+    assert "read as hidden states [4]" in caplog.text and "none up to 5" in caplog.text
+
+
+def test_a_measured_head_is_what_plans_and_steps_are_kept_for(tmp_path):
+    target = marking_target()
+    source = Eagle3Draft.from_folder(passing_head(tmp_path / "head", target, (1, 1), of_outputs=False), target)
+    before = source.identity, source.graph_key
+    source.meet_prompts(target, TEXT, [40])
+    assert source.needs == (2,) and source.identity != before[0] and source.graph_key != before[1]
+    pinned = Eagle3Draft.from_folder(tmp_path / "head", target, feature_layers=(2, 2))
+    assert pinned.identity == source.identity

@@ -437,3 +437,27 @@ def test_a_profile_without_a_draft_is_refused_with_the_fix():
     with pytest.raises(ProfileError, match=r"must have a draft model, got none; measure it with measure_profile\("):
         plan_tree(SMALL, profile)
     assert plan_tree(SMALL, profile, draft=DRAFT).draft == DRAFT.key
+
+
+# ---- drafts that grow so deep and no deeper ----
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("asked", [None, 3, 30])
+def test_no_tree_is_deeper_than_the_draft_can_grow(asked, rule):
+    free = synthetic_profile(*COSTS["flat"], node_counts=(1, 8, 24), draft_counts=(1, 4, 12))
+    profile = free.with_draft_levels(DRAFT.key, 4)
+    plan = plan_tree(STRONG, profile, context_len=320, max_levels=asked, rule=rule)
+    assert plan_tree(STRONG, free, context_len=320, rule=rule).tree.num_levels > 4
+    assert max(entry.tree.num_levels for entry in (plan, *plan.candidates)) == (3 if asked == 3 else 4)
+    assert any("no tree of more than 4 levels" in note for note in plan.notes) == (asked != 3)
+    within = plan_tree(STRONG, free, context_len=320, max_levels=3 if asked == 3 else 4, rule=rule)
+    assert (plan.tree, plan.candidates) == (within.tree, within.candidates)
+    ladder = plan_adaptive(STRONG, profile, context_len=320, max_levels=asked, rule=rule)
+    assert max(entry.tree.num_levels for entry in ladder.plans) <= 4
+
+
+def test_the_limit_is_the_drafts_own():
+    profile = synthetic_profile(*COSTS["flat"], node_counts=(1, 8, 24), draft_counts=(1, 4, 12))
+    other = profile.with_draft_levels(TARGET.key, 2)  # as a draft of something else
+    assert plan_tree(STRONG, other, context_len=320) == plan_tree(STRONG, profile, context_len=320)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.synthetic_profile import DEVICE, DRAFT, TARGET, forward_table, synthetic_profile
+from support.tiny_families import tiny_config
 from support.tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, LlamaConfig, Qwen2Config
 
@@ -30,6 +31,23 @@ def profile():
 
 
 # ---- the file ----
+
+
+def test_how_deep_a_draft_grows_is_kept_and_may_be_missing_in_older_files(profile):
+    limited = profile.with_draft_levels(DRAFT.key, 5)
+    assert limited.draft_levels == {DRAFT.key: 5} and HardwareProfile.from_json(limited.to_json()) == limited
+    assert profile.merged(limited) == limited and limited.merged(profile).draft_levels == {DRAFT.key: 5}
+    older = json.loads(limited.to_json())
+    for entry in older["models"].values():
+        del entry["max_levels"]
+    assert HardwareProfile.from_json(json.dumps(older)) == profile
+    older["models"][DRAFT.key]["max_levels"] = 0
+    with pytest.raises(ProfileError, match="max_levels must be a positive integer or null"):
+        HardwareProfile.from_json(json.dumps(older))
+    with pytest.raises(ValueError, match="with_draft_levels: levels must be at least 1, got 0"):
+        profile.with_draft_levels(DRAFT.key, 0)
+    with pytest.raises(ProfileError, match="the draft must be a measured model, got another"):
+        profile.with_draft_levels("another", 5)
 
 
 def test_saved_and_loaded_is_the_same(profile, tmp_path):
@@ -252,6 +270,7 @@ def test_an_offloaded_model_tells_what_it_streams():
             vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=True,
         ),
+        tiny_config("gemma4_text"),  # whose layers differ in the width of their heads
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip

@@ -57,8 +57,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--target", help="folder or hub id of the target")
     models.add_argument(
         "--draft",
-        help="folder or hub id of the draft: a smaller model, or a published head for the target; or lookup (copies "
-        "from the text), layers:8 (the target's own first layers) or mtp (its multi-token prediction modules)",
+        help="folder or hub id of the draft: a smaller model, a published head or assistant for the target; or lookup "
+        "(copies from the text), layers:8 (the target's own first layers) or mtp (its multi-token prediction modules)",
     )
     models.add_argument(
         "--dtype", choices=DTYPES,

@@ -106,7 +106,10 @@ def _held(name: str) -> dict[str, Any]:
         folder = DraftFolder.open(name)
         size = sum(folder.need(key).numel() for key in folder.keys)
         config = folder.config
+        inner = config.get("text_config")
         known = config.get("draft_vocab_size") or config.get("vocab_size")
+        if known is None and isinstance(inner, dict):
+            known = inner.get("vocab_size")
         holds = f"a draft of the format {published.name}, {size:,} parameters in {len(folder.keys)} weights"
         return {
             "draft_format": published.name, "parameters": size, "draft_vocab_size": known,

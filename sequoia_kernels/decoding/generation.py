@@ -142,8 +142,9 @@ def generate(
 
     Args:
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
-        draft: what proposes the tree's tokens: a smaller model (see `draft_tokenizer`), any other `DraftSource`;
-            "lookup", which copies what stood behind the same words earlier in a request's own text and needs no model;
+        draft: what proposes the tree's tokens: a smaller model (see `draft_tokenizer`) or a Gemma 4 assistant; any
+            other `DraftSource`; "lookup", which copies what stood behind the same words earlier in a request's own text
+            and needs no model;
             "layers:8", say, the target's own first layers; "mtp", its multi-token prediction modules; or the folder or
             hub id of a published head or a model, which is loaded for this call (load it once with
             `sequoia_kernels.drafts.draft_source` for several). None decodes one token a step. docs/choosing_a_draft.md
@@ -287,6 +288,8 @@ def run_generation(
     started = time.perf_counter() if started is None else started
     learn = costs = None
     with torch.inference_mode():
+        if draft is not None:
+            draft.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
         if draft is None:
             tree = TokenTree.single()  # whatever was asked for
         elif isinstance(draft, LookupDraft) and draft.base is None:

@@ -20,10 +20,15 @@ PROBE_TREE = TokenTree([-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 6, 6, 6, 7, 10, 
 
 def probe_tree(draft: DraftSource | None = None) -> TokenTree:
     """Give a tree whose run tells the acceptance of all ranks that matter, no deeper than a draft can grow."""
+    return growable_part(PROBE_TREE, draft)
+
+
+def growable_part(tree: TokenTree, draft: DraftSource | None) -> TokenTree:
+    """Give the levels of a tree that a draft can grow."""
     limit = None if draft is None else draft.max_levels
-    if limit is None or limit >= PROBE_TREE.num_levels:
-        return PROBE_TREE
-    return TokenTree(PROBE_TREE.parents[: sum(depth < limit for depth in PROBE_TREE.depths)])
+    if limit is None or limit >= tree.num_levels:
+        return tree
+    return TokenTree(tree.parents[: sum(depth < limit for depth in tree.depths)])
 
 
 def measure_overhead(

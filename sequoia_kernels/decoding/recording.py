@@ -12,6 +12,7 @@ import torch
 from sequoia_kernels import checks
 from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.loop import decode, on_target_device
+from sequoia_kernels.decoding.overhead import growable_part
 from sequoia_kernels.drafts import TokenBuffers, draft_source
 from sequoia_kernels.models import adapt, described_once
 from sequoia_kernels.ops.warping import warped_probs
@@ -67,7 +68,8 @@ def record_steps(
         target: the model whose output is wanted: a Hugging Face decoder-only model or a `TreeModel`.
         draft: what proposes tokens: a smaller model of the same vocabulary, or any other `DraftSource`.
         prompts: token ids. [1, L] int64 each, on the target's device.
-        tree: the tree to decode with; the trees within it can be valued. `RECORD_TREE` when None.
+        tree: the tree to decode with; the trees within it can be valued. `RECORD_TREE` when
+            None, of which as many levels as the draft can grow.
         max_new_tokens: tokens to decode behind each prompt.
         temperature: as in `generate`, like the next three.
         top_k: see there.
@@ -95,11 +97,11 @@ def record_steps(
         True
     """
     where = "record_steps"
-    tree = RECORD_TREE if tree is None else tree
-    if not isinstance(tree, TokenTree):
-        raise TypeError(f"{where}: tree must be a TokenTree, got {type(tree).__name__}")
-    if not 1 < tree.num_nodes <= MAX_STEP_ROWS:
-        checks.fail_range(where, "tree", f"have 2 to {MAX_STEP_ROWS} nodes", tree.num_nodes)
+    given = RECORD_TREE if tree is None else tree
+    if not isinstance(given, TokenTree):
+        raise TypeError(f"{where}: tree must be a TokenTree, got {type(given).__name__}")
+    if not 1 < given.num_nodes <= MAX_STEP_ROWS:
+        checks.fail_range(where, "tree", f"have 2 to {MAX_STEP_ROWS} nodes", given.num_nodes)
     if not isinstance(prompts, Sequence):
         raise TypeError(f"{where}: prompts must be a sequence of tensors, got {type(prompts).__name__}")
     if not prompts:
@@ -109,6 +111,7 @@ def record_steps(
     source = draft_source(draft, target)
     if source is None or source.proposes:
         raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
+    tree = growable_part(RECORD_TREE, source) if tree is None else given
     recorder = _Recorder(tree)
     runs = []
     for index, prompt in enumerate(prompts):
@@ -120,6 +123,7 @@ def record_steps(
             tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None, profile=None,
             rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
         )  # fmt: skip
+        source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
         recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
         runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
     if progress is not None:

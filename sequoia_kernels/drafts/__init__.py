@@ -1,5 +1,6 @@
 """Drafts: one file a source of proposed tokens, behind the door in source.py, and what a step hands them."""
 
+from sequoia_kernels.drafts.assistant import AssistantDraft
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash import DFlashDraft, dflash_from_model
 from sequoia_kernels.drafts.eagle3 import Eagle3Draft
@@ -17,6 +18,7 @@ from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 
 __all__ = [
     "LOOKUP",
+    "AssistantDraft",
     "DFlashDraft",
     "DecodingState",
     "DraftFolder",

@@ -6,6 +6,7 @@ import contextlib
 import os
 from typing import Any
 
+from sequoia_kernels.drafts.assistant import AssistantDraft, is_assistant
 from sequoia_kernels.drafts.folders import draft_from_folder
 from sequoia_kernels.drafts.layers import first_layers
 from sequoia_kernels.drafts.lookup import LookupDraft
@@ -40,9 +41,9 @@ def draft_source(
     Changes of its models since they were last used are noticed here.
 
     Args:
-        draft: a Hugging Face model, a `TreeModel`, a source itself, "lookup", "layers:8" (say) for the target's own
-            first layers, "mtp" for its multi-token prediction modules, or the folder or hub id of a published draft or
-            of a model, which is loaded to the target's device; None for none.
+        draft: a Hugging Face model, a Gemma 4 assistant among them, a `TreeModel`, a source itself, "lookup",
+            "layers:8" (say) for the target's own first layers, "mtp" for its multi-token prediction modules, or the
+            folder or hub id of a published draft or of a model, which is loaded to the target's device; None for none.
         target: the target, which lookup, layers and what is loaded are for.
         compile: as in `adapt`; a source is left alone.
         lookup: look tokens up in the text besides.
@@ -72,7 +73,11 @@ def draft_source(
         assert target is not None
         draft, draft_tokenizer = _named(draft, target, tokenizer, draft_tokenizer)
     source = draft
-    if draft is not None and not isinstance(draft, DraftSource):
+    if is_assistant(draft):
+        if target is None:
+            raise TypeError(f"draft_source: target must be given for {type(draft).__name__}, got None")
+        source = AssistantDraft(draft, target)
+    elif draft is not None and not isinstance(draft, DraftSource):
         model = adapt(draft, compile=compile)
         source = ModelDraft(model, _pairing(target, model, tokenizer, draft_tokenizer))
     elif draft is not None:

@@ -14,7 +14,7 @@ from sequoia_kernels.models import TreeStep
 from sequoia_kernels.tree import MergedTree, ShapedTree, TokenTree, Topology
 from sequoia_kernels.vocabularies import VocabularyMap
 
-__all__ = ["DraftLevel", "StepTree", "TokenBuffers", "TreeLayout", "each_tree"]
+__all__ = ["DraftLevel", "StepTree", "TokenBuffers", "TreeLayout", "each_tree", "of_parents"]
 
 # One tree for all requests; one for each, all of the same widths, level by level; or one that every request shapes.
 StepTree: TypeAlias = TokenTree | tuple[TokenTree, ...] | ShapedTree
@@ -194,3 +194,22 @@ class TokenBuffers:
         if isinstance(layout.tree, MergedTree):
             proposed = torch.full(shape, -1, dtype=torch.int64, device=device)
         return cls(tokens, draft_logits, vocabulary, certain, proposed)
+
+
+def of_parents(layout: TreeLayout, level: DraftLevel, rows: torch.Tensor) -> torch.Tensor:
+    """Give the rows of the parents of a level's nodes, which a shaped tree may write in every step.
+
+    Args:
+        layout: the tree, of N nodes.
+        level: one of its levels, of W nodes.
+        rows: one for each node. [B, N, H].
+
+    Returns:
+        [B, W, H].
+    """
+    topology = layout.topology
+    tensors = topology.tensors(rows.device) if isinstance(topology, TokenTree) else topology
+    parents = tensors.parents.index_select(-1, level.nodes).to(torch.int64).clamp(min=0)
+    if parents.dim() == 1:
+        return rows.index_select(1, parents)
+    return rows.take_along_dim(parents[:, :, None], 1)

@@ -128,6 +128,11 @@ class LookupDraft(DraftSource):
         """How many drawn children there may be beside a proposed one."""
         return (0, 1) if self.base is not None and self.base.scores_paths else (0,)
 
+    def meet_prompts(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:
+        """Show them to the base."""
+        if self.base is not None:
+            self.base.meet_prompts(target, prompts, prompt_lens)
+
     def draws_children(self, tree: StepTree) -> bool:
         """Where there is a base: all but the proposed ones."""
         return self.base is not None and not (isinstance(tree, LookupTree) and tree.siblings == 0)

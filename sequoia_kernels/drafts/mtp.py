@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sequoia_kernels.drafts.clock import StageClock
-from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
+from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout, of_parents
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.errors import UnsupportedModelError
@@ -40,7 +40,7 @@ from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache
 from sequoia_kernels.models.switch import AttentionSwitch
 from sequoia_kernels.ops import VerifiedPath
-from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
+from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["MtpDraft"]
 
@@ -330,7 +330,7 @@ class _MtpDrafting(Drafting):
                     # Behind the one that scores, those whose rows deeper nodes look for.
                     for module in range(scoring, min(last, len(layout.levels) - 1) + 1):
                         of_parent = min(depth - 1, last) if module == scoring else module - 1
-                        hidden = _of_parents(layout, level, kept[of_parent])
+                        hidden = of_parents(layout, level, kept[of_parent])
                         rows = self._front(state.cache_lens, module)
                         output = source.run(module, hidden, tokens, self.cache, rows, level.step, state.cache_lens)
                         kept[module].index_copy_(1, level.nodes, output)
@@ -364,16 +364,6 @@ class _MtpDrafting(Drafting):
         hidden = torch.randn(batch_size, num_rows, self.outputs.shape[2], generator=generator)
         lens = torch.full((batch_size,), context_len, dtype=torch.int32, device=device)
         return hidden.to(self.outputs), tokens, lens
-
-
-def _of_parents(layout: TreeLayout, level: DraftLevel, outputs: torch.Tensor) -> torch.Tensor:
-    """Give what came out for the parents of a level's nodes, which a shaped tree may write in every step. [B, W, H]."""
-    topology = layout.topology
-    tensors = topology.tensors(outputs.device) if isinstance(topology, TokenTree) else topology
-    parents = tensors.parents.index_select(-1, level.nodes).to(torch.int64).clamp(min=0)
-    if parents.dim() == 1:
-        return outputs.index_select(1, parents)
-    return outputs.take_along_dim(parents[:, :, None], 1)
 
 
 def _mtp_class() -> Any:

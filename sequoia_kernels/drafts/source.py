@@ -90,6 +90,18 @@ class DraftSource(ABC):
     def check_target(self, target: TreeModel) -> None:  # noqa: B027
         """Raise ValueError where it cannot propose tokens for a target; the message says why."""
 
+    def meet_prompts(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:  # noqa: B027
+        """See the prompts of a call before anything is measured, planned or allocated for it.
+
+        The only place where `needs` and what tells captured steps apart may change. No other thread is to decode with
+        the source meanwhile.
+
+        Args:
+            target: the target, which `check_target` has let pass.
+            prompts: prompts, padded on the right. [B, longest] int64.
+            prompt_lens: tokens of each.
+        """
+
     @abstractmethod
     def start(
         self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock

@@ -230,6 +230,7 @@ class _Plan:
                 top_p=None,
             )  # fmt: skip
             drafting = draft.start(target, state, rows, backend="auto", clock=StageClock(enabled=False))
+            drafting.share(cache)
             tensors = tensors + drafting.cache_tensors()
         for tensor in tensors:  # attention over zeros would be a softmax over equal scores
             tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
@@ -312,6 +313,8 @@ class _Plan:
         names = {self.fingerprints[key[1]].key if key[0] == "forward" else key[0] for key in times}
         profile = profile.with_slowdowns(dict.fromkeys(sorted(names), slowdown))
         keys = {role: fingerprint.key for role, fingerprint in self.fingerprints.items()}
+        if self.draft is not None and self.draft.max_levels is not None:
+            profile = profile.with_draft_levels(keys["draft"], self.draft.max_levels)
         return profile.with_measurement(keys["target"], keys.get("draft"), bandwidth, settings)
 
 

@@ -184,7 +184,8 @@ def plan_tree(
         context_len: committed tokens to plan for; the middle of the measured contexts when None. Times are interpolated
             between measured contexts; a note says so where they had to be extrapolated.
         max_budget: largest number of nodes; the largest measured target forward when None (at most 1024).
-        max_levels: largest number of levels; 32 when None.
+        max_levels: largest number of levels; 32 when None. Never more than the draft can grow, where the profile says
+            so (a block draft's).
         batch_size: requests decoded together; forwards must have been measured at it, or at a smaller and a larger one
             that differ by at most a factor of four, or are composed for it.
         target: target model: the key of a measured one, a fingerprint or a model; or a transformers configuration, or
@@ -264,6 +265,9 @@ def plan_tree(
         )
     max_levels = DEFAULT_MAX_LEVELS if max_levels is None else max_levels
     max_levels = min(checks.whole_number(where, "max_levels", max_levels, rule=POSITIVE), max_budget)
+    growable = profile.draft_levels.get(model.draft.key, max_levels)
+    is_cut = growable < max_levels
+    max_levels = min(max_levels, growable)
 
     times = model.at_context(context_len)
     search: _Search | RecordedSearch
@@ -281,7 +285,7 @@ def plan_tree(
         candidates=tuple(candidates), context_len=context_len, batch_size=batch_size, temperature=temperature,
         confidence=None if estimate is None else estimate.confidence, tolerance=tolerance,
         acceptance=tuple(vector.tolist()), target=model.target.key, draft=model.draft.key, device=str(profile.device),
-        notes=tuple(_notes(model, context_len, pick, estimate)), rule=rule,
+        notes=tuple(_notes(model, context_len, pick, estimate, growable if is_cut else None)), rule=rule,
     )  # fmt: skip
 
 
@@ -416,8 +420,9 @@ class _Search:
 
 
 def _notes(
-    model: CostModel, context_len: float, pick: PlanCandidate, estimate: AcceptanceEstimate | None
-) -> Iterator[str]:
+    model: CostModel, context_len: float, pick: PlanCandidate, estimate: AcceptanceEstimate | None,
+    draft_levels: int | None,
+) -> Iterator[str]:  # fmt: skip
     contexts = model.context_lens
     if not contexts[0] <= context_len <= contexts[-1]:
         yield f"context {context_len:g} lies outside the measured {contexts[0]}..{contexts[-1]}: times are extrapolated"
@@ -432,6 +437,8 @@ def _notes(
         yield f"a draft level feeds {widest} nodes, {measured} were measured at most: its time is extrapolated"
     if pick.tree.num_nodes == min(model.max_nodes, MAX_STEP_ROWS):
         yield f"the pick has the largest measured budget, {pick.tree.num_nodes} nodes: a larger one may be faster still"
+    if draft_levels is not None:
+        yield f"the draft can grow no tree of more than {draft_levels} levels: deeper ones are no candidates"
     if estimate is not None and pick.tree.max_branching > len(estimate.visited):
         yield f"ranks from {len(estimate.visited)} on are extrapolated, not measured"
 

@@ -93,6 +93,7 @@ class HardwareProfile(Document):
         bandwidth: measured bandwidths in GB/s (1e9 bytes), by name.
         settings: how the measurement was made, for the reader.
         created: when, ISO 8601 in UTC.
+        draft_levels: levels of the deepest tree that a model can grow as a draft, by key; none where nothing limits it.
 
     Notes:
         Profiles are values: methods that add something return a new profile.
@@ -113,6 +114,7 @@ class HardwareProfile(Document):
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    draft_levels: Mapping[str, int] = field(default_factory=dict)
 
     def check_device(self, device: torch.device | str | None = None) -> None:
         """Refuse the profile when it was measured on another device than the one at hand.
@@ -222,6 +224,12 @@ class HardwareProfile(Document):
                 checks.fail_range(where, "mean_over_median", "hold finite ratios > 0", actual)
         return dataclasses.replace(self, mean_over_median={**self.mean_over_median, **mean_over_median})
 
+    def with_draft_levels(self, key: str, levels: int) -> HardwareProfile:
+        """Give the profile with the levels set of the deepest tree that a model of it can grow as a draft."""
+        where = "HardwareProfile.with_draft_levels"
+        levels = checks.whole_number(where, "levels", levels, rule=checks.at_least(1), show_value=True)
+        return dataclasses.replace(self, draft_levels={**self.draft_levels, self.find_model(key, "draft"): levels})
+
     def with_measurement(
         self, target_key: str, draft_key: str | None = None, bandwidth: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -250,7 +258,7 @@ class HardwareProfile(Document):
         for name, points in other.ops.items():
             result = result.with_op(name, points)
         either = ("target_key", "draft_key", "step_overhead_ms", "level_overhead_ms", "draft_overhead_ms")
-        both = ("mean_over_median", "bandwidth", "settings")
+        both = ("mean_over_median", "draft_levels", "bandwidth", "settings")
         merged: dict[str, Any] = {name: getattr(other, name) or getattr(self, name) for name in either}
         merged |= {name: {**getattr(self, name), **getattr(other, name)} for name in both}
         return dataclasses.replace(result, device=other.device, created=other.created, **merged)
@@ -266,6 +274,7 @@ class HardwareProfile(Document):
                 key: {
                     "fingerprint": dataclasses.asdict(fingerprint),
                     "forwards": [dataclasses.asdict(table) for table in self.forwards[key]],
+                    "max_levels": self.draft_levels.get(key),
                 }
                 for key, fingerprint in self.models.items()
             },
@@ -289,6 +298,7 @@ class HardwareProfile(Document):
         device, models = fields.inside("device"), fields.inside("models")
         fingerprints: dict[str, ModelFingerprint] = {}
         forwards: dict[str, tuple[ForwardTable, ...]] = {}
+        draft_levels: dict[str, int] = {}
         for key in models:
             entry = models.inside(key)
             fingerprints[key] = _read_fingerprint(entry.inside("fingerprint"))
@@ -297,6 +307,9 @@ class HardwareProfile(Document):
             forwards[key] = tuple(map(_read_forwards, entry.objects("forwards")))
             if not _are_increasing([table.batch_size for table in forwards[key]]):
                 raise entry.refuse("forwards", "be tables of increasing batch_size", "others")
+            levels = entry.count("max_levels", optional=True)  # files of older versions have none
+            if levels is not None:
+                draft_levels[key] = levels
         ops, overhead = fields.inside("ops"), fields.inside("overhead")
         target_key, draft_key = (
             fields.get(role, lambda key: isinstance(key, str) and key in models, "one of its models", optional=True)
@@ -317,6 +330,7 @@ class HardwareProfile(Document):
             level_overhead_ms=overhead.time("level_ms"),
             draft_overhead_ms=overhead.time("draft_ms") if "draft_ms" in overhead else 0.0,
             mean_over_median=fields.inside("mean_over_median").numbers(lambda x: 1e-12 <= x <= 1e12, "a number > 0"),
+            draft_levels=draft_levels,
             bandwidth=fields.inside("bandwidth_gb_per_s").numbers(lambda x: 0 <= x <= 1e12, "a number >= 0"),
             settings=dict(fields.inside("settings").value),
             created=fields.text("created"),

@@ -3,8 +3,9 @@
 Numbers of the target's layers are read in two ways. Ids of the speculators form, and ids at the top of an original
 config, are numbers of `hidden_states`: i is the input of layer i. Ids within `eagle_config` count outputs of layers, so
 id i is `hidden_states[i + 1]`: the heads that carry such ids were trained on [1, L // 2 - 1, L - 4] where those without
-any were trained on `hidden_states` 2, L // 2 and L - 3, which are the same three. Where a folder goes another way, the
-caller says which hidden states are meant; wrong ones cost acceptance and nothing else.
+any were trained on `hidden_states` 2, L // 2 and L - 3, which are the same three. Folders that were converted may go
+another way, so the other reading is kept beside it: `readings.py` measures both. Wrong hidden states cost acceptance
+and nothing else.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class HeadConfig:
         draft_vocab_size: width of its logits.
         feature_layers: hidden states of the target that it reads, in order; None where the folder leaves that open.
         num_features: how many they are.
+        other_layers: the same ids read the other way, which may be out of range; None where there are none.
         norm_before_residual: whether the normed feature, not the feature itself, is the first layer's residual.
         norm_before_fc: whether one norm goes over all features before they are projected.
         fc_norm: whether each has a norm of its own.
@@ -78,6 +80,7 @@ class HeadConfig:
     draft_vocab_size: int
     feature_layers: tuple[int, ...] | None
     num_features: int
+    other_layers: tuple[int, ...] | None = None
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -116,11 +119,11 @@ def _read_speculators(folder: DraftFolder, config: Mapping[str, Any]) -> HeadCon
     layers = config.get("transformer_layer_config")
     if not isinstance(layers, dict):
         raise ValueError(f"{folder}: transformer_layer_config must be an object, got {layers!r:.60}")
-    ids = _layer_ids(folder, config.get(_LAYER_IDS), 0)
+    ids, other = _layer_ids(folder, config.get(_LAYER_IDS), 0)
     layer_config = _layer_config(folder, layers, "qwen3")
     switches = {name: _switch(folder, config, name) for name in _SWITCHES}
     head = HeadConfig(
-        layer_config, _count(folder, config, "draft_vocab_size"), ids, len(ids or (0, 0, 0)), **switches
+        layer_config, _count(folder, config, "draft_vocab_size"), ids, len(ids or (0, 0, 0)), other, **switches
     )  # fmt: skip
     if config["speculators_model_type"] == "peagle":
         mask_token_id = _count(folder, config, "mask_token_id", least=0)
@@ -148,8 +151,9 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
             raise ValueError(f"{folder}: eagle_config {rule}, got {name} = {value!r:.60}")
     if config.get("parallel_drafting"):
         raise ValueError(f"{folder}: parallel_drafting must be off in the original form, got it on")
-    outputs = _layer_ids(folder, options.get(_LAYER_IDS), 1)  # they count outputs; see above
-    ids = outputs if outputs is not None else _layer_ids(folder, config.get(_LAYER_IDS), 0)
+    ids, other = _layer_ids(folder, options.get(_LAYER_IDS), 1)  # they count outputs; see above
+    if ids is None:
+        ids, other = _layer_ids(folder, config.get(_LAYER_IDS), 0)
     num_features = _count(folder, config, "num_aux_hidden_states", default=len(ids or (0, 0, 0)))
     if ids is not None and num_features != len(ids):
         raise ValueError(f"{folder}: num_aux_hidden_states must be the {len(ids)} of {_LAYER_IDS}, got {num_features}")
@@ -157,7 +161,7 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
     vocab_size = _count(folder, config, "draft_vocab_size", default=layer_config.vocab_size)
     given = {**config, **{name: value for name, value in options.items() if value is not None}}
     switches = {name: _switch(folder, given, name) for name in _SWITCHES}
-    return _checked(folder, HeadConfig(layer_config, vocab_size, ids, num_features, **switches))
+    return _checked(folder, HeadConfig(layer_config, vocab_size, ids, num_features, other, **switches))
 
 
 def _checked(folder: DraftFolder, head: HeadConfig) -> HeadConfig:
@@ -195,12 +199,15 @@ def _layer_config(folder: DraftFolder, fields: Mapping[str, Any], usual: str) ->
     return config
 
 
-def _layer_ids(folder: DraftFolder, ids: Any, shift: int) -> tuple[int, ...] | None:
+def _layer_ids(
+    folder: DraftFolder, ids: Any, shift: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[None, None]:
+    """Give the hidden states that ids mean, and those that they mean when they are read the other way."""
     if ids is None or ids == []:
-        return None
+        return None, None
     if not isinstance(ids, Sequence) or not all(is_integer(number) and number + shift >= 0 for number in ids):
         raise ValueError(f"{folder}: {_LAYER_IDS} must be layers of the target, got {ids!r:.60}")
-    return tuple(number + shift for number in ids)
+    return tuple(number + shift for number in ids), tuple(number + 1 - shift for number in ids)
 
 
 def _count(

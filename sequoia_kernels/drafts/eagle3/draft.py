@@ -15,10 +15,12 @@ them the depths below the root, so the same forward gives a row for every depth.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.eagle3.config import is_eagle3
 from sequoia_kernels.drafts.eagle3.loading import LoadedHead, load_head
 from sequoia_kernels.drafts.eagle3.native import NativeHead
+from sequoia_kernels.drafts.eagle3.readings import FEWEST_ROWS, MOST_ROWS, LayerReading, compare_readings
 from sequoia_kernels.drafts.eagle3.rows import Rows, bind_rows
 from sequoia_kernels.drafts.folders import DraftFolder, DraftFormat, register_format
 from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout
@@ -46,7 +49,9 @@ logger = logging.getLogger("sequoia_kernels")
 FORWARDS = ("auto", "native", "torch")
 
 _PREFILL_ROWS = 512  # of one forward, as a target's prefill
+_measuring = threading.Lock()  # calls of several threads with one head, which only the first of them measures
 _DIGEST_ELEMENTS = 256  # of each weight
+_NOT_DIGESTED = ("layer_config", "other_layers")  # the one is digested by itself, the other follows from the ids
 
 
 class Eagle3Draft(DraftSource):
@@ -61,6 +66,7 @@ class Eagle3Draft(DraftSource):
             it can be.
 
     Attributes:
+        reading: how the folder's layer ids were read, once that was measured; None before, and where nothing is open.
         native: the native head, None where forwards are torch's.
         not_native: why they are, "" where they are not.
     """
@@ -68,15 +74,15 @@ class Eagle3Draft(DraftSource):
     def __init__(
         self, loaded: LoadedHead, name: str = "", *, num_depths: int | None = None, forward: str = "auto"
     ) -> None:
-        self.loaded, self.head, self.name = loaded, loaded.head, name
+        self.head, self.name = loaded.head, name
+        self._read_features(loaded)
+        self.reading: LayerReading | None = None
         parallel = loaded.config.mask_token_id is not None
         if num_depths is not None and (num_depths < 1 or (num_depths > 1 and not parallel)):
             rule = "be at least 1" if parallel else "be 1 for a head that is not parallel"
             raise ValueError(f"Eagle3Draft: num_depths must {rule}, got {num_depths}")
         self.num_depths = num_depths or loaded.config.num_depths
         self.vocabulary, self.vocab_size = loaded.vocabulary, loaded.vocab_size
-        self.needs = tuple(dict.fromkeys(loaded.feature_layers))
-        self._order = [self.needs.index(number) for number in loaded.feature_layers]
         self._digest = _digest(loaded)
         self.native, self.not_native = _native(loaded, forward)
 
@@ -97,7 +103,8 @@ class Eagle3Draft(DraftSource):
             target: the target that it was trained for; the head runs on its device in its dtype, and shares its
                 embeddings and head where the folder has none.
             feature_layers: which of the target's `hidden_states` it reads, where the folder does not say so or is
-                wrong: the output never depends on them, only the speed does.
+                wrong: the output never depends on them, only the speed does. None takes the folder's ids; where they
+                can be read in two ways, the first call of `generate` with a prompt of 17 tokens measures both.
             num_depths: see the class.
             forward: see the class.
 
@@ -119,7 +126,11 @@ class Eagle3Draft(DraftSource):
 
     def __repr__(self) -> str:
         kind = "eagle3" if self.loaded.config.mask_token_id is None else "peagle"
-        return f"Eagle3Draft({kind}, {self.fingerprint.num_parameters:,} parameters, {self.name or self.device})"
+        layers = ", ".join(map(str, self.loaded.feature_layers))
+        return (
+            f"Eagle3Draft({kind}, {self.fingerprint.num_parameters:,} parameters, hidden states {layers}, "
+            f"{self.name or self.device})"
+        )
 
     @property
     def runs(self) -> str:
@@ -138,8 +149,9 @@ class Eagle3Draft(DraftSource):
 
     @property
     def graph_key(self) -> Hashable:
-        """Where its weights lie, which a captured step reads, and how many rows it gives."""
-        return tuple(weight.data_ptr() for weight in self.head.weights()), self.num_depths
+        """Where its weights lie, which a captured step reads, how many rows it gives, and of which hidden states."""
+        weights = tuple(weight.data_ptr() for weight in self.head.weights())
+        return weights, self.num_depths, self.loaded.feature_layers
 
     @property
     def identity(self) -> str:
@@ -168,6 +180,54 @@ class Eagle3Draft(DraftSource):
             head_dim=head.head_dim,
             linears=tuple((*shape, shapes.count(shape)) for shape in dict.fromkeys(shapes)),
         )
+
+    def _read_features(self, loaded: LoadedHead) -> None:
+        self.loaded = loaded
+        self.needs = tuple(dict.fromkeys(loaded.feature_layers))
+        self._order = [self.needs.index(number) for number in loaded.feature_layers]
+
+    @torch.inference_mode()
+    def meet_prompts(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:
+        """Find out on a prompt which hidden states the folder's layer ids mean, where that is open.
+
+        Runs the target and the head once over up to 65 tokens of the longest prompt. Shorter ones than 17 tokens leave
+        the question open. A target that streams its layers is not run for it.
+        """
+        with _measuring:
+            self._settle_reading(target, prompts, prompt_lens)
+
+    def _settle_reading(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:
+        documented, other = self.loaded.feature_layers, self.loaded.other_layers
+        if other is None:
+            return
+        settled = dataclasses.replace(self.loaded, other_layers=None)
+        if any(weight.is_meta for weight in target.weights()):
+            logger.info("%r: layer ids are read as its form documents, not measured, since the target streams", self)
+            self._read_features(settled)
+            return
+        longest = max(range(len(prompt_lens)), key=prompt_lens.__getitem__)
+        num_tokens = min(prompt_lens[longest], MOST_ROWS + 1)
+        if num_tokens <= FEWEST_ROWS:
+            return
+        tokens = prompts[longest, :num_tokens].to(target.device)
+        mapped = None if self.vocabulary is None else self.vocabulary.draft_to_target
+        found = compare_readings(target, tokens, documented, other, self._text_logits, mapped)
+        self._read_features(dataclasses.replace(settled, feature_layers=found.layers))
+        self.reading = found
+        measured = f"{found.overlap:.3f}, by {list(found.other)} {found.other_overlap:.3f} ({found.num_rows} rows)"
+        if found.is_documented:
+            logger.info("%r: layer ids are read as its form documents; overlap with the target %s", self, measured)
+        else:
+            logger.warning(
+                "%r: layer ids are read other than its form documents; overlap with the target %s", self, measured
+            )
+
+    def _text_logits(self, tokens: torch.Tensor, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Score a text by itself: tokens [R] and the target's hidden states, [R, width] each -> [R, Vd]."""
+        rows = self.head.combine([feature[None].to(self.logits_dtype) for feature in features])
+        cache_lens = torch.zeros(1, dtype=torch.int32, device=tokens.device)
+        cache, step = _new_cache(self, 1, len(tokens)), causal_step(len(tokens), tokens.device)
+        return self.head.logits(self.head.forward(tokens[None], rows, cache, cache_lens, step))[0]
 
     def features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Make the head's features of what `needs` names. [B, N, width] each -> [B, N, H]."""
@@ -423,7 +483,7 @@ def _native(loaded: LoadedHead, forward: str) -> tuple[NativeHead | None, str]:
 def _digest(loaded: LoadedHead) -> str:
     """Tell heads apart cheaply: their options, all shapes, and a few elements from the middle of every weight."""
     config = loaded.config
-    options = {name: value for name, value in vars(config).items() if name != "layer_config"}
+    options = {name: value for name, value in vars(config).items() if name not in _NOT_DIGESTED}
     options |= config.layer_config.to_diff_dict()
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     pieces = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["LoadedHead", "load_head"]
 
+logger = logging.getLogger("sequoia_kernels")
+
 
 @dataclass(frozen=True)
 class LoadedHead:
@@ -25,6 +28,7 @@ class LoadedHead:
         head: the weights.
         config: what the folder's config says.
         feature_layers: hidden states of the target that it reads, in order.
+        other_layers: what else the folder's ids may mean; None where that is out of range, or nothing is open.
         vocabulary: the map to the target's tokens; None where the head's are the first ones of the target.
         vocab_size: width of the head's logits.
         target_width: width of the target's hidden states.
@@ -33,6 +37,7 @@ class LoadedHead:
     head: EagleHead
     config: HeadConfig
     feature_layers: tuple[int, ...]
+    other_layers: tuple[int, ...] | None
     vocabulary: VocabularyMap | None
     vocab_size: int
     target_width: int
@@ -51,10 +56,12 @@ def load_head(folder: DraftFolder, target: TreeModel, feature_layers: Sequence[i
     """
     config = HeadConfig.read(folder)
     weights = _Weights(folder, config, target)
+    layers, other = _feature_layers(folder, config, target, feature_layers)
     return LoadedHead(
         head=weights.head(),
         config=config,
-        feature_layers=_feature_layers(folder, config, target, feature_layers),
+        feature_layers=layers,
+        other_layers=other,
         vocabulary=weights.vocabulary,
         vocab_size=config.draft_vocab_size,
         target_width=weights.target_width,
@@ -63,17 +70,33 @@ def load_head(folder: DraftFolder, target: TreeModel, feature_layers: Sequence[i
 
 def _feature_layers(
     folder: DraftFolder, config: HeadConfig, target: TreeModel, asked: Sequence[int] | None
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     count = target.num_layers
-    chosen = config.feature_layers if asked is None else tuple(asked)
-    if chosen is None:
+
+    def fits(layers: Sequence[int]) -> bool:
+        return len(layers) == config.num_features and all(0 <= number <= count for number in layers)
+
+    chosen, other = config.feature_layers, config.other_layers
+    if asked is not None:
+        chosen, other = tuple(asked), None
+    elif chosen is None:
         chosen = (2, count // 2, count - 3)
-    if len(chosen) != config.num_features or not all(0 <= number <= count for number in chosen):
+    if other is not None and not fits(other):
+        other = None
+    if other is not None and not fits(chosen):
+        logger.warning(
+            "%s: layer ids are read as hidden states %s, since the target has none up to %d",
+            folder,
+            list(other),
+            max(chosen),
+        )
+        return other, None
+    if not fits(chosen):
         raise ValueError(
             f"{folder}: feature_layers must be {config.num_features} hidden states in 0..{count} of the target, "
             f"got {list(chosen)}"
         )
-    return chosen
+    return chosen, other
 
 
 class _Weights:

@@ -68,7 +68,8 @@ class Emulator:
         self._empties: dict[int, _Empty] = {}
 
     def clear(self) -> None:
-        """Forget findings, launches and which bytes are unwritten."""
+        """Forget findings, launches, which bytes are unwritten and what tables of addresses reach."""
+        self.reachable = []
         self.report.clear()
         self.launches.clear()
         self._empties.clear()

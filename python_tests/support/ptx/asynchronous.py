@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-
 from support.ptx.memory import GlobalMemory, SharedMemory
 from support.ptx.parser import Instruction
 from support.ptx.races import Access
@@ -63,9 +62,7 @@ class CopyQueue:
         stamps = access.block.stamps[access.lanes][:, None]
         self._open.setdefault(warp, []).append(_Copy(stamps, rows, offsets // 4, words))
 
-    def _words(
-        self, access: Access, sources: np.ndarray, num_bytes: int, source_bytes: np.ndarray
-    ) -> list[np.ndarray]:
+    def _words(self, access: Access, sources: np.ndarray, num_bytes: int, source_bytes: np.ndarray) -> list[np.ndarray]:
         words = [np.zeros(sources.size, np.uint32) for _ in range(num_bytes // 4)]
         report = self._shared.report
         if (source_bytes > num_bytes).any():

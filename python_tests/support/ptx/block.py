@@ -6,7 +6,6 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from support.ptx.asynchronous import CopyQueue, ProductQueue
 from support.ptx.memory import SharedMemory
 from support.ptx.operations import Operations
@@ -267,9 +266,7 @@ class Block(Operations):
 
     def _reduce(self, arrivals: list[tuple[Instruction, np.ndarray]]) -> None:
         """bar.red: what all threads that arrived bring, given to each of them."""
-        flags = [
-            self.registers.predicate(text_of(instruction.operands[-1]))[here] for instruction, here in arrivals
-        ]
+        flags = [self.registers.predicate(text_of(instruction.operands[-1]))[here] for instruction, here in arrivals]
         votes = np.concatenate(flags)
         for instruction, here in arrivals:
             if instruction.has("popc"):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-
 from support.ptx.launch import Launch, Options, packed_parameters
 from support.ptx.memory import FOREIGN, UNWRITTEN, Allocation, GlobalMemory
 from support.ptx.parser import Kernel, Module, parse

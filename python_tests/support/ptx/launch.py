@@ -6,7 +6,6 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-
 from support.ptx.block import Block, Registers, check_progress
 from support.ptx.memory import GlobalMemory
 from support.ptx.program import Program
@@ -71,7 +70,7 @@ class Launch:
         program: the kernel.
         grid: blocks along x, y and z.
         block_shape: threads along x, y and z; their product must be a multiple of 32.
-        shared_bytes: of each block, variables of the kernel's own included.
+        shared_bytes: of each block, besides the kernel's own variables.
         parameters: as `packed_parameters` gives them.
         memory: global memory.
         report: takes the findings.
@@ -93,7 +92,7 @@ class Launch:
     ) -> None:
         self.program, self.grid, self.block_shape = program, grid, block_shape
         self.num_threads, self.num_blocks = int(np.prod(block_shape)), int(np.prod(grid))
-        self.shared_bytes = max(shared_bytes, program.layout.static_shared_bytes)
+        self.shared_bytes = program.layout.static_shared_bytes + shared_bytes
         self.parameters, self.memory, self.report = parameters, memory, report
         self.options, self.random = options, random
         if self.num_threads % 32 or not 0 < self.num_threads <= 1024:

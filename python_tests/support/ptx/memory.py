@@ -10,7 +10,6 @@ import ctypes
 from collections.abc import Callable, Iterator
 
 import numpy as np
-
 from support.ptx.races import Access, AccessLog
 from support.ptx.report import Report
 
@@ -229,7 +228,9 @@ class GlobalMemory:
         if self.allocations:
             nearest = min(self.allocations, key=lambda one: abs(int(address) - one.address))
             place = f"{nearest.name}{int(address) - nearest.address:+d} of {nearest.num_bytes} bytes"
-        self.report.add(kind, access.instruction, f"{what} of {num_bytes} bytes at {place}, block {access.block.number}")
+        self.report.add(
+            kind, access.instruction, f"{what} of {num_bytes} bytes at {place}, block {access.block.number}"
+        )
 
 
 class SharedMemory(Region):

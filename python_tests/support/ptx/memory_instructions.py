@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-
 from support.ptx.parser import TYPE_BYTES, Address, Instruction
 from support.ptx.report import UnsupportedError
 from support.ptx.translation import KINDS, Translator, text_of, translates

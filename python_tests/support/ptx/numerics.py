@@ -12,10 +12,35 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "Approximation", "assign", "bfloat16_from_float", "bit_field", "bit_reverse", "count_leading_zeros", "divide",
-    "e4m3_values", "exact_fma", "flush", "float_from_bfloat16", "float_from_half", "float_to_int", "funnel_shift",
-    "fused", "half_from_float", "halves", "high_product", "insert_bits", "int_to_int", "logic3", "min_relu",
-    "packed", "permute_bytes", "pick_bits", "remainder", "round_to_tf32", "shift_left", "shift_right",
+    "Approximation",
+    "assign",
+    "bfloat16_from_float",
+    "bit_field",
+    "bit_reverse",
+    "count_leading_zeros",
+    "divide",
+    "e4m3_values",
+    "exact_fma",
+    "float_from_bfloat16",
+    "float_from_half",
+    "float_to_int",
+    "flush",
+    "funnel_shift",
+    "fused",
+    "half_from_float",
+    "halves",
+    "high_product",
+    "insert_bits",
+    "int_to_int",
+    "logic3",
+    "min_relu",
+    "packed",
+    "permute_bytes",
+    "pick_bits",
+    "remainder",
+    "round_to_tf32",
+    "shift_left",
+    "shift_right",
 ]  # fmt: skip
 
 Row = Any
@@ -187,7 +212,7 @@ def fused(left: Row, right: Row, addend: Row) -> Row:
     """float32 left * right + addend, rounded once."""
     product = np.multiply(left, right, dtype=np.float64)  # exact
     total = np.atleast_1d(product + addend)
-    # Rounding to float64 first matters only where that lands on a midpoint of two floats: its low 28 bits are then zero.
+    # Rounding to float64 first matters only where that is a midpoint of two floats: its low 28 bits are then zero.
     doubtful = (total.view(np.uint64) & _LOW_28_BITS) == 0
     if doubtful.any():
         rest = total - product

@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from support.ptx.asynchronous import CopyQueue, ProductQueue
 from support.ptx.memory import UNSIGNED, GlobalMemory, SharedMemory
 from support.ptx.parser import Instruction
 from support.ptx.races import Access, BlockOrder, thread_of
 from support.ptx.report import KernelStoppedError, Report, UnsupportedError
 from support.ptx.tensor_cores import (
-    COLUMN, ROW, MatrixDescriptor, accumulator_column, accumulator_row, multiply, operand_of_group, widen,
+    COLUMN,
+    ROW,
+    MatrixDescriptor,
+    accumulator_column,
+    accumulator_row,
+    multiply,
+    operand_of_group,
+    widen,
 )  # fmt: skip
 
 __all__ = ["Operations"]
@@ -178,9 +184,7 @@ class Operations:
 
     # copies -----------------------------------------------------------------------------------------------------------
 
-    def copy(
-        self, site: int, targets: Any, sources: Any, num_bytes: int, source_bytes: Any, mask: Mask
-    ) -> None:
+    def copy(self, site: int, targets: Any, sources: Any, num_bytes: int, source_bytes: Any, mask: Mask) -> None:
         """cp.async."""
         lanes, targets, sources, source_bytes = self._chosen(mask, targets, sources, source_bytes)
         if lanes.size:
@@ -287,7 +291,7 @@ class Operations:
     def _operand(
         self, site: int, descriptors: Any, num_rows: int, transposed: bool, type_: str, operands: list[np.ndarray]
     ) -> np.ndarray:
-        """[groups, rows, 16] numbers of the matrices that descriptors name; their granules are appended to `operands`."""
+        """[groups, rows, 16] numbers of the matrices that descriptors name; appends their granules to `operands`."""
         matrices = []
         for group in range(self.num_threads // 128):
             words = np.broadcast_to(descriptors, self.num_threads)[128 * group : 128 * group + 128]

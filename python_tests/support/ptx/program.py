@@ -10,7 +10,6 @@ import types
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from support.ptx import matrix_instructions, memory_instructions, scalar_instructions, warp_instructions
 from support.ptx.matrix_instructions import registers_of_products
 from support.ptx.memory_instructions import is_strong, semantics_of
@@ -130,7 +129,7 @@ def environment() -> dict[str, Any]:
     return {
         **PLAIN_NAMES,
         "FULL_WARP": np.uint32(0xFFFFFFFF),
-        "Redux": warp_instructions.Redux,
+        "reduce_warps": warp_instructions.reduce_warps,
         "shuffle_sources": warp_instructions.shuffle_sources,
         "vote": warp_instructions.vote,
     }
@@ -153,7 +152,12 @@ def _check_barrier(instruction: Instruction) -> None:
     place = 1 if reduces else 0
     expected = 3 if reduces else 1
     operands = instruction.operands
-    if instruction.guard is not None or len(operands) != expected or operands[place] != "0" or instruction.has("arrive"):
+    if (
+        instruction.guard is not None
+        or len(operands) != expected
+        or operands[place] != "0"
+        or instruction.has("arrive")
+    ):
         raise UnsupportedError(f"line {instruction.line}: {instruction.text}")
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-
 from support.ptx.parser import Instruction
 from support.ptx.report import Report
 
@@ -202,7 +201,7 @@ class AccessLog:
                 self.report.add(
                     f"{self.space} race {between} ({what})",
                     access.instruction,
-                    f"{self._place(rows[at])}: thread {int(access.lanes[at[0]])} and {who}, block {access.block.number}",
+                    f"{self._place(rows[at])}: thread {access.lanes[at[0]]} and {who}, block {access.block.number}",
                 )
 
     def _report_between_blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-
 from support.ptx.parser import TYPE_BYTES, Instruction, Operand
 from support.ptx.report import UnsupportedError
 from support.ptx.translation import KINDS, Translator, text_of, translates
@@ -61,7 +60,9 @@ def _extremum(t: Translator, ins: Instruction) -> None:
     if ins.has("relu"):
         if ins.name != "min" or ins.type != "s32":
             raise UnsupportedError(ins.text)
-        t.write(ins.operands[0], "s32", f"min_relu({t.spread(ins.operands[1], 's32')}, {t.read(ins.operands[2], 's32')})")
+        t.write(
+            ins.operands[0], "s32", f"min_relu({t.spread(ins.operands[1], 's32')}, {t.read(ins.operands[2], 's32')})"
+        )
         return
     ignores_nan = _is_float(ins.type) and not ins.has("NaN")
     names = {"min": ("np.minimum", "np.fmin"), "max": ("np.maximum", "np.fmax")}
@@ -334,7 +335,7 @@ def _convert(t: Translator, ins: Instruction) -> None:
         word = f"u{TYPE_BYTES[to] * 8}" if to in ("bf16", "f16", "tf32") else to
         carried = f"u{TYPE_BYTES[source_type] * 8}" if source_type in _SHORT else source_type
         t.write(target, word, _FLOAT_CONVERSIONS[to, source_type].format(t.read(sources[0], carried)))
-    elif _is_float(to) and to in _SHORT or source_type in _SHORT:
+    elif (_is_float(to) and to in _SHORT) or source_type in _SHORT:
         raise UnsupportedError(ins.text)
     elif _is_float(to):
         _convert_to_float(t, ins, to, source_type)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-
 from support.ptx.numerics import float_from_bfloat16, float_from_half
 
-__all__ = ["MatrixDescriptor", "accumulator_row", "accumulator_column", "multiply", "operand_of_group", "widen"]
+__all__ = ["MatrixDescriptor", "accumulator_column", "accumulator_row", "multiply", "operand_of_group", "widen"]
 
 _LANES = np.arange(32)
 ROW = _LANES // 4
@@ -48,8 +47,18 @@ def _words_of_b(num_registers: int) -> np.ndarray:
     return _places(lane % 4 + 4 * register, ROW[lane])
 
 
-_A = {("pair", 4): _pairs_of_a(4), ("pair", 2): _pairs_of_a(2), ("word", 4): _words_of_a(4), ("word", 2): _words_of_a(2)}
-_B = {("pair", 2): _pairs_of_b(2), ("pair", 1): _pairs_of_b(1), ("word", 2): _words_of_b(2), ("word", 1): _words_of_b(1)}
+_A = {
+    ("pair", 4): _pairs_of_a(4),
+    ("pair", 2): _pairs_of_a(2),
+    ("word", 4): _words_of_a(4),
+    ("word", 2): _words_of_a(2),
+}
+_B = {
+    ("pair", 2): _pairs_of_b(2),
+    ("pair", 1): _pairs_of_b(1),
+    ("word", 2): _words_of_b(2),
+    ("word", 1): _words_of_b(1),
+}
 
 
 def accumulator_row(register: int) -> np.ndarray:

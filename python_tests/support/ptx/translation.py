@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from support.ptx import numerics
 from support.ptx.parser import TYPE_BYTES, Address, Instruction, Kernel, Module, Operand
 from support.ptx.report import UnsupportedError

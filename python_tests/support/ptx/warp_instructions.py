@@ -6,12 +6,11 @@ import re
 from typing import Any
 
 import numpy as np
-
 from support.ptx.parser import Instruction
 from support.ptx.report import UnsupportedError
 from support.ptx.translation import Translator, text_of, translates
 
-__all__ = ["Redux", "shuffle_sources", "vote"]
+__all__ = ["reduce_warps", "shuffle_sources", "vote"]
 
 _LANES = np.arange(32)
 
@@ -51,24 +50,20 @@ def vote(operation: str, values: np.ndarray, here: np.ndarray) -> np.ndarray:
     return np.repeat(result, 32)
 
 
-class Redux:
-    """redux.sync: what a warp's threads have, taken together."""
+_REDUCTIONS = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
 
-    FUNCTIONS = {
-        "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-        "xor": np.bitwise_xor,
-    }  # fmt: skip
 
-    @classmethod
-    def of(cls, operation: str, values: np.ndarray, here: np.ndarray | None) -> np.ndarray:
-        """[threads] the warp's result; `here` are the threads that take part, None for all."""
-        values = values.reshape(-1, 32)
-        if here is not None:
-            bounds = np.iinfo(values.dtype)
-            neutral = {"min": bounds.max, "max": bounds.min, "and": ~values.dtype.type(0)}.get(operation, 0)
-            values = np.where(here.reshape(-1, 32), values, values.dtype.type(neutral))
-        result = cls.FUNCTIONS[operation].reduce(values, axis=1, dtype=values.dtype)
-        return np.repeat(result, 32)
+def reduce_warps(operation: str, values: np.ndarray, here: np.ndarray | None) -> np.ndarray:
+    """[threads] what a warp's threads have, taken together; `here` are those that take part, None for all."""
+    values = values.reshape(-1, 32)
+    if here is not None:
+        bounds = np.iinfo(values.dtype)
+        neutral = {"min": bounds.max, "max": bounds.min, "and": ~values.dtype.type(0)}.get(operation, 0)
+        values = np.where(here.reshape(-1, 32), values, values.dtype.type(neutral))
+    return np.repeat(_REDUCTIONS[operation].reduce(values, axis=1, dtype=values.dtype), 32)
 
 
 @translates("shfl")
@@ -102,7 +97,7 @@ def _reduce(t: Translator, ins: Instruction) -> None:
         raise UnsupportedError(ins.text)
     t.line(f"C.require_warps({t.site}, {t.read(members, 'u32')}, {t.mask})")
     here = "None" if t.mask == "True" else t.mask
-    t.write(target, ins.type, f"Redux.of({ins.modifiers[1]!r}, {t.spread(source, ins.type)}, {here})")
+    t.write(target, ins.type, f"reduce_warps({ins.modifiers[1]!r}, {t.spread(source, ins.type)}, {here})")
 
 
 @translates("vote")

@@ -12,7 +12,6 @@ from support.ptx.operations import Operations
 from support.ptx.parser import Instruction
 from support.ptx.program import Program, environment
 from support.ptx.races import BlockOrder, first_stamp
-from support.ptx.report import KernelStoppedError
 from support.ptx.translation import text_of
 
 if TYPE_CHECKING:
@@ -280,13 +279,3 @@ class Block(Operations):
         self.epoch = epoch
         self.stamps = self.lanes.astype(np.uint64) + np.uint64(first_stamp(self.number, epoch))
         self.order.barrier()
-
-
-def check_progress(num_pieces: int, most: int, kernel: str) -> None:
-    """Stop a kernel that does not come to an end.
-
-    Raises:
-        KernelStoppedError: it has run more pieces than allowed.
-    """
-    if num_pieces > most:
-        raise KernelStoppedError(f"{kernel} must end within {most} pieces of code, and has not")

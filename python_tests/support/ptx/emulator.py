@@ -53,14 +53,14 @@ class Emulator:
     Attributes:
         report: what has been found.
         launches: what has run.
-        reachable: tensors that kernels may touch besides their arguments, through tables of addresses.
+        reachable: names and tensors that kernels may touch besides a launch's own, through tables of addresses.
     """
 
     def __init__(self, options: Options | None = None, change_text: Callable[[str], str] | None = None) -> None:
         self.options = options or Options()
         self.report = Report()
         self.launches: list[LaunchRecord] = []
-        self.reachable: list[torch.Tensor] = []
+        self.reachable: list[tuple[str, torch.Tensor | None]] = []
         self._change_text = change_text
         self._random = np.random.default_rng(self.options.seed)
         self._programs: dict[tuple[str, str], Program] = {}
@@ -80,6 +80,10 @@ class Emulator:
             module = parse(ptx if self._change_text is None else self._change_text(ptx))
             self._programs[key] = Program(module, _find(module, kernel))
         return self._programs[key]
+
+    def texts(self) -> list[str]:
+        """The PTX of all kernels so far, as it was compiled."""
+        return [ptx for ptx, _ in self._programs]
 
     def launch(
         self,
@@ -107,8 +111,7 @@ class Emulator:
             UnsupportedError: the kernel does something that is not emulated.
         """
         program = self.program(ptx, kernel)
-        views = [*tensors, *((f"reachable {number}", tensor) for number, tensor in enumerate(self.reachable))]
-        allocations = self._allocations(views)
+        allocations = self._allocations([*tensors, *self.reachable])
         memory = GlobalMemory(allocations, int(np.prod(grid)), self.report)
         launch = Launch(
             program, grid, block_shape, shared_bytes, packed_parameters(program, arguments), memory, self.report,

@@ -6,11 +6,11 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from support.ptx.block import Block, Registers, check_progress
+from support.ptx.block import Block, Registers
 from support.ptx.memory import GlobalMemory
 from support.ptx.program import Program
 from support.ptx.races import MAX_BLOCKS
-from support.ptx.report import Report, UnsupportedError
+from support.ptx.report import KernelStoppedError, Report, UnsupportedError
 
 __all__ = ["Launch", "Options", "packed_parameters"]
 
@@ -124,15 +124,22 @@ class Launch:
                     registers = free.pop() if free else Registers(self.program, self.block_shape)
                     running.append(Block(self, waiting.pop(), registers))
                 block = running[int(self.random.integers(len(running))) if len(running) > 1 else 0]
-                num_pieces += 1
-                if self.options.interleave <= 1:
-                    while block.step():
-                        num_pieces += 1
-                        check_progress(num_pieces, self.options.max_pieces, self.program.name)
-                else:
-                    block.step()
+                num_pieces += self._turn(block)
+                if num_pieces > self.options.max_pieces:
+                    raise KernelStoppedError(
+                        f"{self.program.name} must end within {self.options.max_pieces} pieces of code, and has not"
+                    )
                 if block.done:
                     running.remove(block)
                     free.append(block.registers)
-                check_progress(num_pieces, self.options.max_pieces, self.program.name)
+        return num_pieces
+
+    def _turn(self, block: Block) -> int:
+        """Let a block run: one piece where others take turns with it, else to its end; returns the number of pieces."""
+        if self.options.interleave > 1:
+            block.step()
+            return 1
+        num_pieces = 1
+        while block.step() and num_pieces <= self.options.max_pieces:
+            num_pieces += 1
         return num_pieces

@@ -13,7 +13,6 @@ import numpy as np
 
 __all__ = [
     "Approximation",
-    "assign",
     "bfloat16_from_float",
     "bit_field",
     "bit_reverse",
@@ -47,14 +46,6 @@ Row = Any
 """an array with an element a thread, or a NumPy scalar"""
 
 _LOW_28_BITS = np.uint64((1 << 28) - 1)
-
-
-def assign(row: np.ndarray, value: Row, mask: Any) -> None:
-    """Set the elements of a register where the mask is True, or all of them if it is True itself."""
-    if mask is True:
-        row[...] = value
-    else:
-        np.copyto(row, value, where=mask, casting="unsafe")
 
 
 # integers -------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def reaching_caches(emulator: Emulator) -> Iterator[None]:
     table = CompactInputs.table
 
     def watched_table(inputs: CompactInputs) -> torch.Tensor:
-        emulator.reachable = list(inputs.caches)
+        emulator.reachable = [(f"cache {number}", cache) for number, cache in enumerate(inputs.caches)]
         return table(inputs)
 
     with mock.patch.object(CompactInputs, "table", watched_table):

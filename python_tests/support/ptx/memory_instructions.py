@@ -49,7 +49,8 @@ def _load(t: Translator, ins: Instruction) -> None:
         assert isinstance(address, Address)
         start = t.layout.parameters[address.base][0] + address.offset
         for number, target in enumerate(targets):
-            t.write(target, ins.type, f"PARAMETERS[{start + number * num_bytes}:].view(T_{kind.name})[0]")
+            place = start + number * num_bytes
+            t.write(target, ins.type, f"PARAMETERS[{place}:{place + num_bytes}].view(T_{kind.name})[0]")
         return
     if space not in ("global", "shared"):
         raise UnsupportedError(ins.text)

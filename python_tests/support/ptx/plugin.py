@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from support import op_backends
@@ -55,7 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
     cleanup.enter_context(emulated(emulator, value("--ptx-capability")))
     config.stash[_EMULATOR], config.stash[_CLEANUP] = emulator, cleanup
     devices = op_backends._devices
-    op_backends._devices = lambda name: ["cpu"] if name == "triton" else devices(name)
+    compiled = mock.patch.object(op_backends, "_devices", lambda name: ["cpu"] if name == "triton" else devices(name))
+    cleanup.enter_context(compiled)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

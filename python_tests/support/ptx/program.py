@@ -71,6 +71,16 @@ class Program:
             self._codes[key] = self._translate(number, masked)
         return self._codes[key]
 
+    def lines_run(self) -> set[int]:
+        """Lines of the text that some thread has come to."""
+        pieces = [self.pieces[number] for number, _ in self._codes]
+        return {
+            instruction.line
+            for piece in pieces
+            for instruction in (*piece.instructions, piece.last)
+            if instruction is not None
+        }
+
     def _cut(self, kernel: Kernel) -> None:
         begun: list[Instruction] = []
 

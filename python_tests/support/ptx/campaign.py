@@ -3,7 +3,7 @@
     python python_tests/emulate_ptx.py --mutations
 
 Writes a line a mutant and ends with how many were noticed. Instructions that a call does not come to are left alone. A
-mutant that nothing noticed is for a person to look at: whether the kernel could do without that instruction in this call.
+mutant that nothing noticed is for a person to look at: could the kernel do without that instruction in this call?
 """
 
 from __future__ import annotations

@@ -65,6 +65,8 @@ def native_kernels(emulator: Emulator, capability: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream))
         from sequoia_kernels.ops.compact_kv_cache_ import cuda
 
+        stack.enter_context(mock.patch.object(cuda, "_cuda", module))  # that of its first import is another one
+
         def supports(inputs: CompactInputs) -> str | None:
             fits = inputs.accepted_nodes.shape[1] <= cuda.MAX_LEVELS
             return None if fits else f"takes up to {cuda.MAX_LEVELS} levels"

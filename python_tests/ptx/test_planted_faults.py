@@ -49,6 +49,10 @@ CASES = {
         COPY + WAIT + OTHER_WARP + GET + STORE,
         {"shared race between warps (read after write)"},
     ),
+    "copy with its barrier before its wait": (
+        COPY + BARRIER + WAIT + OTHER_WARP + GET + STORE,
+        {"shared race between warps (read after write)"},
+    ),
     "copy without wait": (
         COPY + "ld.shared.b32 %r10, [%r5];\n" + STORE,
         {"read of an unfinished cp.async", "cp.async in flight at the end", "shared uninitialised"},

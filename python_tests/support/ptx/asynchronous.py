@@ -16,7 +16,7 @@ __all__ = ["CopyQueue", "ProductQueue"]
 class _Copy(NamedTuple):
     """Words on their way."""
 
-    stamps: np.ndarray
+    access: Access
     rows: np.ndarray  # granules
     places: np.ndarray  # of the first words of 4 bytes
     words: list[np.ndarray]
@@ -59,8 +59,7 @@ class CopyQueue:
         shared.in_flight += 1
         for part in range(len(words)):
             shared.words[4][offsets // 4 + part] = 0xFFFFFFFF
-        stamps = access.block.stamps[access.lanes][:, None]
-        self._open.setdefault(warp, []).append(_Copy(stamps, rows, offsets // 4, words))
+        self._open.setdefault(warp, []).append(_Copy(access, rows, offsets // 4, words))
 
     def _words(self, access: Access, sources: np.ndarray, num_bytes: int, source_bytes: np.ndarray) -> list[np.ndarray]:
         words = [np.zeros(sources.size, np.uint32) for _ in range(num_bytes // 4)]
@@ -101,7 +100,8 @@ class CopyQueue:
                 shared.in_flight -= 1
                 shared.unfenced[copy.rows] = True
                 if shared.log is not None:
-                    shared.log.overwrite(copy.rows, copy.stamps)
+                    # Written now, not when it was issued: a barrier in between orders nothing.
+                    shared.log.overwrite(copy.rows, copy.access.block.stamps[copy.access.lanes][:, None])
 
     def unfinished(self) -> bool:
         """Whether any copy has not been waited for."""

@@ -222,6 +222,10 @@ PRODUCTS = {
         MATRICES + FENCED + PRODUCT + "mov.b32 %r42, 0;\n" + LANDED + READ,
         {"wgmma accumulator written before its wait"},
     ),
+    "no fence of its registers": (
+        MATRICES + FENCED + PRODUCT.replace("wgmma.fence.sync.aligned;\n", "") + LANDED + READ,
+        {"no wgmma.fence before wgmma"},
+    ),
     "never waited for": (MATRICES + FENCED + PRODUCT, {"wgmma in flight at the end"}),
     "operand overwritten": (
         MATRICES + FENCED + PRODUCT + "st.shared.b32 [%r30], %r1;\n" + LANDED,

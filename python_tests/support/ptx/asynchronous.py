@@ -130,10 +130,16 @@ class ProductQueue:
         self.accumulators: dict[str, int] = {}
         """registers, and how many products in flight add to them"""
         self._sources: dict[str, int] = {}
+        self.unfenced: set[str] = set()
+        """registers of products that other instructions have written since the last ``wgmma.fence``"""
 
-    def issue(self, rows: list[np.ndarray], accumulators: Iterable[str], sources: Iterable[str]) -> None:
+    def issue(
+        self, instruction: Instruction, rows: list[np.ndarray], accumulators: Iterable[str], sources: Iterable[str]
+    ) -> None:
         """Put a product in flight."""
         product = _Product(rows, frozenset(accumulators), frozenset(sources))
+        for register in sorted(self.unfenced & (product.accumulators | product.sources))[:1]:
+            self._shared.report.add("no wgmma.fence before wgmma", instruction, f"{register} was written since")
         for operand in rows:
             self._shared.multiplied[operand] += 1
         self._shared.in_flight += 1

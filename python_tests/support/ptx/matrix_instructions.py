@@ -66,6 +66,7 @@ def _multiply(t: Translator, ins: Instruction) -> None:
 @translates("wgmma")
 def _multiply_in_group(t: Translator, ins: Instruction) -> None:
     if ins.has("fence"):
+        t.line("C.products.unfenced.clear()")
         return
     if ins.has("commit_group"):
         t.line(f"C.commit_products({t.mask})")

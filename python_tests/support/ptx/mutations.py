@@ -18,6 +18,7 @@ __all__ = ["Mutant", "Outcome", "mutants", "run_mutant"]
 _LEFT_OUT = {
     "barrier": r"bar\.sync\s+0\s*;",
     "proxy fence": r"fence\.proxy\.async[\w.:]*\s*;",
+    "fence of products": r"wgmma\.fence\.sync\.aligned\s*;",
     "wait for products": r"wgmma\.wait_group\.sync\.aligned\s+\w+\s*;",
     "wait for copies": r"cp\.async\.wait_group\s+\w+\s*;",
     "warp barrier": r"bar\.warp\.sync\s+[-\w]+\s*;",

@@ -281,7 +281,7 @@ class Operations:
             a = self._operand(site, left, 64, transposed[0], type_, operands)
         b = self._operand(site, right, num_columns, transposed[1], type_, operands).transpose(0, 2, 1)
         product = np.matmul(a, b).reshape(-1, 16, num_columns)
-        self.products.issue(operands, registers, sources)
+        self.products.issue(self.sites[site], operands, registers, sources)
         result = []
         for register, row in enumerate(accumulators):
             sums = product[:, accumulator_row(register), accumulator_column(register)].reshape(-1)

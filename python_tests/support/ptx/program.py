@@ -130,6 +130,8 @@ class Program:
         if instruction.name == "wgmma":
             accumulators = instruction.operands[0] if instruction.operands else ()
             reads, writes = tuple(x for x in reads if x not in accumulators), ()
+        if writes:
+            translator.line(f"C.products.unfenced.update({writes!r})")
         if reads or writes:
             translator.line(f"if C.products.accumulators: C.products.touch(C.sites[{site}], {reads!r}, {writes!r})")
 

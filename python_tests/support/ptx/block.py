@@ -99,10 +99,10 @@ class Block(Operations):
         self.exited = np.zeros(self.num_threads, bool)
         self._program = program
         self._launch = launch
-        self._warps = launch.options.warps
+        if launch.options.warps not in _WARP_CHOICES:
+            raise ValueError(f"warps must be one of {', '.join(_WARP_CHOICES)}, got {launch.options.warps!r}")
+        self._warps = "together" if program.multiplies_in_groups else launch.options.warps
         self.single_warps = self._warps != "together"
-        if self._warps not in _WARP_CHOICES:
-            raise ValueError(f"warps must be one of {', '.join(_WARP_CHOICES)}, got {self._warps!r}")
         self._together: int | None = 0
         """the piece that all threads come to next, None if they are apart"""
         self._places = np.zeros(self.num_threads, np.int64)  # the same for each thread while they are apart

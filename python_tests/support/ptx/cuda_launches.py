@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from support.processes import run_process
 from support.ptx.emulator import Emulator
+from support.ptx.triton_launches import asked_anew
 
 import sequoia_kernels
 from sequoia_kernels.ops import backends
@@ -45,7 +46,7 @@ _ON_LAUNCH = ctypes.CFUNCTYPE(
 
 @contextlib.contextmanager
 def native_kernels(emulator: Emulator, capability: int) -> Iterator[None]:
-    """Within this, compact_kv_cache_ has a backend "cuda" that takes CPU tensors. It stays registered afterwards.
+    """Within this, compact_kv_cache_ has a backend "cuda" that takes CPU tensors.
 
     Args:
         emulator: runs the launches and keeps what it finds.
@@ -79,6 +80,7 @@ def native_kernels(emulator: Emulator, capability: int) -> Iterator[None]:
             emulator.reachable = [*caches, *((name, getattr(whole, name)) for name in others)]
             cuda.run(whole)
 
+        stack.enter_context(asked_anew("cuda"))
         backends.register_backend("compact_kv_cache_", "cuda", supports, run)
         yield
 

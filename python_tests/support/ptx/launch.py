@@ -24,7 +24,7 @@ class Options:
     Args:
         order: in which blocks start: "serial", "reversed" or "random".
         interleave: how many blocks are under way at a time; they take turns at random. 1: one after the other.
-        warps: "together", or one at a time: "first", "last" or "random".
+        warps: "together", or one at a time: "first", "last" or "random"; kernels with wgmma always run together.
         seed: of what is random.
         races: whether to look for races.
         register_fill: byte that fills registers which nobody has written.

@@ -44,6 +44,7 @@ class Program:
         sites: all instructions, as the translated lines number them.
         semantics: how each of them takes part in the order of blocks.
         pieces: in the order of the text.
+        multiplies_in_groups: whether it has instructions that several warps run together.
         granule: bytes of shared memory that need a stamp of their own.
     """
 
@@ -57,6 +58,7 @@ class Program:
         self._cut(kernel)
         self.semantics = [semantics_of(instruction) for instruction in self.sites]
         self._product_registers = registers_of_products(self.sites)
+        self.multiplies_in_groups = any(instruction.name == "wgmma" for instruction in self.sites)
         self.granule = min([_granule(instruction) for instruction in self.sites], default=4)
         self._codes: dict[tuple[int, bool], tuple[types.CodeType | None, set[tuple[str, int]]]] = {}
 

@@ -23,18 +23,17 @@ from support.ptx.emulator import Emulator
 from support.ptx.report import UnsupportedError
 from support.triton_compile import DEVICES, CompilingDriver
 
-from sequoia_kernels.ops import triton_device
+from sequoia_kernels.ops import backends, triton_device
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 
-__all__ = ["emulated", "reaching_caches"]
+__all__ = ["asked_anew", "emulated"]
 
 
 @contextlib.contextmanager
 def emulated(emulator: Emulator, capability: int) -> Iterator[None]:
     """Within this, the Triton backends take CPU tensors and their kernels run in the emulator.
 
-    Every tensor of `Tensor.new_empty` counts as unwritten until something is stored there. Backends that a process has
-    asked for before it comes here stay unavailable.
+    Every tensor of `Tensor.new_empty` counts as unwritten until something is stored there.
 
     Args:
         emulator: runs the launches and keeps what it finds.
@@ -64,12 +63,25 @@ def emulated(emulator: Emulator, capability: int) -> Iterator[None]:
             (triton.runtime.driver, "_active", CompilingDriver(capability)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(reaching_caches(emulator))
+        stack.enter_context(_reaching_caches(emulator))
+        stack.enter_context(asked_anew("triton"))
         yield
 
 
 @contextlib.contextmanager
-def reaching_caches(emulator: Emulator) -> Iterator[None]:
+def asked_anew(name: str) -> Iterator[None]:
+    """Within this, every op's backend of a name is asked again whether it can run; afterwards all is as it was."""
+    with contextlib.ExitStack() as stack:
+        for known in (backends._modules, backends._loaded, backends._reasons):
+            for of_op in known.values():
+                stack.enter_context(mock.patch.dict(of_op))
+        for of_op in (*backends._loaded.values(), *backends._reasons.values()):
+            of_op.pop(name, None)
+        yield
+
+
+@contextlib.contextmanager
+def _reaching_caches(emulator: Emulator) -> Iterator[None]:
     """Let kernels of compact_kv_cache_ touch the caches, which they find through a table of addresses."""
     table = CompactInputs.table
 

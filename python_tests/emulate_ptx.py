@@ -1,12 +1,12 @@
 """Run compiled kernels on a CPU, in the PTX emulator (support/ptx).
 
-    python python_tests/emulate_ptx.py --quick       # small calls of every op: what CI runs
+    python python_tests/emulate_ptx.py --quick       # small calls of every op, one op's tests: what CI runs
     python python_tests/emulate_ptx.py               # the ops' own Triton tests too, in several orders
     python python_tests/emulate_ptx.py --mutations   # are barriers, fences and waits missed?
 
 Triton and nvcc compile the kernels for devices that need not be there; every access is then checked: bounds, alignment,
 bytes that nobody wrote, races in a block and between blocks, barriers, copies and matrix products in flight. Other
-arguments go to pytest, for instance `-k compaction`.
+arguments go to pytest, for instance `--maxfail=1`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,24 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
+def small_calls(arguments: list[str]) -> list[str]:
+    """Calls of every op, on every device."""
+    return pytest_command(*arguments, str(TESTS / "ptx" / "test_compiled_ops.py"))
+
+
+def op_tests(capability: int, order: tuple[str, ...], file: str, arguments: list[str]) -> list[str]:
+    """The ops' own tests of the Triton backend, or one file of them."""
+    device = f"--ptx-capability={capability}"
+    chosen = ["-k", "triton-cpu", *arguments, str(TESTS / "ops" / file)]
+    return pytest_command("-p", "support.ptx.plugin", device, *order, *chosen)
+
+
 def commands(quick: bool, arguments: list[str]) -> list[list[str]]:
     """What is run, one after the other."""
-    small = pytest_command(*arguments, str(TESTS / "ptx" / "test_compiled_ops.py"))
     if quick:
-        return [small]
-    whole = [
-        pytest_command("-p", "support.ptx.plugin", f"--ptx-capability={capability}", *order, "-k", "triton-cpu",
-                       *arguments, str(TESTS / "ops"))
-        for capability in CAPABILITIES
-        for order in ORDERS
-    ]  # fmt: skip
-    return [small, *whole]
+        return [small_calls(arguments), op_tests(90, ORDERS[0], "test_compact_kv_cache_.py", arguments)]
+    whole = [op_tests(capability, order, "", arguments) for capability in CAPABILITIES for order in ORDERS]
+    return [small_calls(arguments), *whole]
 
 
 def main() -> int:

@@ -241,4 +241,6 @@ class Translator:
         options = "" if self.mask == "True" else f", where={self.mask}"
         if wide is not None:
             options += f", dtype=T_{np.dtype(wide).name}"
-        self.line(f"{name}({', '.join(values)}, {row}{options})")
+        # In third place the result costs less than by name, which NumPy wants for these two.
+        out = f"out={row}" if name in ("np.minimum", "np.maximum") else row
+        self.line(f"{name}({', '.join(values)}, {out}{options})")

@@ -71,7 +71,7 @@ def main() -> int:
     for command in whole:
         print("$", *command[1:], flush=True)
         status = subprocess.run(command, cwd=TESTS.parent, env=environment, check=False, timeout=LIMIT_S).returncode
-        failed = failed or status not in (0, 5)  # 5: no test was chosen
+        failed = failed or status != 0
     return int(failed)
 
 

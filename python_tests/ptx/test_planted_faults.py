@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.ptx.emulator import Emulator
 from support.ptx.launch import Options
+from support.ptx.memory import UNWRITTEN
 from support.ptx.report import KernelStoppedError, UnsupportedError
 from support.ptx.samples import run_sample
 
@@ -103,6 +105,20 @@ def test_found_where_planted_and_nowhere_else(name):
 def test_unwritten_tensor():
     body = "ld.global.b32 %r10, [%rd4];\n" + STORE
     assert run_sample(body, empty_source=True).findings == {"global uninitialised"}
+
+
+def test_holes_of_strided_tensors():
+    body = "ld.global.b32 %r10, [%rd4];\n" + STORE
+    assert run_sample(body, source=torch.zeros(64, 2, dtype=torch.int32)[:, 0]).findings == {"out of bounds"}
+
+
+def test_what_torch_writes_into_an_empty_tensor_counts():
+    emulator = Emulator()
+    empty = torch.zeros(8, dtype=torch.int32)
+    emulator.watch_empty(empty)
+    empty[:4] = 1
+    allocation = emulator.allocations([("empty", empty)])[0]
+    assert allocation.state.tolist() == [0] * 16 + [UNWRITTEN] * 16
 
 
 # Every block stores its words; the one that arrives last at a counter reads those of the other.

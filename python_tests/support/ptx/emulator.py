@@ -111,7 +111,7 @@ class Emulator:
             UnsupportedError: the kernel does something that is not emulated.
         """
         program = self.program(ptx, kernel)
-        allocations = self._allocations([*tensors, *self.reachable])
+        allocations = self.allocations([*tensors, *self.reachable])
         memory = GlobalMemory(allocations, int(np.prod(grid)), self.report)
         launch = Launch(
             program, grid, block_shape, shared_bytes, packed_parameters(program, arguments), memory, self.report,
@@ -130,7 +130,8 @@ class Emulator:
             _bytes_of(storage)[:] = EMPTY_FILL
             self._empties[storage.data_ptr()] = _Empty(storage, np.zeros(storage.nbytes(), bool))
 
-    def _allocations(self, tensors: Iterable[tuple[str, torch.Tensor | None]]) -> list[Allocation]:
+    def allocations(self, tensors: Iterable[tuple[str, torch.Tensor | None]]) -> list[Allocation]:
+        """The memory of tensors, one allocation a storage, with the state of its bytes."""
         by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in tensors:
             if tensor is not None and tensor.numel():

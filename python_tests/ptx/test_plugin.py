@@ -24,5 +24,5 @@ def test_a_finding_fails_its_test(has_finding):
             call.send("passed")
         return
     emulator.report.add("out of bounds", None, "of this test")
-    with pytest.raises(pytest.fail.Exception, match="found in compiled code:\nout of bounds.*of this test"):
+    with pytest.raises(pytest.fail.Exception, match=r"found in compiled code:\nout of bounds.*of this test"):
         call.send("passed")

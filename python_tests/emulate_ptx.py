@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from run import PYTEST, QUIET_ENVIRONMENT
+
 TESTS = Path(__file__).resolve().parent
 LIMIT_S = 4 * 3600
 
@@ -30,7 +32,7 @@ ORDERS = (
 
 def pytest_command(*arguments: str) -> list[str]:
     """A command that runs tests in a process whose kernels are compiled."""
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return [sys.executable, "-c", PYTEST, "-q", "-p", "no:cacheprovider", *arguments]
 
 
 def small_calls(arguments: list[str]) -> list[str]:
@@ -60,7 +62,7 @@ def main() -> int:
     chosen.add_argument("--quick", action="store_true", help="small calls only")
     chosen.add_argument("--mutations", action="store_true", help="report which planted faults are noticed")
     options, arguments = parser.parse_known_args()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**QUIET_ENVIRONMENT, **os.environ}
     environment.pop("TRITON_INTERPRET", None)
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     if options.mutations:
@@ -69,7 +71,7 @@ def main() -> int:
         whole = commands(options.quick, arguments)
     failed = False
     for command in whole:
-        print("$", *command[1:], flush=True)
+        print("$ python", *("..." if part == PYTEST else part for part in command[1:]), flush=True)
         status = subprocess.run(command, cwd=TESTS.parent, env=environment, check=False, timeout=LIMIT_S).returncode
         failed = failed or status != 0
     return int(failed)

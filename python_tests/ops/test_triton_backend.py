@@ -551,4 +551,21 @@ def test_no_program_hangs_on_another_one_or_reads_what_nobody_wrote(monkeypatch,
     with LaunchMemory(monkeypatch) as memory:
         call(torch.Generator().manual_seed(3))
     assert memory.num_launches > 0
-    assert (memory.conflicts, memory.unwritten) == ([], [])
+    assert (memory.conflicts, memory.unwritten, memory.outside) == ([], [], [])
+
+
+@triton.jit
+def copy_kernel(source, target, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    tl.store(target + places, tl.load(source + places))
+
+
+@pytest.mark.skipif(not triton_device.INTERPRETED, reason="only the interpreter tells what a program reads and writes")
+@pytest.mark.parametrize(("num_read", "num_written", "outside"), [(8, 8, 0), (7, 8, 4), (8, 6, 8), (6, 7, 12)])
+def test_accesses_outside_of_a_launchs_tensors_are_told(monkeypatch, num_read, num_written, outside):
+    # Parts of one storage that lie apart: what lies between belongs to neither.
+    storage = torch.zeros(32)
+    with LaunchMemory(monkeypatch) as memory:
+        copy_kernel[(1,)](storage[:num_read], storage[16 : 16 + num_written], COUNT=8)
+    expected = [f"copy_kernel: {outside} bytes outside of its tensors"] if outside else []
+    assert memory.outside == expected

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
+from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
+
 __all__ = ["LaunchMemory"]
 
 
@@ -19,15 +21,19 @@ class LaunchMemory:
         conflicts: launches in which a program read or wrote bytes that another program of it wrote, so that the result
             may hang on their order, in words. Bytes touched by an atomic are left out: that one gives them an order.
         unwritten: launches that read bytes of a ``new_empty`` which nobody had written, in words.
+        outside: launches that touched bytes between or beyond their tensors, in words; of ``compact_kv_cache_``, the
+            caches are among them.
     """
 
     def __init__(self, monkeypatch: Any) -> None:
         self.num_launches = 0
         self.conflicts: list[str] = []
         self.unwritten: list[str] = []
+        self.outside: list[str] = []
         self._patch = monkeypatch
         self._accesses: dict[str, list[np.ndarray]] = {}
         self._empties: list[tuple[torch.Tensor, np.ndarray]] = []  # and which bytes have been written
+        self._caches: list[torch.Tensor] = []  # that the next launch finds through a table of addresses
 
     def __enter__(self) -> LaunchMemory:
         builder = interpreter.interpreter_builder
@@ -49,13 +55,22 @@ class LaunchMemory:
         def watched_run(executor: Any, *args: Any, **kwargs: Any) -> None:
             self._accesses = {"read": [], "written": [], "atomic": []}
             run(executor, *args, **kwargs)
-            self._judge(executor.fn.__name__)
+            values = [*args, *kwargs.values(), *self._caches]
+            self._judge(executor.fn.__name__, [value for value in values if isinstance(value, torch.Tensor)])
+            self._caches = []
 
         def watched_new_empty(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             empty = new_empty(tensor, *args, **kwargs)
             self._empties.append((empty, np.zeros(empty.untyped_storage().nbytes(), bool)))
             return empty
 
+        table = CompactInputs.table
+
+        def watched_table(inputs: CompactInputs) -> torch.Tensor:
+            self._caches = list(inputs.caches)
+            return table(inputs)
+
+        self._patch.setattr(CompactInputs, "table", watched_table)
         self._patch.setattr(builder, "create_masked_load", watched_load)
         self._patch.setattr(builder, "create_masked_store", watched_store)
         self._patch.setattr(builder, "create_atomic_rmw", watched_atomic)
@@ -81,9 +96,13 @@ class LaunchMemory:
             elif not is_written[inside].all():
                 self._accesses.setdefault("unwritten", []).append(inside[~is_written[inside]])
 
-    def _judge(self, kernel: str) -> None:
+    def _judge(self, kernel: str, tensors: list[torch.Tensor]) -> None:
         self.num_launches += 1
         none = np.empty((0, 2), np.int64)
+        touched = np.concatenate([none, *(one for kind in self._accesses.values() for one in kind if one.ndim == 2)])
+        num_outside = (~_inside(np.unique(touched[:, 0]), tensors)).sum()
+        if num_outside:
+            self.outside.append(f"{kernel}: {num_outside} bytes outside of its tensors")
         read, written, atomic = (
             np.unique(np.concatenate([none, *self._accesses[kind]]), axis=0) for kind in ("read", "written", "atomic")
         )
@@ -97,3 +116,14 @@ class LaunchMemory:
             self.conflicts.append(f"{kernel}: {foreign.sum()} bytes read while another program writes them")
         if "unwritten" in self._accesses:
             self.unwritten.append(f"{kernel}: {sum(map(len, self._accesses['unwritten']))} bytes that nobody wrote")
+
+
+def _inside(addresses: np.ndarray, tensors: list[torch.Tensor]) -> np.ndarray:
+    """Whether each address lies between the first and the last byte of some tensor."""
+    inside = np.zeros(addresses.shape, bool)
+    for tensor in tensors:
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            offsets = addresses - tensor.data_ptr()
+            inside |= (offsets >= 0) & (offsets < (last + 1) * tensor.element_size())
+    return inside

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from sequoia_kernels.ops import triton_device
 
-__all__ = ["DEVICES", "CompileCase", "Compiled", "compile_case"]
+__all__ = ["DEVICES", "CompileCase", "Compiled", "CompilingDriver", "compile_case"]
 
 DEVICES = {
     80: triton_device.DeviceTraits(80, 108, 166912),  # A100
@@ -74,7 +74,7 @@ class Compiled(NamedTuple):
     """the launch configuration's estimate; None if it makes none"""
 
 
-class _Driver:
+class CompilingDriver:
     """Stands in for a GPU driver: enough for Triton to compile."""
 
     def __init__(self, capability: int) -> None:
@@ -137,7 +137,7 @@ def _intercepted(capability: int, kernels: list[tuple[str, Any]]) -> Iterator[No
 
     driver = triton.runtime.driver
     previous = driver._active
-    driver.set_active(_Driver(capability))
+    driver.set_active(CompilingDriver(capability))
     triton.JITFunction.run = compile_only
     triton_device.device_traits = lambda device: DEVICES[capability]
     try:

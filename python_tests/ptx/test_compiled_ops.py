@@ -1,0 +1,50 @@
+"""Every op's compiled kernels, in the PTX emulator: results as the reference's, and nothing found.
+
+Run by `python_tests/emulate_ptx.py`, in a process whose kernels are compiled: skipped where Triton interprets them.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+pytest.importorskip("triton")
+
+from support.ptx.calls import CALLS, compaction_call
+from support.ptx.emulator import Emulator
+from support.ptx.launch import Options
+
+from sequoia_kernels.ops import triton_device
+
+pytestmark = pytest.mark.skipif(
+    triton_device.INTERPRETED, reason="python_tests/emulate_ptx.py runs it, in a process that compiles its kernels"
+)
+
+# Each device has its own order, and a fault that shows in one shows in a test of the other as a rule.
+DEVICES = {
+    80: Options(order="random", interleave=3),
+    90: Options(order="reversed"),
+}
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_kernels(name, capability):
+    emulator = Emulator(DEVICES[capability])
+    assert CALLS[name]().is_right(emulator, capability)
+    assert emulator.launches
+    assert [str(finding) for finding in emulator.report.findings()] == []
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("capability", DEVICES)
+def test_native_compaction(capability):
+    from support.ptx.cuda_launches import native_kernels
+
+    emulator = Emulator(DEVICES[capability])
+    call = compaction_call()
+    with native_kernels(emulator, capability):
+        assert call.agrees(call.make("cuda"))
+    assert emulator.launches
+    assert [str(finding) for finding in emulator.report.findings()] == []

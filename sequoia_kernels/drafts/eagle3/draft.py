@@ -37,7 +37,7 @@ from sequoia_kernels.drafts.levels import TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import LayerSpec, TreeCache, TreeModel, TreeStep, causal_step
+from sequoia_kernels.models import FewRowsLinear, LayerSpec, TreeCache, TreeModel, TreeStep, causal_step
 from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
@@ -85,6 +85,8 @@ class Eagle3Draft(DraftSource):
         self.vocabulary, self.vocab_size = loaded.vocabulary, loaded.vocab_size
         self._digest = _digest(loaded)
         self.native, self.not_native = _native(loaded, forward)
+        # torch's threads wait for more work a while and keep those of native forwards from running.
+        self._fc = None if self.native is None else FewRowsLinear(loaded.head.fc.weight, loaded.head.fc.bias)
 
     @classmethod
     def from_folder(
@@ -231,7 +233,7 @@ class Eagle3Draft(DraftSource):
 
     def features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """Make the head's features of what `needs` names. [B, N, width] each -> [B, N, H]."""
-        return self.head.combine([hidden_states[place] for place in self._order])
+        return self.head.combine([hidden_states[place] for place in self._order], self._fc)
 
     def check_target(self, target: TreeModel) -> None:
         """Raise ValueError where the target gives other features than it reads, or has other tokens."""

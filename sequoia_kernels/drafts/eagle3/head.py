@@ -11,7 +11,7 @@ Computes, for a row with token y and feature g (features of the target come thro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,14 +105,16 @@ class EagleHead:
     mask_feature: torch.Tensor | None = None
     mask_token_id: int | None = None
 
-    def combine(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Make the head's features of the target's. [..., Ht] each -> [..., H]."""
+    def combine(
+        self, features: Sequence[torch.Tensor], product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Make the head's features of the target's, by `fc` or what computes the same. [..., Ht] each -> [..., H]."""
         if len(self.feature_norms) == len(features) > 1:
             features = [norm(feature) for norm, feature in zip(self.feature_norms, features, strict=True)]
         rows = torch.cat(list(features), -1)
         if len(self.feature_norms) == 1:
             rows = self.feature_norms[0](rows)
-        return self.fc(rows)
+        return (product or self.fc)(rows)
 
     def forward(
         self, tokens: torch.Tensor, features: torch.Tensor, cache: TreeCache, cache_lens: torch.Tensor, step: TreeStep

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common import smollm2
+from bench.common.machine import ROOT
 from bench.common.report import table
 from bench.common.script import Run, Script, option, shared
 from bench.common.smollm2_prompts import CALIBRATION, HELD_OUT
@@ -213,7 +214,7 @@ def measure(bench: Run) -> int:
         "num_prompts": len(drafts.prompts),
         "packages": {n: version_of(n) for n in PACKAGES},
     }
-    document["drafts"] = {name: str(getattr(options, name)) for name in ("draft", *KINDS)}
+    document["drafts"] = {name: _shown(getattr(options, name)) for name in ("draft", *KINDS)}
     document["rival_settings"] = RIVAL_SETTINGS
     results = document["results"] = []
     wanted = greedy_texts(drafts.rivals[0], drafts.prompts, options.new_tokens)
@@ -252,6 +253,10 @@ def measure(bench: Run) -> int:
     if options.markdown is not None:
         write_text(options.markdown, text)
     return 1 if failed else 0
+
+
+def _shown(folder: Path) -> str:
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder.name)
 
 
 def _median_ratio(rates: Sequence[float], others: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """Every kind of draft for one real target: SmolLM2, its trained heads, its own layers, lookup, and what others have.
 
     python -m bench.systems.train_draft                  # its first two layers; --kind eagle3, --kind dspark: heads
-    python -m bench.systems.bench_drafts --threads 2 --json bench/results/cpu/drafts.json --markdown drafts_tables.md
+    python -m bench.systems.bench_drafts --threads 2 --json bench/results/cpu/drafts.json
 
 Held-out requests and code are decoded by everybody in turns: this package without a draft, with each source, and with
 lookup beside it; transformers' `generate`, its assisted generation with the small model, its prompt lookup; economize.
@@ -54,7 +54,6 @@ from sequoia_kernels import (
 )
 from sequoia_kernels.decoding import GenerateStats, measure_overhead, probe_tree
 from sequoia_kernels.demo import DemoPair
-from sequoia_kernels.documents import write_text
 from sequoia_kernels.drafts import DraftSource, draft_source
 from sequoia_kernels.models import load_model
 
@@ -194,8 +193,6 @@ def expected(target: Any, source: Source, measured: Measured, temperature: float
     """What the plan says of a source: the best tree, and the best chain."""
     assert measured.acceptance is not None
     settings = {"target": target, "draft": source.draft.fingerprint, "temperature": temperature, "context_len": 128}
-    if source.draft.max_levels is not None:
-        settings["max_levels"] = source.draft.max_levels
     vector = measured.acceptance.vector
     plans = {"tree": plan_tree(vector, measured.profile, **settings)}
     plans["chain"] = plan_tree(vector[:1], measured.profile, **settings)  # no second children: every tree is a chain
@@ -248,10 +245,7 @@ def measure(bench: Run) -> int:
                     entry["expected"] = expected(drafts.target, source, measured, temperature)
             results.append({"temperature": temperature, "providers": entries})
             bench.save()
-    text = markdown(document)
-    print(text)
-    if options.markdown is not None:
-        write_text(options.markdown, text)
+    print(markdown(document))
     return 1 if failed else 0
 
 
@@ -356,7 +350,6 @@ OPTIONS = [
         default=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32],
         help="tree sizes to time (default 1 to 32)",
     ),
-    option("--markdown", type=Path, metavar="FILE", help="write the tables here"),
 ]
 QUICK = {"temperatures": [0.0], "prompts": 1, "calibration_prompts": 1, "new_tokens": 12, "nodes": [1, 4, 8]}
 main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK, markdown=markdown, check=problem).main

@@ -61,8 +61,8 @@ class TreeCommit {
         return verify_tree(tokens_, target_logits, target_type, draft_logits_, draft_type_, target_to_draft_, certain_,
                            first_child_, num_children_, max_branching_, temperature_, seeds_, offsets_, top_k_, top_p_,
                            nodes_, num_accepted_, next_token_, batch_size_, num_nodes_, num_levels_, vocab_,
-                           draft_vocab_, topology_stride_, num_nodes_, num_nodes_, batch_stride, node_stride, num_nodes_ * draft_vocab_, draft_vocab_, rule_code_,
-                           true);
+                           draft_vocab_, topology_stride_, num_nodes_, num_nodes_, batch_stride, node_stride,
+                           num_nodes_ * draft_vocab_, draft_vocab_, rule_code_, true);
     }
 
     // Returns false, and has written nothing, if a tree does not fit behind a cache's committed rows.

@@ -126,16 +126,14 @@ def choose_tree(
             "context_len": context_len, "temperature": max(arguments.temperature), "rule": arguments.rule
         }  # fmt: skip
 
-        def choice(
-            plan: TreePlan | AdaptivePlan, vector: Sequence[float], learn: Callable[[GenerateStats], None]
-        ) -> Choice:
+        def choice(plan: TreePlan | AdaptivePlan, learn: Callable[[GenerateStats], None]) -> Choice:
             if looks_up is None:
                 return Choice(plan, learn)
             of_pair = CostModel(profile, **pair, temperature=settings["temperature"], rule=arguments.rule)
             plans = [plan] if isinstance(plan, TreePlan) else plan.plans
             # A draft that is not worth asking need not read along either.
             siblings = looks_up.siblings if any(entry.tree.num_nodes > 1 for entry in plans) else (0,)
-            return Choice(plan, learn, LookupCosts.measured(of_pair, context_len, plans, siblings, vector))
+            return Choice(plan, learn, LookupCosts.measured(of_pair, context_len, plans, siblings, [*plan.acceptance]))
 
         if rows is not None:  # a row a node and two a level
             costs = CostModel(profile, **pair)
@@ -148,7 +146,7 @@ def choose_tree(
                 acceptance = acceptance.acceptance
             plan = (plan_adaptive if adaptive else plan_tree)(acceptance, profile, **settings)
             logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
-            return choice(plan, _vector_of(acceptance), lambda stats: None)
+            return choice(plan, lambda stats: None)
         key = _acceptance_key(target, draft, arguments)
         kept = _pairs.get(digest := store.key_digest(key))
         if kept is None:
@@ -156,16 +154,9 @@ def choose_tree(
             kept = _Kept(known, known.num_visits)
         _remember(_pairs, digest, kept)
         plan = _planned(kept, profile, adaptive, arguments.max_new_tokens >= EXPLORED_TOKENS, settings)
-        vector = kept.evidence.vector.tolist()
     if arguments.logits_hook is not None:  # what is accepted under it says nothing of other calls
-        return choice(plan, vector, lambda stats: None)
-    return choice(plan, vector, lambda stats: _learn(kept, key, stats))
-
-
-def _vector_of(acceptance: StepRecords | AcceptanceEstimate | Sequence[float]) -> Sequence[float]:
-    if isinstance(acceptance, StepRecords):
-        acceptance = acceptance.acceptance
-    return acceptance.vector if isinstance(acceptance, AcceptanceEstimate) else acceptance
+        return choice(plan, lambda stats: None)
+    return choice(plan, lambda stats: _learn(kept, key, stats))
 
 
 def choose_lookup(target: TreeModel, arguments: GenerationArguments, *, profile: HardwareProfile | None) -> LookupCosts:

@@ -187,6 +187,7 @@ class AssistantDraft(DraftSource):
         Returns:
             What the nodes' children go with, [B, N, width of the target's], and logits, [B, N, vocab].
         """
+        cache.require_rows("AssistantDraft")
         batch_size, num_rows = tokens.shape
         embedded = self._embed(tokens.clamp(0, self._embed.weight.shape[0] - 1))
         model, rows = self.model, torch.cat((embedded, hidden.to(embedded.dtype)), -1).flatten(0, 1)[:, None]

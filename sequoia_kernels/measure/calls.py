@@ -63,7 +63,7 @@ def draft_tree_rows(num_rows: int) -> int:
 
 def forward_call(model: TreeModel, caches: TreeCache, context_len: int, step: TreeStep) -> Call:
     """Build a forward of one step behind `context_len` committed tokens of every request."""
-    batch_size = caches.layers[0].keys.shape[0]
+    batch_size = caches.batch_size
     num_rows = step.node_ids.shape[0]
     generator = torch.Generator().manual_seed(num_rows)
     input_ids = torch.randint(model.num_embeddings, (batch_size, num_rows), generator=generator).to(model.device)

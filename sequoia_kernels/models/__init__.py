@@ -2,7 +2,7 @@
 
 from sequoia_kernels.models.adapter import TreeModel, adapt
 from sequoia_kernels.models.attention import TreeAttention
-from sequoia_kernels.models.cache import LayerSpec, StepContext, TreeCache, TreeCacheLayer
+from sequoia_kernels.models.cache import LayerSpec, PagedTreeCache, StepContext, TreeCache, TreeCacheLayer
 from sequoia_kernels.models.few_rows_linear import FewRowsLinear, bind_linear
 from sequoia_kernels.models.forward_state import described_once, foreign_code_ran
 from sequoia_kernels.models.loading import check_pair, check_sizes, load_model
@@ -12,8 +12,7 @@ from sequoia_kernels.models.prefill import prefill
 from sequoia_kernels.models.tree_step import TreeStep, causal_step
 
 __all__ = [
-    "BoundForward", "FewRowsLinear", "LayerSpec", "StepContext", "TreeAttention", "TreeCache", "TreeCacheLayer",
-    "TreeModel", "TreeStep", "adapt", "bind_linear", "causal_step", "check_pair", "check_sizes", "described_once",
-    "foreign_code_ran", "load_model",
-    "pack_linear_layers", "prefill", "unpack_linear_layers",
+    "BoundForward", "FewRowsLinear", "LayerSpec", "PagedTreeCache", "StepContext", "TreeAttention", "TreeCache",
+    "TreeCacheLayer", "TreeModel", "TreeStep", "adapt", "bind_linear", "causal_step", "check_pair", "check_sizes",
+    "described_once", "foreign_code_ran", "load_model", "pack_linear_layers", "prefill", "unpack_linear_layers",
 ]  # fmt: skip

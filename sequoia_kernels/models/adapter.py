@@ -17,9 +17,15 @@ import torch
 from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models.attention import ATTENTION_NAME, TreeAttention, attend_along_tree, find_attention
+from sequoia_kernels.models.attention import (
+    ATTENTION_NAME,
+    TreeAttention,
+    attend_along_tree,
+    find_attention,
+    reads_block_tables,
+)
 from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
-from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, StepContext, TreeCache
+from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, PagedTreeCache, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
     PROVEN_FAMILIES,
@@ -236,6 +242,7 @@ class TreeModel:
     """
 
     capturable = True
+    _told_of_pages = False
 
     def __init__(
         self,
@@ -391,6 +398,35 @@ class TreeModel:
             )
         return TreeCache(self._plan.specs, batch_size, max_cache_len)
 
+    def new_paged_cache(self, num_pages: int, page_size: int) -> PagedTreeCache:
+        """Allocate pages for the caches of requests that come and go.
+
+        Args:
+            num_pages: pages of the pool, which all requests share.
+            page_size: rows of a page.
+
+        Returns:
+            The pool, filled with zeros. Forwards take `of(block_table)`, which gives the cache of a batch. No more than
+            `max_positions` tokens of a request may be committed; rows behind them serve trees only.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive, or there are 2^31 rows or more.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            ...                      num_attention_heads=2)
+            >>> model = adapt(LlamaForCausalLM(config).eval())
+            >>> pages = model.new_paged_cache(num_pages=8, page_size=4)
+            >>> block_table = torch.tensor([[6, 1], [0, -1]], dtype=torch.int32)  # two requests, of 8 rows and of 4
+            >>> lens = torch.tensor([5, 2], dtype=torch.int32)  # what of them is committed
+            >>> model.forward(torch.tensor([[3, 4], [5, 6]]), pages.of(block_table), lens, causal_step(2)).shape
+            torch.Size([2, 2, 32])
+        """
+        self.refresh()
+        return PagedTreeCache(self._plan.specs, num_pages, page_size)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -405,7 +441,7 @@ class TreeModel:
 
         Args:
             input_ids: tokens of the nodes, in the step's order. [B, N] int64.
-            cache: cache of this model for B requests.
+            cache: cache of this model for B requests: from `new_cache`, or `PagedTreeCache.of`.
             cache_lens: committed rows of each request. [B] int32, on the model's device.
             step: which nodes, what they see, where their rows go.
             last_row: the one row whose logits are wanted for each request. [B] int64, None for all rows.
@@ -416,9 +452,10 @@ class TreeModel:
             Logits. [B, N, vocab_size], or [B, 1, vocab_size] with `last_row`, in the dtype of the model's head.
 
         Raises:
-            ValueError: shapes do not fit together, the cache is too short (checked for CPU tensors), or the model is in
-                training mode.
-            UnsupportedModelError: the attention function was not called once a layer.
+            ValueError: shapes do not fit together, the cache is too short or its block table leads out of its pages
+                (checked for CPU tensors), or the model is in training mode.
+            UnsupportedModelError: the attention function was not called once a layer, or the cache is paged, which the
+                model's `attention`, or the fused forward that was asked for, does not read.
 
         Notes:
             Writes cache rows cache_lens[b] + node_ids[i], nothing else; `cache_lens` is not advanced. Positions are
@@ -488,9 +525,24 @@ class TreeModel:
 
     def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         self._check_forward(inputs, cache)
-        if self._own is not None:
-            return self._own(inputs, cache, self._plan.max_positions)
+        own = self._own
+        if own is not None and cache.block_table is not None and not own.takes_pages:
+            self._leave_pages_to_modules()
+            own = None
+        if own is not None:
+            return own(inputs, cache, self._plan.max_positions)
         return self._switch.run(partial(self._run, inputs, cache))
+
+    def _leave_pages_to_modules(self) -> None:
+        """Say once that forwards on pages are not fused, whose kernels know rows; refuse where that was asked for."""
+        if self.forward_mode == "fused":
+            raise UnsupportedModelError(
+                "forward: cache must not be paged for fused forwards, which were asked for; adapt the model with "
+                "forward='auto' or 'modules'"
+            )
+        if not self._told_of_pages:
+            self._told_of_pages = True
+            logger.info("%s: forwards on paged caches by its modules, fused ones know no pages", self.family)
 
     def _run(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         """Run one checked forward; the caller holds the attention switch."""
@@ -558,6 +610,17 @@ class TreeModel:
             raise ValueError(
                 f"forward: cache_lens must be on the device of input_ids, {input_ids.device}, got {cache_lens.device}"
             )
+        if cache.block_table is not None:
+            if cache.block_table.device != cache_lens.device:
+                raise ValueError(
+                    f"forward: block_table must be on the device of cache_lens, {cache_lens.device}, got "
+                    f"{cache.block_table.device}"
+                )
+            if not reads_block_tables(self.attention):
+                raise UnsupportedModelError(
+                    "forward: cache must not be paged for an attention without a true `reads_block_tables`, got pages "
+                    f"of {cache.page_size} rows for {self.attention!r}"
+                )
         if cache_lens.device.type == "cpu":
             shortest, longest = (int(bound) for bound in cache_lens.aminmax())
             if shortest < 0 or longest + step.num_tree_rows > cache.max_cache_len:

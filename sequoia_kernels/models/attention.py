@@ -13,7 +13,7 @@ from sequoia_kernels.models.cache import StepContext, find_context, store_rows
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.ops.backends import backend_names
 
-__all__ = ["ATTENTION_NAME", "TreeAttention", "attend_along_tree", "find_attention"]
+__all__ = ["ATTENTION_NAME", "TreeAttention", "attend_along_tree", "find_attention", "reads_block_tables"]
 
 # Registered as an attention function but not as a mask function: the models then build no mask at all.
 ATTENTION_NAME = "sequoia_tree"
@@ -32,7 +32,9 @@ class TreeAttention(Protocol):
         values: likewise. [B, S, Hkv, Dv].
         context: of the forward: `context.cache_lens`, [B] int32, committed rows of each request, and
             `context.tree_mask`, [N, W] or [B, N, W] int32: row i sees the committed rows and those tree slots j, cache
-            row cache_lens[b] + j, whose bit j % 32 of word j // 32 is set.
+            row cache_lens[b] + j, whose bit j % 32 of word j // 32 is set. `context.block_table` is None, or (see
+            below) [B, max_pages] int32: row s of request b is then row s % page of page block_table[b, s // page], and
+            `keys` and `values` are pages, [num_pages, page, Hkv, D] and [num_pages, page, Hkv, Dv].
         scale: what scores are multiplied by; None stands for 1 / sqrt(D).
         softcap: scores become softcap * tanh(score / softcap); None leaves them.
         sliding_window: a row sees what lies less than so many positions back, itself included, by depth and not by
@@ -42,6 +44,9 @@ class TreeAttention(Protocol):
 
     Returns:
         The attended values. [B, N, Hq, Dv], the dtype of `query`.
+
+    An attention that reads block tables says so by a true attribute `reads_block_tables`; to others no paged cache is
+    given: a forward on one is refused.
     """
 
     def __call__(
@@ -71,7 +76,20 @@ def attend_along_tree(
     **settings: Any,  # which the op calls by the same names
 ) -> torch.Tensor:
     """Attend by the op `tree_attention`: the `TreeAttention` that `adapt` takes where nothing else is asked for."""
-    return tree_attention(query, keys, values, context.tree_mask, context.cache_lens, backend=backend, **settings).out
+    return tree_attention(
+        query, keys, values, context.tree_mask, context.cache_lens, block_table=context.block_table, backend=backend,
+        **settings,
+    ).out  # fmt: skip
+
+
+attend_along_tree.reads_block_tables = True  # type: ignore[attr-defined]
+
+
+def reads_block_tables(attention: TreeAttention) -> bool:
+    """Tell whether an attention may be given pages, see `TreeAttention`; settings bound to it change nothing."""
+    while isinstance(attention, partial) and "reads_block_tables" not in vars(attention):
+        attention = attention.func
+    return bool(getattr(attention, "reads_block_tables", False))
 
 
 @cache

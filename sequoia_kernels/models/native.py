@@ -20,7 +20,7 @@ from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.tree_step import ForwardInputs
 from sequoia_kernels.ops.host_calls import address
 
-__all__ = ["INSTRUCTION_SET_VARIABLE", "BoundForward", "NativeForward"]
+__all__ = ["INSTRUCTION_SET_VARIABLE", "BoundForward", "NativeForward", "row_fields"]
 
 # Names one of `_host.forward_instruction_sets()` to take instead of the best that the CPU has.
 INSTRUCTION_SET_VARIABLE = "SEQUOIA_HOST_ISA"
@@ -31,6 +31,7 @@ class NativeForward:
 
     Attributes:
         name: "native".
+        takes_pages: whether a cache may be paged: it may.
         instruction_set: which of the CPU's it uses.
         weight_forms: of its linear layers, such as "int8, bfloat16".
         num_layers: attention layers.
@@ -41,6 +42,7 @@ class NativeForward:
     """
 
     name = "native"
+    takes_pages = True
 
     def __init__(self, model: PreTrainedModel, calls: Sequence[LayerCall], logits_dtype: torch.dtype) -> None:
         if logits_dtype not in _ELEMENT_TYPES:
@@ -60,6 +62,7 @@ class NativeForward:
 
     def __call__(self, inputs: ForwardInputs, cache: TreeCache, max_positions: int | None) -> torch.Tensor:
         """Run one forward, whose shapes are checked; see `TreeModel.forward`. IndexError for a token out of range."""
+        cache.check_pages(inputs.cache_lens, inputs.step.num_tree_rows)
         call, held = self._describe_call(inputs, cache, max_positions)
         input_ids, last_row, hidden_states = inputs.input_ids, inputs.last_row, inputs.hidden_states
         batch_size, num_nodes = input_ids.shape
@@ -156,7 +159,7 @@ class NativeForward:
             "mask_per_request": mask.dim() == 3,
             "max_position": last_position,
             "caches": caches.data_ptr(),
-            "cache_rows": cache_rows,
+            **row_fields(cache),
             "rotations": rotations.data_ptr(),
             "wanted_nodes": 0 if wanted is None else wanted.data_ptr(),
             "logits_type": _ELEMENT_TYPES[self._logits_dtype],
@@ -234,7 +237,8 @@ class BoundForward:
                 float32 each, contiguous.
 
         Returns:
-            False, and nothing is written, where a length leaves no room in the cache.
+            False, and nothing is written, where a length leaves no room in the cache, or its block table leads out of
+            its pages.
 
         Raises:
             ValueError: as in `weights`.
@@ -252,6 +256,18 @@ class _Lease:
     def __init__(self, table: torch.Tensor, weights: list[torch.Tensor]) -> None:
         self.table, self.address = table, table.data_ptr()
         self._weights = [weight.detach() for weight in weights]
+
+
+def row_fields(cache: TreeCache) -> dict[str, int]:
+    """Give the part of a call that says where a cache's rows are."""
+    if cache.block_table is None:
+        return {"cache_rows": cache.max_cache_len}
+    return {
+        "cache_rows": cache.max_cache_len,
+        "block_table": cache.block_table.data_ptr(),
+        "page_size": cache.page_size,
+        "num_pages": cache.layers[0].keys.shape[0],
+    }
 
 
 def _laid_out(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sequoia_kernels.checks import is_integer
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.adapter import ForwardInputs, TreeModel, adapt
 from sequoia_kernels.models.attention import TreeAttention
-from sequoia_kernels.models.cache import TreeCache
+from sequoia_kernels.models.cache import PagedTreeCache, TreeCache, row_bytes
 from sequoia_kernels.models.loading import local_folder
 from sequoia_kernels.offload.host_memory import CudaPageLock, PageLock, close_all
 from sequoia_kernels.offload.host_weights import HostLayer, MappedLayer, load_layer, pack_layers
@@ -94,14 +95,19 @@ class OffloadedModel(TreeModel):
         """Rows that the caches of a batch may have within the memory budget, None without one."""
         if self.memory.budget_bytes is None:
             return None
-        return max(self._cache_room() // (batch_size * self._row_bytes()), 0)
+        return max(self._cache_room() // (batch_size * row_bytes(self._plan.specs)), 0)
 
     def _cache_room(self) -> int:
         return (self.memory.budget_bytes or 0) - self.memory.weight_bytes - self.memory.workspace_bytes
 
-    def _row_bytes(self) -> int:
-        specs = self._plan.specs
-        return sum(spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in specs)
+    def _check_room(self, where: str, num_rows: int, sizes: str, load_with: str) -> None:
+        """Refuse a cache that the memory budget has no room for."""
+        needed, room = num_rows * row_bytes(self._plan.specs), self._cache_room()
+        if self.memory.budget_bytes is not None and needed > room:
+            raise ValueError(
+                f"{where}: {sizes} must fit the {format_bytes(room)} that device_memory_budget leaves, got "
+                f"{format_bytes(needed)}; load the model with {load_with}, so that fewer layers stay on the device"
+            )
 
     def new_cache(self, batch_size: int, max_cache_len: int, *, beyond_positions: bool = False) -> TreeCache:
         """Allocate a cache; as `TreeModel.new_cache`, and refused where it would exceed the memory budget.
@@ -109,15 +115,22 @@ class OffloadedModel(TreeModel):
         Raises:
             ValueError: as there, or the budget has no room for the cache.
         """
-        if batch_size >= 1 and max_cache_len >= 1 and self.memory.budget_bytes is not None:
-            needed, room = batch_size * max_cache_len * self._row_bytes(), self._cache_room()
-            if needed > room:
-                raise ValueError(
-                    f"new_cache: batch_size x max_cache_len = {batch_size} x {max_cache_len} must fit the "
-                    f"{format_bytes(room)} that device_memory_budget leaves, got {format_bytes(needed)}; load the "
-                    "model with these batch_size and max_cache_len, so that fewer layers stay on the device"
-                )
+        if batch_size >= 1 and max_cache_len >= 1:
+            sizes = f"batch_size x max_cache_len = {batch_size} x {max_cache_len}"
+            self._check_room("new_cache", batch_size * max_cache_len, sizes, "these batch_size and max_cache_len")
         return super().new_cache(batch_size, max_cache_len, beyond_positions=beyond_positions)
+
+    def new_paged_cache(self, num_pages: int, page_size: int) -> PagedTreeCache:
+        """Allocate pages; as `TreeModel.new_paged_cache`, and refused where they would exceed the memory budget.
+
+        Raises:
+            ValueError: as there, or the budget has no room for the pages.
+        """
+        if is_integer(num_pages) and is_integer(page_size) and num_pages >= 1 and page_size >= 1:
+            sizes = f"num_pages x page_size = {num_pages} x {page_size}"
+            load_with = "batch_size x max_cache_len of as many rows"
+            self._check_room("new_paged_cache", num_pages * page_size, sizes, load_with)
+        return super().new_paged_cache(num_pages, page_size)
 
     def _forward(self, inputs: ForwardInputs, cache: TreeCache) -> torch.Tensor:
         try:

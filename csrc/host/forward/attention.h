@@ -142,10 +142,10 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
             i64 head, i64 heads, i64 begin, i64 end, Later* later, const Bench& bench) {
     const Call& call = *pass.call;
     const i64 d = layer.head_dim, group = layer.group(), stride = layer.num_kv_heads * d;
-    const i64 request = segment.request * call.cache_rows * stride + head * d;
-    const CacheRows<Element> keys{reinterpret_cast<const Element*>(call.caches[2 * layer_index]) + request,
+    const i64 first = columns.first_row * stride + head * d;
+    const CacheRows<Element> keys{reinterpret_cast<const Element*>(call.caches[2 * layer_index]) + first,
                                   columns.rows, stride};
-    const CacheRows<Element> values{reinterpret_cast<const Element*>(call.caches[2 * layer_index + 1]) + request,
+    const CacheRows<Element> values{reinterpret_cast<const Element*>(call.caches[2 * layer_index + 1]) + first,
                                     columns.rows, stride};
     const Panel queries{bench.queries, end - begin, d, up_to_lanes(d)};
     for (i64 r = begin; r < end; ++r) {

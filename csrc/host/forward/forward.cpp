@@ -389,6 +389,26 @@ class Floats {
     std::int64_t size_ = 0;
 };
 
+// Where a row of a request lies in the caches.
+std::int64_t row_of(const Call& call, std::int64_t request, std::int64_t row) {
+    if (!call.paged()) return request * call.cache_rows + row;
+    const std::int64_t page = call.block_table[request * (call.cache_rows / call.page_size) + row / call.page_size];
+    return page * call.page_size + row % call.page_size;
+}
+
+std::int64_t first_row_of(const Call& call, std::int64_t request) { return call.paged() ? 0 : request * call.cache_rows; }
+
+// Appends where rows [begin, end) of a request lie, behind `first_row_of`.
+void append_rows(const Call& call, std::int64_t request, std::int64_t begin, std::int64_t end,
+                 std::vector<std::int32_t>& rows) {
+    const std::int64_t first = first_row_of(call, request), run = call.paged() ? call.page_size : end;
+    while (begin < end) {  // stretches that lie side by side
+        const std::int64_t stop = std::min(end, (begin / run + 1) * run);
+        std::int64_t row = row_of(call, request, begin) - first;
+        for (; begin < stop; ++begin, ++row) rows.push_back(static_cast<std::int32_t>(row));
+    }
+}
+
 // Columns of the segments of a pass under one window.
 struct ColumnsMemory {
     std::vector<std::int32_t> rows, num_hidden;
@@ -421,13 +441,13 @@ struct ColumnsMemory {
             }
         }
         for (std::int32_t& hidden : num_hidden) hidden -= static_cast<std::int32_t>(first_prefix);
-        for (std::int64_t slot = first_prefix; slot < cache_len; ++slot) rows.push_back(static_cast<std::int32_t>(slot));
+        append_rows(call, segment.request, first_prefix, cache_len, rows);
         const std::int64_t num_prefix = cache_len - first_prefix;
         std::vector<std::int64_t> slots;
         for (std::int64_t slot = 0; slot < num_words * WORD_BITS; ++slot) {
             if ((by_any[slot / WORD_BITS] >> (slot % WORD_BITS) & 1u) == 0) continue;
             slots.push_back(slot);
-            rows.push_back(static_cast<std::int32_t>(cache_len + slot));
+            append_rows(call, segment.request, cache_len + slot, cache_len + slot + 1, rows);
         }
         const std::int64_t num_tree = static_cast<std::int64_t>(slots.size());
         tree_hidden.assign(static_cast<std::size_t>(segment.num_nodes * num_tree), -std::numeric_limits<float>::infinity());
@@ -438,7 +458,8 @@ struct ColumnsMemory {
                 if ((word >> (slot % WORD_BITS) & 1u) != 0) tree_hidden[static_cast<std::size_t>(i * num_tree + column)] = 0.0f;
             }
         }
-        return {num_prefix + num_tree, num_prefix, rows.data(), num_hidden.data(), tree_hidden.data(), num_tree};
+        return {num_prefix + num_tree, num_prefix, first_row_of(call, segment.request), rows.data(), num_hidden.data(),
+                tree_hidden.data(), num_tree};
     }
 };
 
@@ -501,12 +522,14 @@ class Forward : public Runner {
             }
         }
         for (std::int64_t b = 0; b < call.num_requests; ++b) {
+            std::int64_t rows_in_use = call.cache_lens[b];
             for (std::int64_t i = 0; i < call.num_nodes; ++i) {
                 const std::int64_t slot = std::int64_t{call.cache_lens[b]} + call.node_ids[i];
                 if (call.cache_lens[b] < 0 || call.node_ids[i] < 0 || slot >= call.cache_rows) {
                     return "cache_lens must leave room for the nodes in a cache of " + std::to_string(call.cache_rows) +
                            " rows, got row " + std::to_string(slot);
                 }
+                rows_in_use = std::max(rows_in_use, slot + 1);
                 const std::int64_t position = std::int64_t{call.cache_lens[b]} + call.depths[i];
                 if (call.depths[i] < 0 || position >= call.cache_rows) {  // where the tables of positions may end
                     return "depths must be positions of the cache's rows, got depth " + std::to_string(call.depths[i]);
@@ -519,8 +542,16 @@ class Forward : public Runner {
                     if (call.cache_lens[b] + highest >= call.cache_rows) {
                         return "tree_mask must show rows of the cache, got slot " + std::to_string(highest);
                     }
+                    rows_in_use = std::max(rows_in_use, call.cache_lens[b] + highest + 1);
                     break;
                 }
+            }
+            for (std::int64_t page = 0; call.paged() && page * call.page_size < rows_in_use; ++page) {
+                const std::int32_t number = call.block_table[b * (call.cache_rows / call.page_size) + page];
+                if (number >= 0 && number < call.num_pages) continue;
+                return "block_table must have pages in 0.." + std::to_string(call.num_pages - 1) + " for " +
+                       std::to_string(rows_in_use) + " rows of request " + std::to_string(b) + ", got " +
+                       std::to_string(number) + " in place " + std::to_string(page);
             }
             for (std::int64_t k = 0; call.wanted_nodes != nullptr && k < call.num_wanted; ++k) {
                 const std::int64_t node = call.wanted_nodes[b * call.num_wanted + k];
@@ -551,12 +582,15 @@ class Forward : public Runner {
 
         segments_.clear();
         positions_.clear();
+        cache_rows_.clear();
         wanted_.clear();
         logit_rows_.clear();
         for (std::int64_t i = 0; i < num_rows; ++i) {
             const std::int64_t request = (first_row + i) / call.num_nodes, node = (first_row + i) % call.num_nodes;
             if (i == 0 || node == 0) segments_.push_back({request, node, 0, i});
             ++segments_.back().num_nodes;
+            const std::int64_t slot = std::int64_t{call.cache_lens[request]} + call.node_ids[node];
+            cache_rows_.push_back(row_of(call, request, slot));
             const std::int64_t position = std::int64_t{call.cache_lens[request]} + call.depths[node];
             positions_.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(position, 0, call.max_position)));
             if (call.wanted_nodes == nullptr) {
@@ -586,6 +620,7 @@ class Forward : public Runner {
         pass.columns = columns_.data();
         pass.window_of_layer = window_of_layer_.data();
         pass.positions = positions_.data();
+        pass.cache_rows = cache_rows_.data();
         pass.wanted = wanted_.data();
         pass.logit_rows = logit_rows_.data();
         pass.num_wanted = static_cast<std::int64_t>(wanted_.size());
@@ -663,7 +698,7 @@ class Forward : public Runner {
     std::vector<ColumnsMemory> columns_memory_;
     std::vector<Columns> columns_;
     std::vector<std::int32_t> positions_, wanted_;
-    std::vector<std::int64_t> logit_rows_;
+    std::vector<std::int64_t> cache_rows_, logit_rows_;
 };
 
 template <class Element>
@@ -688,6 +723,15 @@ Call call_of(const py::dict& source) {
     call.max_position = number("max_position");
     call.caches = at<std::uintptr_t>(address("caches"));
     call.cache_rows = number("cache_rows");
+    if (source.contains("block_table")) {
+        call.block_table = at<std::int32_t>(address("block_table"));
+        call.page_size = number("page_size");
+        call.num_pages = number("num_pages");
+        require(call.page_size >= 1 && call.num_pages >= 1 &&
+                    call.num_pages <= std::numeric_limits<std::int32_t>::max() / call.page_size &&
+                    call.cache_rows % call.page_size == 0,
+                "pages must have rows, fewer than 2^31 in all, and a request's rows be whole pages");
+    }
     call.rotations = at<std::uintptr_t>(address("rotations"));
     call.wanted_nodes = at<std::int64_t>(address("wanted_nodes"));
     call.num_wanted = source.contains("num_wanted") ? number("num_wanted") : 1;

@@ -142,7 +142,12 @@ struct Call {
     bool mask_per_request;
     std::int64_t max_position;  // positions behind it are fed as it
     const std::uintptr_t* caches;  // keys and values of each layer, [B, cache_rows, num_kv_heads, head_dim]
-    std::int64_t cache_rows;
+    std::int64_t cache_rows;       // of a request
+    // Of paged caches, [num_pages, page_size, num_kv_heads, head_dim]: row s of request b lies in page
+    // block_table[b, s / page_size]. Read anew by every run.
+    const std::int32_t* block_table;  // [B, cache_rows / page_size], or null
+    std::int64_t page_size;           // 0: not paged
+    std::int64_t num_pages;
     const std::uintptr_t* rotations;   // tables [positions, dims]: cosines of dims / 2 frequencies, then sines
     const std::int64_t* wanted_nodes;  // [B, num_wanted] different ones, or null: the logits of all rows
     std::int64_t num_wanted;           // of each request
@@ -153,6 +158,7 @@ struct Call {
     float* outputs;         // of the last layer, before the norm: [B, N, width], or null
 
     std::int64_t num_rows() const { return num_requests * num_nodes; }
+    bool paged() const { return page_size > 0; }
 };
 
 }  // namespace sequoia::forward

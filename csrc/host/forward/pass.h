@@ -12,7 +12,8 @@ namespace sequoia::forward {
 // The cache rows that the nodes of one request in a pass see: a run of committed ones, then tree slots.
 struct Columns {
     std::int64_t count, num_prefix;
-    const std::int32_t* rows;         // [count], of the request's cache
+    std::int64_t first_row;           // of the request in the caches, 0 where they are paged
+    const std::int32_t* rows;         // [count], behind the first one
     const std::int32_t* num_hidden;   // [nodes] prefix columns before the node's window
     const float* tree_hidden;         // [nodes, tree_stride]: 0 where the node sees the tree column, else -inf
     std::int64_t tree_stride;
@@ -56,6 +57,7 @@ struct Pass {
     const Columns* columns;         // [windows, segments]
     const int* window_of_layer;     // index of the layer's window
     const std::int32_t* positions;  // [num_rows]
+    const std::int64_t* cache_rows;  // [num_rows], where keys and values go
     const std::int32_t* wanted;     // [num_wanted] rows of the pass whose logits are wanted
     const std::int64_t* logit_rows;  // [num_wanted] rows of the logits
     std::int64_t num_wanted;

@@ -319,9 +319,7 @@ struct Worker {
             normalise_in_place(layer.query_norm, layer.num_heads * d, projected + layer.queries.first);
             normalise_in_place(layer.key_norm, layer.num_kv_heads * d, projected + layer.keys.first);
         }
-        const i64 flat = pass.first_row + row, request = flat / call.num_nodes;
-        const i64 slot = call.cache_lens[request] + call.node_ids[flat % call.num_nodes];
-        const i64 place = (request * call.cache_rows + slot) * layer.num_kv_heads * d;
+        const i64 place = pass.cache_rows[row] * layer.num_kv_heads * d;
         for (i64 head = begin * group; head < end * group; ++head) {
             float* const query = projected + layer.queries.first + head * layer.queries.stride;
             if (!layer.norms_whole_rows) normalise_in_place(layer.query_norm, d, query);

@@ -150,6 +150,7 @@ class BlockBackbone:
             features: hidden states of the target. [R, T, width] each.
             rotations: as for `write_context`.
         """
+        cache.require_rows("DFlashDraft")
         length, device = features[0].shape[1], self.device
         first_rows = torch.tensor(lanes, device=device)[:, None] * cache.max_cache_len
         for start in range(0, length, _CHUNK_ROWS):

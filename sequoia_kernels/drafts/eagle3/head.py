@@ -131,14 +131,9 @@ class EagleHead:
         Returns:
             Outputs of the last layer, not normed. [B, N, H].
         """
-        batch_size = tokens.shape[0]
         positions = (cache_lens[:, None] + step.depths).to(torch.int64)
         cosines, sines = self.rotary(features, positions)
-        places = cache_lens[:, None] + step.node_ids
-        if batch_size > 1:
-            length = cache.max_cache_len
-            places = places + torch.arange(0, batch_size * length, length, device=places.device)[:, None]
-        places = places.flatten().to(torch.int64)
+        places = cache.flat_rows(cache_lens, step.node_ids)
         normed = self.hidden_norm(features)
         residual = normed if self.norm_before_residual else features
         embedded = embedding(tokens.clamp(0, self.embed.shape[0] - 1), self.embed)
@@ -155,8 +150,9 @@ class EagleHead:
             kept.flat_keys.index_copy_(0, places, key.flatten(0, 1))
             kept.flat_values.index_copy_(0, places, value.flatten(0, 1))
             attended = tree_attention(
-                query, kept.keys, kept.values, step.tree_mask, cache_lens, sliding_window=layer.window
-            ).out
+                query, kept.keys, kept.values, step.tree_mask, cache_lens, sliding_window=layer.window,
+                block_table=cache.block_table,
+            ).out  # fmt: skip
             residual = residual + layer.output(attended.flatten(2))
             gate, up = layer.gate_up(layer.mlp_norm(residual)).chunk(2, -1)
             residual = residual + layer.down(self.activation(gate) * up)

@@ -14,7 +14,7 @@ import sequoia_kernels._host as _host
 from sequoia_kernels.drafts.eagle3.head import EagleHead, Norm, Projection
 from sequoia_kernels.models import TreeCache, TreeStep
 from sequoia_kernels.models.description import ACTIVATIONS, RMS_NORM, Matrix, Rotation
-from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE
+from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE, row_fields
 from sequoia_kernels.models.quantised import ELEMENT_TYPES, NotNativeError
 
 __all__ = ["BoundHead", "NativeHead"]
@@ -79,7 +79,7 @@ class NativeHead:
             "mask_per_request": step.tree_mask.dim() == 3,
             "max_position": last,
             "caches": caches.data_ptr(),
-            "cache_rows": cache.max_cache_len,
+            **row_fields(cache),
             "rotations": rotations.data_ptr(),
             "wanted_nodes": 0 if wanted is None else wanted.data_ptr(),
             "num_wanted": 0 if wanted is None else wanted.shape[1],

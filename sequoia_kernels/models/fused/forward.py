@@ -97,6 +97,7 @@ class FusedForward:
 
     Attributes:
         name: "fused".
+        takes_pages: whether a cache may be paged: it may not.
         weight_forms: of its linear layers, such as "bfloat16".
 
     Raises:
@@ -104,6 +105,7 @@ class FusedForward:
     """
 
     name = "fused"
+    takes_pages = False
 
     def __init__(
         self,

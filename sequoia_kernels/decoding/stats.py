@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from sequoia_kernels.planner.evidence import visits_by_rank
 from sequoia_kernels.tree import LookupTree, MergedTree, ShapedTree, TokenTree
 
 
@@ -77,21 +78,7 @@ class GenerateStats:
         self.accepted_histogram[num_accepted] += 1
         if isinstance(tree, (ShapedTree, LookupTree, MergedTree)):  # whose ranks stayed on the device, or are no draws
             return [], []
-        visited = [0] * tree.max_branching
-        accepted = [0] * tree.max_branching
-        for level in range(num_accepted):
-            node = nodes[level]
-            num_children = tree.num_children[node]
-            accepted_rank = None
-            if level + 1 < num_accepted:
-                accepted_rank = nodes[level + 1] - tree.first_child[node]
-            for rank in range(num_children if accepted_rank is None else accepted_rank + 1):
-                visited[rank] += 1
-            if accepted_rank is not None:
-                accepted[accepted_rank] += 1
-        while visited and not visited[-1]:  # ranks that no node of this path came to
-            visited.pop()
-            accepted.pop()
+        visited, accepted = visits_by_rank(tree, nodes, num_accepted)
         for total, part in ((self.visited_by_rank, visited), (self.accepted_by_rank, accepted)):
             total.extend([0] * (len(part) - len(total)))
             for rank, count in enumerate(part):

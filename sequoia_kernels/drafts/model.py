@@ -126,7 +126,22 @@ class ModelDraft(DraftSource):
         self, target: TreeModel, state: DecodingState, max_cache_len: int, *, backend: str, clock: StageClock
     ) -> Drafting:
         """Begin a batch with an empty cache."""
-        return _ModelDrafting(self, target, state, max_cache_len, backend, clock)
+        cache = self.model.new_cache(state.cache_lens.shape[0], max_cache_len, beyond_positions=True)
+        return self.start_on(cache, state, max(target.num_embeddings, target.vocab_size), backend=backend, clock=clock)
+
+    def start_on(
+        self, cache: TreeCache, state: DecodingState, num_tokens: int, *, backend: str, clock: StageClock
+    ) -> Drafting:
+        """Begin, or go on, with a cache of the caller's.
+
+        Args:
+            cache: of the model, for the requests of the state; what is committed in it is the caller's to know.
+            state: the batch's state.
+            num_tokens: the tokens that it may meet are below this number.
+            backend: backend of the ops.
+            clock: adds up the times of the stages.
+        """
+        return _ModelDrafting(self, cache, state, num_tokens, backend, clock)
 
 
 class _ModelDrafting(Drafting):
@@ -134,15 +149,14 @@ class _ModelDrafting(Drafting):
     foreign = False
 
     def __init__(
-        self, source: ModelDraft, target: TreeModel, state: DecodingState, max_cache_len: int, backend: str,
+        self, source: ModelDraft, cache: TreeCache, state: DecodingState, num_tokens: int, backend: str,
         clock: StageClock,
     ) -> None:  # fmt: skip
         super().__init__(source, state, backend, clock)
-        self.cache = source.model.new_cache(state.cache_lens.shape[0], max_cache_len, beyond_positions=True)
+        self.cache = cache
         # Whether it may meet tokens of the target that it has no embedding of. Such a one is fed as the last one that
         # it has: what grows behind it is a worse guess, and verified like any other.
-        most = max(target.num_embeddings, target.vocab_size)
-        self.lacks_tokens = source.pairing is not None or source.model.num_embeddings < most
+        self.lacks_tokens = source.pairing is not None or source.model.num_embeddings < num_tokens
         self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
         self._readers: dict[int, _Reader | None] = {}  # by rows
 

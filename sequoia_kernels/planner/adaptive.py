@@ -32,7 +32,7 @@ from sequoia_kernels.planner.profile import HardwareProfile
 from sequoia_kernels.planner.value import tree_values
 from sequoia_kernels.tree import TokenTree, vector_of_chances
 
-__all__ = ["AdaptivePlan", "TreeFollower", "plan_adaptive", "plan_from_evidence", "shift_acceptance"]
+__all__ = ["AdaptivePlan", "ShiftEstimate", "TreeFollower", "plan_adaptive", "plan_from_evidence", "shift_acceptance"]
 
 DEFAULT_SHIFTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 EVIDENCE_SHIFTS = (-1.0, 0.0, 1.0)  # in standard deviations of the shift
@@ -118,29 +118,80 @@ class AdaptivePlan:
         return "\n".join(lines)
 
 
+class ShiftEstimate:
+    """Estimates the shift of acceptance from accepted and rejected children; what came first fades.
+
+    Args:
+        acceptance: acceptance vector that the shift counts from. [ranks]
+        half_life: observations after which one counts half.
+        spread: standard deviation of the shift before anything was seen, in logits.
+
+    Attributes:
+        shift: the estimate, in logits.
+
+    Example:
+        >>> estimate = ShiftEstimate([0.5, 0.2])
+        >>> estimate.observe([40], [36])
+        >>> estimate.fit() > 0.5
+        True
+    """
+
+    def __init__(self, acceptance: Any, *, half_life: float = 24.0, spread: float = 1.0) -> None:
+        chances = _chances(validate_acceptance(acceptance, "ShiftEstimate"))
+        self.shift = 0.0
+        self._decay = 0.5 ** (1.0 / half_life)
+        self._precision = spread**-2
+        self._logits = np.log(chances) - np.log1p(-chances)
+        self._tried = np.zeros_like(chances)
+        self._accepted = np.zeros_like(chances)
+
+    def fade(self, num_steps: float = 1) -> None:
+        """Let what was seen fade without seeing anything."""
+        self._tried *= self._decay**num_steps
+        self._accepted *= self._decay**num_steps
+
+    def observe(self, tried: Sequence[int], accepted: Sequence[int]) -> None:
+        """Take in one step; see `TreeFollower.observe`."""
+        self.fade()
+        ranks = min(len(tried), self._tried.size)
+        self._tried[:ranks] += tried[:ranks]
+        self._accepted[:ranks] += accepted[:ranks]
+
+    def fit(self) -> float:
+        """Give the shift of the largest posterior under a normal prior; concave, so Newton's steps find it."""
+        shift = self.shift
+        for _ in range(NEWTON_STEPS):
+            chances = 1 / (1 + np.exp(-(self._logits + shift)))
+            gradient = float((self._accepted - self._tried * chances).sum()) - self._precision * shift
+            curvature = float((self._tried * chances * (1 - chances)).sum()) + self._precision
+            shift = min(max(shift + gradient / curvature, -LARGEST_SHIFT), LARGEST_SHIFT)
+        self.shift = shift
+        return shift
+
+
 class TreeFollower:
     """Follows one generation: counts what is accepted and names the tree of the next step.
 
     Attributes:
         plan: the trees.
-        shift: estimated shift of acceptance against the plan's own.
         num_switches: times that the tree has changed.
     """
 
     def __init__(self, plan: AdaptivePlan) -> None:
         self.plan = plan
-        self.shift = 0.0
         self.num_switches = 0
         self._index = plan.start
-        self._decay = 0.5 ** (1.0 / plan.half_life)
         self._since = 0
+        self._estimate = ShiftEstimate(plan.acceptance, half_life=plan.half_life, spread=plan.spread)
         chances = _chances(plan.acceptance)
-        self._logits = np.log(chances) - np.log1p(-chances)
-        self._tried = np.zeros_like(chances)
-        self._accepted = np.zeros_like(chances)
         vectors = np.stack([vector_of_chances(_shifted(chances, shift)) for shift in GRID])
         # tokens per millisecond of each tree at each shift. [trees, shifts]
         self._speeds = np.stack([tree_values(entry.tree, vectors, entry.rule) / entry.step_ms for entry in plan.plans])
+
+    @property
+    def shift(self) -> float:
+        """Estimated shift of acceptance against the plan's own."""
+        return self._estimate.shift
 
     @property
     def tree(self) -> TokenTree:
@@ -154,16 +205,11 @@ class TreeFollower:
             tried: how many nodes tried their child k, by k: those that had one and rejected all children before it.
             accepted: how many of them accepted it.
         """
-        self._tried *= self._decay
-        self._accepted *= self._decay
-        ranks = min(len(tried), self._tried.size)
-        self._tried[:ranks] += tried[:ranks]
-        self._accepted[:ranks] += accepted[:ranks]
+        self._estimate.observe(tried, accepted)
         self._since += 1
         if self._since < self.plan.patience or len(self.plan.plans) == 1 or self.tree.num_nodes == 1:
             return
-        self.shift = self._fit()
-        best, gain = self.fastest(self.shift)
+        best, gain = self.fastest(self._estimate.fit())
         margin = self.plan.margin if self.plan.plans[best].tree.num_nodes > 1 else 0.0  # slower than plain: not at all
         if best != self._index and gain > 1 + margin:
             self._index, self._since = best, 0
@@ -178,16 +224,6 @@ class TreeFollower:
         speeds = [1 / float(weights @ (1 / np.interp(places, GRID, row))) for row in self._speeds]
         best = int(np.argmax(speeds))
         return best, speeds[best] / speeds[self._index]
-
-    def _fit(self) -> float:
-        """The shift of the largest posterior under a normal prior; concave, so Newton's steps find it."""
-        shift, precision = self.shift, self.plan.spread**-2
-        for _ in range(NEWTON_STEPS):
-            chances = 1 / (1 + np.exp(-(self._logits + shift)))
-            gradient = float((self._accepted - self._tried * chances).sum()) - precision * shift
-            curvature = float((self._tried * chances * (1 - chances)).sum()) + precision
-            shift = min(max(shift + gradient / curvature, -LARGEST_SHIFT), LARGEST_SHIFT)
-        return shift
 
 
 def plan_adaptive(

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequoia_kernels.documents import MAX_COUNT, Format, is_number
-from sequoia_kernels.tree import vector_of_chances
+from sequoia_kernels.tree import TokenTree, vector_of_chances
 
-__all__ = ["REQUEST_SPREAD", "AcceptanceEvidence"]
+__all__ = ["REQUEST_SPREAD", "AcceptanceEvidence", "visits_by_rank"]
 
 FORMAT = Format("sequoia-kernels/acceptance-evidence", version=1)
 
@@ -135,3 +135,37 @@ class AcceptanceEvidence:
         if len(visited) != len(accepted) or any(taken > tried for tried, taken in zip(visited, accepted)):
             raise fields.refuse("accepted", 'hold at most what "visited" holds')
         return cls(visited, accepted, fields.count("num_visits", least=0)), fields.inside("key").value
+
+
+def visits_by_rank(tree: TokenTree, nodes: Sequence[int], num_accepted: int) -> tuple[list[int], list[int]]:
+    """Count what one accepted path tells of acceptance.
+
+    Args:
+        tree: the tree.
+        nodes: the path, from the root on; what lies behind the accepted nodes is not read.
+        num_accepted: accepted nodes, the root included.
+
+    Returns:
+        How many nodes tried their child of each rank: those that had one and rejected all children before it; and how
+        many of them accepted it. No longer than the highest rank that was tried.
+
+    Example:
+        >>> visits_by_rank(TokenTree([-1, 0, 0, 1]), [0, 2], 2)
+        ([1, 1], [0, 1])
+    """
+    visited = [0] * tree.max_branching
+    accepted = [0] * tree.max_branching
+    num_children, first_child = tree.num_children, tree.first_child
+    for level in range(num_accepted):
+        node = nodes[level]
+        accepted_rank = None
+        if level + 1 < num_accepted:
+            accepted_rank = nodes[level + 1] - first_child[node]
+        for rank in range(num_children[node] if accepted_rank is None else accepted_rank + 1):
+            visited[rank] += 1
+        if accepted_rank is not None:
+            accepted[accepted_rank] += 1
+    while visited and not visited[-1]:  # ranks that no node of this path came to
+        visited.pop()
+        accepted.pop()
+    return visited, accepted

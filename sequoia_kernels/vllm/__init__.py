@@ -1,0 +1,122 @@
+"""Token trees in vLLM: its scheduler, pages, prefix cache, batches, server and ranks, with lossless trees; no fork.
+
+    from vllm import LLM
+    from sequoia_kernels.vllm import engine_args
+
+    llm = LLM("path/or/id/of/target", **engine_args("path/or/id/of/draft"))
+
+`server_flags` gives the same for vLLM's server. Nothing here is active unless an engine is asked for with these
+arguments: installing the package changes no other engine. See docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sequoia_kernels.tree import DEFAULT_RULE, TokenTree
+from sequoia_kernels.vllm.settings import CONFIG_KEY, TreeSettings, trees_from
+from sequoia_kernels.vllm.support import TESTED_VERSIONS, InstalledVllm, check_version, installed_vllm
+
+__all__ = ["TESTED_VERSIONS", "InstalledVllm", "engine_args", "installed_vllm", "register", "server_flags"]
+
+BACKEND = "sequoia_kernels.vllm.attention.TreeAttentionBackend"
+PROPOSER = "sequoia_kernels.vllm.runner.TreeProposer"
+WORKER = "sequoia_kernels.vllm.runner.TreeWorker"
+
+
+def register() -> None:
+    """Offer the attention backend to vLLM as CUSTOM; the entry point that vLLM calls in each of its processes.
+
+    Does nothing beside a vLLM that it was not tested with. Safe to call twice.
+    """
+    if installed_vllm().reason is not None:
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+
+
+def engine_args(
+    draft: str | os.PathLike[str],
+    *,
+    tree: str | TokenTree | Sequence[Any] | os.PathLike[str] = "auto",
+    max_nodes: int = 16,
+    rule: str = DEFAULT_RULE,
+    draft_dtype: str | None = None,
+    draft_cache_tokens: int | None = None,
+    profile_seconds: float = 3.0,
+    check_ranks: bool = False,
+) -> dict[str, Any]:
+    """Give the arguments of a vLLM engine that decodes trees, for `LLM(model, **engine_args(draft), ...)`.
+
+    Args:
+        draft: folder or hub id of a smaller model of the same tokenizer.
+        tree: "auto" chooses in every step among trees and none by the number of running requests, measured costs and
+            what was accepted; several trees limit the choice to these and none. One tree is taken whatever the load:
+            a `TokenTree`, its parents (-1 for the root), or a file of one or of a plan.
+        max_nodes: nodes of the largest tree of "auto".
+        rule: verification rule, "sequoia" or "traversal".
+        draft_dtype: dtype to load the draft in; the target's unless given.
+        draft_cache_tokens: tokens that the draft's own pages hold, all running requests together; as many as vLLM's
+            cache unless given. A request that finds no page there decodes without trees.
+        profile_seconds: how long steps are timed at start, at most, where a tree is chosen by load.
+        check_ranks: with several ranks, compare in every step what they would have decided; for debugging.
+
+    Returns:
+        Keyword arguments: `worker_cls`, `speculative_config`, `additional_config`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        RuntimeError: the vLLM beside the package is none that this was tested with.
+
+    Notes:
+        Sampled requests with a seed of their own decode with one tree whatever the load, so that their text does not
+        depend on the company: the first of several trees.
+    """
+    check_version()
+    trees, by_load = trees_from(tree, max_nodes)
+    settings = TreeSettings(
+        draft=str(Path(draft)) if Path(draft).exists() else str(draft),
+        trees=trees,
+        by_load=by_load,
+        rule=rule,
+        draft_dtype=draft_dtype,
+        draft_cache_tokens=draft_cache_tokens,
+        profile_seconds=profile_seconds,
+        check_ranks=check_ranks,
+    )
+    settings.check()
+    return {
+        "worker_cls": WORKER,
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER,
+            "num_speculative_tokens": settings.max_nodes - 1,  # vLLM counts the root itself: the last sampled token
+        },
+        "additional_config": {CONFIG_KEY: settings.to_dict()},
+    }
+
+
+def server_flags(draft: str | os.PathLike[str], **settings: Any) -> list[str]:
+    """Give the same as `engine_args`, as flags of `python -m vllm.entrypoints.openai.api_server`.
+
+    Args:
+        draft: as for `engine_args`.
+        settings: likewise.
+
+    Returns:
+        The flags, to be quoted where a shell reads them.
+    """
+    arguments = engine_args(draft, **settings)
+    return [
+        "--worker-cls",
+        arguments["worker_cls"],
+        "--speculative-config",
+        json.dumps(arguments["speculative_config"]),
+        "--additional-config",
+        json.dumps(arguments["additional_config"]),
+    ]

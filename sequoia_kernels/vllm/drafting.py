@@ -1,0 +1,370 @@
+"""The draft of a batch that changes from step to step: one forward a level for all requests, its rows in pages of a pool.
+
+Requests come, grow, are preempted and end; each has pages of its own in one pool. A step grows the trees of all requests
+whose draft has read everything but their newest token; the others first read what they missed, at most so many rows in a
+step, and get no tree until then. A tree's accepted rows are moved behind the committed ones like the target's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sequoia_kernels.drafts import DecodingState, Drafting, ModelDraft, StageClock, TokenBuffers, TreeLayout
+from sequoia_kernels.models import PagedTreeCache, TreeModel, causal_step
+from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
+from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.vllm.pages import PagePool
+
+__all__ = ["DraftedBatch", "DraftRequest", "TreeDrafter", "request_seed"]
+
+PAGE_SIZE = 16
+ROWS_READ = 512  # rows of missed tokens that are read in one step, all requests together
+KEPT_BATCHES = 64  # batch sizes whose bound forwards are kept
+
+
+class DraftRequest(NamedTuple):
+    """A request that is to get a tree.
+
+    Attributes:
+        request_id: vLLM's name of it.
+        tokens: its tokens, the newest at the end. [tokens] integers.
+        temperature: 0 is greedy.
+        seed: of its random stream, None for one that its name gives.
+        must_draft: whether it reads all it missed now, however much that is.
+    """
+
+    request_id: str
+    tokens: np.ndarray
+    temperature: float
+    seed: int | None
+    must_draft: bool = False
+
+
+class DraftedBatch(NamedTuple):
+    """Trees that wait for their verification.
+
+    Attributes:
+        tree: of all of them.
+        place: row of each request in the tensors, by its name.
+        num_tokens: tokens of each request when its tree was grown, the root included. [B]
+        tokens: [B, N] int64.
+        draft_logits: [B, N, vocab].
+        temperature: [B] float32.
+        seeds: [B] int64.
+        offsets: [B] int64.
+    """
+
+    tree: TokenTree
+    place: dict[str, int]
+    num_tokens: list[int]
+    tokens: torch.Tensor
+    draft_logits: torch.Tensor
+    temperature: torch.Tensor
+    seeds: torch.Tensor
+    offsets: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request as the draft knows it."""
+
+    seed: int
+    pages: list[int] = field(default_factory=list)
+    num_rows: int = 0  # leading tokens whose keys and values lie in the pages
+    offset: int = 0  # of its random stream
+
+
+@dataclass
+class _Batch:
+    """What a batch size keeps: views of the drafter's memory, and the forwards that are bound to them."""
+
+    state: DecodingState
+    drafting: Drafting
+
+
+def request_seed(request_id: str, seed: int | None, engine_seed: int) -> int:
+    """Give the seed of a request's random stream: its own, or one that its name and the engine's seed give.
+
+    Example:
+        >>> request_seed("a", 7, 0), request_seed("a", None, 0) != request_seed("b", None, 0)
+        (7, True)
+    """
+    if seed is not None:
+        return seed & (1 << 63) - 1
+    digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class TreeDrafter:
+    """Grows the trees of a batch of requests.
+
+    Args:
+        model: the draft.
+        max_requests: requests of the largest batch.
+        max_tokens: tokens of the longest request.
+        max_nodes: nodes of the largest tree.
+        pool_tokens: tokens that the pages hold, all requests together.
+        vocab_size: width of the target's logits.
+        target_embeddings: tokens that the target can be fed.
+        engine_seed: what the streams of requests without a seed depend on.
+
+    Attributes:
+        pool: the pages.
+        max_tokens: as given.
+        vocab_size: as given.
+        num_without_room: trees that were not grown because no page was free.
+    """
+
+    def __init__(
+        self,
+        model: TreeModel,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        max_nodes: int,
+        pool_tokens: int,
+        vocab_size: int,
+        target_embeddings: int,
+        engine_seed: int = 0,
+    ) -> None:
+        self.model, self.source = model, ModelDraft(model)
+        self.vocab_size, self._target_embeddings, self._engine_seed = vocab_size, target_embeddings, engine_seed
+        self.max_tokens, self._max_rows = max_tokens, max_tokens + max_nodes
+        self._max_positions = max_tokens if model.max_positions is None else model.max_positions
+        pages_each = -(-self._max_rows // PAGE_SIZE)
+        num_pages = min(max(-(-pool_tokens // PAGE_SIZE), pages_each), pages_each * max_requests)
+        self.pool = PagePool(num_pages, PAGE_SIZE)
+        self.cache: PagedTreeCache = model.new_paged_cache(num_pages, PAGE_SIZE)
+        self._table = CacheTable(self.cache.tensors(), paged=True)
+        device = model.device
+        with torch.inference_mode(False):  # bound forwards read these wherever they are written
+            self._pages = torch.zeros(max_requests, pages_each, dtype=torch.int32)
+            self._device_pages = self._pages.to(device)
+            self._own_page = torch.zeros(1, pages_each, dtype=torch.int32, device=device)
+            self._state = DecodingState.create(
+                max_requests, device, seeds=[0] * max_requests, temperature=[0.0] * max_requests, top_k=None, top_p=None
+            )
+        self._own_cache = self.cache.of(self._own_page)
+        self._held = [""] * max_requests  # whose pages lie in a row of the table, and how many
+        self._held_pages = [0] * max_requests
+        self._requests: dict[str, _Request] = {}
+        self._batches: dict[tuple[int, int], _Batch] = {}  # by first place and size
+        self._buffers: dict[TokenTree, TokenBuffers] = {}  # of the largest batch so far
+        self._parts: dict[tuple[TokenTree, int], TokenBuffers] = {}  # their first requests, by number
+        self._clock = StageClock(enabled=False)
+        self.num_without_room = 0
+
+    @staticmethod
+    def bytes_per_token(model: TreeModel) -> int:
+        """Bytes that a token takes in the pages."""
+        return model.new_paged_cache(1, 1).num_bytes
+
+    # Requests
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Give back the pages of requests that ended."""
+        for request_id in request_ids:
+            request = self._requests.pop(request_id, None)
+            if request is not None:
+                self._give_back(request_id, request)
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Give back the pages of requests that were preempted; their random streams go on."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._give_back(request_id, request)
+                request.num_rows = 0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that the draft knows."""
+        return len(self._requests)
+
+    # A step
+
+    def grow(self, wanted: Mapping[TokenTree, Sequence[DraftRequest]]) -> list[DraftedBatch]:
+        """Grow the tree of every request that has read everything; the others read on.
+
+        Args:
+            wanted: the requests that are to get each tree.
+
+        Returns:
+            The trees. Their tensors are overwritten by the next call.
+        """
+        drafted = []
+        left, first = ROWS_READ, 0
+        for tree, entries in wanted.items():
+            ready, left = self._read(entries, tree.num_nodes, left)
+            if ready:
+                drafted.append(self._grow_alike(tree, ready, first))
+                first += len(ready)
+        self._held[first:] = [""] * (len(self._held) - first)
+        return drafted
+
+    def _grow_alike(self, tree: TokenTree, ready: Sequence[DraftRequest], first: int) -> DraftedBatch:
+        """Grow one tree for requests, which take the places from `first` on."""
+        batch = self._batch(first, len(ready))
+        layout = TreeLayout.build(tree, self.model.device)
+        buffers = self._buffers_of(tree, len(ready))
+        requests = [self._requests[entry.request_id] for entry in ready]
+        state = batch.state
+        self._fill(state, ready, requests, first)
+        buffers.tokens[:, 0].copy_(state.root_tokens)
+        batch.drafting.grow(layout, buffers)
+        for request in requests:
+            request.offset += tree.num_nodes
+        assert buffers.draft_logits is not None  # a tree of several nodes has levels
+        return DraftedBatch(
+            tree,
+            {entry.request_id: index for index, entry in enumerate(ready)},
+            [len(entry.tokens) for entry in ready],
+            buffers.tokens,
+            buffers.draft_logits,
+            state.temperature,
+            state.seeds,
+            state.offsets,
+        )
+
+    def commit(self, request_ids: Sequence[str], path: VerifiedPath, num_committed: torch.Tensor) -> None:
+        """Move the rows of accepted nodes behind the committed ones.
+
+        Args:
+            request_ids: the requests of the path.
+            path: what was accepted of trees that `grow` gave last.
+            num_committed: tokens that were committed before. [B] int32; not changed.
+        """
+        places = [self._held.index(request_id) if request_id in self._held else -1 for request_id in request_ids]
+        if max(places) < 0:
+            return
+        num_accepted = path.num_accepted
+        if places == list(range(len(places))):
+            table = self._device_pages[: len(places)]
+        else:  # a request without pages has no rows to move
+            table = self._device_pages[[max(place, 0) for place in places]]
+            has_pages = torch.tensor([place >= 0 for place in places], device=num_accepted.device)
+            num_accepted = torch.where(has_pages, num_accepted, 0)
+        compact_kv_cache_(self._table, path.nodes, num_accepted, num_committed.clone(), block_table=table)
+        for request_id, place, accepted in zip(request_ids, places, num_accepted.tolist()):
+            if place >= 0:
+                # The last accepted node may be a leaf, which was never fed: the next tree begins by feeding it again.
+                self._requests[request_id].num_rows += accepted
+
+    # Inside
+
+    def _give_back(self, request_id: str, request: _Request) -> None:
+        self.pool.give_back(request.pages)
+        if request_id in self._held:  # other requests' rows will lie there
+            self._held[self._held.index(request_id)] = ""
+
+    def _read(self, wanted: Sequence[DraftRequest], num_nodes: int, left: int) -> tuple[list[DraftRequest], int]:
+        """Let requests read what they missed, `left` rows at most; give those that have read all, and what is left."""
+        ready = []
+        for entry in wanted:
+            request = self._requests.get(entry.request_id)
+            if request is None:
+                seed = request_seed(entry.request_id, entry.seed, self._engine_seed)
+                request = self._requests[entry.request_id] = _Request(seed)
+            num_tokens = len(entry.tokens)
+            if num_tokens > self._max_positions:
+                continue
+            if not self.pool.grow(request.pages, min(num_tokens + num_nodes, self._max_rows)):
+                self.num_without_room += 1
+                continue
+            missed = num_tokens - 1 - request.num_rows
+            if missed > 0 and (left > 0 or entry.must_draft):
+                count = missed if entry.must_draft else min(missed, left)
+                self._feed(request, entry.tokens[request.num_rows : request.num_rows + count])
+                left -= count
+                missed -= count
+            if missed == 0:
+                ready.append(entry)
+        return ready, left
+
+    def _feed(self, request: _Request, tokens: np.ndarray) -> None:
+        """Read tokens of one request."""
+        device = self.model.device
+        self._own_page[0, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32, device=device)
+        last_row = torch.zeros(1, dtype=torch.int64, device=device)  # of one row logits are computed, wanted or not
+        for first in range(0, len(tokens), ROWS_READ):
+            chunk = torch.from_numpy(tokens[first : first + ROWS_READ].astype(np.int64))[None].to(device)
+            lens = torch.tensor([request.num_rows], dtype=torch.int32, device=device)
+            step = causal_step(chunk.shape[1], device)
+            self.model.forward(self.source.fed(chunk), self._own_cache, lens, step, last_row=last_row)
+            request.num_rows += chunk.shape[1]
+
+    def _fill(
+        self, state: DecodingState, ready: Sequence[DraftRequest], requests: Sequence[_Request], first: int
+    ) -> None:
+        """Write a batch's state and pages."""
+        columns = (
+            (state.draft_lens, [len(entry.tokens) - 1 for entry in ready]),
+            (state.root_tokens, [int(entry.tokens[-1]) for entry in ready]),
+            (state.last_tokens, [int(entry.tokens[-2]) for entry in ready]),
+            (state.temperature, [entry.temperature for entry in ready]),
+            (state.seeds, [request.seed for request in requests]),
+            (state.offsets, [request.offset for request in requests]),
+        )
+        for tensor, values in columns:
+            tensor.copy_(torch.tensor(values, dtype=tensor.dtype))
+        changed = False
+        for index, (entry, request) in enumerate(zip(ready, requests), first):
+            count = len(request.pages)
+            if self._held[index] != entry.request_id or self._held_pages[index] != count:
+                self._pages[index, :count] = torch.tensor(request.pages, dtype=torch.int32)
+                self._held[index], self._held_pages[index] = entry.request_id, count
+                changed = True
+        if changed:
+            self._device_pages.copy_(self._pages)
+
+    def _batch(self, first: int, batch_size: int) -> _Batch:
+        batch = self._batches.pop((first, batch_size), None)
+        if batch is None:
+            state = _some_requests(self._state, slice(first, first + batch_size))
+            cache = self.cache.of(self._device_pages[first : first + batch_size])
+            drafting = self.source.start_on(cache, state, self._target_embeddings, backend="auto", clock=self._clock)
+            batch = _Batch(state, drafting)
+            while len(self._batches) >= KEPT_BATCHES:
+                self._batches.pop(next(iter(self._batches)))
+        self._batches[first, batch_size] = batch  # the newest at the end
+        return batch
+
+    def _buffers_of(self, tree: TokenTree, batch_size: int) -> TokenBuffers:
+        """Give buffers for a tree: the first requests of those of the largest batch so far."""
+        whole = self._buffers.get(tree)
+        if whole is None or whole.tokens.shape[0] < batch_size:
+            most = min(self._state.seeds.shape[0], 1 << (batch_size - 1).bit_length())
+            layout = TreeLayout.build(tree, self.model.device)
+            with torch.inference_mode(False):
+                whole = TokenBuffers.allocate(layout, most, self.vocab_size, self.model.logits_dtype, self.model.device)
+            self._buffers[tree] = whole
+            self._parts = {key: part for key, part in self._parts.items() if key[0] != tree}
+        part = self._parts.get((tree, batch_size))
+        if part is None:
+            assert whole.draft_logits is not None
+            part = TokenBuffers(whole.tokens[:batch_size], whole.draft_logits[:batch_size])
+            self._parts[tree, batch_size] = part
+        return part
+
+
+def _some_requests(state: DecodingState, part: slice) -> DecodingState:
+    """Give the state of some of the requests: views, not copies."""
+    lens = state.cache_lens[part]
+    return DecodingState(
+        cache_lens=lens,
+        draft_lens=lens,
+        root_tokens=state.root_tokens[part],
+        last_tokens=state.last_tokens[part],
+        active=state.active[part],
+        seeds=state.seeds[part],
+        offsets=state.offsets[part],
+        temperature=state.temperature[part],
+        top_k=None,
+        top_p=None,
+    )

@@ -1,0 +1,603 @@
+"""Everything of vLLM that is not documented is touched here, and what for is said where.
+
+A tree of N nodes takes the N rows that vLLM gives to a request with N - 1 drafted tokens: node j lies at cache row
+`num_computed_tokens + j`, node 0 is the last sampled token. So the scheduler, the block manager and the block tables
+need no change, and the V1 model runner must know of trees in six places, each a section of `TreeRunnerMixin`.
+
+With several ranks (tensor parallelism) rank 0 drafts and decides, and every rank takes what it decided: a rank whose
+logits differ in the last bit would otherwise keep other cache rows than the rest. One small broadcast a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.distributed import get_tp_group
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.outputs import SamplerOutput
+
+from sequoia_kernels.models import adapt, load_model
+from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
+from sequoia_kernels.tree import TokenTree
+from sequoia_kernels.vllm import BACKEND
+from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, first_nodes, paged_rows
+from sequoia_kernels.vllm.drafting import DraftedBatch, DraftRequest, TreeDrafter
+from sequoia_kernels.vllm.load_plan import LoadPlan
+from sequoia_kernels.vllm.measuring import measure_costs
+from sequoia_kernels.vllm.settings import CONFIG_KEY, TreeSettings
+from sequoia_kernels.vllm.support import check_config, check_version
+from sequoia_kernels.vllm.verification import PADDING, Warping, emitted_tokens, verify_drafted
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as ModelRunner
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+
+    # The CPU platform ignores `--attention-backend` and always asks for CPU_ATTN; what stands for it can be replaced.
+    # Only processes that import this module, those of the tree worker, do so.
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+else:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+__all__ = ["TreeModelRunner", "TreeProposer", "TreeWorker", "decodes_trees"]
+
+logger = logging.getLogger("sequoia_kernels")
+
+WHERE = "sequoia_kernels.vllm"
+
+
+class TreeProposer:
+    """What vLLM's "custom_class" makes in every worker: holds the settings, and the draft where this rank drafts.
+
+    vLLM calls `propose` with neither requests nor temperatures, so the runner does not let it come to that.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        check_version()
+        check_config(vllm_config)
+        self.settings = TreeSettings.from_dict((vllm_config.additional_config or {}).get(CONFIG_KEY))
+        self.config = vllm_config
+        self.model: Any = None
+
+    def load_model(self, target: Any) -> None:
+        """Load the draft; vLLM calls this behind loading the target."""
+        if get_tp_group().rank_in_group != 0 and not self.settings.check_ranks:
+            return
+        config = self.config.model_config
+        dtype = config.dtype if self.settings.draft_dtype is None else getattr(torch, self.settings.draft_dtype)
+        device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+        self.model = adapt(load_model(self.settings.draft, dtype=dtype, device=device))
+        vocab_size, most = config.get_vocab_size(), 1024
+        if abs(self.model.vocab_size - vocab_size) > most:
+            raise ValueError(
+                f"{WHERE}: draft must have the target's vocabulary of {vocab_size} tokens, padding aside, "
+                f"got {self.model.vocab_size}"
+            )
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Refuse: only the tree runner drafts."""
+        raise RuntimeError(f"{WHERE}: the proposer must run in the tree worker, got another one; see engine_args")
+
+
+class _CacheGroup(NamedTuple):
+    """The caches of the layers that share a block table."""
+
+    group_id: int
+    table: CacheTable
+
+
+class _RunStep(NamedTuple):
+    """A step in which all requests were decoding alike: how long it took is learned from when the next one begins."""
+
+    started: float
+    request_ids: tuple[str, ...]
+    tree: TokenTree | None
+    context: float
+
+
+def decodes_trees(params: SamplingParams | None) -> bool:
+    """Tell whether a request's tokens come from temperature, top-k and top-p alone.
+
+    All others are decoded without a tree, by vLLM's own sampler: their logits depend on the tokens before, or a grammar
+    has an opinion on them.
+    """
+    return (
+        params is not None
+        and params.structured_outputs is None
+        and params.min_p == 0
+        and params.presence_penalty == 0
+        and params.frequency_penalty == 0
+        and params.repetition_penalty == 1
+        and not params.logit_bias
+        and not params.bad_words
+        and params.allowed_token_ids is None
+        and not params.min_tokens
+    )
+
+
+def _is_seeded(params: SamplingParams) -> bool:
+    return params.seed is not None and params.temperature > 0
+
+
+class TreeRunnerMixin:
+    """Overrides of vLLM's V1 `GPUModelRunner`, which it goes in front of."""
+
+    drafter: TreeProposer  # vLLM's name
+    trees: TreeDrafter | None  # where this rank drafts
+
+    # ---- Setting up: called by the worker ----
+
+    def init_trees(self) -> None:
+        """Set up what `__init__` would."""
+        if not isinstance(getattr(self, "drafter", None), TreeProposer):
+            raise ValueError(f"{WHERE}: the tree worker must come with its proposer; take all of engine_args")
+        self.settings = self.drafter.settings
+        self.trees = None
+        self.load_plan: LoadPlan | None = None
+        self.tree_statistics: dict[str, int] = dict.fromkeys(
+            ("steps", "trees", "accepted", "nodes", "cut", "undrafted", "tree_steps", "compared"), 0
+        )
+        self._candidates = [TokenTree(parents) for parents in self.settings.trees]
+        self._most_levels = max(tree.num_levels for tree in self._candidates)
+        self._drafted: list[DraftedBatch] = []
+        self._tree_of: dict[str, TokenTree] = {}  # the tree that a request's drafted tokens are
+        self._next_tree: TokenTree | None = self._candidates[0]
+        self._step_trees = StepTrees()
+        self._cache_groups: list[_CacheGroup] | None = None
+        self._run_step: _RunStep | None = None
+        self._step_started = 0.0
+
+    def tree_pool_bytes(self, available: int) -> int:
+        """Say how much of the memory for caches the draft's pages take."""
+        model = self.drafter.model
+        if model is None:
+            return 0
+        per_token = TreeDrafter.bytes_per_token(model)
+        limits = self.vllm_config.scheduler_config.max_num_seqs * (self.max_model_len + self.settings.max_nodes)
+        if self.settings.draft_cache_tokens is not None:
+            return min(self.settings.draft_cache_tokens, limits) * per_token
+        specs = self.get_kv_cache_spec().values()
+        of_target = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+        return min(int(available * per_token / (per_token + of_target)), limits * per_token)
+
+    def start_trees(self, pool_bytes: int) -> None:
+        """Allocate the draft's pages and time the parts of a step; the caches are there."""
+        settings, model = self.settings, self.drafter.model
+        if model is not None:
+            self.trees = TreeDrafter(
+                model,
+                max_requests=self.vllm_config.scheduler_config.max_num_seqs,
+                max_tokens=self.max_model_len,
+                max_nodes=settings.max_nodes,
+                pool_tokens=pool_bytes // TreeDrafter.bytes_per_token(model),
+                vocab_size=self.model_config.get_vocab_size(),
+                target_embeddings=self.model_config.get_vocab_size(),
+                engine_seed=self.model_config.seed or 0,
+            )
+            pool = self.trees.cache
+            logger.info(
+                "trees: draft %s (%s forwards), %.1f MiB of pages for %d tokens", settings.draft, model.runs,
+                pool.num_bytes / 2**20, pool.num_pages * pool.page_size,
+            )  # fmt: skip
+        if current_platform.is_cpu():
+            _start_native_threads()
+        if settings.by_load:
+            costs = None
+            if settings.profile_seconds > 0:  # on all ranks: forwards are theirs together
+                costs = measure_costs(self, settings.profile_seconds)
+            self.load_plan = LoadPlan(self._candidates, settings.rule, costs)
+
+    # ---- 1. Requests come and go ----
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        self._step_started = time.perf_counter()
+        gone = scheduler_output.finished_req_ids
+        preempted = getattr(scheduler_output, "preempted_req_ids", None) or ()
+        if self.trees is not None:
+            self.trees.forget(gone)
+            self.trees.release(preempted)
+        for request_id in (*gone, *preempted):
+            self._tree_of.pop(request_id, None)
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    # ---- 2. Positions are depths; slots stay one behind the other ----
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        request_ids = self.input_batch.req_ids
+        trees: list[TokenTree | None] = [None] * len(request_ids)
+        if drafted:
+            # vLLM has computed the slots from the positions one behind the other; the model is given the depths.
+            total = scheduler_output.total_num_scheduled_tokens
+            positions = self.query_pos.np[:total].astype(np.int64)
+            starts = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
+            for index, request_id in enumerate(request_ids):
+                num_drafted = len(drafted.get(request_id, ()))
+                if not num_drafted:
+                    continue
+                num_rows = int(num_scheduled_tokens[index])
+                if num_rows != num_drafted + 1:
+                    raise RuntimeError(
+                        f"{WHERE}: a tree of {num_drafted + 1} nodes must be scheduled by itself, got {num_rows} rows"
+                    )
+                tree = trees[index] = self._tree_of[request_id]
+                positions[starts[index] : starts[index] + num_rows] = tree.depths[:num_rows]
+            positions += np.repeat(self.input_batch.num_computed_tokens_cpu[: len(request_ids)], num_scheduled_tokens)
+            self.positions[:total] = torch.from_numpy(positions).to(self.device)
+            # A token that could not be drawn is -1. It is never accepted, but it is embedded.
+            self.input_ids.gpu[:total].clamp_(min=0)
+        self._step_trees.trees = trees
+        self._note_step(trees, num_scheduled_tokens)
+        return prepared
+
+    def _note_step(self, trees: Sequence[TokenTree | None], num_rows: np.ndarray) -> None:
+        """Learn how long the step before took, and remember this one, where all requests decode alike."""
+        if self.load_plan is None or self.trees is None:
+            return
+        count, before = len(trees), self._run_step
+        ids = tuple(self.input_batch.req_ids)
+        if before is not None and before.request_ids == ids and before.tree == trees[0]:
+            took = self._step_started - before.started
+            self.load_plan.observe_step(count, before.context, before.tree, took)
+        alike = all(tree == trees[0] for tree in trees)
+        whole = (num_rows == (1 if trees[0] is None else trees[0].num_nodes)).all()
+        computed = self.input_batch.num_computed_tokens_cpu[:count]
+        decoding = (computed >= self.input_batch.num_prompt_tokens[:count]).all()
+        self._run_step = None
+        if alike and whole and decoding:
+            self._run_step = _RunStep(self._step_started, ids, trees[0], float(computed.mean()))
+
+    # ---- 3. The attention's groups ----
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        for groups in self.attn_groups:
+            for group in groups:
+                builder = group.get_metadata_builder(0)
+                if isinstance(builder, TreeMetadataBuilder):
+                    builder.step_trees = self._step_trees
+        return super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- 4. Verification and commit ----
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
+        batch, ranks = self.input_batch, get_tp_group()
+        if spec_decode_metadata is None or logits is None:
+            return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        self.tree_statistics["steps"] += 1
+        num_rows = [drafted + 1 for drafted in spec_decode_metadata.num_draft_tokens]
+        with_trees = [index for index, rows in enumerate(num_rows) if rows > 1]
+        verdict = None
+        if with_trees:
+            verdict = torch.zeros(len(with_trees) + 1, self._most_levels + 2, dtype=torch.int64, device=logits.device)
+        elif ranks.world_size > 1:
+            verdict = torch.zeros(1, self._most_levels + 2, dtype=torch.int64, device=logits.device)
+        first_rows = np.cumsum([0, *num_rows[:-1]])
+        if self.trees is not None:
+            if with_trees:
+                self._decide(with_trees, num_rows, first_rows, logits, spec_decode_metadata, verdict)
+            self._next_tree = self._choose_tree()
+        if verdict is not None and ranks.world_size > 1:
+            self._share(verdict)
+        return self._output(logits, num_rows, first_rows, with_trees, verdict)
+
+    def _decide(
+        self,
+        with_trees: list[int],
+        num_rows: list[int],
+        first_rows: np.ndarray,
+        logits: torch.Tensor,
+        metadata: Any,
+        verdict: torch.Tensor,
+    ) -> None:
+        """Verify the trees. verdict: row i is what becomes of request with_trees[i]: its path's nodes, -1 behind, how
+        many they are, the token behind them; 0 of them where what was scheduled is not what was drafted.
+        """
+        scheduled = metadata.draft_token_ids.cpu().numpy()
+        for drafted in self._drafted:
+            groups: dict[int, list[tuple[int, int, int]]] = {}  # by nodes: row of the verdict, request, place
+            for row, index in enumerate(with_trees):
+                place = drafted.place.get(self.input_batch.req_ids[index])
+                if place is None or drafted.num_tokens[place] != self.input_batch.num_computed_tokens_cpu[index] + 1:
+                    continue
+                nodes, start = num_rows[index], int(first_rows[index]) - index  # no request drafts its root
+                tokens = drafted.tokens[place, 1:nodes].cpu().numpy()
+                if np.array_equal(scheduled[start : start + nodes - 1], tokens.clip(min=0)):
+                    groups.setdefault(nodes, []).append((row, index, place))
+            for nodes, members in groups.items():
+                rows, indices, places = (list(column) for column in zip(*members))
+                self._decide_alike(drafted, nodes, rows, indices, places, first_rows, logits, verdict)
+
+    def _decide_alike(
+        self,
+        drafted: DraftedBatch,
+        num_nodes: int,
+        rows: list[int],
+        indices: list[int],
+        places: list[int],
+        first_rows: np.ndarray,
+        logits: torch.Tensor,
+        verdict: torch.Tensor,
+    ) -> None:
+        """Verify trees of equally many nodes, and commit them in the draft's pages."""
+        batch = self.input_batch
+        request_ids = [batch.req_ids[index] for index in indices]
+        params = [self.requests[request_id].sampling_params for request_id in request_ids]
+        if indices == list(range(len(first_rows))) and logits.shape[0] == num_nodes * len(indices):
+            target = logits.view(len(indices), num_nodes, -1)
+        else:
+            taken = first_rows[indices][:, None] + np.arange(num_nodes)
+            target = logits[torch.from_numpy(taken).to(logits.device)]
+        path = verify_drafted(
+            drafted, places, num_nodes, target, [Warping(max(p.top_k, 0), p.top_p) for p in params], self.settings.rule
+        )
+        levels = path.nodes.shape[1]
+        place = torch.tensor(rows, device=verdict.device)
+        verdict[place, :levels] = path.nodes.long()
+        verdict[place, levels:-2] = -1
+        verdict[place, -2] = path.num_accepted.long()
+        verdict[place, -1] = path.next_token
+        committed = torch.from_numpy(batch.num_computed_tokens_cpu[indices]).to(path.nodes.device, torch.int32)
+        assert self.trees is not None
+        self.trees.commit(request_ids, path, committed)
+        if self.load_plan is not None and num_nodes == drafted.tree.num_nodes:
+            paths = list(zip(path.nodes.tolist(), path.num_accepted.tolist()))
+            for greedy in (True, False):
+                of_kind = [entry for entry, p in zip(paths, params) if (p.temperature == 0) == greedy]
+                if of_kind:
+                    self.load_plan.observe_path(drafted.tree, of_kind, greedy)
+        self.tree_statistics["cut"] += len(indices) * (num_nodes < drafted.tree.num_nodes)
+
+    def _share(self, verdict: torch.Tensor) -> None:
+        """Let every rank have rank 0's verdict and next tree."""
+        ranks = get_tp_group()
+        own = None
+        if self.trees is not None:
+            # -1 is no tree. Of the plan only rank 0's counts.
+            verdict[-1, 0] = -1 if self._next_tree is None else self._candidates.index(self._next_tree)
+            own = verdict.clone() if self.settings.check_ranks else None
+        ranks.broadcast(verdict, src=0)
+        if own is not None and ranks.rank_in_group != 0:
+            self.tree_statistics["compared"] += 1
+            different = (own[:-1] != verdict[:-1]).any(1).nonzero()
+            if len(different):
+                row = int(different[0])
+                raise RuntimeError(
+                    f"{WHERE}: ranks must decide alike, got another path on rank {ranks.rank_in_group} than on rank 0 in "
+                    f"step {self.tree_statistics['steps']}: {own[row].tolist()} instead of {verdict[row].tolist()}"
+                )
+        chosen = int(verdict[-1, 0])
+        self._next_tree = None if chosen < 0 else self._candidates[chosen]
+
+    def _output(
+        self,
+        logits: torch.Tensor,
+        num_rows: list[int],
+        first_rows: np.ndarray,
+        with_trees: list[int],
+        verdict: torch.Tensor | None,
+    ) -> SamplerOutput:
+        """Emit and commit what was decided; the first row of a request without a verdict is sampled by vLLM."""
+        batch, device = self.input_batch, logits.device
+        metadata = batch.sampling_metadata
+        decided: list[int] = []
+        if with_trees:
+            assert verdict is not None
+            accepted = verdict[:-1, -2].tolist()
+            decided = [row for row, count in enumerate(accepted) if count > 0]
+            self.tree_statistics["undrafted"] += len(with_trees) - len(decided)
+        width = self._most_levels if with_trees else 1
+        roots = torch.from_numpy(first_rows).to(device)
+        if len(decided) == batch.num_reqs and metadata.max_num_logprobs is None:
+            # As vLLM's sampler would give it: int32.
+            sampled = torch.full((batch.num_reqs, width), PADDING, dtype=torch.int32, device=device)
+            output = SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
+        else:
+            root_logits = logits if logits.shape[0] == batch.num_reqs else logits[roots]
+            output = self.sampler(logits=root_logits, sampling_metadata=metadata)
+            if not with_trees:
+                return output
+            sampled = output.sampled_token_ids.new_full((batch.num_reqs, width), PADDING)
+            sampled[:, :1] = output.sampled_token_ids
+        if decided:
+            assert verdict is not None
+            rows = torch.tensor(decided, device=device)
+            path = VerifiedPath(
+                verdict[rows, :-2].to(torch.int32), verdict[rows, -2].to(torch.int32), verdict[rows, -1]
+            )
+            indices = [with_trees[row] for row in decided]
+            self._commit(indices, path, num_rows, roots, sampled)
+            if metadata.max_num_logprobs is not None:
+                path_rows = roots[:, None].repeat(1, width)
+                places = torch.tensor(indices, device=device)
+                path_rows[places] += path.nodes.clamp(min=0).long()
+                # Raw ones, a row for every entry of `sampled`, which vLLM filters alike.
+                table = self.sampler.compute_logprobs(logits[path_rows.flatten()].float())
+                output.logprobs_tensors = self.sampler.gather_logprobs(
+                    table, metadata.max_num_logprobs, sampled.flatten().clamp(min=0).long()
+                )
+        output.sampled_token_ids = sampled
+        return output
+
+    def _commit(
+        self,
+        indices: list[int],
+        path: VerifiedPath,
+        num_rows: list[int],
+        roots: torch.Tensor,
+        sampled: torch.Tensor,
+    ) -> None:
+        """Write what is emitted, and move accepted rows behind the committed ones.
+
+        Before anyone can see them: vLLM hashes a block for its prefix cache when the next step is scheduled, and only
+        up to the tokens that are final by then.
+        """
+        batch, device = self.input_batch, sampled.device
+        most = max(num_rows[index] for index in indices)
+        # The tokens that were fed: node 0 is no drafted one.
+        places = torch.tensor(indices, device=device)
+        nodes = torch.arange(most, device=device)
+        fed = self.input_ids.gpu[
+            (self._row_starts(indices)[:, None] + nodes).clamp_(max=self.input_ids.gpu.shape[0] - 1)
+        ]
+        sampled[places] = emitted_tokens(fed.long(), path).to(sampled.dtype)
+        committed = torch.from_numpy(batch.num_computed_tokens_cpu[indices]).to(device, torch.int32)
+        for group_id, table in self._tables():
+            pages = batch.block_table[group_id].get_device_tensor(batch.num_reqs)
+            if indices != list(range(batch.num_reqs)):
+                pages = pages.index_select(0, places)
+            compact_kv_cache_(table, path.nodes, path.num_accepted, committed.clone(), block_table=pages)
+        counts = self.tree_statistics
+        counts["tree_steps"] += 1
+        counts["trees"] += len(indices)
+        counts["nodes"] += sum(num_rows[index] for index in indices)
+        counts["accepted"] += int(path.num_accepted.sum())
+
+    def _row_starts(self, indices: list[int]) -> torch.Tensor:
+        """First row of requests among all rows that were fed. [B] int64."""
+        return self.query_start_loc.gpu[torch.tensor(indices, device=self.device)].long()
+
+    def _tables(self) -> list[_CacheGroup]:
+        if self._cache_groups is None:
+            layers = self.compilation_config.static_forward_context
+            self._cache_groups = []
+            for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups):
+                # Layers may share a cache, which must not be compacted twice.
+                caches = {layers[name].kv_cache.data_ptr(): layers[name].kv_cache for name in group.layer_names}
+                table = CacheTable([paged_rows(cache) for cache in caches.values()], paged=True)
+                self._cache_groups.append(_CacheGroup(group_id, table))
+        return self._cache_groups
+
+    # ---- 5. The next trees ----
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        # vLLM stops drafting for the whole batch when one request comes near the end. The scheduler cuts trees there.
+        return common_attn_metadata is not None
+
+    def _choose_tree(self) -> TokenTree | None:
+        """Choose the tree of the next step by the requests that will want one."""
+        if self.load_plan is None:
+            return self._candidates[0]
+        batch = self.input_batch
+        params = [self.requests[request_id].sampling_params for request_id in batch.req_ids]
+        going = ~self.discard_request_mask.np[: batch.num_reqs]
+        wanting = [p for p, goes in zip(params, going) if goes and decodes_trees(p) and not _is_seeded(p)]
+        if not wanting:
+            return None
+        num_greedy = sum(p.temperature == 0 for p in wanting)
+        context = float(batch.num_computed_tokens_cpu[: batch.num_reqs].mean())
+        return self.load_plan.choose(len(wanting), num_greedy, context)
+
+    def propose_draft_token_ids(
+        self, scheduler_output: Any, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        self._draft_probs = self._draft_prob_req_ids = None  # vLLM's, of its own drafts
+        batch = self.input_batch
+        proposed: list[list[int]] = [[] for _ in batch.req_ids]
+        wanted: dict[TokenTree, list[DraftRequest]] = {}
+        for index, request_id in enumerate(batch.req_ids):
+            params = self.requests[request_id].sampling_params
+            # No tokens: a prompt that is not complete yet.
+            if not sampled_token_ids[index] or not decodes_trees(params):
+                continue
+            seeded = _is_seeded(params)
+            tree = self._candidates[0] if seeded else self._next_tree
+            if tree is None:
+                continue
+            self._tree_of[request_id] = tree
+            if self.trees is not None:
+                tokens = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]]
+                entry = DraftRequest(request_id, tokens, params.temperature, params.seed, must_draft=seeded)
+                wanted.setdefault(tree, []).append(entry)
+        self._drafted = []
+        if self.trees is None or not wanted:
+            return proposed
+        self._drafted = self.trees.grow(wanted)
+        for drafted in self._drafted:
+            tokens = drafted.tokens[:, 1:].clamp(min=0).tolist()
+            for request_id, place in drafted.place.items():
+                proposed[batch.req_id_to_index[request_id]] = tokens[place]
+        return proposed
+
+
+class TreeModelRunner(TreeRunnerMixin, ModelRunner):
+    """vLLM's V1 model runner, with trees."""
+
+
+class TreeWorker(Worker):
+    """The worker that `worker_cls` names: vLLM's, with the tree runner."""
+
+    def init_device(self) -> None:
+        """Set up the device and the runner."""
+        if getattr(self, "use_v2_model_runner", False):
+            raise ValueError(f"{WHERE}: trees need vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0")
+        super().init_device()
+        if not isinstance(self.model_runner, TreeModelRunner):
+            # The CPU worker names its runner's class in the middle of `init_device`, and there is no setting for it.
+            self.model_runner.__class__ = TreeModelRunner
+        self.model_runner.init_trees()
+
+    def _make_model_runner(self) -> TreeModelRunner:
+        # The hook of the GPU worker.
+        return TreeModelRunner(self.vllm_config, self.device)
+
+    def determine_available_memory(self) -> int:
+        """Give what vLLM's caches may take: what is there, less the draft's pages."""
+        available = super().determine_available_memory()
+        self._pool_bytes = self.model_runner.tree_pool_bytes(available)
+        return available - self._pool_bytes
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up; the caches are there by now, so the draft's pages can be, too."""
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_trees(getattr(self, "_pool_bytes", 0))
+        return times
+
+    def tree_report(self) -> dict[str, Any]:
+        """Counts since the start, and what is learned of load; for `LLM.collective_rpc`."""
+        runner = self.model_runner
+        report: dict[str, Any] = dict(runner.tree_statistics)
+        if runner.trees is not None:
+            pool = runner.trees.pool
+            report |= {
+                "draft_requests": runner.trees.num_requests,
+                "draft_pages": pool.num_pages,
+                "draft_pages_free": pool.num_free,
+                "without_room": runner.trees.num_without_room,
+            }
+        if runner.load_plan is not None:
+            report["plan"] = runner.load_plan.report()
+        return report
+
+
+def _start_native_threads() -> None:
+    """Start the threads of native forwards where vLLM's own threads may run.
+
+    vLLM binds this thread to one core, and a thread that it starts would inherit that.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    from sequoia_kernels import _host
+
+    own = os.sched_getaffinity(0)
+    cores: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            cores |= os.sched_getaffinity(int(task.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    os.sched_setaffinity(0, cores)
+    try:
+        _host.stop_forward_threads()
+        _host.multiply_add_rate(_host.forward_instruction_set(""), 1000, torch.get_num_threads())
+    finally:
+        os.sched_setaffinity(0, own)

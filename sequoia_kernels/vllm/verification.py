@@ -1,0 +1,96 @@
+"""Verification of a step's trees: which of the drafted tokens are accepted, for requests that stand anywhere in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from sequoia_kernels.ops import VerifiedPath, verify_tree
+from sequoia_kernels.vllm.attention import first_nodes
+from sequoia_kernels.vllm.drafting import DraftedBatch
+
+__all__ = ["PADDING", "Warping", "emitted_tokens", "verify_drafted"]
+
+PADDING = -1  # what vLLM takes out of sampled_token_ids
+
+
+class Warping(NamedTuple):
+    """Cuts of one request's distribution.
+
+    Attributes:
+        top_k: 0 is off.
+        top_p: 1 is off.
+    """
+
+    top_k: int
+    top_p: float
+
+
+def verify_drafted(
+    drafted: DraftedBatch,
+    places: Sequence[int],
+    num_nodes: int,
+    target_logits: torch.Tensor,
+    warping: Sequence[Warping],
+    rule: str,
+) -> VerifiedPath:
+    """Verify trees of one size.
+
+    Args:
+        drafted: the trees.
+        places: rows of the requests in it. [B]
+        num_nodes: nodes that were scheduled of each tree, the first ones.
+        target_logits: of these nodes. [B, num_nodes, vocab].
+        warping: cuts of the requests. [B]
+        rule: verification rule.
+
+    Returns:
+        The accepted paths.
+    """
+    device = target_logits.device
+    columns = (drafted.tokens, drafted.draft_logits, drafted.temperature, drafted.seeds, drafted.offsets)
+    if list(places) != list(range(len(drafted.place))):
+        index = torch.tensor(places, device=device)
+        columns = tuple(column.index_select(0, index) for column in columns)  # type: ignore[assignment]
+    tokens, draft_logits, temperature, seeds, offsets = columns
+    top_k = top_p = None
+    if any(entry.top_k for entry in warping):
+        top_k = torch.tensor([entry.top_k for entry in warping], dtype=torch.int32, device=device)
+    if any(entry.top_p < 1 for entry in warping):
+        top_p = torch.tensor([entry.top_p for entry in warping], dtype=torch.float32, device=device)
+    return verify_tree(
+        tokens[:, :num_nodes],
+        target_logits,
+        draft_logits[:, :num_nodes],
+        first_nodes(drafted.tree, num_nodes),
+        temperature,
+        seeds,
+        offsets,
+        top_k=top_k,
+        top_p=top_p,
+        rule=rule,
+    )
+
+
+def emitted_tokens(tokens: torch.Tensor, path: VerifiedPath) -> torch.Tensor:
+    """Give what a path emits: the accepted tokens, then the one behind them, then padding.
+
+    Args:
+        tokens: tokens of the nodes. [B, N] int64.
+        path: the accepted path, of at most L nodes.
+
+    Returns:
+        [B, L] int64.
+
+    Example:
+        >>> nodes, num = torch.tensor([[0, 2, -1], [0, -1, -1]]), torch.tensor([2, 1])
+        >>> path = VerifiedPath(nodes.int(), num.int(), torch.tensor([7, 8]))
+        >>> emitted_tokens(torch.tensor([[4, 5, 6], [4, 5, 6]]), path).tolist()
+        [[6, 7, -1], [8, -1, -1]]
+    """
+    below = path.nodes[:, 1:]
+    emitted = torch.full(path.nodes.shape, PADDING, dtype=torch.int64, device=tokens.device)
+    emitted[:, :-1] = tokens.gather(1, below.clamp(min=0).long()).masked_fill_(below < 0, PADDING)
+    return emitted.scatter_(1, (path.num_accepted - 1).long()[:, None], path.next_token[:, None])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -28,8 +27,9 @@ from sequoia_kernels.ops.backends import runs_own
 from sequoia_kernels.ops.tree_attention.host import attend_pages
 from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
+from sequoia_kernels.vllm.cut_trees import first_nodes
 
-__all__ = ["TreeAttentionBackend", "TreeMetadataBuilder", "first_nodes", "paged_rows"]
+__all__ = ["TreeAttentionBackend", "TreeMetadataBuilder", "paged_rows"]
 
 
 class RowGroup(NamedTuple):
@@ -65,12 +65,6 @@ class StepTrees:
 def paged_rows(kv_cache: torch.Tensor) -> torch.Tensor:
     """View vLLM's [blocks, Hkv, page, content] as the ops' [blocks, page, Hkv, content]."""
     return kv_cache.permute(0, 2, 1, 3)
-
-
-@lru_cache(maxsize=1024)
-def first_nodes(tree: TokenTree, num_nodes: int) -> TokenTree:
-    """Give what is left of a tree of which only so many nodes were scheduled: nodes are numbered breadth-first."""
-    return tree if num_nodes == tree.num_nodes else TokenTree(tree.parents[:num_nodes])
 
 
 class TreeAttentionBackend(AttentionBackend):

@@ -27,7 +27,7 @@ from sequoia_kernels.models import adapt, load_model
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm import BACKEND
-from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, first_nodes, paged_rows
+from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, paged_rows
 from sequoia_kernels.vllm.drafting import DraftedBatch, DraftRequest, TreeDrafter
 from sequoia_kernels.vllm.load_plan import LoadPlan
 from sequoia_kernels.vllm.measuring import measure_costs

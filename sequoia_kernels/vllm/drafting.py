@@ -1,8 +1,9 @@
-"""The draft of a batch that changes from step to step: one forward a level for all requests, its rows in pages of a pool.
+"""The draft of a batch that changes from step to step: a forward a level for all requests, its rows in pages of a pool.
 
-Requests come, grow, are preempted and end; each has pages of its own in one pool. A step grows the trees of all requests
-whose draft has read everything but their newest token; the others first read what they missed, at most so many rows in a
-step, and get no tree until then. A tree's accepted rows are moved behind the committed ones like the target's.
+Requests come, grow, are preempted and end; each has pages of its own in one pool. A step grows the trees of all
+requests whose draft has read everything but their newest token; the others first read what they missed, at most so
+many rows in a step, and get no tree until then. A tree's accepted rows are moved behind the committed ones like the
+target's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.pages import PagePool
 
-__all__ = ["DraftedBatch", "DraftRequest", "TreeDrafter", "request_seed"]
+__all__ = ["DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
 
 PAGE_SIZE = 16
 ROWS_READ = 512  # rows of missed tokens that are read in one step, all requests together

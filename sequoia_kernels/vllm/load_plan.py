@@ -1,14 +1,14 @@
 """Which tree a step decodes with, by how many requests are running: never slower than without trees under load.
 
 A forward of the target over B requests of N nodes reads the weights once, whatever B and N, until its arithmetic takes
-longer than that; from there on every row costs, and a tree's rows are mostly rejected. So the best tree shrinks with the
-number of running requests, down to none. What is compared is tokens a second:
+longer than that; from there on every row costs, and a tree's rows are mostly rejected. So the best tree shrinks with
+the number of running requests, down to none. What is compared is tokens a second:
 
     sum over requests of E[tokens | tree, acceptance] / seconds(B, tree, context)
 
-Seconds are those of a table of measurements: forwards by rows, attention by rows and context, the draft's levels by rows,
-all timed once at start; and what a whole step took beyond them, learned from the steps themselves. Acceptance is one
-number that the verified paths tell (`ShiftEstimate`), for greedy and for sampled requests.
+Seconds are those of a table of measurements: forwards by rows, attention by rows and context, the draft's levels by
+rows, all timed once at start; and what a whole step took beyond them, learned from the steps themselves. Acceptance is
+one number that the verified paths tell (`ShiftEstimate`), for greedy and for sampled requests.
 """
 
 from __future__ import annotations

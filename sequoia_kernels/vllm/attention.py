@@ -1,4 +1,4 @@
-"""Attention backend of vLLM: requests of a batch are token trees behind their committed rows; a prompt chunk is a chain.
+"""Attention backend of vLLM: a request's rows are a token tree behind its committed ones; a prompt chunk is a chain.
 
 vLLM's paged cache is one tensor a layer, keys and values of a head side by side, in any physical order of its
 dimensions. The op takes strides, so keys and values are views of it and nothing is copied.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -24,9 +23,13 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from sequoia_kernels.models import causal_step
 from sequoia_kernels.ops import tree_attention
+from sequoia_kernels.ops.backends import runs_own
+from sequoia_kernels.ops.tree_attention.host import attend_pages
+from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
+from sequoia_kernels.vllm.cut_trees import first_nodes
 
-__all__ = ["TreeAttentionBackend", "TreeMetadataBuilder", "first_nodes", "paged_rows"]
+__all__ = ["TreeAttentionBackend", "TreeMetadataBuilder", "paged_rows"]
 
 
 class RowGroup(NamedTuple):
@@ -62,12 +65,6 @@ class StepTrees:
 def paged_rows(kv_cache: torch.Tensor) -> torch.Tensor:
     """View vLLM's [blocks, Hkv, page, content] as the ops' [blocks, page, Hkv, content]."""
     return kv_cache.permute(0, 2, 1, 3)
-
-
-@lru_cache(maxsize=1024)
-def first_nodes(tree: TokenTree, num_nodes: int) -> TokenTree:
-    """Give what is left of a tree of which only so many nodes were scheduled: nodes are numbered breadth-first."""
-    return tree if num_nodes == tree.num_nodes else TokenTree(tree.parents[:num_nodes])
 
 
 class TreeAttentionBackend(AttentionBackend):
@@ -199,6 +196,9 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
         self.stores = kv_sharing_target_layer_name is None
+        nothing = torch.empty(0)
+        self._seen = nothing, nothing, nothing, nothing
+        self._on_host = False
 
     def forward(
         self,
@@ -215,31 +215,57 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         """Attend; writes `output` and the cache rows of the step's tokens."""
         if attn_metadata is None:  # a forward to measure memory, or to compile
             return output.zero_()
-        pages = paged_rows(kv_cache)
-        keys, values = pages.split(self.head_size, dim=3)
+        if kv_cache is not self._seen[0]:
+            self._look(kv_cache)
+        _, pages, keys, values = self._seen
         if self.stores:
             _store(pages, key, value, attn_metadata)
         heads_of_rows = output.view(query.shape)
         for group in attn_metadata.groups:
             shape = (-1, group.num_rows, *query.shape[1:])
-            as_slice = isinstance(group.rows, slice)
-            nodes = query[group.rows] if as_slice else query.index_select(0, group.rows)
-            attended = tree_attention(
-                nodes.reshape(shape),
-                keys,
-                values,
-                group.mask,
-                group.cache_lens,
-                scale=self.scale,
-                softcap=self.softcap,
-                sliding_window=self.sliding_window,
-                sinks=self.sinks,
-                block_table=group.block_table,
-                out=heads_of_rows[group.rows].view(shape) if as_slice else None,
-            ).out
-            if not as_slice:
-                heads_of_rows.index_copy_(0, group.rows, attended.flatten(0, 1))
+            if isinstance(group.rows, slice):
+                out = heads_of_rows[group.rows].view(shape)
+                self._attend(query[group.rows].reshape(shape), keys, values, group, out)
+                continue
+            nodes = query.index_select(0, group.rows)
+            out = torch.empty_like(nodes)
+            self._attend(nodes.view(shape), keys, values, group, out.view(shape))
+            heads_of_rows.index_copy_(0, group.rows, out)
         return output
+
+    def _look(self, kv_cache: torch.Tensor) -> None:
+        """Lay out a cache; vLLM gives a layer the same one in every step."""
+        pages = paged_rows(kv_cache)
+        keys, values = pages.split(self.head_size, dim=3)
+        self._seen = kv_cache, pages, keys, values
+        self._on_host = kv_cache.is_cpu and runs_own(tree_attention.__name__, "auto", "cpu", "host")
+        if self.sinks is not None and kv_cache.is_cpu:
+            self.sinks = self.sinks.detach().to(torch.float32).contiguous()
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: RowGroup, out: torch.Tensor
+    ) -> None:
+        """Attend from the rows of one group. query, out: [B, N, Hq, D]."""
+        if self._on_host and query.dtype == keys.dtype and out.is_contiguous():
+            inputs = TreeAttentionInputs(
+                query, keys, values, group.mask, group.cache_lens, self.scale, self.softcap, self.sliding_window,
+                self.sinks, group.block_table, None, None, False,
+            )  # fmt: skip
+            attend_pages(inputs, out, torch.get_num_threads())
+            return
+        tree_attention(
+            query,
+            keys,
+            values,
+            group.mask,
+            group.cache_lens,
+            scale=self.scale,
+            softcap=self.softcap,
+            sliding_window=self.sliding_window,
+            sinks=self.sinks,
+            block_table=group.block_table,
+            out=out,
+        )
 
 
 def _store(pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: TreeMetadata) -> None:

@@ -11,10 +11,8 @@ logits differ in the last bit would otherwise keep other cache rows than the res
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +21,13 @@ from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from sequoia_kernels.models import adapt, load_model
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm import BACKEND
-from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, first_nodes, paged_rows
+from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, paged_rows
 from sequoia_kernels.vllm.drafting import DraftedBatch, DraftRequest, TreeDrafter
 from sequoia_kernels.vllm.load_plan import LoadPlan
 from sequoia_kernels.vllm.measuring import measure_costs
@@ -121,7 +119,12 @@ def decodes_trees(params: SamplingParams | None) -> bool:
         and not params.bad_words
         and params.allowed_token_ids is None
         and not params.min_tokens
+        and all(getattr(params, name, None) is None for name in _LATER_PARAMETERS)
     )
+
+
+# Of some versions only: logits or logprobs by a rule of their own, or replayed tokens.
+_LATER_PARAMETERS = ("logprob_token_ids", "thinking_token_budget", "trace_decode_token_ids")
 
 
 def _is_seeded(params: SamplingParams) -> bool:
@@ -189,11 +192,11 @@ class TreeRunnerMixin:
                 pool.num_bytes / 2**20, pool.num_pages * pool.page_size,
             )  # fmt: skip
         if current_platform.is_cpu():
-            _start_native_threads()
+            _share_threads()
         if settings.by_load:
             costs = None
             if settings.profile_seconds > 0:  # on all ranks: forwards are theirs together
-                costs = measure_costs(self, settings.profile_seconds)
+                costs = measure_costs(self, settings.profile_seconds, _of_rank_0)
             self.load_plan = LoadPlan(self._candidates, settings.rule, costs)
 
     # ---- 1. Requests come and go ----
@@ -270,7 +273,7 @@ class TreeRunnerMixin:
     # ---- 4. Verification and commit ----
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
-        batch, ranks = self.input_batch, get_tp_group()
+        ranks = get_tp_group()
         if spec_decode_metadata is None or logits is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
         self.tree_statistics["steps"] += 1
@@ -283,7 +286,7 @@ class TreeRunnerMixin:
             verdict = torch.zeros(1, self._most_levels + 2, dtype=torch.int64, device=logits.device)
         first_rows = np.cumsum([0, *num_rows[:-1]])
         if self.trees is not None:
-            if with_trees:
+            if verdict is not None and with_trees:
                 self._decide(with_trees, num_rows, first_rows, logits, spec_decode_metadata, verdict)
             self._next_tree = self._choose_tree()
         if verdict is not None and ranks.world_size > 1:
@@ -337,9 +340,21 @@ class TreeRunnerMixin:
         else:
             taken = first_rows[indices][:, None] + np.arange(num_nodes)
             target = logits[torch.from_numpy(taken).to(logits.device)]
-        path = verify_drafted(
-            drafted, places, num_nodes, target, [Warping(max(p.top_k, 0), p.top_p) for p in params], self.settings.rule
-        )
+        warping = [Warping(max(p.top_k, 0), p.top_p) for p in params]
+        try:
+            path = verify_drafted(drafted, places, num_nodes, target, warping, self.settings.rule)
+        except ValueError:
+            broken = (~target.isfinite()).flatten(1).any(1).tolist()
+            if not any(broken):
+                raise
+            # Nothing can be verified there: vLLM samples them, as it would without trees. The others are tried again.
+            names = [request_id for request_id, is_broken in zip(request_ids, broken) if is_broken]
+            logger.warning("trees: the target's logits are not finite, no tree for %s in this step", ", ".join(names))
+            whole = [i for i, is_broken in enumerate(broken) if not is_broken]
+            if whole and len(whole) < len(indices):
+                rows, indices, places = ([column[i] for i in whole] for column in (rows, indices, places))
+                self._decide_alike(drafted, num_nodes, rows, indices, places, first_rows, logits, verdict)
+            return
         levels = path.nodes.shape[1]
         place = torch.tensor(rows, device=verdict.device)
         verdict[place, :levels] = path.nodes.long()
@@ -372,8 +387,8 @@ class TreeRunnerMixin:
             if len(different):
                 row = int(different[0])
                 raise RuntimeError(
-                    f"{WHERE}: ranks must decide alike, got another path on rank {ranks.rank_in_group} than on rank 0 in "
-                    f"step {self.tree_statistics['steps']}: {own[row].tolist()} instead of {verdict[row].tolist()}"
+                    f"{WHERE}: ranks must decide alike, got another path on rank {ranks.rank_in_group} than on rank 0 "
+                    f"in step {self.tree_statistics['steps']}: {own[row].tolist()} instead of {verdict[row].tolist()}"
                 )
         chosen = int(verdict[-1, 0])
         self._next_tree = None if chosen < 0 else self._candidates[chosen]
@@ -398,7 +413,7 @@ class TreeRunnerMixin:
         width = self._most_levels if with_trees else 1
         roots = torch.from_numpy(first_rows).to(device)
         if len(decided) == batch.num_reqs and metadata.max_num_logprobs is None:
-            # As vLLM's sampler would give it: int32.
+            # int32, as vLLM's sampler gives them
             sampled = torch.full((batch.num_reqs, width), PADDING, dtype=torch.int32, device=device)
             output = SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
         else:
@@ -408,6 +423,8 @@ class TreeRunnerMixin:
                 return output
             sampled = output.sampled_token_ids.new_full((batch.num_reqs, width), PADDING)
             sampled[:, :1] = output.sampled_token_ids
+            if output.logprobs_tensors is not None:  # a row for every entry of `sampled`, which vLLM filters alike
+                output.logprobs_tensors = _repeated(output.logprobs_tensors, width)
         if decided:
             assert verdict is not None
             rows = torch.tensor(decided, device=device)
@@ -416,11 +433,11 @@ class TreeRunnerMixin:
             )
             indices = [with_trees[row] for row in decided]
             self._commit(indices, path, num_rows, roots, sampled)
-            if metadata.max_num_logprobs is not None:
+            if metadata.max_num_logprobs is not None and not getattr(metadata, "logprob_token_ids", None):
                 path_rows = roots[:, None].repeat(1, width)
                 places = torch.tensor(indices, device=device)
                 path_rows[places] += path.nodes.clamp(min=0).long()
-                # Raw ones, a row for every entry of `sampled`, which vLLM filters alike.
+                # Raw ones.
                 table = self.sampler.compute_logprobs(logits[path_rows.flatten()].float())
                 output.logprobs_tensors = self.sampler.gather_logprobs(
                     table, metadata.max_num_logprobs, sampled.flatten().clamp(min=0).long()
@@ -529,6 +546,12 @@ class TreeRunnerMixin:
         return proposed
 
 
+def _repeated(logprobs: LogprobsTensors, count: int) -> LogprobsTensors:
+    """Give every row of logprobs so many times."""
+    rows = [part.repeat_interleave(count, 0) if part.dim() > 0 and part.numel() else part for part in logprobs[:3]]
+    return logprobs._replace(**dict(zip(logprobs._fields, rows)))
+
+
 class TreeModelRunner(TreeRunnerMixin, ModelRunner):
     """vLLM's V1 model runner, with trees."""
 
@@ -579,25 +602,18 @@ class TreeWorker(Worker):
         return report
 
 
-def _start_native_threads() -> None:
-    """Start the threads of native forwards where vLLM's own threads may run.
+def _of_rank_0(answer: bool) -> bool:
+    """Give every rank the answer of rank 0."""
+    ranks = get_tp_group()
+    return answer if ranks.world_size == 1 else bool(ranks.broadcast_object(answer, src=0))
 
-    vLLM binds this thread to one core, and a thread that it starts would inherit that.
+
+def _share_threads() -> None:
+    """Let native forwards and attention run on the threads that torch has, which vLLM has bound to cores.
+
+    Threads of their own would find torch's spinning on the same cores, and would inherit this thread's binding to one.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return
     from sequoia_kernels import _host
 
-    own = os.sched_getaffinity(0)
-    cores: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            cores |= os.sched_getaffinity(int(task.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    os.sched_setaffinity(0, cores)
-    try:
-        _host.stop_forward_threads()
-        _host.multiply_add_rate(_host.forward_instruction_set(""), 1000, torch.get_num_threads())
-    finally:
-        os.sched_setaffinity(0, own)
+    if not _host.use_openmp_threads(True):
+        logger.warning("trees: torch runs no OpenMP threads that native code could share; it starts its own")

@@ -1,4 +1,4 @@
-"""Verification of a step's trees: which of the drafted tokens are accepted, for requests that stand anywhere in a batch."""
+"""Verification of a step's trees: which drafted tokens are accepted, for requests that stand anywhere in a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sequoia_kernels.ops import VerifiedPath, verify_tree
-from sequoia_kernels.vllm.attention import first_nodes
+from sequoia_kernels.vllm.cut_trees import first_nodes
 from sequoia_kernels.vllm.drafting import DraftedBatch
 
 __all__ = ["PADDING", "Warping", "emitted_tokens", "verify_drafted"]

@@ -69,9 +69,12 @@ TOUCHED: dict[str, dict[str, str]] = {
         "SchedulerOutput": "finished_req_ids preempted_req_ids scheduled_spec_decode_tokens total_num_scheduled_tokens"
     },
     "vllm.v1.spec_decode.metadata": {"SpecDecodeMetadata": "num_draft_tokens draft_token_ids"},
-    "vllm.v1.sample.metadata": {"SamplingMetadata": "max_num_logprobs"},
+    "vllm.v1.sample.metadata": {"SamplingMetadata": "max_num_logprobs logprob_token_ids"},
     "vllm.v1.sample.sampler": {"Sampler": "forward() compute_logprobs() gather_logprobs()"},
-    "vllm.v1.outputs": {"SamplerOutput": "sampled_token_ids logprobs_tensors"},
+    "vllm.v1.outputs": {
+        "SamplerOutput": "sampled_token_ids logprobs_tensors",
+        "LogprobsTensors": "logprobs logprob_token_ids",
+    },
     "vllm.v1.kv_cache_interface": {
         "KVCacheLayout": "LBNHC LBHNC",
         "KVCacheConfig": "kv_cache_groups",
@@ -81,11 +84,12 @@ TOUCHED: dict[str, dict[str, str]] = {
     "vllm.sampling_params": {
         "SamplingParams": """
             temperature top_k top_p seed structured_outputs min_p presence_penalty frequency_penalty
-            repetition_penalty logit_bias bad_words allowed_token_ids min_tokens
+            repetition_penalty logit_bias bad_words allowed_token_ids min_tokens logprob_token_ids
+            thinking_token_budget trace_decode_token_ids
         """
     },
     "vllm.distributed": {"": "get_tp_group()"},
-    "vllm.distributed.parallel_state": {"GroupCoordinator": "rank_in_group world_size broadcast()"},
+    "vllm.distributed.parallel_state": {"GroupCoordinator": "rank_in_group world_size broadcast() broadcast_object()"},
     "vllm.platforms": {"": "current_platform"},
     "vllm.platforms.interface": {"Platform": "is_cpu()"},
     # The attention backend.
@@ -107,7 +111,7 @@ TOUCHED: dict[str, dict[str, str]] = {
     "vllm.config": {
         "VllmConfig": """
             model_config parallel_config scheduler_config cache_config lora_config kv_transfer_config additional_config
-            compilation_config
+            compilation_config watermark_config
         """,
         "ModelConfig": """
             get_vocab_size() dtype seed is_multimodal_model uses_mrope is_encoder_decoder runner_type

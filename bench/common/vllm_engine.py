@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -240,10 +241,10 @@ def run_engine(
     with log.open("w") as stream:
         process = subprocess.Popen(
             [python, "-m", "bench.common.vllm_engine"], cwd=ROOT, env=own | variables, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=stream, text=True,
+            stdout=subprocess.PIPE, stderr=stream, text=True, start_new_session=True,
         )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
-    watchdog = threading.Timer(timeout, process.kill)
+    watchdog = threading.Timer(timeout, _end, [process])
     watchdog.start()
     try:
         with contextlib.suppress(BrokenPipeError):
@@ -256,18 +257,22 @@ def run_engine(
                 raise EngineFailedError(answer["error"])
             yield answer
             expected -= 1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)  # it ends its own processes
         if expected:
             lines = log.read_text(errors="replace").splitlines() or ["it said nothing"]
             raise EngineFailedError(f"ended with status {process.wait()}: {lines[-1]}")
     finally:
         watchdog.cancel()
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+        process.wait()
         process.stdout.close()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +142,31 @@ def test_a_process_answers_line_by_line(interpreter, tmp_path, monkeypatch):
 def test_a_process_that_fails_says_why(body, message, interpreter, tmp_path):
     with pytest.raises(EngineFailedError, match=message):
         answers_of(interpreter(body), tmp_path, timeout=0.5 if "sleep" in body else 60.0)
+
+
+def test_what_a_process_has_started_ends_with_it(interpreter, tmp_path):
+    file = tmp_path / "child"
+    body = f"""
+import subprocess, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
+open({str(file)!r}, "w").write(str(child.pid))
+print(json.dumps({{"error": "it has an heir"}}), flush=True)
+time.sleep(600)
+"""
+    with pytest.raises(EngineFailedError, match="it has an heir"):
+        answers_of(interpreter(body), tmp_path)
+    child, deadline = int(file.read_text()), time.monotonic() + 30
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _runs(child)
+
+
+def _runs(pid):
+    """Whether there is such a process; one that nobody waits for is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_openmp_of_the_environment_is_preloaded(tmp_path):

@@ -420,7 +420,11 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
 
     log = tmp_path / "server.log"
     with log.open("w") as stream:
-        command = ["bash", "-c", serve.replace("vllm serve", f"exec vllm serve --port {port}")]
+        command = [
+            "bash",
+            "-c",
+            serve.replace("python -m vllm", "exec python -m vllm").replace("--model", f"--port {port} --model"),
+        ]
         server = subprocess.Popen(
             command, env=variables, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True
         )

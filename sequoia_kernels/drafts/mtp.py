@@ -74,6 +74,7 @@ class MtpDraft(DraftSource):
         generate(target, MtpDraft.from_target(target), input_ids, tree="auto", max_new_tokens=200)
     """
 
+    shares_target = True
     capturable = False
 
     def __init__(self, model: Any, target: TreeModel | PreTrainedModel) -> None:

@@ -31,6 +31,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -229,7 +230,7 @@ class Session:
         self.device: torch.device = models[0].device
         self.thread = threading.get_ident()
         self.num_forwards = self.num_broadcasts = 0
-        self.checks = compares and self.leads and _asked_to_check()
+        self.compares, self.checks = compares, False
         self._capacity = FIRST_CAPACITY
         self._is_usable = True  # whether the ranks wait for a message
         self._numbers = {id(model.model): number for number, model in enumerate(self.models)}
@@ -266,6 +267,7 @@ class Session:
     def lead(self, work: Callable[[], Result]) -> Result:
         """Do the work, and give its result to the others."""
         try:
+            self.checks = self.compares and _asked_to_check()
             result = work()
             packed = _packed(result)
         except BaseException as error:
@@ -514,7 +516,8 @@ class Session:
 
     def _fail(self, error: RuntimeError) -> NoReturn:
         self._is_usable = False
-        reason = str(error).strip().splitlines()[0]
+        # gloo begins with a place in its own source, and ends with advice
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         raise RankError(
             f"{self.where}: rank {self.ranks.rank} of {self.ranks.size} lost another one after {self.num_forwards} "
             f"forwards of this call; a rank that ends or does not answer within the process group's timeout ends it on "

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models.attention import ATTENTION_NAME, TreeAttention, attend_along_tree, find_attention
-from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
+from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall, ProbedCalls
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
@@ -725,7 +725,7 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> tuple[_ModelPl
 
 
 def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerCall], torch.Tensor]:
-    probed: list[LayerCall] = []
+    probed = ProbedCalls()
     tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     arguments: dict[str, Any] = {
         "input_ids": tokens,
@@ -735,7 +735,8 @@ def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerC
     }
     if takes_context:
         arguments[CONTEXT_KWARG] = probed
-    return probed, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+    logits = AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+    return probed.calls, logits
 
 
 def _checked_calls(model: PreTrainedModel, probed: list[LayerCall]) -> list[LayerCall]:

@@ -68,7 +68,7 @@ def test_two_ranks_say_what_the_whole_model_says(folder: Path) -> None:
         assert_greedy(alike(ranks, f"greedy {family}"), 2)
     assert_sampled(alike(ranks, "sampled"))
     found = alike(ranks, "drafts")
-    same = ("split", "itself", "of a whole target", "lookup", "split, with lookup", "rank 0's alone")
+    same = ("split", "itself", "of a whole target", "lookup", "split, with lookup", "rank 0's alone", "eagle")
     assert [name for name in same if found[name] != found["expected"]] == []
     is_same, num_restarts = found["restarts"]
     assert is_same and num_restarts > 3  # of a split draft of 32 positions, whose caches are begun anew
@@ -176,6 +176,7 @@ def assert_errors(ranks: list[Rank]) -> None:
         )
         assert found["hook"] == f"{others}KeyError: 'no such rule'"
         assert found["variable"] == f"{others}ValueError: SEQUOIA_CHECK_RANKS must be 0 or 1, got 'yes'"
+        assert "must hold embed_tokens.weight for a target that is split over ranks" in found["shared"]
         assert f"{parts} 'layers:1'" in found["layers"] and f"{parts} LayersDraft(" in found["own layers"]
         assert "adapt: compile must be False for a model that is split over ranks" in found["compile"]
         assert found["native"].endswith("its weights are split over 2 ranks")

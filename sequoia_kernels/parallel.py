@@ -555,5 +555,5 @@ def _is_lost(error: RuntimeError) -> bool:
 def _asked_to_check() -> bool:
     value = os.environ.get(CHECK_VARIABLE, "0")
     if value not in ("0", "1"):
-        raise ValueError(f"{CHECK_VARIABLE} must be 0 or 1, got {value!r}")
+        raise ValueError(f"SEQUOIA_CHECK_RANKS must be 0 or 1, got {value!r}")
     return value == "1"

@@ -155,6 +155,7 @@ def drafts() -> Any:
     found["rank 0's alone"] = texts(
         target, whole("llama-draft") if RANK == 0 else None, THREE, MASK, tree=TREE, **GREEDY
     )
+    found["eagle"] = texts(target, f"{sys.argv[1]}/eagle", THREE, MASK, tree=TREE, **GREEDY)
     longer = {**GREEDY, "max_new_tokens": 60}
     output = generate(target, short, THREE, MASK, tree=TREE, **longer)
     found["restarts"] = [output.new_tokens == texts(own, None, THREE, MASK, **longer), output.stats.draft_restarts]
@@ -345,6 +346,7 @@ def errors() -> Any:
         raise KeyError("no such rule")
 
     found["hook"] = message_of(lambda: texts(target, draft, ONE, logits_hook=hook, **settings))
+    found["shared"] = message_of(lambda: texts(target, f"{sys.argv[1]}/eagle-shared", ONE, **settings))
     found["layers"] = message_of(lambda: texts(target, "layers:1", ONE, **settings))
     found["own layers"] = message_of(lambda: texts(target, LayersDraft(target, 1), ONE, **settings))
     found["compile"] = message_of(lambda: texts(target, draft, ONE, compile=True, **settings))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.eagle_heads import write_head
 from support.processes import python_environment
 from support.tiny_families import tiny_model
 
@@ -36,12 +37,15 @@ class Rank(NamedTuple):
 def write_models(folder: Path, names: Sequence[str]) -> None:
     """Write a tiny model of each family ("tied" is a Llama) and its draft, the same with noise on the head.
 
-    And "llama-short", a draft of few positions.
+    Beside a Llama two EAGLE-3 heads, "eagle" and "eagle-shared"; and "llama-short", a draft of few positions.
     """
     for name in names:
         family = "llama" if name == "tied" else name
         model = tiny_model(family, **HEADS, tie_word_embeddings=TIED.get(name, False))
         head = model.get_output_embeddings().weight
+        if name == "llama":  # EAGLE-3 heads, one with an embedding and a head of its own
+            write_head(folder / "eagle", model)
+            write_head(folder / "eagle-shared", model, drop=("embed_tokens.weight",))
         with torch.no_grad():
             if not model.config.tie_word_embeddings:
                 head.mul_(4.0)  # so that another order of sums decides nothing

@@ -43,7 +43,7 @@ from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep, causal_step
 from sequoia_kernels.models.wrapped import unwrapped
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_
-from sequoia_kernels.parallel import ForwardCall, current, ranks_of
+from sequoia_kernels.parallel import ForwardCall, Ranks, current, ranks_of
 from sequoia_kernels.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ class TreeModel:
     """
 
     capturable = True
+    ranks: Ranks | None = None
 
     def __init__(
         self,

@@ -52,13 +52,13 @@ bool attend_tree(std::uintptr_t q_ptr, const py::tuple& q_shape, const py::tuple
                  const py::tuple& values_shape, const py::tuple& values_strides, int type, std::uintptr_t mask_ptr,
                  std::int64_t num_words, bool mask_per_request, std::uintptr_t cache_lens_ptr, double scale,
                  double softcap, std::int64_t sliding_window, std::uintptr_t sinks_ptr, std::uintptr_t block_table_ptr,
-                 std::int64_t max_pages, std::uintptr_t out_ptr, std::uintptr_t lse_ptr) {
+                 std::int64_t max_pages, std::uintptr_t out_ptr, std::uintptr_t lse_ptr, int num_threads) {
     const Layout4d q = layout_of(q_shape, q_strides), keys = layout_of(keys_shape, keys_strides),
                    values = layout_of(values_shape, values_strides);
     const py::gil_scoped_release release;
     return tree_attention(q_ptr, q, keys_ptr, keys, values_ptr, values, type, mask_ptr, num_words, mask_per_request,
                           cache_lens_ptr, scale, softcap, sliding_window, sinks_ptr, block_table_ptr, max_pages, out_ptr,
-                          lse_ptr);
+                          lse_ptr, num_threads);
 }
 
 void bind_ops(py::module_& module) {
@@ -93,7 +93,7 @@ void bind_ops(py::module_& module) {
                py::arg("values_shape"), py::arg("values_strides"), py::arg("type"), py::arg("mask_ptr"),
                py::arg("num_words"), py::arg("mask_per_request"), py::arg("cache_lens_ptr"), py::arg("scale"),
                py::arg("softcap"), py::arg("sliding_window"), py::arg("sinks_ptr"), py::arg("block_table_ptr"),
-               py::arg("max_pages"), py::arg("out_ptr"), py::arg("lse_ptr"),
+               py::arg("max_pages"), py::arg("out_ptr"), py::arg("lse_ptr"), py::arg("num_threads"),
                "Attend along a packed tree mask; see tree_attention.cpp. Returns False, and has written nothing, if a "
                "length or page lies outside the cache.");
     module.def("verify_tree", &verify_tree, release_gil, py::arg("tokens_ptr"), py::arg("target_ptr"),

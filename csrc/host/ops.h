@@ -95,7 +95,7 @@ bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr
                     std::uintptr_t mask_ptr, std::int64_t num_words, bool mask_per_request,
                     std::uintptr_t cache_lens_ptr, double scale, double softcap, std::int64_t sliding_window,
                     std::uintptr_t sinks_ptr, std::uintptr_t block_table_ptr, std::int64_t max_pages,
-                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr);
+                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr, int num_threads);
 
 // ---- Philox streams ----
 

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "elements.h"
+#include "forward/team.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -621,39 +622,59 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     }
 }
 
+// How the query rows of all requests are cut into blocks.
+struct Blocks {
+    std::int64_t rows_per_head, block_rows, block_heads, num_row_blocks, num_head_blocks;
+
+    explicit Blocks(const Call& call) {
+        const std::int64_t num_kv_heads = call.keys.shape[2];
+        rows_per_head = call.num_rows() * (call.q.shape[2] / num_kv_heads);
+        block_rows = std::min(ROW_BLOCK, rows_per_head);
+        block_heads = ROW_BLOCK / block_rows;
+        num_row_blocks = (rows_per_head + block_rows - 1) / block_rows;
+        num_head_blocks = (num_kv_heads + block_heads - 1) / block_heads;
+    }
+    std::int64_t of_request() const { return num_head_blocks * num_row_blocks; }
+};
+
+// Blocks [begin, end) of all.
 template <int W, class Element>
-SEQUOIA_INLINE void attend(const Call& call, Workspace& work) {
+SEQUOIA_INLINE void attend(const Call& call, const Blocks& blocks, std::int64_t begin, std::int64_t end,
+                           Workspace& work) {
     const std::int64_t num_kv_heads = call.keys.shape[2];
-    const std::int64_t rows_per_head = call.num_rows() * (call.q.shape[2] / num_kv_heads);
-    const std::int64_t block_rows = std::min(ROW_BLOCK, rows_per_head), block_heads = ROW_BLOCK / block_rows;
-    for (std::int64_t b = 0; b < call.batch_size(); ++b) {
-        work.columns.build(call, b);
-        for (std::int64_t head = 0; head < num_kv_heads; head += block_heads) {
-            for (std::int64_t row = 0; row < rows_per_head; row += block_rows) {
-                attend_block<W, Element>(call, work,
-                                         {b, head, std::min(block_heads, num_kv_heads - head), row,
-                                          std::min(block_rows, rows_per_head - row)});
-            }
-        }
+    std::int64_t built = -1;
+    for (std::int64_t index = begin; index < end; ++index) {
+        const std::int64_t b = index / blocks.of_request(), within = index % blocks.of_request();
+        if (b != built) work.columns.build(call, built = b);
+        const std::int64_t head = within / blocks.num_row_blocks * blocks.block_heads;
+        const std::int64_t row = within % blocks.num_row_blocks * blocks.block_rows;
+        attend_block<W, Element>(call, work,
+                                 {b, head, std::min(blocks.block_heads, num_kv_heads - head), row,
+                                  std::min(blocks.block_rows, blocks.rows_per_head - row)});
     }
 }
 
 template <int W>
-SEQUOIA_INLINE void attend_any_type(const Call& call, Workspace& work) {
-    if (call.type == ElementType::bfloat16) return attend<W, BFloat16>(call, work);
-    if (call.type == ElementType::float16) return attend<W, Float16>(call, work);
-    attend<W, float>(call, work);
+SEQUOIA_INLINE void attend_any_type(const Call& call, const Blocks& blocks, std::int64_t begin, std::int64_t end,
+                                    Workspace& work) {
+    if (call.type == ElementType::bfloat16) return attend<W, BFloat16>(call, blocks, begin, end, work);
+    if (call.type == ElementType::float16) return attend<W, Float16>(call, blocks, begin, end, work);
+    attend<W, float>(call, blocks, begin, end, work);
 }
 
 // Templates on the width of the CPU's vectors, so not function clones: a tile must fit the registers there are.
-using Attend = void (*)(const Call&, Workspace&);
-void attend_baseline(const Call& call, Workspace& work) { attend_any_type<4>(call, work); }
-#if defined(__x86_64__) && defined(__GNUC__)
-SEQUOIA_AVX2 void attend_avx2(const Call& call, Workspace& work) {
-    attend_any_type<8>(call, work);
+using Attend = void (*)(const Call&, const Blocks&, std::int64_t, std::int64_t, Workspace&);
+void attend_baseline(const Call& call, const Blocks& blocks, std::int64_t begin, std::int64_t end, Workspace& work) {
+    attend_any_type<4>(call, blocks, begin, end, work);
 }
-SEQUOIA_AVX512 void attend_avx512(const Call& call, Workspace& work) {
-    attend_any_type<16>(call, work);
+#if defined(__x86_64__) && defined(__GNUC__)
+SEQUOIA_AVX2 void attend_avx2(const Call& call, const Blocks& blocks, std::int64_t begin, std::int64_t end,
+                              Workspace& work) {
+    attend_any_type<8>(call, blocks, begin, end, work);
+}
+SEQUOIA_AVX512 void attend_avx512(const Call& call, const Blocks& blocks, std::int64_t begin, std::int64_t end,
+                                  Workspace& work) {
+    attend_any_type<16>(call, blocks, begin, end, work);
 }
 Attend fastest_attend() {
     __builtin_cpu_init();
@@ -664,6 +685,17 @@ Attend fastest_attend() {
 #else
 Attend fastest_attend() { return attend_baseline; }
 #endif
+
+// Threads that a call is worth: each is to have some microseconds of multiply-adds.
+int num_threads_for(const Call& call, const Blocks& blocks, int most) {
+    constexpr std::int64_t PRODUCTS_A_THREAD = 1 << 19;
+    std::int64_t columns = 0;
+    for (std::int64_t b = 0; b < call.batch_size(); ++b) columns += std::min<std::int64_t>(call.cache_lens[b], call.window);
+    columns += call.batch_size() * call.num_rows();
+    const std::int64_t products = columns * call.num_rows() * call.q.shape[2] * (call.q.shape[3] + call.values.shape[3]);
+    const std::int64_t wanted = std::min(products / PRODUCTS_A_THREAD, call.batch_size() * blocks.of_request());
+    return static_cast<int>(std::clamp<std::int64_t>(wanted, 1, most));
+}
 
 Rows4d rows_of(std::uintptr_t data, const Layout4d& layout) {
     Rows4d rows{reinterpret_cast<const void*>(data), {}, {}};
@@ -679,7 +711,7 @@ bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr
                     std::int64_t num_words, bool mask_per_request, std::uintptr_t cache_lens_ptr, double scale,
                     double softcap, std::int64_t sliding_window, std::uintptr_t sinks_ptr,
                     std::uintptr_t block_table_ptr, std::int64_t max_pages, std::uintptr_t out_ptr,
-                    std::uintptr_t lse_ptr) {
+                    std::uintptr_t lse_ptr, int num_threads) {
     Call call{};
     call.q = rows_of(q_ptr, q_layout);
     call.keys = rows_of(keys_ptr, keys_layout);
@@ -704,8 +736,24 @@ bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr
 
     if (!values_valid(call)) return false;
     static const Attend attend_fastest = fastest_attend();
-    static thread_local Workspace workspace;
-    attend_fastest(call, workspace);
+    struct Job {
+        const Call& call;
+        const Blocks blocks;
+        std::int64_t count;
+        int size;
+    } job{call, Blocks(call), 0, 1};
+    if (call.num_rows() == 0 || call.batch_size() == 0) return true;
+    job.count = call.batch_size() * job.blocks.of_request();
+    job.size = num_threads_for(call, job.blocks, num_threads);
+    forward::run_in_team(
+        job.size,
+        [](void* argument, int thread) {
+            static thread_local Workspace workspace;
+            const Job& mine = *static_cast<const Job*>(argument);
+            attend_fastest(mine.call, mine.blocks, mine.count * thread / mine.size, mine.count * (thread + 1) / mine.size,
+                           workspace);
+        },
+        &job);
     return true;
 }
 

@@ -23,6 +23,9 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from sequoia_kernels.models import causal_step
 from sequoia_kernels.ops import tree_attention
+from sequoia_kernels.ops.backends import runs_own
+from sequoia_kernels.ops.tree_attention.host import attend_pages
+from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
 from sequoia_kernels.vllm.cut_trees import first_nodes
 
@@ -193,6 +196,9 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
         self.stores = kv_sharing_target_layer_name is None
+        nothing = torch.empty(0)
+        self._seen = nothing, nothing, nothing, nothing
+        self._on_host = False
 
     def forward(
         self,
@@ -209,8 +215,9 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         """Attend; writes `output` and the cache rows of the step's tokens."""
         if attn_metadata is None:  # a forward to measure memory, or to compile
             return output.zero_()
-        pages = paged_rows(kv_cache)
-        keys, values = pages.split(self.head_size, dim=3)
+        if kv_cache is not self._seen[0]:
+            self._look(kv_cache)
+        _, pages, keys, values = self._seen
         if self.stores:
             _store(pages, key, value, attn_metadata)
         heads_of_rows = output.view(query.shape)
@@ -218,22 +225,45 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
             shape = (-1, group.num_rows, *query.shape[1:])
             as_slice = isinstance(group.rows, slice)
             nodes = query[group.rows] if as_slice else query.index_select(0, group.rows)
-            attended = tree_attention(
-                nodes.reshape(shape),
-                keys,
-                values,
-                group.mask,
-                group.cache_lens,
-                scale=self.scale,
-                softcap=self.softcap,
-                sliding_window=self.sliding_window,
-                sinks=self.sinks,
-                block_table=group.block_table,
-                out=heads_of_rows[group.rows].view(shape) if as_slice else None,
-            ).out
+            out = heads_of_rows[group.rows] if as_slice else torch.empty_like(nodes)
+            self._attend(nodes.reshape(shape), keys, values, group, out.view(shape))
             if not as_slice:
-                heads_of_rows.index_copy_(0, group.rows, attended.flatten(0, 1))
+                heads_of_rows.index_copy_(0, group.rows, out)
         return output
+
+    def _look(self, kv_cache: torch.Tensor) -> None:
+        """Lay out a cache; vLLM gives a layer the same one in every step."""
+        pages = paged_rows(kv_cache)
+        keys, values = pages.split(self.head_size, dim=3)
+        self._seen = kv_cache, pages, keys, values
+        self._on_host = kv_cache.is_cpu and runs_own(tree_attention.__name__, "auto", "cpu", "host")
+        if self.sinks is not None and kv_cache.is_cpu:
+            self.sinks = self.sinks.detach().to(torch.float32).contiguous()
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: RowGroup, out: torch.Tensor
+    ) -> None:
+        """Attend from the rows of one group. query, out: [B, N, Hq, D]."""
+        if self._on_host and query.dtype == keys.dtype and out.is_contiguous():
+            inputs = TreeAttentionInputs(
+                query, keys, values, group.mask, group.cache_lens, self.scale, self.softcap, self.sliding_window,
+                self.sinks, group.block_table, None, None, False,
+            )  # fmt: skip
+            attend_pages(inputs, out, torch.get_num_threads())
+            return
+        tree_attention(
+            query,
+            keys,
+            values,
+            group.mask,
+            group.cache_lens,
+            scale=self.scale,
+            softcap=self.softcap,
+            sliding_window=self.sliding_window,
+            sinks=self.sinks,
+            block_table=group.block_table,
+            out=out,
+        )
 
 
 def _store(pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: TreeMetadata) -> None:

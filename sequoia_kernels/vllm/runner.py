@@ -11,10 +11,8 @@ logits differ in the last bit would otherwise keep other cache rows than the res
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,7 +187,7 @@ class TreeRunnerMixin:
                 pool.num_bytes / 2**20, pool.num_pages * pool.page_size,
             )  # fmt: skip
         if current_platform.is_cpu():
-            _start_native_threads()
+            _share_threads()
         if settings.by_load:
             costs = None
             if settings.profile_seconds > 0:  # on all ranks: forwards are theirs together
@@ -579,25 +577,12 @@ class TreeWorker(Worker):
         return report
 
 
-def _start_native_threads() -> None:
-    """Start the threads of native forwards where vLLM's own threads may run.
+def _share_threads() -> None:
+    """Let native forwards and attention run on the threads that torch has, which vLLM has bound to cores.
 
-    vLLM binds this thread to one core, and a thread that it starts would inherit that.
+    Threads of their own would find torch's spinning on the same cores, and would inherit this thread's binding to one.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return
     from sequoia_kernels import _host
 
-    own = os.sched_getaffinity(0)
-    cores: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            cores |= os.sched_getaffinity(int(task.name))
-        except OSError:  # it has ended meanwhile
-            continue
-    os.sched_setaffinity(0, cores)
-    try:
-        _host.stop_forward_threads()
-        _host.multiply_add_rate(_host.forward_instruction_set(""), 1000, torch.get_num_threads())
-    finally:
-        os.sched_setaffinity(0, own)
+    if not _host.use_openmp_threads(True):
+        logger.warning("trees: torch runs no OpenMP threads that native code could share; it starts its own")

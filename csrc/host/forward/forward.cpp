@@ -806,6 +806,8 @@ void bind_forward(py::module_& module) {
     module.def("multiply_add_rate", &sequoia::forward::multiply_add_rate, py::call_guard<py::gil_scoped_release>(),
                py::arg("instruction_set"), py::arg("steps"), py::arg("num_threads"),
                "Multiply-adds of single floats a second that threads make in registers, in `steps` steps.");
+    module.def("use_openmp_threads", &sequoia::forward::use_openmp, py::arg("wanted"),
+               "Let the threads of the OpenMP library that torch loaded run the jobs, or the team's own again. Whether they do.");
     module.def("stop_forward_threads", [] { sequoia::forward::stop_team(); }, py::call_guard<py::gil_scoped_release>(),
                "End the threads of forwards; the next forward starts them again.");
 }

@@ -2,6 +2,10 @@
 
 #include <chrono>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#define SEQUOIA_OPENMP 1
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <signal.h>
@@ -29,6 +33,34 @@ struct Shared {
     std::mutex busy;
     Team team;
 };
+
+// Functions of the OpenMP library that the process has loaded already, whichever it is: libgomp's are libiomp's, too.
+struct OpenMp {
+    using Function = void (*)(void*);
+    void (*parallel)(Function function, void* data, unsigned num_threads, unsigned flags) = nullptr;
+    int (*thread_num)() = nullptr;
+    int (*num_threads)() = nullptr;
+    int (*in_parallel)() = nullptr;
+
+    bool found() const { return parallel != nullptr && thread_num != nullptr && num_threads != nullptr; }
+};
+
+OpenMp find_openmp() {
+    OpenMp found;
+#if defined(SEQUOIA_OPENMP)
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.thread_num = reinterpret_cast<decltype(found.thread_num)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    found.num_threads = reinterpret_cast<decltype(found.num_threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    found.in_parallel = reinterpret_cast<decltype(found.in_parallel)>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
+#endif
+    return found;
+}
+
+std::atomic<bool> by_openmp{false};
+const OpenMp& openmp() {
+    static const OpenMp found = find_openmp();
+    return found;
+}
 
 Shared* shared = nullptr;
 std::uint64_t num_forks = 0;
@@ -59,6 +91,7 @@ Shared& current() {
 
 void Team::run(int size, Job job, void* argument) {
     if (size == 1) return job(argument, 0);
+    if (by_openmp.load(std::memory_order_relaxed) && run_by_openmp(size, job, argument)) return;
     job_ = job;
     argument_ = argument;
     while (static_cast<int>(members_.size()) + 1 < size) {
@@ -68,6 +101,29 @@ void Team::run(int size, Job job, void* argument) {
     begin(size);
     job(argument, 0);
     barrier(size);
+}
+
+// Returns false, and has run nothing, where the library gives fewer threads.
+bool Team::run_by_openmp(int size, Job job, void* argument) {
+    struct Work {
+        Job job;
+        void* argument;
+        int size;
+        bool whole;
+    } work{job, argument, size, true};
+    if (openmp().in_parallel != nullptr && openmp().in_parallel() != 0) return false;
+    openmp().parallel(
+        [](void* data) {
+            Work& mine = *static_cast<Work*>(data);
+            const int thread = openmp().thread_num();
+            if (openmp().num_threads() != mine.size) {
+                if (thread == 0) mine.whole = false;
+                return;
+            }
+            mine.job(mine.argument, thread);
+        },
+        &work, static_cast<unsigned>(size), 0);
+    return work.whole;
 }
 
 void Team::barrier(int size) {
@@ -137,6 +193,12 @@ std::mutex& ForkedLock::get() {
         num_forks_ = num_forks;
     }
     return *mutex_;
+}
+
+bool use_openmp(bool wanted) {
+    const bool taken = wanted && openmp().found();
+    by_openmp.store(taken);
+    return taken;
 }
 
 void run_in_team(int size, Team::Job job, void* argument) {

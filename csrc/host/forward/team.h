@@ -3,6 +3,9 @@
 // One team serves the process. Its members are started when they are first needed, wait for each other inside of a
 // forward by spinning, and sleep between forwards after a short while, so that they take nothing from other threads. A
 // forked child starts its own. Members take no signals.
+//
+// Where torch works between the jobs, its own threads spin for their next work and keep the team's from running. Then jobs
+// can be run by torch's threads instead: `use_openmp`.
 
 #pragma once
 
@@ -32,6 +35,7 @@ class Team {
     ~Team() { stop(); }
 
   private:
+    bool run_by_openmp(int size, Job job, void* argument);
     void serve(int thread, std::uint64_t seen);
     void begin(int size);
 
@@ -57,6 +61,10 @@ class ForkedLock {
     std::unique_ptr<std::mutex> mutex_;
     std::uint64_t num_forks_ = 0;  // before it was made
 };
+
+// Whether jobs are run by the threads of the OpenMP library that torch has loaded, from the caller's next job on. Returns
+// whether they are: there may be no such library.
+bool use_openmp(bool wanted);
 
 // Runs a job on the process's team, one caller at a time; a job of one thread needs none.
 void run_in_team(int size, Team::Job job, void* argument);

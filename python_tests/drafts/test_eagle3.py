@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, measure_profile
 from sequoia_kernels.decoding.engine import GraphedSteps
 from sequoia_kernels.drafts import DecodingState, Drafting, Eagle3Draft, StageClock, draft_from_folder
-from sequoia_kernels.models import TreeStep, causal_step
+from sequoia_kernels.models import PagedTreeCache, TreeStep, causal_step
 
 DATA = Path(__file__).parent / "data" / "eagle3"
 CASES = sorted(folder.name for folder in DATA.iterdir())
@@ -114,6 +114,33 @@ def test_native_rows_are_the_same_bits_beside_others(dtype, tmp_path):
             alone = chain.run(tokens[lane, rows][None], features[lane, rows][None], lens[:1])
             for mine, its in zip(whole, alone, strict=True):
                 assert torch.equal(mine[lane, node], its[0, -1])
+
+
+@pytest.mark.parametrize("forward", ["native", "torch"])
+def test_heads_read_caches_in_pages(forward, tmp_path):
+    source = Eagle3Draft.from_folder(
+        write_head(tmp_path / "head", tiny_llama(3, vocab_size=12), num_layers=2), adapt(tiny_llama(3, vocab_size=12)),
+        forward=forward,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(12, (2, 21), generator=generator)
+    features = torch.randn(2, 21, 32, generator=generator)
+    state = DecodingState.create(2, source.device, seeds=[0, 0], temperature=[1.0] * 2, top_k=None, top_p=None)
+    lens, found = torch.zeros(2, dtype=torch.int32), []
+    for page_size in (None, 1, 4):
+        drafting = source.start(None, state, 24, backend="auto", clock=StageClock(enabled=False))
+        if page_size is not None:
+            order = torch.randperm(48 // page_size, generator=generator).to(torch.int32).view(2, -1)
+            pool = PagedTreeCache(drafting.cache.specs, order.numel(), page_size)
+            drafting.cache = pool.of(order)
+        scored = []
+        for first, step in ((0, causal_step(11)), (11, TreeStep.of(TREE))):
+            part = slice(first, first + step.node_ids.shape[0])
+            scored += drafting._bind(part.stop - first, step).run(tokens[:, part], features[:, part], lens + first)
+        found.append(scored)
+    for one in found[1:]:
+        for mine, its in zip(one, found[0], strict=True):
+            assert torch.equal(mine, its) if forward == "native" else torch.allclose(mine, its, rtol=1e-5, atol=1e-5)
 
 
 def test_what_runs_forwards_is_chosen_by_name(target):

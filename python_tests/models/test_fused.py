@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from sequoia_kernels import generate
 from sequoia_kernels.cuda_graphs import capture
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models import adapt, adapter, causal_step
+from sequoia_kernels.models import adapt, adapter, causal_step, prefill
 from sequoia_kernels.models.adapter import TreeModel
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.quantised import NotNativeError
@@ -683,6 +683,30 @@ def test_kernels_that_do_not_compile_leave_a_model_to_its_modules(monkeypatch):
     monkeypatch.setattr(adapter, "NativeForward", fails)
     with pytest.raises(RuntimeError, match="PassManager"):
         adapter._with_own_forward(model, plan)
+
+
+@needs_kernels
+def test_caches_in_pages_are_left_to_the_modules(caplog):
+    model, modules = fused_pair("llama")
+    lens, table = lens_of(5).to(DEVICE), torch.tensor([[2, 0, 3]], dtype=torch.int32, device=DEVICE)
+    nodes, step = tokens_of(1, 1, NODES).to(DEVICE), causal_step(NODES, DEVICE)
+    scored = []
+    for own in (model, modules):
+        cache = own.new_paged_cache(4, 4).of(table)
+        prefill(own, cache, tokens_of(0, 1, 5).to(DEVICE), lens)
+        with caplog.at_level("INFO", logger="sequoia_kernels"):
+            scored.append(own.forward(nodes, cache, lens, step))
+    assert torch.equal(*scored)
+    plan = model._plan
+    caplog.clear()
+    again = TreeModel(model.model, plan)
+    with caplog.at_level("INFO", logger="sequoia_kernels"):
+        for _ in range(2):
+            again.forward(nodes, cache, lens, step)
+    assert caplog.messages == ["llama: forwards on paged caches by its modules, fused ones know no pages"]
+    asked_for = TreeModel(model.model, plan, forward_mode="fused")
+    with pytest.raises(UnsupportedModelError, match="cache must not be paged for fused forwards, which were asked for"):
+        asked_for.forward(nodes, cache, lens, step)
 
 
 @pytest.mark.gpu

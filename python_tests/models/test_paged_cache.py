@@ -10,8 +10,19 @@ import torch
 from support.native_models import VOCAB, case_pair, lens_of, random_tree, tokens_of
 from support.tiny_families import tiny_model
 
+from sequoia_kernels.decoding.host_step import HostStep
+from sequoia_kernels.drafts import DecodingState, TokenBuffers, TreeLayout
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models import LayerSpec, PagedTreeCache, TreeCache, TreeModel, adapt, causal_step, prefill
+from sequoia_kernels.models import (
+    LayerSpec,
+    PagedTreeCache,
+    StepContext,
+    TreeCache,
+    TreeModel,
+    adapt,
+    causal_step,
+    prefill,
+)
 from sequoia_kernels.models.attention import attend_along_tree, find_attention
 from sequoia_kernels.models.tree_step import TreeStep
 from sequoia_kernels.tree import TokenTree, Topology
@@ -139,6 +150,21 @@ def test_requests_share_the_pages_of_a_common_prompt():
     assert torch.equal(scored, native.forward(nodes, rows, lens_of(32, 32), causal_step(5)))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_padding_may_go_to_a_page_that_nobody_reads(num_threads):
+    native = case_pair("llama", wide=True).native
+    torch.set_num_threads(num_threads)
+    lens, prompts, nodes = lens_of(3, 29, 8), tokens_of(1, 3, 29), tokens_of(2, 3, 6)
+    pool = native.new_paged_cache(12, 8)
+    table = torch.tensor([[5, 11, 0, 0, 0], [2, 8, 1, 4, 9], [7, 3, 0, 0, 0]], dtype=torch.int32)  # 0: padding
+    scored = []
+    for cache in (native.new_cache(3, 40), pool.of(table)):
+        last = prefill(native, cache, prompts, lens)
+        scored.append((last, native.forward(nodes, cache, lens, causal_step(6))))
+    assert all(map(torch.equal, *scored))
+    assert not any(tensor[[6, 10]].any() for tensor in pool.tensors())
+
+
 # ---- bound forwards ----
 
 
@@ -252,6 +278,16 @@ def test_an_attention_must_say_that_it_reads_block_tables():
     for bound in (partial(attend, backend="reference"), find_attention("reference")):  # settings change nothing
         scored = adapt(model.model, attention=bound).forward(tokens, pages, lens, causal_step(3))
         torch.testing.assert_close(scored, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_context_on_another_device_has_the_table_there():
+    pool = case_pair("llama").native.new_paged_cache(3, 4)
+    cache = pool.of(torch.tensor([[2, 0], [1, -1]], dtype=torch.int32))
+    context = StepContext.create(cache, causal_step(2), lens_of(3, 1), attend_along_tree)
+    assert context.block_table is cache.block_table
+    assert (context.first_row, context.rows.tolist()) == (None, [11, 0, 5, 6])
+    moved = context.on(torch.device("meta"))
+    assert moved.block_table.is_meta and moved.block_table.shape == (2, 2) and moved.rows.is_meta
 
 
 # ---- the storage ----
@@ -370,3 +406,10 @@ def test_what_reaches_beyond_a_view_is_refused():
     with pytest.raises(UnsupportedModelError, match=r"reset: cache must not be paged, got pages of 4 rows"):
         cache.reset()
     assert all(tensor[0].any() for tensor in pool.tensors())
+    contiguous = model.new_cache(1, 4)
+    contiguous.require_rows("anybody")
+    state = DecodingState.create(1, torch.device("cpu"), seeds=[0], temperature=[0.0], top_k=None, top_p=None)
+    layout = TreeLayout.build(TokenTree([-1, 0]), "cpu")
+    buffers = TokenBuffers.allocate(layout, 1, VOCAB, torch.float32, torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"HostStep: cache must not be paged"):
+        HostStep(model, cache, state, layout, buffers, [], "sequoia")

@@ -19,7 +19,7 @@ from support.simulated_link import SimulatedLink, VirtualClock
 from support.tiny_families import tiny_model
 
 from sequoia_kernels import TokenTree, adapt, generate
-from sequoia_kernels.models import TreeModel, TreeStep, load_model, prefill
+from sequoia_kernels.models import TreeModel, TreeStep, causal_step, load_model, prefill
 from sequoia_kernels.offload import (
     OffloadedModel,
     ThreadLink,
@@ -268,6 +268,27 @@ def test_a_cache_beyond_the_budget_is_refused(llama: Path) -> None:
             model.new_cache(1, 21)
         with pytest.raises(ValueError, match="must be at least 1"):
             model.new_cache(0, 21)
+        assert model.new_paged_cache(5, 4).num_bytes == model.memory.kv_bytes
+        with pytest.raises(ValueError, match="new_paged_cache: num_pages x page_size = 3 x 7 must fit the"):
+            model.new_paged_cache(3, 7)
+        with pytest.raises(ValueError, match="PagedTreeCache: page_size must be at least 1, got 0"):
+            model.new_paged_cache(3, 0)
+
+
+def test_a_pass_over_the_weights_fills_pages(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that go through the layers side by side store their rows in pages of the same pool."""
+    monkeypatch.setattr(sys.modules["sequoia_kernels.models.prefill"], "_CHUNK_ROWS", 8)
+    prompts = torch.arange(60).view(2, 30) % 32
+    lens, step = torch.tensor([30, 17], dtype=torch.int32), causal_step(5)
+    table = torch.tensor([[9, 2, 4, 0, 11], [5, 7, 3, 8, 1]], dtype=torch.int32)
+    with load_offloaded(llama) as model:
+        scored = []
+        for cache in (model.new_cache(2, 40), model.new_paged_cache(12, 8).of(table)):
+            last = prefill(model, cache, prompts, lens)
+            scored.append((last, model.forward(prompts[:, :5], cache, lens, step)))
+        assert model.streamer is not None
+        for one, other in zip(*scored, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 _PEAK_SCRIPT = """

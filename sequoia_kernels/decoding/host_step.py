@@ -40,6 +40,7 @@ class HostStep:
         self, target: TreeModel, cache: TreeCache, state: DecodingState, layout: TreeLayout, buffers: TokenBuffers,
         caches: Sequence[tuple[Sequence[CacheTable], torch.Tensor]], rule: str,
     ) -> None:  # fmt: skip
+        cache.require_rows("HostStep")
         tokens, draft_logits = buffers.tokens, buffers.draft_logits
         topology = layout.topology
         batch_size, num_nodes = tokens.shape

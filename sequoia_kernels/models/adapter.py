@@ -479,7 +479,7 @@ class TreeModel:
         Args:
             input_ids: as for `forward`; contiguous. Other than there, tokens out of range are fed as the nearest one
                 that the model has an embedding of.
-            cache: as for `forward`.
+            cache: as for `forward`. Its block table, where it has one, is read and checked at every run.
             cache_lens: as for `forward`; contiguous. What it holds then is checked at every run.
             step: as for `forward`.
             last_row: as for `forward`.

@@ -33,8 +33,8 @@ class TreeAttention(Protocol):
         context: of the forward: `context.cache_lens`, [B] int32, committed rows of each request, and
             `context.tree_mask`, [N, W] or [B, N, W] int32: row i sees the committed rows and those tree slots j, cache
             row cache_lens[b] + j, whose bit j % 32 of word j // 32 is set. `context.block_table` is None, or (see
-            below) [B, max_pages] int32: row s of request b is then row s % page of page block_table[b, s // page], and
-            `keys` and `values` are pages, [num_pages, page, Hkv, D] and [num_pages, page, Hkv, Dv].
+            the notes) [B, max_pages] int32: row s of request b is then row s % page of page block_table[b, s // page],
+            and `keys` and `values` are pages, [num_pages, page, Hkv, D] and [num_pages, page, Hkv, Dv].
         scale: what scores are multiplied by; None stands for 1 / sqrt(D).
         softcap: scores become softcap * tanh(score / softcap); None leaves them.
         sliding_window: a row sees what lies less than so many positions back, itself included, by depth and not by
@@ -45,8 +45,9 @@ class TreeAttention(Protocol):
     Returns:
         The attended values. [B, N, Hq, Dv], the dtype of `query`.
 
-    An attention that reads block tables says so by a true attribute `reads_block_tables`; to others no paged cache is
-    given: a forward on one is refused.
+    Notes:
+        An attention that reads block tables says so by a true attribute `reads_block_tables`. Without it a forward on a
+        paged cache is refused.
     """
 
     def __call__(

@@ -41,7 +41,8 @@ def prefill(
     Notes:
         Mutates the cache: all of rows [0, L). Rows past a prompt's end hold keys and values of the padding; nothing
         ever reads them, since only committed rows and rows of the current tree are visible, and both are written before
-        they become so. No host sync on accelerators.
+        they become so. In a paged cache the padding needs rows as well: pages of the request's own, or one for all
+        padding that nobody reads. No host sync on accelerators.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Attention backend of vLLM: requests of a batch are token trees behind their committed rows; a prompt chunk is a chain.
+"""Attention backend of vLLM: a request's rows are a token tree behind its committed ones; a prompt chunk is a chain.
 
 vLLM's paged cache is one tensor a layer, keys and values of a head side by side, in any physical order of its
 dimensions. The op takes strides, so keys and values are views of it and nothing is copied.
@@ -223,12 +223,14 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         heads_of_rows = output.view(query.shape)
         for group in attn_metadata.groups:
             shape = (-1, group.num_rows, *query.shape[1:])
-            as_slice = isinstance(group.rows, slice)
-            nodes = query[group.rows] if as_slice else query.index_select(0, group.rows)
-            out = heads_of_rows[group.rows] if as_slice else torch.empty_like(nodes)
-            self._attend(nodes.reshape(shape), keys, values, group, out.view(shape))
-            if not as_slice:
-                heads_of_rows.index_copy_(0, group.rows, out)
+            if isinstance(group.rows, slice):
+                out = heads_of_rows[group.rows].view(shape)
+                self._attend(query[group.rows].reshape(shape), keys, values, group, out)
+                continue
+            nodes = query.index_select(0, group.rows)
+            out = torch.empty_like(nodes)
+            self._attend(nodes.view(shape), keys, values, group, out.view(shape))
+            heads_of_rows.index_copy_(0, group.rows, out)
         return output
 
     def _look(self, kv_cache: torch.Tensor) -> None:

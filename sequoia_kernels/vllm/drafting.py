@@ -1,8 +1,9 @@
-"""The draft of a batch that changes from step to step: one forward a level for all requests, its rows in pages of a pool.
+"""The draft of a batch that changes from step to step: a forward a level for all requests, its rows in pages of a pool.
 
-Requests come, grow, are preempted and end; each has pages of its own in one pool. A step grows the trees of all requests
-whose draft has read everything but their newest token; the others first read what they missed, at most so many rows in a
-step, and get no tree until then. A tree's accepted rows are moved behind the committed ones like the target's.
+Requests come, grow, are preempted and end; each has pages of its own in one pool. A step grows the trees of all
+requests whose draft has read everything but their newest token; the others first read what they missed, at most so
+many rows in a step, and get no tree until then. A tree's accepted rows are moved behind the committed ones like the
+target's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.pages import PagePool
 
-__all__ = ["DraftedBatch", "DraftRequest", "TreeDrafter", "request_seed"]
+__all__ = ["DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
 
 PAGE_SIZE = 16
 ROWS_READ = 512  # rows of missed tokens that are read in one step, all requests together
@@ -280,7 +281,7 @@ class TreeDrafter:
             missed = num_tokens - 1 - request.num_rows
             if missed > 0 and (left > 0 or entry.must_draft):
                 count = missed if entry.must_draft else min(missed, left)
-                self._feed(request, entry.tokens[request.num_rows : request.num_rows + count])
+                self._feed(request, entry.tokens[: request.num_rows + count])
                 left -= count
                 missed -= count
             if missed == 0:
@@ -288,16 +289,19 @@ class TreeDrafter:
         return ready, left
 
     def _feed(self, request: _Request, tokens: np.ndarray) -> None:
-        """Read tokens of one request."""
+        """Read what is missing of a request's first tokens.
+
+        From one before the missing ones on: a leaf that was accepted last is counted, but was never fed.
+        """
         device = self.model.device
         self._own_page[0, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32, device=device)
         last_row = torch.zeros(1, dtype=torch.int64, device=device)  # of one row logits are computed, wanted or not
-        for first in range(0, len(tokens), ROWS_READ):
+        for first in range(max(request.num_rows - 1, 0), len(tokens), ROWS_READ):
             chunk = torch.from_numpy(tokens[first : first + ROWS_READ].astype(np.int64))[None].to(device)
-            lens = torch.tensor([request.num_rows], dtype=torch.int32, device=device)
+            lens = torch.tensor([first], dtype=torch.int32, device=device)
             step = causal_step(chunk.shape[1], device)
             self.model.forward(self.source.fed(chunk), self._own_cache, lens, step, last_row=last_row)
-            request.num_rows += chunk.shape[1]
+        request.num_rows = len(tokens)
 
     def _fill(
         self, state: DecodingState, ready: Sequence[DraftRequest], requests: Sequence[_Request], first: int

@@ -1,14 +1,14 @@
 """Which tree a step decodes with, by how many requests are running: never slower than without trees under load.
 
 A forward of the target over B requests of N nodes reads the weights once, whatever B and N, until its arithmetic takes
-longer than that; from there on every row costs, and a tree's rows are mostly rejected. So the best tree shrinks with the
-number of running requests, down to none. What is compared is tokens a second:
+longer than that; from there on every row costs, and a tree's rows are mostly rejected. So the best tree shrinks with
+the number of running requests, down to none. What is compared is tokens a second:
 
     sum over requests of E[tokens | tree, acceptance] / seconds(B, tree, context)
 
-Seconds are those of a table of measurements: forwards by rows, attention by rows and context, the draft's levels by rows,
-all timed once at start; and what a whole step took beyond them, learned from the steps themselves. Acceptance is one
-number that the verified paths tell (`ShiftEstimate`), for greedy and for sampled requests.
+Seconds are those of a table of measurements: forwards by rows, attention by rows and context, the draft's levels by
+rows, all timed once at start; and what a whole step took beyond them, learned from the steps themselves. Acceptance is
+one number that the verified paths tell (`ShiftEstimate`), for greedy and for sampled requests.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ Floats = NDArray[np.float64]
 SHIFTS = np.linspace(-4.0, 4.0, 33)
 HALF_LIFE = 48.0  # steps after which what was accepted counts half
 FADING = 0.1  # of a step's fading where nothing is drafted
+FORGETTING = 1 / 1024  # what is known of trees that are not taken fades by this fraction in a step
+FIRST_STEPS = 3  # of which the shortest counts: the first ones find nothing prepared, and may be interrupted
 LEARNING_RATE = 0.15  # of what steps take beyond the table
 MARGIN = 0.02  # a choice takes over when it is predicted to be faster by this fraction
 PATIENCE = 4  # steps that it is kept at least
@@ -136,6 +138,8 @@ class LoadPlan:
             row[: len(widths)] = widths
         self._estimates = {greedy: ShiftEstimate(prior, half_life=HALF_LIFE) for greedy in (True, False)}
         self._beyond: dict[tuple[int, int], float] = {}  # seconds beyond the table, by bucket and choice; -1 is none
+        self._num_seen: dict[tuple[int, int], int] = {}
+        self._probed: set[int] = set()  # buckets
         self._current: dict[int, int] = {}  # the choice of a bucket
         self._since: dict[int, int] = {}  # steps since it was made
         self._probe: dict[int, int] = {}  # steps without trees that are left
@@ -167,13 +171,12 @@ class LoadPlan:
                 current = self._current[bucket] = best
                 self._since[bucket] = 0
         if current < 0:
-            for estimate in self._estimates.values():  # nothing is drafted, so nothing is seen: try again some day
-                estimate.fade(FADING)
+            self._forget(bucket)
             return None
         unprobed = self._unprobed[bucket] = self._unprobed.get(bucket, 0) + 1
-        never = (bucket, -1) not in self._beyond
-        if unprobed >= (PROBE_STEPS * 2 if never else PROBE_EVERY):
+        if unprobed >= (PROBE_EVERY if bucket in self._probed else 2 * PROBE_STEPS):
             self._unprobed[bucket], self._probe[bucket] = 0, PROBE_STEPS
+            self._probed.add(bucket)
         return self.trees[current]
 
     def seconds(self, num_requests: int, context: float) -> Floats:
@@ -198,13 +201,25 @@ class LoadPlan:
         """
         choice = -1 if tree is None else self.trees.index(tree)
         key = batch_bucket(num_requests), choice
-        known = key in self._beyond
+        seen = self._num_seen.get(key, 0)
         predicted = float(self.seconds(num_requests, context)[choice + 1])
-        if known and seconds > LARGEST_STEP * predicted:
-            return
         old = float(self._beyond_of(key[0])[choice + 1])
-        rate = LEARNING_RATE if known else 1.0
-        self._beyond[key] = old + rate * (seconds - predicted)
+        new = old + seconds - predicted
+        if seen < FIRST_STEPS:
+            self._beyond[key] = min(new, old) if seen else new
+        elif seconds < LARGEST_STEP * predicted:
+            self._beyond[key] = old + LEARNING_RATE * (new - old)
+        self._num_seen[key] = seen + 1
+
+    def _forget(self, bucket: int) -> None:
+        """Let what was seen of trees fade while none is grown, so that they are tried again some day."""
+        for estimate in self._estimates.values():
+            estimate.fade(FADING)
+        plain = self._beyond.get((bucket, -1))
+        if plain is not None:
+            for key in self._beyond:
+                if key[0] == bucket and key[1] >= 0:
+                    self._beyond[key] += FORGETTING * (plain - self._beyond[key])
 
     def observe_path(self, tree: TokenTree, paths: Sequence[tuple[Sequence[int], int]], greedy: bool) -> None:
         """Take in accepted paths of one step.

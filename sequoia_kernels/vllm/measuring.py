@@ -1,4 +1,4 @@
-"""The table of `load_plan.py`, measured at start: what forwards, attention and drafting take here, by rows and requests."""
+"""The table of `load_plan.py`, measured at start: what forwards, attention and drafting take, by rows and requests."""
 
 from __future__ import annotations
 
@@ -23,60 +23,61 @@ logger = logging.getLogger("sequoia_kernels")
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 REPEATS = 3
+LONG_SECONDS = 0.5  # a call that takes longer is timed once
+CONTEXT_DRAFTED = 33
 CONTEXTS = (128, 1024)
 ATTENTION_ROWS = (1, 16)
 
 
-def measure_costs(runner: Any, seconds: float) -> StepCosts:
+def measure_costs(runner: Any, seconds: float, agree: Callable[[bool], bool]) -> StepCosts:
     """Time the parts of a step; what the time does not suffice for is continued on straight lines.
 
     Args:
         runner: the tree runner, ready to run.
         seconds: how long it may take, about. Two sizes of everything are measured at least.
+        agree: gives rank 0's answer to all ranks, which run forwards together.
 
     Returns:
         The costs.
     """
     started = time.perf_counter()
-    most_rows = min(runner.max_num_tokens, runner.vllm_config.scheduler_config.max_num_seqs * runner.settings.max_nodes)
+    most = runner.vllm_config.scheduler_config.max_num_seqs
+    most_rows = min(runner.max_num_tokens, most * runner.settings.max_nodes)
     costs = StepCosts()
-    costs.forward = _curve(ROWS, most_rows, lambda rows: _forward(runner, rows), started + 0.5 * seconds)
+    times = _times(ROWS, most_rows, lambda rows: _forward(runner, rows), started + 0.5 * seconds, agree)
+    costs.forward = Curve(times)
     costs.attention = _attention(runner)
     if runner.trees is not None:
-        most = runner.vllm_config.scheduler_config.max_num_seqs
-        deadline = started + seconds
-        two, three = TokenTree.chain(2), TokenTree.chain(3)
-        root = _times(REQUESTS, most, lambda count: _growing(runner.trees, two, count), deadline)
-        both = _times(tuple(root), most, lambda count: _growing(runner.trees, three, count), deadline)
+        two, three, deadline = TokenTree.chain(2), TokenTree.chain(3), started + seconds
+        root = _times(REQUESTS, most, lambda count: _Growing(runner.trees, two, count), deadline, bool)
+        both = _times(tuple(root), most, lambda count: _Growing(runner.trees, three, count), deadline, bool)
         costs.draft_root = Curve(root)
         costs.draft_level = Curve({count: max(both[count] - root[count], 0.0) for count in both})
     logger.info("trees: timed the parts of a step in %.1f s", time.perf_counter() - started)
     return costs
 
 
-def _curve(sizes: tuple[int, ...], most: int, prepare: Callable[[int], Callable[[], object]], deadline: float) -> Curve:
-    return Curve(_times(sizes, most, prepare, deadline))
-
-
 def _times(
-    sizes: tuple[int, ...], most: int, prepare: Callable[[int], Callable[[], object]], deadline: float
+    sizes: tuple[int, ...],
+    most: int,
+    prepare: Callable[[int], Callable[[], object]],
+    deadline: float,
+    agree: Callable[[bool], bool],
 ) -> dict[int, float]:
     """Time calls of growing size until the deadline; two sizes at least, where there are two. Medians."""
     times: dict[int, float] = {}
     for size in sizes:
         if size > most and times:
             break
-        if len(times) >= 2 and time.perf_counter() > deadline:
+        if len(times) >= 2 and agree(time.perf_counter() > deadline):
             break
         call = prepare(size)
         call()  # warms up
-        taken = []
-        for _ in range(REPEATS):
+        taken: list[float] = []
+        while len(taken) < REPEATS and not (taken and agree(taken[-1] > LONG_SECONDS)):
             began = time.perf_counter()
             call()
             taken.append(time.perf_counter() - began)
-            if taken[-1] > 1.0:
-                break
         times[size] = float(np.median(taken))
     return times
 
@@ -98,32 +99,22 @@ def _forward(runner: Any, rows: int) -> Callable[[], object]:
     return call
 
 
-def _growing(drafter: TreeDrafter, tree: TokenTree, num_requests: int) -> Callable[[], object]:
-    """Growing one tree for requests of some tokens, which are forgotten with the call."""
-    length = min(33, drafter.max_tokens)
-    generator = np.random.default_rng(num_requests)
-    entries = [
-        DraftRequest(f"measured {index}", generator.integers(0, drafter.vocab_size, length), 0.0, 0)
-        for index in range(num_requests)
-    ]
+class _Growing:
+    """Growing one tree for requests of some tokens, which are forgotten when nobody holds it any more."""
 
-    def call() -> object:
-        grown = drafter.grow({tree: entries})  # reads the tokens when it is first called
-        _synchronize(drafter.model.device)
-        return grown
-
-    drafter.forget(entry.request_id for entry in entries)
-    return _forgetting(drafter, entries, call)
-
-
-class _forgetting:
-    """A call whose requests are forgotten when nobody holds it any more."""
-
-    def __init__(self, drafter: TreeDrafter, entries: list[DraftRequest], call: Callable[[], object]) -> None:
-        self._drafter, self._entries, self._call = drafter, entries, call
+    def __init__(self, drafter: TreeDrafter, tree: TokenTree, num_requests: int) -> None:
+        length = min(CONTEXT_DRAFTED, drafter.max_tokens)
+        generator = np.random.default_rng(num_requests)
+        self._drafter, self._tree = drafter, tree
+        self._entries = [
+            DraftRequest(f"measured {index}", generator.integers(0, drafter.vocab_size, length), 0.0, 0)
+            for index in range(num_requests)
+        ]
 
     def __call__(self) -> object:
-        return self._call()
+        grown = self._drafter.grow({self._tree: self._entries})  # reads the tokens when it is first called
+        _synchronize(self._drafter.model.device)
+        return grown
 
     def __del__(self) -> None:
         self._drafter.forget(entry.request_id for entry in self._entries)

@@ -21,7 +21,7 @@ from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from sequoia_kernels.models import adapt, load_model
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
@@ -119,7 +119,12 @@ def decodes_trees(params: SamplingParams | None) -> bool:
         and not params.bad_words
         and params.allowed_token_ids is None
         and not params.min_tokens
+        and all(getattr(params, name, None) is None for name in _LATER_PARAMETERS)
     )
+
+
+# Of some versions only: logits or logprobs by a rule of their own, or replayed tokens.
+_LATER_PARAMETERS = ("logprob_token_ids", "thinking_token_budget", "trace_decode_token_ids")
 
 
 def _is_seeded(params: SamplingParams) -> bool:
@@ -191,7 +196,7 @@ class TreeRunnerMixin:
         if settings.by_load:
             costs = None
             if settings.profile_seconds > 0:  # on all ranks: forwards are theirs together
-                costs = measure_costs(self, settings.profile_seconds)
+                costs = measure_costs(self, settings.profile_seconds, _of_rank_0)
             self.load_plan = LoadPlan(self._candidates, settings.rule, costs)
 
     # ---- 1. Requests come and go ----
@@ -268,7 +273,7 @@ class TreeRunnerMixin:
     # ---- 4. Verification and commit ----
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
-        batch, ranks = self.input_batch, get_tp_group()
+        ranks = get_tp_group()
         if spec_decode_metadata is None or logits is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
         self.tree_statistics["steps"] += 1
@@ -281,7 +286,7 @@ class TreeRunnerMixin:
             verdict = torch.zeros(1, self._most_levels + 2, dtype=torch.int64, device=logits.device)
         first_rows = np.cumsum([0, *num_rows[:-1]])
         if self.trees is not None:
-            if with_trees:
+            if verdict is not None and with_trees:
                 self._decide(with_trees, num_rows, first_rows, logits, spec_decode_metadata, verdict)
             self._next_tree = self._choose_tree()
         if verdict is not None and ranks.world_size > 1:
@@ -335,9 +340,21 @@ class TreeRunnerMixin:
         else:
             taken = first_rows[indices][:, None] + np.arange(num_nodes)
             target = logits[torch.from_numpy(taken).to(logits.device)]
-        path = verify_drafted(
-            drafted, places, num_nodes, target, [Warping(max(p.top_k, 0), p.top_p) for p in params], self.settings.rule
-        )
+        warping = [Warping(max(p.top_k, 0), p.top_p) for p in params]
+        try:
+            path = verify_drafted(drafted, places, num_nodes, target, warping, self.settings.rule)
+        except ValueError:
+            broken = (~target.isfinite()).flatten(1).any(1).tolist()
+            if not any(broken):
+                raise
+            # Nothing can be verified there: vLLM samples them, as it would without trees. The others are tried again.
+            names = [request_id for request_id, is_broken in zip(request_ids, broken) if is_broken]
+            logger.warning("trees: the target's logits are not finite, no tree for %s in this step", ", ".join(names))
+            whole = [i for i, is_broken in enumerate(broken) if not is_broken]
+            if whole and len(whole) < len(indices):
+                rows, indices, places = ([column[i] for i in whole] for column in (rows, indices, places))
+                self._decide_alike(drafted, num_nodes, rows, indices, places, first_rows, logits, verdict)
+            return
         levels = path.nodes.shape[1]
         place = torch.tensor(rows, device=verdict.device)
         verdict[place, :levels] = path.nodes.long()
@@ -370,8 +387,8 @@ class TreeRunnerMixin:
             if len(different):
                 row = int(different[0])
                 raise RuntimeError(
-                    f"{WHERE}: ranks must decide alike, got another path on rank {ranks.rank_in_group} than on rank 0 in "
-                    f"step {self.tree_statistics['steps']}: {own[row].tolist()} instead of {verdict[row].tolist()}"
+                    f"{WHERE}: ranks must decide alike, got another path on rank {ranks.rank_in_group} than on rank 0 "
+                    f"in step {self.tree_statistics['steps']}: {own[row].tolist()} instead of {verdict[row].tolist()}"
                 )
         chosen = int(verdict[-1, 0])
         self._next_tree = None if chosen < 0 else self._candidates[chosen]
@@ -396,7 +413,7 @@ class TreeRunnerMixin:
         width = self._most_levels if with_trees else 1
         roots = torch.from_numpy(first_rows).to(device)
         if len(decided) == batch.num_reqs and metadata.max_num_logprobs is None:
-            # As vLLM's sampler would give it: int32.
+            # int32, as vLLM's sampler gives them
             sampled = torch.full((batch.num_reqs, width), PADDING, dtype=torch.int32, device=device)
             output = SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
         else:
@@ -406,6 +423,8 @@ class TreeRunnerMixin:
                 return output
             sampled = output.sampled_token_ids.new_full((batch.num_reqs, width), PADDING)
             sampled[:, :1] = output.sampled_token_ids
+            if output.logprobs_tensors is not None:  # a row for every entry of `sampled`, which vLLM filters alike
+                output.logprobs_tensors = _repeated(output.logprobs_tensors, width)
         if decided:
             assert verdict is not None
             rows = torch.tensor(decided, device=device)
@@ -414,11 +433,11 @@ class TreeRunnerMixin:
             )
             indices = [with_trees[row] for row in decided]
             self._commit(indices, path, num_rows, roots, sampled)
-            if metadata.max_num_logprobs is not None:
+            if metadata.max_num_logprobs is not None and not getattr(metadata, "logprob_token_ids", None):
                 path_rows = roots[:, None].repeat(1, width)
                 places = torch.tensor(indices, device=device)
                 path_rows[places] += path.nodes.clamp(min=0).long()
-                # Raw ones, a row for every entry of `sampled`, which vLLM filters alike.
+                # Raw ones.
                 table = self.sampler.compute_logprobs(logits[path_rows.flatten()].float())
                 output.logprobs_tensors = self.sampler.gather_logprobs(
                     table, metadata.max_num_logprobs, sampled.flatten().clamp(min=0).long()
@@ -527,6 +546,12 @@ class TreeRunnerMixin:
         return proposed
 
 
+def _repeated(logprobs: LogprobsTensors, count: int) -> LogprobsTensors:
+    """Give every row of logprobs so many times."""
+    rows = [part.repeat_interleave(count, 0) if part.dim() > 0 and part.numel() else part for part in logprobs[:3]]
+    return logprobs._replace(**dict(zip(logprobs._fields, rows)))
+
+
 class TreeModelRunner(TreeRunnerMixin, ModelRunner):
     """vLLM's V1 model runner, with trees."""
 
@@ -575,6 +600,12 @@ class TreeWorker(Worker):
         if runner.load_plan is not None:
             report["plan"] = runner.load_plan.report()
         return report
+
+
+def _of_rank_0(answer: bool) -> bool:
+    """Give every rank the answer of rank 0."""
+    ranks = get_tp_group()
+    return answer if ranks.world_size == 1 else bool(ranks.broadcast_object(answer, src=0))
 
 
 def _share_threads() -> None:

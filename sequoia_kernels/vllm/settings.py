@@ -145,7 +145,7 @@ def trees_from(tree: Any, max_nodes: int) -> tuple[tuple[tuple[int, ...], ...], 
 def _ladder(max_nodes: int) -> tuple[tuple[int, ...], ...]:
     """The trees of "auto": the same ones in every process. First the one for requests with seeds."""
     sizes = [size for size in TREE_SIZES if size < max_nodes] + [max_nodes]
-    vectors = [shift_acceptance(AcceptanceEvidence().vector, shift) for shift in SHIFT_LADDER]
+    vectors = [shift_acceptance(AcceptanceEvidence().vector, shift).tolist() for shift in SHIFT_LADDER]
     trees = dict.fromkeys(tuple(optimal_tree(vector, size).parents) for vector in vectors for size in sizes)
     first = tuple(optimal_tree(vectors[1], min(SEEDED_NODES, max_nodes)).parents)
     return (first, *(parents for parents in trees if parents != first))

@@ -1,4 +1,4 @@
-"""Which vLLM the plugin was tested with, and which of its settings trees cannot serve: said before anything is loaded."""
+"""Which vLLM the plugin was tested with, and which of its settings trees cannot serve: said before a weight is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class InstalledVllm(NamedTuple):
 
 def installed_vllm() -> InstalledVllm:
     """Say which vLLM is beside the package, without importing it."""
-    if importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
         return InstalledVllm(None, "vLLM is not installed")
     for name in DISTRIBUTIONS:
         try:
@@ -72,6 +73,7 @@ def check_config(config: Any) -> None:
         ("state-space or linear-attention layers", model.is_hybrid or model.is_attention_free, "an attention model"),
         ("multi-head latent attention", getattr(model, "use_mla", False), "a model with ordinary keys and values"),
         ("asynchronous scheduling", bool(config.scheduler_config.async_scheduling), "no --async-scheduling"),
+        ("watermarks", getattr(config, "watermark_config", None) is not None, "no watermark"),
         ("fp8 caches", config.cache_config.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto"),
     )
     for name, asked, instead in refused:

@@ -1,4 +1,4 @@
-"""Verification of a step's trees: which of the drafted tokens are accepted, for requests that stand anywhere in a batch."""
+"""Verification of a step's trees: which drafted tokens are accepted, for requests that stand anywhere in a batch."""
 
 from __future__ import annotations
 

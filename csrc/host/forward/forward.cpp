@@ -396,7 +396,9 @@ std::int64_t row_of(const Call& call, std::int64_t request, std::int64_t row) {
     return page * call.page_size + row % call.page_size;
 }
 
-std::int64_t first_row_of(const Call& call, std::int64_t request) { return call.paged() ? 0 : request * call.cache_rows; }
+std::int64_t first_row_of(const Call& call, std::int64_t request) {
+    return call.paged() ? 0 : request * call.cache_rows;
+}
 
 // Appends where rows [begin, end) of a request lie, behind `first_row_of`.
 void append_rows(const Call& call, std::int64_t request, std::int64_t begin, std::int64_t end,

@@ -127,6 +127,7 @@ class BlockBackbone:
             rows: flat cache rows that they go to. [R * T] int64.
             rotations: as `rotations` gives them, for all of the positions.
         """
+        cache.require_rows("DFlashDraft")
         config, head_dim = self.form.config, self.form.config.head_dim
         context = self.fc(torch.cat(list(features), dim=-1).to(self.dtype))
         context = F.rms_norm(context, (config.hidden_size,), self.hidden_norm, config.rms_norm_eps)
@@ -150,7 +151,6 @@ class BlockBackbone:
             features: hidden states of the target. [R, T, width] each.
             rotations: as for `write_context`.
         """
-        cache.require_rows("DFlashDraft")
         length, device = features[0].shape[1], self.device
         first_rows = torch.tensor(lanes, device=device)[:, None] * cache.max_cache_len
         for start in range(0, length, _CHUNK_ROWS):

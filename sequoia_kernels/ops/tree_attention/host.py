@@ -65,9 +65,7 @@ def declines(inputs: TreeAttentionInputs) -> str | None:
     )
 
 
-def attend_pages(
-    inputs: TreeAttentionInputs, out: torch.Tensor, num_threads: int
-) -> None:
+def attend_pages(inputs: TreeAttentionInputs, out: torch.Tensor, num_threads: int) -> None:
     """Attend, for a caller that knows what `supports` asks for: no checks but those of values, and on several threads.
 
     Args:
@@ -92,7 +90,11 @@ def run(inputs: TreeAttentionInputs, outputs: TreeAttentionOutput) -> None:
 
 
 def _attend(
-    inputs: TreeAttentionInputs, sinks: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None, num_threads: int
+    inputs: TreeAttentionInputs,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    num_threads: int,
 ) -> bool:
     q, k_cache, v_cache, tree_mask, cache_lens = inputs[:5]
     block_table = inputs.block_table

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.native_models import case_model, case_pair
-from support.vllm.drafting import Requests, drafter_of
+from support.batched_draft import Requests, drafter_of
 
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.ops import VerifiedPath

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
-from support.engines.comparing import assert_same
 from support.engines.client import PAIR, engine
+from support.engines.comparing import assert_same
 
 EIGHT = [-1, 0, 0, 0, 1, 1, 2, 4]
 SIXTEEN = [-1, 0, 0, 0, 0, 1, 1, 1, 2, 2, 5, 5, 6, 10, 10, 13]

@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from support.native_models import case_model, case_pair
 from support.batched_draft import Requests, drafter_of
+from support.native_models import case_model, case_pair
 
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.ops import VerifiedPath

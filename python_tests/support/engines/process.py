@@ -1,7 +1,8 @@
 """An engine of vLLM that a test drives: reads commands from one pipe and answers on another, a JSON document a line.
 
-Runs in the Python that has vLLM: `python -m support.engines.process READ_FD WRITE_FD`. Engines may follow one another in
-one process, all plain ones before the first with trees: the tree worker replaces the CPU's attention backend for good.
+Runs in the Python that has vLLM: `python -m support.engines.process READ_FD WRITE_FD`. Engines may follow one another
+in one process, all plain ones before the first with trees: the tree worker replaces the CPU's attention backend for
+good.
 """
 
 from __future__ import annotations

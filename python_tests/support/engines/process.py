@@ -80,10 +80,10 @@ class Session:
         outputs = self.generate([prompt] * count, [{**params, "detokenize": False}] * count)
         return [output["tokens"][:length] for output in outputs]
 
-    def worker(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the first worker."""
+    def worker(self, method: str, *arguments: Any, rank: int = 0) -> Any:
+        """Call a method of all workers, and give what one of them returns."""
         assert self.llm is not None
-        return self.llm.collective_rpc(method, args=arguments)[0]
+        return self.llm.collective_rpc(method, args=arguments)[rank]
 
     def counters(self) -> dict[str, float]:
         """Give what vLLM counts of preemptions and of drafts."""

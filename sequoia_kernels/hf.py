@@ -144,7 +144,10 @@ class CustomGenerate:
         if draft is not None and assistant_model is not None:
             raise ValueError(f"{WHERE}: draft must be given once, got draft and assistant_model")
         if synced_gpus:
-            raise ValueError(f"{WHERE}: synced_gpus must be False: ranks of a sharded model do not decide alike here")
+            raise ValueError(
+                f"{WHERE}: synced_gpus must be False, got True: shards of ZeRO-3 or FSDP are not supported, models "
+                "that tensor parallelism has split are"
+            )
         config = GenerationSettings(model, generation_config).config  # refuses what trees cannot honour
         _check_model_kwargs(model_kwargs, input_ids)
         output = _generate(

@@ -131,9 +131,12 @@ FEATURES: dict[str, dict[str, Fact]] = {
         transformers=("its modules", {"models/llama/modeling_llama.py": "class LlamaDecoderLayer"}),
         economize=("transformers' modules", {"runtime/runner.py": "class LayerRunner"}),
     ),
-    "vLLM": _facts(economize=("export, plugin", {
-        "backends/vllm/export.py": "export", "backends/vllm/plugin.py": "vllm",
-    })),
+    "vLLM": _facts(
+        sequoia_kernels=("plugin: trees by load", {"vllm/runner.py": "class TreeWorker"}),
+        economize=("export, plugin", {
+            "backends/vllm/export.py": "export", "backends/vllm/plugin.py": "vllm",
+        }),
+    ),
 }  # fmt: skip
 
 

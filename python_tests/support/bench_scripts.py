@@ -26,6 +26,7 @@ __all__ = [
     "summary",
     "synthetic_pair",
     "targets",
+    "vllm_signatures",
     "workloads",
 ]
 
@@ -47,7 +48,7 @@ from bench.common import (  # noqa: E402
     targets,
     workloads,
 )
-from bench.tools import cli_page, gpu_check, sanitize  # noqa: E402
+from bench.tools import cli_page, gpu_check, sanitize, vllm_signatures  # noqa: E402
 
 
 def bench_script(name: str) -> ModuleType:

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     import torch
 
     from sequoia_kernels.ops.backends import backend_report
+    from sequoia_kernels.vllm import installed_vllm
 
     packages = {name: _version_of(name) for name in ("torch", "triton", "transformers", "numpy", "safetensors")}
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     report = backend_report()
     forwards = [] if modules["_host"] is not None else _native_forwards()
     models = {name: _held(name) for name in args.models}
+    vllm = installed_vllm()
     healthy = modules["_host"] is None and all(None in reasons.values() for reasons in report.values())
     document = {
         "version": __version__,
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         "backends": {op: _verdicts(reasons) for op, reasons in report.items()},
         "native_forwards": forwards,
         "models": models,
+        "vllm": {"version": vllm.version, "supported": vllm.reason is None, "reason": vllm.reason},
         "healthy": healthy,
     }
 
@@ -72,6 +75,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.table(columns, rows, "backends", left=columns)
         if forwards:
             terminal.out.print(f"native forwards on this CPU: {forwards[0]} (of {', '.join(forwards)})")
+        terminal.out.print(
+            "trees in vLLM: " + (f"yes, {vllm.version}" if vllm.reason is None else f"no, {vllm.reason}")
+        )
         for name, found in models.items():
             terminal.out.print(f"{name}: {found['holds']}")
         if modules["_host"] is not None:

@@ -16,6 +16,7 @@ from sequoia_kernels.decoding.overhead import growable_part
 from sequoia_kernels.drafts import TokenBuffers, draft_source
 from sequoia_kernels.models import adapt, described_once
 from sequoia_kernels.ops.warping import warped_probs
+from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import StepRecords, estimate_acceptance, optimal_tree
 from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
@@ -112,24 +113,28 @@ def record_steps(
     if source is None or source.proposes:
         raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
     tree = growable_part(RECORD_TREE, source) if tree is None else given
-    recorder = _Recorder(tree)
-    runs = []
-    for index, prompt in enumerate(prompts):
+
+    def recorded() -> StepRecords:
+        recorder = _Recorder(tree)
+        runs = []
+        for index, prompt in enumerate(prompts):
+            if progress is not None:
+                progress(index, len(prompts), f"prompt {index + 1}")
+            arguments = check_arguments(
+                target, source, prompt, torch.ones_like(prompt), max_new_tokens=max_new_tokens,
+                temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=(), pad_token_id=0, seed=seed + index,
+                stop_strings=None, tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None,
+                profile=None, rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
+            )  # fmt: skip
+            source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
+            recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
+            runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
         if progress is not None:
-            progress(index, len(prompts), f"prompt {index + 1}")
-        arguments = check_arguments(
-            target, source, prompt, torch.ones_like(prompt), max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, eos_token_id=(), pad_token_id=0, seed=seed + index, stop_strings=None,
-            tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None, profile=None,
-            rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
-        )  # fmt: skip
-        source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
-        recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
-        runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
-    if progress is not None:
-        progress(len(prompts), len(prompts), "done")
-    acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
-    return recorder.records(acceptance)
+            progress(len(prompts), len(prompts), "done")
+        acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
+        return recorder.records(acceptance)
+
+    return together((target, *source.models), recorded, where=where)
 
 
 class _Recorder:

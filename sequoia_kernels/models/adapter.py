@@ -24,7 +24,7 @@ from sequoia_kernels.models.attention import (
     find_attention,
     reads_block_tables,
 )
-from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
+from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall, ProbedCalls
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, PagedTreeCache, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
@@ -48,6 +48,8 @@ from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep, causal_step
 from sequoia_kernels.models.wrapped import unwrapped
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_
+from sequoia_kernels.parallel import ForwardCall, Ranks, current, ranks_of
 from sequoia_kernels.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -188,6 +190,11 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
     plans = _plans.setdefault(model, OrderedDict())
     plan = plans.get(state)
     if plan is None:
+        if current() is not None and ranks_of(model) is not None:
+            raise RuntimeError(
+                f"adapt: model must not change while its ranks decode, got another state of this {family_name(model)} "
+                "model: the other ranks do not know of it"
+            )
         check_family(model)
         foreign_code_ran()  # the model's own forwards are, below
         try:
@@ -233,6 +240,7 @@ class TreeModel:
         not_native: why forwards are neither native nor fused, "" where they are.
         num_layers: attention layers.
         vocab_size: width of the logits.
+        ranks: the processes that its weights are split over, None where they are whole; see `sequoia_kernels.parallel`.
         logits_dtype: of the logits: not the model's where it keeps or computes its head in another one.
         num_embeddings: tokens that the model can be fed, which may be more or fewer than it can predict: ids from 0 on.
         max_positions: positions that the model serves exactly, None without a limit; caches cannot hold more tokens.
@@ -243,6 +251,7 @@ class TreeModel:
 
     capturable = True
     _told_of_pages = False
+    ranks: Ranks | None = None
 
     def __init__(
         self,
@@ -257,6 +266,12 @@ class TreeModel:
         self.family = family_name(model)
         self.compile_mode = compile_mode
         self.attention = attention
+        self.ranks = ranks_of(model)
+        if self.ranks is not None and compile_mode is not None:
+            raise ValueError(
+                f"adapt: compile must be False for a model that is split over ranks, got {compile_mode!r} for one over "
+                f"{self.ranks.size}"
+            )
         if any(weight.is_meta for weight in self.weights()):
             self.capturable = False  # hooks bring the weights
         self._use(plan)
@@ -531,7 +546,30 @@ class TreeModel:
             own = None
         if own is not None:
             return own(inputs, cache, self._plan.max_positions)
-        return self._switch.run(partial(self._run, inputs, cache))
+        run = partial(self._switch.run, partial(self._run, inputs, cache))
+        session = None if self.ranks is None else current()
+        if session is None:
+            return run()
+        if cache.block_table is not None:
+            raise UnsupportedModelError(
+                "forward: cache must not be paged for a model that is split over ranks, got pages; take new_cache"
+            )
+        step = inputs.step
+        call = ForwardCall(
+            inputs.input_ids, inputs.cache_lens, step[:3], step.num_tree_rows, step.first_node, inputs.last_row
+        )
+        return session.forward(self, cache, call, run)
+
+    def replay(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
+        """Run this rank's part of a forward that rank 0 has told of; its logits are rank 0's but for rounding."""
+        step = TreeStep(*call.step, call.num_tree_rows, call.first_node)
+        return self.forward(call.input_ids, cache, call.cache_lens, step, last_row=call.last_row)
+
+    def commit_rows(
+        self, cache: TreeCache, nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
+    ) -> None:
+        """Move accepted rows behind the committed ones in this rank's part of a cache; see `compact_kv_cache_`."""
+        compact_kv_cache_(CacheTable.by_device(cache.tensors()), nodes, num_accepted, cache_lens)
 
     def _leave_pages_to_modules(self) -> None:
         """Say once that forwards on pages are not fused, whose kernels know rows; refuse where that was asked for."""
@@ -652,7 +690,9 @@ def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     names, _ = weight.__tensor_flatten__()
     for name in names:
-        yield from _plain_parts(getattr(weight, name))
+        part = getattr(weight, name)
+        if isinstance(part, torch.Tensor):  # of weights over ranks the device mesh is one, too
+            yield from _plain_parts(part)
 
 
 def _compile_mode(compile: bool | str) -> str | None:
@@ -753,7 +793,7 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> tuple[_ModelPl
 
 
 def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerCall], torch.Tensor]:
-    probed: list[LayerCall] = []
+    probed = ProbedCalls()
     tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     arguments: dict[str, Any] = {
         "input_ids": tokens,
@@ -763,7 +803,8 @@ def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerC
     }
     if takes_context:
         arguments[CONTEXT_KWARG] = probed
-    return probed, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+    logits = AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+    return probed.calls, logits
 
 
 def _checked_calls(model: PreTrainedModel, probed: list[LayerCall]) -> list[LayerCall]:
@@ -824,6 +865,9 @@ def _with_own_forward(model: PreTrainedModel, plan: _ModelPlan) -> _ModelPlan:
     """Give the plan a forward of our own for the model's device, or the reason why it has none."""
     device = _input_device(model)
     own: NativeForward | FusedForward
+    ranks = ranks_of(model)
+    if ranks is not None:
+        return _by_modules(model, plan, f"its weights are split over {ranks.size} ranks")
     try:
         if device.type == "cpu":
             own = NativeForward(model, plan.calls, plan.logits_dtype)

@@ -23,8 +23,8 @@ def process(folder):
         ({"enable_lora": True}, "trees do not serve LoRA adapters yet; use no --enable-lora"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode must be raw_logprobs, got processed_logprobs"),
         (
-            {"logits_processors": ["support.engines.process:Processor"]},
-            "custom logits processors are not applied to the nodes of trees, so there must be none, got support.engines",
+            {"logits_processors": ["any.module:Processor"]},
+            "custom logits processors are not applied to the nodes of trees, so there must be none, got any.module:",
         ),
         ({"pipeline_parallel_size": 2}, "trees do not serve pipeline parallelism yet"),
         ({"kv_cache_dtype": "fp8_e4m3"}, "trees do not serve fp8 caches yet"),

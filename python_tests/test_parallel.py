@@ -71,7 +71,7 @@ def test_two_ranks_say_what_the_whole_model_says(folder: Path) -> None:
     same = ("split", "itself", "of a whole target", "lookup", "split, with lookup", "rank 0's alone", "eagle")
     assert [name for name in same if found[name] != found["expected"]] == []
     is_same, num_restarts = found["restarts"]
-    assert is_same and num_restarts > 3  # of a split draft of 32 positions, whose caches are begun anew
+    assert is_same and num_restarts > 2  # of a split draft of 32 positions, whose caches are begun anew
     assert found["sampled"][0]
 
 
@@ -134,7 +134,7 @@ def assert_decisions(ranks: list[Rank]) -> None:
     assert first["stop string"] == [plain[:6]]
     assert first["criterion"] == [plain[:5]]
     assert first["deadline"] == [[plain[:1]], ["max_time"]]
-    assert first["auto"][0] == first["adaptive"][0] == [plain]
+    assert first["auto"][0] == first["adaptive"][0] == first["eagle, auto"][0] == [plain]
     assert {name: entry for name, entry in first.items() if name != "streamed"} == {
         name: entry for name, entry in second.items() if name != "streamed"
     }
@@ -169,7 +169,7 @@ def assert_errors(ranks: list[Rank]) -> None:
     for number, rank in enumerate(ranks):
         found = rank.found["errors"]
         others = "RankError: generate: rank 0 has ended the call for all ranks with " if number else ""
-        assert found["again"] == found["plain"]
+        assert found["again"] == found["hook of one rank"] == found["plain"]
         assert found["prompts"] == (
             "ValueError: generate: input_ids must be the same on all ranks of a split model, got others on rank 1 than "
             "on rank 0"

@@ -156,7 +156,7 @@ def drafts() -> Any:
         target, whole("llama-draft") if RANK == 0 else None, THREE, MASK, tree=TREE, **GREEDY
     )
     found["eagle"] = texts(target, f"{sys.argv[1]}/eagle", THREE, MASK, tree=TREE, **GREEDY)
-    longer = {**GREEDY, "max_new_tokens": 60}
+    longer = {**GREEDY, "max_new_tokens": 44}
     output = generate(target, short, THREE, MASK, tree=TREE, **longer)
     found["restarts"] = [output.new_tokens == texts(own, None, THREE, MASK, **longer), output.stats.draft_restarts]
     sampled = [texts(model, draft, THREE, MASK, tree=TREE, **SAMPLED) for model in (own, target)]
@@ -246,6 +246,9 @@ def decisions() -> Any:
     found["auto"] = [auto.new_tokens, str(auto.stats.tree), auto.stats.num_steps]
     adaptive = generate(target, draft, ONE, tree="adaptive", **GREEDY)
     found["adaptive"] = [adaptive.new_tokens, adaptive.stats.num_steps]
+    # Hidden states leave hooks in a model, by which it is another one when the next cache is made.
+    measured = generate(split("llama"), f"{sys.argv[1]}/eagle", ONE, tree="auto", **GREEDY)
+    found["eagle, auto"] = [measured.new_tokens, str(measured.stats.tree)]
     return found
 
 
@@ -353,6 +356,11 @@ def errors() -> Any:
     found["native"] = message_of(lambda: adapt(target, forward="native"))
     with mock.patch.dict(os.environ, {parallel.CHECK_VARIABLE: "yes"}):
         found["variable"] = message_of(lambda: texts(target, draft, ONE, **settings))
+    # A hook of one rank's makes that one look at its model again, with all others.
+    handle = target.model.norm.register_forward_hook(lambda *_: None) if RANK == WORLD - 1 else None
+    found["hook of one rank"] = texts(target, draft, ONE, **settings)
+    if handle is not None:
+        handle.remove()
     found["again"] = texts(target, draft, ONE, **settings)
     return found
 
@@ -382,6 +390,7 @@ def _until_it_ends(how: str, who: int) -> Any:
 
 
 SUITES: dict[str, list[str]] = {
+    "drafts": ["drafts"],
     "texts": [*(f"greedy {family}" for family in FAMILIES), "sampled", "drafts"],
     "four": [*(f"greedy {family}" for family in FAMILIES), "sampled", "split_draft", "differences"],
     "experts": ["experts"],

@@ -28,7 +28,7 @@ from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource, LookupDraft, draft_source, shares_split_target
 from sequoia_kernels.errors import UnsupportedModelError
-from sequoia_kernels.models import TreeModel, adapt, described_once
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes, described_once
 from sequoia_kernels.parallel import digest, is_follower, together
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
@@ -244,6 +244,7 @@ def generate(
     started = time.perf_counter()
     tree = tree_of(tree)
     with torch.inference_mode():
+        agree_on_changes(target, draft)
         target = adapt(target, compile=compile)
         draft = draft_source(
             draft, target, compile=compile, lookup=lookup, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer

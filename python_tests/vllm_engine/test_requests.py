@@ -90,8 +90,8 @@ def test_logits_that_are_not_finite_are_of_their_request_alone(trees, plain, pro
 
 
 def test_what_vllm_refuses_beside_trees_is_refused(trees, prompts):
-    for params in ({"min_p": 0.1}, {"logit_bias": {5: 1.0}}):
-        with pytest.raises(EngineError, match="speculative"):
+    for params in ({"temperature": 1.0, "min_p": 0.1}, {"logit_bias": {5: 1.0}}):
+        with pytest.raises(EngineError, match="not yet supported with speculative decoding"):
             trees.call("generate", prompts[:1], [{"max_tokens": 5, **params}])
 
 
@@ -114,7 +114,7 @@ def test_random_arrivals_leave_nothing_behind(mode, trees, plain, source, quick)
         params.append(entry)
     bad = [
         {"prompt": [7] * 600, "params": {"max_tokens": 4}},
-        {"prompt": [5, 6], "params": {"max_tokens": 4, "min_p": 0.3}},
+        {"prompt": [5, 6], "params": {"max_tokens": 4, "temperature": 1.0, "min_p": 0.3}},
         {"prompt": [], "params": {"max_tokens": 4}},
     ]
     trees.call("worker", "decode_with", mode)

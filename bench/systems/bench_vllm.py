@@ -302,7 +302,11 @@ def _goals(results: Sequence[Mapping[str, Any]]) -> str:
             verdict[1] = f"{over:.2f}x of {result['tuned_chain']}" + ("" if pays else "; nothing pays")
         case = f"T = {result['temperature']:g}, {result['concurrency']} running"
         rows.append([case, f"{ours['over_plain']:.2f}x", f"{goal:g}x", *verdict])
-    return table(["trees by load", "over plain", "wanted", "reached", "over its tuned chain"], rows, left=1)
+    return (
+        table(["trees by load", "over plain", "wanted", "reached", "over its tuned chain"], rows, left=1)
+        if rows
+        else ""
+    )
 
 
 def problem(options: argparse.Namespace) -> str | None:

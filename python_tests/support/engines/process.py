@@ -28,6 +28,8 @@ COUNTERS = ("preemptions", "spec_decode")
 def sampling(values: dict[str, Any]) -> SamplingParams:
     """Read a request's parameters: greedy and to the last token where nothing else is said; `regex` is a grammar."""
     values = {"temperature": 0, "ignore_eos": True, **values}
+    if "logit_bias" in values:
+        values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
     if "regex" in values:
         values["structured_outputs"] = StructuredOutputsParams(regex=values.pop("regex"))
         values["ignore_eos"] = False

@@ -226,7 +226,7 @@ class TreeRunnerMixin:
             starts = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
             for index, request_id in enumerate(request_ids):
                 num_drafted = len(drafted.get(request_id, ()))
-                # vLLM also gives rows of no token to requests that nobody drafted for: new ones with one row to compute.
+                # vLLM also gives rows of no token to requests without drafts: new ones with one row to compute.
                 # They stay a chain, and get no verdict.
                 tree = self._tree_of.get(request_id)
                 if not num_drafted or tree is None:

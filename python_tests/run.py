@@ -8,6 +8,7 @@ if anything failed, and pytest's closing line is the last line of the output.
     python python_tests/run.py                         everything, as CI does
     python python_tests/run.py --no-lint -k chain  pytest only, with pytest's own arguments behind ours
     python python_tests/run.py --lint-only             ruff and mypy only
+    python python_tests/run.py --vllm quick            engines of vLLM with trees, a few of them; --vllm alone: all
 """
 
 from __future__ import annotations
@@ -65,6 +66,14 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--no-interpreter",
         action="store_true",
         help="skip the Triton kernels where there is no CUDA device, instead of interpreting them",
+    )
+    parser.add_argument(
+        "--vllm",
+        nargs="?",
+        choices=("quick", "all"),
+        const="all",
+        help="test the plugin in engines of vLLM instead, nothing else: in the Python that SEQUOIA_VLLM_PYTHON names, "
+        "or in an environment that is made under build/",
     )
     return parser.parse_known_args(arguments)
 
@@ -128,9 +137,26 @@ def run_lint() -> list[str]:
     return failed
 
 
+def run_engines(part: str, pytest_arguments: list[str]) -> int:
+    """Test the plugin in engines of vLLM, one after the other, and return pytest's exit code."""
+    from vllm_environment import NAME, python_with_vllm
+
+    environment = {**QUIET_ENVIRONMENT, **os.environ, NAME: str(python_with_vllm())}
+    package = installed_package()
+    check_up_to_date(package)
+    tests = pytest_arguments
+    if not any((ROOT / argument.split("::")[0]).exists() for argument in pytest_arguments):
+        tests = [*pytest_arguments, "python_tests/vllm_engine"]
+    print(f"$ pytest, testing {package} in vLLM of {environment[NAME]}", flush=True)
+    command = [sys.executable, "-c", PYTEST, "--engines", part, *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
 def main() -> int:
     """Run the gate and return the exit code."""
     options, pytest_arguments = parse_arguments(sys.argv[1:])
+    if options.vllm is not None:
+        return run_engines(options.vllm, pytest_arguments)
     failed = [] if options.no_lint else run_lint()
     if options.lint_only:
         print("failed: " + ", ".join(failed) if failed else "lint passed")

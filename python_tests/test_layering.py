@@ -31,6 +31,7 @@ SHARED = {
     "cuda_graphs",
     "fingerprints",
     "guard",
+    "parallel",
     "rng",
     "vocabularies",
 }
@@ -43,6 +44,7 @@ ALLOWED = {
     "guard": set(),
     "cuda_graphs": {"guard"},
     "fingerprints": set(),
+    "parallel": {"errors"},
     "rng": SHARED,
     "vocabularies": {"checks"},
     "tree": {"errors", "documents", "checks"},

@@ -15,6 +15,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ import pytest
 from support.bench_scripts import cli_page
 from support.eagle_heads import write_head
 from support.examples import EXAMPLES
-from support.processes import run_process
+from support.processes import python_environment, run_process
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.cli import command_parser
@@ -344,9 +345,20 @@ def test_the_code_on_adapters_runs(tmp_path: Path) -> None:
     assert names["first"].new_tokens == names["third"].new_tokens  # type: ignore[attr-defined]
 
 
+def test_the_code_on_several_gpus_runs(tmp_path: Path) -> None:
+    """On one rank, which needs neither accelerate nor torchrun; `test_parallel.py` runs nearly the same on two."""
+    folder = importlib.import_module("sequoia_kernels.demo").demo_pair_folder()
+    (block,) = code_blocks(REPOSITORY / "docs" / "several_gpus.md")
+    assert block.count('"models/') == 3
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    code = block.replace('"models/', f'"{folder.as_posix()}/')
+    result = run_process([sys.executable, "-c", code], env=python_environment(**ranks), cwd=tmp_path)
+    assert len(result.stdout) > 100
+
+
 def test_no_page_has_code_that_does_not_run() -> None:
     run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md",
-           "planner.md", "robustness.md", "transformers.md"}  # fmt: skip
+           "planner.md", "robustness.md", "several_gpus.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run
 
 

@@ -15,7 +15,7 @@ The four ops of a decoding step, and one for own verifiers and samplers (docs/ow
 Own loops with Hugging Face models, besides adapt; servers' conventions are in sequoia_kernels.interop:
     TreeStep, prefill
 Errors:
-    BackendUnavailableError, UnsupportedModelError, ProfileError, TreeFormatError
+    BackendUnavailableError, UnsupportedModelError, ProfileError, TreeFormatError, RankError
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from sequoia_kernels.version import __version__
 
 if TYPE_CHECKING:
     from sequoia_kernels.decoding import GenerateOutput, GenerateStats, GrammarHook, generate, release_engines
-    from sequoia_kernels.errors import BackendUnavailableError, ProfileError, TreeFormatError, UnsupportedModelError
+    from sequoia_kernels.errors import (
+        BackendUnavailableError,
+        ProfileError,
+        RankError,
+        TreeFormatError,
+        UnsupportedModelError,
+    )
     from sequoia_kernels.measure import measure_profile
     from sequoia_kernels.models import TreeStep, adapt
     from sequoia_kernels.models.prefill import prefill
@@ -62,6 +68,7 @@ __all__ = [
     "GrammarHook",
     "HardwareProfile",
     "ProfileError",
+    "RankError",
     "ShapedTree",
     "TokenTree",
     "Topology",
@@ -93,7 +100,7 @@ __all__ = [
 # Where each public name lives. The imports above say the same to type checkers; a test compares the two.
 _ROOMS = {
     "decoding": ["GenerateOutput", "GenerateStats", "GrammarHook", "generate", "release_engines"],
-    "errors": ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"],
+    "errors": ["BackendUnavailableError", "ProfileError", "RankError", "TreeFormatError", "UnsupportedModelError"],
     "measure": ["measure_profile"],
     "models": ["TreeStep", "adapt", "prefill"],
     "offload": ["load_offloaded"],

@@ -270,6 +270,9 @@ def refused(model: Any) -> bool:
     if not model.capturable:
         return True
     known = _refused.get(model.model) == model.dtype
+    if not known and model.ranks is not None:
+        refuse(model, CaptureError("it is split over ranks, which add up in every layer"))
+        return True
     if not known and len({weight.device for weight in model.weights() if weight.is_cuda}) > 1:
         refuse(model, CaptureError("its weights lie on several devices, and a graph belongs to one"))
         return True

@@ -7,7 +7,7 @@ a model family that cannot be adapted, a file that cannot be read as what it cla
 
 from __future__ import annotations
 
-__all__ = ["BackendUnavailableError", "ProfileError", "TreeFormatError", "UnsupportedModelError"]
+__all__ = ["BackendUnavailableError", "ProfileError", "RankError", "TreeFormatError", "UnsupportedModelError"]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -16,6 +16,10 @@ class BackendUnavailableError(RuntimeError):
 
 class UnsupportedModelError(ValueError):
     """A model cannot be adapted to tree decoding; the message names the family and why."""
+
+
+class RankError(RuntimeError):
+    """Ranks of a split model cannot go on together: one has ended or failed, or would decide otherwise."""
 
 
 class ProfileError(ValueError):

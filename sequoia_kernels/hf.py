@@ -22,7 +22,7 @@ from sequoia_kernels.decoding.loop import on_target_device
 from sequoia_kernels.decoding.processors import check_processors
 from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.drafts import DraftSource, draft_source
-from sequoia_kernels.models import TreeModel, adapt, described_once
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes, described_once
 
 __all__ = ["TreeDecoderOnlyOutput", "custom_generate"]
 
@@ -144,7 +144,10 @@ class CustomGenerate:
         if draft is not None and assistant_model is not None:
             raise ValueError(f"{WHERE}: draft must be given once, got draft and assistant_model")
         if synced_gpus:
-            raise ValueError(f"{WHERE}: synced_gpus must be False: ranks of a sharded model do not decide alike here")
+            raise ValueError(
+                f"{WHERE}: synced_gpus must be False, got True: shards of ZeRO-3 or FSDP are not supported, models "
+                "that tensor parallelism has split are"
+            )
         config = GenerationSettings(model, generation_config).config  # refuses what trees cannot honour
         _check_model_kwargs(model_kwargs, input_ids)
         output = _generate(
@@ -169,6 +172,7 @@ def _generate(
 ) -> GenerateOutput:  # fmt: skip
     """Do what `sequoia_kernels.generate` does, with what transformers has prepared; the rest as in `_arguments`."""
     with torch.inference_mode():
+        agree_on_changes(model, draft)
         target = adapt(model)
         source = draft_source(
             draft, target, lookup=lookup, tokenizer=tokenizer if draft_tokenizer is not None else None,

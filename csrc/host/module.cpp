@@ -27,6 +27,7 @@ namespace py = pybind11;
 void bind_forward(py::module_& module);
 void bind_tree_growth(py::module_& module);
 void bind_tree_commit(py::module_& module);
+void bind_paged_layer(py::module_& module);
 
 namespace sequoia {
 namespace {
@@ -224,4 +225,5 @@ PYBIND11_MODULE(_host, module) {
     bind_tree_growth(module);
     sequoia::bind_text_index(module);
     bind_tree_commit(module);
+    bind_paged_layer(module);
 }

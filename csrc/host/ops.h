@@ -89,13 +89,15 @@ struct Layout4d {
     std::int64_t shape[4], strides[4];
 };
 
-// Returns false, and has written nothing, if a length or page lies outside the cache.
+// Returns false, and has written nothing, if a length or page lies outside the cache. With first_rows, [B], the rows of q
+// and out are those of all requests one behind the other, and a request's begin at its entry; no log-sum-exp then.
 bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr_t keys_ptr,
                     const Layout4d& keys_layout, std::uintptr_t values_ptr, const Layout4d& values_layout, int type,
                     std::uintptr_t mask_ptr, std::int64_t num_words, bool mask_per_request,
                     std::uintptr_t cache_lens_ptr, double scale, double softcap, std::int64_t sliding_window,
                     std::uintptr_t sinks_ptr, std::uintptr_t block_table_ptr, std::int64_t max_pages,
-                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr, int num_threads);
+                    std::uintptr_t out_ptr, std::uintptr_t lse_ptr, int num_threads,
+                    const std::int64_t* first_rows = nullptr);
 
 // ---- Philox streams ----
 

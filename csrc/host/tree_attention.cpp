@@ -8,9 +8,10 @@
 // Memory      Reads each visible cache row in place once for every ROW_BLOCK query rows, and the mask; writes out and lse.
 //             Between two forwards a layer's cache has left the CPU's caches, so the next rows are prefetched. Rows that
 //             nobody sees are not read. Scratch: ROW_BLOCK rows of scores, kept from call to call.
-// Numerics    float32 throughout, one maximum and one sum a row. A block of keys is transposed in registers, so that a
-//             score is summed over d in order and no lane is ever reduced; products and sums are fused where the CPU can
-//             (see CMakeLists.txt), so the last bits depend on the CPU, as those of the model's own products do.
+// Numerics    float32 throughout, one maximum and one sum a row. For more than a few query rows a block of keys is
+//             transposed in registers, so that a score is summed over d in order and no lane is ever reduced; for few
+//             rows the lanes are folded. Products and sums are fused where the CPU can (see CMakeLists.txt), so the last
+//             bits depend on the CPU, as those of the model's own products do, and on how many rows a call has.
 
 #include <algorithm>
 #include <cmath>
@@ -63,10 +64,17 @@ struct Call {
     float softcap;        // 0 is off
     std::int64_t window;  // huge if off
     void* out;            // [B, N, Hq, Dv], contiguous
+    const std::int64_t* first_rows;  // [B]: a request's rows of q and out begin at this one of all; null: at b * N
     float* lse;           // [B, N, Hq], contiguous, or null
 
     std::int64_t batch_size() const { return q.shape[0]; }
     std::int64_t num_rows() const { return q.shape[1]; }
+    std::int64_t out_row(std::int64_t request, std::int64_t node) const {
+        return (first_rows == nullptr ? request * num_rows() : first_rows[request]) + node;
+    }
+    std::int64_t query_offset(std::int64_t request, std::int64_t node) const {
+        return (first_rows == nullptr ? request * q.strides[0] : first_rows[request] * q.strides[1]) + node * q.strides[1];
+    }
     const std::uint32_t* mask_row(std::int64_t request, std::int64_t row) const {
         return tree_mask + ((mask_per_request ? request * num_rows() : 0) + row) * num_words;
     }
@@ -123,6 +131,7 @@ struct Columns {
     std::vector<std::int64_t> key_offsets;    // [count] in elements, of head 0
     std::vector<std::int64_t> value_offsets;  // [count]
     std::vector<std::int64_t> num_hidden;     // [N] prefix columns in front of the row's window
+    std::vector<std::int64_t> num_seen;       // [N] columns up to the last one that the row sees
     std::vector<float> tree_hidden;           // [N, num_tree_padded]: 0 where the row sees the slot, else -inf
     std::vector<std::uint32_t> seen;          // [N, num_words] bits that a row sees, then their union
     std::vector<std::int32_t> column_of_slot;
@@ -167,15 +176,24 @@ struct Columns {
         count = num_prefix + num_tree;
         num_tree_padded = padded(num_tree);
         tree_hidden.assign(static_cast<std::size_t>(num_rows * num_tree_padded), MINUS_INFINITY);
+        num_seen.assign(static_cast<std::size_t>(num_rows), num_prefix);
         for (std::int64_t i = 0; i < num_rows; ++i) {
             float* const hidden = tree_hidden.data() + i * num_tree_padded;
             for (std::int64_t w = 0; w < num_words; ++w) {
                 for (std::uint32_t word = seen[static_cast<std::size_t>(i * num_words + w)]; word != 0;
                      word &= word - 1) {
-                    hidden[column_of_slot[static_cast<std::size_t>(w * WORD_BITS + lowest_bit(word))]] = 0.0f;
+                    const std::int32_t column =
+                        column_of_slot[static_cast<std::size_t>(w * WORD_BITS + lowest_bit(word))];
+                    hidden[column] = 0.0f;
+                    num_seen[static_cast<std::size_t>(i)] = num_prefix + column + 1;
                 }
             }
         }
+    }
+
+    // Columns that some of the rows [begin, end] see, or that lie before such a one.
+    std::int64_t count_of(std::int64_t begin, std::int64_t end) const {
+        return *std::max_element(num_seen.begin() + begin, num_seen.begin() + end + 1);
     }
 
   private:
@@ -276,6 +294,57 @@ SEQUOIA_INLINE void transpose(Float<W>* rows) {
 }
 #endif
 
+// Query rows of a head up to which each key is multiplied by them as it lies, and the W products of W keys folded into one
+// vector: to turn the keys costs some 64 shuffles for every W dimensions, to fold some 30 and another look at them a row.
+template <int W>
+SEQUOIA_INLINE std::int64_t most_folded(std::int64_t head_dim) {
+    return std::max<std::int64_t>(1, head_dim / (4 * W));
+}
+
+// Lane j: the sum over all lanes of rows[j]. Overwrites the rows.
+#ifdef SEQUOIA_HAS_SHUFFLES
+template <int W, int SIZE, int... LANE>
+SEQUOIA_INLINE void fold_blocks(Float<W>* rows, std::integer_sequence<int, LANE...>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < SIZE; ++i) {
+        const Float<W> upper = rows[i], lower = rows[i + SIZE];
+        rows[i] = __builtin_shufflevector(upper, lower, ((LANE & SIZE) == 0 ? LANE : W + LANE - SIZE)...) +
+                  __builtin_shufflevector(upper, lower, ((LANE & SIZE) == 0 ? LANE + SIZE : W + LANE)...);
+    }
+}
+
+template <int W>
+SEQUOIA_INLINE Float<W> fold(Float<W>* rows) {
+    constexpr auto lanes = std::make_integer_sequence<int, W>();
+    if constexpr (W >= 16) fold_blocks<W, 8>(rows, lanes);
+    if constexpr (W >= 8) fold_blocks<W, 4>(rows, lanes);
+    fold_blocks<W, 2>(rows, lanes);
+    fold_blocks<W, 1>(rows, lanes);
+    return rows[0];
+}
+#else
+template <int W>
+SEQUOIA_INLINE Float<W> fold(Float<W>* rows) {
+    transpose<W>(rows);
+    Float<W> sum = rows[0];
+    for (int i = 1; i < W; ++i) sum += rows[i];
+    return sum;
+}
+#endif
+
+// Lane j: the product of a query and the key at offsets[j].
+template <int W, class Element>
+SEQUOIA_INLINE Float<W> fold_products(const float* query, const Element* keys, const std::int64_t* offsets,
+                                      std::int64_t head_dim) {
+    Float<W> sums[W] = {};
+    for (std::int64_t d = 0; d < head_dim; d += W) {
+        const Float<W> factor = load_some<W>(query + d, head_dim - d);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) sums[j] += factor * load_some<W>(keys + offsets[j] + d, head_dim - d);
+    }
+    return fold<W>(sums);
+}
+
 // Rows of a tile of accumulators. With fewer rows each sum runs in several parts, to hide the latency of the additions.
 template <int W>
 constexpr int TILE_ROWS = W >= 16 ? 8 : 4;
@@ -375,8 +444,9 @@ SEQUOIA_INLINE float tanh_of(float x) {
 
 // Scores of one row to weights exp(score - peak); returns (peak, sum of the weights and the sink's).
 template <int W>
-SEQUOIA_INLINE std::pair<float, float> softmax_row_inline(const Call& call, const Columns& columns, std::int64_t row,
-                                                          std::int64_t head, std::int64_t stride, float* scores) {
+SEQUOIA_INLINE std::pair<float, float> softmax_row_inline(const Call& call, const Columns& columns, std::int64_t count,
+                                                          std::int64_t row, std::int64_t head, std::int64_t stride,
+                                                          float* scores) {
     if (call.softcap > 0.0f) {
         const float softcap = call.softcap;
         for (std::int64_t c = 0; c < stride; ++c) scores[c] = softcap * tanh_of(scores[c] / softcap);
@@ -384,11 +454,11 @@ SEQUOIA_INLINE std::pair<float, float> softmax_row_inline(const Call& call, cons
     std::fill_n(scores, columns.num_hidden[static_cast<std::size_t>(row)], MINUS_INFINITY);
     const float* const hidden = columns.tree_hidden.data() + row * columns.num_tree_padded;
     float* const tree_scores = scores + columns.num_prefix;
-    const std::int64_t num_tree = columns.count - columns.num_prefix;
+    const std::int64_t num_tree = count - columns.num_prefix;
     for (std::int64_t t = 0; t < num_tree; ++t) {
         tree_scores[t] = hidden[t] < 0.0f ? MINUS_INFINITY : tree_scores[t];
     }
-    std::fill(scores + columns.count, scores + stride, MINUS_INFINITY);
+    std::fill(scores + count, scores + stride, MINUS_INFINITY);
 
     const float sink = call.sinks == nullptr ? MINUS_INFINITY : call.sinks[head];
     Float<W> peaks = Float<W>{} + MINUS_INFINITY;
@@ -465,8 +535,8 @@ template <int W>
 void score_rows(const float* queries, std::int64_t num_rows, const float* keys, std::int64_t head_dim, float* scores,
                 std::int64_t stride);
 template <int W>
-std::pair<float, float> softmax_row(const Call& call, const Columns& columns, std::int64_t row, std::int64_t head,
-                                    std::int64_t stride, float* scores);
+std::pair<float, float> softmax_row(const Call& call, const Columns& columns, std::int64_t count, std::int64_t row,
+                                    std::int64_t head, std::int64_t stride, float* scores);
 template <int W, class Element>
 void mix_rows(const float* weights, std::int64_t stride, std::int64_t num_rows, const Element* values,
               const std::int64_t* offsets, std::int64_t num_columns, std::int64_t value_dim, float* mixed,
@@ -487,9 +557,10 @@ void mix_rows(const float* weights, std::int64_t stride, std::int64_t num_rows, 
         score_rows_inline<WIDTH>(queries, num_rows, keys, head_dim, scores, stride);                                 \
     }                                                                                                                \
     template <>                                                                                                      \
-    TARGET std::pair<float, float> softmax_row<WIDTH>(const Call& call, const Columns& columns, std::int64_t row,    \
-                                                      std::int64_t head, std::int64_t stride, float* scores) {       \
-        return softmax_row_inline<WIDTH>(call, columns, row, head, stride, scores);                                  \
+    TARGET std::pair<float, float> softmax_row<WIDTH>(const Call& call, const Columns& columns, std::int64_t count,  \
+                                                      std::int64_t row, std::int64_t head, std::int64_t stride,      \
+                                                      float* scores) {                                               \
+        return softmax_row_inline<WIDTH>(call, columns, count, row, head, stride, scores);                           \
     }                                                                                                                \
     SEQUOIA_MIX_ROWS(WIDTH, TARGET, float)                                                                           \
     SEQUOIA_MIX_ROWS(WIDTH, TARGET, BFloat16)                                                                        \
@@ -538,8 +609,9 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     const std::int64_t head_dim = call.q.shape[3], value_dim = call.values.shape[3], num_q_heads = call.q.shape[2];
     const std::int64_t group = num_q_heads / call.keys.shape[2];
     const std::int64_t padded_value_dim = padded(value_dim);
-    const std::int64_t stride = padded(columns.count);
     const std::int64_t num_rows = block.num_rows;  // of each head
+    const std::int64_t count = columns.count_of(block.first_row / group, (block.first_row + num_rows - 1) / group);
+    const std::int64_t stride = padded(count);
     float* const queries = work.queries.reserve(ROW_BLOCK * head_dim);
     float* const key_block = work.keys.reserve(padded(head_dim) * W);
     float* const scores = work.scores.reserve(ROW_BLOCK * stride);
@@ -551,8 +623,8 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     const std::int64_t total_rows = block.num_heads * num_rows;
 
     for (std::int64_t r = 0; r < total_rows; ++r) {
-        const Element* const query = static_cast<const Element*>(call.q.data) + block.request * call.q.strides[0] +
-                                     node_of(r) * call.q.strides[1] + head_of(r) * call.q.strides[2];
+        const Element* const query = static_cast<const Element*>(call.q.data) +
+                                     call.query_offset(block.request, node_of(r)) + head_of(r) * call.q.strides[2];
         float* const target = queries + r * head_dim;
         std::int64_t d = 0;
         for (; d + W <= head_dim; d += W) store<W>(target + d, load<W>(query + d) * call.scale);
@@ -567,32 +639,41 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     const Element* const values =
         static_cast<const Element*>(call.values.data) + block.first_head * call.values.strides[2];
     const std::int64_t value_span = (block.num_heads - 1) * call.values.strides[2] + value_dim;
-    prefetch_rows(keys, columns.key_offsets, 0, PREFETCH, key_span);
-    for (std::int64_t column = 0; column < columns.count; column += W) {
-        prefetch_rows(keys, columns.key_offsets, column + PREFETCH, column + PREFETCH + W, key_span);
+    const bool transposes = num_rows > most_folded<W>(head_dim);
+    prefetch_rows(keys, columns.key_offsets, 0, std::min(PREFETCH, count), key_span);
+    for (std::int64_t column = 0; column < count; column += W) {
+        prefetch_rows(keys, columns.key_offsets, column + PREFETCH, std::min(column + PREFETCH + W, count), key_span);
+        // Behind the last column the last one again: softmax_row blanks what comes of it.
+        std::int64_t offsets[W];
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) {
+            offsets[j] = columns.key_offsets[static_cast<std::size_t>(std::min(column + j, count - 1))];
+        }
         for (std::int64_t head = 0; head < block.num_heads; ++head) {
             const Element* const head_keys = keys + head * call.keys.strides[2];
+            float* const head_scores = scores + head * num_rows * stride + column;
+            if (!transposes) {
+                for (std::int64_t r = 0; r < num_rows; ++r) {
+                    store<W>(head_scores + r * stride,
+                             fold_products<W>(queries + (head * num_rows + r) * head_dim, head_keys, offsets, head_dim));
+                }
+                continue;
+            }
             for (std::int64_t d = 0; d < head_dim; d += W) {
                 Float<W> lanes[W];
 #pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) {
-                    // Behind the last column the last one again: softmax_row blanks what comes of it.
-                    const std::int64_t last = std::min(column + j, columns.count - 1);
-                    const std::int64_t offset = columns.key_offsets[static_cast<std::size_t>(last)];
-                    lanes[j] = load_some<W>(head_keys + offset + d, head_dim - d);
-                }
+                for (int j = 0; j < W; ++j) lanes[j] = load_some<W>(head_keys + offsets[j] + d, head_dim - d);
                 transpose<W>(lanes);
 #pragma GCC unroll 16
                 for (int j = 0; j < W; ++j) store<W>(key_block + (d + j) * W, lanes[j]);
             }
-            score_rows<W>(queries + head * num_rows * head_dim, num_rows, key_block, head_dim,
-                          scores + head * num_rows * stride + column, stride);
+            score_rows<W>(queries + head * num_rows * head_dim, num_rows, key_block, head_dim, head_scores, stride);
         }
     }
 
-    prefetch_rows(values, columns.value_offsets, 0, VALUE_COLUMNS, value_span);
+    prefetch_rows(values, columns.value_offsets, 0, std::min(VALUE_COLUMNS, count), value_span);
     for (std::int64_t r = 0; r < total_rows; ++r) {
-        const auto [peak, sum] = softmax_row<W>(call, columns, node_of(r), head_of(r), stride, scores + r * stride);
+        const auto [peak, sum] = softmax_row<W>(call, columns, count, node_of(r), head_of(r), stride, scores + r * stride);
         work.sums[r] = sum;
         if (call.lse != nullptr) {
             call.lse[(block.request * call.num_rows() + node_of(r)) * num_q_heads + head_of(r)] =
@@ -601,9 +682,10 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     }
 
     std::fill_n(mixed, total_rows * padded_value_dim, 0.0f);
-    for (std::int64_t column = 0; column < columns.count; column += VALUE_COLUMNS) {
-        const std::int64_t num_columns = std::min(VALUE_COLUMNS, columns.count - column);
-        prefetch_rows(values, columns.value_offsets, column + VALUE_COLUMNS, column + 2 * VALUE_COLUMNS, value_span);
+    for (std::int64_t column = 0; column < count; column += VALUE_COLUMNS) {
+        const std::int64_t num_columns = std::min(VALUE_COLUMNS, count - column);
+        prefetch_rows(values, columns.value_offsets, column + VALUE_COLUMNS,
+                      std::min(column + 2 * VALUE_COLUMNS, count), value_span);
         const std::int64_t* const offsets = columns.value_offsets.data() + column;
         for (std::int64_t head = 0; head < block.num_heads; ++head) {
             mix_rows<W>(scores + head * num_rows * stride + column, stride, num_rows,
@@ -615,7 +697,7 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     for (std::int64_t r = 0; r < total_rows; ++r) {
         Element* const target =
             static_cast<Element*>(call.out) +
-            ((block.request * call.num_rows() + node_of(r)) * num_q_heads + head_of(r)) * value_dim;
+            (call.out_row(block.request, node_of(r)) * num_q_heads + head_of(r)) * value_dim;
         const float factor = work.sums[r] == 0.0f ? 0.0f : 1.0f / work.sums[r];  // NaN stays visible
         const float* const row = mixed + r * padded_value_dim;
         for (std::int64_t d = 0; d < value_dim; ++d) narrow(row[d] * factor, target + d);
@@ -711,7 +793,7 @@ bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr
                     std::int64_t num_words, bool mask_per_request, std::uintptr_t cache_lens_ptr, double scale,
                     double softcap, std::int64_t sliding_window, std::uintptr_t sinks_ptr,
                     std::uintptr_t block_table_ptr, std::int64_t max_pages, std::uintptr_t out_ptr,
-                    std::uintptr_t lse_ptr, int num_threads) {
+                    std::uintptr_t lse_ptr, int num_threads, const std::int64_t* first_rows) {
     Call call{};
     call.q = rows_of(q_ptr, q_layout);
     call.keys = rows_of(keys_ptr, keys_layout);
@@ -733,6 +815,7 @@ bool tree_attention(std::uintptr_t q_ptr, const Layout4d& q_layout, std::uintptr
     call.window = sliding_window > 0 ? sliding_window : std::numeric_limits<std::int64_t>::max() / 2;
     call.out = reinterpret_cast<void*>(out_ptr);
     call.lse = reinterpret_cast<float*>(lse_ptr);
+    call.first_rows = first_rows;
 
     if (!values_valid(call)) return false;
     static const Attend attend_fastest = fastest_attend();

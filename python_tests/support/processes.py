@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import sequoia_kernels
 
-__all__ = ["python_environment", "run_process"]
+__all__ = ["launched", "python_environment", "run_process"]
 
 # Ends what hangs. Not a measure of how long something should take: machines may be slow, or busy.
 LIMIT_SECONDS = 900.0
@@ -33,6 +33,14 @@ def python_environment(**more: str) -> dict[str, str]:
     """Return an environment in which a new Python finds the package under test and what this one finds."""
     paths = [str(Path(sequoia_kernels.__file__).parents[1]), *filter(None, sys.path)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def launched(command: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return a command that runs another one and ends with this process, where the system can tell."""
+    words = [os.fspath(word) for word in command]
+    if sys.platform == "win32":
+        return words
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *words]
 
 
 def run_process(
@@ -58,9 +66,7 @@ def run_process(
         AssertionError: with `check`, the command has failed.
         subprocess.TimeoutExpired: it took too long.
     """
-    words = [os.fspath(word) for word in command]
-    if sys.platform != "win32":
-        words = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *words]
+    words = launched(command)
     process = subprocess.Popen(
         words, env=env, cwd=cwd, text=True, errors="replace", stdin=subprocess.DEVNULL,
         stdout=stdout, stderr=subprocess.PIPE, start_new_session=True,

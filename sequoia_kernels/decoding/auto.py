@@ -311,6 +311,7 @@ def _profile_key(target: TreeModel, draft: DraftSource | None, context_len: int)
         "compile": [model.compile_mode for model in models],
         "forward": [model.runs for model in models],
         "context": context_len,
+        **({"ranks": sizes} if any(sizes := [model.ranks.size if model.ranks else 0 for model in models]) else {}),
         **_attentions(*models),
         **({} if draft is None else _source(draft)),
     }

@@ -26,8 +26,10 @@ from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.processors import ChainedHooks, ProcessorHook, check_processors
 from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.decoding.stats import GenerateStats
-from sequoia_kernels.drafts import DraftSource, LookupDraft, draft_source
-from sequoia_kernels.models import TreeModel, adapt, described_once
+from sequoia_kernels.drafts import DraftSource, LookupDraft, draft_source, shares_split_target
+from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes, described_once
+from sequoia_kernels.parallel import digest, is_follower, together
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
     AdaptivePlan,
@@ -242,6 +244,7 @@ def generate(
     started = time.perf_counter()
     tree = tree_of(tree)
     with torch.inference_mode():
+        agree_on_changes(target, draft)
         target = adapt(target, compile=compile)
         draft = draft_source(
             draft, target, compile=compile, lookup=lookup, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer
@@ -284,8 +287,28 @@ def run_generation(
     target: TreeModel, draft: DraftSource | None, arguments: GenerationArguments, tree: Any, *,
     acceptance: Any = None, profile: HardwareProfile | None = None, started: float | None = None,
 ) -> GenerateOutput:  # fmt: skip
-    """Decode checked arguments with a tree, or with what chooses one; see `generate`."""
+    """Decode checked arguments with a tree, or with what chooses one; see `generate`.
+
+    Where a model is split over ranks, rank 0 does it for all of them.
+    """
     started = time.perf_counter() if started is None else started
+    if draft is not None and draft.shares_target and target.ranks is not None:
+        raise UnsupportedModelError(shares_split_target(repr(draft)))
+    models = (target,) if draft is None else (target, *draft.models)
+    output = together(
+        models, lambda: _generated(target, draft, arguments, tree, acceptance, profile, started), where="generate",
+        alike=lambda: {"input_ids": digest(arguments.prompts, torch.tensor(arguments.prompt_lens))},
+    )  # fmt: skip
+    if arguments.streamer is not None and is_follower(models):
+        for streamer in arguments.streamer if isinstance(arguments.streamer, Sequence) else [arguments.streamer]:
+            streamer.end()  # whoever waits for tokens here shall not do so for ever
+    return output
+
+
+def _generated(
+    target: TreeModel, draft: DraftSource | None, arguments: GenerationArguments, tree: Any, acceptance: Any,
+    profile: HardwareProfile | None, started: float,
+) -> GenerateOutput:  # fmt: skip
     learn = costs = None
     with torch.inference_mode():
         if draft is not None:

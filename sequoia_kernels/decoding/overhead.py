@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource, draft_source, request_seeds
-from sequoia_kernels.models import adapt
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes
+from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
 
@@ -63,6 +65,7 @@ def measure_overhead(
         weights. Beside a pass of a target that streams its layers to a GPU the rest is next to nothing, and
         would take hundreds of passes to measure: it is left at 0.
     """
+    agree_on_changes(target, draft)
     target = adapt(target)
     if target.device.type == "cuda" and not target.capturable:  # it streams its layers
         return profile.with_overhead(0.0)
@@ -76,6 +79,19 @@ def measure_overhead(
     probe = probe_tree(draft)
     largest = min(probe.num_nodes, cost.max_nodes)
     trees = [TokenTree(probe.parents[: min(nodes, largest)]) for nodes in (largest, 4)]
+    models = (target,) if draft is None else (target, *draft.models)
+    overheads = together(
+        models, lambda: _overheads(target, draft, cost, trees, context_len, batch_size, num_tokens, num_runs),
+        where="measure_overhead",
+    )  # fmt: skip
+    return profile.with_overhead(*(sorted(parts[1:])[num_runs // 2] for parts in zip(*overheads)))
+
+
+def _overheads(
+    target: TreeModel, draft: DraftSource | None, cost: CostModel, trees: Sequence[TokenTree], context_len: int,
+    batch_size: int, num_tokens: int, num_runs: int,
+) -> list[tuple[float, float, float]]:  # fmt: skip
+    """Give what a step, its draft and each level took beyond what is known, in milliseconds, of every run."""
     overheads = []
     for run in range(num_runs + 1):  # the first one warms up
         generator = torch.Generator().manual_seed(run)
@@ -96,7 +112,7 @@ def measure_overhead(
             draft_ms = max(0.0, small - plain - level_ms * (trees[1].num_levels - 1))
             step_ms = plain
         overheads.append((step_ms, level_ms, draft_ms))
-    return profile.with_overhead(*(sorted(parts[1:])[num_runs // 2] for parts in zip(*overheads)))
+    return overheads
 
 
 def _overhead(stats: GenerateStats, cost: CostModel, context_len: float) -> float:

@@ -14,8 +14,9 @@ from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.overhead import growable_part
 from sequoia_kernels.drafts import TokenBuffers, draft_source
-from sequoia_kernels.models import adapt, described_once
+from sequoia_kernels.models import adapt, agree_on_changes, described_once
 from sequoia_kernels.ops.warping import warped_probs
+from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import StepRecords, estimate_acceptance, optimal_tree
 from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
@@ -107,29 +108,34 @@ def record_steps(
     if not prompts:
         checks.fail_range(where, "prompts", "be at least one", "none")
     checks.whole_number(where, "seed", seed, rule=checks.at_least(0))
+    agree_on_changes(target, draft)
     target = adapt(target)
     source = draft_source(draft, target)
     if source is None or source.proposes:
         raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
     tree = growable_part(RECORD_TREE, source) if tree is None else given
-    recorder = _Recorder(tree)
-    runs = []
-    for index, prompt in enumerate(prompts):
+
+    def recorded() -> StepRecords:
+        recorder = _Recorder(tree)
+        runs = []
+        for index, prompt in enumerate(prompts):
+            if progress is not None:
+                progress(index, len(prompts), f"prompt {index + 1}")
+            arguments = check_arguments(
+                target, source, prompt, torch.ones_like(prompt), max_new_tokens=max_new_tokens,
+                temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=(), pad_token_id=0, seed=seed + index,
+                stop_strings=None, tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None,
+                profile=None, rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
+            )  # fmt: skip
+            source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
+            recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
+            runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
         if progress is not None:
-            progress(index, len(prompts), f"prompt {index + 1}")
-        arguments = check_arguments(
-            target, source, prompt, torch.ones_like(prompt), max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, eos_token_id=(), pad_token_id=0, seed=seed + index, stop_strings=None,
-            tokenizer=None, streamer=None, max_cache_len=None, tree=tree, acceptance=None, profile=None,
-            rule="sequoia", logits_hook=None, backend=backend, cuda_graphs=False,
-        )  # fmt: skip
-        source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
-        recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
-        runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
-    if progress is not None:
-        progress(len(prompts), len(prompts), "done")
-    acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
-    return recorder.records(acceptance)
+            progress(len(prompts), len(prompts), "done")
+        acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
+        return recorder.records(acceptance)
+
+    return together((target, *source.models), recorded, where=where)
 
 
 class _Recorder:

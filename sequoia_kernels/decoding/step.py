@@ -21,6 +21,7 @@ from sequoia_kernels.drafts import (
 )
 from sequoia_kernels.models import TreeModel, foreign_code_ran, prefill
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
+from sequoia_kernels.parallel import leading
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, Topology
 
 __all__ = ["DecodingStep", "EmittedTokens"]
@@ -104,6 +105,7 @@ class DecodingStep:
             parts.append((draft_tensors, state.draft_lens))
         else:
             parts[0][0].extend(draft_tensors)
+        self._cache_parts = parts
         self.cache_tables = [(CacheTable.by_device(tensors), cache_lens) for tensors, cache_lens in parts]
         self._prepared: dict[StepTree, tuple[TreeLayout, TokenBuffers]] = {}
         on_cpu = all(table.entries.is_cpu for tables, _ in self.cache_tables for table in tables)
@@ -111,6 +113,7 @@ class DecodingStep:
         self._host_steps: dict[StepTree, HostStep] = {}
         self._scored = torch.empty(0)  # where bound forwards leave their logits
         self._keeps_raw = logits_hook is not None and not self.keeps.isdisjoint({"logprobs", "logits"})
+        self._num_steps = 0  # behind the prompts
         self._decided_from = (torch.empty(0), torch.empty(0))  # the newest step's logits before and behind the hook
 
     # Between steps
@@ -172,9 +175,12 @@ class DecodingStep:
                 state.cache_lens.copy_(prompt_lens - 1)  # the prompts' last tokens are the nodes that were scored
             # The root's own token decides nothing, and a prompt may hold tokens that are never predicted.
             single = TokenTree.single()
-            raw = logits.clone() if self._keeps_raw else logits
+            raw, scored = logits.clone() if self._keeps_raw else logits, logits
+            buffers = TokenBuffers(torch.zeros_like(last_tokens), None)
             logits = self._hooked(last_tokens, logits, single)
-            path = self._verify(TokenBuffers(torch.zeros_like(last_tokens), None), logits, single)
+            path = self._verify(buffers, logits, single)
+            self._num_steps = 0
+            self._compare_ranks(scored, buffers, last_tokens, single, path)
             next_token = path.next_token
             emitted = EmittedTokens(next_token[:, None], path.nodes, path.num_accepted)
             emitted = self._with_rows(emitted, raw, logits)
@@ -266,6 +272,7 @@ class DecodingStep:
                 logits = self.target.forward(
                     fed, self.target_cache, self.state.cache_lens, layout.target_step, hidden_states=wanted
                 )
+        scored = logits
         if self.observer is not None:
             self.observer(buffers, logits)
         with self.clock.stage("verify"):
@@ -275,9 +282,24 @@ class DecodingStep:
                 raw = logits.clone() if self._keeps_raw else logits
                 logits = self._hooked(buffers.tokens, logits, layout.topology)
                 path = self._verify(buffers, logits, layout.topology)
+        self._num_steps += 1
+        self._compare_ranks(scored, buffers, buffers.tokens, layout.topology, path)
         if self.keeps:
             self._decided_from = raw, logits
         return path, list(wanted.values())
+
+    def _compare_ranks(
+        self, scored: torch.Tensor, buffers: TokenBuffers, tokens: torch.Tensor, tree: TokenTree | Topology,
+        path: VerifiedPath,
+    ) -> None:  # fmt: skip
+        """Where that is asked for, decide by the logits that other ranks of a split target have, and compare."""
+        session = leading()
+        if session is None or not session.checks:
+            return
+        active = self.state.active.bool()
+        for rank, logits in session.others(scored):
+            other = self._verify(buffers, self._hooked(tokens, logits, tree), tree)
+            session.compare(rank, self._num_steps, path[:3], other[:3], active)
 
     def _score_in_place(self, host: HostStep, wanted: dict[int, torch.Tensor]) -> torch.Tensor | None:
         """Run the target's bound forward; None where there is none, or a length leaves no room.
@@ -368,6 +390,9 @@ class DecodingStep:
         """
         state, (layout, buffers) = self.state, self.prepare(tree)
         tokens = buffers.tokens
+        session = leading()
+        if session is not None and layout.num_nodes > 1:
+            session.note_commit(self._cache_parts, path.nodes, path.num_accepted * state.active)
         host = self._host_steps.get(tree)
         if host is not None and path is host.path:
             with self.clock.stage("commit"):

@@ -12,7 +12,7 @@ from sequoia_kernels.drafts.lookup import LookupDraft, LookupDrafting
 from sequoia_kernels.drafts.medusa import MedusaDraft
 from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.mtp import MtpDraft
-from sequoia_kernels.drafts.source import Drafting, DraftSource
+from sequoia_kernels.drafts.source import Drafting, DraftSource, shares_split_target
 from sequoia_kernels.drafts.state import DecodingState, request_seeds
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
 
@@ -45,4 +45,5 @@ __all__ = [
     "is_word",
     "pair_tokens",
     "request_seeds",
+    "shares_split_target",
 ]

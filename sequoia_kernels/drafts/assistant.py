@@ -72,6 +72,7 @@ class AssistantDraft(DraftSource):
         generate(target, assistant, input_ids, tree="auto", max_new_tokens=200)
     """
 
+    shares_target = True
     capturable = False
 
     def __init__(self, model: Any, target: TreeModel | PreTrainedModel) -> None:

@@ -12,8 +12,9 @@ from sequoia_kernels.drafts.layers import first_layers
 from sequoia_kernels.drafts.lookup import LookupDraft
 from sequoia_kernels.drafts.model import ModelDraft
 from sequoia_kernels.drafts.mtp import MtpDraft
-from sequoia_kernels.drafts.source import DraftSource
+from sequoia_kernels.drafts.source import DraftSource, shares_split_target
 from sequoia_kernels.drafts.vocabulary import TokenPairing, pair_tokens
+from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import TreeModel, adapt, load_model
 
 __all__ = ["LAYERS", "LOOKUP", "MTP", "draft_source", "is_word"]
@@ -65,6 +66,9 @@ def draft_source(
     if draft_tokenizer is not None and tokenizer is None:
         raise TypeError("generate: tokenizer must be given with draft_tokenizer, got None")
     named = isinstance(draft, (str, os.PathLike))
+    of_target = is_assistant(draft) or (is_word(draft) and draft != LOOKUP)
+    if of_target and target is not None and target.ranks is not None:
+        raise UnsupportedModelError(shares_split_target(repr(draft) if named else type(draft).__name__))
     if target is None and (lookup or named):
         raise TypeError(f"draft_source: target must be given for {'lookup' if lookup else draft}, got None")
     if named and draft == LOOKUP:

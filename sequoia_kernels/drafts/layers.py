@@ -68,6 +68,7 @@ class LayersDraft(ModelDraft):
     """
 
     scores_paths = False  # what was accepted is in its cache, whoever proposed it
+    shares_target = True
     positions = None  # the target's, whose cache it is
 
     def __init__(

@@ -24,6 +24,7 @@ from sequoia_kernels.models import (
     check_sizes,
     prefill,
 )
+from sequoia_kernels.parallel import leading
 
 __all__ = ["ModelDraft", "forward_call"]
 
@@ -183,6 +184,9 @@ class _ModelDrafting(Drafting):
             prefill(model, part, tokens, num_tokens)
             for whole, rows in zip(cache.tensors(), part.tensors(), strict=True):
                 whole[lanes, : rows.shape[1]] = rows
+            session = leading()
+            if session is not None:
+                session.note_copy(part, cache, lanes)
 
     def level_call(self, step: TreeStep, context_len: int) -> Callable[[], object]:
         """Give a forward over the level; one with fewer positions sees no more than those."""

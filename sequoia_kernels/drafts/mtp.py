@@ -36,7 +36,7 @@ from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import LayerSpec, StepContext, TreeCache, TreeModel, TreeStep, adapt, causal_step
 from sequoia_kernels.models.attention import ATTENTION_NAME, attend_along_tree
-from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
+from sequoia_kernels.models.attention_probe import PROBE_NAME, ProbedCalls
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache
 from sequoia_kernels.models.switch import AttentionSwitch
 from sequoia_kernels.ops import VerifiedPath
@@ -74,6 +74,7 @@ class MtpDraft(DraftSource):
         generate(target, MtpDraft.from_target(target), input_ids, tree="auto", max_new_tokens=200)
     """
 
+    shares_target = True
     capturable = False
 
     def __init__(self, model: Any, target: TreeModel | PreTrainedModel) -> None:
@@ -201,15 +202,16 @@ class MtpDraft(DraftSource):
         tokens, positions = torch.zeros(1, 4, dtype=torch.int64, device=device), torch.arange(4, device=device)[None]
         output = torch.zeros(1, 4, self._width, dtype=next(self.model.layers.parameters()).dtype, device=device)
         for module in range(self.num_modules):
-            calls: list[LayerCall] = []
+            probed = ProbedCalls()
             call = partial(
-                self.model.forward_layer, module, output, positions, ForwardCache([], calls), input_ids=tokens,
-                **{CONTEXT_KWARG: calls},
+                self.model.forward_layer, module, output, positions, ForwardCache([], probed), input_ids=tokens,
+                **{CONTEXT_KWARG: probed},
             )  # fmt: skip
             try:
                 output = AttentionSwitch(self.model, PROBE_NAME).run(call)
             except _FAILURES as error:
                 raise UnsupportedModelError(f"{refusal}{type(error).__name__}: {error}") from error
+            calls = probed.calls
             if len(calls) != 1 or calls[0].layer_idx != module:
                 raise UnsupportedModelError(
                     f"{refusal}module {module} must attend once, as layer {module}, got {len(calls)} calls"

@@ -16,7 +16,7 @@ from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
 from sequoia_kernels.vocabularies import VocabularyMap
 
-__all__ = ["DraftSource", "Drafting"]
+__all__ = ["DraftSource", "Drafting", "shares_split_target"]
 
 
 class DraftSource(ABC):
@@ -41,6 +41,8 @@ class DraftSource(ABC):
             newest tokens; so a source with `needs` has none.
         max_levels: levels of the deepest tree that it can grow, the root's included; None without a limit.
         models: the models that it runs: what a captured step depends on besides `graph_key`.
+        shares_target: whether it runs or reads modules or caches of the target's own: not for targets that are split
+            over ranks, of which each holds a part.
         capturable: whether its part of a step may become a CUDA graph: static shapes, nothing waits for the device.
     """
 
@@ -54,6 +56,7 @@ class DraftSource(ABC):
     positions: int | None = None
     max_levels: int | None = None
     models: tuple[TreeModel, ...] = ()
+    shares_target: bool = False
     capturable: bool = True
 
     @property
@@ -310,6 +313,14 @@ class Drafting(ABC):
         """Forget everything of the batch before: another one of the same shape begins, with the state's new values."""
         for tensor in self.cache_tensors():  # a masked row counts with weight 0, and 0 times a left-over inf is NaN
             tensor.zero_()
+
+
+def shares_split_target(draft: str) -> str:
+    """Say why a draft that runs the target's own modules cannot have one that is split over ranks."""
+    return (
+        "generate: draft must run without the target's own weights where these are split over ranks, of which each has "
+        f"a part, got {draft}; take a model or lookup"
+    )
 
 
 def put_first(proposed: torch.Tensor, drawn: torch.Tensor) -> None:

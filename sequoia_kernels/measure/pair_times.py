@@ -15,7 +15,8 @@ from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
 from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
-from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes
+from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.profile import DRAFT_STEP
 from sequoia_kernels.tree import MAX_STEP_ROWS
@@ -108,6 +109,7 @@ def measure_profile(
         (1, 2, 4)
     """
     where = "measure_profile"
+    agree_on_changes(target, draft)
     target = adapt(target)
     draft = draft_source(draft, target)
     if draft is not None and draft.proposes:
@@ -143,10 +145,11 @@ def measure_profile(
             f"{where}: context_lens must be below the target's {target.max_positions} positions, got {context_lens[-1]}"
         )
 
-    plan: _Plan | None = None
-    report = report_percent(progress, lambda: "preparing" if plan is None else f"{len(plan.calls)} calls in turn")
-    report(0.0)
-    with torch.inference_mode():
+    @torch.inference_mode()
+    def measured() -> HardwareProfile:
+        plan: _Plan | None = None
+        report = report_percent(progress, lambda: "preparing" if plan is None else f"{len(plan.calls)} calls in turn")
+        report(0.0)
         found = dict(measure_bandwidth(device)) if bandwidth else {}
         plan = _Plan(target, draft, counts, context_lens, batch_size, tree_rows, quick)
         memory = new_memory(device)
@@ -158,7 +161,10 @@ def measure_profile(
             # Levels follow one another: for all but the first a small draft's weights are in the CPU's caches.
             prepare={key: timed[key] for key in timed if key[:2] == ("forward", "draft") and device.type == "cpu"},
         )  # fmt: skip
-    return plan.fill(times, found, {"seconds": seconds, "quick": quick, "seed": seed})
+        return plan.fill(times, found, {"seconds": seconds, "quick": quick, "seed": seed})
+
+    models = (target,) if draft is None else (target, *draft.models)
+    return together(models, measured, where=where)
 
 
 def affordable_node_counts(

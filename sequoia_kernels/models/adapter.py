@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.errors import RankError, UnsupportedModelError
 from sequoia_kernels.models.attention import (
     ATTENTION_NAME,
     TreeAttention,
@@ -24,7 +24,7 @@ from sequoia_kernels.models.attention import (
     find_attention,
     reads_block_tables,
 )
-from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall
+from sequoia_kernels.models.attention_probe import PROBE_NAME, LayerCall, ProbedCalls
 from sequoia_kernels.models.cache import CONTEXT_KWARG, ForwardCache, LayerSpec, PagedTreeCache, StepContext, TreeCache
 from sequoia_kernels.models.evaluation import EvaluationCheck
 from sequoia_kernels.models.families import (
@@ -48,6 +48,8 @@ from sequoia_kernels.models.quantised import NotNativeError
 from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep, causal_step
 from sequoia_kernels.models.wrapped import unwrapped
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_
+from sequoia_kernels.parallel import ForwardCall, Ranks, any_rank, current, raise_if_lost, ranks_of
 from sequoia_kernels.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -178,6 +180,29 @@ def adapt(
     return TreeModel(model, plan, mode, reads, runs)
 
 
+def agree_on_changes(*given: Any) -> None:
+    """Let all ranks of split models look at them again where one of them has to.
+
+    Forwards of a split model are run by all of its ranks, those by which `adapt` learns about it too. So each call that
+    all ranks have part in begins with this.
+
+    Args:
+        given: what was given as models: the same number of things on every rank, whole models and others among them.
+    """
+    models = [entry.model if isinstance(entry, TreeModel) else unwrapped(entry) for entry in given]
+    groups = [ranks_of(model) if isinstance(model, PreTrainedModel) else None for model in models]
+    ranks = next((group for group in groups if group is not None), None)
+    if ranks is None or current() is not None:
+        return
+    changed = [False] * len(models)
+    for index, (model, group) in enumerate(zip(models, groups, strict=True)):
+        if group is not None:
+            changed[index] = known_state(model) not in _plans.get(model, ())
+    for model, is_due in zip(models, any_rank(ranks, changed, "adapt"), strict=True):
+        if is_due and model in _plans:
+            _plans[model].pop(known_state(model), None)
+
+
 def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
     """Return the plan of a model as it is now: one that was made before, where nothing has changed since.
 
@@ -186,22 +211,28 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
     EvaluationCheck(model).check()
     state = known_state(model)
     plans = _plans.setdefault(model, OrderedDict())
-    plan = plans.get(state)
+    plan, ranks, session = plans.get(state), ranks_of(model), current()
+    if plan is None and ranks is not None and session is not None and not session.in_step:
+        return session.look_again(model, lambda: _plan_of(model, wants_own))
     if plan is None:
         check_family(model)
         foreign_code_ran()  # the model's own forwards are, below
         try:
             plan, probed = _make_plan(model, state)
-            if forward_state(model) != state:
+            if any(
+                any_rank(ranks, [forward_state(model) != state], "adapt")
+            ):  # what follows is run by all ranks, or none
                 forget_what_forwards_write(model, lambda: _make_plan(model, state))
                 state = forward_state(model)
                 plan = plan._replace(fingerprint=state)
             foreign = foreign_code(model)
-            if foreign is not None or family_name(model) not in PROVEN_FAMILIES:
+            is_strange = foreign is not None or family_name(model) not in PROVEN_FAMILIES
+            if any(any_rank(ranks, [is_strange], "adapt")):
                 _check_against_plain_forward(TreeModel(model, plan, forward_mode="modules"), foreign)
-        except (UnsupportedModelError, torch.OutOfMemoryError):
+        except (UnsupportedModelError, RankError, torch.OutOfMemoryError):
             raise
         except _FAILURES as error:
+            raise_if_lost(ranks, error, "adapt")
             _check_own_forward(model)  # the reason may be another one
             raise UnsupportedModelError(
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
@@ -233,6 +264,7 @@ class TreeModel:
         not_native: why forwards are neither native nor fused, "" where they are.
         num_layers: attention layers.
         vocab_size: width of the logits.
+        ranks: the processes that its weights are split over, None where they are whole; see `sequoia_kernels.parallel`.
         logits_dtype: of the logits: not the model's where it keeps or computes its head in another one.
         num_embeddings: tokens that the model can be fed, which may be more or fewer than it can predict: ids from 0 on.
         max_positions: positions that the model serves exactly, None without a limit; caches cannot hold more tokens.
@@ -243,6 +275,7 @@ class TreeModel:
 
     capturable = True
     _told_of_pages = False
+    ranks: Ranks | None = None
 
     def __init__(
         self,
@@ -257,6 +290,12 @@ class TreeModel:
         self.family = family_name(model)
         self.compile_mode = compile_mode
         self.attention = attention
+        self.ranks = ranks_of(model)
+        if self.ranks is not None and compile_mode is not None:
+            raise ValueError(
+                f"adapt: compile must be False for a model that is split over ranks, got {compile_mode!r} for one over "
+                f"{self.ranks.size}"
+            )
         if any(weight.is_meta for weight in self.weights()):
             self.capturable = False  # hooks bring the weights
         self._use(plan)
@@ -531,7 +570,42 @@ class TreeModel:
             own = None
         if own is not None:
             return own(inputs, cache, self._plan.max_positions)
-        return self._switch.run(partial(self._run, inputs, cache))
+        run = partial(self._switch.run, partial(self._run, inputs, cache))
+        session = None if self.ranks is None else current()
+        if session is None:
+            return run()
+        if cache.block_table is not None:
+            raise UnsupportedModelError(
+                "forward: cache must not be paged for a model that is split over ranks, got pages; take new_cache"
+            )
+        step = inputs.step
+        call = ForwardCall(
+            inputs.input_ids, inputs.cache_lens, step[:3], step.num_tree_rows, step.first_node, inputs.last_row,
+            tuple(inputs.hidden_states or ()),
+        )  # fmt: skip
+        return session.forward(self, cache, call, run)
+
+    def look_again(self) -> None:
+        """Do what `refresh` does of a model that has changed, while all its ranks do so."""
+        self._use(_plan_of(self.model, _why_modules(self.compile_mode, self.attention, self.forward_mode) is None))
+
+    def replay_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
+        """Give this rank's part of a cache that rank 0 has made."""
+        return TreeCache(self._plan.specs, batch_size, max_cache_len)
+
+    def replay(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
+        """Run this rank's part of a forward that rank 0 has told of; its logits are rank 0's but for rounding."""
+        step = TreeStep(*call.step, call.num_tree_rows, call.first_node)
+        wanted = dict.fromkeys(call.hidden_states, torch.empty(0))
+        return self.forward(
+            call.input_ids, cache, call.cache_lens, step, last_row=call.last_row, hidden_states=wanted or None
+        )
+
+    def commit_rows(
+        self, cache: TreeCache, nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
+    ) -> None:
+        """Move accepted rows behind the committed ones in this rank's part of a cache; see `compact_kv_cache_`."""
+        compact_kv_cache_(CacheTable.by_device(cache.tensors()), nodes, num_accepted, cache_lens)
 
     def _leave_pages_to_modules(self) -> None:
         """Say once that forwards on pages are not fused, whose kernels know rows; refuse where that was asked for."""
@@ -652,7 +726,9 @@ def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     names, _ = weight.__tensor_flatten__()
     for name in names:
-        yield from _plain_parts(getattr(weight, name))
+        part = getattr(weight, name)
+        if isinstance(part, torch.Tensor):  # of weights over ranks the device mesh is one, too
+            yield from _plain_parts(part)
 
 
 def _compile_mode(compile: bool | str) -> str | None:
@@ -753,7 +829,7 @@ def _make_plan(model: PreTrainedModel, state: tuple[Any, ...]) -> tuple[_ModelPl
 
 
 def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerCall], torch.Tensor]:
-    probed: list[LayerCall] = []
+    probed = ProbedCalls()
     tokens = torch.tensor([_sample_tokens(model, 4)], device=_input_device(model))
     arguments: dict[str, Any] = {
         "input_ids": tokens,
@@ -763,7 +839,8 @@ def _run_probe(model: PreTrainedModel, takes_context: bool) -> tuple[list[LayerC
     }
     if takes_context:
         arguments[CONTEXT_KWARG] = probed
-    return probed, AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+    logits = AttentionSwitch(model, PROBE_NAME).run(lambda: model(**arguments).logits)
+    return probed.calls, logits
 
 
 def _checked_calls(model: PreTrainedModel, probed: list[LayerCall]) -> list[LayerCall]:
@@ -824,6 +901,9 @@ def _with_own_forward(model: PreTrainedModel, plan: _ModelPlan) -> _ModelPlan:
     """Give the plan a forward of our own for the model's device, or the reason why it has none."""
     device = _input_device(model)
     own: NativeForward | FusedForward
+    ranks = ranks_of(model)
+    if ranks is not None:
+        return _by_modules(model, plan, f"its weights are split over {ranks.size} ranks")
     try:
         if device.type == "cpu":
             own = NativeForward(model, plan.calls, plan.logits_dtype)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sequoia_kernels.models.cache import LayerSpec, find_context
 
-__all__ = ["PROBE_NAME", "LayerCall"]
+__all__ = ["PROBE_NAME", "LayerCall", "ProbedCalls"]
 
 PROBE_NAME = "sequoia_tree_probe"
 
@@ -23,8 +23,21 @@ PROBE_NAME = "sequoia_tree_probe"
 _FAR_QUERY = (1 << 40) + 12345
 
 
+class ProbedCalls:
+    """Stands in for the step context during the probing forward, and takes the calls of the attention layers.
+
+    No list, of which accelerate's hooks hand the layers a copy.
+
+    Attributes:
+        calls: one entry a call, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[LayerCall] = []
+
+
 class LayerCall(NamedTuple):
-    """One attention layer's call. A list of them stands in for the step context during the probing forward."""
+    """One attention layer's call."""
 
     module: str
     layer_idx: int | None
@@ -130,7 +143,7 @@ def probe_attention_forward(
     spec = LayerSpec(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device, window)
     batch_size, num_heads, num_rows, _ = query.shape
     number = getattr(module, "layer_idx", None)
-    probed.append(
+    probed.calls.append(
         LayerCall(
             type(module).__name__, number, spec, chunk, problem, num_heads, scaling, softcap, s_aux is not None
         )

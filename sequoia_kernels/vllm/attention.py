@@ -21,11 +21,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from sequoia_kernels import _host
 from sequoia_kernels.models import causal_step
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.ops.backends import runs_own
-from sequoia_kernels.ops.tree_attention.host import attend_pages
-from sequoia_kernels.ops.tree_attention.op import TreeAttentionInputs
+from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
 from sequoia_kernels.vllm.cut_trees import first_nodes
 
@@ -35,7 +35,7 @@ __all__ = ["TreeAttentionBackend", "TreeMetadataBuilder", "paged_rows"]
 class RowGroup(NamedTuple):
     """Requests whose rows go through one call of the op: equally many, under the same mask."""
 
-    rows: torch.Tensor | slice  # of the step's tokens: a slice, or [B * N] int64
+    first_rows: torch.Tensor  # of each request among the step's tokens, on the host. [B] int64
     num_rows: int
     mask: torch.Tensor  # [N, W] int32
     cache_lens: torch.Tensor  # [B] int32
@@ -49,6 +49,7 @@ class TreeMetadata:
     groups: list[RowGroup]
     slot_mapping: torch.Tensor  # cache row of each token. [tokens] int64
     num_actual_tokens: int
+    prepared: Any = None  # the same for the host's layers, where the step runs there
 
 
 @dataclass
@@ -137,11 +138,13 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
             for row in range(0, rows, MAX_STEP_ROWS):
                 key = (None, min(MAX_STEP_ROWS, rows - row))
                 groups.setdefault(key, []).append((request, first + row, committed + row))
-        return TreeMetadata(
-            [self._group(tree, rows, members, meta) for (tree, rows), members in groups.items()],
-            meta.slot_mapping,
-            meta.num_actual_tokens,
-        )
+        row_groups = [self._group(tree, rows, members, meta) for (tree, rows), members in groups.items()]
+        metadata = TreeMetadata(row_groups, meta.slot_mapping, meta.num_actual_tokens)
+        if self.device.type == "cpu":
+            metadata.prepared = _host.PagedStep(
+                [_prepared(group) for group in row_groups], meta.slot_mapping.data_ptr(), meta.num_actual_tokens
+            )
+        return metadata
 
     def _group(
         self,
@@ -155,18 +158,26 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
             mask = causal_step(num_rows, self.device).tree_mask
         else:
             mask = first_nodes(tree, num_rows).tensors(self.device).ancestor_mask
-        rows: torch.Tensor | slice
-        if (np.diff(firsts) == num_rows).all():
-            rows = slice(int(firsts[0]), int(firsts[-1]) + num_rows)
-        else:
-            rows = torch.from_numpy((firsts[:, None] + np.arange(num_rows)).ravel()).to(self.device)
         table = meta.block_table_tensor
         if len(requests) == meta.num_reqs and (requests == np.arange(meta.num_reqs)).all():
             table = table[: meta.num_reqs]
         else:
             table = table.index_select(0, torch.from_numpy(requests).to(table.device))
         lens = torch.from_numpy(committed.astype(np.int32)).to(self.device)
-        return RowGroup(rows, num_rows, mask, lens, table.contiguous())
+        return RowGroup(torch.from_numpy(firsts), num_rows, mask.contiguous(), lens, table.contiguous())
+
+
+def _prepared(group: RowGroup) -> dict[str, int]:
+    return {
+        "first_rows": group.first_rows.data_ptr(),
+        "tree_mask": group.mask.data_ptr(),
+        "cache_lens": group.cache_lens.data_ptr(),
+        "block_table": group.block_table.data_ptr(),
+        "num_requests": group.block_table.shape[0],
+        "num_rows": group.num_rows,
+        "num_words": group.mask.shape[-1],
+        "max_pages": group.block_table.shape[1],
+    }
 
 
 class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
@@ -196,9 +207,9 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window, self.softcap, self.sinks = sliding_window, logits_soft_cap or None, sinks
         self.stores = kv_sharing_target_layer_name is None
-        nothing = torch.empty(0)
-        self._seen = nothing, nothing, nothing, nothing
-        self._on_host = False
+        self._cache = torch.empty(0)  # what the layer was prepared for
+        self._pages = self._keys = self._values = self._cache
+        self._prepared: Any = None
 
     def forward(
         self,
@@ -215,57 +226,79 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         """Attend; writes `output` and the cache rows of the step's tokens."""
         if attn_metadata is None:  # a forward to measure memory, or to compile
             return output.zero_()
-        if kv_cache is not self._seen[0]:
-            self._look(kv_cache)
-        _, pages, keys, values = self._seen
+        if kv_cache is not self._cache:
+            self._prepare(kv_cache)
+        if self._prepared is not None and attn_metadata.prepared is not None and _are_rows(query, key, value, output):
+            attended = self._prepared.attend(
+                attn_metadata.prepared,
+                query.data_ptr(),
+                query.stride(0),
+                key.data_ptr(),
+                key.stride(0),
+                value.data_ptr(),
+                value.stride(0),
+                output.data_ptr(),
+                torch.get_num_threads(),
+            )
+            if not attended:
+                raise ValueError("sequoia_kernels.vllm: slots and pages must lie in the cache, got one outside of it")
+            return output
         if self.stores:
-            _store(pages, key, value, attn_metadata)
+            _store(self._pages, key, value, attn_metadata)
         heads_of_rows = output.view(query.shape)
         for group in attn_metadata.groups:
-            shape = (-1, group.num_rows, *query.shape[1:])
-            if isinstance(group.rows, slice):
-                out = heads_of_rows[group.rows].view(shape)
-                self._attend(query[group.rows].reshape(shape), keys, values, group, out)
-                continue
-            nodes = query.index_select(0, group.rows)
-            out = torch.empty_like(nodes)
-            self._attend(nodes.view(shape), keys, values, group, out.view(shape))
-            heads_of_rows.index_copy_(0, group.rows, out)
+            rows = (group.first_rows[:, None] + torch.arange(group.num_rows)).flatten().to(query.device)
+            attended = tree_attention(
+                query.index_select(0, rows).view(-1, group.num_rows, *query.shape[1:]),
+                self._keys,
+                self._values,
+                group.mask,
+                group.cache_lens,
+                scale=self.scale,
+                softcap=self.softcap,
+                sliding_window=self.sliding_window,
+                sinks=self.sinks,
+                block_table=group.block_table,
+            ).out
+            heads_of_rows.index_copy_(0, rows, attended.flatten(0, 1))
         return output
 
-    def _look(self, kv_cache: torch.Tensor) -> None:
+    def _prepare(self, kv_cache: torch.Tensor) -> None:
         """Lay out a cache; vLLM gives a layer the same one in every step."""
-        pages = paged_rows(kv_cache)
-        keys, values = pages.split(self.head_size, dim=3)
-        self._seen = kv_cache, pages, keys, values
-        self._on_host = kv_cache.is_cpu and runs_own(tree_attention.__name__, "auto", "cpu", "host")
-        if self.sinks is not None and kv_cache.is_cpu:
-            self.sinks = self.sinks.detach().to(torch.float32).contiguous()
-
-    def _attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: RowGroup, out: torch.Tensor
-    ) -> None:
-        """Attend from the rows of one group. query, out: [B, N, Hq, D]."""
-        if self._on_host and query.dtype == keys.dtype and out.is_contiguous():
-            inputs = TreeAttentionInputs(
-                query, keys, values, group.mask, group.cache_lens, self.scale, self.softcap, self.sliding_window,
-                self.sinks, group.block_table, None, None, False,
-            )  # fmt: skip
-            attend_pages(inputs, out, torch.get_num_threads())
+        self._cache, self._pages = kv_cache, paged_rows(kv_cache)
+        self._keys, self._values = self._pages.split(self.head_size, dim=3)
+        self._prepared = None
+        if kv_cache.dtype not in ELEMENT_TYPES or not runs_own(tree_attention.__name__, "auto", "cpu", "host"):
             return
-        tree_attention(
-            query,
-            keys,
-            values,
-            group.mask,
-            group.cache_lens,
-            scale=self.scale,
-            softcap=self.softcap,
-            sliding_window=self.sliding_window,
-            sinks=self.sinks,
-            block_table=group.block_table,
-            out=out,
+        if not kv_cache.is_cpu or kv_cache.dtype == torch.float64:
+            return
+        if self.sinks is not None:
+            self.sinks = self.sinks.detach().to(torch.float32).contiguous()
+        self._prepared = _host.PagedLayer(
+            {
+                "keys": self._keys.data_ptr(),
+                "values": self._values.data_ptr(),
+                "pages": (tuple(self._keys.shape), self._keys.stride()),
+                "type": ELEMENT_TYPES[kv_cache.dtype],
+                "scale": self.scale,
+                "softcap": self.softcap or 0.0,
+                "sliding_window": self.sliding_window or 0,
+                "sinks": address(self.sinks),
+                "num_heads": self.num_heads,
+                "stores": self.stores,
+            }
         )
+
+
+def _are_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> bool:
+    """Tell whether the heads of each row lie side by side, all in one dtype."""
+    width = query.shape[2]
+    return (
+        query.stride(1) == key.stride(1) == value.stride(1) == width
+        and query.stride(2) == key.stride(2) == value.stride(2) == 1
+        and query.dtype == key.dtype == value.dtype == output.dtype
+        and output.is_contiguous()
+    )
 
 
 def _store(pages: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: TreeMetadata) -> None:

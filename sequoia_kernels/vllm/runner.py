@@ -226,14 +226,17 @@ class TreeRunnerMixin:
             starts = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
             for index, request_id in enumerate(request_ids):
                 num_drafted = len(drafted.get(request_id, ()))
-                if not num_drafted:
+                # vLLM also gives rows of no token to requests without drafts: new ones with one row to compute.
+                # They stay a chain, and get no verdict.
+                tree = self._tree_of.get(request_id)
+                if not num_drafted or tree is None:
                     continue
                 num_rows = int(num_scheduled_tokens[index])
                 if num_rows != num_drafted + 1:
                     raise RuntimeError(
                         f"{WHERE}: a tree of {num_drafted + 1} nodes must be scheduled by itself, got {num_rows} rows"
                     )
-                tree = trees[index] = self._tree_of[request_id]
+                trees[index] = tree
                 positions[starts[index] : starts[index] + num_rows] = tree.depths[:num_rows]
             positions += np.repeat(self.input_batch.num_computed_tokens_cpu[: len(request_ids)], num_scheduled_tokens)
             self.positions[:total] = torch.from_numpy(positions).to(self.device)

@@ -82,7 +82,10 @@ class TreeSettings:
         missing = [name for name in ("draft", "trees") if name not in document]
         if missing:
             raise ValueError(f"{where}: {missing[0]} must be given")
-        settings = cls(**{**document, "trees": tuple(tuple(parents) for parents in document["trees"])})
+        trees = document["trees"]
+        if not isinstance(trees, Sequence) or not all(isinstance(parents, Sequence) for parents in trees):
+            raise TypeError(f"{where}: trees must be lists of parents, got {trees!r}")
+        settings = cls(**{**document, "trees": tuple(tuple(parents) for parents in trees)})
         settings.check(where)
         return settings
 

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from sequoia_kernels.drafts.dflash.forms import DFlashForm, is_dflash, read_form
 from sequoia_kernels.drafts.dflash.source import DFlashDraft
 from sequoia_kernels.drafts.folders import DraftFolder, DraftFormat, register_format
+from sequoia_kernels.drafts.source import shares_split_target
+from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.vocabularies import VocabularyMap
 
@@ -31,8 +33,10 @@ def load_dflash(folder: DraftFolder, target: TreeModel) -> DFlashDraft:
 
     Raises:
         ValueError: an option is not understood, a weight is missing, left over or of another shape, or the draft does
-            not fit the target.
+            not fit the target, or the target is split over ranks.
     """
+    if target.ranks is not None:
+        raise UnsupportedModelError(shares_split_target(f"the DFlash draft {folder}"))
     form = read_form(folder.config, str(folder))
     weights = {
         name: weight.to(device=target.device, dtype=target.dtype)

@@ -12,6 +12,7 @@ import torch
 from sequoia_kernels.drafts.eagle3.config import HeadConfig
 from sequoia_kernels.drafts.eagle3.head import EagleHead, HeadLayer, Norm, Projection
 from sequoia_kernels.drafts.folders import DraftFolder
+from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.vocabularies import VocabularyMap
 
@@ -208,6 +209,10 @@ class _Weights:
 
     def _of_target(self, name: str) -> torch.Tensor:
         """Give a weight that the folder lacks as the target has it, not a copy."""
+        if self.target.ranks is not None:
+            raise UnsupportedModelError(
+                f"{self.folder}: must hold {name} for a target that is split over ranks, of which each has a part of it"
+            )
         model = self.target.model
         module: Any = model.get_input_embeddings() if name.startswith("embed") else model.get_output_embeddings()
         weight = getattr(module, "weight", None)

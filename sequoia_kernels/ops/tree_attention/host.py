@@ -14,7 +14,7 @@ from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address, deliver, writ
 from . import sdpa
 from .op import TreeAttentionInputs, TreeAttentionOutput, check_values
 
-__all__ = ["CHECKS_VALUES", "attend_pages", "declines", "run", "supports"]
+__all__ = ["CHECKS_VALUES", "declines", "run", "supports"]
 
 CHECKS_VALUES = True
 
@@ -65,63 +65,37 @@ def declines(inputs: TreeAttentionInputs) -> str | None:
     )
 
 
-def attend_pages(inputs: TreeAttentionInputs, out: torch.Tensor, num_threads: int) -> None:
-    """Attend, for a caller that knows what `supports` asks for: no checks but those of values, and on several threads.
-
-    Args:
-        inputs: what the op takes; sinks float32.
-        out: takes the output. [B, N, Hq, Dv], contiguous.
-        num_threads: threads at most; small calls take fewer. Beside torch's own, see `_host.use_openmp_threads`.
-
-    Raises:
-        ValueError: a length or page lies outside the cache; nothing is written.
-    """
-    if not _attend(inputs, inputs.sinks, out, None, num_threads):
-        check_values(inputs)
-
-
 def run(inputs: TreeAttentionInputs, outputs: TreeAttentionOutput) -> None:
     """Write the outputs."""
-    results = writable(outputs)
-    sinks = None if inputs.sinks is None else inputs.sinks.to(torch.float32).contiguous()
-    if not _attend(inputs, sinks, results.out, results.lse, 1):  # something lies outside the cache: name it
-        check_values(inputs)
-    deliver(results, outputs)
-
-
-def _attend(
-    inputs: TreeAttentionInputs,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    num_threads: int,
-) -> bool:
     q, k_cache, v_cache, tree_mask, cache_lens = inputs[:5]
     block_table = inputs.block_table
-    return bool(
-        _host.tree_attention(
-            q.data_ptr(),
-            q.shape,
-            q.stride(),
-            k_cache.data_ptr(),
-            k_cache.shape,
-            k_cache.stride(),
-            v_cache.data_ptr(),
-            v_cache.shape,
-            v_cache.stride(),
-            _TYPES[q.dtype],
-            tree_mask.data_ptr(),
-            tree_mask.shape[-1],
-            tree_mask.dim() == 3,
-            cache_lens.data_ptr(),
-            inputs.scale,
-            inputs.softcap or 0.0,
-            inputs.sliding_window or 0,
-            address(sinks),
-            address(block_table),
-            0 if block_table is None else block_table.shape[1],
-            out.data_ptr(),
-            address(lse),
-            num_threads,
-        )
+    results = writable(outputs)
+    sinks = None if inputs.sinks is None else inputs.sinks.to(torch.float32).contiguous()
+    attended = _host.tree_attention(
+        q.data_ptr(),
+        q.shape,
+        q.stride(),
+        k_cache.data_ptr(),
+        k_cache.shape,
+        k_cache.stride(),
+        v_cache.data_ptr(),
+        v_cache.shape,
+        v_cache.stride(),
+        _TYPES[q.dtype],
+        tree_mask.data_ptr(),
+        tree_mask.shape[-1],
+        tree_mask.dim() == 3,
+        cache_lens.data_ptr(),
+        inputs.scale,
+        inputs.softcap or 0.0,
+        inputs.sliding_window or 0,
+        address(sinks),
+        address(block_table),
+        0 if block_table is None else block_table.shape[1],
+        results.out.data_ptr(),
+        address(results.lse),
+        1,
     )
+    if not attended:  # something lies outside the cache: name it
+        check_values(inputs)
+    deliver(results, outputs)

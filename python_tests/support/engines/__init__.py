@@ -1,0 +1,1 @@
+"""Engines of vLLM in processes of their own, driven from tests."""

@@ -358,7 +358,7 @@ def test_the_code_on_several_gpus_runs(tmp_path: Path) -> None:
 
 def test_no_page_has_code_that_does_not_run() -> None:
     run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md",
-           "planner.md", "robustness.md", "several_gpus.md", "transformers.md"}  # fmt: skip
+           "planner.md", "robustness.md", "serving.md", "several_gpus.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run
 
 

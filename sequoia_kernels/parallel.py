@@ -323,7 +323,7 @@ class Session:
 
     def forward(self, model: Any, cache: Any, call: ForwardCall, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a forward on all ranks; the others are on their way through `follow`."""
-        if not self.leads:
+        if not self.leads or self.in_step:
             return run()
         number = self._numbers.get(id(model.model))
         if number is None or self.thread != threading.get_ident():

@@ -159,8 +159,32 @@ def drafts() -> Any:
     longer = {**GREEDY, "max_new_tokens": 44}
     output = generate(target, short, THREE, MASK, tree=TREE, **longer)
     found["restarts"] = [output.new_tokens == texts(own, None, THREE, MASK, **longer), output.stats.draft_restarts]
+    found["changed"] = _changed_on_the_way(target, short, longer) == texts(own, None, THREE, MASK, **longer)
     sampled = [texts(model, draft, THREE, MASK, tree=TREE, **SAMPLED) for model in (own, target)]
     found["sampled"] = [sampled[0] == sampled[1], sampled[1]]
+    return found
+
+
+def _changed_on_the_way(target: Any, short: Any, settings: dict[str, Any]) -> list[list[int]]:
+    """Decode while rank 0's streamer changes the split draft, which is then probed in the middle of the call."""
+    looks: list[Any] = []
+    handles: list[Any] = []
+
+    class Changing(Streamer):
+        def put(self, tokens: torch.Tensor) -> None:
+            super().put(tokens)
+            if len(self.tokens) >= 40 and not handles:
+                handles.append(short.model.norm.register_forward_hook(lambda *_: None))
+
+    plain = parallel.Session.look_again
+
+    def look_again(*arguments: Any) -> Any:
+        looks.append(arguments)
+        return plain(*arguments)
+
+    with mock.patch.object(parallel.Session, "look_again", look_again):
+        found = texts(target, short, THREE, MASK, tree=TREE, streamer=Changing(), **settings)
+    assert len(looks) == (RANK == 0)
     return found
 
 
@@ -246,8 +270,7 @@ def decisions() -> Any:
     found["auto"] = [auto.new_tokens, str(auto.stats.tree), auto.stats.num_steps]
     adaptive = generate(target, draft, ONE, tree="adaptive", **GREEDY)
     found["adaptive"] = [adaptive.new_tokens, adaptive.stats.num_steps]
-    # Hidden states leave hooks in a model, by which it is another one when the next cache is made.
-    measured = generate(split("llama"), f"{sys.argv[1]}/eagle", ONE, tree="auto", **GREEDY)
+    measured = generate(target, f"{sys.argv[1]}/eagle", ONE, tree="auto", **GREEDY)
     found["eagle, auto"] = [measured.new_tokens, str(measured.stats.tree)]
     return found
 

@@ -199,8 +199,15 @@ def agree_on_changes(*given: Any) -> None:
         if group is not None:
             changed[index] = known_state(model) not in _plans.get(model, ())
     for model, is_due in zip(models, any_rank(ranks, changed, "adapt"), strict=True):
-        if is_due and model in _plans:
-            _plans[model].pop(known_state(model), None)
+        if is_due:
+            _forget_plan(model)
+
+
+def _forget_plan(model: PreTrainedModel) -> None:
+    """Let a model as it is now be probed again."""
+    plans = _plans.get(model)
+    if plans is not None:
+        plans.pop(known_state(model), None)
 
 
 def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
@@ -586,7 +593,8 @@ class TreeModel:
         return session.forward(self, cache, call, run)
 
     def look_again(self) -> None:
-        """Do what `refresh` does of a model that has changed, while all its ranks do so."""
+        """Probe the model, changed or not, as rank 0 does whose model has changed."""
+        _forget_plan(self.model)
         self._use(_plan_of(self.model, _why_modules(self.compile_mode, self.attention, self.forward_mode) is None))
 
     def replay_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:

@@ -199,8 +199,15 @@ def agree_on_changes(*given: Any) -> None:
         if group is not None:
             changed[index] = known_state(model) not in _plans.get(model, ())
     for model, is_due in zip(models, any_rank(ranks, changed, "adapt"), strict=True):
-        if is_due and model in _plans:
-            _plans[model].pop(known_state(model), None)
+        if is_due:
+            _forget_plan(model)
+
+
+def _forget_plan(model: PreTrainedModel) -> None:
+    """Let a model as it is now be probed again."""
+    plans = _plans.get(model)
+    if plans is not None:
+        plans.pop(known_state(model), None)
 
 
 def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
@@ -586,14 +593,16 @@ class TreeModel:
         return session.forward(self, cache, call, run)
 
     def look_again(self) -> None:
-        """Do what `refresh` does of a model that has changed, while all its ranks do so."""
+        """Probe the model, changed or not, as rank 0 does whose model has changed."""
+        _forget_plan(self.model)
         self._use(_plan_of(self.model, _why_modules(self.compile_mode, self.attention, self.forward_mode) is None))
 
-    def replay_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
-        """Give this rank's part of a cache that rank 0 has made."""
-        return TreeCache(self._plan.specs, batch_size, max_cache_len)
+    def replay_cache(self, batch_size: int, max_cache_len: int) -> tuple[TreeCache, list[CacheTable]]:
+        """Give this rank's part of a cache that rank 0 has made, and tables of its rows."""
+        cache = TreeCache(self._plan.specs, batch_size, max_cache_len)
+        return cache, CacheTable.by_device(cache.tensors())
 
-    def replay(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
+    def replay_forward(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
         """Run this rank's part of a forward that rank 0 has told of; its logits are rank 0's but for rounding."""
         step = TreeStep(*call.step, call.num_tree_rows, call.first_node)
         wanted = dict.fromkeys(call.hidden_states, torch.empty(0))
@@ -601,11 +610,12 @@ class TreeModel:
             call.input_ids, cache, call.cache_lens, step, last_row=call.last_row, hidden_states=wanted or None
         )
 
-    def commit_rows(
-        self, cache: TreeCache, nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
+    @staticmethod
+    def replay_commit(
+        tables: Sequence[CacheTable], nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
     ) -> None:
         """Move accepted rows behind the committed ones in this rank's part of a cache; see `compact_kv_cache_`."""
-        compact_kv_cache_(CacheTable.by_device(cache.tensors()), nodes, num_accepted, cache_lens)
+        compact_kv_cache_(tables, nodes, num_accepted, cache_lens)
 
     def _leave_pages_to_modules(self) -> None:
         """Say once that forwards on pages are not fused, whose kernels know rows; refuse where that was asked for."""

@@ -358,7 +358,7 @@ def test_the_code_on_several_gpus_runs(tmp_path: Path) -> None:
 
 def test_no_page_has_code_that_does_not_run() -> None:
     run = {"README.md", "choosing_a_draft.md", "choosing_a_tree.md", "models.md", "offloading.md", "own_loop.md",
-           "planner.md", "robustness.md", "several_gpus.md", "transformers.md"}  # fmt: skip
+           "planner.md", "robustness.md", "serving.md", "several_gpus.md", "transformers.md"}  # fmt: skip
     assert {page.name for page in PAGES if code_blocks(page)} == run
 
 
@@ -432,7 +432,11 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
 
     log = tmp_path / "server.log"
     with log.open("w") as stream:
-        command = ["bash", "-c", serve.replace("vllm serve", f"exec vllm serve --port {port}")]
+        command = [
+            "bash",
+            "-c",
+            serve.replace("python -m vllm", "exec python -m vllm").replace("--model", f"--port {port} --model"),
+        ]
         server = subprocess.Popen(
             command, env=variables, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True
         )

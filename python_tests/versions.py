@@ -47,6 +47,7 @@ QUICK = (
     "python_tests/offload/test_model.py",
     "python_tests/decoding/test_generate.py",
     "python_tests/test_hf.py",
+    "python_tests/test_parallel.py",
 )
 
 

@@ -22,7 +22,7 @@ from sequoia_kernels.decoding.loop import on_target_device
 from sequoia_kernels.decoding.processors import check_processors
 from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.drafts import DraftSource, draft_source
-from sequoia_kernels.models import TreeModel, adapt, described_once
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes, described_once
 
 __all__ = ["TreeDecoderOnlyOutput", "custom_generate"]
 
@@ -172,6 +172,7 @@ def _generate(
 ) -> GenerateOutput:  # fmt: skip
     """Do what `sequoia_kernels.generate` does, with what transformers has prepared; the rest as in `_arguments`."""
     with torch.inference_mode():
+        agree_on_changes(model, draft)
         target = adapt(model)
         source = draft_source(
             draft, target, lookup=lookup, tokenizer=tokenizer if draft_tokenizer is not None else None,

@@ -35,7 +35,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,10 +47,12 @@ __all__ = [
     "ForwardCall",
     "Ranks",
     "Session",
+    "any_rank",
     "current",
     "digest",
     "is_follower",
     "leading",
+    "raise_if_lost",
     "ranks_of",
     "together",
 ]
@@ -63,8 +65,10 @@ CHECK_VARIABLE = "SEQUOIA_CHECK_RANKS"
 
 FIRST_CAPACITY = 1024  # integers of a message, until one of a step is longer
 _HEADER = 4  # kind, integers in all, how many of them are numbers, capacity of the next message
-_FORWARD, _END, _FAILED = 1, 2, 3
+_FORWARD, _LOOK, _END, _FAILED = 1, 2, 3, 4
 _COMMIT, _COPY = 1, 2
+# In the errors of collectives that are not `dist.DistError`s: gloo's.
+_TELLS_OF_LOSS = re.compile(r"gloo|NCCL|caused pair closure|Timed out waiting|Connection (closed|reset)")
 
 
 class Ranks:
@@ -72,16 +76,18 @@ class Ranks:
 
     Args:
         group: their process group.
+        device: where what they exchange lies.
 
     Attributes:
         group: as given.
+        device: as given.
         rank: this process's place in it.
         size: how many they are.
         members: their ranks in the whole world.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.members = tuple(dist.get_process_group_ranks(group))
 
@@ -111,7 +117,9 @@ def ranks_of(model: torch.nn.Module) -> Ranks | None:
         kinds = ", ".join(sorted(str(mesh.mesh_dim_names or mesh.ndim) for mesh in meshes))
         how = "FSDP" if _is_fsdp(model) else f"device meshes {kinds}"
         raise UnsupportedModelError(f"adapt: model must be split by tensor parallelism alone, got a {name} under {how}")
-    return Ranks(meshes.pop().get_group())
+    mesh = meshes.pop()
+    device = next(weight.to_local().device for weight in model.parameters() if isinstance(weight, DTensor))
+    return Ranks(mesh.get_group(), device)
 
 
 def _is_fsdp(model: torch.nn.Module) -> bool:
@@ -129,6 +137,7 @@ class ForwardCall(NamedTuple):
     num_tree_rows: int
     first_node: int | None
     last_row: torch.Tensor | None  # [B] int64
+    hidden_states: tuple[int, ...] = ()  # which of them are wanted: to ask leaves hooks in a model
 
 
 def digest(*tensors: torch.Tensor) -> str:
@@ -185,6 +194,40 @@ def together(
             _current = None
 
 
+def any_rank(ranks: Ranks | None, holds: Sequence[bool], where: str) -> list[bool]:
+    """Tell what holds on any of a model's ranks, which all ask; of a whole model what does here.
+
+    In a call of `together`, where ranks do not ask together but within `Session.look_again`, what holds here.
+
+    Raises:
+        RankError: another rank has ended, or does not answer.
+    """
+    session = current()
+    if ranks is None or (session is not None and not session.in_step):
+        return list(holds)
+    flags = torch.tensor(list(map(int, holds)), device=ranks.device)
+    try:
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=ranks.group)
+    except RuntimeError as error:
+        raise_if_lost(ranks, error, where)
+        raise
+    return list(map(bool, flags.tolist()))
+
+
+def raise_if_lost(ranks: Ranks | None, error: Exception, where: str, behind: str = "") -> None:
+    """Raise RankError in the place of an error that tells of a lost connection between ranks."""
+    text = str(error)
+    is_lost = isinstance(error, dist.DistError) if dist.is_available() else False
+    if ranks is None or not (is_lost or (isinstance(error, RuntimeError) and _TELLS_OF_LOSS.search(text))):
+        return
+    # gloo begins with a place in its own source, and ends with advice
+    reason = re.sub(r"^\[[^]]*\] ", "", text.strip().splitlines()[0]).split(". ")[0]
+    raise RankError(
+        f"{where}: rank {ranks.rank} of {ranks.size} lost another one{behind}; a rank that ends or does not answer "
+        f"within the process group's timeout ends it on all ({reason})"
+    ) from error
+
+
 def is_follower(models: Sequence[Any]) -> bool:
     """Tell whether another rank than this one decides for models."""
     return any(model.ranks is not None and model.ranks.rank > 0 for model in models)
@@ -214,7 +257,7 @@ class Session:
         leads: whether this one decides.
         checks: whether logits of all ranks are compared.
         num_forwards: forwards of split models so far.
-        num_broadcasts: broadcasts so far.
+        in_step: whether all ranks do the same just now, each by itself.
     """
 
     def __init__(self, models: Sequence[Any], where: str, compares: bool = False) -> None:
@@ -227,9 +270,9 @@ class Session:
                     f"got one over {list(model.ranks.members)}"
                 )
         self.leads = self.ranks.rank == 0
-        self.device: torch.device = models[0].device
+        self.device = self.ranks.device
         self.thread = threading.get_ident()
-        self.num_forwards = self.num_broadcasts = 0
+        self.num_forwards, self.in_step = 0, False
         self.compares, self.checks = compares, False
         self._capacity = FIRST_CAPACITY
         self._is_usable = True  # whether the ranks wait for a message
@@ -243,7 +286,7 @@ class Session:
         self._gathered: tuple[Any, list[tuple[int, torch.Tensor]]] = (None, [])  # see `others`
         self._has_warned = False
         # of the others
-        self._caches: dict[int, Any] = {}
+        self._caches: dict[int, tuple[Any, Any]] = {}  # with tables of their rows
         self._known_steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def begin(self, alike: Mapping[str, str]) -> None:
@@ -254,6 +297,7 @@ class Session:
             dist.all_gather_object(given, own, group=self.ranks.group)
         except RuntimeError as error:
             self._fail(error)
+            raise
         for rank, entry in enumerate(given):
             for name in own:
                 if entry.get(name) != given[0].get(name):
@@ -279,7 +323,7 @@ class Session:
 
     def forward(self, model: Any, cache: Any, call: ForwardCall, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a forward on all ranks; the others are on their way through `follow`."""
-        if not self.leads:
+        if not self.leads or self.in_step:
             return run()
         number = self._numbers.get(id(model.model))
         if number is None or self.thread != threading.get_ident():
@@ -294,12 +338,36 @@ class Session:
             if self.checks and number == 0:
                 self._gather(logits)
         except RuntimeError as error:
-            if _is_lost(error):
-                self._fail(error)
+            self._fail(error)
             raise
         self._is_usable = True
         self.num_forwards += 1
         return logits
+
+    def look_again(self, model: Any, look: Callable[[], Result]) -> Result:
+        """Run the forwards by which a model is probed, since it is not what it was: on all ranks, each by itself.
+
+        Args:
+            model: the Hugging Face model.
+            look: does it here; on the others `TreeModel.look_again` does.
+        """
+        number = self._numbers.get(id(model))
+        if number is None or not self.leads or self.thread != threading.get_ident():
+            raise RuntimeError(
+                f"{self.where}: split models must be changed on all ranks, between calls, got another state of a "
+                f"{type(model).__name__} on rank {self.ranks.rank}"
+            )
+        self._send(_LOOK, [number])
+        return self._in_step(look)
+
+    def _in_step(self, work: Callable[[], Result]) -> Result:
+        self._is_usable, self.in_step = False, True
+        try:
+            result = work()
+        finally:
+            self.in_step = False
+        self._is_usable = True
+        return result
 
     def note_commit(
         self, parts: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]], nodes: torch.Tensor,
@@ -389,7 +457,7 @@ class Session:
         numbers += [
             len(dropped), *dropped, number, cache_number, new_rows, batch_size, num_nodes, step_number, is_new,
             tree_mask.shape[-1], per_request, call.num_tree_rows, first_node, call.last_row is not None,
-            self.checks,
+            self.checks, len(call.hidden_states), *call.hidden_states,
         ]  # fmt: skip
         tensors += [call.input_ids, call.cache_lens]
         if is_new:
@@ -434,6 +502,9 @@ class Session:
                 self._replay(message)
                 self.num_forwards += 1
                 continue
+            if kind == _LOOK:
+                self._in_step(self.models[message.number()].look_again)
+                continue
             value = self._receive_object(message.number())
             if kind == _FAILED:
                 raise RankError(f"{self.where}: rank 0 has ended the call for all ranks with {value}")
@@ -444,12 +515,12 @@ class Session:
         number = message.number
         for _ in range(number()):
             if number() == _COMMIT:
-                cache, batch_size, levels = self._caches[number()], number(), number()
+                (_, tables), batch_size, levels = self._caches[number()], number(), number()
                 nodes = message.tensor((batch_size, levels), torch.int32)
                 counts, lens = (message.tensor((batch_size,), torch.int32) for _ in range(2))
-                self.models[0].commit_rows(cache, nodes, counts, lens)
+                self.models[0].replay_commit(tables, nodes, counts, lens)
             else:
-                source, cache = self._caches[number()], self._caches[number()]
+                (source, _), (cache, _) = self._caches[number()], self._caches[number()]
                 lanes = [number() for _ in range(number())]
                 for whole, rows in zip(cache.tensors(), source.tensors(), strict=True):
                     whole[lanes, : rows.shape[1]] = rows
@@ -457,7 +528,7 @@ class Session:
             self._caches.pop(number(), None)
         model, cache_number, new_rows, batch_size, num_nodes = self.models[number()], *(number() for _ in range(4))
         if new_rows:
-            self._caches[cache_number] = model.new_cache(batch_size, new_rows, beyond_positions=True)
+            self._caches[cache_number] = model.replay_cache(batch_size, new_rows)
         step_number, is_new, num_words, per_request = (number() for _ in range(4))
         num_tree_rows, first_node, has_last_row, checks = (number() for _ in range(4))
         input_ids = message.tensor((batch_size, num_nodes), torch.int64)
@@ -471,16 +542,16 @@ class Session:
         else:
             step = self._known_steps[step_number]
         last_row = message.tensor((batch_size,), torch.int64) if has_last_row else None
+        hidden_states = tuple(number() for _ in range(number()))
         call = ForwardCall(
-            input_ids, cache_lens, step, num_tree_rows, None if first_node < 0 else first_node, last_row
+            input_ids, cache_lens, step, num_tree_rows, None if first_node < 0 else first_node, last_row, hidden_states
         )  # fmt: skip
         try:
-            logits = model.replay(call, self._caches[cache_number])
+            logits = model.replay_forward(call, self._caches[cache_number][0])
             if checks and model is self.models[0]:
                 self._gather(logits)
         except RuntimeError as error:
-            if _is_lost(error):
-                self._fail(error)
+            self._fail(error)
             raise
 
     def _receive(self) -> tuple[int, _Message]:
@@ -508,21 +579,16 @@ class Session:
     # All
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
-        self.num_broadcasts += 1
         try:
             dist.broadcast(tensor, group_src=0, group=self.ranks.group)
         except RuntimeError as error:
             self._fail(error)
+            raise
 
-    def _fail(self, error: RuntimeError) -> NoReturn:
+    def _fail(self, error: RuntimeError) -> None:
+        """Raise RankError where a connection was lost; the ranks wait for no message any more."""
         self._is_usable = False
-        # gloo begins with a place in its own source, and ends with advice
-        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
-        raise RankError(
-            f"{self.where}: rank {self.ranks.rank} of {self.ranks.size} lost another one after {self.num_forwards} "
-            f"forwards of this call; a rank that ends or does not answer within the process group's timeout ends it on "
-            f"all ({reason})"
-        ) from error
+        raise_if_lost(self.ranks, error, self.where, f" after {self.num_forwards} forwards of this call")
 
 
 class _Message:
@@ -544,12 +610,6 @@ def _packed(value: Any) -> bytearray:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return bytearray(buffer.getbuffer())
-
-
-def _is_lost(error: RuntimeError) -> bool:
-    """Tell whether an error in a forward is one of the connection to other ranks."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
 def _asked_to_check() -> bool:

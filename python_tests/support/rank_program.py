@@ -40,7 +40,7 @@ THREE = torch.tensor([[5, 9, 11, 3, 60, 22, 8, 41], [0, 0, 0, 0, 0, 7, 2, 33], [
 MASK = torch.tensor([[1] * 8, [0] * 5 + [1] * 3, [1] * 5 + [0] * 3])
 BATCHES = {"one": (ONE, None), "three": (THREE, MASK)}
 # Behind the prompt, which the target's first forward reads.
-GREEDY: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": ()}
+GREEDY: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": ()}
 SAMPLED: dict[str, Any] = {**GREEDY, "temperature": [0.7, 1.0, 0.0], "top_p": 0.9, "seed": 11}
 STEP_TIMEOUT = 60.0  # seconds that a rank waits for another
 
@@ -156,11 +156,35 @@ def drafts() -> Any:
         target, whole("llama-draft") if RANK == 0 else None, THREE, MASK, tree=TREE, **GREEDY
     )
     found["eagle"] = texts(target, f"{sys.argv[1]}/eagle", THREE, MASK, tree=TREE, **GREEDY)
-    longer = {**GREEDY, "max_new_tokens": 60}
+    longer = {**GREEDY, "max_new_tokens": 44}
     output = generate(target, short, THREE, MASK, tree=TREE, **longer)
     found["restarts"] = [output.new_tokens == texts(own, None, THREE, MASK, **longer), output.stats.draft_restarts]
+    found["changed"] = _changed_on_the_way(target, short, longer) == texts(own, None, THREE, MASK, **longer)
     sampled = [texts(model, draft, THREE, MASK, tree=TREE, **SAMPLED) for model in (own, target)]
     found["sampled"] = [sampled[0] == sampled[1], sampled[1]]
+    return found
+
+
+def _changed_on_the_way(target: Any, short: Any, settings: dict[str, Any]) -> list[list[int]]:
+    """Decode while rank 0's streamer changes the split draft, which is then probed in the middle of the call."""
+    looks: list[Any] = []
+    handles: list[Any] = []
+
+    class Changing(Streamer):
+        def put(self, tokens: torch.Tensor) -> None:
+            super().put(tokens)
+            if len(self.tokens) >= 40 and not handles:
+                handles.append(short.model.norm.register_forward_hook(lambda *_: None))
+
+    plain = parallel.Session.look_again
+
+    def look_again(*arguments: Any) -> Any:
+        looks.append(arguments)
+        return plain(*arguments)
+
+    with mock.patch.object(parallel.Session, "look_again", look_again):
+        found = texts(target, short, THREE, MASK, tree=TREE, streamer=Changing(), **settings)
+    assert len(looks) == (RANK == 0)
     return found
 
 
@@ -179,8 +203,8 @@ def outputs() -> Any:
     asked: dict[str, Any] = {"return_logprobs": True, "output_logits": True, "output_scores": True}
     options: dict[str, Any] = {**GREEDY, "tree": TREE, "repetition_penalty": 1.3, **asked}
     ours, theirs = (generate(model, draft, THREE, MASK, **options) for model in (target, own))
-    own_text = own.generate(ONE, max_new_tokens=20, do_sample=False, pad_token_id=0)
-    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "custom_generate": hf.custom_generate}
+    own_text = own.generate(ONE, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "custom_generate": hf.custom_generate}
     drawn = {**settings, "do_sample": True, "assistant_model": draft, "tree": TREE}
     torch.manual_seed(RANK)
     return {
@@ -246,6 +270,8 @@ def decisions() -> Any:
     found["auto"] = [auto.new_tokens, str(auto.stats.tree), auto.stats.num_steps]
     adaptive = generate(target, draft, ONE, tree="adaptive", **GREEDY)
     found["adaptive"] = [adaptive.new_tokens, adaptive.stats.num_steps]
+    measured = generate(target, f"{sys.argv[1]}/eagle", ONE, tree="auto", **GREEDY)
+    found["eagle, auto"] = [measured.new_tokens, str(measured.stats.tree)]
     return found
 
 
@@ -353,6 +379,11 @@ def errors() -> Any:
     found["native"] = message_of(lambda: adapt(target, forward="native"))
     with mock.patch.dict(os.environ, {parallel.CHECK_VARIABLE: "yes"}):
         found["variable"] = message_of(lambda: texts(target, draft, ONE, **settings))
+    # A hook of one rank's makes that one look at its model again, with all others.
+    handle = target.model.norm.register_forward_hook(lambda *_: None) if RANK == WORLD - 1 else None
+    found["hook of one rank"] = texts(target, draft, ONE, **settings)
+    if handle is not None:
+        handle.remove()
     found["again"] = texts(target, draft, ONE, **settings)
     return found
 
@@ -382,9 +413,8 @@ def _until_it_ends(how: str, who: int) -> Any:
 
 
 SUITES: dict[str, list[str]] = {
-    "texts": [*(f"greedy {family}" for family in FAMILIES), "sampled", "drafts"],
+    "texts": [*(f"greedy {family}" for family in FAMILIES), "experts", "sampled", "drafts"],
     "four": [*(f"greedy {family}" for family in FAMILIES), "sampled", "split_draft", "differences"],
-    "experts": ["experts"],
     "calls": ["outputs", "decisions", "measurements", "broadcasts", "differences", "other_drafts", "errors"],
 }
 

@@ -11,7 +11,7 @@ from sequoia_kernels.decoding.arguments import GenerationArguments
 from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource, draft_source, request_seeds
-from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes
 from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
@@ -65,6 +65,7 @@ def measure_overhead(
         weights. Beside a pass of a target that streams its layers to a GPU the rest is next to nothing, and
         would take hundreds of passes to measure: it is left at 0.
     """
+    agree_on_changes(target, draft)
     target = adapt(target)
     if target.device.type == "cuda" and not target.capturable:  # it streams its layers
         return profile.with_overhead(0.0)

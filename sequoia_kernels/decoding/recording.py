@@ -14,7 +14,7 @@ from sequoia_kernels.decoding.arguments import check_arguments
 from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.overhead import growable_part
 from sequoia_kernels.drafts import TokenBuffers, draft_source
-from sequoia_kernels.models import adapt, described_once
+from sequoia_kernels.models import adapt, agree_on_changes, described_once
 from sequoia_kernels.ops.warping import warped_probs
 from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import StepRecords, estimate_acceptance, optimal_tree
@@ -108,6 +108,7 @@ def record_steps(
     if not prompts:
         checks.fail_range(where, "prompts", "be at least one", "none")
     checks.whole_number(where, "seed", seed, rule=checks.at_least(0))
+    agree_on_changes(target, draft)
     target = adapt(target)
     source = draft_source(draft, target)
     if source is None or source.proposes:

@@ -15,7 +15,7 @@ from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
 from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
-from sequoia_kernels.models import TreeModel, adapt
+from sequoia_kernels.models import TreeModel, adapt, agree_on_changes
 from sequoia_kernels.parallel import together
 from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.profile import DRAFT_STEP
@@ -109,6 +109,7 @@ def measure_profile(
         (1, 2, 4)
     """
     where = "measure_profile"
+    agree_on_changes(target, draft)
     target = adapt(target)
     draft = draft_source(draft, target)
     if draft is not None and draft.proposes:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from sequoia_kernels.errors import UnsupportedModelError
+from sequoia_kernels.errors import RankError, UnsupportedModelError
 from sequoia_kernels.models.attention import (
     ATTENTION_NAME,
     TreeAttention,
@@ -49,7 +49,7 @@ from sequoia_kernels.models.switch import AttentionSwitch, each_module
 from sequoia_kernels.models.tree_step import ForwardInputs, TreeStep, causal_step
 from sequoia_kernels.models.wrapped import unwrapped
 from sequoia_kernels.ops import CacheTable, compact_kv_cache_
-from sequoia_kernels.parallel import ForwardCall, Ranks, current, ranks_of
+from sequoia_kernels.parallel import ForwardCall, Ranks, any_rank, current, raise_if_lost, ranks_of
 from sequoia_kernels.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -180,6 +180,36 @@ def adapt(
     return TreeModel(model, plan, mode, reads, runs)
 
 
+def agree_on_changes(*given: Any) -> None:
+    """Let all ranks of split models look at them again where one of them has to.
+
+    Forwards of a split model are run by all of its ranks, those by which `adapt` learns about it too. So each call that
+    all ranks have part in begins with this.
+
+    Args:
+        given: what was given as models: the same number of things on every rank, whole models and others among them.
+    """
+    models = [entry.model if isinstance(entry, TreeModel) else unwrapped(entry) for entry in given]
+    groups = [ranks_of(model) if isinstance(model, PreTrainedModel) else None for model in models]
+    ranks = next((group for group in groups if group is not None), None)
+    if ranks is None or current() is not None:
+        return
+    changed = [False] * len(models)
+    for index, (model, group) in enumerate(zip(models, groups, strict=True)):
+        if group is not None:
+            changed[index] = known_state(model) not in _plans.get(model, ())
+    for model, is_due in zip(models, any_rank(ranks, changed, "adapt"), strict=True):
+        if is_due:
+            _forget_plan(model)
+
+
+def _forget_plan(model: PreTrainedModel) -> None:
+    """Let a model as it is now be probed again."""
+    plans = _plans.get(model)
+    if plans is not None:
+        plans.pop(known_state(model), None)
+
+
 def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
     """Return the plan of a model as it is now: one that was made before, where nothing has changed since.
 
@@ -188,27 +218,28 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
     EvaluationCheck(model).check()
     state = known_state(model)
     plans = _plans.setdefault(model, OrderedDict())
-    plan = plans.get(state)
+    plan, ranks, session = plans.get(state), ranks_of(model), current()
+    if plan is None and ranks is not None and session is not None and not session.in_step:
+        return session.look_again(model, lambda: _plan_of(model, wants_own))
     if plan is None:
-        if current() is not None and ranks_of(model) is not None:
-            raise RuntimeError(
-                f"adapt: model must not change while its ranks decode, got another state of this {family_name(model)} "
-                "model: the other ranks do not know of it"
-            )
         check_family(model)
         foreign_code_ran()  # the model's own forwards are, below
         try:
             plan, probed = _make_plan(model, state)
-            if forward_state(model) != state:
+            if any(
+                any_rank(ranks, [forward_state(model) != state], "adapt")
+            ):  # what follows is run by all ranks, or none
                 forget_what_forwards_write(model, lambda: _make_plan(model, state))
                 state = forward_state(model)
                 plan = plan._replace(fingerprint=state)
             foreign = foreign_code(model)
-            if foreign is not None or family_name(model) not in PROVEN_FAMILIES:
+            is_strange = foreign is not None or family_name(model) not in PROVEN_FAMILIES
+            if any(any_rank(ranks, [is_strange], "adapt")):
                 _check_against_plain_forward(TreeModel(model, plan, forward_mode="modules"), foreign)
-        except (UnsupportedModelError, torch.OutOfMemoryError):
+        except (UnsupportedModelError, RankError, torch.OutOfMemoryError):
             raise
         except _FAILURES as error:
+            raise_if_lost(ranks, error, "adapt")
             _check_own_forward(model)  # the reason may be another one
             raise UnsupportedModelError(
                 f"adapt: family {family_name(model)} cannot decode trees: its forward failed under a foreign attention "
@@ -556,20 +587,35 @@ class TreeModel:
             )
         step = inputs.step
         call = ForwardCall(
-            inputs.input_ids, inputs.cache_lens, step[:3], step.num_tree_rows, step.first_node, inputs.last_row
-        )
+            inputs.input_ids, inputs.cache_lens, step[:3], step.num_tree_rows, step.first_node, inputs.last_row,
+            tuple(inputs.hidden_states or ()),
+        )  # fmt: skip
         return session.forward(self, cache, call, run)
 
-    def replay(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
+    def look_again(self) -> None:
+        """Probe the model, changed or not, as rank 0 does whose model has changed."""
+        _forget_plan(self.model)
+        self._use(_plan_of(self.model, _why_modules(self.compile_mode, self.attention, self.forward_mode) is None))
+
+    def replay_cache(self, batch_size: int, max_cache_len: int) -> tuple[TreeCache, list[CacheTable]]:
+        """Give this rank's part of a cache that rank 0 has made, and tables of its rows."""
+        cache = TreeCache(self._plan.specs, batch_size, max_cache_len)
+        return cache, CacheTable.by_device(cache.tensors())
+
+    def replay_forward(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
         """Run this rank's part of a forward that rank 0 has told of; its logits are rank 0's but for rounding."""
         step = TreeStep(*call.step, call.num_tree_rows, call.first_node)
-        return self.forward(call.input_ids, cache, call.cache_lens, step, last_row=call.last_row)
+        wanted = dict.fromkeys(call.hidden_states, torch.empty(0))
+        return self.forward(
+            call.input_ids, cache, call.cache_lens, step, last_row=call.last_row, hidden_states=wanted or None
+        )
 
-    def commit_rows(
-        self, cache: TreeCache, nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
+    @staticmethod
+    def replay_commit(
+        tables: Sequence[CacheTable], nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
     ) -> None:
         """Move accepted rows behind the committed ones in this rank's part of a cache; see `compact_kv_cache_`."""
-        compact_kv_cache_(CacheTable.by_device(cache.tensors()), nodes, num_accepted, cache_lens)
+        compact_kv_cache_(tables, nodes, num_accepted, cache_lens)
 
     def _leave_pages_to_modules(self) -> None:
         """Say once that forwards on pages are not fused, whose kernels know rows; refuse where that was asked for."""

@@ -28,7 +28,7 @@ def flag_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sequoia_kernels.vllm",
         description="Print the flags that a vLLM server decodes token trees with; see docs/serving.md.",
-        epilog='Example: eval "vllm serve T $(python -m sequoia_kernels.vllm --draft D)"',
+        epilog="They go behind `python -m vllm.entrypoints.openai.api_server --model T` or `vllm serve T`.",
     )
 
     def add(name: str, text: str, **settings: Any) -> None:

@@ -272,10 +272,15 @@ class LoadPlan:
             return beyond
         nearest = min({key[0] for key in self._beyond}, key=lambda other: abs(np.log(other / bucket)))
         here = {choice: seconds for (other, choice), seconds in self._beyond.items() if other == nearest}
-        of_trees = [seconds for choice, seconds in here.items() if choice >= 0]
-        usual = float(np.mean(of_trees)) if of_trees else here[-1]
-        beyond[:] = usual
-        beyond[0] = here.get(-1, min(here.values()))
+        of_trees = {choice: seconds for choice, seconds in here.items() if choice >= 0}
+        plain = here.get(-1)
+        if of_trees and plain is not None and len(self.costs.forward.sizes) > 1:
+            # What trees take beyond the table and a step without is their rows', so that of a smaller tree is less.
+            a_node = np.mean([(seconds - plain) / self._num_nodes[choice] for choice, seconds in of_trees.items()])
+            beyond[1:] = plain + a_node * self._num_nodes
+        else:
+            beyond[1:] = np.mean(list(of_trees.values() or here.values()))
+        beyond[0] = min(here.values()) if plain is None else plain
         for choice, seconds in here.items():
             beyond[choice + 1] = seconds
         return beyond

@@ -71,7 +71,16 @@ def test_two_ranks_say_what_the_whole_model_says(folder: Path) -> None:
         assert_greedy(alike(ranks, f"greedy {family}"), 2)
     assert_sampled(alike(ranks, "sampled"))
     found = alike(ranks, "drafts")
-    same = ("split", "itself", "of a whole target", "lookup", "split, with lookup", "rank 0's alone", "eagle")
+    same = (
+        "split",
+        "split source",
+        "itself",
+        "of a whole target",
+        "lookup",
+        "split, with lookup",
+        "rank 0's alone",
+        "eagle",
+    )
     assert [name for name in same if found[name] != found["expected"]] == []
     is_same, num_restarts = found["restarts"]
     assert is_same and num_restarts > 2  # of a split draft of 32 positions, whose caches are begun anew

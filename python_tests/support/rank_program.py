@@ -27,7 +27,7 @@ from transformers.distributed import DistributedConfig
 import sequoia_kernels.parallel as parallel
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, hf, measure_profile
 from sequoia_kernels.decoding import measure_overhead, record_steps
-from sequoia_kernels.drafts import LayersDraft
+from sequoia_kernels.drafts import LayersDraft, ModelDraft
 from sequoia_kernels.models import TreeModel
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -148,6 +148,7 @@ def drafts() -> Any:
     draft, short = split("llama-draft"), split("llama-short")
     found: dict[str, Any] = {"expected": texts(own, None, THREE, MASK, **GREEDY)}
     found["split"] = texts(target, draft, THREE, MASK, tree=TREE, **GREEDY)
+    found["split source"] = texts(target, ModelDraft(adapt(draft)), THREE, MASK, tree=TREE, **GREEDY)
     found["itself"] = texts(target, target, THREE, MASK, tree=TREE, **GREEDY)
     found["of a whole target"] = texts(own, draft, THREE, MASK, tree=TREE, **GREEDY)
     found["lookup"] = texts(target, "lookup", THREE, MASK, tree=TREE, **GREEDY)

@@ -40,6 +40,9 @@ QUIET_ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
 }
 
+# What starts engines of vLLM; the quick part is in the first folder.
+ENGINE_TESTS = ("python_tests/vllm_engine", "python_tests/test_pages.py::test_the_code_on_serving_runs")
+
 # Drops the empty entry that `-c` puts first on older Pythons, where it would let the source tree hide the package.
 PYTEST = "import sys; sys.path[:] = [entry for entry in sys.path if entry]; import pytest; sys.exit(pytest.main())"
 
@@ -146,7 +149,7 @@ def run_engines(part: str, pytest_arguments: list[str]) -> int:
     check_up_to_date(package)
     tests = pytest_arguments
     if not any((ROOT / argument.split("::")[0]).exists() for argument in pytest_arguments):
-        tests = [*pytest_arguments, "python_tests/vllm_engine"]
+        tests = [*pytest_arguments, *ENGINE_TESTS[: 1 if part == "quick" else None]]
     print(f"$ pytest, testing {package} in vLLM of {environment[NAME]}", flush=True)
     command = [sys.executable, "-c", PYTEST, "--engines", part, *tests]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

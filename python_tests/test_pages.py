@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from support.bench_scripts import cli_page
 from support.eagle_heads import write_head
+from support.engines.client import engine_environment
 from support.examples import EXAMPLES
 from support.processes import python_environment, run_process
 
@@ -411,14 +412,9 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
     (serve,) = (block for block in shell if block.startswith("eval") and str(demo.demo_pair_folder()) in block)
     asks = [block for block in shell if block.startswith("curl")]
     assert len(asks) == 2
-    variables = os.environ | {
-        "PATH": f"{python.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(demo.__file__).parents[2]),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    variables.pop("OMP_NUM_THREADS", None)
+    variables = engine_environment(
+        tmp_path, PATH=f"{python.parent}:{os.environ['PATH']}", VLLM_ENABLE_V1_MULTIPROCESSING="1"
+    )
     script = tmp_path / "script.py"
 
     def run(command: list[str]) -> str:

@@ -29,9 +29,11 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3", {}),
-    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+# Name in transformers, arguments beyond the common ones, factors of queries and keys and of embeddings: tied ones would
+# otherwise repeat the last token.
+FAMILIES: dict[str, tuple[str, dict[str, Any], float, float]] = {
+    "qwen3": ("Qwen3", {}, 1.0, 1.0),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}, 1.0, 1.0),
     "gemma2": (
         "Gemma2",
         {
@@ -42,6 +44,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 32,
             "tie_word_embeddings": True,
         },
+        2.0,
+        0.25,
     ),
     "gemma3": (
         "Gemma3",
@@ -51,6 +55,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 32,
             "tie_word_embeddings": True,
         },
+        3.0,
+        1.0,
     ),
 }
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 400, "max_num_seqs": 8}
@@ -62,15 +68,21 @@ GREEDY = {"max_tokens": 80, "detokenize": False}
 
 def random_model(family: str) -> Any:
     """A model that says something: sharp weights, so that texts differ and near-ties are rare."""
-    name, own = FAMILIES[family]
+    name, own, attention_factor, embedding_factor = FAMILIES[family]
     config_name = f"{name}TextConfig" if family == "gemma3" else f"{name}Config"
     torch.manual_seed(len(family))
     config = getattr(transformers, config_name)(**{**COMMON, **own})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for layer_name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in layer_name:
+            if "embed" in layer_name:
+                parameter.mul_(embedding_factor)
+            elif parameter.dim() == 2:
                 parameter.mul_(4.0)
+            if "q_proj" in layer_name or "k_proj" in layer_name:
+                parameter.mul_(attention_factor)
+            elif "q_norm" in layer_name or "k_norm" in layer_name:
+                parameter.add_(attention_factor - 1)
     return model
 
 
@@ -121,7 +133,7 @@ def tree_texts(folder, folders, prompts):
 def test_greedy_text_of_a_family_is_plain_vllms(family, plain_texts, tree_texts):
     """The target is its own draft, so that trees are accepted to the end."""
     (expected,) = plain_texts[family]
-    assert min(len({*output["tokens"]}) for output in expected) > 5  # no text of one token
+    assert min(len({*output["tokens"]}) for output in expected) > 4  # no text of one token
     by_first, by_random, report = tree_texts[family]
     assert_same(expected, by_first, family)
     assert_same(expected, by_random, f"{family}, trees at random")

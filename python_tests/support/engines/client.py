@@ -34,7 +34,7 @@ _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-LIMIT_SECONDS = 600.0  # ends what hangs
+LIMIT_SECONDS = 1800.0  # ends what hangs; machines may be slow, or busy
 
 
 def vllm_python() -> str:

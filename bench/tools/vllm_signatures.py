@@ -64,7 +64,7 @@ TOUCHED: dict[str, dict[str, str]] = {
         """,
     },
     "vllm.v1.worker.block_table": {"BlockTable": "get_device_tensor()", "MultiGroupBlockTable": "__getitem__()"},
-    "vllm.v1.worker.utils": {"AttentionGroup": "get_metadata_builder()"},
+    "vllm.v1.worker.utils": {"AttentionGroup": "get_metadata_builder() layer_names kv_cache_spec kernel_block_size"},
     "vllm.v1.utils": {"CpuGpuBuffer": "__init__() copy_to_gpu() np gpu"},
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": "finished_req_ids preempted_req_ids scheduled_spec_decode_tokens total_num_scheduled_tokens"

@@ -583,13 +583,20 @@ class DeviceTreesMixin(TreeRunnerMixin):
 
     def start_trees(self, pool_bytes: int) -> None:
         """Allocate the draft's pages and time the parts of a step; the caches are there."""
-        # Layers that choose a backend of their own, or rewrite a batch for it, would see a tree as a chain.
-        groups = [group for of_cache in self.attn_groups for group in of_cache]
-        others = {type(group.get_metadata_builder(0)).__name__ for group in groups} - {self._tree_builder.__name__}
-        if others:
-            raise ValueError(
-                f"{WHERE}: all attention layers must take --attention-backend CUSTOM, got {sorted(others)}"
-            )
+        for group in (group for of_cache in self.attn_groups for group in of_cache):
+            builder = group.get_metadata_builder(0)
+            # Layers that choose a backend of their own, or rewrite a batch for it, would see a tree as a chain.
+            if type(builder) is not self._tree_builder:
+                raise ValueError(
+                    f"{WHERE}: all attention layers must take --attention-backend CUSTOM, got "
+                    f"{type(builder).__name__} in {group.layer_names[0]}"
+                )
+            # Accepted rows are moved by the runner's block table, not by one that is made for a group's kernels.
+            if group.kernel_block_size is not None:
+                raise ValueError(
+                    f"{WHERE}: blocks of caches must be those of the kernels, got {group.kernel_block_size} of "
+                    f"{group.kv_cache_spec.block_size} tokens in {group.layer_names[0]}; use another --block-size"
+                )
         super().start_trees(pool_bytes)
 
     def _set_positions(self, num_rows: np.ndarray, total: int) -> None:

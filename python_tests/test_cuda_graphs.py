@@ -359,6 +359,7 @@ class Model:
 
     capturable = True
     dtype = torch.float32
+    ranks = None
 
     def __init__(self, devices=()):
         self.model = torch.nn.Module()
@@ -399,6 +400,16 @@ def test_a_model_on_several_devices_is_not_tried(caplog):
     assert cuda_graphs.refused(spread) and cuda_graphs.refused(spread)
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
         "its weights lie on several devices, and a graph belongs to one"
+    ]
+
+
+def test_a_model_that_is_split_over_ranks_is_not_tried(caplog):
+    """What collectives inside of a capture do was not tried."""
+    split = Model(["cuda:0"])
+    split.ranks = object()
+    assert cuda_graphs.refused(split) and cuda_graphs.refused(split)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "it is split over ranks, which add up in every layer"
     ]
 
 

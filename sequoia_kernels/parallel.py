@@ -286,7 +286,7 @@ class Session:
         self._gathered: tuple[Any, list[tuple[int, torch.Tensor]]] = (None, [])  # see `others`
         self._has_warned = False
         # of the others
-        self._caches: dict[int, Any] = {}
+        self._caches: dict[int, tuple[Any, Any]] = {}  # with tables of their rows
         self._known_steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def begin(self, alike: Mapping[str, str]) -> None:
@@ -515,12 +515,12 @@ class Session:
         number = message.number
         for _ in range(number()):
             if number() == _COMMIT:
-                cache, batch_size, levels = self._caches[number()], number(), number()
+                (_, tables), batch_size, levels = self._caches[number()], number(), number()
                 nodes = message.tensor((batch_size, levels), torch.int32)
                 counts, lens = (message.tensor((batch_size,), torch.int32) for _ in range(2))
-                self.models[0].commit_rows(cache, nodes, counts, lens)
+                self.models[0].replay_commit(tables, nodes, counts, lens)
             else:
-                source, cache = self._caches[number()], self._caches[number()]
+                (source, _), (cache, _) = self._caches[number()], self._caches[number()]
                 lanes = [number() for _ in range(number())]
                 for whole, rows in zip(cache.tensors(), source.tensors(), strict=True):
                     whole[lanes, : rows.shape[1]] = rows
@@ -547,7 +547,7 @@ class Session:
             input_ids, cache_lens, step, num_tree_rows, None if first_node < 0 else first_node, last_row, hidden_states
         )  # fmt: skip
         try:
-            logits = model.replay(call, self._caches[cache_number])
+            logits = model.replay_forward(call, self._caches[cache_number][0])
             if checks and model is self.models[0]:
                 self._gather(logits)
         except RuntimeError as error:

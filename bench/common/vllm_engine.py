@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,39 @@ def closed_loop(
     }
 
 
+def sampled_tokens(
+    engine: Any, prompt: Sequence[int], settings: Callable[[int], Any], *, count: int, length: int, at_once: int
+) -> list[list[int]]:
+    """Decode one prompt again and again.
+
+    Args:
+        engine: as for `closed_loop`.
+        prompt: token ids.
+        settings: as for `closed_loop`.
+        count: how often.
+        length: new tokens each.
+        at_once: requests that are running, at most: few enough for something to be drafted.
+
+    Returns:
+        The tokens. [count, length]
+    """
+    texts: dict[str, list[int]] = {}
+
+    def send() -> None:
+        name = f"sampled {len(texts)}"
+        texts[name] = []
+        engine.add_request(name, {"prompt_token_ids": list(prompt)}, settings(length))
+
+    for _ in range(min(at_once, count)):
+        send()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            texts[output.request_id] += output.outputs[0].token_ids
+            if output.finished and len(texts) < count:
+                send()
+    return list(texts.values())
+
+
 def _hash(tokens: Sequence[int]) -> str:
     return hashlib.blake2b(json.dumps(list(tokens)).encode(), digest_size=8).hexdigest()
 
@@ -137,8 +171,9 @@ def serve(task: Mapping[str, Any], write: Callable[[Mapping[str, Any]], None]) -
 
     Args:
         task: "target" (folder), "settings" of the engine (`TREES` for ours), "prompts", "new_tokens", "loads" to be
-            measured and "warmup" before: [temperature, concurrency, requests] each.
-        write: takes the answers: of the start, of the warm-up, of each load.
+            measured and "warmup" before: [temperature, concurrency, requests] each; "sampled": temperatures, and what
+            `sampled_tokens` takes.
+        write: takes the answers: of the start, of the warm-up, of each load; the samples by temperature.
     """
     import torch
     import transformers
@@ -156,17 +191,16 @@ def serve(task: Mapping[str, Any], write: Callable[[Mapping[str, Any]], None]) -
     packages = {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     write({"start_s": time.perf_counter() - began, "packages": packages})
 
+    def sampling(temperature: float, length: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=temperature, max_tokens=length, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        )
+
     def run(load: Sequence[Any]) -> dict[str, Any]:
         temperature, concurrency, num_requests = load
-
-        def sampling(length: int) -> SamplingParams:
-            return SamplingParams(
-                temperature=temperature, max_tokens=length, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-            )
-
         before = counters(engine)
         found = closed_loop(
-            engine, task["prompts"], sampling, concurrency=concurrency, num_requests=num_requests,
+            engine, task["prompts"], partial(sampling, temperature), concurrency=concurrency, num_requests=num_requests,
             new_tokens=task["new_tokens"],
         )  # fmt: skip
         found |= {name: value - before.get(name, 0) for name, value in counters(engine).items()}
@@ -181,6 +215,14 @@ def serve(task: Mapping[str, Any], write: Callable[[Mapping[str, Any]], None]) -
     write({"warmup_s": time.perf_counter() - began})
     for load in task["loads"]:
         write({"load": load} | run(load))
+    wanted = task["sampled"]
+    options = {name: wanted[name] for name in ("count", "length", "at_once")}
+    write({
+        "sampled": [
+            sampled_tokens(engine, wanted["prompt"], partial(sampling, temperature), **options)
+            for temperature in wanted["temperatures"]
+        ]
+    })  # fmt: skip
 
 
 def counters(engine: Any) -> dict[str, int]:
@@ -250,7 +292,7 @@ def run_engine(
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(task))
             process.stdin.close()
-        expected = 2 + len(task["loads"])
+        expected = 3 + len(task["loads"])
         for line in process.stdout:
             answer = json.loads(line)
             if "error" in answer:

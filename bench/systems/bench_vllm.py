@@ -10,9 +10,11 @@ Each is a process of its own, they run one after the other, and the whole is rep
 A load is a closed loop (bench/common/vllm_engine.py): so many requests are running all the time. All engines get the
 same warm-up in each process, every load once at every temperature; what the trees' plan learns, it learns there and in
 the loads themselves. Figures are medians of the rounds; ratios are medians of the rounds' own ratios, with the smallest
-and the largest. The tuned chain is the fastest one of a load and temperature by these same figures, to its advantage.
+and the largest. The tuned chain is the fastest exact one of a load and temperature by these figures, to its advantage.
 
-At temperature 0 every text is compared with plain vLLM's of the same round and load.
+An engine is a bar only if it is exact. At temperature 0 every text is compared with plain vLLM's of the same round and
+load. Above, its first three tokens behind a fixed prompt, sampled some hundred times, must pass a chi-square test
+against the distribution that the weights give.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import numpy as np
 
 from bench.common.demo import encode_prompts
 from bench.common.report import table
+from bench.common.runtimes.exactness import SIGNIFICANCE, chi_square, probable_sequences
 from bench.common.script import Run, Script, option, shared
 from bench.common.vllm_engine import COUNTERS, TREES, EngineFailedError, preloaded, run_engine
 from sequoia_kernels.demo import demo_pair_folder, held_out_prompts, load_demo_pair
@@ -37,6 +40,11 @@ from sequoia_kernels.demo import demo_pair_folder, held_out_prompts, load_demo_p
 PLAIN, OURS, TUNED = "plain vLLM", "trees by load", "its tuned chain"
 NEVER_BELOW, ALONE = 0.97, 1.6  # what trees are to be over plain vLLM: at any load, and for one request
 TIMEOUT = 3600.0
+
+SAMPLED_TOKENS = 3  # whose joint distribution is tested
+DECODED_FOR_A_SAMPLE = 8  # so that a draft has something to propose behind them
+SAMPLE_PROMPT_TOKENS = 16
+SAMPLED_AT_ONCE = 4
 
 
 class Engine(NamedTuple):
@@ -68,10 +76,10 @@ def loads_of(options: argparse.Namespace, engine: Engine, each: int, least: int)
 def measure(bench: Run) -> int:
     options, document = bench.options, bench.document
     folder = demo_pair_folder()
-    tokenizer = load_demo_pair().tokenizer
+    pair = load_demo_pair()
     count = max(options.least, options.each * max(options.loads)) + max(options.loads)
     prompts = encode_prompts(
-        tokenizer, held_out_prompts(count, 4 * options.prompt_tokens), options.prompt_tokens, bench.device
+        pair.tokenizer, held_out_prompts(count, 4 * options.prompt_tokens), options.prompt_tokens, bench.device
     )
     common = {
         "dtype": "float32",
@@ -105,7 +113,14 @@ def measure(bench: Run) -> int:
         "failed": {},
         "results": [],
     }
+    document |= {"samples": options.samples, "exactness": {}}
     rounds: dict[str, list[dict[tuple[float, int], dict[str, Any]]]] = {}
+    sample_prompt = prompts[0][0, :SAMPLE_PROMPT_TOKENS].tolist()
+    probabilities = {
+        temperature: probable_sequences(pair.target, sample_prompt, SAMPLED_TOKENS, temperature, 5.0 / options.samples)
+        for temperature in options.temperatures
+        if temperature > 0
+    }
     engines = engines_of(options, str(folder / "draft"))
     with tempfile.TemporaryDirectory() as logs:
         for turn in range(options.rounds):
@@ -120,6 +135,13 @@ def measure(bench: Run) -> int:
                     "new_tokens": options.new_tokens,
                     "warmup": loads_of(options, engine, options.warmup_each, 2),
                     "loads": loads,
+                    "sampled": {
+                        "prompt": sample_prompt,
+                        "temperatures": list(probabilities) if turn == 0 else [],
+                        "count": options.samples,
+                        "length": DECODED_FOR_A_SAMPLE,
+                        "at_once": min(SAMPLED_AT_ONCE, max(options.loads)),
+                    },
                 }
                 bench.tell(f"round {turn + 1}: {name}")
                 try:
@@ -133,10 +155,38 @@ def measure(bench: Run) -> int:
                 entry["start_s"].append(found.start_s)
                 entry["warmup_s"].append(found.warmup_s)
                 rounds.setdefault(name, []).append(found.loads)
-                document["results"] = results_of(options, rounds)
+                for (temperature, expected), sampled in zip(probabilities.items(), found.sampled, strict=False):
+                    check = sample_check(sampled, expected)
+                    document["exactness"].setdefault(name, {})[f"{temperature:g}"] = check
+                    bench.tell(f"    T={temperature:g}: {exactness_text(check)}")
+                document["results"] = results_of(options, rounds, document["exactness"])
                 bench.save()
     print(markdown(document))
-    return 1 if {PLAIN, OURS} & document["failed"].keys() else 0
+    wrong = [name for name in (PLAIN, OURS) if name in document["failed"]]
+    wrong += [name for name in (PLAIN, OURS) for t in probabilities if not is_exact(document["exactness"], name, t)]
+    return 1 if wrong else 0
+
+
+def sample_check(sampled: Sequence[Sequence[int]], probabilities: Mapping[Any, float]) -> dict[str, Any]:
+    """Test the first tokens of what was sampled."""
+    test = chi_square([tokens[:SAMPLED_TOKENS] for tokens in sampled], probabilities)
+    tokens, expected, seen = test.worst
+    worst = {"tokens": tokens, "expected": expected, "seen": seen}
+    return {"exact": test.exact, "p_value": test.p_value, "cells": test.cells, "samples": test.samples, "worst": worst}
+
+
+def is_exact(exactness: Mapping[str, Mapping[str, Any]], name: str, temperature: float) -> bool:
+    """Whether samples are known to be the target's; at temperature 0 texts are compared."""
+    return temperature == 0 or exactness.get(name, {}).get(f"{temperature:g}", {}).get("exact", False)
+
+
+def exactness_text(check: Mapping[str, Any]) -> str:
+    """What a check found, in words."""
+    if check["exact"]:
+        return f"p = {check['p_value']:.2g}"
+    worst = check["worst"]
+    seen, expected = (f"{100 * worst[name]:.1f} %" for name in ("seen", "expected"))
+    return f"**not exact**: {worst['tokens']} in {seen} where {expected} is right"
 
 
 class Answers(NamedTuple):
@@ -146,6 +196,7 @@ class Answers(NamedTuple):
     start_s: float
     warmup_s: float
     loads: dict[tuple[float, int], dict[str, Any]]
+    sampled: list[list[list[int]]]
 
 
 def run_task(
@@ -155,9 +206,9 @@ def run_task(
     answers = run_engine(
         bench.options.python, task, preload=preload, variables=variables, log=log, timeout=TIMEOUT
     )  # fmt: skip
-    start, warmup, *loads = list(_told(bench, answers))
+    start, warmup, *loads, samples = list(_told(bench, answers))
     found = {(load["load"][0], load["load"][1]): load for load in loads}
-    return Answers(start["packages"], start["start_s"], warmup["warmup_s"], found)
+    return Answers(start["packages"], start["start_s"], warmup["warmup_s"], found, samples["sampled"])
 
 
 def _told(bench: Run, answers: Any) -> Any:
@@ -179,7 +230,9 @@ def without_places(command: str) -> str:
 # ---- figures
 
 
-def results_of(options: argparse.Namespace, rounds: Mapping[str, Sequence[Mapping[Any, Any]]]) -> list[dict[str, Any]]:
+def results_of(
+    options: argparse.Namespace, rounds: Mapping[str, Sequence[Mapping[Any, Any]]], exactness: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Medians over the rounds that there are, for every load."""
     results = []
     for temperature in options.temperatures:
@@ -191,7 +244,8 @@ def results_of(options: argparse.Namespace, rounds: Mapping[str, Sequence[Mappin
                 if runs:
                     base = [loads[case] for loads in rounds.get(PLAIN, ())]
                     entries[name] = entry_of(runs, base, compare_texts=temperature == 0)
-            chains = {name: entry for name, entry in entries.items() if name not in (PLAIN, OURS)}
+            others = (name for name in entries if name not in (PLAIN, OURS))
+            chains = {name: entries[name] for name in others if is_exact(exactness, name, temperature)}
             tuned = max(chains, key=lambda name: chains[name]["tokens_per_second"], default=None)
             results.append({"temperature": temperature, "concurrency": load, "tuned_chain": tuned, "engines": entries})
     return results
@@ -237,7 +291,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"The demo pair in float32; prompts of {document['prompt_tokens']} tokens, {document['new_tokens']} new ones; "
         f"{document['rounds']} rounds of {document['each']} requests for each that is running, at least "
         f"{document['least']}. Before, every engine's process ran every load with {document['warmup_each']} requests "
-        "for each that is running.",
+        "for each that is running. *Exact*: above temperature 0 a chi-square test of the first "
+        f"{SAMPLED_TOKENS} tokens of {document['samples']} samples with p >= {SIGNIFICANCE:g}. What is not is no bar.",
     ]
     for temperature in document["temperatures"]:
         cases = [result for result in results if result["temperature"] == temperature]
@@ -249,6 +304,10 @@ def markdown(document: Mapping[str, Any]) -> str:
         if any(case["tuned_chain"] for case in cases):
             rates.append([TUNED, *tuned])
         parts.append(table(["tokens/s (over plain)", *heads], rates, left=1))
+        checks = {name: found.get(f"{temperature:g}") for name, found in document["exactness"].items()}
+        if any(checks.values()):
+            tested = [[name, exactness_text(check)] for name, check in checks.items() if check]
+            parts.append(table(["samples against the weights' distribution", ""], tested, left=2))
         times = [[name, *(_times(case["engines"].get(name)) for case in cases)] for name in names]
         parts.append(table(["ms per token, p50 / p95", *heads], times, left=1))
         drafts = [[name, *(_drafts(case["engines"].get(name)) for case in cases)] for name in names if name != PLAIN]
@@ -295,7 +354,8 @@ def _goals(results: Sequence[Mapping[str, Any]]) -> str:
         if "over_plain" not in ours:
             continue
         goal = ALONE if result["concurrency"] == 1 else NEVER_BELOW
-        verdict = ["yes" if ours["over_plain"] >= goal else "no", "-"]
+        any_chain = result["engines"].keys() - {PLAIN, OURS}
+        verdict = ["yes" if ours["over_plain"] >= goal else "no", "none is exact" if any_chain else "-"]
         if tuned:
             over = ours["tokens_per_second"] / tuned["tokens_per_second"]
             pays = max(ours["over_plain"], tuned["over_plain"]) > 1
@@ -316,7 +376,7 @@ def problem(options: argparse.Namespace) -> str | None:
     for name in ("loads", "chains"):
         if any(size < 1 for size in getattr(options, name)):
             return f"--{name} must be at least 1 each, got {getattr(options, name)}"
-    for name in ("rounds", "each", "least", "warmup_each", "prompt_tokens"):
+    for name in ("rounds", "each", "least", "warmup_each", "prompt_tokens", "samples"):
         if getattr(options, name) < 1:
             return f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}"
     if options.new_tokens < 2:
@@ -332,6 +392,7 @@ OPTIONS = [
     option("--each", type=int, default=4, help="requests for each that is running (default %(default)s)"),
     option("--least", type=int, default=8, help="requests of a load, at least (default %(default)s)"),
     option("--warmup-each", type=int, default=2, help="of the warm-up, for each that is running (default %(default)s)"),
+    option("--samples", type=int, default=400, help="for the test of exactness (default %(default)s)"),
     option("--max-nodes", type=int, default=16, help="of the largest tree (default %(default)s)"),
     option("--rule", default="sequoia", help="of verification (default %(default)s)"),
     option("--eager", action="store_true", help="all engines without torch.compile, vLLM's enforce_eager"),
@@ -341,7 +402,16 @@ OPTIONS = [
     option("--cache-gib", type=int, default=1, help="VLLM_CPU_KVCACHE_SPACE of all engines (default %(default)s)"),
     *shared(quick=False, temperatures=[0.0, 1.0], prompt_tokens=128, new_tokens=128, rounds=3),
 ]  # fmt: skip
-QUICK = {"loads": [1, 4], "chains": [3], "each": 1, "least": 2, "warmup_each": 1, "rounds": 1, "new_tokens": 48}
+QUICK = {
+    "loads": [1, 4],
+    "chains": [3],
+    "each": 1,
+    "least": 2,
+    "warmup_each": 1,
+    "rounds": 1,
+    "new_tokens": 48,
+    "samples": 60,
+}
 
 main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK, markdown=markdown, check=problem).main
 

@@ -13,7 +13,7 @@ import pytest
 from support.bench_scripts import bench_script
 
 from bench.common import vllm_engine
-from bench.common.vllm_engine import EngineFailedError, closed_loop, run_engine
+from bench.common.vllm_engine import EngineFailedError, closed_loop, run_engine, sampled_tokens
 
 script = bench_script("vllm")
 
@@ -76,6 +76,14 @@ def test_the_load_stays_until_enough_requests_have_ended(concurrency, tokens_a_s
     assert opening.isdisjoint(map(int, found["texts"]))
 
 
+@pytest.mark.parametrize("count", [2, 11])
+def test_a_prompt_is_sampled_a_few_at_once(count):
+    engine = Engine(tokens_a_step=3)
+    found = sampled_tokens(engine, [7, 8], int, count=count, length=5, at_once=4)
+    assert found == [[0, 1, 2, 3, 4]] * count
+    assert engine.sent == [([7, 8], 5)] * count and max(engine.loads) == min(4, count) and not engine.live
+
+
 def test_texts_are_told_apart():
     def texts(shift):
         engine = Engine()
@@ -98,6 +106,7 @@ def test_texts_are_told_apart():
 
 TASK = {"loads": [[0.0, 1, 2], [0.0, 4, 2]], "prompts": []}
 ANSWERS = [{"start_s": 1.0, "packages": {}}, {"warmup_s": 2.0}, {"load": [0.0, 1, 2]}, {"load": [0.0, 4, 2]}]
+ANSWERS += [{"sampled": [[[1, 2]]]}]
 
 
 @pytest.fixture
@@ -124,7 +133,7 @@ def test_a_process_answers_line_by_line(interpreter, tmp_path, monkeypatch):
     body = f"for line in {ANSWERS!r}: print(json.dumps(line | {{'seen': {shown}, 'words': sys.argv[1:]}}))"
     openmp = tmp_path / "libiomp5.so"
     found = answers_of(interpreter(body), tmp_path, preload=[openmp], variables={"A": "b"})
-    assert [line.get("load") for line in found] == [None, None, [0.0, 1, 2], [0.0, 4, 2]]
+    assert [line.get("load") for line in found] == [None, None, [0.0, 1, 2], [0.0, 4, 2], None]
     seen = {"OMP_NUM_THREADS": None, "LD_PRELOAD": str(openmp), "A": "b", "PYTHONPATH": str(vllm_engine.ROOT)}
     assert found[0]["seen"] == seen and found[0]["words"] == ["-m", "bench.common.vllm_engine"]
 
@@ -182,7 +191,7 @@ def test_openmp_of_the_environment_is_preloaded(tmp_path):
 
 OPTIONS = Namespace(
     loads=[1, 4], temperatures=[0.0, 1.0], chains=[3], each=2, least=4, warmup_each=1, max_nodes=8, rule="traversal",
-    rounds=2, prompt_tokens=16, new_tokens=8, preload=[],
+    rounds=2, prompt_tokens=16, new_tokens=8, preload=[], samples=50,
 )  # fmt: skip
 
 
@@ -258,19 +267,31 @@ def test_tables(capsys):
                           {(0.0, 1): load(190.0, **counts), (1.0, 1): load(85.0, **counts)}],
     }  # fmt: skip
     options = Namespace(temperatures=[0.0, 1.0], loads=[1])
-    results = script.results_of(options, rounds)
-    assert [result["tuned_chain"] for result in results] == ["chain of 3", "chain of 2"]
+    likely = {(4, 5): 0.5, (6, 7): 0.4}
+    good, bad = ([[4, 5, 9]] * 26 + [[6, 7, 9]] * 20 + [[1, 2, 9]] * count for count in (5, 50))
+    exactness = {
+        name: {"1": script.sample_check(sampled, {(*text, 9): share for text, share in likely.items()})}
+        for name, sampled in (("plain vLLM", good), ("chain of 2", bad), ("chain of 3", good), ("trees by load", good))
+    }
+    results = script.results_of(options, rounds, exactness)
+    assert [result["tuned_chain"] for result in results] == ["chain of 3", "chain of 3"]
     document = {
         "results": results, "environment": {"processor": "CPU", "cores": 2, "date": "today"}, "commit": None,
         "packages": {"vllm": "0.32.0"}, "preloaded": [], "command": "python", "failed": {"chain of 9": "no memory"},
         **{name: value for name, value in vars(OPTIONS).items() if isinstance(value, int)},
-        "temperatures": options.temperatures,
+        "temperatures": options.temperatures, "exactness": exactness,
     }  # fmt: skip
     text = script.markdown(document)
     assert "| trees by load | 170 (1.70x, 1.50 to 1.90) |" in text
-    assert "| its tuned chain | 120 (1.20x) |" in text and "| its tuned chain | 80 (0.89x) |" in text
+    assert "| its tuned chain | 120 (1.20x) |" in text and "| its tuned chain | 70 (0.78x) |" in text
     assert "| trees by load | 2.50 (3.0) |" in text
     assert "| T = 0, 1 running | 1.70x | 1.6x | yes | 1.42x of chain of 3 |" in text
-    assert "| T = 1, 1 running | 1.00x | 1.6x | no | 1.12x of chain of 2; nothing pays |" in text
+    assert "| T = 1, 1 running | 1.00x | 1.6x | no | 1.29x of chain of 3; nothing pays |" in text
+    assert "| chain of 3 | p = 0." in text
+    assert "| chain of 2 | **not exact**: [4, 5, 9] in 27.1 % where 50.0 % is right |" in text
     assert "- chain of 9: failed, no memory" in text
     json.dumps(document)
+    del exactness["chain of 3"]  # not tested is not exact
+    results = document["results"] = script.results_of(options, rounds, exactness)
+    assert [result["tuned_chain"] for result in results] == ["chain of 3", None]
+    assert "| T = 1, 1 running | 1.00x | 1.6x | no | none is exact |" in script.markdown(document)

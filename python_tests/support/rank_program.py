@@ -27,7 +27,7 @@ from transformers.distributed import DistributedConfig
 import sequoia_kernels.parallel as parallel
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, hf, measure_profile
 from sequoia_kernels.decoding import measure_overhead, record_steps
-from sequoia_kernels.drafts import LayersDraft
+from sequoia_kernels.drafts import LayersDraft, ModelDraft
 from sequoia_kernels.models import TreeModel
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -40,7 +40,7 @@ THREE = torch.tensor([[5, 9, 11, 3, 60, 22, 8, 41], [0, 0, 0, 0, 0, 7, 2, 33], [
 MASK = torch.tensor([[1] * 8, [0] * 5 + [1] * 3, [1] * 5 + [0] * 3])
 BATCHES = {"one": (ONE, None), "three": (THREE, MASK)}
 # Behind the prompt, which the target's first forward reads.
-GREEDY: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": ()}
+GREEDY: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": ()}
 SAMPLED: dict[str, Any] = {**GREEDY, "temperature": [0.7, 1.0, 0.0], "top_p": 0.9, "seed": 11}
 STEP_TIMEOUT = 60.0  # seconds that a rank waits for another
 
@@ -148,6 +148,7 @@ def drafts() -> Any:
     draft, short = split("llama-draft"), split("llama-short")
     found: dict[str, Any] = {"expected": texts(own, None, THREE, MASK, **GREEDY)}
     found["split"] = texts(target, draft, THREE, MASK, tree=TREE, **GREEDY)
+    found["split source"] = texts(target, ModelDraft(adapt(draft)), THREE, MASK, tree=TREE, **GREEDY)
     found["itself"] = texts(target, target, THREE, MASK, tree=TREE, **GREEDY)
     found["of a whole target"] = texts(own, draft, THREE, MASK, tree=TREE, **GREEDY)
     found["lookup"] = texts(target, "lookup", THREE, MASK, tree=TREE, **GREEDY)
@@ -203,8 +204,8 @@ def outputs() -> Any:
     asked: dict[str, Any] = {"return_logprobs": True, "output_logits": True, "output_scores": True}
     options: dict[str, Any] = {**GREEDY, "tree": TREE, "repetition_penalty": 1.3, **asked}
     ours, theirs = (generate(model, draft, THREE, MASK, **options) for model in (target, own))
-    own_text = own.generate(ONE, max_new_tokens=20, do_sample=False, pad_token_id=0)
-    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "custom_generate": hf.custom_generate}
+    own_text = own.generate(ONE, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "custom_generate": hf.custom_generate}
     drawn = {**settings, "do_sample": True, "assistant_model": draft, "tree": TREE}
     torch.manual_seed(RANK)
     return {
@@ -413,10 +414,8 @@ def _until_it_ends(how: str, who: int) -> Any:
 
 
 SUITES: dict[str, list[str]] = {
-    "drafts": ["drafts"],
-    "texts": [*(f"greedy {family}" for family in FAMILIES), "sampled", "drafts"],
+    "texts": [*(f"greedy {family}" for family in FAMILIES), "experts", "sampled", "drafts"],
     "four": [*(f"greedy {family}" for family in FAMILIES), "sampled", "split_draft", "differences"],
-    "experts": ["experts"],
     "calls": ["outputs", "decisions", "measurements", "broadcasts", "differences", "other_drafts", "errors"],
 }
 

@@ -53,7 +53,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 400, "max_num_seqs": 8, "block_size": 16}
+OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 400, "max_num_seqs": 8}
+TREE_OPTIONS = {**OPTIONS, "block_size": 16}
+PLAIN_OPTIONS = {**OPTIONS, "enable_prefix_caching": False}
 TREES = {"tree": [[-1, 0, 0, 0, 1, 1, 2, 4], [-1, 0, 0, 1, 3, 4]], "profile_seconds": 0.2}
 GREEDY = {"max_tokens": 80, "detokenize": False}
 
@@ -91,9 +93,7 @@ def texts(folder, name, folders, prompts, modes, **trees) -> dict[str, list[Any]
     try:
         for family, model in folders.items():
             settings = {"draft": str(model), **trees} if trees else {}
-            process.call(
-                "start", str(model), OPTIONS if trees else {**OPTIONS, "enable_prefix_caching": False}, **settings
-            )
+            process.call("start", str(model), TREE_OPTIONS if trees else PLAIN_OPTIONS, **settings)
             said[family] = []
             for mode in modes:
                 if trees:

@@ -45,8 +45,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "default": Case({}, "auto", ("one", "four", "mixed")),
-    "fixed": Case({}, EIGHT, ("four", "mixed")),
+    "default": Case({}, "auto", ("one", "four", "mixed", "stops")),
+    "fixed": Case({}, EIGHT, ("four", "mixed", "stops")),
     "queue": Case({**SMALL, "max_num_seqs": 3, "max_num_batched_tokens": 64}, [SIXTEEN, EIGHT], ("nine", "mixed")),
     "preempt": Case(
         {**SMALL, "max_num_seqs": 6, "num_gpu_blocks_override": 34, "max_model_len": 480},
@@ -76,11 +76,15 @@ def rounds(prompts, plain) -> dict[str, tuple[list[list[int]], list[dict[str, An
     # Prompts that go on with what was generated before hit blocks whose rows were compacted.
     texts = plain.generate(prompts, [GREEDY] * 9)
     longer = [prompt + output["tokens"] for prompt, output in zip(prompts, texts)]
+    # Texts that end in the middle of an accepted path.
+    stops = [{**GREEDY, "stop_token_ids": [output["tokens"][20 + index]]} for index, output in enumerate(texts[:4])]
+    stops += [{**GREEDY, "stop": [output["text"][50:54]]} for output in texts[4:]]
     return {
         "one": (prompts[:1], [GREEDY]),
         "four": (prompts[:4], [GREEDY] * 4),
         "mixed": (prompts[:6], MIXED),
         "nine": (prompts, [GREEDY] * 9),
+        "stops": (prompts, stops),
         "again": (longer, [GREEDY] * 9),
         "limit": (prompts[:6], [{"max_tokens": 320 - len(prompt)} for prompt in prompts[:6]]),
     }

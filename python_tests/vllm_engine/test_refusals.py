@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 from support.engines.client import PAIR, Engine, EngineError
+from support.engines.comparing import assert_same
+from support.tiny_models import tiny_llama
+from transformers import AutoConfig
 
 pytestmark = pytest.mark.all_engines
 
+OPTIONS = {"max_model_len": 256, "max_num_seqs": 4}
 TREES = {"draft": str(PAIR / "draft"), "tree": [-1, 0, 0]}
 
 
@@ -32,7 +36,7 @@ def process(folder):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_an_engine_that_trees_cannot_serve_does_not_start(options, message, process):
-    options = {"max_model_len": 256, "max_num_seqs": 4, **options}
+    options = {**OPTIONS, **options}
     before = len(process.log.read_text())
     with pytest.raises(EngineError) as caught:
         process.call("start", str(PAIR / "target"), options, **TREES)
@@ -40,9 +44,23 @@ def test_an_engine_that_trees_cannot_serve_does_not_start(options, message, proc
 
 
 def test_a_draft_of_another_vocabulary_is_refused(process, tmp_path):
-    from support.tiny_models import tiny_llama
-
-    tiny_llama(0, vocab_size=64).save_pretrained(tmp_path)
-    options = {"max_model_len": 256, "max_num_seqs": 4}
+    tiny_llama(0, vocab_size=4096).save_pretrained(tmp_path)
     with pytest.raises(EngineError, match="draft must have the target's vocabulary of"):
-        process.call("start", str(PAIR / "target"), options, draft=str(tmp_path), tree=[-1, 0, 0])
+        process.call("start", str(PAIR / "target"), OPTIONS, draft=str(tmp_path), tree=[-1, 0, 0])
+
+
+@pytest.mark.parametrize("difference", [-300, -1, 1, 300])
+def test_heads_may_be_padded_otherwise(difference, process, plain, prompts, tmp_path):
+    """A random draft, whose wider head proposes tokens that the target does not have, changes no text."""
+    vocab_size = AutoConfig.from_pretrained(PAIR / "target").vocab_size + difference
+    tiny_llama(difference, vocab_size=vocab_size, sharpness=1.0).save_pretrained(tmp_path)
+    process.call("start", str(PAIR / "target"), OPTIONS, draft=str(tmp_path), tree=[-1, 0, 0, 0, 1])
+    try:
+        some = [prompts[0], prompts[1], prompts[4]]
+        got = process.call("generate", some, [{"max_tokens": 30}] * 3)
+        assert_same(plain.generate(some, [{"max_tokens": 30}] * 3), got, f"a head of {vocab_size}")
+        assert process.call("worker", "tree_report")["trees"] > 0
+        sampled = process.call("generate", some, [{"max_tokens": 30, "temperature": 1.5}] * 3)
+        assert all(len(output["tokens"]) == 30 for output in sampled)
+    finally:
+        process.call("stop")

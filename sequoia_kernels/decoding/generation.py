@@ -222,6 +222,7 @@ def generate(
         ValueError: an argument has the wrong shape, range or device, the models do not make a pair, or a setting is one
             that trees cannot honour (beams, contrastive search, guidance).
         UnsupportedModelError: a model cannot decode trees; the message says why.
+        RankError: of models that are split over ranks: another rank has ended or failed.
 
     Notes:
         Inputs are not mutated. With equal seeds the output is reproducible on one device and tree; at temperature 0 it
@@ -229,6 +230,8 @@ def generate(
         own seed, not on the batch around it, up to floating-point differences between batch shapes; the words and
         adaptive plans choose one tree for all requests, and at a temperature above 0 the tree decides which of the
         equally distributed outputs comes. Tokens that the draft has no embedding of are fed to it as another one.
+        Models that transformers' tensor parallelism has split are decoded by the same call on every rank, in which rank
+        0 decides for all (docs/several_gpus.md).
 
     Source:
         Sequoia (arXiv 2402.12374).

@@ -187,20 +187,27 @@ def agree_on_changes(*given: Any) -> None:
     all ranks have part in begins with this.
 
     Args:
-        given: what was given as models: the same number of things on every rank, whole models and others among them.
+        given: what was given as target and draft, the same number of things on every rank: models, tree models, sources
+            that run some, or anything else, which has none.
     """
-    models = [entry.model if isinstance(entry, TreeModel) else unwrapped(entry) for entry in given]
-    groups = [ranks_of(model) if isinstance(model, PreTrainedModel) else None for model in models]
-    ranks = next((group for group in groups if group is not None), None)
-    if ranks is None or current() is not None:
+    models = [_models_of(entry) for entry in given]
+    groups = [group for entries in models for model in entries if (group := ranks_of(model)) is not None]
+    if not groups or current() is not None:
         return
-    changed = [False] * len(models)
-    for index, (model, group) in enumerate(zip(models, groups, strict=True)):
-        if group is not None:
-            changed[index] = known_state(model) not in _plans.get(model, ())
-    for model, is_due in zip(models, any_rank(ranks, changed, "adapt"), strict=True):
+    changed = [
+        any(ranks_of(model) is not None and known_state(model) not in _plans.get(model, ()) for model in entries)
+        for entries in models
+    ]
+    for entries, is_due in zip(models, any_rank(groups[0], changed, "adapt"), strict=True):
         if is_due:
-            _forget_plan(model)
+            for model in entries:
+                _forget_plan(model)
+
+
+def _models_of(given: Any) -> list[PreTrainedModel]:
+    parts = given.models if isinstance(getattr(given, "models", None), tuple) else (given,)
+    models = [part.model if isinstance(part, TreeModel) else unwrapped(part) for part in parts]
+    return [model for model in models if isinstance(model, PreTrainedModel)]
 
 
 def _forget_plan(model: PreTrainedModel) -> None:
@@ -226,9 +233,8 @@ def _plan_of(model: PreTrainedModel, wants_own: bool) -> _ModelPlan:
         foreign_code_ran()  # the model's own forwards are, below
         try:
             plan, probed = _make_plan(model, state)
-            if any(
-                any_rank(ranks, [forward_state(model) != state], "adapt")
-            ):  # what follows is run by all ranks, or none
+            is_written = forward_state(model) != state  # by its forward
+            if any(any_rank(ranks, [is_written], "adapt")):
                 forget_what_forwards_write(model, lambda: _make_plan(model, state))
                 state = forward_state(model)
                 plan = plan._replace(fingerprint=state)
@@ -597,11 +603,12 @@ class TreeModel:
         _forget_plan(self.model)
         self._use(_plan_of(self.model, _why_modules(self.compile_mode, self.attention, self.forward_mode) is None))
 
-    def replay_cache(self, batch_size: int, max_cache_len: int) -> TreeCache:
-        """Give this rank's part of a cache that rank 0 has made."""
-        return TreeCache(self._plan.specs, batch_size, max_cache_len)
+    def replay_cache(self, batch_size: int, max_cache_len: int) -> tuple[TreeCache, list[CacheTable]]:
+        """Give this rank's part of a cache that rank 0 has made, and tables of its rows."""
+        cache = TreeCache(self._plan.specs, batch_size, max_cache_len)
+        return cache, CacheTable.by_device(cache.tensors())
 
-    def replay(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
+    def replay_forward(self, call: ForwardCall, cache: TreeCache) -> torch.Tensor:
         """Run this rank's part of a forward that rank 0 has told of; its logits are rank 0's but for rounding."""
         step = TreeStep(*call.step, call.num_tree_rows, call.first_node)
         wanted = dict.fromkeys(call.hidden_states, torch.empty(0))
@@ -609,11 +616,12 @@ class TreeModel:
             call.input_ids, cache, call.cache_lens, step, last_row=call.last_row, hidden_states=wanted or None
         )
 
-    def commit_rows(
-        self, cache: TreeCache, nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
+    @staticmethod
+    def replay_commit(
+        tables: Sequence[CacheTable], nodes: torch.Tensor, num_accepted: torch.Tensor, cache_lens: torch.Tensor
     ) -> None:
         """Move accepted rows behind the committed ones in this rank's part of a cache; see `compact_kv_cache_`."""
-        compact_kv_cache_(CacheTable.by_device(cache.tensors()), nodes, num_accepted, cache_lens)
+        compact_kv_cache_(tables, nodes, num_accepted, cache_lens)
 
     def _leave_pages_to_modules(self) -> None:
         """Say once that forwards on pages are not fused, whose kernels know rows; refuse where that was asked for."""

@@ -392,19 +392,27 @@ class TreeRunnerMixin:
         if self.trees is not None:
             # -1 is no tree. Of the plan only rank 0's counts.
             verdict[-1, 0] = -1 if self._next_tree is None else self._candidates.index(self._next_tree)
-            own = verdict.clone() if self.settings.check_ranks else None
+            own = verdict[:-1].clone()
         ranks.broadcast(verdict, src=0)
-        if own is not None and ranks.rank_in_group != 0:
-            self.tree_statistics["compared"] += 1
-            different = (own[:-1] != verdict[:-1]).any(1).nonzero()
+        if self.settings.check_ranks:
+            assert own is not None  # then all ranks draft
+            self._compare(own, verdict[:-1])
+        chosen = int(verdict[-1, 0])
+        self._next_tree = None if chosen < 0 else self._candidates[chosen]
+
+    def _compare(self, own: torch.Tensor, verdict: torch.Tensor) -> None:
+        """Raise on all ranks where one would have decided otherwise: vLLM waits for rank 0's answer only."""
+        ranks = get_tp_group()
+        self.tree_statistics["compared"] += 1
+        for rank in range(1, ranks.world_size):
+            theirs = ranks.broadcast(own.clone(), src=rank)
+            different = (theirs != verdict).any(1).nonzero()
             if len(different):
                 row = int(different[0])
                 raise RuntimeError(
-                    f"{WHERE}: ranks must decide alike, got another path on rank {ranks.rank_in_group} than on rank 0 "
-                    f"in step {self.tree_statistics['steps']}: {own[row].tolist()} instead of {verdict[row].tolist()}"
+                    f"{WHERE}: ranks must decide alike, got another path on rank {rank} than on rank 0 in step "
+                    f"{self.tree_statistics['steps']}: {theirs[row].tolist()} instead of {verdict[row].tolist()}"
                 )
-        chosen = int(verdict[-1, 0])
-        self._next_tree = None if chosen < 0 else self._candidates[chosen]
 
     def _output(
         self,

@@ -126,9 +126,15 @@ class ProbedWorker(TreeWorker):
 
         model_runner._sample = sample_disturbed
 
-    def break_logits(self, prompt_length: int) -> None:
-        """Let the logits of requests with a prompt of so many tokens be NaN in one of their steps with a tree."""
+    def break_logits(self, prompt_length: int | None) -> None:
+        """Let the logits of requests with a prompt of so many tokens be NaN in one of their steps with a tree.
+
+        None mends them.
+        """
         model_runner = self.model_runner
+        vars(model_runner).pop("_sample", None)
+        if prompt_length is None:
+            return
         sample, broken = model_runner._sample, set()
 
         def sample_broken(logits: torch.Tensor, metadata: Any) -> Any:

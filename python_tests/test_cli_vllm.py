@@ -16,6 +16,7 @@ from sequoia_kernels.vllm.__main__ import flag_parser, main
 def supported(monkeypatch):
     """The flags are words; no vLLM is needed to write them."""
     monkeypatch.setattr(vllm, "check_version", lambda: None)
+    monkeypatch.setattr(vllm, "runs_on_cuda", lambda: False)
 
 
 def flags_of(capsys, *arguments):

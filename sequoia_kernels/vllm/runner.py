@@ -157,10 +157,14 @@ class TreeRunnerMixin:
         self._drafted: list[DraftedBatch] = []
         self._tree_of: dict[str, TokenTree] = {}  # the tree that a request's drafted tokens are
         self._next_tree: TokenTree | None = self._candidates[0]
-        self._step_trees = StepTrees()
+        self._step_trees = self._new_step_trees()
         self._cache_groups: list[_CacheGroup] | None = None
         self._run_step: _RunStep | None = None
         self._step_started = 0.0
+
+    def _new_step_trees(self) -> Any:
+        """Give what the attention is told of a step in."""
+        return StepTrees()
 
     def tree_pool_bytes(self, available: int) -> int:
         """Say how much of the memory for caches the draft's pages take."""
@@ -184,6 +188,13 @@ class TreeRunnerMixin:
                 raise ValueError(
                     f"{WHERE}: all attention layers must take the backend of trees, got {type(builder).__name__} in "
                     f"{group.layer_names[0]}"
+                )
+            # Accepted rows are moved by the runner's block table, not by one that 0.32 may make for a group's kernels.
+            block_size = getattr(group, "kernel_block_size", None)
+            if block_size is not None:
+                raise ValueError(
+                    f"{WHERE}: blocks of caches must be those of the kernels, got {block_size} of "
+                    f"{group.kv_cache_spec.block_size} tokens in {group.layer_names[0]}; use another --block-size"
                 )
         settings, model = self.settings, self.drafter.model
         if model is not None:
@@ -585,29 +596,16 @@ def _repeated(logprobs: LogprobsTensors, count: int) -> LogprobsTensors:
 class DeviceTreesMixin(TreeRunnerMixin):
     """The same on CUDA: positions and masks come of tables there. Not run on a GPU yet."""
 
-    def init_trees(self) -> None:
-        """Set up what `__init__` would."""
+    def _new_step_trees(self) -> Any:
         from sequoia_kernels.vllm.gpu_attention import DeviceTreeMetadataBuilder, DeviceTrees
 
-        super().init_trees()
         if self.settings.max_nodes != self.uniform_decode_query_len:
             raise ValueError(
                 f"{WHERE}: num_speculative_tokens must be {self.settings.max_nodes - 1}, the nodes of the largest tree "
                 f"below its root, got {self.uniform_decode_query_len - 1}"
             )
         self._tree_builder = DeviceTreeMetadataBuilder
-        self._step_trees = DeviceTrees(self._candidates, self.max_num_reqs, self.device)
-
-    def start_trees(self, pool_bytes: int) -> None:
-        """Allocate the draft's pages and time the parts of a step; the caches are there."""
-        for group in (group for of_cache in self.attn_groups for group in of_cache):
-            # Accepted rows are moved by the runner's block table, not by one that is made for a group's kernels.
-            if group.kernel_block_size is not None:
-                raise ValueError(
-                    f"{WHERE}: blocks of caches must be those of the kernels, got {group.kernel_block_size} of "
-                    f"{group.kv_cache_spec.block_size} tokens in {group.layer_names[0]}; use another --block-size"
-                )
-        super().start_trees(pool_bytes)
+        return DeviceTrees(self._candidates, self.max_num_reqs, self.device)
 
     def _set_positions(self, num_rows: np.ndarray, total: int) -> None:
         self._step_trees.move_positions_(

@@ -267,7 +267,7 @@ def test_doctor_says_which_vllm_is_beside_us(name, tmp_path, capsys, monkeypatch
     (tmp_path / "vllm" / "__init__.py").write_text("raise AssertionError('nobody imports it')")
     info = tmp_path / f"{name}-1.dist-info"
     info.mkdir()
-    for version, supported in (("0.32.7+cpu", True), ("0.30.0", True), ("0.3.2", False), ("1.0.0", False)):
+    for version, supported in (("0.32.7+cpu", True), ("0.31.0", False), ("0.3.2", False), ("1.0.0", False)):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
         importlib.invalidate_caches()
         found, line = shown_vllm(capsys)

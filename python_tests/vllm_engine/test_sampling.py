@@ -103,6 +103,7 @@ def test_texts_of_cut_trees_follow_the_target(warping, rule, narrow):
     assert narrow.call("worker", "tree_report")["cut"] > before
 
 
+@pytest.mark.all_engines
 @pytest.mark.parametrize("mutated", [False, True])
 def test_a_broken_part_would_be_noticed(mutated, wide):
     """Rows of rejected nodes among the committed ones are not the target's distribution."""

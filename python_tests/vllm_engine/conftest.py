@@ -65,14 +65,14 @@ class Plain:
     """What plain vLLM says; each question is asked once."""
 
     def __init__(self, plain_engine: Engine) -> None:
-        self._engine = plain_engine
+        self.engine = plain_engine
         self._known: dict[str, list[dict[str, Any]]] = {}
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Give the outputs of requests that run together."""
         question = json.dumps([prompts, params])
         if question not in self._known:
-            self._known[question] = self._engine.call("generate", prompts, params)
+            self._known[question] = self.engine.call("generate", prompts, params)
         return self._known[question]
 
 

@@ -9,6 +9,8 @@ import pytest
 from support.engines.client import PAIR, Engine, EngineError, engine
 from support.engines.comparing import assert_same
 
+from sequoia_kernels.vllm import BACKEND
+
 GREEDY = {"max_tokens": 48}
 TREES = [[-1, 0, 0, 0, 1, 1, 2, 4], [-1, 0, 0, 1, 2, 3, 4, 5], [-1, 0]]
 # 26 blocks of 16 rows: six requests of up to 150 tokens do not fit, so that some are preempted.
@@ -30,6 +32,12 @@ def by_first_tree(trees) -> Iterator[Engine]:
     yield trees
     trees.call("worker", "mutate", None)
     trees.call("reset_prefix_cache")
+
+
+def test_the_plugin_changes_only_engines_that_ask_for_it(trees, plain):
+    """Both processes have loaded it; only the one of trees has another attention."""
+    assert plain.engine.call("backends") == {"CPU_ATTN": None, "CUSTOM": BACKEND}
+    assert trees.call("backends") == {"CPU_ATTN": BACKEND, "CUSTOM": BACKEND}
 
 
 # ---- does greedy equality notice? ----
@@ -88,6 +96,18 @@ def test_logits_that_are_not_finite_are_of_their_request_alone(trees, plain, pro
     for index in (0, 2, 3):
         assert_same([expected[index]], [got[index]], f"beside NaN, request {index}")
     assert len(got[1]["tokens"]) == GREEDY["max_tokens"]
+
+
+def test_parameters_at_the_ends_of_their_ranges_end_nobody(trees, plain, prompts):
+    """vLLM lets pass what fits neither int32 nor float32."""
+    trees.call("worker", "decode_with", 0)
+    ends = [{"temperature": 1.0, "top_p": 1e-50}, {"temperature": 2.0, "top_k": 2**40, "top_p": 1e-46}]
+    ends += [{"temperature": 1e-3, "top_k": 1}, {"temperature": 1.0, "top_k": 2**31, "seed": 2**63 - 1}]
+    some = [prompts[0], prompts[1], prompts[4], prompts[8]]
+    got = trees.call("generate", some, [{"max_tokens": 24, **params} for params in ends])
+    # all but the last are greedy
+    assert_same(plain.generate(some[:3], [{"max_tokens": 24}] * 3), got[:3], "nearly greedy")
+    assert len(got[3]["tokens"]) == 24
 
 
 def test_what_vllm_refuses_beside_trees_is_refused(trees, prompts):

@@ -297,6 +297,33 @@ def test_300_random_arrivals_leave_nothing_behind(monkeypatch):
     assert requests.num_compared > 100 and released > 50 and requests.drafter.num_without_room > 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("forward", ["native", "modules"])
+def test_a_draft_that_overflows_ends_its_own_trees_alone(forward, temperature, caplog):
+    model = adapt(case_model("llama"), forward=forward)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[-1] = torch.nan  # of one token
+    requests = requests_of(model, seed=15)
+    for name in "abc":
+        requests.add(name, 12, temperature)
+        requests.requests[name].tokens = [token % (model.vocab_size - 1) for token in requests.requests[name].tokens]
+    requests.requests["b"].tokens[3] = model.vocab_size - 1
+    before = {name: request.offset for name, request in requests.requests.items()}
+    entries = {BUSHY: [requests.entry(name) for name in "abc"]}
+    (drafted,) = requests.drafter.grow(entries)
+    assert [*drafted.place] == ["a", "c"]
+    for name, place in drafted.place.items():
+        requests._compare(drafted, name, place)
+        assert int(drafted.offsets[place]) == before[name]
+    assert [record.getMessage()[:40] for record in caplog.records] == ["trees: none for b any more, its draft ca"]
+    assert [*requests.drafter.grow(entries)[0].place] == ["a", "c"]
+    assert requests.drafter.grow({PAIR: entries[BUSHY][1:2]}) == []
+    assert len(caplog.records) == 1  # said once
+    for name in "abc":
+        requests.end(name)
+    assert all_free(requests)
+
+
 # ---- random streams ----
 
 

@@ -9,6 +9,7 @@ target's.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.pages import PagePool
 
 __all__ = ["DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
+
+logger = logging.getLogger("sequoia_kernels")
 
 PAGE_SIZE = 16
 ROWS_READ = 512  # rows of missed tokens that are read in one step, all requests together
@@ -79,6 +82,7 @@ class _Request:
     pages: list[int] = field(default_factory=list)
     num_rows: int = 0  # leading tokens whose keys and values lie in the pages
     offset: int = 0  # of its random stream
+    is_sound: bool = True  # as long as its draft's logits are finite
 
 
 @dataclass
@@ -204,10 +208,40 @@ class TreeDrafter:
         for tree, entries in wanted.items():
             ready, left = self._read(entries, tree.num_nodes, left)
             if ready:
-                drafted.append(self._grow_alike(tree, ready, first))
+                try:
+                    grown = self._grow_alike(tree, ready, first)
+                except ValueError as error:
+                    ready = self._sound_ones(tree, ready, first, error)
+                    if not ready:
+                        continue
+                    grown = self._grow_alike(tree, ready, first)
+                drafted.append(grown)
                 first += len(ready)
         self._held[first:] = [""] * (len(self._held) - first)
         return drafted
+
+    def _sound_ones(
+        self, tree: TokenTree, ready: Sequence[DraftRequest], first: int, error: ValueError
+    ) -> list[DraftRequest]:
+        """Give the requests whose draft can be drawn from; the others get no trees any more.
+
+        Logits of a draft may be NaN or infinite, where it overflows: it must not end the others' requests.
+        """
+        sound = []
+        for entry in ready:
+            request = self._requests[entry.request_id]
+            offset = request.offset
+            try:
+                self._grow_alike(tree, [entry], first)
+            except ValueError as own_error:
+                request.is_sound = False
+                logger.warning("trees: none for %s any more, its draft cannot be used: %s", entry.request_id, own_error)
+            else:
+                sound.append(entry)
+            request.offset = offset  # nothing was emitted from these draws
+        if len(sound) == len(ready):
+            raise error
+        return sound
 
     def _grow_alike(self, tree: TokenTree, ready: Sequence[DraftRequest], first: int) -> DraftedBatch:
         """Grow one tree for requests, which take the places from `first` on."""
@@ -273,7 +307,7 @@ class TreeDrafter:
                 seed = request_seed(entry.request_id, entry.seed, self._engine_seed)
                 request = self._requests[entry.request_id] = _Request(seed)
             num_tokens = len(entry.tokens)
-            if num_tokens > self._max_positions:
+            if num_tokens > self._max_positions or not request.is_sound:
                 continue
             if not self.pool.grow(request.pages, min(num_tokens + num_nodes, self._max_rows)):
                 self.num_without_room += 1

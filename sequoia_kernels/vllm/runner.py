@@ -373,7 +373,7 @@ class TreeRunnerMixin:
         else:
             taken = first_rows[indices][:, None] + np.arange(num_nodes)
             target = logits[torch.from_numpy(taken).to(logits.device)]
-        warping = [Warping(max(p.top_k, 0), p.top_p) for p in params]
+        warping = [Warping.of(p.top_k, p.top_p, target.shape[-1]) for p in params]
         try:
             path = verify_drafted(drafted, places, num_nodes, target, warping, self.settings.rule)
         except ValueError:

@@ -14,6 +14,7 @@ from sequoia_kernels.vllm.drafting import DraftedBatch
 __all__ = ["PADDING", "Warping", "emitted_tokens", "verify_drafted"]
 
 PADDING = -1  # what vLLM takes out of sampled_token_ids
+SMALLEST_TOP_P = float(torch.finfo(torch.float32).tiny)  # holds the most probable token alone, as all smaller ones do
 
 
 class Warping(NamedTuple):
@@ -26,6 +27,16 @@ class Warping(NamedTuple):
 
     top_k: int
     top_p: float
+
+    @classmethod
+    def of(cls, top_k: int, top_p: float, vocab_size: int) -> Warping:
+        """Read a request's parameters, of which vLLM lets pass what int32 and float32 cannot hold.
+
+        Example:
+            >>> Warping.of(-1, 0.5, 100), Warping.of(2**31, 1e-50, 100).top_k, Warping.of(0, 1e-50, 100).top_p > 0
+            (Warping(top_k=0, top_p=0.5), 0, True)
+        """
+        return cls(top_k if 0 < top_k < vocab_size else 0, max(top_p, SMALLEST_TOP_P))
 
 
 def verify_drafted(

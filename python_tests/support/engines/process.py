@@ -18,11 +18,13 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sequoia_kernels.vllm import engine_args
 
 WORKER = "support.engines.worker.ProbedWorker"
 COUNTERS = ("preemptions", "spec_decode")
+BACKENDS = ("CPU_ATTN", "CUSTOM")
 
 
 def sampling(values: dict[str, Any]) -> SamplingParams:
@@ -79,10 +81,15 @@ class Session:
             for output in outputs
         ]
 
-    def sample(self, prompt: list[int], params: dict[str, Any], count: int, length: int) -> list[list[int]]:
-        """Give the first tokens behind one prompt, many times."""
+    def sample(self, prompt: list[int], params: dict[str, Any], count: int) -> list[list[int]]:
+        """Give the tokens behind one prompt, many times."""
         outputs = self.generate([prompt] * count, [{**params, "detokenize": False}] * count)
-        return [output["tokens"][:length] for output in outputs]
+        return [output["tokens"] for output in outputs]
+
+    def backends(self) -> dict[str, str | None]:
+        """Give what stands for vLLM's attention backends that the plugin may replace; None for vLLM's own."""
+        registry = AttentionBackendEnum
+        return {kind: registry[kind].get_path() if registry[kind].is_overridden() else None for kind in BACKENDS}
 
     def worker(self, method: str, *arguments: Any, rank: int = 0) -> Any:
         """Call a method of all workers, and give what one of them returns."""

@@ -409,11 +409,15 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
         text = text.replace(f"path/or/id/of/{role}", str(demo.demo_pair_folder() / role))
     engine, client, report = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     shell = [block.strip() for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
-    (serve,) = (block for block in shell if block.startswith("eval") and str(demo.demo_pair_folder()) in block)
+    (serve,) = (block for block in shell if block.startswith("flags=") and str(demo.demo_pair_folder()) in block)
     asks = [block for block in shell if block.startswith("curl")]
-    assert len(asks) == 2
+    assert len(asks) == 3
     variables = engine_environment(
-        tmp_path, PATH=f"{python.parent}:{os.environ['PATH']}", VLLM_ENABLE_V1_MULTIPROCESSING="1"
+        tmp_path,
+        PATH=f"{python.parent}:{os.environ['PATH']}",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_SERVER_DEV_MODE="1",
+        VLLM_LOGGING_LEVEL="INFO",
     )
     script = tmp_path / "script.py"
 
@@ -449,6 +453,8 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
             r"^vllm:spec_decode_num_accepted_tokens_total.* ([\d.]+)$", run(["bash", "-c", asks[1]]), re.M
         )
         assert accepted is not None and float(accepted[1]) > 10
+        assert json.loads(run(["bash", "-c", asks[2]]))["results"][0]["accepted"] > 10
+        assert "MiB of pages for" in log.read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)

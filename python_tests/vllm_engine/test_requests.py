@@ -110,6 +110,28 @@ def test_parameters_at_the_ends_of_their_ranges_end_nobody(trees, plain, prompts
     assert len(got[3]["tokens"]) == 24
 
 
+def test_logprobs_are_right_beside_those_of_named_tokens(trees, plain, prompts):
+    """A request that names tokens decodes without a tree, and makes vLLM gather the logprobs of a step otherwise."""
+    trees.call("worker", "decode_with", 0)
+    some = [prompts[0], prompts[8], prompts[4], prompts[5]]
+    params = [
+        {**GREEDY, "logprobs": 2},
+        {**GREEDY, "logprob_token_ids": [5, 9, 77, 300]},
+        GREEDY,
+        {**GREEDY, "logprobs": 7},
+    ]
+    got = trees.call("generate", some, params)
+    assert_same(plain.generate(some[1:2], params[1:2]), [got[1]], "named tokens")
+    for index in (0, 3):
+        (alone,) = plain.generate(some[index : index + 1], params[index : index + 1])
+        assert got[index]["tokens"] == alone["tokens"]
+        complete = 0
+        for token, ours, theirs in zip(alone["tokens"], got[index]["logprobs"], alone["logprobs"], strict=True):
+            assert ours[str(token)] == pytest.approx(theirs[str(token)], abs=1e-3)
+            complete += ours.keys() == theirs.keys()
+        assert complete >= len(alone["tokens"]) - 2  # in steps without trees vLLM gives the emitted token's alone
+
+
 def test_what_vllm_refuses_beside_trees_is_refused(trees, prompts):
     for params in ({"temperature": 1.0, "min_p": 0.1}, {"logit_bias": {5: 1.0}}):
         with pytest.raises(EngineError, match="not yet supported with speculative decoding"):

@@ -14,6 +14,7 @@ from support.processes import python_environment
 import sequoia_kernels.vllm as plugin
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm import InstalledVllm, engine_args, register, server_flags, support
+from sequoia_kernels.vllm.__main__ import main
 from sequoia_kernels.vllm.settings import TreeSettings
 
 
@@ -70,9 +71,33 @@ def test_on_cuda_the_attention_backend_is_asked_for_by_name(monkeypatch):
         engine_args("d")
 
 
-def test_the_draft_may_be_a_folder(tested, tmp_path):
-    given = engine_args(tmp_path, tree=[-1, 0])["additional_config"]["sequoia"]["draft"]
-    assert given == str(tmp_path)
+def test_the_draft_may_be_a_folder(tested, tmp_path, monkeypatch):
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for path in ("draft", "./draft", tmp_path / "draft"):  # a server may start in another folder
+        given = engine_args(path, tree=[-1, 0])["additional_config"]["sequoia"]["draft"]
+        assert given == str(tmp_path / "draft")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./draft", "a/b/c", "~/no/draft"])
+def test_a_path_of_no_folder_is_refused(tested, path):
+    with pytest.raises(FileNotFoundError, match=r"vllm\.engine_args: draft must be an existing folder or a hub id"):
+        engine_args(path)
+
+
+def test_a_folder_without_a_model_is_refused(tested, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"vllm\.engine_args: draft must be a folder with a config\.json"):
+        engine_args(tmp_path)
+
+
+def test_the_file_of_a_tree_must_exist(tested, tmp_path, capsys):
+    message = "tree must be 'auto' or the path of a tree file, got 'plan.json': no such file"
+    with pytest.raises(FileNotFoundError, match=message):
+        engine_args("my/draft", tree="plan.json")
+    with pytest.raises(SystemExit) as exited:
+        main(["--draft", "my/draft", "--tree", "plan.json"])
+    assert exited.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

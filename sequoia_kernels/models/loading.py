@@ -85,7 +85,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def local_folder(path_or_id: str | os.PathLike[str], where: str) -> Path | None:
+def local_folder(path_or_id: str | os.PathLike[str], where: str, argument: str = "path_or_id") -> Path | None:
     """Return the folder of a model that is here, None for what can only be a hub's id; else FileNotFoundError."""
     name = os.fspath(path_or_id)
     folder = Path(name).expanduser()
@@ -93,16 +93,16 @@ def local_folder(path_or_id: str | os.PathLike[str], where: str) -> Path | None:
         if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
                 raise FileNotFoundError(
-                    f"{where}: path_or_id must be a folder with a whole model, got {folder} with an adapter alone; "
+                    f"{where}: {argument} must be a folder with a whole model, got {folder} with an adapter alone; "
                     "write one with merge_and_unload().save_pretrained of the adapted model"
                 )
             raise FileNotFoundError(
-                f"{where}: path_or_id must be a folder with a config.json, got {folder}; write one with save_pretrained"
+                f"{where}: {argument} must be a folder with a config.json, got {folder}; write one with save_pretrained"
             )
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
-            f"{where}: path_or_id must be an existing folder or a hub id, got {name!r}: no such folder"
+            f"{where}: {argument} must be an existing folder or a hub id, got {name!r}: no such folder"
         )
     return None
 

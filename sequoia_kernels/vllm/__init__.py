@@ -14,11 +14,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree
-from sequoia_kernels.vllm.settings import CONFIG_KEY, TreeSettings, trees_from
+from sequoia_kernels.vllm.settings import CONFIG_KEY, WHERE, TreeSettings, trees_from
 from sequoia_kernels.vllm.support import (
     TESTED_VERSIONS,
     InstalledVllm,
@@ -79,16 +78,20 @@ def engine_args(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
+        FileNotFoundError: a path of no folder, or of one that holds no model; a tree's file that does not exist.
         RuntimeError: the vLLM beside the package is none that this was tested with.
 
     Notes:
         Sampled requests with a seed of their own decode with one tree whatever the load, so that their text does not
         depend on the company: the first of several trees.
     """
+    from sequoia_kernels.models.loading import local_folder  # late: every process of vLLM imports this module
+
     check_version()
+    folder = local_folder(draft, WHERE, "draft")
     trees, by_load = trees_from(tree, max_nodes)
     settings = TreeSettings(
-        draft=str(Path(draft)) if Path(draft).exists() else str(draft),
+        draft=os.fspath(draft) if folder is None else str(folder.absolute()),
         trees=trees,
         by_load=by_load,
         rule=rule,

@@ -1,6 +1,6 @@
 """`python -m sequoia_kernels.vllm --draft D`: the flags that a vLLM server decodes trees with, ready for a shell.
 
-eval "vllm serve T $(python -m sequoia_kernels.vllm --draft D)"
+flags=$(python -m sequoia_kernels.vllm --draft D) && eval "vllm serve T $flags"
 
 mapfile -t flags < <(python -m sequoia_kernels.vllm --draft D --lines)
 vllm serve T "${flags[@]}"

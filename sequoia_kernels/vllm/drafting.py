@@ -22,10 +22,11 @@ from sequoia_kernels.models import PagedTreeCache, TreeModel, causal_step
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.pages import PagePool
+from sequoia_kernels.vllm.settings import LOGGER
 
 __all__ = ["DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
 
-logger = logging.getLogger("sequoia_kernels")
+logger = logging.getLogger(LOGGER)
 
 PAGE_SIZE = 16
 ROWS_READ = 512  # rows of missed tokens that are read in one step, all requests together

@@ -15,10 +15,11 @@ from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.attention import paged_rows
 from sequoia_kernels.vllm.drafting import DraftRequest, TreeDrafter
 from sequoia_kernels.vllm.load_plan import Curve, StepCosts
+from sequoia_kernels.vllm.settings import LOGGER
 
 __all__ = ["measure_costs"]
 
-logger = logging.getLogger("sequoia_kernels")
+logger = logging.getLogger(LOGGER)
 
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)

@@ -32,7 +32,7 @@ from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, paged
 from sequoia_kernels.vllm.drafting import DraftedBatch, DraftRequest, TreeDrafter
 from sequoia_kernels.vllm.load_plan import LoadPlan
 from sequoia_kernels.vllm.measuring import measure_costs
-from sequoia_kernels.vllm.settings import CONFIG_KEY, TreeSettings
+from sequoia_kernels.vllm.settings import CONFIG_KEY, LOGGER, TreeSettings
 from sequoia_kernels.vllm.support import check_config, check_cuda, check_version
 from sequoia_kernels.vllm.verification import PADDING, Warping, emitted_tokens, verify_drafted
 
@@ -49,7 +49,7 @@ else:
 
 __all__ = ["TreeModelRunner", "TreeProposer", "TreeWorker", "decodes_trees"]
 
-logger = logging.getLogger("sequoia_kernels")
+logger = logging.getLogger(LOGGER)
 
 WHERE = "sequoia_kernels.vllm"
 
@@ -474,15 +474,21 @@ class TreeRunnerMixin:
             )
             indices = [with_trees[row] for row in decided]
             self._commit(indices, path, num_rows, roots, sampled)
-            if metadata.max_num_logprobs is not None and not getattr(metadata, "logprob_token_ids", None):
+            if metadata.max_num_logprobs is not None:
                 path_rows = roots[:, None].repeat(1, width)
                 places = torch.tensor(indices, device=device)
                 path_rows[places] += path.nodes.clamp(min=0).long()
                 # Raw ones.
                 table = self.sampler.compute_logprobs(logits[path_rows.flatten()].float())
-                output.logprobs_tensors = self.sampler.gather_logprobs(
+                of_paths = self.sampler.gather_logprobs(
                     table, metadata.max_num_logprobs, sampled.flatten().clamp(min=0).long()
                 )
+                if getattr(metadata, "logprob_token_ids", None):
+                    # vLLM's own, of the tokens that a request without a tree has named, stay in its rows.
+                    has_path = torch.zeros(batch.num_reqs, dtype=torch.bool, device=device)
+                    has_path[places] = True
+                    of_paths = _merged(output.logprobs_tensors, of_paths, has_path.repeat_interleave(width))
+                output.logprobs_tensors = of_paths
         output.sampled_token_ids = sampled
         return output
 
@@ -591,6 +597,26 @@ def _repeated(logprobs: LogprobsTensors, count: int) -> LogprobsTensors:
     """Give every row of logprobs so many times."""
     rows = [part.repeat_interleave(count, 0) if part.dim() > 0 and part.numel() else part for part in logprobs[:3]]
     return logprobs._replace(**dict(zip(logprobs._fields, rows)))
+
+
+def _merged(others: LogprobsTensors, some: LogprobsTensors, rows: torch.Tensor) -> LogprobsTensors:
+    """Take some rows of logprobs from one table, the others from another, which may be of another width.
+
+    Args:
+        others: where `rows` is False.
+        some: where it is True.
+        rows: [R] bool.
+    """
+    width = max(others.logprobs.shape[1], some.logprobs.shape[1])
+
+    def padded(part: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value)
+
+    return LogprobsTensors(
+        torch.where(rows[:, None], padded(some.logprob_token_ids, 0), padded(others.logprob_token_ids, 0)),
+        torch.where(rows[:, None], padded(some.logprobs, -torch.inf), padded(others.logprobs, -torch.inf)),
+        torch.where(rows, some.selected_token_ranks, others.selected_token_ranks),
+    )
 
 
 class DeviceTreesMixin(TreeRunnerMixin):

@@ -15,9 +15,10 @@ from sequoia_kernels.planner.search import optimal_tree
 from sequoia_kernels.planner.tree_files import read_tree
 from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
 
-__all__ = ["CONFIG_KEY", "TreeSettings", "trees_from"]
+__all__ = ["CONFIG_KEY", "LOGGER", "TreeSettings", "trees_from"]
 
 CONFIG_KEY = "sequoia"
+LOGGER = "vllm.sequoia_kernels"  # below vLLM's own: its handlers and levels
 WHERE = "vllm.engine_args"
 
 # The trees to choose from are optimal for drafts between poor and excellent: the usual acceptance, shifted by so much.
@@ -127,7 +128,11 @@ def trees_from(tree: Any, max_nodes: int) -> tuple[tuple[tuple[int, ...], ...], 
     if isinstance(tree, TokenTree):
         return (tuple(tree.parents),), False
     if isinstance(tree, (str, Path)):
-        held = read_tree(tree)
+        try:
+            held = read_tree(tree)
+        except FileNotFoundError as error:
+            message = f"{WHERE}: tree must be 'auto' or the path of a tree file, got {str(tree)!r}: no such file"
+            raise FileNotFoundError(message) from error
         held = held.tree if isinstance(held, TreePlan) else held
         if not isinstance(held, TokenTree):
             raise TypeError(

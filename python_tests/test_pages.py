@@ -424,8 +424,7 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
     def run(command: list[str]) -> str:
         return run_process(command, env=variables, cwd=tmp_path, timeout=900).stdout
 
-    body = textwrap.indent(engine + report, "    ")
-    script.write_text(f"def main():\n{body}\nif __name__ == '__main__':\n    main()\n", encoding="utf-8")
+    script.write_text(engine + textwrap.indent(report, "    "), encoding="utf-8")
     assert re.search(
         r"[1-9]\d* trees, [1-9]\d* accepted, [1-9]\d* pages free\n\{'[12]': ", run([str(python), str(script)])
     )

@@ -144,7 +144,7 @@ TIME = Rule("be a finite time >= 0", lambda value: value >= 0)
 
 def number_from(least: float) -> Rule:
     """The rule of a number that has a lower limit."""
-    return Rule(f"be a finite number >= {least}", lambda value: value >= least)
+    return Rule(f"be a finite number >= {least}", lambda value: least <= value < math.inf)
 
 
 NOT_NEGATIVE = number_from(0)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,6 +116,8 @@ class Script:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Parse, measure and write. Returns the exit status."""
         options = self.parse(arguments)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends, too
         if getattr(options, "threads", None):
             torch.set_num_threads(options.threads)
         device = pick_device(getattr(options, "device", "cpu"))

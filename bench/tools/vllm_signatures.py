@@ -38,6 +38,7 @@ TOUCHED: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu_model_runner": {
         "GPUModelRunner": """
             __init__() _update_states() _prepare_inputs() _build_attention_metadata() _sample()
+            _bookkeeping_sync() _update_streaming_request()
             _input_fits_in_drafter() propose_draft_token_ids() _dummy_run() _is_uniform_decode() get_kv_cache_spec()
             drafter model sampler device requests input_batch input_ids positions query_pos query_start_loc
             discard_request_mask attn_groups kv_cache_config compilation_config model_config vllm_config
@@ -60,7 +61,7 @@ TOUCHED: dict[str, dict[str, str]] = {
         "CachedRequestState": "sampling_params",
         "InputBatch": """
             req_ids req_id_to_index num_reqs num_computed_tokens_cpu num_prompt_tokens num_tokens_no_spec
-            token_ids_cpu sampling_metadata block_table
+            token_ids_cpu sampling_metadata block_table generators
         """,
     },
     "vllm.v1.worker.block_table": {"BlockTable": "get_device_tensor()", "MultiGroupBlockTable": "__getitem__()"},
@@ -70,11 +71,11 @@ TOUCHED: dict[str, dict[str, str]] = {
         "SchedulerOutput": "finished_req_ids preempted_req_ids scheduled_spec_decode_tokens total_num_scheduled_tokens"
     },
     "vllm.v1.spec_decode.metadata": {"SpecDecodeMetadata": "num_draft_tokens draft_token_ids"},
-    "vllm.v1.sample.metadata": {"SamplingMetadata": "max_num_logprobs logprob_token_ids"},
+    "vllm.v1.sample.metadata": {"SamplingMetadata": "max_num_logprobs logprob_token_ids generators"},
     "vllm.v1.sample.sampler": {"Sampler": "forward() compute_logprobs() gather_logprobs()"},
     "vllm.v1.outputs": {
         "SamplerOutput": "sampled_token_ids logprobs_tensors",
-        "LogprobsTensors": "logprobs logprob_token_ids",
+        "LogprobsTensors": "logprobs logprob_token_ids selected_token_ranks",
     },
     "vllm.v1.kv_cache_interface": {
         "KVCacheLayout": "LBNHC LBHNC",
@@ -89,6 +90,7 @@ TOUCHED: dict[str, dict[str, str]] = {
             thinking_token_budget trace_decode_token_ids
         """
     },
+    "vllm.utils.import_utils": {"": "resolve_obj_by_qualname()"},
     "vllm.distributed": {"": "get_tp_group()"},
     "vllm.distributed.parallel_state": {"GroupCoordinator": "rank_in_group world_size broadcast() broadcast_object()"},
     "vllm.platforms": {"": "current_platform"},

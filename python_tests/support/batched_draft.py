@@ -23,7 +23,7 @@ TOLERANCE = 2e-4
 
 def drafter_of(model: TreeModel, **settings: int) -> TreeDrafter:
     """A drafter with room for all, where nothing else is said."""
-    limits = {"max_requests": 8, "max_tokens": 96, "max_nodes": 12, "pool_tokens": 10_000}
+    limits = {"max_requests": 8, "max_tokens": 96, "max_nodes": 12, "pool_tokens": 10_000, "max_rows": 200}
     vocab = {"vocab_size": model.vocab_size, "target_embeddings": model.vocab_size}
     return TreeDrafter(model, **{**limits, **vocab, **settings})
 

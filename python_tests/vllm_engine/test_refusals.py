@@ -31,7 +31,8 @@ def process(folder):
             "custom logits processors are not applied to the nodes of trees, so there must be none, got any.module:",
         ),
         ({"pipeline_parallel_size": 2}, "trees do not serve pipeline parallelism yet"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "trees do not serve fp8 caches yet"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "trees do not serve fp8_e4m3 caches of a float32 model yet"),
+        ({"kv_cache_dtype": "bfloat16"}, "trees do not serve bfloat16 caches of a float32 model yet"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -40,6 +41,22 @@ def test_an_engine_that_trees_cannot_serve_does_not_start(options, message, proc
     before = len(process.log.read_text())
     with pytest.raises(EngineError) as caught:
         process.call("start", str(PAIR / "target"), options, **TREES)
+    assert message in str(caught.value) + process.log.read_text()[before:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"worker_cls": "auto"}, "worker_cls must be the tree worker, got CPUWorker; take all of engine_args"),
+        ({"additional_config": {}}, "additional_config['sequoia'] must be the mapping that vllm.engine_args gives"),
+        ({"num_speculative_tokens": 1}, "num_speculative_tokens must be 2, the nodes of the largest tree"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_do_not_belong_together_are_refused_at_start(change, message, process):
+    before = len(process.log.read_text())
+    with pytest.raises(EngineError) as caught:
+        process.call("start", str(PAIR / "target"), OPTIONS, changed=change, **TREES)
     assert message in str(caught.value) + process.log.read_text()[before:]
 
 

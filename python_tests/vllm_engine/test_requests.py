@@ -82,6 +82,22 @@ def test_seeds_give_the_same_text_alone_and_in_company(trees, prompts):
     assert [output["tokens"] for output in trees.call("generate", some, other)] != alone
 
 
+def test_seeds_give_the_same_text_where_the_draft_ends(trees, prompts):
+    """Behind its positions vLLM samples, from streams that nobody's trees and logprobs may have moved on."""
+    some = [prompts[0], prompts[1], prompts[4], prompts[8]]
+    seeded = [{"max_tokens": 40, "temperature": 0.9, "seed": 90 + index} for index in range(4)]
+    trees.call("worker", "decode_with", "plan")
+    trees.call("worker", "limit_draft", 30)
+    try:
+        alone = [trees.call("generate", [prompt], [params])[0]["tokens"] for prompt, params in zip(some, seeded)]
+        both = trees.call("generate", [*some, prompts[6]], [*seeded, {"max_tokens": 60, "temperature": 1.0}])
+        told = trees.call("generate", some, [{**params, "logprobs": 1} for params in seeded])
+    finally:
+        trees.call("worker", "limit_draft", None)
+    assert [output["tokens"] for output in both[:4]] == alone
+    assert [output["tokens"] for output in told] == alone
+
+
 # ---- what fails, fails alone ----
 
 

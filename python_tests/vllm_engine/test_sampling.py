@@ -110,6 +110,20 @@ def test_texts_of_cut_trees_follow_the_target(warping, rule, narrow):
     assert narrow.call("worker", "tree_report")["cut"] > before
 
 
+@pytest.mark.all_engines
+def test_seeds_of_prompts_that_are_read_in_pieces(narrow):
+    """In plain vLLM 0.32 such a request ends the engine on a CPU."""
+    narrow.call("worker", "decode_with", 0)
+    prompts = [[(3 * place + index) % VOCAB for place in range(50)] for index in range(4)]
+    params = [{"max_tokens": 10, "temperature": 1.0, "seed": 30 + index, "detokenize": False} for index in range(4)]
+    alone = [narrow.call("generate", [prompt], [entry])[0]["tokens"] for prompt, entry in zip(prompts, params)]
+    narrow.call("reset_prefix_cache")
+    both = narrow.call("generate", prompts, params)
+    # Trees that are cut draw from other streams, so only what nothing was cut of need be the same.
+    assert [output["tokens"][:1] for output in both] == [tokens[:1] for tokens in alone]
+    assert len({tuple(tokens) for tokens in alone}) > 1
+
+
 @pytest.mark.parametrize("rule", ["sequoia", "traversal"])
 def test_a_broken_part_is_noticed(rule, wide):
     """Rows of rejected nodes among the committed ones are not the target's distribution."""

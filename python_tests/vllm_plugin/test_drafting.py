@@ -199,6 +199,31 @@ def test_what_is_read_in_a_step_is_limited(monkeypatch):
 # ---- limits ----
 
 
+def test_no_more_nodes_are_drafted_than_a_step_has_rows():
+    requests = requests_of(seed=16, max_rows=20)
+    for name in "abcde":
+        requests.add(name, 9, 0.5)
+    grown = requests.step({PAIR: ["a", "b"], BUSHY: ["c", "d", "e"]})
+    assert [[*drafted.place] for drafted in grown] == [["a", "b"], ["c", "d"]]
+    first, second = (drafted.draft_logits for drafted in grown)
+    assert second.data_ptr() == first.data_ptr() + 4 * first.element_size() * first.shape[2]
+    assert requests.step({DEEP: list("abcde")})[0].draft_logits.shape == (2, 9, first.shape[2])
+    assert requests.drafter.most_requests(9, 8) == 2
+
+
+def test_logits_of_all_trees_share_their_memory():
+    requests = requests_of(seed=17)
+    for name in "abc":
+        requests.add(name, 9, 0.5)
+    places = set()
+    for tree in (*TREES, TokenTree.chain(3), TokenTree.chain(5)):
+        for names in ("a", "ab", "abc"):
+            (drafted,) = requests.step({tree: list(names)})
+            places.add(drafted.draft_logits.data_ptr())
+    assert len(places) == 1
+    assert len(requests.drafter._buffers) <= drafting.KEPT_BATCHES
+
+
 def test_a_request_without_room_waits_and_the_others_do_not():
     # a page holds 16 rows: room for two requests of up to 32 rows each
     requests = requests_of(seed=12, max_requests=4, max_tokens=24, max_nodes=8, pool_tokens=64)
@@ -239,8 +264,10 @@ def test_a_text_beyond_the_drafts_positions_gets_no_tree():
     requests.add("a", 62)
     requests.add("b", 65)
     assert [*requests.step({PAIR: ["a", "b"]})[0].place] == ["a"]
+    assert requests.drafter.pool.num_free < requests.drafter.pool.num_pages
     requests.plain_step(["a", "a", "a"])
     assert requests.step({PAIR: ["a", "b"]}) == []
+    assert requests.drafter.pool.num_free == requests.drafter.pool.num_pages  # pages that nobody will read again
 
 
 def test_a_tree_at_the_end_of_the_longest_text():

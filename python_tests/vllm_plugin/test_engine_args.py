@@ -152,6 +152,15 @@ def test_vllm_finds_the_plugin():
     assert (entry.name, entry.load()) == ("sequoia", register)
 
 
+def test_sources_without_the_compiled_module_say_what_to_do():
+    code = "import sys; sys.modules['sequoia_kernels._host'] = None; from sequoia_kernels.vllm import engine_args"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=python_environment()
+    )
+    assert "ModuleNotFoundError: the C++ module sequoia_kernels._host is not built in " in ended.stderr.splitlines()[-1]
+    assert "then leave that folder" in ended.stderr
+
+
 def test_the_package_imports_no_vllm():
     code = (
         "import sys, sequoia_kernels.vllm, sequoia_kernels.vllm.drafting, sequoia_kernels.vllm.load_plan\n"

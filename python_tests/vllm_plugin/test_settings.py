@@ -54,6 +54,7 @@ def test_the_largest_tree_counts():
         ({"draft_cache_tokens": True}, TypeError, "draft_cache_tokens must be an integer, got bool"),
         ({"profile_seconds": -1.0}, ValueError, "profile_seconds must .*-1"),
         ({"profile_seconds": float("nan")}, ValueError, "profile_seconds must .*nan"),
+        ({"profile_seconds": float("inf")}, ValueError, "profile_seconds must be a finite number >= 0, got inf"),
         ({"profile_seconds": "3"}, TypeError, "profile_seconds must be a number, got str"),
         ({"trees": ()}, ValueError, "trees must hold at least one tree, got none"),
         ({"trees": ((-1,),)}, ValueError, f"trees must have 2 to {MAX_TREE_NODES} nodes each, got 1"),
@@ -75,7 +76,7 @@ def test_values_that_are_refused(change, error, message):
         (
             None,
             TypeError,
-            r"additional_config\['sequoia'\]: it must be a mapping as vllm.engine_args gives it, got None",
+            r"additional_config\['sequoia'\] must be the mapping that vllm.engine_args gives, got NoneType; keys",
         ),
         ([1], TypeError, "got list"),
         ({"draft": "d"}, ValueError, "trees must be given"),

@@ -7,6 +7,7 @@ import importlib.util
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sequoia_kernels.vllm import support
 from sequoia_kernels.vllm.support import (
@@ -33,6 +34,7 @@ def config(**changes) -> SimpleNamespace:
             "use_mla": False,
             "logprobs_mode": "raw_logprobs",
             "logits_processors": None,
+            "dtype": torch.bfloat16,
         },
         "parallel_config": {
             "pipeline_parallel_size": 1,
@@ -82,7 +84,16 @@ def test_an_ordinary_configuration_is_served():
         ({"model_config__is_attention_free": True}, "state-space or linear-attention layers yet"),
         ({"model_config__use_mla": True}, "multi-head latent attention yet"),
         ({"scheduler_config__async_scheduling": True}, "asynchronous scheduling yet; use no --async-scheduling"),
-        ({"cache_config__cache_dtype": "fp8_e4m3"}, "fp8 caches yet; use --kv-cache-dtype auto"),
+        (
+            {"cache_config__cache_dtype": "fp8_e4m3"},
+            "fp8_e4m3 caches of a bfloat16 model yet; use --kv-cache-dtype auto",
+        ),
+        ({"cache_config__cache_dtype": "float16"}, "float16 caches of a bfloat16 model yet"),
+        ({"cache_config__cache_dtype": "int8"}, "int8 caches of a bfloat16 model yet"),
+        (
+            {"model_config__dtype": torch.float32, "cache_config__cache_dtype": "bfloat16"},
+            "bfloat16 caches of a float32",
+        ),
     ],
 )
 def test_what_trees_do_not_serve_is_refused_by_name(change, message):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-import sequoia_kernels._host as _host
 from sequoia_kernels.drafts import DecodingState, TokenBuffers, TreeLayout
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.models import TreeCache, TreeModel
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
 from sequoia_kernels.ops.backends import runs_own

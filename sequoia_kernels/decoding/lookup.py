@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-import sequoia_kernels._host as _host
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.drafts import LookupDrafting, StepTree
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, BaseEvidence, LookupCosts, LookupEvidence
 from sequoia_kernels.tree import LONGEST_PATH, LookupTree, MergedTree, TokenTree
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-import sequoia_kernels._host as _host
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.shaping import LevelShape
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.drafts.vocabulary import TokenPairing
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.models import BoundForward, TreeCache, TreeModel, bind_linear
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import sequoia_kernels._host as _host
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE
 from sequoia_kernels.models.quantised import ELEMENT_TYPES
 

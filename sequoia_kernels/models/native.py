@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from transformers import PreTrainedModel
 
-import sequoia_kernels._host as _host
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.models.attention_probe import LayerCall
 from sequoia_kernels.models.cache import TreeCache
 from sequoia_kernels.models.description import Description, form_of

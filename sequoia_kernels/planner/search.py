@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import sequoia_kernels._host as _host
 from sequoia_kernels import checks
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.tree import MAX_NODES, TokenTree, check_acceptance
 
 __all__ = ["METHODS", "LevelWidths", "OptimalTrees", "optimal_tree", "optimal_values"]

@@ -88,6 +88,8 @@ def engine_args(
     from sequoia_kernels.models.loading import local_folder  # late: every process of vLLM imports this module
 
     check_version()
+    if not isinstance(draft, (str, os.PathLike)) or not os.fspath(draft):
+        raise TypeError(f"{WHERE}: draft must be a folder or a hub id, got {draft!r}")
     folder = local_folder(draft, WHERE, "draft")
     trees, by_load = trees_from(tree, max_nodes)
     settings = TreeSettings(

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from sequoia_kernels import _host
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.models import causal_step
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.ops.backends import runs_own
@@ -30,6 +30,9 @@ from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
 from sequoia_kernels.vllm.cut_trees import first_nodes
 
 __all__ = ["TreeAttentionBackend", "TreeMetadataBuilder", "paged_rows"]
+
+
+CACHE_DTYPES = ("float16", "bfloat16")  # vLLM's names; float32 is "auto"
 
 
 class RowGroup(NamedTuple):
@@ -72,7 +75,7 @@ class TreeAttentionBackend(AttentionBackend):
     """Registered as CUSTOM, and in place of the CPU's only choice in processes of the tree worker."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *CACHE_DTYPES]
 
     @staticmethod
     def get_name() -> str:
@@ -202,6 +205,8 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
             raise ValueError(f"{where}: attention layers must be a decoder's, got one of an {attn_type}")
         if alibi_slopes is not None:
             raise ValueError(f"{where}: attention layers must have no ALiBi slopes, got some")
+        if kv_cache_dtype not in ("auto", *CACHE_DTYPES):
+            raise ValueError(f"{where}: caches must be of {', '.join(CACHE_DTYPES)}, got {kv_cache_dtype}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -228,7 +233,8 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
             return output.zero_()
         if kv_cache is not self._cache:
             self._prepare(kv_cache)
-        if self._prepared is not None and attn_metadata.prepared is not None and _are_rows(query, key, value, output):
+        is_prepared = self._prepared is not None and attn_metadata.prepared is not None
+        if is_prepared and _are_rows(query, key, value, output, kv_cache.dtype):
             attended = self._prepared.attend(
                 attn_metadata.prepared,
                 query.data_ptr(),
@@ -290,13 +296,15 @@ class TreeAttentionImpl(AttentionImpl[TreeMetadata]):
         )
 
 
-def _are_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> bool:
-    """Tell whether the heads of each row lie side by side, all in one dtype."""
+def _are_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, dtype: torch.dtype
+) -> bool:
+    """Tell whether the heads of each row lie side by side, all in the cache's dtype."""
     width = query.shape[2]
     return (
         query.stride(1) == key.stride(1) == value.stride(1) == width
         and query.stride(2) == key.stride(2) == value.stride(2) == 1
-        and query.dtype == key.dtype == value.dtype == output.dtype
+        and query.dtype == key.dtype == value.dtype == output.dtype == dtype
         and output.is_contiguous()
     )
 

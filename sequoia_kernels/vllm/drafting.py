@@ -24,13 +24,13 @@ from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.pages import PagePool
 from sequoia_kernels.vllm.settings import LOGGER
 
-__all__ = ["DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
+__all__ = ["PAGE_SIZE", "DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
 
 logger = logging.getLogger(LOGGER)
 
 PAGE_SIZE = 16
 ROWS_READ = 512  # rows of missed tokens that are read in one step, all requests together
-KEPT_BATCHES = 64  # batch sizes whose bound forwards are kept
+KEPT_BATCHES = 64  # batches whose bound forwards, and buffers, are kept
 
 
 class DraftRequest(NamedTuple):
@@ -116,6 +116,7 @@ class TreeDrafter:
         max_tokens: tokens of the longest request.
         max_nodes: nodes of the largest tree.
         pool_tokens: tokens that the pages hold, all requests together.
+        max_rows: nodes of all trees that are grown in a step; requests beyond them get none. Their logits are kept.
         vocab_size: width of the target's logits.
         target_embeddings: tokens that the target can be fed.
         engine_seed: what the streams of requests without a seed depend on.
@@ -135,16 +136,17 @@ class TreeDrafter:
         max_tokens: int,
         max_nodes: int,
         pool_tokens: int,
+        max_rows: int,
         vocab_size: int,
         target_embeddings: int,
         engine_seed: int = 0,
     ) -> None:
         self.model, self.source = model, ModelDraft(model)
         self.vocab_size, self._target_embeddings, self._engine_seed = vocab_size, target_embeddings, engine_seed
-        self.max_tokens, self._max_rows = max_tokens, max_tokens + max_nodes
+        self.max_tokens, self._most_tokens = max_tokens, max_tokens + max_nodes
         self._max_positions = max_tokens if model.max_positions is None else model.max_positions
-        pages_each = -(-self._max_rows // PAGE_SIZE)
-        num_pages = min(max(-(-pool_tokens // PAGE_SIZE), pages_each), pages_each * max_requests)
+        pages_each = -(-self._most_tokens // PAGE_SIZE)
+        num_pages = self.pages_of_pool(pool_tokens, max_requests, self._most_tokens)
         self.pool = PagePool(num_pages, PAGE_SIZE)
         self.cache: PagedTreeCache = model.new_paged_cache(num_pages, PAGE_SIZE)
         self._table = CacheTable(self.cache.tensors(), paged=True)
@@ -156,13 +158,15 @@ class TreeDrafter:
             self._state = DecodingState.create(
                 max_requests, device, seeds=[0] * max_requests, temperature=[0.0] * max_requests, top_k=None, top_p=None
             )
+            # One part of it a tree; nothing is written behind the draft's own vocabulary.
+            self._logits = torch.empty(max(max_rows, max_nodes), vocab_size, dtype=model.logits_dtype, device=device)
+            self._logits[:, model.vocab_size :] = -torch.inf
         self._own_cache = self.cache.of(self._own_page)
         self._held = [""] * max_requests  # whose pages lie in a row of the table, and how many
         self._held_pages = [0] * max_requests
         self._requests: dict[str, _Request] = {}
         self._batches: dict[tuple[int, int], _Batch] = {}  # by first place and size
-        self._buffers: dict[TokenTree, TokenBuffers] = {}  # of the largest batch so far
-        self._parts: dict[tuple[TokenTree, int], TokenBuffers] = {}  # their first requests, by number
+        self._buffers: dict[tuple[TokenTree, int, int], TokenBuffers] = {}  # by tree, requests and first row
         self._clock = StageClock(enabled=False)
         self.num_without_room = 0
 
@@ -170,6 +174,34 @@ class TreeDrafter:
     def bytes_per_token(model: TreeModel) -> int:
         """Bytes that a token takes in the pages."""
         return model.new_paged_cache(1, 1).num_bytes
+
+    @staticmethod
+    def pages_of_pool(num_tokens: int, max_requests: int, most_tokens: int) -> int:
+        """Pages for so many tokens: at least what one request of full length needs, at most what all need.
+
+        Args:
+            num_tokens: of all requests together.
+            max_requests: requests of the largest batch.
+            most_tokens: tokens of the longest request, its tree included.
+        """
+        pages_each = -(-most_tokens // PAGE_SIZE)
+        return min(max(-(-num_tokens // PAGE_SIZE), pages_each), pages_each * max_requests)
+
+    @staticmethod
+    def bytes_per_row(model: TreeModel, vocab_size: int) -> int:
+        """Bytes that the logits of a node take."""
+        return vocab_size * model.logits_dtype.itemsize
+
+    def most_requests(self, num_tokens: int, num_nodes: int) -> int:
+        """Say how many requests of so many tokens can have a tree of so many nodes at once; one at least."""
+        pages_each = -(-min(num_tokens + num_nodes, self._most_tokens) // PAGE_SIZE)
+        most = min(self._state.seeds.shape[0], self.pool.num_pages // pages_each, self.max_rows // num_nodes)
+        return max(most, 1)
+
+    @property
+    def max_rows(self) -> int:
+        """Nodes of all trees that are grown in a step, at most."""
+        return self._logits.shape[0]
 
     # Requests
 
@@ -205,24 +237,26 @@ class TreeDrafter:
             The trees. Their tensors are overwritten by the next call.
         """
         drafted = []
-        left, first = ROWS_READ, 0
+        left, first, first_row = ROWS_READ, 0, 0
         for tree, entries in wanted.items():
             ready, left = self._read(entries, tree.num_nodes, left)
+            ready = ready[: (self.max_rows - first_row) // tree.num_nodes]
             if ready:
                 try:
-                    grown = self._grow_alike(tree, ready, first)
+                    grown = self._grow_alike(tree, ready, first, first_row)
                 except ValueError as error:
-                    ready = self._sound_ones(tree, ready, first, error)
+                    ready = self._sound_ones(tree, ready, first, first_row, error)
                     if not ready:
                         continue
-                    grown = self._grow_alike(tree, ready, first)
+                    grown = self._grow_alike(tree, ready, first, first_row)
                 drafted.append(grown)
                 first += len(ready)
+                first_row += len(ready) * tree.num_nodes
         self._held[first:] = [""] * (len(self._held) - first)
         return drafted
 
     def _sound_ones(
-        self, tree: TokenTree, ready: Sequence[DraftRequest], first: int, error: ValueError
+        self, tree: TokenTree, ready: Sequence[DraftRequest], first: int, first_row: int, error: ValueError
     ) -> list[DraftRequest]:
         """Give the requests whose draft can be drawn from; the others get no trees any more.
 
@@ -233,7 +267,7 @@ class TreeDrafter:
             request = self._requests[entry.request_id]
             offset = request.offset
             try:
-                self._grow_alike(tree, [entry], first)
+                self._grow_alike(tree, [entry], first, first_row)
             except ValueError as own_error:
                 request.is_sound = False
                 logger.warning("trees: none for %s any more, its draft cannot be used: %s", entry.request_id, own_error)
@@ -244,11 +278,11 @@ class TreeDrafter:
             raise error
         return sound
 
-    def _grow_alike(self, tree: TokenTree, ready: Sequence[DraftRequest], first: int) -> DraftedBatch:
-        """Grow one tree for requests, which take the places from `first` on."""
+    def _grow_alike(self, tree: TokenTree, ready: Sequence[DraftRequest], first: int, first_row: int) -> DraftedBatch:
+        """Grow one tree for requests, which take the places from `first` on, and the logits from `first_row` on."""
         batch = self._batch(first, len(ready))
         layout = TreeLayout.build(tree, self.model.device)
-        buffers = self._buffers_of(tree, len(ready))
+        buffers = self._buffers_of(tree, len(ready), first_row)
         requests = [self._requests[entry.request_id] for entry in ready]
         state = batch.state
         self._fill(state, ready, requests, first)
@@ -309,8 +343,9 @@ class TreeDrafter:
                 request = self._requests[entry.request_id] = _Request(seed)
             num_tokens = len(entry.tokens)
             if num_tokens > self._max_positions or not request.is_sound:
+                self.release([entry.request_id])  # for good
                 continue
-            if not self.pool.grow(request.pages, min(num_tokens + num_nodes, self._max_rows)):
+            if not self.pool.grow(request.pages, min(num_tokens + num_nodes, self._most_tokens)):
                 self.num_without_room += 1
                 continue
             missed = num_tokens - 1 - request.num_rows
@@ -374,22 +409,19 @@ class TreeDrafter:
         self._batches[first, batch_size] = batch  # the newest at the end
         return batch
 
-    def _buffers_of(self, tree: TokenTree, batch_size: int) -> TokenBuffers:
-        """Give buffers for a tree: the first requests of those of the largest batch so far."""
-        whole = self._buffers.get(tree)
-        if whole is None or whole.tokens.shape[0] < batch_size:
-            most = min(self._state.seeds.shape[0], 1 << (batch_size - 1).bit_length())
-            layout = TreeLayout.build(tree, self.model.device)
+    def _buffers_of(self, tree: TokenTree, batch_size: int, first_row: int) -> TokenBuffers:
+        """Give buffers for trees whose logits are kept from `first_row` on."""
+        key = tree, batch_size, first_row
+        buffers = self._buffers.pop(key, None)
+        if buffers is None:
+            rows = self._logits[first_row : first_row + batch_size * tree.num_nodes]
             with torch.inference_mode(False):
-                whole = TokenBuffers.allocate(layout, most, self.vocab_size, self.model.logits_dtype, self.model.device)
-            self._buffers[tree] = whole
-            self._parts = {key: part for key, part in self._parts.items() if key[0] != tree}
-        part = self._parts.get((tree, batch_size))
-        if part is None:
-            assert whole.draft_logits is not None
-            part = TokenBuffers(whole.tokens[:batch_size], whole.draft_logits[:batch_size])
-            self._parts[tree, batch_size] = part
-        return part
+                tokens = torch.zeros(batch_size, tree.num_nodes, dtype=torch.int64, device=self.model.device)
+            buffers = TokenBuffers(tokens, rows.view(batch_size, tree.num_nodes, -1))
+            while len(self._buffers) >= KEPT_BATCHES:
+                self._buffers.pop(next(iter(self._buffers)))
+        self._buffers[key] = buffers  # the newest at the end
+        return buffers
 
 
 def _some_requests(state: DecodingState, part: slice) -> DecodingState:

@@ -50,6 +50,7 @@ def measure_costs(runner: Any, seconds: float, agree: Callable[[bool], bool]) ->
     costs.attention = _attention(runner)
     if runner.trees is not None:
         two, three, deadline = TokenTree.chain(2), TokenTree.chain(3), started + seconds
+        most = min(most, runner.trees.most_requests(CONTEXT_DRAFTED, three.num_nodes))
         root = _times(REQUESTS, most, lambda count: _Growing(runner.trees, two, count), deadline, bool)
         both = _times(tuple(root), most, lambda count: _Growing(runner.trees, three, count), deadline, bool)
         costs.draft_root = Curve(root)
@@ -108,7 +109,9 @@ class _Growing:
         generator = np.random.default_rng(num_requests)
         self._drafter, self._tree = drafter, tree
         self._entries = [
-            DraftRequest(f"measured {index}", generator.integers(0, drafter.vocab_size, length), 0.0, 0)
+            DraftRequest(
+                f"measured {index}", generator.integers(0, drafter.vocab_size, length), 0.0, 0, must_draft=True
+            )
             for index in range(num_requests)
         ]
 

@@ -10,6 +10,7 @@ logits differ in the last bit would otherwise keep other cache rows than the res
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
@@ -29,7 +31,7 @@ from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm import BACKEND
 from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, paged_rows
-from sequoia_kernels.vllm.drafting import DraftedBatch, DraftRequest, TreeDrafter
+from sequoia_kernels.vllm.drafting import PAGE_SIZE, DraftedBatch, DraftRequest, TreeDrafter
 from sequoia_kernels.vllm.load_plan import LoadPlan
 from sequoia_kernels.vllm.measuring import measure_costs
 from sequoia_kernels.vllm.settings import CONFIG_KEY, LOGGER, TreeSettings
@@ -63,7 +65,19 @@ class TreeProposer:
     def __init__(self, vllm_config: Any) -> None:
         check_version()
         check_config(vllm_config)
+        worker = vllm_config.parallel_config.worker_cls
+        worker = resolve_obj_by_qualname(worker) if isinstance(worker, str) else worker
+        if not issubclass(worker, TreeWorker):
+            raise ValueError(
+                f"{WHERE}: worker_cls must be the tree worker, got {worker.__name__}; take all of engine_args"
+            )
         self.settings = TreeSettings.from_dict((vllm_config.additional_config or {}).get(CONFIG_KEY))
+        drafted, wanted = vllm_config.speculative_config.num_speculative_tokens, self.settings.max_nodes - 1
+        if drafted != wanted:
+            raise ValueError(
+                f"{WHERE}: num_speculative_tokens must be {wanted}, the nodes of the largest tree below its root, "
+                f"got {drafted}; take all of engine_args"
+            )
         self.config = vllm_config
         self.model: Any = None
 
@@ -83,8 +97,8 @@ class TreeProposer:
             )
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """Refuse: only the tree runner drafts."""
-        raise RuntimeError(f"{WHERE}: the proposer must run in the tree worker, got another one; see engine_args")
+        """Never called: the tree runner drafts."""
+        raise NotImplementedError
 
 
 class _CacheGroup(NamedTuple):
@@ -166,18 +180,34 @@ class TreeRunnerMixin:
         """Give what the attention is told of a step in."""
         return StepTrees()
 
+    @property
+    def _most_tree_rows(self) -> int:
+        """Nodes that can be drafted in a step: the scheduler takes no more rows."""
+        most = self.vllm_config.scheduler_config.max_num_seqs * self.settings.max_nodes
+        return max(min(most, self.max_num_tokens), self.settings.max_nodes)
+
+    def tree_logits_bytes(self) -> int:
+        """Say how much memory the draft's logits of a step take, beside its pages."""
+        model = self.drafter.model
+        if model is None:
+            return 0
+        return self._most_tree_rows * TreeDrafter.bytes_per_row(model, self.model_config.get_vocab_size())
+
     def tree_pool_bytes(self, available: int) -> int:
         """Say how much of the memory for caches the draft's pages take."""
         model = self.drafter.model
         if model is None:
             return 0
         per_token = TreeDrafter.bytes_per_token(model)
-        limits = self.vllm_config.scheduler_config.max_num_seqs * (self.max_model_len + self.settings.max_nodes)
         if self.settings.draft_cache_tokens is not None:
-            return min(self.settings.draft_cache_tokens, limits) * per_token
-        specs = self.get_kv_cache_spec().values()
-        of_target = sum(spec.page_size_bytes / spec.block_size for spec in specs)
-        return min(int(available * per_token / (per_token + of_target)), limits * per_token)
+            tokens = self.settings.draft_cache_tokens
+        else:
+            specs = self.get_kv_cache_spec().values()
+            of_target = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+            tokens = int(available / (per_token + of_target))
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        pages = TreeDrafter.pages_of_pool(tokens, requests, self.max_model_len + self.settings.max_nodes)
+        return pages * PAGE_SIZE * per_token
 
     def start_trees(self, pool_bytes: int) -> None:
         """Allocate the draft's pages and time the parts of a step; the caches are there."""
@@ -204,14 +234,16 @@ class TreeRunnerMixin:
                 max_tokens=self.max_model_len,
                 max_nodes=settings.max_nodes,
                 pool_tokens=pool_bytes // TreeDrafter.bytes_per_token(model),
+                max_rows=self._most_tree_rows,
                 vocab_size=self.model_config.get_vocab_size(),
                 target_embeddings=self.model_config.get_vocab_size(),
                 engine_seed=self.model_config.seed or 0,
             )
             pool = self.trees.cache
             logger.info(
-                "trees: draft %s (%s forwards), %.1f MiB of pages for %d tokens", settings.draft, model.runs,
-                pool.num_bytes / 2**20, pool.num_pages * pool.page_size,
+                "trees: draft %s (%s forwards), %.1f MiB of pages for %d tokens, %.1f MiB for logits of %d nodes",
+                settings.draft, model.runs, pool.num_bytes / 2**20, pool.num_pages * pool.page_size,
+                self.tree_logits_bytes() / 2**20, self.trees.max_rows,
             )  # fmt: skip
         if current_platform.is_cpu():
             _share_threads()
@@ -233,6 +265,13 @@ class TreeRunnerMixin:
         for request_id in (*gone, *preempted):
             self._tree_of.pop(request_id, None)
         return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _update_streaming_request(self, req_id: str, *args: Any, **kwargs: Any) -> Any:
+        # The session goes on with other tokens than the draft has read.
+        if self.trees is not None:
+            self.trees.release([req_id])
+        self._tree_of.pop(req_id, None)
+        return super()._update_streaming_request(req_id, *args, **kwargs)  # type: ignore[misc]
 
     # ---- 2. Positions are depths; slots stay one behind the other ----
 
@@ -307,8 +346,10 @@ class TreeRunnerMixin:
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
         ranks = get_tp_group()
-        if spec_decode_metadata is None or logits is None:
+        if logits is None:
             return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        if spec_decode_metadata is None:
+            return self._sampled(logits, ())
         self.tree_statistics["steps"] += 1
         num_rows = [drafted + 1 for drafted in spec_decode_metadata.num_draft_tokens]
         with_trees = [index for index, rows in enumerate(num_rows) if rows > 1]
@@ -459,7 +500,7 @@ class TreeRunnerMixin:
             output = SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
         else:
             root_logits = logits if logits.shape[0] == batch.num_reqs else logits[roots]
-            output = self.sampler(logits=root_logits, sampling_metadata=metadata)
+            output = self._sampled(root_logits, [with_trees[row] for row in decided])
             if not with_trees:
                 return output
             sampled = output.sampled_token_ids.new_full((batch.num_reqs, width), PADDING)
@@ -491,6 +532,36 @@ class TreeRunnerMixin:
                 output.logprobs_tensors = of_paths
         output.sampled_token_ids = sampled
         return output
+
+    def _sampled(self, logits: torch.Tensor, decided: Sequence[int]) -> SamplerOutput:
+        """Let vLLM sample a token for each request, drawing from the seeds of those alone that keep it.
+
+        A draw that nobody sees would move a request's stream on, so that its later text depended on who else is there.
+
+        Args:
+            logits: [requests, vocab].
+            decided: requests whose tokens are decided already.
+        """
+        batch = self.input_batch
+        metadata, discarded, unseen = batch.sampling_metadata, self.discard_request_mask.np, set(decided)
+        kept = {
+            index: generator
+            for index, generator in metadata.generators.items()
+            if index not in unseen and not discarded[index]
+        }
+        if len(kept) < len(metadata.generators):
+            metadata = dataclasses.replace(metadata, generators=kept)
+        return self.sampler(logits=logits, sampling_metadata=metadata)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        # vLLM takes back what it drew for prompts that are not complete: nothing, see `_sampled`. It would set the
+        # generators' offsets, which those of a CPU do not have: in plain vLLM 0.32 that ends the engine.
+        batch = self.input_batch
+        generators, batch.generators = batch.generators, {}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            batch.generators = generators
 
     def _commit(
         self,
@@ -625,11 +696,6 @@ class DeviceTreesMixin(TreeRunnerMixin):
     def _new_step_trees(self) -> Any:
         from sequoia_kernels.vllm.gpu_attention import DeviceTreeMetadataBuilder, DeviceTrees
 
-        if self.settings.max_nodes != self.uniform_decode_query_len:
-            raise ValueError(
-                f"{WHERE}: num_speculative_tokens must be {self.settings.max_nodes - 1}, the nodes of the largest tree "
-                f"below its root, got {self.uniform_decode_query_len - 1}"
-            )
         self._tree_builder = DeviceTreeMetadataBuilder
         return DeviceTrees(self._candidates, self.max_num_reqs, self.device)
 
@@ -675,8 +741,10 @@ class TreeWorker(Worker):
         return RUNNER(self.vllm_config, self.device)
 
     def determine_available_memory(self) -> int:
-        """Give what vLLM's caches may take: what is there, less the draft's pages."""
+        """Give what vLLM's caches may take: what is there, less the draft's pages; on a GPU less its logits, too."""
         available = super().determine_available_memory()
+        if not current_platform.is_cpu():  # there, as for activations, memory is taken when it is first written
+            available -= self.model_runner.tree_logits_bytes()
         self._pool_bytes = self.model_runner.tree_pool_bytes(available)
         return available - self._pool_bytes
 

@@ -74,7 +74,8 @@ class TreeSettings:
         """
         if not isinstance(document, Mapping):
             raise TypeError(
-                f"{where}: it must be a mapping as vllm.engine_args gives it, got {type(document).__name__}"
+                f"{where} must be the mapping that vllm.engine_args gives, got {type(document).__name__}; keys of your "
+                "own go beside it, into one additional_config"
             )
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(document) - known)
@@ -122,15 +123,15 @@ def trees_from(tree: Any, max_nodes: int) -> tuple[tuple[tuple[int, ...], ...], 
     Returns:
         The trees' parents, and whether one of them is chosen by load.
     """
+    limit = checks.whole_number(WHERE, "max_nodes", max_nodes, rule=checks.within(2, MAX_TREE_NODES))
     if isinstance(tree, str) and tree == "auto":
-        limit = checks.whole_number(WHERE, "max_nodes", max_nodes, rule=checks.within(2, MAX_TREE_NODES))
         return _ladder(limit), True
     if isinstance(tree, TokenTree):
         return (tuple(tree.parents),), False
     if isinstance(tree, (str, Path)):
         try:
             held = read_tree(tree)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             message = f"{WHERE}: tree must be 'auto' or the path of a tree file, got {str(tree)!r}: no such file"
             raise FileNotFoundError(message) from error
         held = held.tree if isinstance(held, TreePlan) else held

@@ -102,6 +102,7 @@ def check_config(config: Any) -> None:
         config: a `VllmConfig`.
     """
     model, parallel = config.model_config, config.parallel_config
+    cache_dtype, own_dtype = config.cache_config.cache_dtype, str(model.dtype).removeprefix("torch.")
     refused = (
         ("LoRA adapters", config.lora_config is not None, "no --enable-lora"),
         ("pipeline parallelism", parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1"),
@@ -117,7 +118,11 @@ def check_config(config: Any) -> None:
         ("multi-head latent attention", getattr(model, "use_mla", False), "a model with ordinary keys and values"),
         ("asynchronous scheduling", bool(config.scheduler_config.async_scheduling), "no --async-scheduling"),
         ("watermarks", getattr(config, "watermark_config", None) is not None, "no watermark"),
-        ("fp8 caches", config.cache_config.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto"),
+        (
+            f"{cache_dtype} caches of a {own_dtype} model",
+            cache_dtype not in ("auto", own_dtype),
+            "--kv-cache-dtype auto",
+        ),
     )
     for name, asked, instead in refused:
         if asked:

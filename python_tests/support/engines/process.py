@@ -51,11 +51,19 @@ class Session:
     llm: LLM | None = None
 
     def start(
-        self, model: str, options: dict[str, Any], draft: str | None = None, worker: str = WORKER, **trees: Any
+        self,
+        model: str,
+        options: dict[str, Any],
+        draft: str | None = None,
+        worker: str = WORKER,
+        changed: dict[str, Any] | None = None,
+        **trees: Any,
     ) -> None:
-        """Start an engine, one of trees where there is a draft."""
+        """Start an engine, one of trees where there is a draft; `changed` are arguments that do not fit these."""
         if draft is not None:
             options = {**options, **engine_args(draft, **trees), "worker_cls": worker}
+        for name, value in (changed or {}).items():
+            (options if name in options else options["speculative_config"])[name] = value
         self.llm = LLM(model, **{"enforce_eager": True, "disable_log_stats": False, "dtype": "float32", **options})
 
     def stop(self) -> None:

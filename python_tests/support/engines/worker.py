@@ -96,6 +96,13 @@ class ProbedWorker(TreeWorker):
         """Verify by another rule."""
         self.model_runner.settings = replace(self.model_runner.settings, rule=rule)
 
+    def limit_draft(self, max_positions: int | None) -> None:
+        """Let the draft have so many positions; None gives it its own again."""
+        drafter = self.model_runner.trees
+        if not hasattr(self, "_own_positions"):
+            self._own_positions = drafter._max_positions
+        drafter._max_positions = self._own_positions if max_positions is None else max_positions
+
     def mutate(self, name: str | None) -> None:
         """Break a part; None mends it."""
         if not hasattr(self, "_mutations"):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-import sequoia_kernels._host as _host
 from sequoia_kernels.drafts.eagle3.head import EagleHead, Norm, Projection
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.models import TreeCache, TreeStep
 from sequoia_kernels.models.description import ACTIVATIONS, RMS_NORM, Matrix, Rotation
 from sequoia_kernels.models.native import INSTRUCTION_SET_VARIABLE, row_fields

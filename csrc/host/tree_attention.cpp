@@ -14,6 +14,7 @@
 //             bits depend on the CPU, as those of the model's own products do, and on how many rows a call has.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -80,17 +81,11 @@ struct Call {
     }
 };
 
-int count_bits(std::uint32_t word) {
-    int count = 0;
-    for (; word != 0; word &= word - 1) ++count;
-    return count;
-}
+int count_bits(std::uint32_t word) { return __builtin_popcount(word); }
 
-int lowest_bit(std::uint32_t word) {
-    int index = 0;
-    for (; (word & 1u) == 0; word >>= 1) ++index;
-    return index;
-}
+// Of a word that is not 0.
+int lowest_bit(std::uint32_t word) { return __builtin_ctz(word); }
+int highest_bit(std::uint32_t word) { return WORD_BITS - 1 - __builtin_clz(word); }
 
 // Tree slots that a request can see: the highest bit set in any row of its mask, plus 1.
 std::int64_t num_tree_slots(const Call& call, std::int64_t b) {
@@ -163,31 +158,21 @@ struct Columns {
 
         key_offsets.clear();
         value_offsets.clear();
-        for (std::int64_t slot = first_prefix; slot < cache_len; ++slot) push_slot(call, b, slot);
-        column_of_slot.resize(static_cast<std::size_t>(num_words * WORD_BITS));
-        std::int32_t num_tree = 0;
+        push_slots(call, b, first_prefix, cache_len);
+        std::int64_t num_tree = 0, num_slots = 0;  // slots up to the last one that some row sees
         for (std::int64_t w = 0; w < num_words; ++w) {
-            for (std::uint32_t word = seen_by_any[w]; word != 0; word &= word - 1) {
-                const std::int64_t slot = w * WORD_BITS + lowest_bit(word);
-                column_of_slot[static_cast<std::size_t>(slot)] = num_tree++;
-                push_slot(call, b, cache_len + slot);
-            }
+            num_tree += count_bits(seen_by_any[w]);
+            if (seen_by_any[w] != 0) num_slots = w * WORD_BITS + highest_bit(seen_by_any[w]) + 1;
         }
         count = num_prefix + num_tree;
         num_tree_padded = padded(num_tree);
-        tree_hidden.assign(static_cast<std::size_t>(num_rows * num_tree_padded), MINUS_INFINITY);
-        num_seen.assign(static_cast<std::size_t>(num_rows), num_prefix);
-        for (std::int64_t i = 0; i < num_rows; ++i) {
-            float* const hidden = tree_hidden.data() + i * num_tree_padded;
-            for (std::int64_t w = 0; w < num_words; ++w) {
-                for (std::uint32_t word = seen[static_cast<std::size_t>(i * num_words + w)]; word != 0;
-                     word &= word - 1) {
-                    const std::int32_t column =
-                        column_of_slot[static_cast<std::size_t>(w * WORD_BITS + lowest_bit(word))];
-                    hidden[column] = 0.0f;
-                    num_seen[static_cast<std::size_t>(i)] = num_prefix + column + 1;
-                }
-            }
+        tree_hidden.resize(static_cast<std::size_t>(num_rows * num_tree_padded));
+        num_seen.resize(static_cast<std::size_t>(num_rows));
+        if (num_tree == num_slots) {
+            push_slots(call, b, cache_len, cache_len + num_slots);
+            for (std::int64_t i = 0; i < num_rows; ++i) hide_slots(i, num_words);
+        } else {
+            hide_columns(call, b);
         }
     }
 
@@ -197,14 +182,77 @@ struct Columns {
     }
 
   private:
-    void push_slot(const Call& call, std::int64_t b, std::int64_t slot) {
-        std::int64_t block = b, row = slot;
-        if (call.block_table != nullptr) {
-            block = call.block_table[b * call.max_pages + slot / call.keys.shape[1]];
-            row = slot % call.keys.shape[1];
+    // Every slot is a column: a row's words are its columns.
+    void hide_slots(std::int64_t i, std::int64_t num_words) {
+        static constexpr auto BITS = [] {
+            std::array<std::uint32_t, WORD_BITS> bits{};
+            for (int bit = 0; bit < WORD_BITS; ++bit) bits[static_cast<std::size_t>(bit)] = 1u << bit;
+            return bits;
+        }();
+        const std::uint32_t* const visible = seen.data() + i * num_words;
+        float* const hidden = tree_hidden.data() + i * num_tree_padded;
+        std::int64_t last = -1;
+        for (std::int64_t w = 0; w < num_words; ++w) {
+            const std::uint32_t word = visible[w];
+            if (word != 0) last = w * WORD_BITS + highest_bit(word);
+            const std::int64_t num_bits = std::min<std::int64_t>(WORD_BITS, num_tree_padded - w * WORD_BITS);
+            float* const target = hidden + w * WORD_BITS;
+            for (std::int64_t bit = 0; bit < num_bits; ++bit) {
+                target[bit] = (word & BITS[static_cast<std::size_t>(bit)]) != 0 ? 0.0f : MINUS_INFINITY;
+            }
         }
-        key_offsets.push_back(block * call.keys.strides[0] + row * call.keys.strides[1]);
-        value_offsets.push_back(block * call.values.strides[0] + row * call.values.strides[1]);
+        num_seen[static_cast<std::size_t>(i)] = num_prefix + last + 1;
+    }
+
+    // Only slots that some row sees are columns.
+    void hide_columns(const Call& call, std::int64_t b) {
+        const std::int64_t num_rows = call.num_rows(), num_words = call.num_words, cache_len = call.cache_lens[b];
+        const std::uint32_t* const seen_by_any = seen.data() + num_rows * num_words;
+        column_of_slot.resize(static_cast<std::size_t>(num_words * WORD_BITS));
+        std::int32_t column = 0;
+        for (std::int64_t w = 0; w < num_words; ++w) {
+            for (std::uint32_t word = seen_by_any[w]; word != 0; word &= word - 1) {
+                const std::int64_t slot = w * WORD_BITS + lowest_bit(word);
+                column_of_slot[static_cast<std::size_t>(slot)] = column++;
+                push_slots(call, b, cache_len + slot, cache_len + slot + 1);
+            }
+        }
+        std::fill(tree_hidden.begin(), tree_hidden.end(), MINUS_INFINITY);
+        for (std::int64_t i = 0; i < num_rows; ++i) {
+            float* const hidden = tree_hidden.data() + i * num_tree_padded;
+            num_seen[static_cast<std::size_t>(i)] = num_prefix;
+            for (std::int64_t w = 0; w < num_words; ++w) {
+                for (std::uint32_t word = seen[static_cast<std::size_t>(i * num_words + w)]; word != 0;
+                     word &= word - 1) {
+                    const std::int32_t seen_column =
+                        column_of_slot[static_cast<std::size_t>(w * WORD_BITS + lowest_bit(word))];
+                    hidden[seen_column] = 0.0f;
+                    num_seen[static_cast<std::size_t>(i)] = num_prefix + seen_column + 1;
+                }
+            }
+        }
+    }
+
+    // Cache rows [begin, end) as the next columns.
+    void push_slots(const Call& call, std::int64_t b, std::int64_t begin, std::int64_t end) {
+        const std::int64_t page_len = call.block_table == nullptr ? std::max<std::int64_t>(end, 1) : call.keys.shape[1];
+        std::int64_t page = begin / page_len, row = begin % page_len;
+        std::size_t index = key_offsets.size();
+        key_offsets.resize(index + static_cast<std::size_t>(end - begin));
+        value_offsets.resize(key_offsets.size());
+        for (std::int64_t left = end - begin; left > 0; ++page, row = 0) {
+            const std::int64_t block = call.block_table == nullptr ? b : call.block_table[b * call.max_pages + page];
+            const std::int64_t count_here = std::min(left, page_len - row);
+            std::int64_t key = block * call.keys.strides[0] + row * call.keys.strides[1];
+            std::int64_t value = block * call.values.strides[0] + row * call.values.strides[1];
+            for (std::int64_t i = 0; i < count_here; ++i, ++index) {
+                key_offsets[index] = key;
+                value_offsets[index] = value;
+                key += call.keys.strides[1];
+                value += call.values.strides[1];
+            }
+            left -= count_here;
+        }
     }
 };
 

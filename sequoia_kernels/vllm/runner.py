@@ -182,9 +182,9 @@ class TreeRunnerMixin:
 
     @property
     def _most_tree_rows(self) -> int:
-        """Nodes that can be drafted in a step: the scheduler takes no more rows."""
-        most = self.vllm_config.scheduler_config.max_num_seqs * self.settings.max_nodes
-        return max(min(most, self.max_num_tokens), self.settings.max_nodes)
+        """Nodes that can be drafted in a step: the scheduler takes no more rows, and cuts the last tree."""
+        each = self.settings.max_nodes
+        return min(self.vllm_config.scheduler_config.max_num_seqs * each, self.max_num_tokens + each)
 
     def tree_logits_bytes(self) -> int:
         """Say how much memory the draft's logits of a step take, beside its pages."""

@@ -66,7 +66,8 @@ def _metadata_folder() -> Path:
     """The folder of the installed package's metadata, by which vLLM finds the plugin."""
     files = importlib.metadata.distribution("sequoia-kernels")
     folder = Path(str(files._path))  # type: ignore[attr-defined]  # nothing public says where it lies
-    assert (folder / "entry_points.txt").is_file(), folder
+    plugin = "vllm.general_plugins" in (folder / "entry_points.txt").read_text()
+    assert plugin, f"{folder} is of an older installation: install the package again"
     return folder
 
 

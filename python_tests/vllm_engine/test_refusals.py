@@ -60,6 +60,14 @@ def test_arguments_that_do_not_belong_together_are_refused_at_start(change, mess
     assert message in str(caught.value) + process.log.read_text()[before:]
 
 
+def test_blocks_of_another_size_for_the_kernels_are_refused(process):
+    message = "blocks of caches must be those of the kernels, got 8 of 128 tokens in model.layers.0"
+    before = len(process.log.read_text())
+    with pytest.raises(EngineError) as caught:
+        process.call("start", str(PAIR / "target"), OPTIONS, worker="support.engines.worker.OtherBlocksWorker", **TREES)
+    assert message in str(caught.value) + process.log.read_text()[before:]
+
+
 def test_a_draft_of_another_vocabulary_is_refused(process, tmp_path):
     tiny_llama(0, vocab_size=4096).save_pretrained(tmp_path)
     with pytest.raises(EngineError, match="draft must have the target's vocabulary of"):

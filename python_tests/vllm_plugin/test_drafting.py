@@ -211,6 +211,18 @@ def test_no_more_nodes_are_drafted_than_a_step_has_rows():
     assert requests.drafter.most_requests(9, 8) == 2
 
 
+@pytest.mark.parametrize(
+    ("limits", "most"), [({"pool_tokens": 200}, 4), ({"max_rows": 14}, 4), ({"max_requests": 3}, 3)]
+)
+def test_as_many_requests_fit_as_is_said(limits, most):
+    requests = requests_of(seed=18, **limits)
+    assert requests.drafter.most_requests(33, 3) == most
+    for index in range(most):
+        requests.add(f"r{index}", 33)
+    (drafted,) = requests.step({TokenTree.chain(3): list(requests.requests)}, must_draft=True)
+    assert len(drafted.place) == most and requests.drafter.num_without_room == 0
+
+
 def test_logits_of_all_trees_share_their_memory():
     requests = requests_of(seed=17)
     for name in "abc":

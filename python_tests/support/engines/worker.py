@@ -157,3 +157,14 @@ class ProbedWorker(TreeWorker):
             return sample(logits, metadata)
 
         model_runner._sample = sample_broken
+
+
+class OtherBlocksWorker(ProbedWorker):
+    """As if vLLM had made blocks of another size for a group's kernels."""
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up."""
+        for groups in self.model_runner.attn_groups:
+            for group in groups:
+                group.kernel_block_size = 8
+        return super().compile_or_warm_up_model()

@@ -101,7 +101,7 @@ def test_four_ranks_say_what_the_whole_model_says(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_rank_0_decides(folder: Path) -> None:
-    write_models(folder, ["llama"])
+    write_models(folder, ["llama", "tied"])
     ranks = run_ranks(folder, "calls", 2)
     assert_outputs(alike(ranks, "outputs"))
     assert_decisions(ranks)
@@ -184,6 +184,25 @@ def assert_errors(ranks: list[Rank]) -> None:
         assert "must hold embed_tokens.weight for a target that is split over ranks" in found["shared"]
         assert f"{parts} 'layers:1'" in found["layers"] and f"{parts} LayersDraft(" in found["own layers"]
         assert "adapt: compile must be False for a model that is split over ranks" in found["compile"]
+        refused = "RankError: generate: rank 0 has refused the call with " if number else ""
+        assert found["temperature"].startswith(f"{refused}ValueError: generate: temperature must be 0 or")
+        assert found["draft"].startswith(f"{refused}FileNotFoundError: ") and "no such folder" in found["draft"]
+        assert found["transformers"].startswith(f"{refused}ValueError: ") and "rule must be" in found["transformers"]
+        assert found["profile"].startswith(refused.replace("generate", "measure_profile") + "ValueError: ")
+        is_last = number == len(ranks) - 1
+        refused = "" if is_last else f"RankError: generate: rank {len(ranks) - 1} has refused the call with "
+        assert found["of the last"].startswith(f"{refused}ValueError: generate: max_new_tokens must be")
+        evaluation = "ValueError: adapt: " if is_last else "RankError: adapt: models must be in evaluation mode on all"
+        assert found["training"].startswith(evaluation)
+        assert found["unprintable"] == (f"{others}UnprintableError" if number else "KeyError: 'unprintable'")
+        assert found["records without a draft"] == "nothing"
+        assert found["split draft of one rank"].startswith(
+            "ValueError: adapt: models that are split over ranks must be"
+        )
+        assert found["another model"].startswith(
+            "ValueError: generate: models must be the same on all ranks of a split"
+        )
+        assert ": the call must be the same on all ranks of a split model" in found["another call"]
         assert found["native"].endswith("its weights are split over 2 ranks")
 
 
@@ -205,10 +224,26 @@ def test_a_rank_that_is_gone_ends_the_others(folder: Path, suite: str, num_ranks
         if number == int(who):
             assert rank.status == -9 and not rank.found
             continue
-        message, seconds = rank.found[suite]
+        message, seconds, again = rank.found[suite]
+        assert again.startswith(f"RankError: adapt: rank {number} of {num_ranks} is out of step with the others")
         assert message.startswith(f"RankError: generate: rank {number} of {num_ranks} lost another one after ")
         assert seconds < SECONDS_TO_NOTICE
         assert how == "kill" or seconds > STOPPED_TIMEOUT - 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_error_within_a_forward_ends_the_group(folder: Path, who: int) -> None:
+    """Whoever catches it and calls again is told, where the other rank's sums would meet the new call's."""
+    write_models(folder, ["llama"])
+    suite = f"fail {who}"
+    ranks = run_ranks(folder, suite, 2)
+    failed, other = ranks[who].found[suite], ranks[1 - who].found[suite]
+    assert failed[0] == "OutOfMemoryError: no room for the activations"
+    assert failed[2].startswith(f"RankError: adapt: rank {who} of 2 is out of step with the others, ")
+    assert failed[2].endswith("an earlier call ended in the middle of a forward with " + failed[0])
+    assert other[0].startswith(f"RankError: generate: rank {1 - who} of 2 lost another one after ")
+    assert other[2].startswith(f"RankError: adapt: rank {1 - who} of 2 is out of step with the others")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from sequoia_kernels.decoding.processors import check_processors
 from sequoia_kernels.decoding.settings import GenerationSettings
 from sequoia_kernels.drafts import DraftSource, draft_source
 from sequoia_kernels.models import TreeModel, adapt, agree_on_changes, described_once
+from sequoia_kernels.parallel import preparing
 
 __all__ = ["TreeDecoderOnlyOutput", "custom_generate"]
 
@@ -174,11 +175,12 @@ def _generate(
     with torch.inference_mode():
         agree_on_changes(model, draft)
         target = adapt(model)
-        source = draft_source(
-            draft, target, lookup=lookup, tokenizer=tokenizer if draft_tokenizer is not None else None,
-            draft_tokenizer=draft_tokenizer,
-        )  # fmt: skip
-        arguments = _arguments(target, source, tree=tree, acceptance=acceptance, profile=profile, **given)
+        with preparing(target, "generate"):
+            source = draft_source(
+                draft, target, lookup=lookup, tokenizer=tokenizer if draft_tokenizer is not None else None,
+                draft_tokenizer=draft_tokenizer,
+            )  # fmt: skip
+            arguments = _arguments(target, source, tree=tree, acceptance=acceptance, profile=profile, **given)
     return run_generation(target, source, arguments, tree, acceptance=acceptance, profile=profile)
 
 

@@ -27,14 +27,16 @@ Whoever runs forwards of a split model by itself (`TreeModel.forward` in an own 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -52,6 +54,7 @@ __all__ = [
     "digest",
     "is_follower",
     "leading",
+    "preparing",
     "raise_if_lost",
     "ranks_of",
     "together",
@@ -67,6 +70,7 @@ FIRST_CAPACITY = 1024  # integers of a message, until one of a step is longer
 _HEADER = 4  # kind, integers in all, how many of them are numbers, capacity of the next message
 _FORWARD, _LOOK, _END, _FAILED = 1, 2, 3, 4
 _COMMIT, _COPY = 1, 2
+_REFUSED = "refused"  # in the place of arguments that are compared
 # In the errors of collectives that are not `dist.DistError`s: gloo's.
 _TELLS_OF_LOSS = re.compile(r"gloo|NCCL|caused pair closure|Timed out waiting|Connection (closed|reset)")
 
@@ -152,6 +156,8 @@ def digest(*tensors: torch.Tensor) -> str:
 # One call at a time in the process: what two of them tell the other ranks must not be mixed.
 _lock = threading.Lock()
 _current: Session | None = None
+# Groups whose ranks are no more in the same place of the same call, and why.
+_out_of_step: list[tuple[Any, str]] = []
 
 
 def together(
@@ -185,6 +191,7 @@ def together(
         return work()
     global _current
     with _lock:
+        _check_step(split[0].ranks, where)
         session = Session(split, where, compares=models[0].ranks is not None)
         session.begin(alike())
         _current = session
@@ -192,6 +199,26 @@ def together(
             return session.lead(work) if session.ranks.rank == 0 else session.follow()
         finally:
             _current = None
+
+
+@contextlib.contextmanager
+def preparing(model: Any, where: str) -> Iterator[None]:
+    """Tell the other ranks what this one refuses before `together`, where they would wait for it.
+
+    No rank may fail alone in the middle of a forward of a split model within it: the others could not be told there.
+
+    Args:
+        model: the target, a `TreeModel`.
+        where: names the call in messages.
+    """
+    try:
+        yield
+    except Exception as error:
+        if model.ranks is not None and current() is None and not _why_out_of_step(model.ranks):
+            given: list[Any] = [None] * model.ranks.size
+            with _lock, contextlib.suppress(RuntimeError):  # the error itself is worth more than one of telling it
+                dist.all_gather_object(given, {_REFUSED: _told(error)}, group=model.ranks.group)
+        raise
 
 
 def any_rank(ranks: Ranks | None, holds: Sequence[bool], where: str) -> list[bool]:
@@ -205,10 +232,12 @@ def any_rank(ranks: Ranks | None, holds: Sequence[bool], where: str) -> list[boo
     session = current()
     if ranks is None or (session is not None and not session.in_step):
         return list(holds)
+    _check_step(ranks, where)
     flags = torch.tensor(list(map(int, holds)), device=ranks.device)
     try:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=ranks.group)
     except RuntimeError as error:
+        _note_out_of_step(ranks, error)
         raise_if_lost(ranks, error, where)
         raise
     return list(map(bool, flags.tolist()))
@@ -226,6 +255,25 @@ def raise_if_lost(ranks: Ranks | None, error: Exception, where: str, behind: str
         f"{where}: rank {ranks.rank} of {ranks.size} lost another one{behind}; a rank that ends or does not answer "
         f"within the process group's timeout ends it on all ({reason})"
     ) from error
+
+
+def _why_out_of_step(ranks: Ranks) -> str:
+    return next((why for group, why in _out_of_step if group is ranks.group), "")
+
+
+def _note_out_of_step(ranks: Ranks, error: BaseException) -> None:
+    """Remember that the ranks of a group cannot go on: what one sends next is not what the others wait for."""
+    if not _why_out_of_step(ranks):
+        _out_of_step.append((ranks.group, _told(error)))
+
+
+def _check_step(ranks: Ranks, where: str) -> None:
+    why = _why_out_of_step(ranks)
+    if why:
+        raise RankError(
+            f"{where}: rank {ranks.rank} of {ranks.size} is out of step with the others, end the processes: an earlier "
+            f"call ended in the middle of a forward with {why}"
+        )
 
 
 def is_follower(models: Sequence[Any]) -> bool:
@@ -291,13 +339,17 @@ class Session:
 
     def begin(self, alike: Mapping[str, str]) -> None:
         """Compare what all ranks were given; raise the same error on all of them."""
-        own = {"models": f"{self.where}, {len(self.models)} split", **alike}
+        models = [f"{type(model.model).__name__} {_config_digest(model.model.config)}" for model in self.models]
+        own = {"the call": self.where, "models": ", ".join(models), **alike}
         given: list[Any] = [None] * self.ranks.size
         try:
             dist.all_gather_object(given, own, group=self.ranks.group)
         except RuntimeError as error:
             self._fail(error)
             raise
+        for rank, entry in enumerate(given):
+            if _REFUSED in entry:
+                raise RankError(f"{self.where}: rank {rank} has refused the call with {entry[_REFUSED]}")
         for rank, entry in enumerate(given):
             for name in own:
                 if entry.get(name) != given[0].get(name):
@@ -315,8 +367,10 @@ class Session:
             result = work()
             packed = _packed(result)
         except BaseException as error:
-            if self._is_usable:  # else the others are in the middle of a forward, and would not hear it
-                self._send_packed(_FAILED, _packed(f"{type(error).__name__}: {error}"))
+            if not self._is_usable:  # the others are in the middle of a forward, and would not hear it
+                _note_out_of_step(self.ranks, error)
+            else:
+                self._send_packed(_FAILED, _packed(_told(error)))
             raise
         self._send_packed(_END, packed)
         return result
@@ -496,6 +550,16 @@ class Session:
 
     def follow(self) -> Any:
         """Run the forwards that rank 0 runs, until it is done. Returns what it gave."""
+        try:
+            failed, value = self._follow()
+        except BaseException as error:
+            _note_out_of_step(self.ranks, error)
+            raise
+        if failed:
+            raise RankError(f"{self.where}: rank 0 has ended the call for all ranks with {value}")
+        return value
+
+    def _follow(self) -> tuple[bool, Any]:
         while True:
             kind, message = self._receive()
             if kind == _FORWARD:
@@ -505,10 +569,7 @@ class Session:
             if kind == _LOOK:
                 self._in_step(self.models[message.number()].look_again)
                 continue
-            value = self._receive_object(message.number())
-            if kind == _FAILED:
-                raise RankError(f"{self.where}: rank 0 has ended the call for all ranks with {value}")
-            return value
+            return kind == _FAILED, self._receive_object(message.number())
 
     @torch.inference_mode()
     def _replay(self, message: _Message) -> None:
@@ -588,6 +649,7 @@ class Session:
     def _fail(self, error: RuntimeError) -> None:
         """Raise RankError where a connection was lost; the ranks wait for no message any more."""
         self._is_usable = False
+        _note_out_of_step(self.ranks, error)
         raise_if_lost(self.ranks, error, self.where, f" after {self.num_forwards} forwards of this call")
 
 
@@ -604,6 +666,20 @@ class _Message:
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         start, self._place = self._place, self._place + torch.Size(shape).numel()
         return self._content[start : self._place].view(shape).to(self._device, dtype)
+
+
+def _config_digest(config: Any) -> str:
+    # where a model was loaded from may differ by machine
+    values = config.to_dict()
+    values = {name: values[name] for name in values if not name.startswith(("_", "transformers_version"))}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # whatever its own text raises
+        return type(error).__name__
 
 
 def _packed(value: Any) -> bytearray:

@@ -380,6 +380,45 @@ def errors() -> Any:
     found["native"] = message_of(lambda: adapt(target, forward="native"))
     with mock.patch.dict(os.environ, {parallel.CHECK_VARIABLE: "yes"}):
         found["variable"] = message_of(lambda: texts(target, draft, ONE, **settings))
+    first, last = RANK == 0, RANK == WORLD - 1
+    found["temperature"] = message_of(lambda: texts(target, draft, ONE, temperature=-1.0 * first, **settings))
+    found["draft"] = message_of(lambda: texts(target, "/no/such/draft" if first else None, ONE, **settings))
+    found["of the last"] = message_of(
+        lambda: texts(target, draft, ONE, **{**settings, "max_new_tokens": -1 if last else 16})
+    )
+    found["transformers"] = message_of(
+        lambda: target.generate(
+            ONE, custom_generate=hf.custom_generate, draft=draft, rule="none" if first else "sequoia"
+        )
+    )
+    counts = [[0] if first else [1]]
+    found["profile"] = message_of(lambda: measure_profile(target, draft, context_lens=[8], node_counts=counts[0]))
+    target.train(last)
+    found["training"] = message_of(lambda: texts(target, draft, ONE, **settings))
+    target.eval()
+
+    class UnprintableError(Exception):
+        def __str__(self) -> str:
+            raise ValueError("not even that")
+
+    def failing_hook(paths: Any, logits: torch.Tensor) -> torch.Tensor:
+        raise UnprintableError
+
+    def unprintable() -> None:
+        try:
+            texts(target, draft, ONE, logits_hook=failing_hook, **settings)
+        except UnprintableError:
+            raise KeyError("unprintable") from None
+
+    found["unprintable"] = message_of(unprintable)
+    records = message_of(lambda: record_steps(target, draft if first else None, [ONE], max_new_tokens=8))
+    found["records without a draft"] = records
+    parted = split("llama-draft")
+    found["split draft of one rank"] = message_of(lambda: texts(target, parted if first else None, ONE, **settings))
+    other = split("tied")
+    found["another model"] = message_of(lambda: texts(target if first else other, None, ONE, **settings))
+    call = message_of(lambda: texts(target, draft, ONE, **settings) if first else record_steps(target, draft, [ONE]))
+    found["another call"] = call
     # A hook of one rank's makes that one look at its model again, with all others.
     handle = target.model.norm.register_forward_hook(lambda *_: None) if RANK == WORLD - 1 else None
     found["hook of one rank"] = texts(target, draft, ONE, **settings)
@@ -393,7 +432,7 @@ def errors() -> Any:
 
 
 def _until_it_ends(how: str, who: int) -> Any:
-    """Decode until a rank is killed or stopped in the middle of a call; say what the others make of it."""
+    """Decode until a rank is killed, stopped or fails in the middle of a forward; say what all make of it, twice."""
     target, draft = split("llama"), whole("llama-draft")
     seen = [0]
     plain = TreeModel._run
@@ -402,6 +441,8 @@ def _until_it_ends(how: str, who: int) -> Any:
         if self.ranks is not None:
             seen[0] += 1
             if who == RANK and seen[0] == 8:
+                if how == "fail":
+                    raise torch.OutOfMemoryError("no room for the activations")
                 os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
         return plain(self, inputs, cache)
 
@@ -410,7 +451,8 @@ def _until_it_ends(how: str, who: int) -> Any:
     started = time.monotonic()
     with mock.patch.object(TreeModel, "_run", run):
         message = message_of(lambda: texts(target, draft, ONE, tree=TREE, max_new_tokens=40, eos_token_id=()))
-    return [message, time.monotonic() - started]
+        seconds = time.monotonic() - started
+        return [message, seconds, message_of(lambda: texts(target, draft, ONE, tree=TREE))]
 
 
 SUITES: dict[str, list[str]] = {
@@ -424,7 +466,7 @@ def main() -> None:
     folder, suite = Path(sys.argv[1]), sys.argv[2]
     timeout = STEP_TIMEOUT
     found: dict[str, Any] = {}
-    if suite.startswith(("kill", "stop")):
+    if suite.startswith(("kill", "stop", "fail")):
         timeout = 5.0 if suite.startswith("stop") else STEP_TIMEOUT
     store = f"file://{folder / f'store of {suite}'}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -433,7 +475,7 @@ def main() -> None:
         dist.init_process_group(
             "gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=datetime.timedelta(seconds=timeout)
         )
-    if suite.startswith(("kill", "stop")):
+    if suite.startswith(("kill", "stop", "fail")):
         how, who = suite.split()
         found[suite] = _until_it_ends(how, int(who))
     else:

@@ -29,7 +29,7 @@ from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource, LookupDraft, draft_source, shares_split_target
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import TreeModel, adapt, agree_on_changes, described_once
-from sequoia_kernels.parallel import digest, is_follower, together
+from sequoia_kernels.parallel import digest, is_follower, preparing, together
 from sequoia_kernels.planner import (
     AcceptanceEstimate,
     AdaptivePlan,
@@ -249,34 +249,35 @@ def generate(
     with torch.inference_mode():
         agree_on_changes(target, draft)
         target = adapt(target, compile=compile)
-        draft = draft_source(
-            draft, target, compile=compile, lookup=lookup, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer
-        )
-        chosen = GenerationSettings(
-            target.model, generation_config, {**settings, "num_return_sequences": num_return_sequences}
-        )
-        if max_new_tokens is None and isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
-            max_new_tokens = chosen.max_new_tokens(input_ids.shape[1], DEFAULT_NEW_TOKENS)
-        temperature = _temperature(chosen, do_sample, temperature)
-        is_drawn = isinstance(temperature, Sequence) or (isinstance(temperature, Real) and temperature != 0)
-        input_ids, attention_mask = _expanded(input_ids, attention_mask, chosen["num_return_sequences"])
-        max_time = chosen["max_time"]
-        arguments = check_arguments(
-            target, draft, input_ids, attention_mask,
-            max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=chosen["top_k"] if top_k is None and is_drawn else top_k,
-            top_p=chosen["top_p"] if top_p is None and is_drawn else top_p,
-            eos_token_id=_from_config(generation_config, "eos_token_id", eos_token_id),
-            pad_token_id=_from_config(generation_config, "pad_token_id", pad_token_id), seed=seed,
-            stop_strings=chosen["stop_strings"] if stop_strings is None else stop_strings, tokenizer=tokenizer,
-            streamer=streamer, max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile,
-            rule=rule, logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
-            stopping_criteria=[] if stopping_criteria is None else stopping_criteria,
-        )  # fmt: skip
-        keeps = _keeps(return_logprobs, output_logits, output_scores)
-        deadline = None if max_time is None else time.monotonic() + max_time
-        arguments = dataclasses.replace(arguments, keeps=keeps, deadline=deadline)
-        arguments = _with_processors(target, arguments, chosen, logits_processor, prefix_allowed_tokens_fn)
+        with preparing(target, "generate"):
+            draft = draft_source(
+                draft, target, compile=compile, lookup=lookup, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer
+            )
+            chosen = GenerationSettings(
+                target.model, generation_config, {**settings, "num_return_sequences": num_return_sequences}
+            )
+            if max_new_tokens is None and isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
+                max_new_tokens = chosen.max_new_tokens(input_ids.shape[1], DEFAULT_NEW_TOKENS)
+            temperature = _temperature(chosen, do_sample, temperature)
+            is_drawn = isinstance(temperature, Sequence) or (isinstance(temperature, Real) and temperature != 0)
+            input_ids, attention_mask = _expanded(input_ids, attention_mask, chosen["num_return_sequences"])
+            max_time = chosen["max_time"]
+            arguments = check_arguments(
+                target, draft, input_ids, attention_mask,
+                max_new_tokens=max_new_tokens, temperature=temperature,
+                top_k=chosen["top_k"] if top_k is None and is_drawn else top_k,
+                top_p=chosen["top_p"] if top_p is None and is_drawn else top_p,
+                eos_token_id=_from_config(generation_config, "eos_token_id", eos_token_id),
+                pad_token_id=_from_config(generation_config, "pad_token_id", pad_token_id), seed=seed,
+                stop_strings=chosen["stop_strings"] if stop_strings is None else stop_strings, tokenizer=tokenizer,
+                streamer=streamer, max_cache_len=max_cache_len, tree=tree, acceptance=acceptance, profile=profile,
+                rule=rule, logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
+                stopping_criteria=[] if stopping_criteria is None else stopping_criteria,
+            )  # fmt: skip
+            keeps = _keeps(return_logprobs, output_logits, output_scores)
+            deadline = None if max_time is None else time.monotonic() + max_time
+            arguments = dataclasses.replace(arguments, keeps=keeps, deadline=deadline)
+            arguments = _with_processors(target, arguments, chosen, logits_processor, prefix_allowed_tokens_fn)
     return run_generation(target, draft, arguments, tree, acceptance=acceptance, profile=profile, started=started)
 
 
@@ -295,8 +296,9 @@ def run_generation(
     Where a model is split over ranks, rank 0 does it for all of them.
     """
     started = time.perf_counter() if started is None else started
-    if draft is not None and draft.shares_target and target.ranks is not None:
-        raise UnsupportedModelError(shares_split_target(repr(draft)))
+    with preparing(target, "generate"):
+        if draft is not None and draft.shares_target and target.ranks is not None:
+            raise UnsupportedModelError(shares_split_target(repr(draft)))
     models = (target,) if draft is None else (target, *draft.models)
     output = together(
         models, lambda: _generated(target, draft, arguments, tree, acceptance, profile, started), where="generate",

@@ -12,7 +12,7 @@ from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.decoding.stats import GenerateStats
 from sequoia_kernels.drafts import DraftSource, draft_source, request_seeds
 from sequoia_kernels.models import TreeModel, adapt, agree_on_changes
-from sequoia_kernels.parallel import together
+from sequoia_kernels.parallel import preparing, together
 from sequoia_kernels.planner import CostModel, HardwareProfile
 from sequoia_kernels.tree import TokenTree
 
@@ -69,16 +69,17 @@ def measure_overhead(
     target = adapt(target)
     if target.device.type == "cuda" and not target.capturable:  # it streams its layers
         return profile.with_overhead(0.0)
-    draft = draft_source(draft)
-    speculates: dict[str, Any] = {} if draft is None else {"draft": draft.fingerprint, "temperature": 1.0}
-    cost = CostModel(profile.with_overhead(0.0), batch_size=batch_size, target=target, **speculates)
-    if target.max_positions is not None:
-        context_len = min(context_len, max(target.max_positions // 2, 1))
-        num_tokens = min(num_tokens, target.max_positions - context_len)
-    # No larger than what was measured. The small one tells what is once a step from what is once a level.
-    probe = probe_tree(draft)
-    largest = min(probe.num_nodes, cost.max_nodes)
-    trees = [TokenTree(probe.parents[: min(nodes, largest)]) for nodes in (largest, 4)]
+    with preparing(target, "measure_overhead"):
+        draft = draft_source(draft)
+        speculates: dict[str, Any] = {} if draft is None else {"draft": draft.fingerprint, "temperature": 1.0}
+        cost = CostModel(profile.with_overhead(0.0), batch_size=batch_size, target=target, **speculates)
+        if target.max_positions is not None:
+            context_len = min(context_len, max(target.max_positions // 2, 1))
+            num_tokens = min(num_tokens, target.max_positions - context_len)
+        # No larger than what was measured. The small one tells what is once a step from what is once a level.
+        probe = probe_tree(draft)
+        largest = min(probe.num_nodes, cost.max_nodes)
+        trees = [TokenTree(probe.parents[: min(nodes, largest)]) for nodes in (largest, 4)]
     models = (target,) if draft is None else (target, *draft.models)
     overheads = together(
         models, lambda: _overheads(target, draft, cost, trees, context_len, batch_size, num_tokens, num_runs),

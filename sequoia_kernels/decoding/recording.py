@@ -16,7 +16,7 @@ from sequoia_kernels.decoding.overhead import growable_part
 from sequoia_kernels.drafts import TokenBuffers, draft_source
 from sequoia_kernels.models import adapt, agree_on_changes, described_once
 from sequoia_kernels.ops.warping import warped_probs
-from sequoia_kernels.parallel import together
+from sequoia_kernels.parallel import digest, is_follower, preparing, together
 from sequoia_kernels.planner import StepRecords, estimate_acceptance, optimal_tree
 from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
@@ -110,12 +110,15 @@ def record_steps(
     checks.whole_number(where, "seed", seed, rule=checks.at_least(0))
     agree_on_changes(target, draft)
     target = adapt(target)
-    source = draft_source(draft, target)
-    if source is None or source.proposes:
-        raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
+    with preparing(target, where):
+        source = draft_source(draft, target)
+        # a whole draft is run by rank 0 alone
+        if source.proposes if source is not None else not is_follower((target,)):
+            raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
     tree = growable_part(RECORD_TREE, source) if tree is None else given
 
     def recorded() -> StepRecords:
+        assert source is not None  # on the rank that does it
         recorder = _Recorder(tree)
         runs = []
         for index, prompt in enumerate(prompts):
@@ -135,7 +138,8 @@ def record_steps(
         acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
         return recorder.records(acceptance)
 
-    return together((target, *source.models), recorded, where=where)
+    models = (target,) if source is None else (target, *source.models)
+    return together(models, recorded, where=where, alike=lambda: {"prompts": digest(*prompts)})
 
 
 class _Recorder:

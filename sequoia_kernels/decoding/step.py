@@ -19,6 +19,7 @@ from sequoia_kernels.drafts import (
     TokenBuffers,
     TreeLayout,
 )
+from sequoia_kernels.errors import RankError
 from sequoia_kernels.models import TreeModel, foreign_code_ran, prefill
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
 from sequoia_kernels.parallel import leading
@@ -298,7 +299,10 @@ class DecodingStep:
             return
         active = self.state.active.bool()
         for rank, logits in session.others(scored):
-            other = self._verify(buffers, self._hooked(tokens, logits, tree), tree)
+            try:
+                other = self._verify(buffers, self._hooked(tokens, logits, tree), tree)
+            except ValueError as error:
+                raise RankError(f"{session.where}: rank {rank} must have logits as rank 0 has, got {error}") from error
             session.compare(rank, self._num_steps, path[:3], other[:3], active)
 
     def _score_in_place(self, host: HostStep, wanted: dict[int, torch.Tensor]) -> torch.Tensor | None:

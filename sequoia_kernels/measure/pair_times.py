@@ -16,7 +16,7 @@ from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.bandwidth import measure_bandwidth
 from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
 from sequoia_kernels.models import TreeModel, adapt, agree_on_changes
-from sequoia_kernels.parallel import together
+from sequoia_kernels.parallel import preparing, together
 from sequoia_kernels.planner import ForwardTable, HardwareProfile, OpPoint
 from sequoia_kernels.planner.profile import DRAFT_STEP
 from sequoia_kernels.tree import MAX_STEP_ROWS
@@ -111,39 +111,41 @@ def measure_profile(
     where = "measure_profile"
     agree_on_changes(target, draft)
     target = adapt(target)
-    draft = draft_source(draft, target)
-    if draft is not None and draft.proposes:
-        raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
-    if draft is not None and draft.device != target.device:
-        raise ValueError(f"{where}: draft must be on the target's device, {target.device}, got {draft.device}")
-    device = target.device
-    _check_counts([batch_size], "batch_size", 1)
-    offloaded = ModelFingerprint.of(target).streamed_bytes > 0
-    if min_repeats is None:
-        min_repeats = 2 if offloaded else 5
-    if seconds is None:
-        seconds = QUICK_SECONDS if quick else SECONDS
-    if node_counts is None:
-        node_counts = QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
-        if offloaded:
-            node_counts = OFFLOADED_NODE_COUNTS
-    if draft_node_counts is None:
-        draft_node_counts = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS
-    node_counts = _check_counts(node_counts, "node_counts", 1, MAX_STEP_ROWS, always=(1,))
-    # no level of a tree has more internal nodes than half of the tree's nodes
-    widest = max(2, node_counts[-1] // 2)
-    draft_node_counts = _check_counts(draft_node_counts, "draft_node_counts", 1, MAX_STEP_ROWS // 2, always=(1, 2))
-    draft_node_counts = [count for count in draft_node_counts if count <= widest] if draft is not None else []
-    counts = {"target": node_counts, "draft": draft_node_counts}
-    tree_rows = max([node_counts[-1], *(calls.draft_tree_rows(count) for count in draft_node_counts)])
-    longest = None if target.max_positions is None else target.max_positions - 1  # the root has a position too
-    if context_lens is None:
-        context_lens = _default_contexts(QUICK_CONTEXT_LENS if quick else CONTEXT_LENS, longest)
-    context_lens = _check_counts(context_lens, "context_lens", 0)
-    if longest is not None and context_lens[-1] > longest:
-        raise ValueError(
-            f"{where}: context_lens must be below the target's {target.max_positions} positions, got {context_lens[-1]}"
-        )
+    with preparing(target, where):
+        draft = draft_source(draft, target)
+        if draft is not None and draft.proposes:
+            raise TypeError(f"{where}: draft must be one that draws its tokens, got {draft!r}")
+        if draft is not None and draft.device != target.device:
+            raise ValueError(f"{where}: draft must be on the target's device, {target.device}, got {draft.device}")
+        device = target.device
+        _check_counts([batch_size], "batch_size", 1)
+        offloaded = ModelFingerprint.of(target).streamed_bytes > 0
+        if min_repeats is None:
+            min_repeats = 2 if offloaded else 5
+        if seconds is None:
+            seconds = QUICK_SECONDS if quick else SECONDS
+        if node_counts is None:
+            node_counts = QUICK_NODE_COUNTS if quick else CUDA_NODE_COUNTS if device.type == "cuda" else NODE_COUNTS
+            if offloaded:
+                node_counts = OFFLOADED_NODE_COUNTS
+        if draft_node_counts is None:
+            draft_node_counts = QUICK_DRAFT_NODE_COUNTS if quick else DRAFT_NODE_COUNTS
+        node_counts = _check_counts(node_counts, "node_counts", 1, MAX_STEP_ROWS, always=(1,))
+        # no level of a tree has more internal nodes than half of the tree's nodes
+        widest = max(2, node_counts[-1] // 2)
+        draft_node_counts = _check_counts(draft_node_counts, "draft_node_counts", 1, MAX_STEP_ROWS // 2, always=(1, 2))
+        draft_node_counts = [count for count in draft_node_counts if count <= widest] if draft is not None else []
+        counts = {"target": node_counts, "draft": draft_node_counts}
+        tree_rows = max([node_counts[-1], *(calls.draft_tree_rows(count) for count in draft_node_counts)])
+        longest = None if target.max_positions is None else target.max_positions - 1  # the root has a position too
+        if context_lens is None:
+            context_lens = _default_contexts(QUICK_CONTEXT_LENS if quick else CONTEXT_LENS, longest)
+        context_lens = _check_counts(context_lens, "context_lens", 0)
+        if longest is not None and context_lens[-1] > longest:
+            raise ValueError(
+                f"{where}: context_lens must be below the target's {target.max_positions} positions, "
+                f"got {context_lens[-1]}"
+            )
 
     @torch.inference_mode()
     def measured() -> HardwareProfile:

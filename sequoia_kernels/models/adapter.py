@@ -198,7 +198,23 @@ def agree_on_changes(*given: Any) -> None:
         any(ranks_of(model) is not None and known_state(model) not in _plans.get(model, ()) for model in entries)
         for entries in models
     ]
-    for entries, is_due in zip(models, any_rank(groups[0], changed, "adapt"), strict=True):
+    refused = None
+    for model in (model for entries in models for model in entries if ranks_of(model) is not None):
+        try:
+            EvaluationCheck(model).check()
+        except ValueError as error:
+            refused = error
+    split = [any(ranks_of(model) is not None for model in entries) for entries in models]
+    asked = [*changed, *split, *(not is_split for is_split in split), refused is not None]
+    *flags, is_refused = any_rank(groups[0], asked, "adapt")
+    due, on_some, not_on_all = (flags[part * len(split) : (part + 1) * len(split)] for part in range(3))
+    if any(some and other for some, other in zip(on_some, not_on_all, strict=True)):
+        raise ValueError("adapt: models that are split over ranks must be given on all of them, got one on some alone")
+    if refused is not None:
+        raise refused
+    if is_refused:
+        raise RankError("adapt: models must be in evaluation mode on all ranks, got another rank's that is not")
+    for entries, is_due in zip(models, due, strict=True):
         if is_due:
             for model in entries:
                 _forget_plan(model)

@@ -124,14 +124,14 @@ def test_seeds_of_prompts_that_are_read_in_pieces(narrow):
     assert len({tuple(tokens) for tokens in alone}) > 1
 
 
-@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("rule", ["sequoia", pytest.param("traversal", marks=pytest.mark.all_engines)])
 def test_a_broken_part_is_noticed(rule, wide):
     """Rows of rejected nodes among the committed ones are not the target's distribution."""
     wide.call("worker", "verify_by", rule)
     wide.call("worker", "decode_with", 0)
     wide.call("worker", "mutate", "no_compaction")
     try:
-        texts = wide.call("sample", PROMPT, {"max_tokens": LENGTH, "temperature": 1.0}, 4000)
+        texts = wide.call("sample", PROMPT, {"max_tokens": LENGTH, "temperature": 1.0}, 8000)
     finally:
         wide.call("worker", "mutate", None)
         wide.call("reset_prefix_cache")

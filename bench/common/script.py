@@ -116,8 +116,6 @@ class Script:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Parse, measure and write. Returns the exit status."""
         options = self.parse(arguments)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends, too
         if getattr(options, "threads", None):
             torch.set_num_threads(options.threads)
         device = pick_device(getattr(options, "device", "cpu"))
@@ -129,10 +127,23 @@ class Script:
             "environment": environment(device),
         }
         run = Run(options, device, document, self.markdown)
-        with without_own_measurements():
+        with without_own_measurements(), ending_on_sigterm():
             status = self.measure(run)
         run.save()
         return status or 0
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Where SIGTERM comes, leave by SystemExit, so that what was started ends, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.common.machine import ROOT, command_line, commit, device_folder, environment
-from bench.common.script import write_json
+from bench.common.script import ending_on_sigterm, write_json
 
 SANITIZER_FOUND = 97  # exit status that compute-sanitizer is told to give for a finding
 SANITIZE = (sys.executable, "-m", "bench.tools.sanitize")
@@ -338,5 +338,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends, too
-    sys.exit(main())
+    with ending_on_sigterm():
+        sys.exit(main())

@@ -6,8 +6,10 @@
 //             slots whose bits are set somewhere. For ROW_BLOCK query rows at a time (nodes times query heads, of one or
 //             more key/value heads): all scores, their softmax, then the weighted values. One thread.
 // Memory      Reads each visible cache row in place once for every ROW_BLOCK query rows, and the mask; writes out and lse.
-//             Between two forwards a layer's cache has left the CPU's caches, so the next rows are prefetched. Rows that
-//             nobody sees are not read. Scratch: ROW_BLOCK rows of scores, kept from call to call.
+//             Between two forwards a layer's cache has left the CPU's caches, so rows some way ahead are prefetched, a line
+//             between two loads: many at once would fill the queue of misses, and arithmetic would wait for memory and
+//             memory for arithmetic. Rows that nobody sees are not read. Scratch: ROW_BLOCK rows of scores, kept from call
+//             to call.
 // Numerics    float32 throughout, one maximum and one sum a row. For more than a few query rows a block of keys is
 //             transposed in registers, so that a score is summed over d in order and no lane is ever reduced; for few
 //             rows the lanes are folded. Products and sums are fused where the CPU can (see CMakeLists.txt), so the last
@@ -37,8 +39,9 @@ namespace sequoia {
 namespace {
 
 constexpr std::int64_t ROW_BLOCK = 32;
-constexpr std::int64_t VALUE_COLUMNS = 32;  // whose values are added at a time
-constexpr std::int64_t PREFETCH = 16;       // columns between a key's prefetch and its use
+constexpr std::int64_t VALUE_COLUMNS = 32;    // whose values are added at a time
+constexpr std::int64_t PREFETCH = 16;         // columns between a key's prefetch and its use
+constexpr std::int64_t KEPT_BYTES = 1 << 19;  // of values that are prefetched with the keys: they wait in the L2 cache
 
 // ---- vectors of W lanes ----
 
@@ -164,17 +167,68 @@ SEQUOIA_INLINE Float<W> fold(Float<W>* rows) {
 }
 #endif
 
-// Lane j: the product of a query and the key at offsets[j].
+// What is asked of memory while a block of W columns is worked on: keys further ahead, and maybe their values.
 template <int W, class Element>
-SEQUOIA_INLINE Float<W> fold_products(const float* query, const Element* keys, const std::int64_t* offsets,
+struct Ahead {
+    const Element* keys[W];
+    const Element* values[W];
+    bool has_values;
+
+    // The line that begins at dimension d of each; W dimensions are a line or a part of one.
+    SEQUOIA_INLINE void prefetch(std::int64_t d) const {
+        constexpr std::int64_t LINE = 64 / static_cast<std::int64_t>(sizeof(Element));
+        if (d % LINE != 0) return;
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) __builtin_prefetch(keys[j] + d, 0, 2);
+        if (!has_values) return;
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) __builtin_prefetch(values[j] + d, 0, 2);
+    }
+};
+
+// Lane j: the product of a query and the key at rows[j].
+template <int W, class Element>
+SEQUOIA_INLINE Float<W> fold_products(const float* query, const Element* const* rows, const Ahead<W, Element>& ahead,
                                       std::int64_t head_dim) {
     Float<W> sums[W] = {};
-    for (std::int64_t d = 0; d < head_dim; d += W) {
+    std::int64_t d = 0;
+    for (; d + W <= head_dim; d += W) {
+        const Float<W> factor = load<W>(query + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) sums[j] += factor * load<W>(rows[j] + d);
+        ahead.prefetch(d);
+    }
+    if (d < head_dim) {
         const Float<W> factor = load_some<W>(query + d, head_dim - d);
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) sums[j] += factor * load_some<W>(keys + offsets[j] + d, head_dim - d);
+        for (int j = 0; j < W; ++j) sums[j] += factor * load_some<W>(rows[j] + d, head_dim - d);
+        ahead.prefetch(d);
     }
     return fold<W>(sums);
+}
+
+// target[d, j] = dimension d of the key at rows[j].
+template <int W, class Element>
+SEQUOIA_INLINE void turn_keys(const Element* const* rows, const Ahead<W, Element>& ahead, std::int64_t head_dim,
+                              float* target) {
+    Float<W> lanes[W];
+    std::int64_t d = 0;
+    for (; d + W <= head_dim; d += W) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) lanes[j] = load<W>(rows[j] + d);
+        ahead.prefetch(d);
+        transpose<W>(lanes);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) store<W>(target + (d + j) * W, lanes[j]);
+    }
+    if (d < head_dim) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) lanes[j] = load_some<W>(rows[j] + d, head_dim - d);
+        ahead.prefetch(d);
+        transpose<W>(lanes);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) store<W>(target + (d + j) * W, lanes[j]);
+    }
 }
 
 // Rows of a tile of accumulators. With fewer rows each sum runs in several parts, to hide the latency of the additions.
@@ -472,38 +526,45 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
         static_cast<const Element*>(call.values.data) + block.first_head * call.values.strides[2];
     const std::int64_t value_span = (block.num_heads - 1) * call.values.strides[2] + value_dim;
     const bool transposes = num_rows > most_folded<W>(head_dim);
+    // A column's values lie near its keys in many caches: asked for together they come as one stream.
+    const std::int64_t value_bytes = count * block.num_heads * value_dim * static_cast<std::int64_t>(sizeof(Element));
+    const bool values_follow = value_bytes <= KEPT_BYTES;
     prefetch_rows(keys, columns.key_offsets, 0, std::min(PREFETCH, count), key_span);
+    if (values_follow) prefetch_rows(values, columns.value_offsets, 0, std::min(PREFETCH, count), value_span);
     for (std::int64_t column = 0; column < count; column += W) {
-        prefetch_rows(keys, columns.key_offsets, column + PREFETCH, std::min(column + PREFETCH + W, count), key_span);
         // Behind the last column the last one again: softmax_row blanks what comes of it.
-        std::int64_t offsets[W];
-#pragma GCC unroll 16
+        const auto offset = [&](const std::vector<std::int64_t>& offsets, std::int64_t of_column) {
+            return offsets[static_cast<std::size_t>(std::min(of_column, count - 1))];
+        };
+        const Element* rows[W];
+        Ahead<W, Element> ahead{{}, {}, values_follow};
         for (int j = 0; j < W; ++j) {
-            offsets[j] = columns.key_offsets[static_cast<std::size_t>(std::min(column + j, count - 1))];
+            rows[j] = keys + offset(columns.key_offsets, column + j);
+            ahead.keys[j] = keys + offset(columns.key_offsets, column + PREFETCH + j);
+            ahead.values[j] = values + offset(columns.value_offsets, column + PREFETCH + j);
         }
         for (std::int64_t head = 0; head < block.num_heads; ++head) {
-            const Element* const head_keys = keys + head * call.keys.strides[2];
             float* const head_scores = scores + head * num_rows * stride + column;
-            if (!transposes) {
+            if (transposes) {
+                turn_keys<W>(rows, ahead, head_dim, key_block);
+                score_rows<W>(queries + head * num_rows * head_dim, num_rows, key_block, head_dim, head_scores, stride);
+            } else {
                 for (std::int64_t r = 0; r < num_rows; ++r) {
                     store<W>(head_scores + r * stride,
-                             fold_products<W>(queries + (head * num_rows + r) * head_dim, head_keys, offsets, head_dim));
+                             fold_products<W>(queries + (head * num_rows + r) * head_dim, rows, ahead, head_dim));
                 }
-                continue;
             }
-            for (std::int64_t d = 0; d < head_dim; d += W) {
-                Float<W> lanes[W];
-#pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) lanes[j] = load_some<W>(head_keys + offsets[j] + d, head_dim - d);
-                transpose<W>(lanes);
-#pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) store<W>(key_block + (d + j) * W, lanes[j]);
+            for (int j = 0; j < W; ++j) {
+                rows[j] += call.keys.strides[2];
+                ahead.keys[j] += call.keys.strides[2];
+                ahead.values[j] += call.values.strides[2];
             }
-            score_rows<W>(queries + head * num_rows * head_dim, num_rows, key_block, head_dim, head_scores, stride);
         }
     }
 
-    prefetch_rows(values, columns.value_offsets, 0, std::min(VALUE_COLUMNS, count), value_span);
+    if (!values_follow) {
+        prefetch_rows(values, columns.value_offsets, 0, std::min(VALUE_COLUMNS, count), value_span);
+    }
     for (std::int64_t r = 0; r < total_rows; ++r) {
         const auto [peak, sum] = softmax_row<W>(call, columns, count, node_of(r), head_of(r), stride, scores + r * stride);
         work.sums[r] = sum;
@@ -516,13 +577,15 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
     std::fill_n(mixed, total_rows * padded_value_dim, 0.0f);
     for (std::int64_t column = 0; column < count; column += VALUE_COLUMNS) {
         const std::int64_t num_columns = std::min(VALUE_COLUMNS, count - column);
-        prefetch_rows(values, columns.value_offsets, column + VALUE_COLUMNS,
-                      std::min(column + 2 * VALUE_COLUMNS, count), value_span);
         const std::int64_t* const offsets = columns.value_offsets.data() + column;
         for (std::int64_t head = 0; head < block.num_heads; ++head) {
-            mix_rows<W>(scores + head * num_rows * stride + column, stride, num_rows,
-                        values + head * call.values.strides[2], offsets, num_columns, value_dim,
-                        mixed + head * num_rows * padded_value_dim, padded_value_dim);
+            const Element* const head_values = values + head * call.values.strides[2];
+            if (!values_follow) {
+                prefetch_rows(head_values, columns.value_offsets, column + VALUE_COLUMNS,
+                              std::min(column + 2 * VALUE_COLUMNS, count), value_dim);
+            }
+            mix_rows<W>(scores + head * num_rows * stride + column, stride, num_rows, head_values, offsets, num_columns,
+                        value_dim, mixed + head * num_rows * padded_value_dim, padded_value_dim);
         }
     }
 

@@ -14,7 +14,7 @@ and the largest. The tuned chain is the fastest exact one of a load and temperat
 
 An engine is a bar only if it is exact. At temperature 0 every text is compared with plain vLLM's of the same round and
 load. Above, its first three tokens behind a fixed prompt, sampled some hundred times, must pass a chi-square test
-against the distribution that the weights give.
+against the distribution that the weights give. Where one is not exact it is run in the first round only.
 """
 
 from __future__ import annotations
@@ -67,10 +67,17 @@ def engines_of(options: argparse.Namespace, draft: str) -> dict[str, Engine]:
     return engines
 
 
-def loads_of(options: argparse.Namespace, engine: Engine, each: int, least: int) -> list[list[Any]]:
-    """Temperature, concurrency and requests of every load of an engine."""
-    temperatures = [t for t in options.temperatures if t > 0 or not engine.sampled_only]
+def loads_of(options: argparse.Namespace, temperatures: Sequence[float], each: int, least: int) -> list[list[Any]]:
+    """Temperature, concurrency and requests of every load of an engine that runs at these temperatures."""
     return [[t, load, max(least, each * load)] for load in options.loads for t in temperatures]
+
+
+def temperatures_of(
+    temperatures: Sequence[float], name: str, engine: Engine, exactness: Mapping[str, Mapping[str, Any]]
+) -> list[float]:
+    """Where an engine is run: not where it would make no difference, and not again where it is known to be no bar."""
+    wanted = [t for t in temperatures if t > 0 or not engine.sampled_only]
+    return [t for t in wanted if name in (PLAIN, OURS) or name not in exactness or is_exact(exactness, name, t)]
 
 
 def measure(bench: Run) -> int:
@@ -125,16 +132,16 @@ def measure(bench: Run) -> int:
     with tempfile.TemporaryDirectory() as logs:
         for turn in range(options.rounds):
             for name, engine in engines.items():
-                loads = loads_of(options, engine, options.each, options.least)
-                if not loads or name in document["failed"]:
+                temperatures = temperatures_of(options.temperatures, name, engine, document["exactness"])
+                if not temperatures or name in document["failed"]:
                     continue
                 task = {
                     "target": str(folder / "target"),
                     "settings": common | engine.settings,
                     "prompts": [ids[0].tolist() for ids in prompts],
                     "new_tokens": options.new_tokens,
-                    "warmup": loads_of(options, engine, options.warmup_each, 2),
-                    "loads": loads,
+                    "warmup": loads_of(options, temperatures, options.warmup_each, 2),
+                    "loads": loads_of(options, temperatures, options.each, options.least),
                     "sampled": {
                         "prompt": sample_prompt,
                         "temperatures": list(probabilities) if turn == 0 else [],

@@ -203,8 +203,28 @@ def test_engines_and_their_loads():
     drawn = engines["chain of 3, drawn"]
     assert drawn.settings["speculative_config"] == chain | {"draft_sample_method": "probabilistic"}
     assert engines["trees by load"].settings == {"trees": {"draft": "D", "max_nodes": 8, "rule": "traversal"}}
-    assert script.loads_of(OPTIONS, engines["chain of 3"], 2, 4) == [[0, 1, 4], [1, 1, 4], [0, 4, 8], [1, 4, 8]]
-    assert script.loads_of(OPTIONS, drawn, 1, 2) == [[1, 1, 2], [1, 4, 4]]
+    assert script.loads_of(OPTIONS, [0.0, 1.0], 2, 4) == [[0, 1, 4], [1, 1, 4], [0, 4, 8], [1, 4, 8]]
+    assert script.loads_of(OPTIONS, [1.0], 1, 2) == [[1, 1, 2], [1, 4, 4]]
+
+
+def test_engines_that_are_no_bar_run_once():
+    engines = script.engines_of(OPTIONS, "D")
+    seen = {name: {"1": {"exact": name == "chain of 3, drawn"}} for name in engines}
+
+    def temperatures(exactness):
+        found = (script.temperatures_of([0.0, 1.0], name, engine, exactness) for name, engine in engines.items())
+        return dict(zip(engines, found))
+
+    first = {
+        "plain vLLM": [0.0, 1.0],
+        "chain of 3": [0.0, 1.0],
+        "chain of 3, drawn": [1.0],
+        "trees by load": [0.0, 1.0],
+    }
+    assert temperatures({}) == first
+    assert temperatures(seen) == first | {"chain of 3": [0.0]}
+    seen["chain of 3, drawn"]["1"]["exact"] = False
+    assert temperatures(seen) == first | {"chain of 3": [0.0], "chain of 3, drawn": []}
 
 
 def test_commands_lose_the_places_of_the_machine():

@@ -42,11 +42,16 @@ Decode = Callable[[torch.Tensor, int], GenerateStats]  # prompt, seed
 def take_turns(
     providers: Mapping[str, Decode], prompts: Sequence[torch.Tensor], first_seed: int = 0
 ) -> dict[str, list[GenerateStats]]:
-    """Let everybody decode the same prompts, one after the other in turn, so that drift hits all alike."""
+    """Let everybody decode the same prompts, one after the other in turn, so that drift hits all alike.
+
+    With each prompt another one begins: what an earlier turn leaves in the CPU's caches is nobody's to keep.
+    """
     found: dict[str, list[GenerateStats]] = {name: [] for name in providers}
+    names = list(providers)
     for index, prompt in enumerate(prompts):
-        for name, decode in providers.items():
-            found[name].append(decode(prompt, first_seed + index))
+        first = index % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            found[name].append(providers[name](prompt, first_seed + index))
     return found
 
 

@@ -2,8 +2,9 @@
 
 Each first prompt meets a process that knows nothing: its call measures the pair and learns from its own text. Then
 all prompts are decoded in turn: without speculation, with the tree planned from every prompt's counts, with each tree
-that a first call led to (held fast), and with the plans that it led to (the loop goes on moving between their trees).
-A pick from one prompt should be nowhere slower than plain decoding, and nearly as fast as the pick from all.
+that a first call led to (held fast; equal trees are timed as one), and with the plans that it led to (the loop goes on
+moving between their trees). A pick from one prompt should be nowhere slower than plain decoding, and nearly as fast as
+the pick from all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 
 from bench.common.demo import Demo, decoding_rate, take_turns
 from bench.common.script import Run, Script, option, shared
-from sequoia_kernels import estimate_acceptance, generate, plan_tree
+from sequoia_kernels import GenerateStats, estimate_acceptance, generate, plan_tree
 from sequoia_kernels.decoding import auto
 
 
@@ -30,7 +31,7 @@ def measure(bench: Run) -> None:
     demo = Demo(bench)
     target, draft = demo.target, demo.draft
     prompts = demo.encode(demo.texts(options.prompts))
-    bench.document["new_tokens"] = options.new_tokens
+    bench.document |= {"new_tokens": options.new_tokens, "rounds": options.rounds}
     results = bench.document["results"] = []
     for temperature in options.temperatures:
         common = demo.decoding(temperature)
@@ -64,13 +65,17 @@ def measure(bench: Run) -> None:
                 }
             )
         everything = plan_tree(estimate_acceptance(runs), profile, **where)
-        picks = {plan.plans[plan.start].tree for plan in plans.values()}
-        providers = {"plain": None, "all prompts": everything.tree}
-        providers |= {f"pick {hash(tree)}": tree for tree in sorted(picks, key=str)}
+        picks = {everything.tree} | {plan.plans[plan.start].tree for plan in plans.values()}
+        providers = {"plain": None} | {f"pick {hash(tree)}": tree for tree in sorted(picks, key=str)}
         if not options.picks_only:
             providers |= {f"plans of first prompt {index}": plan for index, plan in plans.items()}
         decoders = {name: demo.decoder(tree, **common) for name, tree in providers.items()}
-        rate = {name: decoding_rate(stats) for name, stats in take_turns(decoders, prompts, 100).items()}
+        timed: dict[str, list[GenerateStats]] = {name: [] for name in decoders}
+        for turn in range(options.rounds):
+            for name, found in take_turns(decoders, prompts, 100 * (turn + 1)).items():
+                timed[name] += found
+        rate = {name: decoding_rate(found) for name, found in timed.items()}
+        rate["all prompts"] = rate[f"pick {hash(everything.tree)}"]
         for index, first in enumerate(firsts):
             pick = plans[index].plans[plans[index].start].tree
             speeds = {"pick": rate[f"pick {hash(pick)}"]}
@@ -103,10 +108,10 @@ def measure(bench: Run) -> None:
 
 OPTIONS = [
     *shared(device="cpu", threads=None, quick=False, temperatures=[0.0, 0.6]),
-    *shared(prompts=16, prompt_tokens=128, new_tokens=128),
+    *shared(prompts=16, prompt_tokens=128, new_tokens=128, rounds=3),
     option("--picks-only", action="store_true", help="do not decode with the plans, whose trees change"),
 ]
-QUICK = {"prompts": 3, "new_tokens": 24, "temperatures": [0.0]}
+QUICK = {"prompts": 3, "new_tokens": 24, "temperatures": [0.0], "rounds": 1}
 main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK).main
 
 

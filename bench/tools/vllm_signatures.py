@@ -40,7 +40,7 @@ TOUCHED: dict[str, dict[str, str]] = {
             __init__() _update_states() _prepare_inputs() _build_attention_metadata() _sample()
             _bookkeeping_sync() _update_streaming_request()
             _input_fits_in_drafter() propose_draft_token_ids() _dummy_run() _is_uniform_decode() get_kv_cache_spec()
-            drafter model sampler device requests input_batch input_ids positions query_pos query_start_loc
+            drafter model sampler device requests input_batch input_ids positions query_pos
             discard_request_mask attn_groups kv_cache_config compilation_config model_config vllm_config
             max_model_len max_num_tokens max_num_reqs req_indices uniform_decode_query_len
             _draft_probs _draft_prob_req_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,10 +98,12 @@ def test_a_cut_tree_is_its_first_nodes():
 
 
 def test_emitted_are_the_accepted_tokens_and_the_one_behind_them():
-    tokens = torch.tensor([[90, 91, 92, 93, 94], [80, 81, 82, 83, 84], [70, 71, 72, 73, 74]])
-    nodes = torch.tensor([[0, 2, 4, -1], [0, -1, -1, -1], [0, 1, 3, 4]], dtype=torch.int32)
-    path = VerifiedPath(nodes, torch.tensor([3, 1, 4], dtype=torch.int32), torch.tensor([5, 6, 7]))
-    before = tokens.clone()
-    emitted = emitted_tokens(tokens, path)
+    tokens = np.array([90, 91, 92, 93, 94, 80, 81, 82, 83, 84, 70, 71, 72, 73, 74], dtype=np.int32)
+    nodes, next_tokens = np.array([[0, 2, 4, -1], [0, -1, -1, -1], [0, 1, 3, 4]]), np.array([5, 6, 7])
+    before = tokens.copy()
+    emitted = emitted_tokens(tokens, np.array([0, 5, 10]), nodes, next_tokens)
     assert emitted.tolist() == [[92, 94, 5, PADDING], [6, PADDING, PADDING, PADDING], [71, 73, 74, 7]]
-    assert emitted.dtype == torch.int64 and torch.equal(tokens, before)
+    assert emitted.dtype == np.int64 and np.array_equal(tokens, before)
+    # of drafted tokens alone, where the root's place is another tree's, or none
+    drafted = np.delete(tokens, [0, 5, 10])
+    assert np.array_equal(emitted_tokens(drafted, np.array([-1, 3, 7]), nodes, next_tokens), emitted)

@@ -24,7 +24,7 @@ from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm.pages import PagePool
 from sequoia_kernels.vllm.settings import LOGGER
 
-__all__ = ["PAGE_SIZE", "DraftRequest", "DraftedBatch", "TreeDrafter", "request_seed"]
+__all__ = ["PAGE_SIZE", "DraftRequest", "DraftedBatch", "TreeDrafter", "moves_rows", "request_seed"]
 
 logger = logging.getLogger(LOGGER)
 
@@ -105,6 +105,22 @@ def request_seed(request_id: str, seed: int | None, engine_seed: int) -> int:
         return seed & (1 << 63) - 1
     digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def moves_rows(nodes: np.ndarray) -> np.ndarray:
+    """Tell whose accepted rows must move to lie one behind the other; those of a chain do so already.
+
+    Args:
+        nodes: accepted paths, -1 behind the last node. [B, levels]
+
+    Returns:
+        [B] bool.
+
+    Example:
+        >>> moves_rows(np.array([[0, 1, -1], [0, 2, -1], [0, -1, -1]])).tolist()
+        [False, True, False]
+    """
+    return np.any(nodes > np.arange(nodes.shape[1]), axis=1)
 
 
 class TreeDrafter:
@@ -313,15 +329,16 @@ class TreeDrafter:
         places = [self._held.index(request_id) if request_id in self._held else -1 for request_id in request_ids]
         if max(places) < 0:
             return
-        num_accepted = path.num_accepted
-        if places == list(range(len(places))):
-            table = self._device_pages[: len(places)]
-        else:  # a request without pages has no rows to move
-            table = self._device_pages[[max(place, 0) for place in places]]
-            has_pages = torch.tensor([place >= 0 for place in places], device=num_accepted.device)
-            num_accepted = torch.where(has_pages, num_accepted, 0)
-        compact_kv_cache_(self._table, path.nodes, num_accepted, num_committed.clone(), block_table=table)
-        for request_id, place, accepted in zip(request_ids, places, num_accepted.tolist()):
+        moves = moves_rows(path.nodes.cpu().numpy()).tolist()
+        # A request without pages has no rows to move.
+        moved = [row for row, place in enumerate(places) if place >= 0 and moves[row]]
+        if moved:
+            rows = torch.tensor(moved, device=num_committed.device)
+            table = self._device_pages[[places[row] for row in moved]]
+            compact_kv_cache_(
+                self._table, path.nodes[rows], path.num_accepted[rows], num_committed[rows], block_table=table
+            )
+        for request_id, place, accepted in zip(request_ids, places, path.num_accepted.tolist()):
             if place >= 0:
                 # The last accepted node may be a leaf, which was never fed: the next tree begins by feeding it again.
                 self._requests[request_id].num_rows += accepted

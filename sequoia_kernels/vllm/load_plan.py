@@ -13,8 +13,10 @@ one number that the verified paths tell (`ShiftEstimate`), for greedy and for sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -106,9 +108,13 @@ class StepCosts:
             num_nodes: of the trees. [T]
             level_widths: nodes with children of each level behind the root, 0 where there is none. [T, levels]
         """
-        rows = num_requests * num_nodes
+        attention = self.attention(num_requests * num_nodes * context)
+        return self.without_attention(num_requests, num_nodes, level_widths) + attention
+
+    def without_attention(self, num_requests: int, num_nodes: Floats, level_widths: Floats) -> Floats:
+        """Give the part of `trees` that no context changes."""
         levels = np.where(level_widths > 0, self.draft_level(num_requests * level_widths), 0.0).sum(1)
-        return self.forward(rows) + self.attention(rows * context) + self.draft_root(num_requests) + levels
+        return self.forward(num_requests * num_nodes) + self.draft_root(num_requests) + levels
 
 
 class LoadPlan:
@@ -121,7 +127,7 @@ class LoadPlan:
 
     Attributes:
         trees: as given.
-        costs: as given; may be exchanged.
+        costs: as given; not to be changed any more.
     """
 
     def __init__(self, trees: Sequence[TokenTree], rule: str, costs: StepCosts | None = None) -> None:
@@ -132,12 +138,16 @@ class LoadPlan:
         self._values = np.stack([tree_values(tree, vectors, rule) for tree in self.trees])  # [trees, shifts]
         self._num_nodes = np.array([tree.num_nodes for tree in self.trees], dtype=np.float64)
         most = max(tree.num_levels for tree in self.trees)
+        self._num_rows = np.concatenate(([1.0], self._num_nodes))
         self._widths = np.zeros((len(self.trees), most))
         for row, tree in zip(self._widths, self.trees):
             widths = [len(tree.internal_nodes(level)) for level in range(1, tree.num_levels - 1)]
             row[: len(widths)] = widths
+        self._visits = {tree: _visits_by_end(tree) for tree in self.trees}
+        self._fixed: dict[int, Floats] = {}  # by requests: seconds of the table that no context changes. [1 + trees]
         self._estimates = {greedy: ShiftEstimate(prior, half_life=HALF_LIFE) for greedy in (True, False)}
         self._beyond: dict[tuple[int, int], float] = {}  # seconds beyond the table, by bucket and choice; -1 is none
+        self._known: set[int] = set()  # buckets of which something is learned
         self._num_seen: dict[tuple[int, int], int] = {}
         self._probed: set[int] = set()  # buckets
         self._current: dict[int, int] = {}  # the choice of a bucket
@@ -181,14 +191,16 @@ class LoadPlan:
 
     def seconds(self, num_requests: int, context: float) -> Floats:
         """Give the predicted seconds of a step without trees and with each of them. [1 + trees]"""
-        bucket = batch_bucket(num_requests)
-        table = np.concatenate(
-            (
-                [self.costs.plain(num_requests, context)],
-                self.costs.trees(num_requests, context, self._num_nodes, self._widths),
-            )
-        )
-        return table + self._beyond_of(bucket)
+        return self._table(num_requests, context) + self._beyond_of(batch_bucket(num_requests))
+
+    def _table(self, num_requests: int, context: float) -> Floats:
+        """Give the seconds that the table says. [1 + trees]"""
+        fixed = self._fixed.get(num_requests)
+        if fixed is None:
+            plain = self.costs.forward([num_requests])
+            of_trees = self.costs.without_attention(num_requests, self._num_nodes, self._widths)
+            fixed = self._fixed[num_requests] = np.concatenate((plain, of_trees))
+        return fixed + self.costs.attention(num_requests * context * self._num_rows)
 
     def observe_step(self, num_requests: int, context: float, tree: TokenTree | None, seconds: float) -> None:
         """Take in how long a step took, from its beginning to the next one's.
@@ -202,14 +214,15 @@ class LoadPlan:
         choice = -1 if tree is None else self.trees.index(tree)
         key = batch_bucket(num_requests), choice
         seen = self._num_seen.get(key, 0)
-        predicted = float(self.seconds(num_requests, context)[choice + 1])
         old = float(self._beyond_of(key[0])[choice + 1])
+        predicted = float(self._table(num_requests, context)[choice + 1]) + old
         new = old + seconds - predicted
         if seen < FIRST_STEPS:
             self._beyond[key] = min(new, old) if seen else new
         elif seconds < LARGEST_STEP * predicted:
             self._beyond[key] = old + LEARNING_RATE * (new - old)
         self._num_seen[key] = seen + 1
+        self._known.add(key[0])
 
     def _forget(self, bucket: int) -> None:
         """Let what was seen of trees fade while none is grown, so that they are tried again some day."""
@@ -217,9 +230,10 @@ class LoadPlan:
             estimate.fade(FADING)
         plain = self._beyond.get((bucket, -1))
         if plain is not None:
-            for key in self._beyond:
-                if key[0] == bucket and key[1] >= 0:
-                    self._beyond[key] += FORGETTING * (plain - self._beyond[key])
+            for choice in range(len(self.trees)):
+                seconds = self._beyond.get((bucket, choice))
+                if seconds is not None:
+                    self._beyond[bucket, choice] = seconds + FORGETTING * (plain - seconds)
 
     def observe_path(self, tree: TokenTree, paths: Sequence[tuple[Sequence[int], int]], greedy: bool) -> None:
         """Take in accepted paths of one step.
@@ -229,13 +243,9 @@ class LoadPlan:
             paths: nodes, and how many of them were accepted, of each request.
             greedy: whether the requests are greedy.
         """
-        tried = np.zeros(tree.max_branching)
-        accepted = np.zeros(tree.max_branching)
-        for nodes, num_accepted in paths:
-            visits, takes = visits_by_rank(tree, nodes, num_accepted)
-            tried[: len(visits)] += visits
-            accepted[: len(takes)] += takes
-        self._estimates[greedy].observe(tried.tolist(), accepted.tolist())
+        tried, accepted = self._visits[tree]
+        ends = [nodes[num_accepted - 1] for nodes, num_accepted in paths]
+        self._estimates[greedy].observe(tried[ends].sum(0).tolist(), accepted[ends].sum(0).tolist())
 
     def report(self) -> dict[str, Any]:
         """Give what is known, as plain values: shifts of acceptance, and by number of requests what is chosen."""
@@ -257,7 +267,7 @@ class LoadPlan:
         for greedy, count in ((True, num_greedy), (False, num_requests - num_greedy)):
             if count:
                 shift = self._estimates[greedy].fit()
-                place = np.interp(shift, SHIFTS, np.arange(len(SHIFTS)))
+                place = (shift - SHIFTS[0]) / (SHIFTS[1] - SHIFTS[0])
                 below = min(int(place), len(SHIFTS) - 2)
                 values = self._values[:, below] + (place - below) * (
                     self._values[:, below + 1] - self._values[:, below]
@@ -268,19 +278,32 @@ class LoadPlan:
     def _beyond_of(self, bucket: int) -> Floats:
         """Seconds beyond the table, of no tree and of each: as learned, or of what is nearest to it. [1 + trees]"""
         beyond = np.zeros(1 + len(self.trees))
-        if not self._beyond:
+        if not self._known:
             return beyond
-        nearest = min({key[0] for key in self._beyond}, key=lambda other: abs(np.log(other / bucket)))
-        here = {choice: seconds for (other, choice), seconds in self._beyond.items() if other == nearest}
+        nearest = min(self._known, key=lambda other: abs(math.log(other / bucket)))
+        learned = (self._beyond.get((nearest, choice)) for choice in range(-1, len(self.trees)))
+        here = {choice: seconds for choice, seconds in enumerate(learned, -1) if seconds is not None}
         of_trees = {choice: seconds for choice, seconds in here.items() if choice >= 0}
         plain = here.get(-1)
         if of_trees and plain is not None and len(self.costs.forward.sizes) > 1:
             # What trees take beyond the table and a step without is their rows', so that of a smaller tree is less.
-            a_node = np.mean([(seconds - plain) / self._num_nodes[choice] for choice, seconds in of_trees.items()])
+            a_node = fmean((seconds - plain) / self.trees[choice].num_nodes for choice, seconds in of_trees.items())
             beyond[1:] = plain + a_node * self._num_nodes
         else:
-            beyond[1:] = np.mean(list(of_trees.values() or here.values()))
+            beyond[1:] = fmean(of_trees.values() or here.values())
         beyond[0] = min(here.values()) if plain is None else plain
         for choice, seconds in here.items():
             beyond[choice + 1] = seconds
         return beyond
+
+
+def _visits_by_end(tree: TokenTree) -> tuple[Floats, Floats]:
+    """Count tries and acceptances of each rank on the path that ends at each node. Both [nodes, ranks]."""
+    tried, accepted = np.zeros((2, tree.num_nodes, tree.max_branching))
+    for node in range(tree.num_nodes):
+        path = [node]
+        while path[0] > 0:
+            path.insert(0, tree.parents[path[0]])
+        visits, takes = visits_by_rank(tree, path, len(path))
+        tried[node, : len(visits)], accepted[node, : len(takes)] = visits, takes
+    return tried, accepted

@@ -27,11 +27,11 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
 from sequoia_kernels.models import adapt, load_model
 from sequoia_kernels.models.loading import MAX_PADDING
-from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_
+from sequoia_kernels.ops import CacheTable, compact_kv_cache_
 from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vllm import BACKEND
 from sequoia_kernels.vllm.attention import StepTrees, TreeMetadataBuilder, paged_rows
-from sequoia_kernels.vllm.drafting import PAGE_SIZE, DraftedBatch, DraftRequest, TreeDrafter
+from sequoia_kernels.vllm.drafting import PAGE_SIZE, DraftedBatch, DraftRequest, TreeDrafter, moves_rows
 from sequoia_kernels.vllm.load_plan import LoadPlan
 from sequoia_kernels.vllm.measuring import measure_costs
 from sequoia_kernels.vllm.settings import CONFIG_KEY, LOGGER, TreeSettings
@@ -142,8 +142,37 @@ def decodes_trees(params: SamplingParams | None) -> bool:
 _LATER_PARAMETERS = ("logprob_token_ids", "thinking_token_budget", "trace_decode_token_ids")
 
 
-def _is_seeded(params: SamplingParams) -> bool:
-    return params.seed is not None and params.temperature > 0
+class _Sampling(NamedTuple):
+    """What trees need of a request's parameters, which every step asks for.
+
+    Attributes:
+        params: where it was read: it is void where a request has others.
+        has_trees: whether the request decodes trees; without them the rest means nothing.
+        temperature: 0 is greedy.
+        seed: the request's own, or None.
+        warping: cuts of its distribution.
+    """
+
+    params: SamplingParams | None
+    has_trees: bool
+    temperature: float = 0.0
+    seed: int | None = None
+    warping: Warping = Warping(0, 1.0)
+
+    @classmethod
+    def of(cls, params: SamplingParams | None, vocab_size: int) -> _Sampling:
+        """Read a request's parameters."""
+        if params is None or not decodes_trees(params):
+            return cls(params, False)
+        return cls(params, True, params.temperature, params.seed, Warping.of(params.top_k, params.top_p, vocab_size))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def is_seeded(self) -> bool:
+        return self.seed is not None and self.temperature > 0
 
 
 class TreeRunnerMixin:
@@ -169,6 +198,8 @@ class TreeRunnerMixin:
         self._candidates = [TokenTree(parents) for parents in self.settings.trees]
         self._most_levels = max(tree.num_levels for tree in self._candidates)
         self._drafted: list[DraftedBatch] = []
+        self._proposed: list[list[list[int]]] = []  # each one's tokens as the scheduler got them. [B][N - 1]
+        self._samplings: dict[str, _Sampling] = {}
         self._tree_of: dict[str, TokenTree] = {}  # the tree that a request's drafted tokens are
         self._next_tree: TokenTree | None = self._candidates[0]
         self._step_trees = self._new_step_trees()
@@ -264,6 +295,7 @@ class TreeRunnerMixin:
             self.trees.release(preempted)
         for request_id in (*gone, *preempted):
             self._tree_of.pop(request_id, None)
+            self._samplings.pop(request_id, None)
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     def _update_streaming_request(self, req_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -271,7 +303,15 @@ class TreeRunnerMixin:
         if self.trees is not None:
             self.trees.release([req_id])
         self._tree_of.pop(req_id, None)
+        self._samplings.pop(req_id, None)
         return super()._update_streaming_request(req_id, *args, **kwargs)  # type: ignore[misc]
+
+    def _sampling(self, request_id: str) -> _Sampling:
+        params = self.requests[request_id].sampling_params
+        sampling = self._samplings.get(request_id)
+        if sampling is None or sampling.params is not params:
+            sampling = self._samplings[request_id] = _Sampling.of(params, self.model_config.get_vocab_size())
+        return sampling
 
     # ---- 2. Positions are depths; slots stay one behind the other ----
 
@@ -306,6 +346,8 @@ class TreeRunnerMixin:
 
     def _set_positions(self, num_rows: np.ndarray, total: int) -> None:
         """Give the step's rows their positions by depth."""
+        if all(tree is None or tree.max_branching <= 1 for tree in self._step_trees.trees):
+            return  # depths of chains are what vLLM has set
         positions = self.query_pos.np[:total].astype(np.int64)
         starts = np.cumsum(num_rows) - num_rows
         for index, tree in enumerate(self._step_trees.trees):
@@ -359,13 +401,16 @@ class TreeRunnerMixin:
         elif ranks.world_size > 1:
             verdict = torch.zeros(1, self._most_levels + 2, dtype=torch.int64, device=logits.device)
         first_rows = np.cumsum([0, *num_rows[:-1]])
+        scheduled = np.zeros(0, dtype=np.int64)  # the drafted tokens of all requests
+        if with_trees:
+            scheduled = spec_decode_metadata.draft_token_ids.cpu().numpy()
         if self.trees is not None:
             if verdict is not None and with_trees:
-                self._decide(with_trees, num_rows, first_rows, logits, spec_decode_metadata, verdict)
+                self._decide(with_trees, num_rows, first_rows, logits, scheduled, verdict)
             self._next_tree = self._choose_tree()
         if verdict is not None and ranks.world_size > 1:
             self._share(verdict)
-        return self._output(logits, num_rows, first_rows, with_trees, verdict)
+        return self._output(logits, num_rows, first_rows, with_trees, scheduled, verdict)
 
     def _decide(
         self,
@@ -373,22 +418,22 @@ class TreeRunnerMixin:
         num_rows: list[int],
         first_rows: np.ndarray,
         logits: torch.Tensor,
-        metadata: Any,
+        scheduled: np.ndarray,
         verdict: torch.Tensor,
     ) -> None:
         """Verify the trees. verdict: row i is what becomes of request with_trees[i]: its path's nodes, -1 behind, how
         many they are, the token behind them; 0 of them where what was scheduled is not what was drafted.
         """
-        scheduled = metadata.draft_token_ids.cpu().numpy()
-        for drafted in self._drafted:
+        request_ids, tokens = self.input_batch.req_ids, scheduled.tolist()
+        computed = self.input_batch.num_computed_tokens_cpu[: len(num_rows)].tolist()
+        for drafted, proposed in zip(self._drafted, self._proposed):
             groups: dict[int, list[tuple[int, int, int]]] = {}  # by nodes: row of the verdict, request, place
             for row, index in enumerate(with_trees):
-                place = drafted.place.get(self.input_batch.req_ids[index])
-                if place is None or drafted.num_tokens[place] != self.input_batch.num_computed_tokens_cpu[index] + 1:
+                place = drafted.place.get(request_ids[index])
+                if place is None or drafted.num_tokens[place] != computed[index] + 1:
                     continue
                 nodes, start = num_rows[index], int(first_rows[index]) - index  # no request drafts its root
-                tokens = drafted.tokens[place, 1:nodes].cpu().numpy()
-                if np.array_equal(scheduled[start : start + nodes - 1], tokens.clip(min=0)):
+                if tokens[start : start + nodes - 1] == proposed[place][: nodes - 1]:
                     groups.setdefault(nodes, []).append((row, index, place))
             for nodes, members in groups.items():
                 rows, indices, places = (list(column) for column in zip(*members))
@@ -408,13 +453,13 @@ class TreeRunnerMixin:
         """Verify trees of equally many nodes, and commit them in the draft's pages."""
         batch = self.input_batch
         request_ids = [batch.req_ids[index] for index in indices]
-        params = [self.requests[request_id].sampling_params for request_id in request_ids]
+        samplings = [self._sampling(request_id) for request_id in request_ids]
         if indices == list(range(len(first_rows))) and logits.shape[0] == num_nodes * len(indices):
             target = logits.view(len(indices), num_nodes, -1)
         else:
             taken = first_rows[indices][:, None] + np.arange(num_nodes)
             target = logits[torch.from_numpy(taken).to(logits.device)]
-        warping = [Warping.of(p.top_k, p.top_p, target.shape[-1]) for p in params]
+        warping = [sampling.warping for sampling in samplings]
         try:
             path = verify_drafted(drafted, places, num_nodes, target, warping, self.settings.rule)
         except ValueError:
@@ -430,7 +475,7 @@ class TreeRunnerMixin:
                 self._decide_alike(drafted, num_nodes, rows, indices, places, first_rows, logits, verdict)
             return
         levels = path.nodes.shape[1]
-        place = torch.tensor(rows, device=verdict.device)
+        place = slice(0, len(rows)) if rows == list(range(len(rows))) else torch.tensor(rows, device=verdict.device)
         verdict[place, :levels] = path.nodes.long()
         verdict[place, levels:-2] = -1
         verdict[place, -2] = path.num_accepted.long()
@@ -441,7 +486,7 @@ class TreeRunnerMixin:
         if self.load_plan is not None and num_nodes == drafted.tree.num_nodes:
             paths = list(zip(path.nodes.tolist(), path.num_accepted.tolist()))
             for greedy in (True, False):
-                of_kind = [entry for entry, p in zip(paths, params) if (p.temperature == 0) == greedy]
+                of_kind = [entry for entry, sampling in zip(paths, samplings) if sampling.is_greedy == greedy]
                 if of_kind:
                     self.load_plan.observe_path(drafted.tree, of_kind, greedy)
         self.tree_statistics["cut"] += len(indices) * (num_nodes < drafted.tree.num_nodes)
@@ -481,26 +526,30 @@ class TreeRunnerMixin:
         num_rows: list[int],
         first_rows: np.ndarray,
         with_trees: list[int],
+        scheduled: np.ndarray,
         verdict: torch.Tensor | None,
     ) -> SamplerOutput:
         """Emit and commit what was decided; the first row of a request without a verdict is sampled by vLLM."""
         batch, device = self.input_batch, logits.device
         metadata = batch.sampling_metadata
-        decided: list[int] = []
+        width = self._most_levels if with_trees else 1
+        decided: list[int] = []  # requests
+        paths = np.zeros((0, width + 2), dtype=np.int64)
         if with_trees:
             assert verdict is not None
-            accepted = verdict[:-1, -2].tolist()
-            decided = [row for row, count in enumerate(accepted) if count > 0]
+            verdicts = verdict[:-1].cpu().numpy()
+            has_path = verdicts[:, -2] > 0
+            decided, paths = np.array(with_trees)[has_path].tolist(), verdicts[has_path]
             self.tree_statistics["undrafted"] += len(with_trees) - len(decided)
-        width = self._most_levels if with_trees else 1
-        roots = torch.from_numpy(first_rows).to(device)
         if len(decided) == batch.num_reqs and metadata.max_num_logprobs is None:
             # int32, as vLLM's sampler gives them
-            sampled = torch.full((batch.num_reqs, width), PADDING, dtype=torch.int32, device=device)
+            sampled = torch.empty(batch.num_reqs, width, dtype=torch.int32, device=device)
             output = SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
         else:
-            root_logits = logits if logits.shape[0] == batch.num_reqs else logits[roots]
-            output = self._sampled(root_logits, [with_trees[row] for row in decided])
+            root_logits = logits
+            if logits.shape[0] != batch.num_reqs:
+                root_logits = logits[torch.from_numpy(first_rows).to(device)]
+            output = self._sampled(root_logits, decided)
             if not with_trees:
                 return output
             sampled = output.sampled_token_ids.new_full((batch.num_reqs, width), PADDING)
@@ -508,27 +557,32 @@ class TreeRunnerMixin:
             if output.logprobs_tensors is not None:  # a row for every entry of `sampled`, which vLLM filters alike
                 output.logprobs_tensors = _repeated(output.logprobs_tensors, width)
         if decided:
-            assert verdict is not None
-            rows = torch.tensor(decided, device=device)
-            path = VerifiedPath(
-                verdict[rows, :-2].to(torch.int32), verdict[rows, -2].to(torch.int32), verdict[rows, -1]
-            )
-            indices = [with_trees[row] for row in decided]
-            self._commit(indices, path, num_rows, roots, sampled)
+            # Before anyone can see the rows: vLLM hashes a block for its prefix cache when the next step is scheduled,
+            # and only up to the tokens that are final by then.
+            self._commit(decided, paths)
+            # Node j of a request is its drafted token j - 1.
+            firsts = first_rows[decided] - decided - 1
+            emitted = emitted_tokens(scheduled, firsts, paths[:, :-2], paths[:, -1])
+            places = torch.tensor(decided, device=device)
+            sampled[places] = torch.from_numpy(emitted).to(sampled)
+            counts = self.tree_statistics
+            counts["tree_steps"] += 1
+            counts["trees"] += len(decided)
+            counts["nodes"] += sum(num_rows[index] for index in decided)
+            counts["accepted"] += int(paths[:, -2].sum())
             if metadata.max_num_logprobs is not None:
-                path_rows = roots[:, None].repeat(1, width)
-                places = torch.tensor(indices, device=device)
-                path_rows[places] += path.nodes.clamp(min=0).long()
+                path_rows = np.repeat(first_rows[:, None], width, axis=1)
+                path_rows[decided] += paths[:, :-2].clip(min=0)
                 # Raw ones.
-                table = self.sampler.compute_logprobs(logits[path_rows.flatten()].float())
+                table = self.sampler.compute_logprobs(logits[torch.from_numpy(path_rows.ravel()).to(device)].float())
                 of_paths = self.sampler.gather_logprobs(
                     table, metadata.max_num_logprobs, sampled.flatten().clamp(min=0).long()
                 )
                 if getattr(metadata, "logprob_token_ids", None):
                     # vLLM's own, of the tokens that a request without a tree has named, stay in its rows.
-                    has_path = torch.zeros(batch.num_reqs, dtype=torch.bool, device=device)
-                    has_path[places] = True
-                    of_paths = _merged(output.logprobs_tensors, of_paths, has_path.repeat_interleave(width))
+                    is_decided = torch.zeros(batch.num_reqs, dtype=torch.bool, device=device)
+                    is_decided[places] = True
+                    of_paths = _merged(output.logprobs_tensors, of_paths, is_decided.repeat_interleave(width))
                 output.logprobs_tensors = of_paths
         output.sampled_token_ids = sampled
         return output
@@ -563,43 +617,20 @@ class TreeRunnerMixin:
         finally:
             batch.generators = generators
 
-    def _commit(
-        self,
-        indices: list[int],
-        path: VerifiedPath,
-        num_rows: list[int],
-        roots: torch.Tensor,
-        sampled: torch.Tensor,
-    ) -> None:
-        """Write what is emitted, and move accepted rows behind the committed ones.
-
-        Before anyone can see them: vLLM hashes a block for its prefix cache when the next step is scheduled, and only
-        up to the tokens that are final by then.
-        """
-        batch, device = self.input_batch, sampled.device
-        most = max(num_rows[index] for index in indices)
-        # The tokens that were fed: node 0 is no drafted one.
-        places = torch.tensor(indices, device=device)
-        nodes = torch.arange(most, device=device)
-        fed = self.input_ids.gpu[
-            (self._row_starts(indices)[:, None] + nodes).clamp_(max=self.input_ids.gpu.shape[0] - 1)
-        ]
-        sampled[places] = emitted_tokens(fed.long(), path).to(sampled.dtype)
-        committed = torch.from_numpy(batch.num_computed_tokens_cpu[indices]).to(device, torch.int32)
+    def _commit(self, indices: list[int], paths: np.ndarray) -> None:
+        """Move the rows of accepted nodes behind the committed ones. paths: as in a verdict. [B, levels + 2]"""
+        moves = moves_rows(paths[:, :-2])
+        if not moves.any():
+            return
+        batch, device, paths = self.input_batch, self.device, paths[moves]
+        rows = np.array(indices)[moves]
+        nodes = torch.from_numpy(paths[:, :-2].astype(np.int32)).to(device)
+        num_accepted = torch.from_numpy(paths[:, -2].astype(np.int32)).to(device)
+        committed = torch.from_numpy(batch.num_computed_tokens_cpu[rows]).to(device, torch.int32)
+        places = torch.from_numpy(rows).to(device)
         for group_id, table in self._tables():
-            pages = batch.block_table[group_id].get_device_tensor(batch.num_reqs)
-            if indices != list(range(batch.num_reqs)):
-                pages = pages.index_select(0, places)
-            compact_kv_cache_(table, path.nodes, path.num_accepted, committed.clone(), block_table=pages)
-        counts = self.tree_statistics
-        counts["tree_steps"] += 1
-        counts["trees"] += len(indices)
-        counts["nodes"] += sum(num_rows[index] for index in indices)
-        counts["accepted"] += int(path.num_accepted.sum())
-
-    def _row_starts(self, indices: list[int]) -> torch.Tensor:
-        """First row of requests among all rows that were fed. [B] int64."""
-        return self.query_start_loc.gpu[torch.tensor(indices, device=self.device)].long()
+            pages = batch.block_table[group_id].get_device_tensor(batch.num_reqs).index_select(0, places)
+            compact_kv_cache_(table, nodes, num_accepted, committed.clone(), block_table=pages)
 
     def _tables(self) -> list[_CacheGroup]:
         if self._cache_groups is None:
@@ -623,12 +654,12 @@ class TreeRunnerMixin:
         if self.load_plan is None:
             return self._candidates[0]
         batch = self.input_batch
-        params = [self.requests[request_id].sampling_params for request_id in batch.req_ids]
-        going = ~self.discard_request_mask.np[: batch.num_reqs]
-        wanting = [p for p, goes in zip(params, going) if goes and decodes_trees(p) and not _is_seeded(p)]
+        going = (~self.discard_request_mask.np[: batch.num_reqs]).tolist()
+        samplings = [self._sampling(request_id) for request_id, goes in zip(batch.req_ids, going) if goes]
+        wanting = [sampling for sampling in samplings if sampling.has_trees and not sampling.is_seeded]
         if not wanting:
             return None
-        num_greedy = sum(p.temperature == 0 for p in wanting)
+        num_greedy = sum(sampling.is_greedy for sampling in wanting)
         context = float(batch.num_computed_tokens_cpu[: batch.num_reqs].mean())
         return self.load_plan.choose(len(wanting), num_greedy, context)
 
@@ -640,25 +671,26 @@ class TreeRunnerMixin:
         proposed: list[list[int]] = [[] for _ in batch.req_ids]
         wanted: dict[TokenTree, list[DraftRequest]] = {}
         for index, request_id in enumerate(batch.req_ids):
-            params = self.requests[request_id].sampling_params
+            sampling = self._sampling(request_id)
             # No tokens: a prompt that is not complete yet.
-            if not sampled_token_ids[index] or not decodes_trees(params):
+            if not sampled_token_ids[index] or not sampling.has_trees:
                 continue
-            seeded = _is_seeded(params)
+            seeded = sampling.is_seeded
             tree = self._candidates[0] if seeded else self._next_tree
             if tree is None:
                 continue
             self._tree_of[request_id] = tree
             if self.trees is not None:
                 tokens = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]]
-                entry = DraftRequest(request_id, tokens, params.temperature, params.seed, must_draft=seeded)
+                entry = DraftRequest(request_id, tokens, sampling.temperature, sampling.seed, must_draft=seeded)
                 wanted.setdefault(tree, []).append(entry)
-        self._drafted = []
+        self._drafted, self._proposed = [], []
         if self.trees is None or not wanted:
             return proposed
         self._drafted = self.trees.grow(wanted)
         for drafted in self._drafted:
             tokens = drafted.tokens[:, 1:].clamp(min=0).tolist()
+            self._proposed.append(tokens)
             for request_id, place in drafted.place.items():
                 proposed[batch.req_id_to_index[request_id]] = tokens[place]
         return proposed

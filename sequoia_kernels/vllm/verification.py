@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sequoia_kernels.ops import VerifiedPath, verify_tree
@@ -85,23 +86,28 @@ def verify_drafted(
     )
 
 
-def emitted_tokens(tokens: torch.Tensor, path: VerifiedPath) -> torch.Tensor:
-    """Give what a path emits: the accepted tokens, then the one behind them, then padding.
+def emitted_tokens(
+    tokens: np.ndarray, first_nodes: np.ndarray, nodes: np.ndarray, next_tokens: np.ndarray
+) -> np.ndarray:
+    """Give what paths emit: the accepted tokens, then the one behind them, then padding.
 
     Args:
-        tokens: tokens of the nodes. [B, N] int64.
-        path: the accepted path, of at most L nodes.
+        tokens: tokens of the nodes of all trees, one behind the other. Integers.
+        first_nodes: places of the roots in it; a root's token is not read, so the place may be another node's. [B]
+        nodes: the accepted paths, -1 behind. [B, levels]
+        next_tokens: the tokens behind them. [B]
 
     Returns:
-        [B, L] int64.
+        [B, levels] int64.
 
     Example:
-        >>> nodes, num = torch.tensor([[0, 2, -1], [0, -1, -1]]), torch.tensor([2, 1])
-        >>> path = VerifiedPath(nodes.int(), num.int(), torch.tensor([7, 8]))
-        >>> emitted_tokens(torch.tensor([[4, 5, 6], [4, 5, 6]]), path).tolist()
+        >>> nodes = np.array([[0, 2, -1], [0, -1, -1]])
+        >>> emitted_tokens(np.array([4, 5, 6, 4, 5, 6]), np.array([0, 3]), nodes, np.array([7, 8])).tolist()
         [[6, 7, -1], [8, -1, -1]]
     """
-    below = path.nodes[:, 1:]
-    emitted = torch.full(path.nodes.shape, PADDING, dtype=torch.int64, device=tokens.device)
-    emitted[:, :-1] = tokens.gather(1, below.clamp(min=0).long()).masked_fill_(below < 0, PADDING)
-    return emitted.scatter_(1, (path.num_accepted - 1).long()[:, None], path.next_token[:, None])
+    below = nodes[:, 1:]
+    emitted = np.full(nodes.shape, PADDING, dtype=np.int64)
+    accepted = below >= 0
+    emitted[:, :-1][accepted] = tokens[(first_nodes[:, None] + below)[accepted]]
+    emitted[np.arange(len(nodes)), accepted.sum(1)] = next_tokens
+    return emitted

@@ -92,7 +92,8 @@ def _tree_forward_cpu(document: Document) -> Iterator[Comparison]:
 def _forward_floors(document: Document) -> Iterator[Comparison]:
     for result in document["results"]:
         ms = {"native": result["best_ms"], "floor": result["floor_ms"]}
-        yield Comparison(f"{result['rows']} rows of {document['size']}, {document['dtype']}", ms, ("native",), "ms")
+        name = f"{result['rows']} rows of {document['size']}, {document['dtype']}, {result['instruction_set']}"
+        yield Comparison(name, ms, ("native",), "ms")
 
 
 def _planner_pick(document: Document) -> Iterator[Comparison]:

@@ -587,7 +587,9 @@ def test_targets_read_a_folder_of_results(tmp_path, capsys):
 def test_floors_of_a_forward_are_the_longer_of_reading_and_multiplying(tmp_path):
     path = tmp_path / "floors.json"
     arguments = ["--quick", "--dtype", "float32", "--rows", "1", "5", "--json", str(path)]
+    before = os.environ.get("SEQUOIA_HOST_ISA")
     assert bench_script("forward_floors").main(arguments) == 0
+    assert os.environ.get("SEQUOIA_HOST_ISA") == before
     document = json.loads(path.read_text())
     assert document["weight_bytes"] == document["read_bytes"] == 4 * document["multiplied_weights"]
     assert document["threads"] == torch.get_num_threads()
@@ -598,6 +600,24 @@ def test_floors_of_a_forward_are_the_longer_of_reading_and_multiplying(tmp_path)
         assert math.isclose(result["ratio"], result["best_ms"] / result["floor_ms"])
     one, five = (result["multiply_ms"] for result in document["results"])
     assert five > 5 * one
+
+
+def test_floors_of_several_instruction_sets_take_turns(tmp_path, capsys):
+    path, names = tmp_path / "floors.json", _host.forward_instruction_sets()
+    assert (
+        bench_script("forward_floors").main(
+            ["--quick", "--rows", "3", "--instruction-sets", *names, "--json", str(path)]
+        )
+        == 0
+    )
+    document = json.loads(path.read_text())
+    assert [result["instruction_set"] for result in document["results"]] == document["instruction_sets"] == names
+    rates, pairs = document["multiply_adds_per_s"], document["pair_multiply_adds_per_s"]
+    assert list(rates) == names and sorted(pairs) == sorted(_host.forward_instruction_sets(pairs=True))
+    assert min([*rates.values(), *pairs.values()]) > 0
+    with pytest.raises(SystemExit):
+        bench_script("forward_floors").main(["--quick", "--instruction-sets", "mmx"])
+    assert "this CPU has no mmx" in capsys.readouterr().err
 
 
 def test_peaks_refuse_what_they_cannot_measure():

@@ -147,7 +147,7 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
                                   columns.rows, stride};
     const CacheRows<Element> values{reinterpret_cast<const Element*>(call.caches[2 * layer_index + 1]) + first,
                                     columns.rows, stride};
-    const Panel queries{bench.queries, end - begin, d, up_to_lanes(d)};
+    const Panel queries(bench.queries, end - begin, d);
     for (i64 r = begin; r < end; ++r) {
         const i64 row = segment.first_row + r / group, query_head = head * group + r % group;
         queries.put(r - begin, pass.projected + row * pass.projected_stride + layer.queries.first +

@@ -7,9 +7,11 @@
 //             lie. A team of threads (team.h) shares out weight rows and heads; phases end at barriers (work.h).
 // Memory      Reads every weight once a pass, the visible cache rows once for ROW_BLOCK query rows; writes the rows' keys
 //             and values, and the logits. Scratch: a few rows of activations a thread.
-// Numerics    Sums in float32; weights and cache rows are widened, activations are never rounded between products. A
-//             row's numbers are added in one order, whatever rows are fed beside it and however many threads there are:
-//             a node's logits are the bits that feeding its path alone gives. The order depends on the CPU's vectors.
+// Numerics    Sums in float32; weights and cache rows are widened, activations are never rounded between products. Only
+//             where the CPU multiplies pairs of bfloat16 (pairs.h), bfloat16 weights meet rounded activations, those of
+//             queries, keys and values split into two. A row's numbers are added in one order, whatever rows are fed
+//             beside it and however many threads there are: a node's logits are the bits that feeding its path alone
+//             gives. The order depends on the CPU's vectors.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,6 +38,7 @@ namespace sequoia::forward {
 void work_portable(const Pass& pass, int thread);
 void work_avx2(const Pass& pass, int thread);
 void work_avx512(const Pass& pass, int thread);
+void work_avx512_bf16(const Pass& pass, int thread);
 void measure_portable(const Peak& peak, int thread);
 void measure_avx2(const Peak& peak, int thread);
 void measure_avx512(const Peak& peak, int thread);
@@ -53,6 +56,8 @@ struct InstructionSet {
     const char* name;
     Work work;
     MeasurePeak measure;
+    int lanes;   // of floats
+    bool pairs;  // of bfloat16 are multiplied
     bool available;
 };
 
@@ -62,12 +67,16 @@ std::vector<InstructionSet> instruction_sets() {  // the best first
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool halves = __builtin_cpu_supports("f16c");
-    sets.push_back({"avx512", work_avx512, measure_avx512,
-                    avx2 && halves && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
-    sets.push_back({"avx2", work_avx2, measure_avx2, avx2 && halves});
+    const bool avx512 = avx2 && halves && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(SEQUOIA_AVX512_BF16)
+    sets.push_back({"avx512_bf16", work_avx512_bf16, measure_avx512, 16, true,
+                    avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
-    sets.push_back({"portable", work_portable, measure_portable, true});
+    sets.push_back({"avx512", work_avx512, measure_avx512, 16, false, avx512});
+    sets.push_back({"avx2", work_avx2, measure_avx2, 8, false, avx2 && halves});
+#endif
+    sets.push_back({"portable", work_portable, measure_portable, 4, false, true});
     return sets;
 }
 
@@ -87,14 +96,14 @@ InstructionSet choose_instruction_set(const std::string& name) {
 // ---- peaks ----
 
 // Seconds of one measurement by a team of threads.
-double seconds_of(const std::string& instruction_set, const float* data, std::int64_t count, int num_threads) {
+double seconds_of(const InstructionSet& set, const float* data, bool pairs, std::int64_t count, int num_threads) {
     if (num_threads < 1 || count < 0) throw std::invalid_argument("forward: a peak needs threads and a count");
     struct Job {
         Peak peak;
         MeasurePeak measure;
     };
     std::vector<float> sums(static_cast<std::size_t>(num_threads) * 16);
-    Job job{{data, count, num_threads, sums.data()}, choose_instruction_set(instruction_set).measure};
+    Job job{{data, pairs, count, num_threads, sums.data()}, set.measure};
     const auto begin = std::chrono::steady_clock::now();
     run_in_team(
         num_threads,
@@ -107,14 +116,16 @@ double seconds_of(const std::string& instruction_set, const float* data, std::in
 }
 
 double read_seconds(const std::string& instruction_set, std::uintptr_t data, std::int64_t num_bytes, int num_threads) {
-    return seconds_of(instruction_set, reinterpret_cast<const float*>(data), num_bytes / 4, num_threads);
+    const InstructionSet set = choose_instruction_set(instruction_set);
+    return seconds_of(set, reinterpret_cast<const float*>(data), false, num_bytes / 4, num_threads);
 }
 
-// Multiply-adds of single floats a second.
-double multiply_add_rate(const std::string& instruction_set, std::int64_t steps, int num_threads) {
-    const int lanes = instruction_set == "avx512" ? 16 : instruction_set == "avx2" ? 8 : 4;
-    const double count = static_cast<double>(steps * PEAK_CHAINS * lanes * num_threads);
-    return count / seconds_of(instruction_set, nullptr, steps, num_threads);
+// Multiply-adds a second, of single floats or of bfloat16.
+double multiply_add_rate(const std::string& instruction_set, std::int64_t steps, int num_threads, bool pairs) {
+    const InstructionSet set = choose_instruction_set(instruction_set);
+    if (pairs && !set.pairs) throw std::invalid_argument("forward: " + std::string(set.name) + " multiplies no pairs");
+    const double count = static_cast<double>(steps * PEAK_CHAINS * set.lanes * (pairs ? 2 : 1) * num_threads);
+    return count / seconds_of(set, nullptr, pairs, steps, num_threads);
 }
 
 // ---- descriptions ----
@@ -501,6 +512,7 @@ class Forward : public Runner {
         routes_stride_ = whole_vectors(experts);
         widest_ = std::max({stream_stride_, projected_stride_, attended_stride_, gated_stride_});
         if (model_.has_features) widest_ = std::max(widest_, whole_vectors(2 * model_.width));
+        widest_ = (widest_ + 31) / 32 * 32;  // of pairs as well
     }
 
     const char* instruction_set() const { return set_.name; }
@@ -792,13 +804,14 @@ void bind_forward(py::module_& module) {
         .def("run", &sequoia::forward::run_bound, py::arg("tensors"), py::arg("logits"), py::arg("num_threads"),
              py::arg("hidden") = 0,
              "Score what lies there now. False, and nothing is written, if a length is out of range.");
-    module.def("forward_instruction_sets", [] {
+    module.def("forward_instruction_sets", [](bool pairs) {
         std::vector<std::string> names;
         for (const auto& set : sequoia::forward::instruction_sets()) {
-            if (set.available) names.emplace_back(set.name);
+            if (set.available && (set.pairs || !pairs)) names.emplace_back(set.name);
         }
         return names;
-    }, "Names of the instruction sets that this CPU can run, the best first.");
+    }, py::arg("pairs") = false,
+               "Names of the instruction sets that this CPU can run, the best first; or of those that multiply pairs of bfloat16.");
     module.def("forward_instruction_set", [](const std::string& name) {
         return std::string(sequoia::forward::choose_instruction_set(name).name);
     }, py::arg("name"), "The one that forwards use: the named one, or the best for an empty name. ValueError if it is none.");
@@ -806,8 +819,8 @@ void bind_forward(py::module_& module) {
                py::arg("instruction_set"), py::arg("data"), py::arg("num_bytes"), py::arg("num_threads"),
                "Read memory once, each thread its part, with the vectors of a named instruction set; returns the seconds.");
     module.def("multiply_add_rate", &sequoia::forward::multiply_add_rate, py::call_guard<py::gil_scoped_release>(),
-               py::arg("instruction_set"), py::arg("steps"), py::arg("num_threads"),
-               "Multiply-adds of single floats a second that threads make in registers, in `steps` steps.");
+               py::arg("instruction_set"), py::arg("steps"), py::arg("num_threads"), py::arg("pairs") = false,
+               "Multiply-adds of single floats a second that threads make in registers, in `steps` steps; or of pairs of bfloat16.");
     module.def("use_openmp_threads", &sequoia::forward::use_openmp, py::arg("wanted"),
                "Let the threads of the OpenMP library that torch loaded run the jobs, or the team's own again. Whether they do.");
     module.def("stop_forward_threads", [] { sequoia::forward::stop_team(); }, py::call_guard<py::gil_scoped_release>(),

@@ -124,6 +124,13 @@ SEQUOIA_INLINE void store(float* target, Float lanes) { std::memcpy(target, &lan
 
 SEQUOIA_INLINE void store_four(float* target, Float4 lanes) { std::memcpy(target, &lanes, sizeof(lanes)); }
 
+// To nearest, ties to even, as `narrow`.
+SEQUOIA_INLINE Halves rounded_to_bfloat16(Float x) {
+    const Bits bits = (Bits)x;
+    const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return __builtin_convertvector(x == x ? rounded : rounded - rounded + 0x7fc0u, Halves);
+}
+
 template <class Element>
 SEQUOIA_INLINE void narrow_row(const float* row, i64 count, Element* target) {
     for (i64 i = 0; i < count; ++i) narrow(row[i], target + i);
@@ -160,6 +167,12 @@ SEQUOIA_INLINE void keep(Float& lanes) {
 #else
     static_cast<void>(lanes);
 #endif
+}
+
+SEQUOIA_INLINE void keep(Bits& lanes) {
+    Float floats = (Float)lanes;
+    keep(floats);
+    lanes = (Bits)floats;
 }
 
 // The vector's lanes added to four sums, each of every fourth lane: halves are added to one another.

@@ -7,6 +7,11 @@
 #include "model.h"
 #include "team.h"
 
+// Of functions that multiply pairs of bfloat16, where the compiler knows the instruction.
+#if defined(SEQUOIA_X86) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
+#define SEQUOIA_AVX512_BF16 __attribute__((target("avx512bf16")))
+#endif
+
 namespace sequoia::forward {
 
 // The cache rows that the nodes of one request in a pass see: a run of committed ones, then tree slots.

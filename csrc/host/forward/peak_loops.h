@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "lanes.h"
+#include "pairs.h"
 #include "peaks.h"
 
 namespace sequoia::forward {
@@ -33,9 +33,29 @@ SEQUOIA_INLINE Float multiply_add(i64 steps) {
     return chains[0];
 }
 
+#if defined(__AVX512F__) && defined(SEQUOIA_AVX512_BF16)
+// The same of pairs of bfloat16.
+SEQUOIA_AVX512_BF16 Float multiply_add_pairs(i64 steps) {
+    Float chains[PEAK_CHAINS] = {};
+    Bits factor = (Bits)all_lanes(0.5f), other = (Bits)all_lanes(1.0f);
+    keep(factor), keep(other);
+    for (Float& chain : chains) keep(chain);
+    for (i64 step = 0; step < steps; ++step) {
+#pragma GCC unroll 12
+        for (int c = 0; c < PEAK_CHAINS; ++c) chains[c] = add_pairs(chains[c], factor, other);
+    }
+    for (int c = 1; c < PEAK_CHAINS; ++c) chains[0] += chains[c];
+    return chains[0];
+}
+#else
+SEQUOIA_INLINE Float multiply_add_pairs(i64) { return Float{}; }
+#endif
+
 SEQUOIA_INLINE void measure(const Peak& peak, int thread) {
     const i64 begin = peak.count * thread / peak.num_threads, end = peak.count * (thread + 1) / peak.num_threads;
-    const Float sum = peak.data == nullptr ? multiply_add(peak.count) : read_all(peak.data + begin, end - begin);
+    const Float sum = peak.data != nullptr ? read_all(peak.data + begin, end - begin)
+                      : peak.pairs         ? multiply_add_pairs(peak.count)
+                                           : multiply_add(peak.count);
     store(peak.sums + thread * 16, sum);
 }
 

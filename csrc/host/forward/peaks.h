@@ -11,6 +11,7 @@ constexpr std::int64_t PEAK_CHAINS = 12;  // of multiply-adds that do not wait f
 // What the threads of one measurement share.
 struct Peak {
     const float* data;   // that is read, each thread a part; null: multiply-adds instead
+    bool pairs;          // the multiply-adds are of pairs of bfloat16
     std::int64_t count;  // floats; of multiply-adds the steps of each thread's PEAK_CHAINS vectors
     int num_threads;
     float* sums;  // [num_threads, 16] results, so that nothing is left out

@@ -27,31 +27,67 @@ constexpr int MOST_NODES = 6;           // of a block that is the only one
 #define SEQUOIA_FOR_PARTS(CASE) CASE(1) CASE(2) CASE(3)
 #endif
 
-// Activations of `count` nodes, [count, size], `size` padded to whole vectors by zeros.
+// How activations lie in a panel.
+enum class Form {
+    floats,
+    pairs,        // rounded to bfloat16, two in a float's place
+    split_pairs,  // twice as many rows: of each node the rounded numbers, then what rounding took away, also rounded
+};
+
+// Activations of `count` nodes, [rows, size], `size` padded to whole vectors by zeros.
 struct Panel {
     float* data = nullptr;
-    i64 count = 0, size = 0, padded = 0;
+    i64 count = 0, size = 0;
+    Form form = Form::floats;
+    i64 rows = 0;    // of all nodes
+    i64 padded = 0;  // floats of a row
 
-    // Blocks of equal sizes, those with one node more in front.
-    i64 num_blocks() const { return count <= MOST_NODES ? 1 : (count + NODES - 1) / NODES; }
-    i64 block_begin(i64 block) const { return block * (count / num_blocks()) + smaller(block, count % num_blocks()); }
+    Panel(float* data_, i64 count_, i64 size_, Form form_ = Form::floats)
+        : data(data_), count(count_), size(size_), form(form_), rows(form_ == Form::split_pairs ? 2 * count_ : count_),
+          padded(up_to_lanes(form_ == Form::floats ? size_ : (size_ + 1) / 2)) {}
+
+    // Blocks of equal sizes, those with one row more in front.
+    i64 num_blocks() const { return rows <= MOST_NODES ? 1 : (rows + NODES - 1) / NODES; }
+    i64 block_begin(i64 block) const { return block * (rows / num_blocks()) + smaller(block, rows % num_blocks()); }
 
     struct Place {
         float* first;
-        i64 step;  // floats between a node's vectors
+        i64 step;  // floats between a row's vectors
     };
-    Place place(i64 node) const {
-        const i64 blocks = num_blocks(), few = count / blocks, more = count % blocks;
-        const i64 block = node < more * (few + 1) ? node / (few + 1) : more + (node - more * (few + 1)) / few;
-        const i64 begin = block_begin(block), nodes = block_begin(block + 1) - begin;
-        return {data + begin * padded + (node - begin) * W, nodes * W};
+    Place place(i64 row) const {
+        const i64 blocks = num_blocks(), few = rows / blocks, more = rows % blocks;
+        const i64 block = row < more * (few + 1) ? row / (few + 1) : more + (row - more * (few + 1)) / few;
+        const i64 begin = block_begin(block), together = block_begin(block + 1) - begin;
+        return {data + begin * padded + (row - begin) * W, together * W};
     }
     // Arranges a node's row.
     void put(i64 node, const float* row) const {
+        if (form != Form::floats) return put_pairs(node, row);
         auto [to, step] = place(node);
         i64 k = 0;
         for (; k + W <= size; k += W, to += step) store(to, load(row + k));
         if (k < size) store(to, load_some(row + k, size - k));
+    }
+
+  private:
+    void put_pairs(i64 node, const float* row) const {
+        const bool split = form == Form::split_pairs;
+        Place whole = place(split ? 2 * node : node), rest = place(split ? 2 * node + 1 : node);
+        for (i64 k = 0; k < size; k += 2 * W, whole.first += whole.step, rest.first += rest.step) {
+            for (i64 half = 0; half < 2; ++half) {
+                const i64 from = k + half * W, place = half * W / 2;
+                const Float lanes = from + W <= size ? load(row + from)
+                                    : from < size    ? load_some(row + from, size - from)
+                                                     : Float{};
+                const Halves rounded = rounded_to_bfloat16(lanes);
+                std::memcpy(whole.first + place, &rounded, sizeof(rounded));
+                if (!split) continue;
+                Float left = lanes - (Float)(__builtin_convertvector(rounded, Bits) << 16);
+                left = left == left ? left : Float{};  // infinity stays what it is
+                const Halves rounded_rest = rounded_to_bfloat16(left);
+                std::memcpy(rest.first + place, &rounded_rest, sizeof(rounded_rest));
+            }
+        }
     }
 };
 
@@ -60,7 +96,7 @@ struct Panel {
 // what it reads next. Requests are spread over all blocks of nodes, or memory would be idle half of the time, and are as
 // many as what is read: those that ran ahead would push out what is still to be read.
 struct Ahead {
-    static constexpr i64 BYTES = 16384, LINE = 64;
+    static constexpr i64 BYTES = 32768, LINE = 64;
     const char *at = nullptr, *end = nullptr, *then = nullptr;
     i64 due = 0, read = 0, share = LINE;  // bytes: a line is requested for every `share` that steps of `read` make up
 
@@ -96,6 +132,32 @@ struct MatrixRows {
     i64 stride;
     SEQUOIA_INLINE const Element* row(i64 index) const { return data + index * stride; }
 };
+
+// Adds up the lanes of R rows and C nodes: out[c * out_stride + r].
+template <int R, int C>
+SEQUOIA_INLINE void leave_sums(const Float (&sums)[C][R], float* out, i64 out_stride) {
+    if constexpr (R == 2 && C % 2 == 0) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c += 2) {
+            const Float4 four = sums_of(sums[c][0], sums[c][1], sums[c + 1][0], sums[c + 1][1]);
+            std::memcpy(out + c * out_stride, &four, 8);
+            std::memcpy(out + (c + 1) * out_stride, reinterpret_cast<const char*>(&four) + 8, 8);
+        }
+        return;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+        if constexpr (R % 4 == 0) {
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r += 4) {
+                store_four(out + c * out_stride + r, sums_of(sums[c][r], sums[c][r + 1], sums[c][r + 2], sums[c][r + 3]));
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) out[c * out_stride + r] = sum_of(sums[c][r]);
+        }
+    }
+}
 
 // out[c * out_stride + r] of R rows and a block of C nodes.
 template <int R, int C, class Rows>
@@ -154,27 +216,7 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
             for (int c = 0; c < C; ++c) sums[c][r] += weight * load(nodes + (whole * C + c) * W);
         }
     }
-    if constexpr (R == 2 && C % 2 == 0) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c += 2) {
-            const Float4 four = sums_of(sums[c][0], sums[c][1], sums[c + 1][0], sums[c + 1][1]);
-            std::memcpy(out + c * out_stride, &four, 8);
-            std::memcpy(out + (c + 1) * out_stride, reinterpret_cast<const char*>(&four) + 8, 8);
-        }
-        return;
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-        if constexpr (R % 4 == 0) {
-#pragma GCC unroll 2
-            for (int r = 0; r < R; r += 4) {
-                store_four(out + c * out_stride + r, sums_of(sums[c][r], sums[c][r + 1], sums[c][r + 2], sums[c][r + 3]));
-            }
-        } else {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) out[c * out_stride + r] = sum_of(sums[c][r]);
-        }
-    }
+    leave_sums<R, C>(sums, out, out_stride);
 }
 
 // Rows that are multiplied together with a block of so many nodes.

@@ -3,12 +3,14 @@
 // Phases end at barriers: embedding | projections | norms and rotation of heads, cache rows | attention | output |
 // gate and up | down | ... | head. Every thread normalises all rows for itself, which costs less than waiting; a product's
 // weight rows are shared out in tiles, and what is done with a tile's products (biases, activations, residuals) is done
-// while they lie in the first-level cache. The residual stream and everything between products are float32.
+// while they lie in the first-level cache. The residual stream and everything between products are float32, also where
+// products round what they read.
 
 #pragma once
 
 #include "attention.h"
 #include "packed.h"
+#include "pairs.h"
 
 namespace sequoia::forward {
 namespace {
@@ -25,10 +27,11 @@ struct Worker {
     const Call& call;
     const Bench& bench;
     const int thread, threads;
+    const bool multiplies_pairs;  // the CPU does, of bfloat16
 
-    Worker(const Pass& shared, int number)
+    Worker(const Pass& shared, int number, bool has_pairs = false)
         : pass(shared), model(*shared.model), call(*shared.call), bench(shared.benches[number]), thread(number),
-          threads(shared.num_threads) {}
+          threads(shared.num_threads), multiplies_pairs(has_pairs) {}
 
     Part part(i64 count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
     void wait() const { pass.team->barrier(threads); }
@@ -94,9 +97,26 @@ struct Worker {
 
     float* second_row() const { return bench.rows + pass.stream_stride; }
 
+    // Whether what a product reads is rounded to bfloat16. Its weights decide, never the number of rows: that changes no bit.
+    bool takes_pairs(const Linear& linear) const {
+        const Matrix& weight = linear.weight;
+        return multiplies_pairs && weight.type == ElementType::bfloat16 && !weight.transposed && !weight.packed();
+    }
+    Form form_for(const Linear& linear) const { return takes_pairs(linear) ? Form::pairs : Form::floats; }
+    // Errors of queries and keys weigh most, since scores go through an exponential: they are not rounded.
+    Form form_for_projections(const Layer& layer) const {
+        for (const Linear& linear : layer.projections) {
+            if (!takes_pairs(linear)) return Form::floats;
+        }
+        return Form::split_pairs;
+    }
+    Form form_for_mlp(const Layer& layer) const {
+        return layer.gate.weight.given() && !takes_pairs(layer.gate) ? Form::floats : form_for(layer.up);
+    }
+
     // Normalised rows as a panel; `rows` lists them, null for all.
-    Panel normalised(const Norm& norm, i64 count, const std::int32_t* rows) const {
-        const Panel panel{bench.panel, count, model.width, up_to_lanes(model.width)};
+    Panel normalised(const Norm& norm, i64 count, const std::int32_t* rows, Form form = Form::floats) const {
+        const Panel panel(bench.panel, count, model.width, form);
         for (i64 i = 0; i < count; ++i) {
             const float* const row = pass.stream + (rows == nullptr ? i : rows[i]) * pass.stream_stride;
             if (norm.given()) {
@@ -110,8 +130,8 @@ struct Worker {
     }
 
     // Of the first layer of a model with features: normalised embeddings and features side by side.
-    Panel paired(const Norm& norm) const {
-        const Panel panel{bench.panel, pass.num_rows, 2 * model.width, up_to_lanes(2 * model.width)};
+    Panel with_features(const Norm& norm, Form form) const {
+        const Panel panel(bench.panel, pass.num_rows, 2 * model.width, form);
         for (i64 i = 0; i < pass.num_rows; ++i) {
             const float* const feature = pass.stream + i * pass.stream_stride;
             float* const pair = bench.wide;
@@ -126,8 +146,8 @@ struct Worker {
         return panel;
     }
 
-    Panel arranged(const float* rows, i64 stride, i64 size) const {
-        const Panel panel{bench.panel, pass.num_rows, size, up_to_lanes(size)};
+    Panel arranged(const float* rows, i64 stride, i64 size, Form form) const {
+        const Panel panel(bench.panel, pass.num_rows, size, form);
         for (i64 i = 0; i < pass.num_rows; ++i) panel.put(i, rows + i * stride);
         return panel;
     }
@@ -140,7 +160,9 @@ struct Worker {
         const i64 first = tile * TILE, count = smaller(TILE, weight.rows - first);
         const char* const data = address(weight, first);
         const i64 stride = weight.columns;
-        if (weight.quantised.packing == Packing::int8_rows) {
+        if (panel.form != Form::floats) {
+            multiply_pairs({reinterpret_cast<const BFloat16*>(data), stride}, count, panel, out, ahead);
+        } else if (weight.quantised.packing == Packing::int8_rows) {
             multiply_rows(MatrixRows<Int8>{reinterpret_cast<const Int8*>(data), stride}, 0, count, panel, out, TILE, ahead,
                           bench.wide);
             float scales[TILE];
@@ -493,10 +515,12 @@ struct Worker {
     void run_mlp(const Layer& layer, const char* next) const {
         const char* const down = begin_of(layer.down);
         const bool gated = layer.gate.weight.given();
-        gate_and_up(layer, layer.gate, layer.up, normalised(layer.mlp_norm, pass.num_rows, nullptr), pass.gated,
+        gate_and_up(layer, layer.gate, layer.up,
+                    normalised(layer.mlp_norm, pass.num_rows, nullptr, form_for_mlp(layer)), pass.gated,
                     pass.gated_stride, down, gated ? down + Ahead::BYTES : down);
         wait();
-        add_branch(layer.down, arranged(pass.gated, pass.gated_stride, layer.down.weight.columns),
+        add_branch(layer.down,
+                   arranged(pass.gated, pass.gated_stride, layer.down.weight.columns, form_for(layer.down)),
                    layer.mlp_output_norm, layer.parallel ? pass.branch : nullptr, next);
     }
 
@@ -591,7 +615,7 @@ struct Worker {
             after = next_chosen(experts, expert + 1);
             const bool last = after == experts.count;
             const i64 begin = bench.first_choices[expert];
-            const Panel panel{bench.panel, bench.first_choices[expert + 1] - begin, width, up_to_lanes(width)};
+            const Panel panel(bench.panel, bench.first_choices[expert + 1] - begin, width);
             for (i64 i = 0; i < panel.count; ++i) {
                 panel.put(i, pass.branch + bench.choice_rows[begin + i] * pass.stream_stride);
             }
@@ -612,7 +636,7 @@ struct Worker {
         for (i64 expert = first, after; expert < experts.count; expert = after) {
             after = next_chosen(experts, expert + 1);
             const i64 begin = bench.first_choices[expert];
-            const Panel panel{bench.panel, bench.first_choices[expert + 1] - begin, inner, up_to_lanes(inner)};
+            const Panel panel(bench.panel, bench.first_choices[expert + 1] - begin, inner);
             for (i64 i = 0; i < panel.count; ++i) panel.put(i, pass.gated + (begin + i) * stride);
             const char* const then =
                 after == experts.count ? next : begin_of(of_expert(layer.down, experts.down_stride, after));
@@ -636,14 +660,15 @@ struct Worker {
         const Layer& layer = model.layers[static_cast<std::size_t>(index)];
         const i64 count = pass.num_rows, attended_width = layer.num_heads * layer.head_dim;
         keep_hidden(index, nullptr);
-        project(layer, index == 0 && model.has_features ? paired(layer.input_norm)
-                                                        : normalised(layer.input_norm, count, nullptr));
+        const Form form = form_for_projections(layer);
+        project(layer, index == 0 && model.has_features ? with_features(layer.input_norm, form)
+                                                        : normalised(layer.input_norm, count, nullptr, form));
         wait();
         prepare(layer, index);
         wait();
         attend_all(layer, index);
         wait();
-        const Panel attended = arranged(pass.attended, pass.attended_stride, attended_width);
+        const Panel attended = arranged(pass.attended, pass.attended_stride, attended_width, form_for(layer.output));
         const bool last = static_cast<std::size_t>(index) + 1 == model.layers.size();
         const char* const next =
             begin_of(last ? model.head : model.layers[static_cast<std::size_t>(index) + 1].projections[0]);
@@ -675,7 +700,7 @@ struct Worker {
         }
         if (pass.num_wanted == 0) return;
         const i64 vocab = model.head.weight.rows;
-        const Panel panel = normalised(model.final_norm, pass.num_wanted, pass.wanted);
+        const Panel panel = normalised(model.final_norm, pass.num_wanted, pass.wanted, form_for(model.head));
         multiply(model.head, panel, nullptr, [&](i64 row, i64 count, const float* products) {
             for (i64 node = 0; node < panel.count; ++node) {
                 float logits[TILE];

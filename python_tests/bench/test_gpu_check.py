@@ -60,18 +60,21 @@ def test_what_ignores_the_interrupt_is_ended_by_force(tmp_path):
 
 def test_an_interrupted_stage_is_ended(tmp_path, monkeypatch):
     """Ctrl-C on a terminal does not reach it: it has a session of its own."""
-    ended = []
+    ended, ready = [], tmp_path / "ready"
 
     class Interrupted(subprocess.Popen):
         def wait(self, timeout=None):
             if timeout == 580.0:
+                while not ready.exists():  # an interpreter that still starts has an exit status of its own
+                    time.sleep(0.01)
                 raise KeyboardInterrupt
             ended.append(code := super().wait(timeout))
             return code
 
     monkeypatch.setattr(gpu_check.subprocess, "Popen", Interrupted)
+    code = f"import time; open({str(ready)!r}, 'w').close(); time.sleep(3600)"
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.run_stage(python_stage("hangs", "import time; time.sleep(3600)"), AMPLE, tmp_path)
+        gpu_check.run_stage(python_stage("hangs", code), AMPLE, tmp_path)
     assert ended and ended[0] < 0
 
 

@@ -69,16 +69,17 @@ enum class RowOrder { side_by_side, in_turn };
 template <int R, int C>
 SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_pairs_block(RowOrder order, const BFloat16* weights, i64 stride,
                                                              const float* nodes, i64 size, float* out, Ahead* ahead) {
-    Float sums[C][R];
     if (order == RowOrder::side_by_side) {
+        Float sums[C][R];  // in registers; those below wait in memory
         add_rows<R, C>(weights, stride, nodes, size, sums, ahead);
-    } else {
-        for (int r = 0; r < R; ++r) {
-            Float one[C][1];
-            add_rows<1, C>(weights + r * stride, stride, nodes, size, one, ahead);
+        return leave_sums<R, C>(sums, out, TILE);
+    }
+    Float sums[C][R];
+    for (int r = 0; r < R; ++r) {
+        Float one[C][1];
+        add_rows<1, C>(weights + r * stride, stride, nodes, size, one, ahead);
 #pragma GCC unroll 8
-            for (int c = 0; c < C; ++c) sums[c][r] = one[c][0];
-        }
+        for (int c = 0; c < C; ++c) sums[c][r] = one[c][0];
     }
     leave_sums<R, C>(sums, out, TILE);
 }
@@ -104,22 +105,21 @@ __attribute__((noinline)) SEQUOIA_AVX512_BF16 void multiply_pairs(const MatrixRo
                                                                   const Panel& panel, float* out, Ahead* ahead) {
     const i64 blocks = panel.num_blocks();
     const RowOrder order = row_order(panel);
-    const i64 most = panel.rows == 1 ? 8 : 4;
     for (i64 done = 0; done < count;) {
-        const i64 next = done + most <= count ? most : 1, side_by_side = order == RowOrder::in_turn ? 1 : next;
+        const i64 next = done + 4 <= count ? 4 : 1, side_by_side = order == RowOrder::in_turn ? 1 : next;
         if (ahead != nullptr) ahead->pace(side_by_side * 2 * W * static_cast<i64>(sizeof(BFloat16)), blocks);
         for (i64 block = 0; block < blocks; ++block) {
             const i64 begin = panel.block_begin(block);
             const BFloat16* const weights = rows.row(done);
             const float* const nodes = panel.data + begin * panel.padded;
             float* const to = out + begin * TILE + done;
-#define SEQUOIA_BLOCK(C)                                                                                         \
-    case C:                                                                                                      \
-        if (next == 1) {                                                                                         \
-            multiply_pairs_block<1, C>(RowOrder::side_by_side, weights, rows.stride, nodes, panel.size, to, ahead); \
-        } else {                                                                                                 \
-            multiply_pairs_block<C == 1 ? 8 : 4, C>(order, weights, rows.stride, nodes, panel.size, to, ahead);  \
-        }                                                                                                        \
+#define SEQUOIA_BLOCK(C)                                                                           \
+    case C:                                                                                        \
+        if (next == 1) {                                                                           \
+            multiply_pairs_block<1, C>(order, weights, rows.stride, nodes, panel.size, to, ahead); \
+        } else {                                                                                   \
+            multiply_pairs_block<4, C>(order, weights, rows.stride, nodes, panel.size, to, ahead); \
+        }                                                                                          \
         break;
             switch (panel.block_begin(block + 1) - begin) { SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK) }
 #undef SEQUOIA_BLOCK

@@ -91,7 +91,6 @@ def test_costs_add_up_by_hand():
         draft_root=Curve({1: 0.5, 11: 1.5}),
         draft_level=Curve({1: 0.3, 11: 0.5}),
     )
-    assert table.plain(4, 50) == pytest.approx(0.9 + 0.4 + 0.4)
     # eight nodes; one node of level 1 and two of level 2 have children
     tree = TokenTree([-1, 0, 0, 1, 1, 3, 3, 4])
     levels = [len(tree.internal_nodes(level)) for level in (1, 2)]
@@ -99,7 +98,7 @@ def test_costs_add_up_by_hand():
     plan = plan_of(table, [tree])
     draft = 0.8 + (0.3 + 3 * 0.02) + (0.3 + 7 * 0.02)
     expected = 0.9 + 0.1 * 32 + 0.002 * 32 * 50 + draft
-    np.testing.assert_allclose(plan.seconds(4, 50), [1.7, expected])
+    np.testing.assert_allclose(plan.seconds(4, 50), [0.9 + 0.4 + 0.4, expected])
 
 
 @pytest.mark.parametrize("num_requests", [1, 2, 3, 7, 20])
@@ -107,10 +106,11 @@ def test_costs_add_up_by_hand():
 def test_the_choice_is_the_most_tokens_a_second(num_requests, per_row):
     table = costs(per_row=per_row)
     vector = AcceptanceEvidence().vector
-    speeds = [num_requests / table.plain(num_requests, 100)]
+    speeds = [num_requests / (table.forward(num_requests) + table.attention(num_requests * 100))]
     for tree in TREES:
         widths = [len(tree.internal_nodes(level)) for level in range(1, tree.num_levels - 1)]
-        seconds = table.trees(num_requests, 100, np.array([tree.num_nodes]), np.array([widths]))[0]
+        seconds = table.without_attention(num_requests, np.array([tree.num_nodes]), np.array([widths]))[0]
+        seconds += table.attention(num_requests * tree.num_nodes * 100)
         speeds.append(num_requests * tree.expected_tokens(vector) / seconds)
     best = int(np.argmax(speeds))
     assert plan_of(table).choose(num_requests, 0, 100) == (None if best == 0 else TREES[best - 1])
@@ -236,7 +236,7 @@ def test_a_small_gain_changes_nothing():
         assert plan.choose(1, 0, 100) == small
         # now both are equally fast but for the gain
         plan.observe_step(1, 100, large, 1.0)
-        plan._beyond[1, 1] += 10 * MS * ratio / (1 + gain) - float(plan.seconds(1, 100)[2])
+        plan._beyond[1][1] += 10 * MS * ratio / (1 + gain) - float(plan.seconds(1, 100)[2])
         choices = [plan.choose(1, 0, 100) for _ in range(PATIENCE + 1)]
         assert (choices[-1] == large) == moves
 

@@ -14,6 +14,7 @@ one number that the verified paths tell (`ShiftEstimate`), for greedy and for sa
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -95,24 +96,14 @@ class StepCosts:
     draft_root: Curve = field(default_factory=lambda: Curve({1: 0.0}))
     draft_level: Curve = field(default_factory=lambda: Curve({1: 0.0}))
 
-    def plain(self, num_requests: int, context: float) -> float:
-        """Give the seconds of a step without trees."""
-        return float(self.forward(num_requests) + self.attention(num_requests * context))
-
-    def trees(self, num_requests: int, context: float, num_nodes: Floats, level_widths: Floats) -> Floats:
-        """Give the seconds of steps with each of several trees.
+    def without_attention(self, num_requests: int, num_nodes: Floats, level_widths: Floats) -> Floats:
+        """Give the seconds of steps with each of several trees, but for what the context changes.
 
         Args:
             num_requests: requests.
-            context: committed tokens of each, on average.
             num_nodes: of the trees. [T]
             level_widths: nodes with children of each level behind the root, 0 where there is none. [T, levels]
         """
-        attention = self.attention(num_requests * num_nodes * context)
-        return self.without_attention(num_requests, num_nodes, level_widths) + attention
-
-    def without_attention(self, num_requests: int, num_nodes: Floats, level_widths: Floats) -> Floats:
-        """Give the part of `trees` that no context changes."""
         levels = np.where(level_widths > 0, self.draft_level(num_requests * level_widths), 0.0).sum(1)
         return self.forward(num_requests * num_nodes) + self.draft_root(num_requests) + levels
 
@@ -146,8 +137,8 @@ class LoadPlan:
         self._visits = {tree: _visits_by_end(tree) for tree in self.trees}
         self._fixed: dict[int, Floats] = {}  # by requests: seconds of the table that no context changes. [1 + trees]
         self._estimates = {greedy: ShiftEstimate(prior, half_life=HALF_LIFE) for greedy in (True, False)}
-        self._beyond: dict[tuple[int, int], float] = {}  # seconds beyond the table, by bucket and choice; -1 is none
-        self._known: set[int] = set()  # buckets of which something is learned
+        # seconds beyond the table, by bucket and choice; -1 is none
+        self._beyond: defaultdict[int, dict[int, float]] = defaultdict(dict)
         self._num_seen: dict[tuple[int, int], int] = {}
         self._probed: set[int] = set()  # buckets
         self._current: dict[int, int] = {}  # the choice of a bucket
@@ -211,29 +202,25 @@ class LoadPlan:
             tree: what the step decoded with.
             seconds: how long it took.
         """
-        choice = -1 if tree is None else self.trees.index(tree)
-        key = batch_bucket(num_requests), choice
-        seen = self._num_seen.get(key, 0)
-        old = float(self._beyond_of(key[0])[choice + 1])
+        choice, bucket = -1 if tree is None else self.trees.index(tree), batch_bucket(num_requests)
+        seen = self._num_seen.get((bucket, choice), 0)
+        old = float(self._beyond_of(bucket)[choice + 1])
         predicted = float(self._table(num_requests, context)[choice + 1]) + old
         new = old + seconds - predicted
         if seen < FIRST_STEPS:
-            self._beyond[key] = min(new, old) if seen else new
+            self._beyond[bucket][choice] = min(new, old) if seen else new
         elif seconds < LARGEST_STEP * predicted:
-            self._beyond[key] = old + LEARNING_RATE * (new - old)
-        self._num_seen[key] = seen + 1
-        self._known.add(key[0])
+            self._beyond[bucket][choice] = old + LEARNING_RATE * (new - old)
+        self._num_seen[bucket, choice] = seen + 1
 
     def _forget(self, bucket: int) -> None:
         """Let what was seen of trees fade while none is grown, so that they are tried again some day."""
         for estimate in self._estimates.values():
             estimate.fade(FADING)
-        plain = self._beyond.get((bucket, -1))
-        if plain is not None:
-            for choice in range(len(self.trees)):
-                seconds = self._beyond.get((bucket, choice))
-                if seconds is not None:
-                    self._beyond[bucket, choice] = seconds + FORGETTING * (plain - seconds)
+        learned = self._beyond.get(bucket, {})
+        if -1 in learned:
+            for choice, seconds in learned.items():
+                learned[choice] = seconds + FORGETTING * (learned[-1] - seconds)  # of none it stays
 
     def observe_path(self, tree: TokenTree, paths: Sequence[tuple[Sequence[int], int]], greedy: bool) -> None:
         """Take in accepted paths of one step.
@@ -278,11 +265,9 @@ class LoadPlan:
     def _beyond_of(self, bucket: int) -> Floats:
         """Seconds beyond the table, of no tree and of each: as learned, or of what is nearest to it. [1 + trees]"""
         beyond = np.zeros(1 + len(self.trees))
-        if not self._known:
+        if not self._beyond:
             return beyond
-        nearest = min(self._known, key=lambda other: abs(math.log(other / bucket)))
-        learned = (self._beyond.get((nearest, choice)) for choice in range(-1, len(self.trees)))
-        here = {choice: seconds for choice, seconds in enumerate(learned, -1) if seconds is not None}
+        here = self._beyond[min(self._beyond, key=lambda other: abs(math.log(other / bucket)))]
         of_trees = {choice: seconds for choice, seconds in here.items() if choice >= 0}
         plain = here.get(-1)
         if of_trees and plain is not None and len(self.costs.forward.sizes) > 1:

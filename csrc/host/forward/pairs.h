@@ -87,9 +87,9 @@ SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_pairs_block(RowOrder order, con
 // With few nodes memory is what is waited for, and gives one row after the other sooner than several side by side, as
 // long as the nodes leave room for them in the first-level cache.
 SEQUOIA_INLINE RowOrder row_order(const Panel& panel) {
-    constexpr i64 FEW_NODES = 5, NEAR_BYTES = 28672;
+    constexpr i64 FEW_NODES = 5, NEAR_BYTES = 28672, LONG_ROW = 512;
     const i64 bytes = panel.rows * panel.padded * static_cast<i64>(sizeof(float));
-    return panel.rows <= FEW_NODES && bytes <= NEAR_BYTES ? RowOrder::in_turn : RowOrder::side_by_side;
+    return panel.rows <= FEW_NODES && bytes <= NEAR_BYTES && panel.size >= LONG_ROW ? RowOrder::in_turn : RowOrder::side_by_side;
 }
 
 // Adds up both products of each node: [rows, TILE] become [count, TILE].

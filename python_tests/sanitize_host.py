@@ -74,14 +74,12 @@ def main() -> int:
     # The sanitizer reports a crash itself. Tests that start compilers or other interpreters are none of its business.
     chosen = sys.argv[1:]
     if not chosen:
-        natives = ["models/test_native.py", "models/test_native_quantised.py", "models/test_paged_cache.py"]
-        natives += [
-            "decoding/test_paged_steps.py",
-            "decoding/test_in_place.py",
-            "drafts/test_shaping.py",
-            "drafts/test_eagle3.py",
+        natives = [
+            *("models/test_native.py", "models/test_native_instruction_sets.py", "models/test_native_quantised.py"),
+            *("models/test_paged_cache.py", "models/test_few_rows_linear.py"),
+            *("decoding/test_paged_steps.py", "decoding/test_in_place.py"),
+            *("drafts/test_shaping.py", "drafts/test_eagle3.py", "drafts/test_dflash.py"),
         ]
-        natives += ["drafts/test_dflash.py", "models/test_few_rows_linear.py"]
         chosen = ["python_tests/ops", *(f"python_tests/{name}" for name in natives), "-n", "2", "-m", "not slow"]
         chosen += [
             "-k",

@@ -6,8 +6,8 @@ as large as the weights but at most `--read-mib`, which must lie beyond the cach
 registers. The floor of a forward is the longer of reading all weights that it multiplies once at that bandwidth and
 making its multiply-adds, attention's included, at that rate. Where an instruction set multiplies pairs of bfloat16 and
 the weights are such, theirs count at the rate of pairs, once each, although the activations of queries, keys and values
-are split into two. Of every figure the best round counts, and the median of a
-forward is told beside it. What the floor leaves out is reading the cache, and widening weights of 16 bits.
+are split into two. Of every figure the best round counts, and the median of a forward is told beside it. What the floor
+leaves out is reading the cache, and widening weights of 16 bits.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 //             sliding window by depth, pages and grouped heads included.
 // Plan        A request's columns are the cache rows that any of its query rows sees: a run of the prefix, then the tree
 //             slots whose bits are set somewhere. For ROW_BLOCK query rows at a time (nodes times query heads, of one or
-//             more key/value heads): all scores, their softmax, then the weighted values. One thread.
+//             more key/value heads): all scores, their softmax, then the weighted values. Threads share out the blocks.
 // Memory      Reads each visible cache row in place once for every ROW_BLOCK query rows, and the mask; writes out and lse.
 //             Between two forwards a layer's cache has left the CPU's caches, so rows some way ahead are prefetched, a line
 //             between two loads: many at once would fill the queue of misses, and arithmetic would wait for memory and
@@ -188,7 +188,7 @@ struct Ahead {
 
 // Lane j: the product of a query and the key at rows[j].
 template <int W, class Element>
-SEQUOIA_INLINE Float<W> fold_products(const float* query, const Element* const* rows, const Ahead<W, Element>& ahead,
+SEQUOIA_INLINE Float<W> fold_products(const float* query, const Element* const* rows, const Ahead<W, Element>* ahead,
                                       std::int64_t head_dim) {
     Float<W> sums[W] = {};
     std::int64_t d = 0;
@@ -196,13 +196,13 @@ SEQUOIA_INLINE Float<W> fold_products(const float* query, const Element* const* 
         const Float<W> factor = load<W>(query + d);
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) sums[j] += factor * load<W>(rows[j] + d);
-        ahead.prefetch(d);
+        if (ahead != nullptr) ahead->prefetch(d);
     }
     if (d < head_dim) {
         const Float<W> factor = load_some<W>(query + d, head_dim - d);
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) sums[j] += factor * load_some<W>(rows[j] + d, head_dim - d);
-        ahead.prefetch(d);
+        if (ahead != nullptr) ahead->prefetch(d);
     }
     return fold<W>(sums);
 }
@@ -550,8 +550,8 @@ SEQUOIA_INLINE void attend_block(const Call& call, Workspace& work, const Block&
                 score_rows<W>(queries + head * num_rows * head_dim, num_rows, key_block, head_dim, head_scores, stride);
             } else {
                 for (std::int64_t r = 0; r < num_rows; ++r) {
-                    store<W>(head_scores + r * stride,
-                             fold_products<W>(queries + (head * num_rows + r) * head_dim, rows, ahead, head_dim));
+                    store<W>(head_scores + r * stride, fold_products<W>(queries + (head * num_rows + r) * head_dim, rows,
+                                                                        r == 0 ? &ahead : nullptr, head_dim));
                 }
             }
             for (int j = 0; j < W; ++j) {

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from support.native_models import (
-    CASES,
-    behind,
-    case_model,
-    decode,
-    lens_of,
-    path_to,
-    random_tree,
-    score_tree,
-    tokens_of,
-)
+from support.native_models import CASES, behind, case_model, decode, lens_of, path_to, score_tree, small_case
 from support.quantised_models import (
     FORMS,
     BlocksOf64,
@@ -71,13 +60,6 @@ def few_bits(form: str, dtype: torch.dtype = torch.float32, name: str = "llama",
 def native_of(form: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
     """Shared between tests: nothing may be changed in it."""
     return adapt(few_bits(form, dtype, **sizes), forward="native")
-
-
-def small_case(seed: int, longest: int = 90, nodes: int = 45):
-    drawn = random.Random(seed)
-    prompt = tokens_of(seed, 1, drawn.randrange(1, longest))
-    tree = random_tree(drawn, drawn.randrange(2, nodes))
-    return prompt, tree, tokens_of(seed + 1000, 1, tree.num_nodes)
 
 
 def assert_close(native, exact, seeds=(0, 1)):

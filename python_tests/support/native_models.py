@@ -140,6 +140,14 @@ def tokens_of(seed: int, *shape: int) -> torch.Tensor:
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def small_case(seed: int, longest: int = 90, nodes: int = 45):
+    """A prompt, a tree and its tokens."""
+    drawn = random.Random(seed)
+    prompt = tokens_of(seed, 1, drawn.randrange(1, longest))
+    tree = random_tree(drawn, drawn.randrange(2, nodes))
+    return prompt, tree, tokens_of(seed + 1000, 1, tree.num_nodes)
+
+
 def behind(model: TreeModel, prompt: torch.Tensor, max_cache_len: int = MAX_CACHE_LEN) -> TreeCache:
     """Return a cache with one prompt, [1, L], committed."""
     filled = model.new_cache(1, max_cache_len)

@@ -85,7 +85,8 @@ SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_pairs_block(RowOrder order, con
 }
 
 // With few nodes memory is what is waited for, and gives one row after the other sooner than several side by side, as
-// long as the nodes leave room for them in the first-level cache.
+// long as the nodes leave room for them in the first-level cache. A short row is over before its sums have followed one
+// another; then several at once hide that.
 SEQUOIA_INLINE RowOrder row_order(const Panel& panel) {
     constexpr i64 FEW_NODES = 5, NEAR_BYTES = 28672, LONG_ROW = 512;
     const i64 bytes = panel.rows * panel.padded * static_cast<i64>(sizeof(float));

@@ -295,7 +295,8 @@ def test_in_short_ours_stands_beside_the_best_other():
     documents = targets.load_documents(BENCH / "results" / "cpu")
     committed = summary.rows(documents)
     assert {row.bench for row in committed} == {
-        "adaptive", "auto", "demo_pair", "paper_systems", "planner_pick", "robustness", "rules", "verify_tree",
+        "adaptive", "auto", "demo_pair", "forward_floors", "paper_systems", "planner_pick", "robustness", "rules",
+        "verify_tree",
     }  # fmt: skip
     (greedy,) = [row for row in committed if row.bench == "demo_pair" and row.case == "T = 0"]
     (result,) = [result for result in documents["demo_pair"]["results"] if result["temperature"] == 0]

@@ -32,7 +32,7 @@ def measure(bench: Run) -> None:
     demo = Demo(bench)
     target, draft = demo.target, demo.draft
     prompts = demo.encode(demo.texts(options.prompts))
-    bench.document |= {"new_tokens": options.new_tokens, "rounds": options.rounds}
+    bench.document |= {"new_tokens": options.new_tokens, "rounds": options.rounds, "turns": options.turns}
     results = bench.document["results"] = []
     for temperature in options.temperatures:
         common = demo.decoding(temperature)
@@ -84,7 +84,7 @@ def measure(bench: Run) -> None:
             providers |= {f"plans of first prompt {index}": plan for index, plan in plans.items()}
         decoders = {name: demo.decoder(tree, **common) for name, tree in providers.items()}
         timed: dict[str, list[GenerateStats]] = {name: [] for name in decoders}
-        for turn in range(options.rounds):
+        for turn in range(options.turns):
             for name, found in take_turns(decoders, prompts, 100 * (turn + 1)).items():
                 timed[name] += found
         rate = {name: decoding_rate(found) for name, found in timed.items()}
@@ -121,9 +121,10 @@ def measure(bench: Run) -> None:
 OPTIONS = [
     *shared(device="cpu", threads=None, quick=False, temperatures=[0.0, 0.6]),
     *shared(prompts=16, prompt_tokens=128, new_tokens=128, rounds=3),
+    option("--turns", type=int, default=12, help="times that all prompts are decoded with each pick, in turn"),
     option("--picks-only", action="store_true", help="do not decode with the plans, whose trees change"),
 ]
-QUICK = {"prompts": 3, "new_tokens": 24, "temperatures": [0.0], "rounds": 1}
+QUICK = {"prompts": 3, "new_tokens": 24, "temperatures": [0.0], "rounds": 1, "turns": 1}
 main = Script(__spec__, measure, __doc__, OPTIONS, quick=QUICK).main
 
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.common import report
+from bench.common import report, smollm2
 from bench.common.demo import encode_prompts
 from bench.common.runtimes import OURS, RUNTIMES
 from bench.common.runtimes.base import DRAFT, PLAIN, Pair, Request
@@ -134,9 +134,14 @@ def build_weights(name: str, folder: Path, options: argparse.Namespace) -> Weigh
         return checkpoint_weights(target.name, target, draft[0] if draft else None, options)
     if name == "smollm2-135m":
         found = cached_smollm()
-        return (
-            checkpoint_weights(name, found, None, options) if found else "its weights are not in the Hugging Face cache"
-        )
+        if found is not None:
+            return checkpoint_weights(name, found, None, options)
+        missing = smollm2.why_missing()
+        if missing is not None:
+            return f"its weights are not in the Hugging Face cache; {missing}"
+        target, tokenizer = smollm2.load_target(torch.bfloat16)
+        save(folder, {"target": target}, tokenizer)
+        return checkpoint_weights(name, folder / "target", None, options)
     return synthetic_weights(name, folder, options)
 
 

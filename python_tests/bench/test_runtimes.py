@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import itertools
@@ -11,12 +12,15 @@ import math
 import pytest
 import torch
 from support.bench_scripts import BENCH, synthetic_pair
+from support.tiny_models import tiny_llama
 
+from bench.common import smollm2
 from bench.common.runtimes import OURS, RUNTIMES, base, exactness, llama_cpp_loop, own_loop, process
 from bench.common.runtimes.base import DRAFT, PLAIN, Pair, Request, Runtime
 from sequoia_kernels import TokenTree
+from sequoia_kernels.demo import load_demo_pair
 from sequoia_kernels.errors import BackendUnavailableError
-from sequoia_kernels.models import adapt
+from sequoia_kernels.models import adapt, load_model
 
 script = importlib.import_module("bench.systems.runtimes")
 DEMO = BENCH.parent / "sequoia_kernels" / "demo" / "pair"
@@ -329,13 +333,14 @@ def test_the_script_runs_to_the_end(monkeypatch, tmp_path, capsys):
     arguments += ["--runtimes", "transformers", "ctranslate2", "llama.cpp", "--json", str(tmp_path / "runtimes.json")]
     arguments += ["--draft-tokens", "2", "--pairs", "tiny", "smollm2-135m", "--folder", str(tmp_path)]
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "why_missing", lambda: "no wheel")
     try:
         assert script.main(arguments) == 0
     finally:
         torch.set_num_threads(threads)
     document = json.loads((tmp_path / "runtimes.json").read_text())
     assert document["missing"] == {"llama.cpp": "not installed: llama-cpp-python"}
-    assert document["skipped"] == {"smollm2-135m": "its weights are not in the Hugging Face cache"}
+    assert document["skipped"] == {"smollm2-135m": "its weights are not in the Hugging Face cache; no wheel"}
     assert document["runtimes"][OURS]["forwards"] == {"target": "native", "draft": "native"}
     cases = [(case["temperature"], case["batch_size"]) for case in document["results"]]
     assert cases == [(0.0, 1), (0.0, 2), (1.0, 1), (1.0, 2)]
@@ -353,6 +358,22 @@ def test_the_script_runs_to_the_end(monkeypatch, tmp_path, capsys):
     assert "### tiny bfloat16, 1 thread, T=1, batch 2" in tables and "**not exact**: p = " in tables
     assert "- llama.cpp: left out, not installed: llama-cpp-python" in tables
     assert "tiny, 1 threads" in capsys.readouterr().out
+
+
+def test_smollm2_of_the_wheel_is_written_as_a_folder(monkeypatch, tmp_path):
+    def load_target(dtype):
+        return tiny_llama(5, vocab_size=demo.target.config.vocab_size).to(dtype), demo.tokenizer
+
+    demo = load_demo_pair(torch.float32)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "why_missing", lambda: None)
+    monkeypatch.setattr(smollm2, "load_target", load_target)
+    options = argparse.Namespace(prompts=2, calibration_prompts=1, prompt_tokens=16)
+    weights = script.build_weights("smollm2-135m", tmp_path, options)
+    assert weights.pair == Pair("smollm2-135m", tmp_path / "target", None, "bfloat16")
+    assert [len(prompt) for prompt in weights.prompts + weights.calibration] == [16, 16, 16]
+    kept = load_model(tmp_path / "target", torch.bfloat16, "cpu")
+    assert torch.equal(kept.model.norm.weight, load_target(torch.bfloat16)[0].model.norm.weight)
 
 
 def test_synthetic_pairs_are_written_as_folders(tmp_path):

@@ -11,6 +11,11 @@
 namespace sequoia::forward {
 namespace {
 
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
 template <class Element>
 struct CacheRows {
     const Element* data;  // of the head
@@ -19,39 +24,117 @@ struct CacheRows {
     SEQUOIA_INLINE const Element* row(i64 column) const { return data + rows[column] * stride; }
 };
 
-// Requests `count` columns from `first` on, `size` elements of each.
-template <class Element>
-SEQUOIA_INLINE void prefetch_columns(const CacheRows<Element>& rows, i64 first, i64 count, i64 num_columns, i64 size) {
-    for (i64 column = first; column < smaller(first + count, num_columns); ++column) {
-        const char* const row = reinterpret_cast<const char*>(rows.row(column));
-        for (i64 byte = 0; byte < size * static_cast<i64>(sizeof(Element)); byte += 64) __builtin_prefetch(row + byte);
-    }
-}
+// What a thread reads for an attention and behind it, requested into the second-level cache in the order of its use: cache
+// rows of its heads, keys before values, then weights. Memory gives them while the layer's projections are multiplied, and
+// then while the attention's own numbers are computed.
+class AttentionAhead {
+  public:
+    static constexpr i64 LINE = 64, NEAR_BYTES = 262144, WEIGHT_BYTES = 131072;
 
-// Weights that are read behind the attention, requested while its numbers are computed from rows that have come already.
-struct Later {
-    static constexpr i64 LINE = 64;
+    // Units [begin, end) are this thread's: blocks of query rows of each key/value head of each segment.
+    AttentionAhead(const Pass& pass, const Layer& layer, i64 layer_index, i64 begin, i64 end)
+        : pass_(pass), layer_(layer), columns_(pass.columns + pass.window_of_layer[layer_index] * pass.num_segments),
+          caches_(pass.call->caches + 2 * layer_index), unit_(begin), end_(end) {
+        for (i64 s = 0, first = 0; s < pass.num_segments; first += units_of(s++)) {
+            const i64 units = smaller(end, first + units_of(s)) - larger(begin, first);
+            if (units <= 0) continue;
+            lines_ += (units + blocks_of(s) - 1) / blocks_of(s) * 2 * columns_[s].count * lines_of(head_bytes());
+            requests_ += units * requests_of(columns_[s].count);
+        }
+    }
+
+    // Requests in the attention to a block: one a tile of keys, and as many while values are mixed.
+    static i64 requests_of(i64 columns) { return 2 * ((columns + TILE - 1) / TILE); }
+
+    // Weights that are read behind the attention.
+    void then(const char* weights, i64 bytes) {
+        ranges_[num_ranges_++] = {weights, bytes};
+        lines_ += lines_of(bytes);
+    }
+
+    // The next so many requests are beside the projections, and are for cache rows: as many as the cache has room for.
+    void begin_projections(i64 requests) {
+        each_ = requests == 0 ? 0 : (smaller(lines_, lines_of(NEAR_BYTES)) + requests - 1) / requests;
+    }
+    void begin_attention() { each_ = larger(0, lines_) / larger(1, requests_) + 1; }
+
+    void request(i64 times = 1) {
+        i64 left = times * each_;
+        lines_ -= left;
+        while (left > 0) {
+            if (column_ == count_ && !next_rows()) return request_weights(left);
+            const char* line = starts_[which_] + rows_[column_] * stride_ + byte_;
+            const char* const end = line + smaller(bytes_ - byte_, left * LINE);
+            left -= lines_of(end - line);
+            byte_ += end - line;
+            for (; line < end; line += LINE) __builtin_prefetch(line, 0, 2);
+            if (byte_ < bytes_) continue;
+            byte_ = 0;
+            if (++column_ == count_ && which_ == 0) which_ = 1, column_ = 0;
+        }
+    }
+
+  private:
     struct Range {
         const char* at;
         i64 bytes;
     };
-    Range ranges[3] = {};
-    int next = 0;
-    i64 lines = 0;  // of each request
 
-    SEQUOIA_INLINE void request(i64 times) {
-        for (i64 left = times * lines; left > 0 && next < 3;) {
-            Range& range = ranges[next];
+    static i64 lines_of(i64 bytes) { return (bytes + LINE - 1) / LINE; }
+    i64 element_bytes() const { return layer_.cache_type == ElementType::float32 ? 4 : 2; }
+    i64 head_bytes() const { return layer_.head_dim * element_bytes(); }
+    i64 blocks_of(i64 s) const { return (pass_.segments[s].num_nodes * layer_.group() + ROW_BLOCK - 1) / ROW_BLOCK; }
+    i64 units_of(i64 s) const { return blocks_of(s) * layer_.num_kv_heads; }
+
+    // Goes on with the heads that come next, as many as the cache has room for: memory gives whole rows sooner than a
+    // head's parts of them.
+    bool next_rows() {
+        i64 s = 0, first = 0;
+        while (s < pass_.num_segments && first + units_of(s) <= unit_) first += units_of(s++);
+        if (unit_ >= end_ || s == pass_.num_segments || columns_[s].count == 0) return false;
+        const i64 blocks = blocks_of(s), head = (unit_ - first) / blocks, count = columns_[s].count;
+        const i64 to_come = smaller(layer_.num_kv_heads - head, (end_ - unit_ + blocks - 1) / blocks);
+        const i64 heads = smaller(to_come, larger(1, NEAR_BYTES / (2 * count * head_bytes())));
+        unit_ = first + (head + heads) * blocks;
+        rows_ = columns_[s].rows;
+        count_ = count;
+        stride_ = layer_.num_kv_heads * head_bytes();
+        bytes_ = heads * head_bytes();
+        which_ = 0;
+        column_ = byte_ = 0;
+        for (int i = 0; i < 2; ++i) {
+            starts_[i] = reinterpret_cast<const char*>(caches_[i]) + columns_[s].first_row * stride_ + head * head_bytes();
+        }
+        return true;
+    }
+
+    void request_weights(i64 lines) {
+        for (; lines > 0 && range_ < num_ranges_;) {
+            Range& range = ranges_[range_];
             if (range.bytes <= 0) {
-                ++next;
+                ++range_;
                 continue;
             }
             __builtin_prefetch(range.at, 0, 2);
             range.at += LINE;
             range.bytes -= LINE;
-            --left;
+            --lines;
         }
     }
+
+    const Pass& pass_;
+    const Layer& layer_;
+    const Columns* const columns_;
+    const std::uintptr_t* const caches_;
+    i64 unit_, end_;                       // units whose rows were not requested yet
+    i64 lines_ = 0, requests_ = 0, each_ = 0;  // to come; each request takes so many
+    // Heads of a segment that lie side by side.
+    const char* starts_[2] = {};  // of keys and values
+    const std::int32_t* rows_ = nullptr;
+    i64 count_ = 0, stride_ = 0, bytes_ = 0, column_ = 0, byte_ = 0;
+    int which_ = 0;
+    Range ranges_[3] = {};
+    int range_ = 0, num_ranges_ = 0;
 };
 
 // Scores to weights, not yet divided by their sum.
@@ -130,16 +213,18 @@ SEQUOIA_INLINE void mix_heads(const float* weights, i64 weights_stride, const Ca
     for (; d + 4 * W <= head_dim; d += 4 * W) {
         mix_rows<M, 4>(weights, weights_stride, values, count, d, head_dim, out, out_stride);
     }
+    for (; d + 2 * W <= head_dim; d += 2 * W) {
+        mix_rows<M, 2>(weights, weights_stride, values, count, d, head_dim, out, out_stride);
+    }
     for (; d < head_dim; d += W) {
         mix_rows<M, 1>(weights, weights_stride, values, count, d, head_dim, out, out_stride);
     }
 }
 
-// Query rows [begin, end) of a segment's head, of nodes times the head's group of query heads. `heads` from this one on
-// are requested from memory; `later` what comes behind all of them.
+// Query rows [begin, end) of a segment's head, of nodes times the head's group of query heads.
 template <class Element>
 void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment& segment, const Columns& columns,
-            i64 head, i64 heads, i64 begin, i64 end, Later* later, const Bench& bench) {
+            i64 head, i64 begin, i64 end, AttentionAhead& ahead, const Bench& bench) {
     const Call& call = *pass.call;
     const i64 d = layer.head_dim, group = layer.group(), stride = layer.num_kv_heads * d;
     const i64 first = columns.first_row * stride + head * d;
@@ -153,29 +238,29 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
         queries.put(r - begin, pass.projected + row * pass.projected_stride + layer.queries.first +
                                    query_head * layer.queries.stride);
     }
-    constexpr i64 NEAR = 2 * TILE;
-    prefetch_columns(keys, 0, NEAR, columns.count, heads * d);
-    for (i64 column = 0; column < columns.count; column += TILE) {
-        prefetch_columns(keys, column + NEAR, TILE, columns.count, heads * d);
-        prefetch_columns(values, column, TILE, columns.count, heads * d);
-        if (later != nullptr) later->request(1);
-        multiply_rows(keys, column, smaller(TILE, columns.count - column), queries, bench.scores + column,
+    for (i64 column = 0; column < columns.count; column += 2 * TILE) {
+        ahead.request(2);
+        multiply_rows(keys, column, smaller(2 * TILE, columns.count - column), queries, bench.scores + column,
                       pass.scores_stride, static_cast<Ahead*>(nullptr), bench.wide);
     }
     for (i64 r = begin; r < end; ++r) {
         weigh_row(layer, columns, r / group, bench.scores + (r - begin) * pass.scores_stride);
     }
-    const i64 count = end - begin, out_stride = up_to_lanes(d);
-    i64 r = 0;
-    for (; r + 2 <= count; r += 2) {
-        if (later != nullptr) later->request(larger(1, 2 * columns.count / (TILE * count)));
-        mix_heads<2>(bench.scores + r * pass.scores_stride, pass.scores_stride, values, columns.count, d,
-                     bench.mixed + r * out_stride, out_stride);
-    }
-    if (r < count) {
-        mix_heads<1>(bench.scores + r * pass.scores_stride, pass.scores_stride, values, columns.count, d,
-                     bench.mixed + r * out_stride, out_stride);
-    }
+    const i64 count = end - begin, out_stride = up_to_lanes(d), requests = AttentionAhead::requests_of(columns.count) / 2;
+    i64 r = 0, requested = 0;
+    const auto mix = [&](auto rows) {
+        constexpr int M = decltype(rows)::value;
+        for (; r + M <= count; r += M) {
+            const i64 due = requests * (r + M) / count;
+            ahead.request(due - requested);
+            requested = due;
+            mix_heads<M>(bench.scores + r * pass.scores_stride, pass.scores_stride, values, columns.count, d,
+                         bench.mixed + r * out_stride, out_stride);
+        }
+    };
+    if (W >= 16) mix(Count<4>{});
+    mix(Count<2>{});
+    mix(Count<1>{});
     for (r = begin; r < end; ++r) {
         const i64 row = segment.first_row + r / group, query_head = head * group + r % group;
         std::memcpy(pass.attended + row * pass.attended_stride + query_head * d, bench.mixed + (r - begin) * out_stride,

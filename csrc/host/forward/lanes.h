@@ -211,6 +211,48 @@ SEQUOIA_INLINE Float4 sums_of(Float a, Float b, Float c, Float d) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// Steps of the sums of many vectors at once, each in the order of `sums_of`: lanes 0 to 7 of a and of b take the sums of
+// their halves; then quarters those of eight lanes.
+SEQUOIA_INLINE Float fold_halves(Float a, Float b) {
+    return (Float)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) + (Float)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+}
+SEQUOIA_INLINE Float fold_quarters(Float ab, Float cd) {
+    return (Float)_mm512_shuffle_f32x4((__m512)ab, (__m512)cd, 0x88) + (Float)_mm512_shuffle_f32x4((__m512)ab, (__m512)cd, 0xdd);
+}
+// In each quarter: elements 0 + 2 and 1 + 3 of a, then of b.
+SEQUOIA_INLINE Float fold_pairs(Float a, Float b) {
+    return (Float)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x44) + (Float)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xee);
+}
+
+// Sums of four rows of vectors of four each: out[column] takes those of a column.
+SEQUOIA_INLINE void sums_of_sixteen(const Float (&rows)[4][4], float* const (&out)[4]) {
+    Float folded[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+        folded[r] = fold_quarters(fold_halves(rows[r][0], rows[r][1]), fold_halves(rows[r][2], rows[r][3]));
+    }
+    const __m512 low = (__m512)fold_pairs(folded[0], folded[1]), high = (__m512)fold_pairs(folded[2], folded[3]);
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd));
+    _mm_storeu_ps(out[0], _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(out[1], _mm512_extractf32x4_ps(sums, 1));
+    _mm_storeu_ps(out[2], _mm512_extractf32x4_ps(sums, 2));
+    _mm_storeu_ps(out[3], _mm512_extractf32x4_ps(sums, 3));
+}
+// Of four rows of two each.
+SEQUOIA_INLINE void sums_of_eight(const Float (&rows)[4][2], float* first, float* second) {
+    Float halves[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) halves[r] = fold_halves(rows[r][0], rows[r][1]);
+    const __m512 pairs = (__m512)fold_pairs(fold_quarters(halves[0], halves[1]), fold_quarters(halves[2], halves[3]));
+    const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+    const __m512i places = _mm512_setr_epi32(0, 8, 2, 10, 4, 12, 6, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256 both = _mm512_castps512_ps256(_mm512_permutexvar_ps(places, sums));
+    _mm_storeu_ps(first, _mm256_castps256_ps128(both));
+    _mm_storeu_ps(second, _mm256_extractf128_ps(both, 1));
+}
+#endif
+
 SEQUOIA_INLINE float sum_of(Float lanes) {
     const Float4 four = fold_to_four(lanes);
     return (four[0] + four[2]) + (four[1] + four[3]);

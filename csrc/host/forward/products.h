@@ -145,6 +145,36 @@ SEQUOIA_INLINE void leave_sums(const Float (&sums)[C][R], float* out, i64 out_st
         }
         return;
     }
+#if defined(__AVX512F__)
+    if constexpr (R == 8 && C == 1) {
+        const Float rows[4][2] = {{sums[0][0], sums[0][4]}, {sums[0][1], sums[0][5]}, {sums[0][2], sums[0][6]}, {sums[0][3], sums[0][7]}};
+        return sums_of_eight(rows, out, out + 4);
+    }
+    if constexpr (R == 4 && C > 1) {
+        constexpr int SIXTEEN = C / 4 * 4;
+#pragma GCC unroll 2
+        for (int c = 0; c < SIXTEEN; c += 4) {
+            Float rows[4][4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) rows[r][i] = sums[c + i][r];
+            }
+            float* const to = out + c * out_stride;
+            sums_of_sixteen(rows, {to, to + out_stride, to + 2 * out_stride, to + 3 * out_stride});
+        }
+        if constexpr (C - SIXTEEN >= 2) {
+            Float rows[4][2];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) rows[r][0] = sums[SIXTEEN][r], rows[r][1] = sums[SIXTEEN + 1][r];
+            sums_of_eight(rows, out + SIXTEEN * out_stride, out + (SIXTEEN + 1) * out_stride);
+        }
+        if constexpr (C % 2 == 1) {
+            store_four(out + (C - 1) * out_stride, sums_of(sums[C - 1][0], sums[C - 1][1], sums[C - 1][2], sums[C - 1][3]));
+        }
+        return;
+    }
+#endif
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
         if constexpr (R % 4 == 0) {

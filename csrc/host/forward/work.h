@@ -252,13 +252,15 @@ struct Worker {
 
     // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]).
     template <class Epilogue>
-    void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue) const {
+    void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue,
+                  AttentionAhead* beside = nullptr) const {
         if (in_strips(linear)) return multiply_strips(linear, panel, epilogue);
         const auto [begin, end] = part(num_tiles(linear));
         if (begin == end) return;
         Ahead ahead(address(linear.weight, begin * TILE),
                     address(linear.weight, smaller(end * TILE, linear.weight.rows)), then);
         for (i64 tile = begin; tile < end; ++tile) {
+            if (beside != nullptr) beside->request();
             multiply_tile(linear, tile, panel, bench.tiles, &ahead);
             epilogue(tile * TILE, smaller(TILE, linear.weight.rows - tile * TILE), bench.tiles);
         }
@@ -301,7 +303,7 @@ struct Worker {
         }
     }
 
-    void project(const Layer& layer, const Panel& panel) const {
+    void project(const Layer& layer, const Panel& panel, AttentionAhead* beside) const {
         i64 first = 0;
         for (std::size_t i = 0; i < layer.projections.size(); ++i) {
             const Linear& linear = layer.projections[i];
@@ -311,7 +313,7 @@ struct Worker {
                     std::memcpy(pass.projected + node * pass.projected_stride + first + row, products + node * TILE,
                                 static_cast<std::size_t>(count) * sizeof(float));
                 }
-            });
+            }, beside);
             first += linear.weight.rows;
         }
     }
@@ -368,39 +370,41 @@ struct Worker {
         }
     }
 
-    void attend_all(const Layer& layer, i64 layer_index) const {
-        const Columns* const columns = pass.columns + pass.window_of_layer[layer_index] * pass.num_segments;
-        i64 units = 0, unit = 0;
+    // Units of an attention that are this thread's: blocks of query rows of each key/value head of each segment.
+    Part units_of(const Layer& layer) const {
+        i64 units = 0;
         for (i64 s = 0; s < pass.num_segments; ++s) units += num_blocks(layer, pass.segments[s]) * layer.num_kv_heads;
-        const auto [begin, end] = part(units);
-        Later later = later_of(layer);
-        i64 requests = 1;
-        for (i64 s = 0; s < pass.num_segments; ++s) requests += columns[s].count / TILE * 2;
-        later.lines = LATER_BYTES / Later::LINE * pass.num_segments / (requests * larger(1, end - begin)) + 1;
+        return part(units);
+    }
+
+    void attend_all(const Layer& layer, i64 layer_index, AttentionAhead& ahead) const {
+        const Columns* const columns = pass.columns + pass.window_of_layer[layer_index] * pass.num_segments;
+        const auto [begin, end] = units_of(layer);
+        ahead.begin_attention();
+        i64 unit = 0;
         for (i64 s = 0; s < pass.num_segments; ++s) {
             const Segment& segment = pass.segments[s];
             const i64 rows = segment.num_nodes * layer.group(), blocks = num_blocks(layer, segment);
-            // Memory gives whole cache rows sooner than a head's parts of them, which then wait in the second-level cache.
-            const i64 bytes = 2 * columns[s].count * layer.num_kv_heads * layer.head_dim *
-                              (layer.cache_type == ElementType::float32 ? 4 : 2);
-            bool first = bytes <= NEAR_BYTES;
             for (i64 head = 0; head < layer.num_kv_heads; ++head) {
                 for (i64 block = 0; block < blocks; ++block, ++unit) {
                     if (unit < begin || unit >= end) continue;
-                    const i64 to_come = smaller(layer.num_kv_heads - head, (end - unit + blocks - 1) / blocks);
-                    attend_block(layer, layer_index, segment, columns[s], head, first ? to_come : 1,
-                                 rows * block / blocks, rows * (block + 1) / blocks, first ? nullptr : &later);
-                    first = false;
+                    attend_block(layer, layer_index, segment, columns[s], head, rows * block / blocks,
+                                 rows * (block + 1) / blocks, ahead);
                 }
             }
         }
     }
-    static constexpr i64 NEAR_BYTES = 262144, LATER_BYTES = 131072;
 
-    // What this thread reads behind the attention, as far as it was not requested before.
-    Later later_of(const Layer& layer) const {
-        Later later;
-        i64 left = LATER_BYTES;
+    // What this thread reads from memory for the attention and behind it, as far as it was not requested before.
+    AttentionAhead ahead_of(const Layer& layer, i64 layer_index) const {
+        const auto [first, last] = units_of(layer);
+        AttentionAhead ahead(pass, layer, layer_index, first, last);
+        i64 left = AttentionAhead::WEIGHT_BYTES, tiles = 0;
+        for (const Linear& linear : layer.projections) {
+            const auto [begin, end] = part(in_strips(linear) ? 0 : num_tiles(linear));
+            tiles += end - begin;
+        }
+        ahead.begin_projections(tiles);
         const Linear* const linears[3] = {&layer.output, layer.gate.weight.given() ? &layer.gate : &layer.up, &layer.up};
         for (int i = 0; i < (layer.gate.weight.given() ? 3 : 2) && !layer.experts.given(); ++i) {
             const Matrix& weight = linears[i]->weight;
@@ -409,22 +413,22 @@ struct Worker {
             const char* const from = address(weight, begin * TILE);
             const i64 bytes = address(weight, smaller(end * TILE, weight.rows)) - from;
             const i64 share = smaller(bytes, i == 0 ? left : left / (3 - i));
-            later.ranges[i] = {from, share};
+            ahead.then(from, share);
             left -= share;
         }
-        return later;
+        return ahead;
     }
     static i64 num_blocks(const Layer& layer, const Segment& segment) {
         return (segment.num_nodes * layer.group() + ROW_BLOCK - 1) / ROW_BLOCK;
     }
     void attend_block(const Layer& layer, i64 index, const Segment& segment, const Columns& columns, i64 head,
-                      i64 heads, i64 begin, i64 end, Later* later) const {
+                      i64 begin, i64 end, AttentionAhead& ahead) const {
         if (layer.cache_type == ElementType::float32) {
-            attend<float>(pass, layer, index, segment, columns, head, heads, begin, end, later, bench);
+            attend<float>(pass, layer, index, segment, columns, head, begin, end, ahead, bench);
         } else if (layer.cache_type == ElementType::bfloat16) {
-            attend<BFloat16>(pass, layer, index, segment, columns, head, heads, begin, end, later, bench);
+            attend<BFloat16>(pass, layer, index, segment, columns, head, begin, end, ahead, bench);
         } else {
-            attend<Float16>(pass, layer, index, segment, columns, head, heads, begin, end, later, bench);
+            attend<Float16>(pass, layer, index, segment, columns, head, begin, end, ahead, bench);
         }
     }
 
@@ -661,12 +665,13 @@ struct Worker {
         const i64 count = pass.num_rows, attended_width = layer.num_heads * layer.head_dim;
         keep_hidden(index, nullptr);
         const Form form = form_for_projections(layer);
+        AttentionAhead ahead = ahead_of(layer, index);
         project(layer, index == 0 && model.has_features ? with_features(layer.input_norm, form)
-                                                        : normalised(layer.input_norm, count, nullptr, form));
+                                                        : normalised(layer.input_norm, count, nullptr, form), &ahead);
         wait();
         prepare(layer, index);
         wait();
-        attend_all(layer, index);
+        attend_all(layer, index, ahead);
         wait();
         const Panel attended = arranged(pass.attended, pass.attended_stride, attended_width, form_for(layer.output));
         const bool last = static_cast<std::size_t>(index) + 1 == model.layers.size();

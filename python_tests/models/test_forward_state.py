@@ -304,6 +304,17 @@ def test_an_attention_function_of_the_users_own_is_refused_where_it_does_somethi
     assert our_tokens(plain) == own_tokens(plain)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_that_are_set_to_attend_in_both_directions_are_refused(family: str) -> None:
+    plain = tiny_model(family)
+    our_tokens(plain)
+    for module in plain.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    with pytest.raises(UnsupportedModelError, match=f"family {family} cannot .* it attends in both directions"):
+        our_tokens(plain)
+
+
 def test_a_name_that_is_registered_again_is_looked_at_again() -> None:
     AttentionInterface.register("mine", the_same)
     plain = tiny_model("llama")

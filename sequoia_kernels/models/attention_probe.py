@@ -133,7 +133,7 @@ def probe_attention_forward(
         chunk = size if kind == 2 else None
         if kind == 3:
             problem = "its attention mask is neither causal, nor a sliding window, nor chunked"
-    if is_causal is False:
+    if is_causal is False or not getattr(module, "is_causal", True):  # as transformers' sdpa asks
         problem = "it attends in both directions"
     extra = [name for name, entry in kwargs.items() if isinstance(entry, torch.Tensor) and name not in _HARMLESS]
     if extra:

@@ -96,6 +96,18 @@ def target():
         ({"eos_token_id": 99}, ValueError, r"eos_token_id must hold tokens in \[0, 32\), got 99"),
         ({"pad_token_id": "0"}, TypeError, "pad_token_id must be an integer, got str"),
         ({"pad_token_id": 1 << 63}, ValueError, "pad_token_id must fit into int64"),
+        ({"pad_token_id": 1 << 70}, ValueError, "pad_token_id must fit into int64"),
+        ({"max_time": "soon"}, TypeError, "max_time must be a number, got str"),
+        ({"max_time": float("nan")}, ValueError, "max_time must be a number, got nan"),
+        ({"min_p": "a", "temperature": 1.0}, TypeError, "min_p must be a number, got str"),
+        ({"typical_p": float("nan")}, ValueError, "typical_p must be a number, got nan"),
+        ({"exponential_decay_length_penalty": (1,)}, ValueError, "exponential_decay_length_penalty must be a pair of"),
+        ({"forced_eos_token_id": 99}, ValueError, r"forced_eos_token_id must hold tokens in \[0, 32\), got 99"),
+        ({"forced_bos_token_id": "a"}, ValueError, r"forced_bos_token_id must hold tokens in \[0, 32\), got 'a'"),
+        ({"prefix_allowed_tokens_fn": 3}, TypeError, "prefix_allowed_tokens_fn must be called with"),
+        ({"output_scores": "all"}, TypeError, "output_scores must be a bool, got str"),
+        ({"output_logits": 3}, TypeError, "output_logits must be a bool, got int"),
+        ({"cuda_graphs": "auto"}, TypeError, "cuda_graphs must be a bool, got str"),
         ({"stop_strings": 5}, TypeError, "stop_strings must be a string or several, got 5"),
         ({"stop_strings": ["a", 5], "tokenizer": object()}, TypeError, "stop_strings must be a string or several"),
         ({"stop_strings": ["a", ""], "tokenizer": object()}, ValueError, "stop_strings must be non-empty strings"),
@@ -126,6 +138,11 @@ def test_refused_before_any_work(target, arguments, error, message):
     with pytest.raises(error, match=f"generate: {message}"):
         generate(target, target, **{"input_ids": PROMPT, "tree": TREE, "max_new_tokens": 4, **arguments})
     assert len(forwards) == before
+
+
+def test_a_min_p_below_0_is_refused_as_transformers_does(target):
+    with pytest.raises(ValueError, match="min_p"):
+        generate(target, target, PROMPT, tree=TREE, max_new_tokens=4, temperature=1.0, min_p=-1.0)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def check_arguments(
     _check_input_ids(target, input_ids)
     batch_size = input_ids.shape[0]
     eos_token_ids = _eos_token_ids(target, eos_token_id)
+    if pad_token_id is not None:
+        checks.whole_number("generate", "pad_token_id", pad_token_id, torch.int64)
     inferred = attention_mask is None
     if inferred:
         attention_mask = _inferred_mask(target, input_ids, pad_token_id, eos_token_ids)
@@ -136,6 +138,7 @@ def check_arguments(
     names = ("auto", *backends.backend_names("verify_tree"))
     if backend not in names:
         _refuse("backend", f"be one of {', '.join(names)}", repr(backend))
+    checks.check_options("generate", backend, cuda_graphs=cuda_graphs)
     checks.whole_number("generate", "max_new_tokens", max_new_tokens, rule=checks.at_least(1))
     temperatures, top_ks, top_ps = _sampling(temperature, top_k, top_p, batch_size)
     usual = usual_rule(target.device.type, any(temperatures))
@@ -380,7 +383,7 @@ def _pad_token_id(target: TreeModel, pad_token_id: int | None, eos_token_ids: Se
     if pad_token_id is None:
         configured = _configured_pad_token_id(target)
         return configured if configured is not None else eos_token_ids[0] if eos_token_ids else 0
-    return checks.whole_number("generate", "pad_token_id", pad_token_id, torch.int64)
+    return int(pad_token_id)
 
 
 def _configured_pad_token_id(target: TreeModel) -> int | None:

@@ -274,6 +274,9 @@ def generate(
                 rule=rule, logits_hook=logits_hook, backend=backend, cuda_graphs=cuda_graphs,
                 stopping_criteria=[] if stopping_criteria is None else stopping_criteria,
             )  # fmt: skip
+            if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
+                name = type(prefix_allowed_tokens_fn).__name__
+                raise TypeError(f"generate: prefix_allowed_tokens_fn must be called with (index, tokens), got {name}")
             keeps = _keeps(return_logprobs, output_logits, output_scores)
             deadline = None if max_time is None else time.monotonic() + max_time
             arguments = dataclasses.replace(arguments, keeps=keeps, deadline=deadline)
@@ -404,6 +407,7 @@ def _keeps(return_logprobs: bool | str, output_logits: bool, output_scores: bool
         raise ValueError(
             f'generate: return_logprobs must be True, False, "raw" or "processed", got {return_logprobs!r}'
         )
+    checks.check_options("generate", "auto", output_logits=output_logits, output_scores=output_scores)
     rows = [name for name, wanted in (("logits", output_logits), ("scores", output_scores)) if wanted]
     return frozenset(kinds[return_logprobs] + rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,7 +15,9 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation import logits_process
 
+from sequoia_kernels import checks
 from sequoia_kernels.decoding.processors import REFUSED, Processor
+from sequoia_kernels.documents import is_integer, is_number
 
 __all__ = ["GenerationSettings", "SettingProcessors", "warn_once"]
 
@@ -67,7 +70,7 @@ _WITHOUT_EFFECT = {
 # Filters of drawn tokens that the ops do not know. Where one is on, the ops' own filters run among them.
 _OTHER_FILTERS: dict[str, Callable[[Any], bool]] = {
     "top_h": lambda value: True,
-    "min_p": lambda value: value > 0,
+    "min_p": lambda value: value != 0,
     "typical_p": lambda value: value < 1,
     "epsilon_cutoff": lambda value: 0 < value < 1,
     "eta_cutoff": lambda value: 0 < value < 1,
@@ -78,6 +81,12 @@ _OF_PROCESSORS = {
     "no_repeat_ngram_size", "remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias",
     "suppress_tokens", "watermarking_config",
 }  # fmt: skip
+# What processors compare with as it is: a NaN would ask for nothing, a string fail without a name.
+_NUMBERS = (
+    "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "max_time", "min_p", "repetition_penalty", "top_h",
+    "typical_p",
+)  # fmt: skip
+_A_NUMBER = checks.Rule("be a number", lambda value: not math.isnan(value))
 KNOWN = _ARGUMENTS | _WITHOUT_EFFECT | set(UNSUPPORTED) | set(_OTHER_FILTERS) | _OF_PROCESSORS
 
 
@@ -104,8 +113,8 @@ class GenerationSettings:
         settings: the call's own settings by name; None leaves one open.
 
     Raises:
-        TypeError: a setting that transformers does not know, or a configuration that is none.
-        ValueError: a setting that trees cannot honour.
+        TypeError: a setting that transformers does not know, one of another type, or a configuration that is none.
+        ValueError: a setting that trees cannot honour, or out of range.
     """
 
     def __init__(self, model: Any, config: Any | None = None, settings: dict[str, Any] | None = None) -> None:
@@ -133,6 +142,26 @@ class GenerationSettings:
             origin = "" if name in self.given else " from the generation_config"
             rule = f"be {neutral[0]!r}" if neutral else "not be set"
             raise ValueError(f"generate: {name} must {rule}, got {value!r}{origin}: {reason}")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Refuse by name what processors would fail at in the middle of decoding, or in words of Python's own."""
+        for name in _NUMBERS:
+            if self[name] is not None:
+                checks.real_number("generate", name, self[name], _A_NUMBER)
+        decay = self["exponential_decay_length_penalty"]
+        if decay is not None:
+            is_pair = isinstance(decay, (tuple, list)) and len(decay) == 2
+            if not is_pair or not is_integer(decay[0]) or not is_number(decay[1]):
+                rule = "be a pair of a length and a factor"
+                checks.fail_range("generate", "exponential_decay_length_penalty", rule, repr(decay))
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if self[name] is None:
+                continue
+            vocab = self.model.config.get_text_config(decoder=True).vocab_size
+            for token in self[name] if isinstance(self[name], (tuple, list)) else [self[name]]:
+                if not is_integer(token) or not 0 <= token < vocab:
+                    checks.fail_range("generate", name, f"hold tokens in [0, {vocab})", repr(token))
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self.config, name, None)

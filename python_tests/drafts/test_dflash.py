@@ -696,6 +696,7 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named():
         ({"speculators_model_type": "dflash2"}, "speculators_model_type must be one of dflash, dspark, got 'dflash2'"),
         ({"markov_head_type": "lstm"}, "markov_head_type must be one of vanilla, gated, rnn, got 'lstm'"),
         ({"block_size": 1}, "block_size must be an integer >= 2, got 1"),
+        ({"block_size": 1 << 40}, "block_size must be at most 1024, got 1099511627776"),
         ({"mask_token_id": None}, "mask_token_id must be an integer >= 0, got None"),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids must be a list of layers, got None"),
         ({"aux_hidden_state_layer_ids": [1, 1]}, "aux_hidden_state_layer_ids must name every layer once"),
@@ -706,6 +707,23 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named():
 def test_options_that_are_not_understood_are_named(changes, message):
     config = random_config(tiny_llama(3, vocab_size=12), kind="dspark") | changes
     assert is_dflash(config)
+    with pytest.raises(ValueError, match=f"here: {message}"):
+        read_form(config, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers must be at most 1000"),
+        ({"vocab_size": -1}, "vocab_size must be an integer >= 1, got -1"),
+        ({"hidden_act": "twist"}, "hidden_act must be an activation of transformers', got 'twist'"),
+        ({"rms_norm_eps": -0.5}, "rms_norm_eps must be a finite number >= 0, got -0.5"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": [1]}}, "rope_parameters must be those of a rotary"),
+    ],
+)
+def test_numbers_that_layers_cannot_compute_with_are_named(changes, message):
+    config = random_config(tiny_llama(3, vocab_size=12), kind="dspark")
+    config["transformer_layer_config"] |= changes
     with pytest.raises(ValueError, match=f"here: {message}"):
         read_form(config, "here")
 

@@ -467,11 +467,33 @@ def test_what_is_not_understood_is_named(config, weights, message, tmp_path):
         ({}, {"d2t": torch.full((24,), 50)}, r"d2t must give tokens of the target"),
         ({}, {"d2t": torch.zeros(24, dtype=torch.int64)}, r"t2d must mark the 24 tokens that d2t gives"),
         ({"eagle_aux_hidden_state_layer_ids": "123"}, {}, r"must be layers of the target, got '123'"),
+        ({"speculators_config": {"proposal_methods": 3}}, {}, r"proposal_methods must be a list, got 3"),
     ],
 )
 def test_what_is_not_understood_of_the_other_form_is_named(config, weights, message, target, tmp_path):
     folder = changed(DATA / "peagle", tmp_path / "changed", config, weights)
     with pytest.raises(ValueError, match=rf"^draft folder {folder}: .*{message}"):
+        draft_from_folder(folder, target)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers must be at most 1000"),
+        ({"rms_norm_eps": -0.5}, "rms_norm_eps must be a finite number >= 0, got -0.5"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number >= 0, got nan"),
+        ({"sliding_window": 0}, r"sliding_window must be an integer in \[1, 2\^31\), got 0"),
+        ({"sliding_window": 1 << 70}, r"sliding_window must be an integer in \[1, 2\^31\)"),
+        ({"sliding_window": None}, r"sliding_window must be an integer in \[1, 2\^31\), got None"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_parameters must be those of a rotary"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_parameters must be those of a"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_parameters must give finite freq"),
+    ],
+)
+def test_numbers_that_layers_cannot_compute_with_are_named(layers, message, target, tmp_path):
+    config = json.loads((DATA / "sliding" / "config.json").read_text())["transformer_layer_config"]
+    folder = changed(DATA / "sliding", tmp_path / "changed", {"transformer_layer_config": config | layers})
+    with pytest.raises(ValueError, match=rf"^draft folder {folder}: {message}"):
         draft_from_folder(folder, target)
 
 

@@ -68,6 +68,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
         DraftFolder.open(tmp_path / "none")
     for name, text, message in (
         ("config.json", "{", r"config.json must be a readable JSON file, got: "),
+        ("config.json", "[" * 100_000, r"config.json must be a readable JSON file, got: maximum recursion"),
         ("config.json", "[3]", r"config.json must hold a JSON object, got list"),
         ("model.safetensors", "short", r"model.safetensors must hold readable weights, got: "),
         ("model.safetensors.index.json", '{"weight_map": 3}', r"must map weights to files as weight_map, got 3"),

@@ -7,6 +7,7 @@ shape or left over is an error that names the folder, since a draft that lacks a
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -16,12 +17,23 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sequoia_kernels.checks import shape_text
+from sequoia_kernels import checks
+from sequoia_kernels.documents import is_count
 from sequoia_kernels.drafts.source import DraftSource
 from sequoia_kernels.models import TreeModel
 from sequoia_kernels.models.loading import local_folder
 
-__all__ = ["DraftFolder", "DraftFormat", "draft_from_folder", "format_of", "register_format"]
+__all__ = [
+    "MAX_LAYERS",
+    "DraftFolder",
+    "DraftFormat",
+    "check_layer_config",
+    "draft_from_folder",
+    "format_of",
+    "register_format",
+]
+
+MAX_LAYERS = 1000  # of a draft: transformers makes a list of as many entries as a config says
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each alone, or as an index of shards
 _MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # as their trainer names them
@@ -103,7 +115,7 @@ class DraftFolder:
             weight.dim() != len(shape) or any(size not in (None, found) for size, found in zip(shape, weight.shape))
         ):
             wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-            raise ValueError(f"{self}: {present[0]} must have shape {wanted}, got {shape_text(weight.shape)}")
+            raise ValueError(f"{self}: {present[0]} must have shape {wanted}, got {checks.shape_text(weight.shape)}")
         self._taken.add(present[0])
         return weight
 
@@ -184,6 +196,32 @@ def format_of(path_or_id: str | os.PathLike[str]) -> DraftFormat | None:
     return next((known for known in _formats.values() if known.matches(config)), None)
 
 
+def check_layer_config(config: Any, where: str) -> None:
+    """Refuse numbers that transformers takes as they are and then fails at, or computes nonsense by.
+
+    Args:
+        config: transformers' configuration of layers of the families Llama or Qwen3.
+        where: what messages begin with, such as the folder.
+
+    Raises:
+        ValueError: a number is out of range, or rotary embeddings cannot be made of rope_parameters.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    checks.check_number(where, "rms_norm_eps", config.rms_norm_eps, checks.NOT_NEGATIVE)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if slides and not (is_count(config.sliding_window, 1) and config.sliding_window < 1 << 31):
+        checks.fail_range(where, "sliding_window", "be an integer in [1, 2^31)", f"{config.sliding_window!r:.60}")
+    try:
+        rotary = LlamaRotaryEmbedding(config)
+        frequencies, scaling = rotary.inv_freq.tolist(), float(rotary.attention_scaling)
+    except Exception as error:  # what arithmetic says of its operands
+        actual = f"{config.rope_parameters!r:.200}: {error}"
+        raise ValueError(f"{where}: rope_parameters must be those of a rotary embedding, got {actual}") from error
+    if not all(map(math.isfinite, (*frequencies, scaling))):
+        checks.fail_range(where, "rope_parameters", "give finite frequencies", f"{config.rope_parameters!r:.200}")
+
+
 def _downloaded(name: str, where: str, files: Sequence[str] = _DOWNLOADED) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -198,7 +236,7 @@ def _downloaded(name: str, where: str, files: Sequence[str] = _DOWNLOADED) -> Pa
 def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {path} must be a readable JSON file, got: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {path} must hold a JSON object, got {type(value).__name__}")

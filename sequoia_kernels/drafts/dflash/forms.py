@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from transformers import AutoConfig, Qwen3Config
+from transformers.activations import ACT2FN
 
-from sequoia_kernels.documents import is_count, is_number
+from sequoia_kernels.documents import is_count, is_integer, is_number
+from sequoia_kernels.drafts.folders import MAX_LAYERS, check_layer_config
+from sequoia_kernels.tree import MAX_STEP_ROWS
 
 __all__ = ["HEAD_KINDS", "DFlashForm", "LayerSight", "is_dflash", "read_form"]
 
@@ -144,7 +147,7 @@ def _z_lab_form(config: Mapping[str, Any], where: str) -> DFlashForm:
     )
     return DFlashForm(
         "dflash", layers, sights,
-        block_size=_count(where, "block_size", option("block_size", 16), 2),
+        block_size=_block_size(where, option("block_size", 16)),
         mask_token_id=_count(where, "mask_token_id", option("mask_token_id"), 0),
         needs=_needs(where, "target_layer_ids", ids, 1),
         embedding_scale=_number(where, "input_embedding_scale", option("input_embedding_scale", 1.0)),
@@ -160,7 +163,7 @@ def _transformers_form(config: Mapping[str, Any], where: str) -> DFlashForm:
     sights = tuple(LayerSight(None if window is None else window + 1) for window in _windows(layers))
     return DFlashForm(
         "dflash", layers, sights,
-        block_size=_count(where, "block_size", whole.block_size, 2),
+        block_size=_block_size(where, whole.block_size),
         mask_token_id=_count(where, "mask_token_id", whole.mask_token_id, 0),
         needs=_needs(where, "target_layer_ids", whole.target_layer_ids, 1),
         renamed=(("fc.weight", "encoder.fc.weight"), ("hidden_norm.weight", "encoder.output_norm_enc.weight")),
@@ -182,7 +185,7 @@ def _speculators_form(config: Mapping[str, Any], where: str) -> DFlashForm:
     )
     vocab = _count(where, "draft_vocab_size", config.get("draft_vocab_size", 32000), 1)
     form: dict[str, Any] = {
-        "block_size": _count(where, "block_size", config.get("block_size", 8), 2),
+        "block_size": _block_size(where, config.get("block_size", 8)),
         "mask_token_id": _count(where, "mask_token_id", config.get("mask_token_id"), 0),
         "needs": _needs(where, "aux_hidden_state_layer_ids", config.get("aux_hidden_state_layer_ids"), 0),
         "sample_from_anchor": bool(config.get("sample_from_anchor", kind == "dspark")),
@@ -206,6 +209,9 @@ def _speculators_form(config: Mapping[str, Any], where: str) -> DFlashForm:
 
 def _layer_config(source: Mapping[str, Any], where: str) -> Qwen3Config:
     """Give the layers' config, with the defaults of the family that it names: files leave those out."""
+    num_layers = source.get("num_hidden_layers")
+    if is_integer(num_layers) and num_layers > MAX_LAYERS:
+        _refuse(where, "num_hidden_layers", f"be at most {MAX_LAYERS}", "a larger number")
     try:
         given = AutoConfig.for_model(**({"model_type": "qwen3"} | _plain(source)))
         rope = getattr(given, "rope_parameters", None) or {}
@@ -233,6 +239,10 @@ def _layer_config(source: Mapping[str, Any], where: str) -> Qwen3Config:
     kinds = sorted(set(config.layer_types) - {"full_attention", "sliding_attention"})
     if kinds:
         _refuse(where, "layer_types", "be full_attention or sliding_attention", kinds)
+    _count(where, "vocab_size", config.vocab_size, 1)
+    if config.hidden_act not in ACT2FN:
+        _refuse(where, "hidden_act", "be an activation of transformers'", config.hidden_act)
+    check_layer_config(config, where)
     return config
 
 
@@ -266,6 +276,13 @@ def _count(where: str, name: str, value: Any, least: int) -> int:
     if not is_count(value, least):
         _refuse(where, name, f"be an integer >= {least}", value)
     return int(value)
+
+
+def _block_size(where: str, value: Any) -> int:
+    size = _count(where, "block_size", value, 2)
+    if size > MAX_STEP_ROWS:
+        _refuse(where, "block_size", f"be at most {MAX_STEP_ROWS}", size)
+    return size
 
 
 def _number(where: str, name: str, value: Any) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sequoia_kernels.documents import is_integer
-from sequoia_kernels.drafts.folders import DraftFolder
+from sequoia_kernels.drafts.folders import MAX_LAYERS, DraftFolder, check_layer_config
 
 __all__ = ["HeadConfig", "is_eagle3"]
 
@@ -127,7 +127,7 @@ def _read_speculators(folder: DraftFolder, config: Mapping[str, Any]) -> HeadCon
     )  # fmt: skip
     if config["speculators_model_type"] == "peagle":
         mask_token_id = _count(folder, config, "mask_token_id", least=0)
-        head = replace(head, mask_token_id=mask_token_id, num_depths=_trained_depths(config.get("speculators_config")))
+        head = replace(head, mask_token_id=mask_token_id, num_depths=_trained_depths(folder))
     return _checked(folder, head)
 
 
@@ -181,6 +181,8 @@ def _layer_config(folder: DraftFolder, fields: Mapping[str, Any], usual: str) ->
         raise ValueError(f"{folder}: its layers must be of the family {' or '.join(_FAMILIES)}, got {family!r}")
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         _count(folder, fields, name)
+    if fields["num_hidden_layers"] > MAX_LAYERS:
+        raise ValueError(f"{folder}: num_hidden_layers must be at most {MAX_LAYERS}, got a larger number")
     try:
         config = CONFIG_MAPPING[family].from_dict(dict(fields))
     except Exception as error:  # transformers' checks raise classes of their own
@@ -196,6 +198,7 @@ def _layer_config(folder: DraftFolder, fields: Mapping[str, Any], usual: str) ->
         if strange or len(types) != config.num_hidden_layers:
             rule = f"be full_attention or sliding_attention for each of {config.num_hidden_layers} layers"
             raise ValueError(f"{folder}: layer_types must {rule}, got {types}")
+    check_layer_config(config, str(folder))
     return config
 
 
@@ -227,8 +230,11 @@ def _switch(folder: DraftFolder, config: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _trained_depths(config: Any) -> int:
+def _trained_depths(folder: DraftFolder) -> int:
     """Read how many tokens a parallel head was trained to propose at once."""
+    config = folder.config.get("speculators_config")
     methods = config.get("proposal_methods") if isinstance(config, dict) else None
+    if not isinstance(methods, list | None):
+        raise ValueError(f"{folder}: proposal_methods must be a list, got {methods!r:.60}")
     found = [method.get("speculative_tokens") for method in methods or () if isinstance(method, dict)]
     return max((int(number) for number in found if is_integer(number) and number > 0), default=_DEFAULT_DEPTHS)

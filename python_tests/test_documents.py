@@ -180,7 +180,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_what_may_not_be_written_is_not_replaced():
-    subprocess.run([sys.executable, "-c", AS_A_USER], timeout=300, check=True)
+    run_process([sys.executable, "-c", AS_A_USER], timeout=300)
 
 
 def test_a_failure_names_the_file_and_leaves_it(tmp_path, monkeypatch):

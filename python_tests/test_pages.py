@@ -26,7 +26,7 @@ from support.bench_scripts import cli_page
 from support.eagle_heads import write_head
 from support.engines.client import engine_environment
 from support.examples import EXAMPLES
-from support.processes import python_environment, run_process
+from support.processes import launched, python_environment, run_process
 
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.cli import command_parser
@@ -437,7 +437,7 @@ def test_the_code_on_serving_runs(tmp_path: Path) -> None:
             serve.replace("python -m vllm", "exec python -m vllm").replace("--model", f"--port {port} --model"),
         ]
         server = subprocess.Popen(
-            command, env=variables, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True
+            launched(command), env=variables, cwd=tmp_path, stdout=stream, stderr=stream, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 900

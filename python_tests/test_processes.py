@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.processes import python_environment, run_process
@@ -14,6 +16,19 @@ from support.processes import python_environment, run_process
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no process groups")
 
 SLEEP = "import time; time.sleep(3600)"
+
+
+def test_no_test_starts_a_process_without_a_limit_or_a_parent() -> None:
+    """All go through `run_process`, or begin a `Popen` with what `launched` gives; those wait with limits."""
+    folder = Path(__file__).parent
+    inside = [path for path in folder.glob("*/**/*.py") if path.name != "processes.py"]
+    for path in inside + [path for path in folder.glob("test_*.py") if path != Path(__file__)]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not ast.unparse(call.func).startswith("subprocess."):
+                continue
+            words = ast.unparse(call.args[0]) if call.args else ""
+            is_bound = ast.unparse(call.func) == "subprocess.Popen" and words.startswith("launched(")
+            assert is_bound or ast.unparse(call.func).endswith("Expired"), f"{path}:{call.lineno}"
 
 
 def test_the_status_and_the_output() -> None:

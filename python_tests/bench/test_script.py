@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-from support.processes import python_environment
+from support.processes import python_environment, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -27,7 +26,5 @@ finally:
 
 
 def test_sigterm_leaves_by_an_exception():
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=python_environment(), capture_output=True, text=True, check=False
-    )
+    ended = run_process([sys.executable, "-c", PROGRAM], cwd=ROOT, env=python_environment(), check=False)
     assert (ended.returncode, ended.stdout) == (143, "what was started is ended\n"), ended.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections import Counter
 from html import escape
 from html.parser import HTMLParser
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import run_process
 
 from sequoia_kernels.demo.page import demo_page
 from sequoia_kernels.demo.page_style import DARK, LIGHT, MAX_TINT, NUM_SHADES, contrast, stylesheet
@@ -279,7 +279,7 @@ def dump_dom(browser: str, address: str, folder: Path, *options: str) -> str:
     """The document that a browser has after it ran a page."""
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                f"--user-data-dir={folder / 'profile'}", *options, "--dump-dom", address]  # fmt: skip
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=120).stdout.decode()
+    return run_process(command, check=False, timeout=120).stdout
 
 
 @pytest.fixture(scope="module")

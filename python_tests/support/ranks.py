@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.eagle_heads import write_head
-from support.processes import python_environment
+from support.processes import launched, python_environment
 from support.tiny_families import tiny_model
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -98,7 +98,7 @@ def _process(folder: Path, suite: str, log: Path, variables: dict[str, str]) -> 
     """Start a rank; when the block ends it does."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), suite], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            launched([sys.executable, PROGRAM, folder, suite]), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             env=python_environment(**variables), start_new_session=True,
         )  # fmt: skip
     try:

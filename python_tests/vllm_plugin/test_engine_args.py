@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from support.processes import python_environment
+from support.processes import python_environment, run_process
 
 import sequoia_kernels.vllm as plugin
 from sequoia_kernels.tree import TokenTree
@@ -154,9 +153,7 @@ def test_vllm_finds_the_plugin():
 
 def test_sources_without_the_compiled_module_say_what_to_do():
     code = "import sys; sys.modules['sequoia_kernels._host'] = None; from sequoia_kernels.vllm import engine_args"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=python_environment()
-    )
+    ended = run_process([sys.executable, "-c", code], check=False, env=python_environment())
     assert "ModuleNotFoundError: the C++ module sequoia_kernels._host is not built in " in ended.stderr.splitlines()[-1]
     assert "then leave that folder" in ended.stderr
 
@@ -166,4 +163,4 @@ def test_the_package_imports_no_vllm():
         "import sys, sequoia_kernels.vllm, sequoia_kernels.vllm.drafting, sequoia_kernels.vllm.load_plan\n"
         "import sequoia_kernels.vllm.verification\nassert 'vllm' not in sys.modules, sys.modules['vllm']"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=python_environment())
+    run_process([sys.executable, "-c", code], env=python_environment())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from support.processes import run_process
 
 from sequoia_kernels.models.fused.few_rows import FewRowsCall
 
@@ -34,7 +35,7 @@ def _library(change: tuple[str, str] | None) -> Callable[..., int]:
         assert change is None or found, change
         library = Path(folder, "few_rows.so")
         command = [str(COMPILER), "-std=c++20", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-        subprocess.run([*command, str(Path(folder, "few_rows.cpp")), "-o", str(library)], check=True)
+        run_process([*command, Path(folder, "few_rows.cpp"), "-o", library])
         function: Callable[..., int] = ctypes.CDLL(str(library)).few_rows_on_cpu
         return function
 

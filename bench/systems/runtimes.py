@@ -280,7 +280,7 @@ def measure_case(
     samples = options.samples if pair.dtype == "float32" else max(options.samples // 4, 1)
     batches = list(groups(weights.prompts, batch_size))
     calibration = next(groups(weights.calibration * batch_size, batch_size))
-    template = Request(calibration, options.new_tokens, temperature=temperature)
+    template = Request(calibration, options.new_tokens, temperature=temperature, calibration=weights.calibration)
     entries: dict[System, dict[str, Any]] = {}
     failed: dict[System, str] = {}
     systems: dict[System, int] = {}
@@ -462,7 +462,7 @@ OPTIONS = [
     option("--samples", type=int, default=400, help="for the test of exactness; a quarter in bfloat16"),
     option("--divergence", type=float, default=DIVERGENCE, help="of synthetic pairs (default %(default)s)"),
     option("--folder", type=Path, help="where converted weights are kept (default: nowhere)"),
-    *shared(quick=False, temperatures=[0.0, 1.0], prompts=8, calibration_prompts=2, prompt_tokens=128),
+    *shared(quick=False, temperatures=[0.0, 1.0], prompts=8, calibration_prompts=8, prompt_tokens=128),
     *shared(new_tokens=128, rounds=5, profile_seconds=10.0),
 ]
 QUICK = {"pairs": ["demo"], "thread_counts": [1], "batches": [1], "prompts": 1, "calibration_prompts": 1, "rounds": 2}

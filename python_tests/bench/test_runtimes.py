@@ -270,6 +270,11 @@ def test_our_loop_plans_a_tree(monkeypatch, tmp_path):
     weights = tiny_pair(tmp_path)
     check_native(weights)
     monkeypatch.setattr(own_loop, "NODE_COUNTS", (1, 2, 4))
+    planned_on = []
+    estimate = own_loop.estimate_acceptance
+    monkeypatch.setattr(
+        own_loop, "estimate_acceptance", lambda runs, **of: planned_on.extend(runs) or estimate(runs, **of)
+    )
     threads = torch.get_num_threads()
     try:
         runtime = own_loop.OwnLoop(weights.pair, threads, tmp_path)
@@ -279,6 +284,9 @@ def test_our_loop_plans_a_tree(monkeypatch, tmp_path):
     request = Request(weights.calibration, 8)
     chosen = runtime.prepare(request, 0.1)
     assert 1 <= chosen["tree"]["nodes"] <= 4 and chosen["predicted_tokens_per_step"] >= 1
+    assert len(planned_on) == len(weights.calibration)
+    runtime.prepare(request._replace(calibration=weights.prompts), 0.1)
+    assert len(planned_on) == len(weights.calibration) + len(weights.prompts)
     texts = [runtime.decode(request._replace(mode=mode)) for mode in runtime.modes(1)]
     assert len(texts) == 2 and texts[0] == texts[1] and len(texts[0][0]) == 8
 

@@ -52,6 +52,7 @@ class Request(NamedTuple):
     temperature: float = 0.0
     seed: int = 0
     draft_tokens: int = 0  # that a draft proposes in a step; our own loop takes its plan instead
+    calibration: Sequence[list[int]] = ()  # others of that length, to plan on; the prompts where there are none
 
 
 class Runtime(ABC):

@@ -36,7 +36,7 @@ class OwnLoop(Runtime):
         return super().facts() | {"forwards": {role: model.runs for role, model in self.models.items()}}
 
     def prepare(self, request: Request, seconds: float | None) -> dict[str, Any]:
-        """Plan: a profile of the pair once a batch size, acceptance from decoding these prompts."""
+        """Plan: a profile of the pair once a batch size, acceptance from decoding the calibration's prompts."""
         if self.pair.draft is None:
             return {}
         batch, length = len(request.prompts), len(request.prompts[0])
@@ -46,11 +46,13 @@ class OwnLoop(Runtime):
             sizes = {"context_lens": (length, length + request.num_tokens), "node_counts": NODE_COUNTS}
             profile = measure_profile(*pair, **sizes, batch_size=batch, seconds=seconds, bandwidth=False)
             self.profiles[batch] = measure_overhead(*pair, profile, context_len=context_len, batch_size=batch)
+        calibration = request.calibration or request.prompts
         if request.temperature == 0:
-            run = self._generate(request, pair[1], tree=PROBE_TREE)
-            evidence: Any = estimate_acceptance([run.stats], temperature=request.temperature)
+            asked = [request._replace(prompts=[prompt]) for prompt in calibration]
+            runs = [self._generate(one, pair[1], tree=PROBE_TREE).stats for one in asked]
+            evidence: Any = estimate_acceptance(runs, temperature=request.temperature)
         else:
-            prompts = [torch.tensor([prompt]) for prompt in request.prompts]
+            prompts = [torch.tensor([prompt]) for prompt in calibration]
             sampling = {"max_new_tokens": request.num_tokens, "temperature": request.temperature, "seed": request.seed}
             evidence = record_steps(*pair, prompts, **sampling)
         settings: dict[str, Any] = {"context_len": context_len, "batch_size": batch, "temperature": request.temperature}

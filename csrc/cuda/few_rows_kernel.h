@@ -243,10 +243,11 @@ __global__ void __launch_bounds__(kThreads, 1) few_rows_kernel(const __grid_cons
         }
         wait_at_barrier();
     }
-    // The last block to end sets the counters back, for the next launch.
+    // The last block to end sets the counters back, for the next launch. Others have only just looked at them, and nothing
+    // is acquired of that here: plain stores would race with their loads.
     if (threadIdx.x == 0 && atomicAdd(given.counters + 1, 1u) + 1 == gridDim.x) {
-        given.counters[0] = 0;
-        given.counters[1] = 0;
+        atomicExch(given.counters, 0u);
+        atomicExch(given.counters + 1, 0u);
     }
 }
 

@@ -172,6 +172,7 @@ inline void __syncthreads() {
 }
 
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
+inline unsigned atomicExch(unsigned* address, unsigned value) { return std::exchange(*address, value); }
 inline std::uint32_t atomicOr(std::uint32_t* address, std::uint32_t value) { return std::exchange(*address, *address | value); }
 
 namespace sequoia {

@@ -11,7 +11,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from support.ptx.calls import CALLS, compaction_call
+import torch
+from support.few_rows_forwards import CASES
+from support.ptx.calls import CALLS, FewRowsForward, compaction_call
 from support.ptx.emulator import Emulator
 from support.ptx.launch import Options
 
@@ -20,6 +22,7 @@ from sequoia_kernels.ops import triton_device
 pytestmark = pytest.mark.skipif(
     triton_device.INTERPRETED, reason="python_tests/emulate_ptx.py runs it, in a process that compiles its kernels"
 )
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 # Each device has its own order, and a fault that shows in one shows in a test of the other as a rule.
 DEVICES = {
@@ -37,7 +40,7 @@ def test_compiled_kernels(name, capability):
     assert [str(finding) for finding in emulator.report.findings()] == []
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("capability", DEVICES)
 def test_native_compaction(capability):
     from support.ptx.cuda_launches import native_kernels
@@ -47,4 +50,20 @@ def test_native_compaction(capability):
     with native_kernels(emulator, capability):
         assert call.agrees(call.make("cuda"))
     assert emulator.launches
+    assert [str(finding) for finding in emulator.report.findings()] == []
+
+
+# Few stages of weights, which come round; more blocks than units of the attention, and fewer.
+FORWARDS = {
+    80: FewRowsForward(CASES["two requests, a head of keys each"], torch.float16, num_blocks=4, shared_bytes=68 << 10),
+    90: FewRowsForward(CASES["a group"], torch.bfloat16, num_blocks=2),
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", DEVICES)
+def test_native_forward_of_few_rows(capability):
+    emulator = Emulator(DEVICES[capability])
+    assert FORWARDS[capability].is_right(emulator, capability)
+    assert [launch.num_blocks for launch in emulator.launches] == [FORWARDS[capability].num_blocks]
     assert [str(finding) for finding in emulator.report.findings()] == []

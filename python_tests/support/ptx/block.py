@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from support.ptx.asynchronous import CopyQueue, ProductQueue
+from support.ptx.gates import Gates
 from support.ptx.memory import SharedMemory
 from support.ptx.operations import Operations
 from support.ptx.parser import Instruction
 from support.ptx.program import Program, environment
 from support.ptx.races import BlockOrder, first_stamp
+from support.ptx.report import KernelStoppedError
+from support.ptx.thread_order import ThreadOrder
 from support.ptx.translation import text_of
 
 if TYPE_CHECKING:
@@ -77,11 +81,29 @@ class Registers:
         return self._functions[key]
 
 
+@dataclass
+class _Meeting:
+    """A barrier that some threads have come to."""
+
+    count: int | None
+    """threads that it waits for, None for all"""
+    waiting: np.ndarray  # [threads] bool
+    come: np.ndarray  # [threads] bool; who has come with bar.arrive does not wait
+    clock: np.ndarray | None = None
+    """what they had done and known then; see `ThreadOrder`"""
+    reductions: list[tuple[Instruction, np.ndarray]] = field(default_factory=list)
+
+
 class Block(Operations):
     """Runs a block piece by piece.
 
     As long as all threads are at the same place they run without masks. Apart, the threads that are furthest behind in
-    the text run next, so that they come together again behind branches and loops.
+    the text run next, so that they come together again behind branches and loops. A thread that has read what others
+    may change, or has found an mbarrier closed, lets all other warps of its block run first: else one that waits in a
+    loop would wait for ever.
+
+    Attributes:
+        resting: whether all threads wait for something, as far as they have looked; other blocks should run first.
     """
 
     def __init__(self, launch: Launch, number: int, registers: Registers) -> None:
@@ -91,9 +113,18 @@ class Block(Operations):
         self.sites, self.semantics = program.sites, program.semantics
         self.registers = registers
         self.lanes = np.arange(self.num_threads)
-        self.shared = SharedMemory(launch.shared_bytes, program.granule, launch.report, launch.options.races)
-        self.copies, self.products = CopyQueue(self.shared, self.memory), ProductQueue(self.shared)
-        self.order = BlockOrder(number, launch.num_blocks)
+        make_log = program.log_of(launch.num_blocks, self.num_threads)
+        self.shared = SharedMemory(launch.shared_bytes, program.granule, launch.report, launch.options.races, make_log)
+        self.gates = None
+        if program.meets_in_parts:
+            self.order = ThreadOrder(number, launch.num_blocks, self.num_threads)
+            self.gates = Gates(self.shared, self.order)
+        else:
+            self.order = BlockOrder(number, launch.num_blocks)
+        self.copies = CopyQueue(self.shared, self.memory, self.gates, launch.random)
+        self.products = ProductQueue(self.shared)
+        self.parameters = launch.parameters
+        self.yielded, self.resting = np.zeros(self.num_threads, bool), False
         self.epoch, self.current_warp = 0, 0
         self.done = False
         self.exited = np.zeros(self.num_threads, bool)
@@ -107,7 +138,9 @@ class Block(Operations):
         """the piece that all threads come to next, None if they are apart"""
         self._places = np.zeros(self.num_threads, np.int64)  # the same for each thread while they are apart
         self._waiting = np.zeros(self.num_threads, bool)
-        self._reductions: list[tuple[Instruction, np.ndarray]] = []
+        self._meetings: dict[int, _Meeting] = {}
+        self._parted: dict[int, tuple[Instruction, np.ndarray]] = {}
+        """threads at a barrier whose warp has not come as a whole yet, by its line"""
         self._turn = 0
         self._new_epoch(0)
         registers.fill(launch.options.register_fill)
@@ -135,8 +168,10 @@ class Block(Operations):
         if self.single_warps:
             return self._next_of_one_warp()
         if self._together is not None:
+            self.resting = bool(self.yielded.any())
+            self.yielded[:] = False
             return self._together, True
-        ready = ~(self._waiting | self.exited)
+        ready = self._ready()
         piece = int(self._places[ready].min())
         mask = ready & (self._places == piece)
         if mask.all():
@@ -144,9 +179,23 @@ class Block(Operations):
             return piece, True
         return piece, mask
 
+    def _ready(self) -> np.ndarray:
+        """Threads that may run; warps of which a thread has let others run first come last, as a whole."""
+        ready = ~(self._waiting | self.exited)
+        if not ready.any():
+            raise KernelStoppedError(
+                f"{self._program.name}: all threads of block {self.number} wait at barriers that nobody else comes to"
+            )
+        others = ready & ~np.repeat(self.yielded.reshape(-1, 32).any(1), 32)
+        self.resting = not others.any()
+        if self.resting:
+            self.yielded[:] = False
+            return ready
+        return others
+
     def _next_of_one_warp(self) -> tuple[int, np.ndarray]:
         self._part()
-        ready = ~(self._waiting | self.exited)
+        ready = self._ready()
         warps = np.flatnonzero(ready.reshape(-1, 32).any(1))
         if self._warps == "random":
             if self._turn % _PIECES_A_TURN == 0 or self.current_warp not in warps:
@@ -229,38 +278,92 @@ class Block(Operations):
             if self.products.unfinished():
                 self.report.add("wgmma in flight at the end", last, f"block {self.number}")
         elif self._waiting.any():
-            self._release()
+            for barrier, come in list(self._parted.values()):
+                self._arrive(barrier, come)
+            for meeting in list(self._meetings):
+                if meeting in self._meetings:
+                    self._perhaps_pass(meeting)
         else:
             self._meet()
 
     def _wait(self, barrier: Instruction, number: int, mask: Any) -> None:
-        if mask is True:
+        named = self._program.barriers[barrier.line]
+        if mask is True and named.count is None and not self._meetings:
             if barrier.has("red"):
                 self._reduce([(barrier, self.here(True))])
-            self._new_epoch(self.epoch + 1)
+            clock = self.order.arrive(self.lanes) if isinstance(self.order, ThreadOrder) else None
+            self._pass(self.lanes, clock)
             self._together = number + 1
             return
         self._part()
-        live = ~self.exited
-        here, others = mask.reshape(-1, 32), (live & ~mask).reshape(-1, 32)
-        if (here.any(1) & others.any(1)).any():
-            self.report.add("barrier by a part of a warp", barrier, f"block {self.number}")
-        if self.exited.any():
-            self.report.add("barrier behind the end of some threads", barrier, f"block {self.number}")
-        self._waiting |= mask
+        mask = self.here(mask)
         self._places[mask] = number + 1
-        if barrier.has("red"):
-            self._reductions.append((barrier, mask.copy()))
-        self._release()
+        self._arrive(barrier, mask)
 
-    def _release(self) -> None:
-        if not (self._waiting | self.exited).all():
+    def _arrive(self, barrier: Instruction, mask: np.ndarray) -> None:
+        """Threads arrive at a barrier; at an aligned one their warps wait until they are there as a whole."""
+        if barrier.name == "bar" or barrier.has("aligned"):
+            mask = mask | self._parted.pop(barrier.line, (barrier, mask))[1]
+            missing = (~(mask | self.exited)).reshape(-1, 32)
+            parts = mask.reshape(-1, 32).any(1) & missing.any(1)
+            elsewhere = (missing & self._waiting.reshape(-1, 32)).any(1) & parts
+            if elsewhere.any():
+                self.report.add("barrier by a part of a warp", barrier, f"block {self.number}")
+            left = mask & np.repeat(parts & ~elsewhere, 32)
+            if left.any():
+                self._parted[barrier.line] = (barrier, left)
+                self._waiting |= left
+            mask = mask & ~left
+            for other, come in list(self._parted.values()):  # of warps that are at two barriers: let them go on
+                own = come & np.repeat(elsewhere, 32)
+                if own.any():
+                    self._parted[other.line] = (other, come & ~own)
+                    self._come_to(other, own)
+        if mask.any():
+            self._come_to(barrier, mask)
+
+    def _come_to(self, barrier: Instruction, mask: np.ndarray) -> None:
+        """Whole warps arrive at a barrier."""
+        named = self._program.barriers[barrier.line]
+        where = f"barrier {named.number} of block {self.number}"
+        if named.count is None and self.exited.any():
+            self.report.add("barrier behind the end of some threads", barrier, f"block {self.number}")
+        if named.number not in self._meetings:
+            waiting, come = np.zeros((2, self.num_threads), bool)
+            self._meetings[named.number] = _Meeting(named.count, waiting, come)
+        meeting = self._meetings[named.number]
+        if named.count is not None and (named.count % 32 or not 0 < named.count <= self.num_threads):
+            self.report.add("barrier for an impossible number of threads", barrier, where)
+        if named.count != meeting.count:
+            self.report.add("barrier with different numbers of threads", barrier, where)
+        if (meeting.come & mask).any():
+            self.report.add("barrier that a thread comes to twice", barrier, where)
+        meeting.come |= mask
+        self._waiting[mask] = named.waits
+        if named.waits:
+            meeting.waiting |= mask
+        if isinstance(self.order, ThreadOrder):
+            clock = self.order.arrive(np.flatnonzero(mask))
+            meeting.clock = clock if meeting.clock is None else np.maximum(meeting.clock, clock)
+        if barrier.has("red"):
+            meeting.reductions.append((barrier, mask.copy()))
+        if meeting.count is not None and int(meeting.come.sum()) > meeting.count:
+            self.report.add("barrier with more threads than it waits for", barrier, where)
+        self._perhaps_pass(named.number)
+
+    def _perhaps_pass(self, number: int) -> None:
+        """Go on behind a barrier, if all have come."""
+        meeting = self._meetings[number]
+        if meeting.count is None:
+            if not (meeting.come | self.exited).all():
+                return
+        elif int(meeting.come.sum()) < meeting.count:
             return
-        if self._reductions:
-            self._reduce(self._reductions)
-            self._reductions = []
-        self._waiting[:] = False
-        self._new_epoch(self.epoch + 1)
+        del self._meetings[number]
+        if meeting.reductions:
+            self._reduce(meeting.reductions)
+        self._waiting &= ~meeting.waiting
+        self._pass(np.flatnonzero(meeting.waiting), meeting.clock)
         self._meet()
 
     def _reduce(self, arrivals: list[tuple[Instruction, np.ndarray]]) -> None:
@@ -274,8 +377,19 @@ class Block(Operations):
                 result = votes.any() if instruction.has("or") else votes.all()
             self.registers.set(text_of(instruction.operands[0]), result, here)
 
+    def _pass(self, lanes: np.ndarray, clock: np.ndarray | None) -> None:
+        """Threads go on behind a barrier, and behind what has been done before it."""
+        if isinstance(self.order, ThreadOrder):
+            self.order.acquire(lanes, clock)
+            self.epoch += 1
+        else:
+            self._new_epoch(self.epoch + 1)
+
     def _new_epoch(self, epoch: int) -> None:
         """All threads have passed a barrier."""
         self.epoch = epoch
+        if isinstance(self.order, ThreadOrder):
+            self.stamps = self.order.stamps  # which change by themselves
+            return
         self.stamps = self.lanes.astype(np.uint64) + np.uint64(first_stamp(self.number, epoch))
         self.order.barrier()

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from support.few_rows_forwards import Sizes, forward_of, is_same
 from support.packed_masks import RANDOM, pack_tree, tree_parents
+from support.ptx.cuda_launches import native_few_rows
 from support.ptx.emulator import Emulator
 from support.ptx.triton_launches import emulated
 
 from sequoia_kernels import TokenTree
+from sequoia_kernels.models.fused import few_rows
 from sequoia_kernels.ops import (
     compact_kv_cache_,
     sample_without_replacement,
@@ -19,7 +22,7 @@ from sequoia_kernels.ops import (
     warped_logsumexp,
 )  # fmt: skip
 
-__all__ = ["CALLS", "Call", "attention_call"]
+__all__ = ["CALLS", "Call", "FewRowsForward", "attention_call"]
 
 
 class Call(NamedTuple):
@@ -45,6 +48,33 @@ class Call(NamedTuple):
             elif not torch.allclose(result.double(), expected.double(), rtol=0, atol=self.tolerance):
                 return False
         return True
+
+
+class FewRowsForward(NamedTuple):
+    """A forward of few rows in one launch, of random weights."""
+
+    sizes: Sizes
+    dtype: torch.dtype = torch.bfloat16
+    num_blocks: int = 3
+    shared_bytes: int = 163 << 10
+
+    def is_right(self, emulator: Emulator, capability: int) -> bool:
+        """Make the launch in an emulator and compare it with its specification."""
+        given, counters = forward_of(self.sizes, self.dtype), torch.zeros(2, dtype=torch.int32)
+        expected, call = given.expected(), given.call(counters)
+        for empty in (call.kept[_WORK_SPACE], call.logits):
+            emulator.watch_empty(empty)
+        emulator.reachable = [*given.tensors(), *zip(_KEPT, call.kept, strict=True)]
+        with native_few_rows(emulator, capability, num_blocks=self.num_blocks, shared_bytes=self.shared_bytes):
+            few_rows.launch(call)
+        return is_same(given, call, expected) and counters.tolist() == [0, 0]
+
+
+_KEPT = (
+    "embedding", "final_norm", "head", "table", "tokens", "cache_lens", "depths", "node_ids", "tree_mask", "stream",
+    "projected", "attended", "inner", "logits", "counters",
+)  # fmt: skip
+_WORK_SPACE = _KEPT.index("stream")
 
 
 def _generator() -> torch.Generator:

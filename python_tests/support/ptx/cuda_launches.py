@@ -1,25 +1,28 @@
-"""csrc/cuda/compact_kv_cache.cu: nvcc's PTX in the emulator, launched by the file's own host code.
+"""csrc/cuda: nvcc's PTX in the emulator, launched by the files' own host code.
 
-The file is compiled as it is and linked to a runtime (cuda_runtime.cpp) that hands every launch to Python. So what runs
-is the choice of template and grid, the packing of arguments and the kernel.
+The files are compiled as they are and linked to a runtime (cuda_runtime.cpp) that hands every launch to Python. So what
+runs is the choice of template and grid, the packing of arguments and the kernel.
 
 Example:
     >>> emulator = Emulator()
     >>> with native_kernels(emulator, 90):
     ...     compact_kv_cache_(caches, nodes, num_accepted, cache_lens, backend="cuda")
+    >>> with native_few_rows(emulator, 90):
+    ...     few_rows.launch(call)
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -31,9 +34,10 @@ import sequoia_kernels
 from sequoia_kernels.ops import backends
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 
-__all__ = ["native_kernels"]
+__all__ = ["native_few_rows", "native_kernels"]
 
-_SOURCES = Path(__file__).resolve().parents[3] / "csrc"
+_HERE = Path(__file__).parent
+_SOURCES = _HERE.parents[2] / "csrc"
 _ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,
@@ -41,6 +45,7 @@ _ON_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint),
     ctypes.c_size_t,
     ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_int,
 )
 
 
@@ -56,14 +61,9 @@ def native_kernels(emulator: Emulator, capability: int) -> Iterator[None]:
         FileNotFoundError: there is no nvcc.
         RuntimeError: it failed.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        library, ptx = _build(Path(folder), capability)
-        module = ModuleType("sequoia_kernels._cuda")
-        module.compact_kv_cache = _HostCode(library, ptx, emulator)  # type: ignore[attr-defined]
-        stack.enter_context(mock.patch.dict(sys.modules, {module.__name__: module}))
-        stack.enter_context(mock.patch.object(sequoia_kernels, "_cuda", module, create=True))
-        stream = SimpleNamespace(cuda_stream=0)
-        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream))
+    host_code = _HostCode(_built(("compact_kv_cache.cu",), capability), emulator)
+    with contextlib.ExitStack() as stack:
+        module = stack.enter_context(_native_module(compact_kv_cache=_compaction(host_code)))
         from sequoia_kernels.ops.compact_kv_cache_ import cuda
 
         stack.enter_context(mock.patch.object(cuda, "_cuda", module))  # that of its first import is another one
@@ -85,53 +85,160 @@ def native_kernels(emulator: Emulator, capability: int) -> Iterator[None]:
         yield
 
 
-def _build(folder: Path, capability: int) -> tuple[Path, str]:
-    """The launch code as a library, and the PTX of the same compilation: names of kernels hang on it."""
-    source, runtime = _SOURCES / "cuda" / "compact_kv_cache.cu", Path(__file__).with_name("cuda_runtime.cpp")
-    library = folder / "launches.so"
+@contextlib.contextmanager
+def native_few_rows(
+    emulator: Emulator, capability: int, *, num_blocks: int = 3, shared_bytes: int = 163 << 10
+) -> Iterator[None]:
+    """Within this, `few_rows.launch` takes CPU tensors; what it may touch must be in `emulator.reachable`.
+
+    Args:
+        emulator: runs the launches and keeps what it finds.
+        capability: for which nvcc compiles.
+        num_blocks: multiprocessors of the device, each of which has a block.
+        shared_bytes: that a block may have.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+        RuntimeError: it failed.
+    """
+    files = ("few_rows.cu", "few_rows_bfloat16.cu", "few_rows_float16.cu")
+    host_code = _HostCode(_built(files, capability), emulator)
+    host_code.library.sequoia_device(num_blocks, shared_bytes)
+    with _native_module(few_rows=_few_rows(host_code)):
+        yield
+
+
+@contextlib.contextmanager
+def _native_module(**functions: Callable[..., None]) -> Iterator[ModuleType]:
+    """Within this, sequoia_kernels._cuda is a module of these functions."""
+    module = ModuleType("sequoia_kernels._cuda")
+    vars(module).update(functions)
+    stream = SimpleNamespace(cuda_stream=0)
+    with (
+        mock.patch.dict(sys.modules, {module.__name__: module}),
+        mock.patch.object(sequoia_kernels, "_cuda", module, create=True),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream),
+    ):
+        yield module
+
+
+class _Built(NamedTuple):
+    """Launch code, and the PTX of the same compilation: names of kernels hang on it."""
+
+    library: ctypes.CDLL
+    texts: tuple[str, ...]
+
+    @functools.cache  # noqa: B019 -- as long as the process
+    def text_of(self, kernel: str) -> str:
+        """The PTX of one kernel, without those beside it."""
+        for text in self.texts:
+            begins = [found.start() for found in re.finditer(r"^(\.visible |\.weak )?\.entry ", text, re.M)]
+            for begin, end in zip(begins, [*begins[1:], len(text)]):
+                if re.match(rf"[.\w ]*\.entry {re.escape(kernel)}\(", text[begin:end]):
+                    names = re.sub(r'"[^"]*/', '"', "".join(re.findall(r"^\s*\.file\s.*\n", text, re.M)))
+                    return text[: begins[0]] + names + text[begin:end]
+        raise ValueError(f"there is no kernel {kernel}")
+
+
+@functools.cache
+def _built(files: tuple[str, ...], capability: int) -> _Built:
     architecture = f"arch=compute_{capability},code=compute_{capability}"
-    run_process(
-        [
-            "nvcc", "-std=c++17", "-gencode", architecture, "-shared", "-cudart", "none", "-Xcompiler", "-fPIC",
-            f"-I{_SOURCES}", "--keep", "--keep-dir", folder, "-o", library, source, runtime,
-        ]
-    )  # fmt: skip
-    return library, next(folder.glob("compact_kv_cache*.ptx")).read_text()
+    sources = [*(_SOURCES / "cuda" / file for file in files), _HERE / "cuda_runtime.cpp"]
+    if "few_rows.cu" in files:
+        sources.append(_HERE / "few_rows_binding.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "launches.so")
+        run_process(
+            [
+                "nvcc", "-std=c++17", "-lineinfo", "-gencode", architecture, "-shared", "-cudart", "none",
+                "-Xcompiler", "-fPIC", f"-I{_SOURCES}", "--keep", "--keep-dir", folder, "-o", library, *sources,
+            ]
+        )  # fmt: skip
+        texts = tuple(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
+        return _Built(ctypes.CDLL(str(library)), texts)
 
 
 class _HostCode:
-    """`launch_compact_kv_cache` of the compiled file, with the arguments of its binding."""
+    """Launch code whose launches run in an emulator."""
 
-    def __init__(self, library: Path, ptx: str, emulator: Emulator) -> None:
-        self._ptx, self._emulator = ptx, emulator
+    def __init__(self, built: _Built, emulator: Emulator) -> None:
+        self.library = built.library
+        self._built, self._emulator = built, emulator
         self._error: BaseException | None = None
-        binding = (_SOURCES / "cuda" / "module.cpp").read_text().split("&sequoia::launch_compact_kv_cache", 1)[1]
-        self._names = re.findall(r'py::arg\("(\w+)"\)', binding.split(");", 1)[0])
-        loaded = ctypes.CDLL(str(library))
-        # int device, then int64 each
-        self._function = loaded[f"_ZN7sequoia23launch_compact_kv_cacheEi{'l' * (len(self._names) - 1)}"]
-        self._function.argtypes = [ctypes.c_int, *[ctypes.c_int64] * (len(self._names) - 1)]
-        self._function.restype = None
         self._callback = _ON_LAUNCH(self._launch)  # must live as long as the library may call it
-        loaded.sequoia_on_launch(self._callback)
+        self.library.sequoia_on_launch(self._callback)
 
-    def __call__(self, **arguments: Any) -> None:
-        if set(arguments) != set(self._names):
-            raise TypeError(f"compact_kv_cache: arguments must be {self._names}, got {list(arguments)}")
-        arguments["device"] = 0
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of the library; what its launch raised is raised here."""
         self._error = None
-        self._function(*(arguments[name] for name in self._names))
+        self.library.sequoia_on_launch(self._callback)
+        result = function(*arguments)
         if self._error is not None:
             raise self._error
+        return result
 
-    def _launch(self, kernel: bytes, grid: Any, block: Any, shared_bytes: int, arguments: Any) -> int:
+    def _launch(
+        self, kernel: bytes, grid: Any, block: Any, shared_bytes: int, arguments: Any, is_cooperative: int
+    ) -> int:
         try:
-            program = self._emulator.program(self._ptx, kernel.decode())
+            ptx = self._built.text_of(kernel.decode())
+            program = self._emulator.program(ptx)
             sizes = [num_bytes for _, num_bytes in program.layout.parameters.values()]
             values = [ctypes.string_at(arguments[number], size) for number, size in enumerate(sizes)]
             shape, extents = (block[0], block[1], block[2]), (grid[0], grid[1], grid[2])
-            self._emulator.launch(self._ptx, extents, shape, shared_bytes, values, [], kernel.decode())
+            self._emulator.launch(ptx, extents, shape, shared_bytes, values, [], cooperative=bool(is_cooperative))
         except BaseException as error:  # C++ lies between here and the caller
             self._error = error
             return 1
         return 0
+
+
+def _compaction(host_code: _HostCode) -> Callable[..., None]:
+    """`launch_compact_kv_cache` of the compiled file, with the arguments of its binding."""
+    binding = (_SOURCES / "cuda" / "module.cpp").read_text().split("&sequoia::launch_compact_kv_cache", 1)[1]
+    names = re.findall(r'py::arg\("(\w+)"\)', binding.split(");", 1)[0])
+    # int device, then int64 each
+    function = host_code.library[f"_ZN7sequoia23launch_compact_kv_cacheEi{'l' * (len(names) - 1)}"]
+    function.argtypes = [ctypes.c_int, *[ctypes.c_int64] * (len(names) - 1)]
+    function.restype = None
+
+    def compact_kv_cache(**arguments: Any) -> None:
+        if set(arguments) != set(names):
+            raise TypeError(f"compact_kv_cache: arguments must be {names}, got {list(arguments)}")
+        arguments["device"] = 0
+        host_code.call(function, *(arguments[name] for name in names))
+
+    return compact_kv_cache
+
+
+def _few_rows(host_code: _HostCode) -> Callable[..., None]:
+    """`launch_few_rows` of the compiled files, with the arguments of its binding."""
+    function = host_code.library.launch_few_rows
+    function.restype = ctypes.c_char_p
+
+    def few_rows(
+        *,
+        device: int | None,
+        stream: int,
+        layers: list[int],
+        addresses: list[int],
+        strides: list[int],
+        sizes: list[int],
+        eps: float,
+        scale: float,
+        is_float16: bool,
+    ) -> None:
+        lists = (layers, addresses, strides, sizes)
+        numbers = [number for part in lists for number in part]
+        failure = host_code.call(
+            function,
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            (ctypes.c_int64 * len(lists))(*map(len, lists)),
+            ctypes.c_double(eps),
+            ctypes.c_double(scale),
+            int(is_float16),
+        )
+        if failure is not None:
+            raise RuntimeError(failure.decode())
+
+    return few_rows

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from support.ptx.launch import Launch, Options, packed_parameters
-from support.ptx.memory import FOREIGN, UNWRITTEN, Allocation, GlobalMemory
+from support.ptx.memory import FOREIGN, UNWRITTEN, Allocation, GlobalMemory, MakeLog
 from support.ptx.parser import Kernel, Module, parse
 from support.ptx.program import Program
+from support.ptx.races import AccessLog
 from support.ptx.report import Report
 
 __all__ = ["Emulator", "LaunchRecord"]
@@ -94,6 +95,7 @@ class Emulator:
         arguments: list[int | float | bytes],
         tensors: Iterable[tuple[str, torch.Tensor | None]],
         kernel: str = "",
+        cooperative: bool = False,
     ) -> None:
         """Run a kernel.
 
@@ -105,17 +107,19 @@ class Emulator:
             arguments: addresses, numbers, structures.
             tensors: names and tensors that the kernel may touch; nothing else exists for it.
             kernel: part of its name, where the text has several.
+            cooperative: all blocks are under way at once, and may wait for each other.
 
         Raises:
             KernelStoppedError: a device assertion failed, or the kernel does not come to an end.
             UnsupportedError: the kernel does something that is not emulated.
         """
         program = self.program(ptx, kernel)
-        allocations = self.allocations([*tensors, *self.reachable])
-        memory = GlobalMemory(allocations, int(np.prod(grid)), self.report)
+        make_log = program.log_of(int(np.prod(grid)), int(np.prod(block_shape)))
+        allocations = self.allocations([*tensors, *self.reachable], make_log)
+        memory = GlobalMemory(allocations, self.report)
         launch = Launch(
             program, grid, block_shape, shared_bytes, packed_parameters(program, arguments), memory, self.report,
-            self.options, self._random,
+            self.options, self._random, cooperative,
         )  # fmt: skip
         try:
             num_pieces = launch.run()
@@ -130,21 +134,24 @@ class Emulator:
             _bytes_of(storage)[:] = EMPTY_FILL
             self._empties[storage.data_ptr()] = _Empty(storage, np.zeros(storage.nbytes(), bool))
 
-    def allocations(self, tensors: Iterable[tuple[str, torch.Tensor | None]]) -> list[Allocation]:
+    def allocations(
+        self, tensors: Iterable[tuple[str, torch.Tensor | None]], make_log: MakeLog = AccessLog
+    ) -> list[Allocation]:
         """The memory of tensors, one allocation a storage, with the state of its bytes."""
         by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in tensors:
             if tensor is not None and tensor.numel():
                 by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
-        return [self._allocation(address, views) for address, views in by_storage.items()]
+        return [self._allocation(address, views, make_log) for address, views in by_storage.items()]
 
-    def _allocation(self, address: int, views: list[tuple[str, torch.Tensor]]) -> Allocation:
+    def _allocation(self, address: int, views: list[tuple[str, torch.Tensor]], make_log: MakeLog) -> Allocation:
         storage = views[0][1].untyped_storage()
         granule = min(4, *(view.element_size() for _, view in views))
         if address % granule:
             granule = 1
         name = "/".join(dict.fromkeys(name for name, _ in views))
-        allocation = Allocation(address, storage.nbytes(), name, granule if self.options.races else None, self.report)
+        granule = granule if self.options.races else None
+        allocation = Allocation(address, storage.nbytes(), name, granule, self.report, make_log)
         if not any(_covers(view, storage) for _, view in views):
             belongs = torch.zeros(storage.nbytes(), dtype=torch.uint8)
             for _, view in views:

@@ -22,7 +22,8 @@ class Options:
     """How a launch runs, where a GPU leaves that open.
 
     Args:
-        order: in which blocks start: "serial", "reversed" or "random".
+        order: in which blocks start: "serial", "reversed" or "random". Those of a cooperative launch start together;
+            there it says which of them that can go on does.
         interleave: how many blocks are under way at a time; they take turns at random. 1: one after the other.
         warps: "together", or one at a time: "first", "last" or "random"; kernels with wgmma always run together.
         seed: of what is random.
@@ -49,7 +50,7 @@ def packed_parameters(program: Program, values: list[int | float | bytes]) -> np
     parameters = program.layout.parameters
     if len(values) != len(parameters):
         raise ValueError(f"{program.name}: there must be {len(parameters)} arguments, got {len(values)}")
-    packed = np.zeros(program.layout.parameter_bytes, np.uint8)
+    packed = np.zeros(-(-program.layout.parameter_bytes // 8) * 8, np.uint8)  # read as words of any size
     for (name, (start, num_bytes)), value in zip(parameters.items(), values):
         if isinstance(value, float):
             raw = struct.pack({4: "<f", 8: "<d"}[num_bytes], value)
@@ -76,6 +77,7 @@ class Launch:
         report: takes the findings.
         options: the order of things.
         random: what the order is drawn from.
+        cooperative: all blocks are under way at once.
     """
 
     def __init__(
@@ -89,12 +91,15 @@ class Launch:
         report: Report,
         options: Options,
         random: np.random.Generator,
+        cooperative: bool = False,
     ) -> None:
         self.program, self.grid, self.block_shape = program, grid, block_shape
         self.num_threads, self.num_blocks = int(np.prod(block_shape)), int(np.prod(grid))
         self.shared_bytes = program.layout.static_shared_bytes + shared_bytes
         self.parameters, self.memory, self.report = parameters, memory, report
         self.options, self.random = options, random
+        self.cooperative = cooperative
+        self.num_running = self.num_blocks if cooperative else max(1, options.interleave)
         if self.num_threads % 32 or not 0 < self.num_threads <= 1024:
             raise UnsupportedError(f"{program.name}: blocks of {self.num_threads} threads")
         if self.num_blocks >= MAX_BLOCKS:
@@ -120,10 +125,10 @@ class Launch:
         num_pieces = 0
         with np.errstate(all="ignore"):
             while waiting or running:
-                while waiting and len(running) < max(1, self.options.interleave):
+                while waiting and len(running) < self.num_running:
                     registers = free.pop() if free else Registers(self.program, self.block_shape)
                     running.append(Block(self, waiting.pop(), registers))
-                block = running[int(self.random.integers(len(running))) if len(running) > 1 else 0]
+                block = self._next(running)
                 num_pieces += self._turn(block)
                 if num_pieces > self.options.max_pieces:
                     raise KernelStoppedError(
@@ -134,9 +139,20 @@ class Launch:
                     free.append(block.registers)
         return num_pieces
 
+    def _next(self, running: list[Block]) -> Block:
+        """The block that comes next: one that does not wait for others, as far as it has looked."""
+        able = [block for block in running if not block.resting]
+        if not able:
+            for block in running:
+                block.resting = False
+            able = running
+        if len(able) == 1 or (self.cooperative and self.options.order != "random"):
+            return able[0]
+        return able[int(self.random.integers(len(able)))]
+
     def _turn(self, block: Block) -> int:
         """Let a block run: one piece where others take turns with it, else to its end; returns the number of pieces."""
-        if self.options.interleave > 1:
+        if self.num_running > 1:
             block.step()
             return 1
         num_pieces = 1

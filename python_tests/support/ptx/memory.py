@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from support.ptx.races import Access, AccessLog
 from support.ptx.report import Report
 
-__all__ = ["FOREIGN", "UNWRITTEN", "Allocation", "GlobalMemory", "Region", "SharedMemory"]
+__all__ = ["FOREIGN", "GATE", "UNWRITTEN", "Allocation", "GlobalMemory", "MakeLog", "Region", "SharedMemory"]
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """bytes -> type of a word"""
 
-FOREIGN, UNWRITTEN = 1, 2
-"""bits of a byte's state: it belongs to no tensor; nobody has written it. 0: it may be read"""
+FOREIGN, UNWRITTEN, GATE = 1, 2, 4
+"""bits of a byte's state: it belongs to no tensor; nobody has written it; an mbarrier is there. 0: it may be read"""
 
-_FOREIGN_WORD = {width: kind(int.from_bytes(bytes([FOREIGN] * width), "little")) for width, kind in UNSIGNED.items()}
+MakeLog = Callable[[int, int, str, str, int, Report], AccessLog]
+"""makes the log of a memory"""
+
+
+def _words_of(state: int) -> dict[int, Any]:
+    return {width: kind(int.from_bytes(bytes([state] * width), "little")) for width, kind in UNSIGNED.items()}
+
+
+_FOREIGN_WORD, _GATE_WORD, _KEPT_WORD = _words_of(FOREIGN), _words_of(GATE), _words_of(FOREIGN | GATE)
 _ALIGNMENT = 16
 
 
@@ -73,10 +82,10 @@ class Region:
         for place, value in zip(places, values):
             state = states[place]
             if state.any():
-                outside = state & _FOREIGN_WORD[width]
-                if outside.any():
-                    self._report_state(access, outside, place, width)
-                states[place] = outside
+                kept = state & _KEPT_WORD[width]
+                if kept.any():
+                    self._report_state(access, kept, place, width)
+                states[place] = kept
             words[place] = value
             if self.log is not None and not (words[place] == value).all():
                 self.report.add(
@@ -85,8 +94,10 @@ class Region:
 
     def _report_state(self, access: Access, states: np.ndarray, places: np.ndarray, width: int) -> None:
         outside = (states & _FOREIGN_WORD[width]) != 0
-        unwritten = (states != 0) & ~outside
-        for wrong, kind in ((outside, "out of bounds"), (unwritten, "uninitialised")):
+        gate = ((states & _GATE_WORD[width]) != 0) & ~outside
+        unwritten = (states != 0) & ~(outside | gate)
+        found = ((outside, "out of bounds"), (gate, "mbarrier used as memory"), (unwritten, "uninitialised"))
+        for wrong, kind in found:
             if wrong.any():
                 first = int(np.flatnonzero(wrong)[0])
                 place = int(places[first]) * width - self.start
@@ -101,13 +112,21 @@ class Region:
 class Allocation(Region):
     """Global memory of one storage, at its own address."""
 
-    def __init__(self, address: int, num_bytes: int, name: str, granule: int | None, report: Report) -> None:
+    def __init__(
+        self,
+        address: int,
+        num_bytes: int,
+        name: str,
+        granule: int | None,
+        report: Report,
+        make_log: MakeLog = AccessLog,
+    ) -> None:
         self.address, self.num_bytes = address, num_bytes
         self.aligned = address // _ALIGNMENT * _ALIGNMENT
         length = -(-(address + num_bytes - self.aligned) // _ALIGNMENT) * _ALIGNMENT
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(self.aligned))
         start = address - self.aligned
-        log = None if granule is None else AccessLog(length, granule, "global", name, start, report)
+        log = None if granule is None else make_log(length, granule, "global", name, start, report)
         super().__init__(raw, start, "global", name, report, log)
         self.states[1][:start] = FOREIGN
         self.states[1][start + num_bytes :] = FOREIGN
@@ -121,10 +140,9 @@ class Allocation(Region):
 class GlobalMemory:
     """All allocations that a launch may touch."""
 
-    def __init__(self, allocations: list[Allocation], num_blocks: int, report: Report) -> None:
+    def __init__(self, allocations: list[Allocation], report: Report) -> None:
         self.allocations = sorted(allocations, key=lambda allocation: allocation.address)
         self.report = report
-        self._num_blocks = num_blocks
         self._addresses = np.array([allocation.address for allocation in self.allocations], np.uint64)
         self._usual: dict[int, Allocation] = {}  # PTX line -> where its accesses went before
         self._published: dict[int, np.ndarray] = {}  # address -> clock that a release left there
@@ -186,7 +204,9 @@ class GlobalMemory:
 
     def _synchronise(self, access: Access, addresses: np.ndarray, semantics: str) -> None:
         for lane, address in zip(access.lanes, addresses):
-            clock = self._published.setdefault(int(address), np.zeros(self._num_blocks, np.int64))
+            clock = self._published.get(int(address))
+            if clock is None:
+                clock = self._published[int(address)] = access.block.order.new_clock()
             access.block.order.synchronise(int(lane), access.block.epoch, clock, semantics)
 
     @staticmethod
@@ -242,10 +262,12 @@ class SharedMemory(Region):
         unfenced: granules written by ordinary stores since the last ``fence.proxy.async``.
     """
 
-    def __init__(self, num_bytes: int, granule: int, report: Report, watch_races: bool) -> None:
+    def __init__(
+        self, num_bytes: int, granule: int, report: Report, watch_races: bool, make_log: MakeLog = AccessLog
+    ) -> None:
         self.num_bytes = num_bytes
         length = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        log = AccessLog(length, granule, "shared", "shared", 0, report)
+        log = make_log(length, granule, "shared", "shared", 0, report)
         super().__init__(np.full(length, 0xFF, np.uint8), 0, "shared", "shared", report, log if watch_races else None)
         self.states[1][:] = UNWRITTEN
         self.granules = log

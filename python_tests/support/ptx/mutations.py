@@ -1,4 +1,4 @@
-"""Faults planted into compiled kernels: each barrier, fence and wait left out in turn.
+"""Faults planted into compiled kernels: each barrier, fence and wait left out in turn, or weakened.
 
 What the emulator does not notice is either a hole in it or an instruction that the kernel does not need for this call.
 """
@@ -16,14 +16,24 @@ from support.ptx.report import KernelStoppedError, UnsupportedError
 __all__ = ["Mutant", "Outcome", "mutants", "run_mutant"]
 
 _LEFT_OUT = {
-    "barrier": r"bar\.sync\s+0\s*;",
+    "barrier": r"bar\.sync\s+\d+\s*(?:,\s*\d+\s*)?;",
     "proxy fence": r"fence\.proxy\.async[\w.:]*\s*;",
     "fence of products": r"wgmma\.fence\.sync\.aligned\s*;",
     "wait for products": r"wgmma\.wait_group\.sync\.aligned\s+\w+\s*;",
     "wait for copies": r"cp\.async\.wait_group\s+\w+\s*;",
     "warp barrier": r"bar\.warp\.sync\s+[-\w]+\s*;",
+    "setting up of an mbarrier": r"mbarrier\.init[\w.:]*\s[^;]*;",
+    "arrival at an mbarrier": r"mbarrier\.arrive[\w.:]*\s[^;]*;",
+    "arrival of copies": r"cp\.async\.mbarrier\.arrive[\w.:]*\s[^;]*;",
 }
 _LOOSENED = r"(cp\.async\.wait_group\s+)(\w+)(\s*;)"
+_EXCHANGED = {
+    "wait at an mbarrier": (r"mbarrier\.(?:test|try)_wait[\w.:]*\s+(\w+),[^;]*;", r"setp.eq.u32 \1, 0, 0;"),
+    "wait for blocks": (r"ld\.acquire[\w.]*\s+(%\w+),[^;]*;", r"mov.u32 \1, -1;"),
+    "acquire": (r"(ld|atom)\.acquire(\.[^;]*;)", r"\1.relaxed\2"),
+    "release": (r"(red|atom|st)\.release(\.[^;]*;)", r"\1.relaxed\2"),
+}
+"""what stands there, and what takes its place"""
 
 
 class Mutant(NamedTuple):
@@ -55,6 +65,10 @@ def mutants(ptx: str) -> Iterator[Mutant]:
     for what, pattern in _LEFT_OUT.items():
         for number, found in enumerate(re.finditer(pattern, ptx)):
             changed = ptx[: found.start()] + ptx[found.end() :]
+            yield Mutant(f"{what} {number} left out", _line(ptx, found.start()), changed)
+    for what, (pattern, weaker) in _EXCHANGED.items():
+        for number, found in enumerate(re.finditer(pattern, ptx)):
+            changed = ptx[: found.start()] + found.expand(weaker) + ptx[found.end() :]
             yield Mutant(f"{what} {number} left out", _line(ptx, found.start()), changed)
     for number, found in enumerate(re.finditer(_LOOSENED, ptx)):
         looser = f"{found[1]}{int(found[2], 0) + 1}{found[3]}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from support.ptx.asynchronous import CopyQueue, ProductQueue
+from support.ptx.gates import Gates
 from support.ptx.memory import UNSIGNED, GlobalMemory, SharedMemory
 from support.ptx.parser import Instruction
 from support.ptx.races import Access, BlockOrder, thread_of
@@ -20,6 +21,8 @@ from support.ptx.tensor_cores import (
     operand_of_group,
     widen,
 )  # fmt: skip
+from support.ptx.thread_order import ThreadOrder
+from support.ptx.translation import SHARED_WINDOW
 
 __all__ = ["Operations"]
 
@@ -28,6 +31,7 @@ Mask = Any
 
 _WARP = np.arange(32, dtype=np.uint32)
 _SYNC = np.uint64(1 << 12)
+_WINDOW, _LOW = np.uint64(SHARED_WINDOW), np.uint64(0xFFFFFFFF)
 
 
 class Operations:
@@ -52,7 +56,12 @@ class Operations:
     shared: SharedMemory
     copies: CopyQueue
     products: ProductQueue
-    order: BlockOrder
+    order: BlockOrder | ThreadOrder
+    gates: Gates | None
+    """of kernels that have mbarriers"""
+    parameters: np.ndarray
+    yielded: np.ndarray
+    """[threads] who lets others run first, since it waits for them"""
     report: Report
     current_warp: int
     """the one that runs, where warps run one at a time; else 0"""
@@ -64,6 +73,9 @@ class Operations:
     def here(self, mask: Mask) -> np.ndarray:
         """The mask as a row."""
         return np.ones(self.num_threads, bool) if mask is True else mask
+
+    def _lanes(self, mask: Mask) -> np.ndarray:
+        return self.lanes if mask is True else np.flatnonzero(mask)
 
     def _chosen(self, mask: Mask, *rows: Any) -> tuple[Any, ...]:
         """The threads of a mask, and their elements of rows."""
@@ -97,7 +109,10 @@ class Operations:
     def synchronise_warps(self, site: int, members: Any, mask: Mask) -> None:
         """bar.warp.sync."""
         self.require_warps(site, members, mask)
-        self.stamps[slice(None) if mask is True else mask] += _SYNC
+        if isinstance(self.order, ThreadOrder):
+            self.order.meet_in_warps(self._lanes(mask))
+        else:
+            self.stamps[slice(None) if mask is True else mask] += _SYNC
 
     def assertion_failed(self, site: int, mask: Mask) -> None:
         """__assertfail: the kernel ends here, if any thread calls it."""
@@ -116,7 +131,54 @@ class Operations:
             return [np.zeros(self.num_threads, UNSIGNED[width])] * count
         access = Access(self.sites[site], self, lanes)
         values = self.memory.read(access, addresses, width, count, self.semantics[site])
+        if self.semantics[site] is not None:
+            self.yielded[lanes] = True
         return [self._spread(lanes, value) for value in values]
+
+    def load_parameters(self, site: int, places: Any, width: int, count: int, mask: Mask) -> list[np.ndarray]:
+        """`count` rows of words from computed places among the parameters."""
+        lanes, places = self._chosen(mask, places)
+        places = places.astype(np.int64)
+        wrong = (places % width != 0) | (places < 0) | (places + width * count > self.parameters.size)
+        if wrong.any():
+            where = f"{width * count} bytes at {int(places[wrong][0])} of the parameters, block {self.number}"
+            self.report.add("out of bounds", self.sites[site], where)
+            places = np.where(wrong, 0, places)
+        words = self.parameters.view(UNSIGNED[width])
+        return [self._spread(lanes, words[places // width + part]) for part in range(count)]
+
+    def _in_shared(self, addresses: Any, mask: Mask) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Generic addresses as those of shared memory, and the threads that go there and to global memory."""
+        addresses, here = np.broadcast_to(addresses, self.num_threads), self.here(mask)
+        inside = addresses >= _WINDOW
+        return (addresses & _LOW).astype(np.uint32), here & inside, here & ~inside
+
+    def load_generic(self, site: int, addresses: Any, width: int, count: int, mask: Mask) -> list[np.ndarray]:
+        """`count` rows of words, each from the memory that its address belongs to."""
+        offsets, in_shared, in_global = self._in_shared(addresses, mask)
+        if not in_shared.any():
+            return self.load_global(site, addresses, width, count, mask)
+        shared = self.load_shared(site, offsets, width, count, in_shared)
+        if not in_global.any():
+            return shared
+        others = self.load_global(site, addresses, width, count, in_global)
+        return [np.where(in_shared, one, other) for one, other in zip(shared, others)]
+
+    def store_generic(self, site: int, addresses: Any, width: int, values: list[Any], mask: Mask) -> None:
+        """Rows of words, each to the memory that its address belongs to."""
+        offsets, in_shared, in_global = self._in_shared(addresses, mask)
+        if in_shared.any():
+            self.store_shared(site, offsets, width, values, in_shared)
+        if in_global.any():
+            self.store_global(site, addresses, width, values, in_global)
+
+    def atomic_generic(
+        self, site: int, addresses: Any, operation: str, kind: Any, values: list[Any], mask: Mask
+    ) -> Any:
+        """A row of the words that were there before, in global memory."""
+        if self._in_shared(addresses, mask)[1].any():
+            raise UnsupportedError(f"a generic atomic of shared memory: {self.sites[site].text}")
+        return self.atomic_global(site, addresses, operation, kind, values, mask)
 
     def load_shared(self, site: int, addresses: Any, width: int, count: int, mask: Mask) -> list[np.ndarray]:
         """`count` rows of words."""
@@ -176,8 +238,14 @@ class Operations:
     def proxy_fence(self, mask: Mask) -> None:
         """fence.proxy.async: what these threads have stored, or anybody before the last barrier, wgmma may read."""
         log = self.shared.granules
+        if self.gates is not None:
+            self.gates.fence(self._lanes(mask))
         if mask is True or self.shared.log is None:
             self.shared.unfenced[:] = False
+            return
+        if isinstance(self.order, ThreadOrder):
+            places = np.flatnonzero(self.shared.unfenced)
+            self.shared.unfenced[places] = ~self.order.anybody_knows(self._lanes(mask), log.writes[places])
             return
         earlier = (log.writes >> np.uint64(24)) != (self.stamps[0] >> np.uint64(24))
         self.shared.unfenced &= ~(earlier | mask[np.minimum(thread_of(log.writes), self.num_threads - 1)])
@@ -205,6 +273,48 @@ class Operations:
         """Groups are kept for the whole block, or for each warp where warps run one at a time."""
         if mask is not True and not (self.single_warps and mask.reshape(-1, 32)[self.current_warp].all()):
             raise UnsupportedError(f"{what} by some of the threads")
+
+    def copy_in_bulk(self, site: int, targets: Any, sources: Any, sizes: Any, gates: Any, mask: Mask) -> None:
+        """cp.async.bulk."""
+        lanes, targets, sources, sizes, gates = self._chosen(mask, targets, sources, sizes, gates)
+        self.copies.issue_bulk(Access(self.sites[site], self, lanes), targets, sources, sizes, gates)
+
+    def announce_copies(self, site: int, gates: Any, counts_more: bool, mask: Mask) -> None:
+        """cp.async.mbarrier.arrive."""
+        lanes, gates = self._chosen(mask, gates)
+        self.copies.announce(Access(self.sites[site], self, lanes), self.current_warp, gates, counts_more)
+
+    # mbarriers --------------------------------------------------------------------------------------------------------
+
+    def _gates(self) -> Gates:
+        assert self.gates is not None
+        return self.gates
+
+    def set_gate_up(self, site: int, addresses: Any, counts: Any, mask: Mask) -> None:
+        """mbarrier.init."""
+        lanes, addresses, counts = self._chosen(mask, addresses, counts)
+        self._gates().set_up(Access(self.sites[site], self, lanes), addresses, counts)
+
+    def take_gate_down(self, site: int, addresses: Any, mask: Mask) -> None:
+        """mbarrier.inval."""
+        lanes, addresses = self._chosen(mask, addresses)
+        self._gates().take_down(Access(self.sites[site], self, lanes), addresses)
+
+    def arrive_at_gate(
+        self, site: int, addresses: Any, counts: Any, num_bytes: Any, releases: bool, mask: Mask
+    ) -> np.ndarray:
+        """mbarrier.arrive and mbarrier.expect_tx: a row of phases."""
+        lanes, addresses, counts, num_bytes = self._chosen(mask, addresses, counts, num_bytes)
+        access = Access(self.sites[site], self, lanes)
+        return self._spread(lanes, self._gates().arrive(access, addresses, counts, num_bytes, releases))
+
+    def test_gate(self, site: int, addresses: Any, phases: Any, by_parity: bool, mask: Mask) -> np.ndarray:
+        """mbarrier.test_wait and mbarrier.try_wait: a row of booleans."""
+        lanes, addresses, phases = self._chosen(mask, addresses, phases)
+        self.copies.come_perhaps()
+        ended = self._gates().test(Access(self.sites[site], self, lanes), addresses, phases, by_parity)
+        self.yielded[lanes[~ended]] = True
+        return self._spread(lanes, ended)
 
     # matrices ---------------------------------------------------------------------------------------------------------
 

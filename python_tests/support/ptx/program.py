@@ -6,20 +6,30 @@ one another, so that blocks can take turns there.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any, NamedTuple
 
 import numpy as np
-from support.ptx import matrix_instructions, memory_instructions, scalar_instructions, warp_instructions
+from support.ptx import (
+    gate_instructions,
+    matrix_instructions,
+    memory_instructions,
+    scalar_instructions,
+    warp_instructions,
+)
 from support.ptx.matrix_instructions import registers_of_products
-from support.ptx.memory_instructions import is_strong, semantics_of
+from support.ptx.memory import MakeLog
+from support.ptx.memory_instructions import is_strong, semantics_of, space_of
 from support.ptx.parser import TYPE_BYTES, Address, Instruction, Kernel, Label, Module
+from support.ptx.races import AccessLog
 from support.ptx.report import UnsupportedError
+from support.ptx.thread_order import ThreadLog
 from support.ptx.translation import PLAIN_NAMES, Layout, Translator, text_of
 
-__all__ = ["Piece", "Program", "environment"]
+__all__ = ["Barrier", "Piece", "Program", "environment"]
 
-_GROUPS = (matrix_instructions, memory_instructions, scalar_instructions, warp_instructions)
+_GROUPS = (gate_instructions, matrix_instructions, memory_instructions, scalar_instructions, warp_instructions)
 _WITHOUT_RESULT = ("st", "red", "cp", "stmatrix", "bar", "fence", "membar", "prefetch", "call")
 
 
@@ -35,6 +45,31 @@ class Piece(NamedTuple):
     """the branch, return or barrier"""
 
 
+class Barrier(NamedTuple):
+    """What a barrier of a block names."""
+
+    number: int
+    count: int | None
+    """threads that it waits for, None for all of the block"""
+    waits: bool
+    """whether who arrives waits for the others"""
+
+    @classmethod
+    def of(cls, instruction: Instruction) -> Barrier:
+        """Read bar, or barrier.
+
+        Raises:
+            UnsupportedError: its numbers are not constants, or it is guarded.
+        """
+        operands = instruction.operands[1 if instruction.has("red") else 0 :]
+        operands = operands[:-1] if instruction.has("red") else operands
+        waits = not instruction.has("arrive")
+        numbers = [int(text, 0) for text in map(text_of, operands) if text.isdigit()]
+        if instruction.guard is not None or len(numbers) != len(operands) or not (2 - waits <= len(numbers) <= 2):
+            raise UnsupportedError(f"line {instruction.line}: {instruction.text}")
+        return cls(numbers[0], numbers[1] if len(numbers) == 2 else None, waits)
+
+
 class Program:
     """A kernel, ready to run.
 
@@ -45,6 +80,8 @@ class Program:
         semantics: how each of them takes part in the order of blocks.
         pieces: in the order of the text.
         multiplies_in_groups: whether it has instructions that several warps run together.
+        meets_in_parts: whether a part of a block may wait for another, at a barrier of its own or at an mbarrier.
+        barriers: what the instructions name that are one, by their lines.
         granule: bytes of shared memory that need a stamp of their own.
     """
 
@@ -59,8 +96,18 @@ class Program:
         self.semantics = [semantics_of(instruction) for instruction in self.sites]
         self._product_registers = registers_of_products(self.sites)
         self.multiplies_in_groups = any(instruction.name == "wgmma" for instruction in self.sites)
+        self.barriers = {i.line: Barrier.of(i) for i in self.sites if _ending(i) == "barrier"}
+        self.meets_in_parts = any(barrier[:2] != (0, None) for barrier in self.barriers.values()) or any(
+            gate_instructions.uses_gate(instruction) for instruction in self.sites
+        )
         self.granule = min([_granule(instruction) for instruction in self.sites], default=4)
         self._codes: dict[tuple[int, bool], tuple[types.CodeType | None, set[tuple[str, int]]]] = {}
+
+    def log_of(self, num_blocks: int, num_threads: int) -> MakeLog:
+        """What keeps the accesses of a launch."""
+        if not self.meets_in_parts:
+            return AccessLog
+        return functools.partial(ThreadLog, num_blocks=num_blocks, num_threads=num_threads)
 
     def target(self, instruction: Instruction) -> int:
         """The piece that a branch goes to."""
@@ -155,24 +202,8 @@ def _ending(instruction: Instruction) -> str | None:
     if instruction.name in ("ret", "exit", "trap"):
         return "return"
     if instruction.name in ("bar", "barrier") and not instruction.has("warp"):
-        _check_barrier(instruction)
         return "barrier"
     return None
-
-
-def _check_barrier(instruction: Instruction) -> None:
-    """Barriers of all threads of a block are what Triton and compact_kv_cache.cu use; others would need counts."""
-    reduces = instruction.has("red")
-    place = 1 if reduces else 0
-    expected = 3 if reduces else 1
-    operands = instruction.operands
-    if (
-        instruction.guard is not None
-        or len(operands) != expected
-        or operands[place] != "0"
-        or instruction.has("arrive")
-    ):
-        raise UnsupportedError(f"line {instruction.line}: {instruction.text}")
 
 
 def _uses(instruction: Instruction) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -194,6 +225,6 @@ def _granule(instruction: Instruction) -> int:
     """The smallest place in shared memory that an instruction treats by itself."""
     if instruction.name == "wgmma" or (instruction.name in ("ldmatrix", "stmatrix") and instruction.has("trans")):
         return 2
-    if instruction.name in ("ld", "st", "atom", "red") and any(m.startswith("shared") for m in instruction.modifiers):
+    if instruction.name in ("ld", "st", "atom", "red") and space_of(instruction) in ("shared", "generic"):
         return min(4, TYPE_BYTES[instruction.type])
     return 4

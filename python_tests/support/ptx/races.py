@@ -239,6 +239,10 @@ class BlockOrder:
         self._seen: dict[int, np.ndarray] = {}
         self._fenced: dict[int, int] = {}
 
+    def new_clock(self) -> np.ndarray:
+        """A clock of somebody who knows nothing."""
+        return np.zeros(self._num_blocks, np.int64)
+
     def knows(self, lane: int, block: int | None, epoch: int) -> bool:
         """Whether a thread comes after what a block did in an epoch; None: what any other block did."""
         clock = np.maximum(self._known, self._acquired.get(lane, 0))

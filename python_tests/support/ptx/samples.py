@@ -53,6 +53,7 @@ def run_sample(
     empty_source: bool = False,
     shared_bytes: int = 1024,
     options: Options | None = None,
+    cooperative: bool = False,
 ) -> Sample:
     """Run a body in a kernel of a source and a target of 4-byte numbers.
 
@@ -67,6 +68,7 @@ def run_sample(
         empty_source: nobody has written the source.
         shared_bytes: of a block.
         options: how the launch runs.
+        cooperative: all blocks are under way at once.
     """
     emulator = Emulator(options)
     source = torch.arange(num_threads, dtype=torch.int32) if source is None else source
@@ -75,5 +77,6 @@ def run_sample(
     target = torch.zeros(num_threads, dtype=source.dtype)
     tensors = [("source", source), ("target", target)]
     addresses: list[int | float | bytes] = [source.data_ptr(), target.data_ptr()]
-    emulator.launch(_HEAD.format(body=body), (num_blocks, 1, 1), (num_threads, 1, 1), shared_bytes, addresses, tensors)
+    shape, text = (num_threads, 1, 1), _HEAD.format(body=body)
+    emulator.launch(text, (num_blocks, 1, 1), shape, shared_bytes, addresses, tensors, cooperative=cooperative)
     return Sample(emulator.report.kinds(), target)

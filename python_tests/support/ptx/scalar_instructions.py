@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from support.ptx.parser import TYPE_BYTES, Instruction, Operand
 from support.ptx.report import UnsupportedError
-from support.ptx.translation import KINDS, Translator, text_of, translates
+from support.ptx.translation import KINDS, SHARED_WINDOW, Translator, text_of, translates
 
 __all__: list[str] = []
 
@@ -290,6 +290,12 @@ def _select(t: Translator, ins: Instruction) -> None:
 def _move(t: Translator, ins: Instruction) -> None:
     target, source = ins.operands
     type_ = "u64" if ins.name == "cvta" else ins.type
+    if ins.name == "cvta" and not ins.has("global"):
+        if not ins.has("shared"):
+            raise UnsupportedError(ins.text)
+        value, window = t.read(source, "u64"), t.integer(SHARED_WINDOW, "u64")
+        t.write(target, "u64", f"{value} {'-' if ins.has('to') else '+'} {window}")
+        return
     if not isinstance(target, tuple) and not isinstance(source, tuple):
         t.write(target, type_, t.read(source, type_))
         return

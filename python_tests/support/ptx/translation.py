@@ -16,7 +16,7 @@ from support.ptx import numerics
 from support.ptx.parser import TYPE_BYTES, Address, Instruction, Kernel, Module, Operand
 from support.ptx.report import UnsupportedError
 
-__all__ = ["KINDS", "PLAIN_NAMES", "Layout", "Translator", "text_of", "translates"]
+__all__ = ["KINDS", "PLAIN_NAMES", "SHARED_WINDOW", "Layout", "Translator", "text_of", "translates"]
 
 KINDS: dict[str, Any] = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
@@ -26,6 +26,9 @@ KINDS: dict[str, Any] = {
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64,
 }  # fmt: skip
 """type -> NumPy's type that carries it"""
+
+SHARED_WINDOW = 1 << 60
+"""the generic address of shared memory's first byte; others are those of global memory"""
 
 _LETTERS = {
     "bool": "P", "uint8": "B", "uint16": "H", "int16": "I", "float16": "E", "uint32": "U", "int32": "S", "float32": "F",
@@ -193,6 +196,8 @@ class Translator:
             return self.integer(int(name.rstrip("U"), 0), type_)
         if name in self.layout.shared:
             return self.integer(self.layout.shared[name], type_)
+        if name in self.layout.parameters:
+            return self.integer(self.layout.parameters[name][0], type_)  # its place among them
         if name in self.layout.texts:
             return self.integer(0, type_)  # the text of an assertion, which nobody reads
         raise UnsupportedError(f"operand {name} of type {type_}")

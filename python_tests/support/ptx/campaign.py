@@ -21,7 +21,7 @@ from support.ptx.mutations import Outcome, mutants, run_mutant
 
 __all__ = ["outcomes"]
 
-FORWARD = FewRowsForward(CASES["two requests, a head of keys each"], shared_bytes=68 << 10)
+FORWARD = FewRowsForward(CASES["a group"], shared_bytes=68 << 10)
 CALLS: dict[str, tuple[int, Callable[[], Call | FewRowsForward]]] = {
     "attention on sm_80": (80, lambda: attention_call(torch.bfloat16, 9, 64, [300], 340, (3, 1))),
     "attention on sm_90": (90, lambda: attention_call(torch.bfloat16, 40, 64, [300], 350, (4, 1))),
@@ -31,7 +31,7 @@ CALLS: dict[str, tuple[int, Callable[[], Call | FewRowsForward]]] = {
 """name -> capability, and the call whose kernels are changed: cp.async, ldmatrix and mma there, wgmma here, both
 pipelined; mbarriers, blocks that wait for each other, cp.async there and cp.async.bulk here"""
 
-OPTIONS = Options(max_pieces=4 * 10**4)
+OPTIONS = Options(max_pieces=2 * 10**4)
 
 
 def outcomes(name: str) -> Iterator[Outcome]:

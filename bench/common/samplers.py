@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sequoia_kernels.drafts import source as drafting
+from sequoia_kernels.drafts import unlikely
 from sequoia_kernels.ops import SampledTokens, sample_without_replacement
 from sequoia_kernels.ops.verify_tree.reference import NodeDecisions
 from sequoia_kernels.ops.warping import warped_probs
@@ -40,16 +41,18 @@ class Sampler(NamedTuple):
     @contextmanager
     def in_loop(self) -> Iterator[dict[str, object]]:
         """Swap this sampler into the decoding loop; yields the options that `generate` then needs."""
-        if self.draw is None or self.decide is None:
-            yield {}
-            return
-        ours = drafting.sample_without_replacement, _VERIFIER.node_decisions
-        drafting.sample_without_replacement, _VERIFIER.node_decisions = self.draw, self.decide
-        try:
+        ours = drafting.sample_without_replacement, _VERIFIER.node_decisions, unlikely.BEHIND
+        if not self.cuts_draft:
+            unlikely.BEHIND = 0.0
+        options: dict[str, object] = {}
+        if self.draw is not None and self.decide is not None:
+            drafting.sample_without_replacement, _VERIFIER.node_decisions = self.draw, self.decide
             # only the reference asks for decisions node by node; a captured step would keep what was swapped in
-            yield {"backend": "reference", "cuda_graphs": False}
+            options = {"backend": "reference", "cuda_graphs": False}
+        try:
+            yield options
         finally:
-            drafting.sample_without_replacement, _VERIFIER.node_decisions = ours
+            drafting.sample_without_replacement, _VERIFIER.node_decisions, unlikely.BEHIND = ours
 
     def acceptance_of_emitted(
         self,
@@ -136,15 +139,14 @@ def cut_draft(draft_logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
     Kept as they are: the draft's nucleus of mass (1 + top_p) / 2, wider than the target's since the two do not agree.
     The rest is only drawn once the nucleus is used up. Draws and verification see the same changed logits, so this is
-    as lossless as any other draft.
+    as lossless as any other draft. The decoding loop's bound is a power of 2 near this one (`drafts/unlikely.py`).
     """
     settings = (torch.full((len(draft_logits),), value, device=draft_logits.device) for value in (temperature, top_p))
     rows_temperature, rows_top_p = settings
     kept = warped_probs(draft_logits, rows_temperature, None, (1 + rows_top_p) / 2) > 0
-    return torch.where(kept, draft_logits, draft_logits - BEHIND * temperature)
+    return torch.where(kept, draft_logits, draft_logits - unlikely.BEHIND * temperature)
 
 
-BEHIND = 30.0  # nats: far less likely than anything that is kept, and far from where float32 gives 0
 _TINY = 1e-30
 
 
@@ -208,4 +210,4 @@ WITH_REPLACEMENT = Sampler(
 )
 TOP_K = Sampler("top-k", draw_top_k, decide_top_k, _emitted_of_top_k)
 SAMPLERS = (OURS, WITH_REPLACEMENT, TOP_K)
-CUT_DRAFT = OURS._replace(name="ours with the draft cut", cuts_draft=True)  # for replays only
+CUT_DRAFT = OURS._replace(name="ours with the draft cut", cuts_draft=True)

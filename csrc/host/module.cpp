@@ -89,6 +89,10 @@ void bind_ops(py::module_& module) {
                py::arg("tokens_ptr"), py::arg("log_normaliser_ptr"), py::arg("num_rows"), py::arg("vocab"),
                py::arg("row_stride"), py::arg("num_samples"), py::arg("check_values"),
                "Draw tokens without replacement from rows of logits; see sample_without_replacement.cpp.");
+    module.def("set_back_unlikely", &set_back_unlikely, release_gil, py::arg("logits_ptr"), py::arg("type"),
+               py::arg("temperature_ptr"), py::arg("top_p_ptr"), py::arg("behind"), py::arg("batch_size"),
+               py::arg("rows_per_request"), py::arg("vocab"), py::arg("row_stride"),
+               "Move a draft's unlikely tokens behind the others; see set_back_unlikely.cpp.");
     module.def("tree_attention", &attend_tree, py::arg("q_ptr"), py::arg("q_shape"), py::arg("q_strides"),
                py::arg("keys_ptr"), py::arg("keys_shape"), py::arg("keys_strides"), py::arg("values_ptr"),
                py::arg("values_shape"), py::arg("values_strides"), py::arg("type"), py::arg("mask_ptr"),

@@ -23,6 +23,14 @@ bool sample_without_replacement(std::uintptr_t logits_ptr,          // [R, vocab
                                 std::int64_t num_rows, std::int64_t vocab, std::int64_t row_stride,
                                 std::int64_t num_samples, bool check_values);
 
+// Changes nothing of a request whose temperature is 0 or whose top_p is 1, or of a row with NaN or infinity.
+void set_back_unlikely(std::uintptr_t logits_ptr,       // [B, rows_per_request, vocab] type, rows row_stride apart
+                       int type,                        //
+                       std::uintptr_t temperature_ptr,  // [B] float32
+                       std::uintptr_t top_p_ptr,        // [B] float32
+                       float behind, std::int64_t batch_size, std::int64_t rows_per_request, std::int64_t vocab,
+                       std::int64_t row_stride);
+
 // Codes shared with sequoia_kernels/ops/host_calls.py.
 enum class VerificationRule : int { sequoia = 0, traversal = 1 };
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "elements.h"
+
 namespace sequoia {
 namespace {
 
@@ -10,15 +12,7 @@ constexpr std::int64_t CHUNK = 512;  // elements converted at a time, so that th
 
 SEQUOIA_INLINE float widen(float value) { return value; }
 
-struct BFloat16 {
-    std::uint16_t bits;
-};
-
 SEQUOIA_INLINE float widen(BFloat16 value) { return bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16); }
-
-struct Float16 {
-    std::uint16_t bits;
-};
 
 // Exponent and mantissa move to their float32 places, where the value is 2^112 too small; subnormals come out right.
 SEQUOIA_INLINE float widen(Float16 value) {
@@ -198,6 +192,20 @@ SEQUOIA_INLINE std::int64_t find(const void* source, std::int64_t vocab, Real lo
     return begin;
 }
 
+using sequoia::narrow;
+SEQUOIA_INLINE void narrow(double value, double* target) { *target = value; }
+
+// What is not below the cut, and what is -inf, goes back as it came.
+template <class Element, class Real>
+SEQUOIA_INLINE void lower(void* source, std::int64_t vocab, Real cut, Real by, Real smallest) {
+    Element* const row = static_cast<Element*>(source);
+    for (std::int64_t i = 0; i < vocab; ++i) {
+        const Real logit = widen(row[i]);
+        const Real lowered = logit - by > smallest ? logit - by : smallest;
+        narrow((logit < cut) & (logit >= smallest) ? lowered : logit, row + i);
+    }
+}
+
 }  // namespace
 
 // The loops with clones: one plain function each, since templates cannot be multiversioned.
@@ -255,6 +263,19 @@ SEQUOIA_CLONES std::int64_t find_bfloat16(const void* row, std::int64_t n, float
 }
 SEQUOIA_CLONES std::int64_t find_float16(const void* row, std::int64_t n, float value) {
     return find<Float16>(row, n, value);
+}
+
+SEQUOIA_CLONES void lower_float32(void* row, std::int64_t n, float cut, float by, float smallest) {
+    lower<float>(row, n, cut, by, smallest);
+}
+SEQUOIA_CLONES void lower_float64(void* row, std::int64_t n, double cut, double by, double smallest) {
+    lower<double>(row, n, cut, by, smallest);
+}
+SEQUOIA_CLONES void lower_bfloat16(void* row, std::int64_t n, float cut, float by, float smallest) {
+    lower<BFloat16>(row, n, cut, by, smallest);
+}
+SEQUOIA_CLONES void lower_float16(void* row, std::int64_t n, float cut, float by, float smallest) {
+    lower<Float16>(row, n, cut, by, smallest);
 }
 
 SEQUOIA_CLONES double softmax_weights(const double* logits, std::int64_t vocab, double peak, double temperature,
@@ -362,6 +383,17 @@ std::int64_t first_index_of(const void* row, ElementType type, std::int64_t voca
         case ElementType::bfloat16: return find_bfloat16(row, vocab, static_cast<float>(logit));
         case ElementType::float16: return find_float16(row, vocab, static_cast<float>(logit));
         default: return find_float32(row, vocab, static_cast<float>(logit));
+    }
+}
+
+void lower_below(void* row, ElementType type, std::int64_t vocab, double cut, double by) {
+    const auto narrow_cut = static_cast<float>(cut), narrow_by = static_cast<float>(by);
+    switch (type) {
+        case ElementType::float64:
+            return lower_float64(row, vocab, cut, by, std::numeric_limits<double>::lowest());
+        case ElementType::bfloat16: return lower_bfloat16(row, vocab, narrow_cut, narrow_by, -0x1.fep127f);
+        case ElementType::float16: return lower_float16(row, vocab, narrow_cut, narrow_by, -65504.0f);
+        default: return lower_float32(row, vocab, narrow_cut, narrow_by, std::numeric_limits<float>::lowest());
     }
 }
 

@@ -95,6 +95,10 @@ double logit_at(const void* row, ElementType type, std::int64_t index);
 // Lowest index of a logit in a row, which must hold it.
 std::int64_t first_index_of(const void* row, ElementType type, std::int64_t vocab, double logit);
 
+// Take `by` off every finite logit below `cut`, in the arithmetic of the type or float32; none falls below the type's
+// smallest finite number. Row without NaN or +inf.
+void lower_below(void* row, ElementType type, std::int64_t vocab, double cut, double by);
+
 // The ranges that the ops refuse values outside of. sequoia_kernels/checks.py has the last word and the messages: it is
 // asked when one of these says no, so they may be stricter than it is, but never laxer.
 bool rows_valid(const LogitRows& logits, std::int64_t num_rows);  // as RowPeak::valid

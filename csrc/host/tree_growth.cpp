@@ -2,6 +2,7 @@
 //
 // Computes    for each level whose nodes have children: the draft's logits at these nodes, kept for the verification;
 //             children drawn from them without replacement; their tokens. What `Drafting.grow` of a model computes.
+//             Where the target is cut by top-p, unlikely tokens go behind the others first (set_back_unlikely.cpp).
 //             A shaped tree gives its children out level by level (level_shape.h). A token that is proposed for the first
 //             child of a level's first node is put before the draws, from which it is left out.
 //             Where a draft has scored all depths beforehand, a level's rows are its depth's row, as it is or through a
@@ -96,6 +97,7 @@ class TreeGrowth {
           draft_lens_(pointer_of<std::int32_t>(source, "draft_lens")),
           first_lens_(pointer_of<std::int32_t>(source, "first_lens")),
           temperature_(pointer_of<float>(source, "temperature")),
+          top_p_(pointer_of<float>(source, "top_p")),
           seeds_(pointer_of<std::int64_t>(source, "seeds")),
           offsets_(pointer_of<std::int64_t>(source, "offsets")),
           own_ids_(pointer_of<std::int64_t>(source, "own_ids")),
@@ -150,7 +152,8 @@ class TreeGrowth {
     }
 
     // Returns false where a draw's input or a length is out of range: tokens and logits are then of no use.
-    bool run(const std::uintptr_t* weights, int num_threads) {
+    // behind: as for set_back_unlikely.
+    bool run(const std::uintptr_t* weights, int num_threads, float behind) {
         forward_seconds_ = draw_seconds_ = 0;
         for (std::size_t index = 0; index < levels_.size(); ++index) {
             const GrowthLevel& level = levels_[index];
@@ -169,8 +172,13 @@ class TreeGrowth {
             const Clock::time_point scored = Clock::now();
             forward_seconds_ += seconds_between(begin, scored);
             if (cuts) cut(level, logits);
-            if (!in_place) keep(level, logits, cuts ? vocab_ * element_bytes(type_) : row_bytes);
-            if (!draw(level, logits, cuts ? vocab_ : drafted_)) return false;
+            const std::int64_t row_width = cuts ? vocab_ : drafted_;
+            if (top_p_ != nullptr) {
+                set_back_unlikely(address(logits), static_cast<int>(type_), address(temperature_), address(top_p_),
+                                  behind, batch_size_, level.width, std::min(row_width, vocab_), row_width);
+            }
+            if (!in_place) keep(level, logits, row_width * element_bytes(type_));
+            if (!draw(level, logits, row_width)) return false;
             draw_seconds_ += seconds_between(scored, Clock::now());
         }
         return true;
@@ -180,6 +188,8 @@ class TreeGrowth {
     double draw_seconds() const { return draw_seconds_; }
 
   private:
+    static std::uintptr_t address(const void* data) { return reinterpret_cast<std::uintptr_t>(data); }
+
     char* kept_row(std::int64_t request, std::int64_t node) const {
         return draft_logits_ + (request * num_nodes_ + node) * vocab_ * element_bytes(type_);
     }
@@ -252,11 +262,10 @@ class TreeGrowth {
                 row_offsets_[row] = offsets_[b] + level.nodes[i];
             }
         }
-        const auto at = [](const auto* data) { return reinterpret_cast<std::uintptr_t>(data); };
         const std::int64_t draws = level.width * level.num_samples;
-        if (!sample_without_replacement(at(logits), static_cast<int>(type_), at(temperatures_.data()),
-                                        at(row_seeds_.data()), at(row_offsets_.data()), at(draws_.data()),
-                                        at(log_normalisers_.data()), batch_size_ * level.width,
+        if (!sample_without_replacement(address(logits), static_cast<int>(type_), address(temperatures_.data()),
+                                        address(row_seeds_.data()), address(row_offsets_.data()), address(draws_.data()),
+                                        address(log_normalisers_.data()), batch_size_ * level.width,
                                         std::min(width, vocab_), width, level.num_samples, true)) {
             return false;
         }
@@ -297,7 +306,7 @@ class TreeGrowth {
     const std::int64_t *last_tokens_, *root_tokens_;  // [B]
     const std::int32_t* draft_lens_;                  // [B]
     std::int32_t* first_lens_;                        // [B], what the first level's forward reads: one less
-    const float* temperature_;                        // [B]
+    const float *temperature_, *top_p_;               // [B]; top_p null where it is off for all
     const std::int64_t *seeds_, *offsets_;            // [B]
     // Of a draft with other tokens, else null: its ids of the common ones, the target's, and what it is fed for a token.
     const std::int64_t *own_ids_, *target_ids_, *fed_ids_;
@@ -320,10 +329,10 @@ void bind_tree_growth(py::module_& module) {
     using sequoia::TreeGrowth;
     py::class_<TreeGrowth>(module, "TreeGrowth", "Draws a tree's tokens from a draft, level by level; see tree_growth.cpp.")
         .def(py::init<const py::dict&>(), py::arg("buffers"), py::keep_alive<1, 2>())
-        .def("run", [](TreeGrowth& growth, std::uintptr_t weights, int num_threads) {
+        .def("run", [](TreeGrowth& growth, std::uintptr_t weights, int num_threads, float behind) {
             const py::gil_scoped_release release;
-            return growth.run(reinterpret_cast<const std::uintptr_t*>(weights), num_threads);
-        }, py::arg("weights"), py::arg("num_threads"), "Grow the tree; False, and the tree is of no use, if a value is out of range.")
+            return growth.run(reinterpret_cast<const std::uintptr_t*>(weights), num_threads, behind);
+        }, py::arg("weights"), py::arg("num_threads"), py::arg("behind"), "Grow the tree; False, and the tree is of no use, if a value is out of range.")
         .def_property_readonly("forward_seconds", &TreeGrowth::forward_seconds)
         .def_property_readonly("draw_seconds", &TreeGrowth::draw_seconds);
 }

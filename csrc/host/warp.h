@@ -29,6 +29,10 @@ struct WarpedRow {
 // logits: padded row. `wide` as for softmax_weights.
 WarpedRow warp_row(const double* logits, std::int64_t vocab, double peak, const Warp& warp, bool wide, double* weights);
 
+// Sum of those weights of a padded row that are at most `limit`.
+double mass_up_to(const float* weights, std::int64_t size, double limit);
+double mass_up_to(const double* weights, std::int64_t size, double limit);
+
 // A token that a cut keeps, or may keep.
 template <class Real>
 struct Candidate {

@@ -16,8 +16,10 @@ from support.speculative_steps import decode
 from support.toy_models import chain_probs, plain_probs, toy_pair
 
 from sequoia_kernels import TokenTree, generate
+from sequoia_kernels.decoding.step import DecodingStep
 from sequoia_kernels.demo import load_demo_pair
 from sequoia_kernels.drafts import source as drafting
+from sequoia_kernels.drafts import unlikely
 from sequoia_kernels.ops import sample_without_replacement, verify_tree
 from sequoia_kernels.ops.verify_tree import reference
 
@@ -240,6 +242,32 @@ def test_a_quick_run_writes_document_page_and_plots(tmp_path, monkeypatch, capsy
     for name in (page.GRID_PLOT, page.BUDGET_PLOT):
         assert (target.parent / name).stat().st_size > 5000
     assert "| 0 | any |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampler", [*samplers.SAMPLERS, samplers.CUT_DRAFT], ids=lambda sampler: sampler.name)
+def test_only_the_cut_draft_is_changed_in_the_loop(sampler):
+    logits = torch.tensor([[[0.0, 2.0, 1.0, -1.0]]])
+    settings = torch.tensor([0.5]), torch.tensor([0.9])
+    with sampler.in_loop():
+        changed = unlikely.set_back_unlikely(logits, *settings)
+    assert torch.equal(changed, logits) != sampler.cuts_draft
+    assert not torch.equal(unlikely.set_back_unlikely(logits, *settings), logits)
+
+
+def test_steps_with_top_p_are_compared_in_pairs(tmp_path, capsys):
+    path = tmp_path / "top_p.json"
+    usual = DecodingStep.run
+    assert bench_script("top_p").main(["--quick", "--json", str(path)]) == 0
+    assert DecodingStep.run is usual
+    document = json.loads(path.read_text())
+    rows = document["results"]
+    assert {(row["tree"], row["rule"]) for row in rows} == set(
+        itertools.product(["chain of 4", "8 nodes"], ["sequoia", "traversal"])
+    )
+    for row in rows:
+        assert row["steps"] > 2 and min(row["on"], row["off"]) >= 1
+        assert row["ratio"] == pytest.approx(row["on"] / row["off"]) and row["standard_error"] >= 0
+    assert "| 1 | chain of 4 | sequoia |" in capsys.readouterr().out
 
 
 def test_the_page_must_have_its_marks(tmp_path):

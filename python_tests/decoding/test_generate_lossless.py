@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, VocabularyMap, adapt, generate
 from sequoia_kernels.decoding import loop
-from sequoia_kernels.drafts import ModelDraft, TokenPairing
+from sequoia_kernels.drafts import ModelDraft, TokenPairing, host_growth, source
+from sequoia_kernels.drafts.unlikely import set_back_unlikely
+from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.tree import LookupTree, MergedTree, ShapedTree
 
 VOCAB, LENGTH, NUM_REQUESTS = 5, 4, 6000
@@ -90,11 +92,15 @@ def test_joint_distribution_with_lookup(settings, kind, rule, monkeypatch):
 
 
 def _lookup_as_often_as_not(chosen, choose):
-    """Steps with proposals where they would be taken, and in two of three steps where there is any proposal."""
+    """Steps with proposals where they would be taken, and in two of three steps where there is any proposal.
+
+    The first of these two is a lookup tree, whatever would be taken.
+    """
 
     def tree(self, base, requests):
         picked = choose(self, base, requests)
-        if not isinstance(picked, (LookupTree, MergedTree)) and len(chosen) % 3:
+        usual = LookupTree if len(chosen) % 3 == 1 else (LookupTree, MergedTree)
+        if not isinstance(picked, usual) and len(chosen) % 3:
             picked = self.costs.trees[len(chosen) % len(self.costs.trees)]
             if len(chosen) % 3 == 2 and base.num_nodes > 1:
                 picked = MergedTree(base)
@@ -105,6 +111,63 @@ def _lookup_as_often_as_not(chosen, choose):
     return tree
 
 
+# ---- top-p, where the draft's unlikely tokens are moved behind the others ----
+
+
+@pytest.fixture(params=["in C++", "in torch", "by the reference"])
+def growth(request, monkeypatch):
+    """How trees are grown; gives the options that this takes."""
+    if request.param == "in torch":
+        monkeypatch.setattr(host_growth.HostGrowth, "bind", classmethod(lambda cls, *args: None))
+    return {"backend": "reference"} if request.param == "by the reference" else {}
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("kind", ["close draft", "unrelated draft", "bfloat16"])
+def test_joint_distribution_with_top_p(kind, rule, growth):
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    draft = noisy_copy(target, 0.4) if kind == "close draft" else tiny_llama(8, vocab_size=VOCAB, sharpness=8.0)
+    if kind == "bfloat16":
+        draft = draft.bfloat16()
+    assert p_value(target, draft, {"temperature": 1.0, "top_p": 0.8}, rule=rule, **growth) > 1e-4
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_joint_distribution_of_a_batch_of_several_settings(rule, growth):
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    prompt, seeds = torch.tensor([2, 0, 4]), range(1000, 1000 + NUM_REQUESTS)
+    mixed = [(1.0, 0.8), (0.0, 0.8), (0.6, 0.8), (1.0, 1.0)]
+    temperature, top_p = ([mixed[index % 4][place] for index in range(NUM_REQUESTS)] for place in (0, 1))
+    output = generate(
+        target, tiny_llama(8, vocab_size=VOCAB, sharpness=8.0), prompt.repeat(NUM_REQUESTS, 1), seed=seeds, rule=rule,
+        tree=TREE, max_new_tokens=LENGTH, temperature=temperature, top_p=top_p, **growth,
+    )  # fmt: skip
+    plain = generate(target, None, prompt[None], max_new_tokens=LENGTH).new_tokens[0]
+    for place, (temperature, top_p) in enumerate(mixed):
+        found = output.new_tokens[place::4]
+        if temperature == 0:
+            assert all(tokens == plain for tokens in found)
+        else:
+            settings = {"temperature": temperature, "top_p": top_p}
+            assert p_value_of(found, target, prompt, settings) > 1e-4, settings
+
+
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_rows_that_are_changed_for_the_draws_alone_are_noticed(rule, monkeypatch):
+    """Children drawn with the unlikely tokens behind, and verified as if they came from the draft's own rows."""
+    settings = {"temperature": 1.0, "top_p": 0.8}
+
+    def draw(logits, num_samples, temperature, *arguments, **options):
+        changed = set_back_unlikely(logits[:, None], temperature, torch.full_like(temperature, 0.8))[:, 0]
+        return sample_without_replacement(changed, num_samples, temperature, *arguments, **options)
+
+    monkeypatch.setattr(host_growth.HostGrowth, "bind", classmethod(lambda cls, *args: None))
+    monkeypatch.setattr(source, "set_back_unlikely", lambda logits, *arguments: logits)
+    monkeypatch.setattr(source, "sample_without_replacement", draw)
+    target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
+    assert p_value(target, tiny_llama(8, vocab_size=VOCAB, sharpness=8.0), settings, rule=rule) < 1e-9
+
+
 def p_value(target, draft, settings, seed: int = 1000, prompt=(2, 0, 4), **options) -> float:
     """Chi-square test of the first tokens behind a prompt, against the product of the target's own probabilities."""
     prompt = torch.tensor(prompt)
@@ -112,10 +175,15 @@ def p_value(target, draft, settings, seed: int = 1000, prompt=(2, 0, 4), **optio
         target, draft, prompt.repeat(NUM_REQUESTS, 1), seed=range(seed, seed + NUM_REQUESTS),
         **{"tree": TREE, "max_new_tokens": LENGTH, **settings, **options},
     )  # fmt: skip
-    assert {len(tokens) for tokens in output.new_tokens} == {LENGTH}
-    codes = torch.tensor(output.new_tokens) @ torch.tensor([VOCAB**power for power in reversed(range(LENGTH))])
+    return p_value_of(output.new_tokens, target, prompt, settings)
+
+
+def p_value_of(new_tokens, target, prompt, settings) -> float:
+    """The test of tokens that are there."""
+    assert {len(tokens) for tokens in new_tokens} == {LENGTH}
+    codes = torch.tensor(new_tokens) @ torch.tensor([VOCAB**power for power in reversed(range(LENGTH))])
     counts = torch.bincount(codes, minlength=VOCAB**LENGTH).double()
-    expected = sequence_probabilities(target, prompt, LENGTH, warp(**settings)) * NUM_REQUESTS
+    expected = sequence_probabilities(target, prompt, LENGTH, warp(**settings)) * len(new_tokens)
     assert counts[expected == 0].sum() == 0  # nothing that the target would never say
     common = expected >= 5
     observed = torch.cat((counts[common], counts[~common].sum()[None]))

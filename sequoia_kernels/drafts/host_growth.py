@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sequoia_kernels.drafts import unlikely
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.shaping import LevelShape
@@ -117,7 +118,7 @@ class HostGrowth:
     def run(self, clock: StageClock) -> bool:
         """Grow the tree; False, and the tree is of no use, where a value is out of range."""
         weights = 0 if self._bound is None else self._bound.weights()
-        grown = bool(self._prepared.run(weights, torch.get_num_threads()))
+        grown = bool(self._prepared.run(weights, torch.get_num_threads(), unlikely.BEHIND))
         if clock.enabled:
             clock.seconds["draft"] += self._prepared.forward_seconds
             clock.seconds["sample"] += self._prepared.draw_seconds
@@ -147,6 +148,7 @@ def _prepared(
         "draft_lens": state.draft_lens,
         "first_lens": first_lens,
         "temperature": state.temperature,
+        "top_p": state.top_p,
         "seeds": state.seeds,
         "offsets": state.offsets,
         **dict(zip(("own_ids", "target_ids", "fed_ids"), maps, strict=True)),

@@ -11,6 +11,7 @@ import torch
 from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.state import DecodingState
+from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
@@ -274,13 +275,14 @@ class Drafting(ABC):
                 # A row of nothing that the draft knows is left as it was: any guess will do.
                 logits = torch.where(hooked.isneginf().all(-1, keepdim=True), logits.to(hooked.dtype), hooked)
             # drawn from the very numbers that are kept for the verification
+            state = self.state
             logits = logits[:, :, :vocab].to(buffers.draft_logits.dtype)
+            logits = set_back_unlikely(logits, state.temperature, state.top_p, self.backend)
             if level.step.first_node is not None:
                 kept = buffers.draft_logits.narrow(1, level.step.first_node, width).narrow(2, 0, vocab)
                 kept.copy_(logits)
             else:
                 buffers.draft_logits[:, :, :vocab].index_copy_(1, level.nodes, logits)
-            state = self.state
             per_request = (state.temperature, state.seeds)
             if batch_size == 1:  # views, for which nothing is launched
                 temperatures, seeds = (values.expand(width) for values in per_request)

@@ -55,6 +55,7 @@ DECODED_FOR_A_SAMPLE = 8  # so that a draft has something to propose behind them
 SAMPLE_PROMPT_TOKENS = 16
 SETTLE_S = 0.05  # behind a runtime's turn: its threads may spin for a while
 TUNING_RUNS = 2
+ATTEMPTS, NEXT_SEED = 4, 1_000_000  # at a text that ended early
 
 
 class Weights(NamedTuple):
@@ -202,6 +203,16 @@ class Timed(NamedTuple):
     texts: list[list[int]]
 
 
+def decode_whole(process: RuntimeProcess, request: Request) -> tuple[float, list[list[int]]]:
+    """Decode; what ended early is sampled again: ONNX Runtime GenAI takes padding for an end where there is none."""
+    for attempt in range(ATTEMPTS if request.temperature > 0 else 1):
+        took, tokens = process.decode(request._replace(seed=request.seed + attempt * NEXT_SEED))
+        wrong = [len(text) for text in tokens if len(text) != request.num_tokens]
+        if not wrong:
+            return took, tokens
+    raise RuntimeFailedError(f"decoded {wrong[0]} tokens in place of {request.num_tokens}")
+
+
 def take_turns(
     processes: Mapping[str, RuntimeProcess],
     systems: Mapping[System, int],
@@ -223,10 +234,7 @@ def take_turns(
                 request = template._replace(prompts=prompts, mode=system.mode, draft_tokens=draft_tokens)
                 time.sleep(SETTLE_S)
                 try:
-                    took, tokens = processes[system.runtime].decode(request._replace(seed=1000 * turn + index))
-                    wrong = [len(text) for text in tokens if len(text) != template.num_tokens]
-                    if wrong:
-                        raise RuntimeFailedError(f"decoded {wrong[0]} tokens in place of {template.num_tokens}")
+                    took, tokens = decode_whole(processes[system.runtime], request._replace(seed=1000 * turn + index))
                 except RuntimeFailedError as error:
                     failed[system] = str(error)
                     continue

@@ -230,6 +230,28 @@ def test_systems_take_turns_prompt_by_prompt(monkeypatch):
     assert all(len(entry.texts) == 2 for entry in timed.values())
 
 
+class EndsEarly:
+    """A process whose texts are short of a token until a seed."""
+
+    def __init__(self, until):
+        self.until, self.seeds = until, []
+
+    def decode(self, request):
+        self.seeds.append(request.seed)
+        return 1.0, [[0] * (request.num_tokens - (request.seed < self.until)) for _ in request.prompts]
+
+
+def test_a_sampled_text_that_ended_early_is_decoded_again():
+    request = Request([[1], [2]], 5, temperature=1.0, seed=7)
+    late = EndsEarly(2_000_000)
+    assert script.decode_whole(late, request) == (1.0, [[0] * 5] * 2) and late.seeds == [7, 1_000_007, 2_000_007]
+    for never, tries in ((request, 4), (request._replace(temperature=0.0), 1)):
+        short = EndsEarly(1e9)
+        with pytest.raises(process.RuntimeFailedError, match="decoded 4 tokens in place of 5"):
+            script.decode_whole(short, never)
+        assert len(short.seeds) == tries
+
+
 def test_who_fails_is_out(monkeypatch):
     monkeypatch.setattr(script, "SETTLE_S", 0.0)
     log = []

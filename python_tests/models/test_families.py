@@ -17,7 +17,7 @@ from sequoia_kernels.models.families import position_limit
 
 STATE = "recurrent state instead of keys and values"
 INTERFACE = "does not follow transformers' attention interface"
-BOTH_WAYS = "its attention mask is neither causal, nor a sliding window, nor chunked"
+BOTH_WAYS = "it attends in both directions"
 _SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -16,6 +16,13 @@ struct Count {
     static constexpr int value = N;
 };
 
+SEQUOIA_INLINE i64 bytes_of(ElementType type) { return type == ElementType::float32 ? 4 : 2; }
+
+// Blocks of query rows of a segment's head.
+SEQUOIA_INLINE i64 num_blocks(const Layer& layer, const Segment& segment) {
+    return (segment.num_nodes * layer.group() + ROW_BLOCK - 1) / ROW_BLOCK;
+}
+
 template <class Element>
 struct CacheRows {
     const Element* data;  // of the head
@@ -81,9 +88,8 @@ class AttentionAhead {
     };
 
     static i64 lines_of(i64 bytes) { return (bytes + LINE - 1) / LINE; }
-    i64 element_bytes() const { return layer_.cache_type == ElementType::float32 ? 4 : 2; }
-    i64 head_bytes() const { return layer_.head_dim * element_bytes(); }
-    i64 blocks_of(i64 s) const { return (pass_.segments[s].num_nodes * layer_.group() + ROW_BLOCK - 1) / ROW_BLOCK; }
+    i64 head_bytes() const { return layer_.head_dim * bytes_of(layer_.cache_type); }
+    i64 blocks_of(i64 s) const { return num_blocks(layer_, pass_.segments[s]); }
     i64 units_of(i64 s) const { return blocks_of(s) * layer_.num_kv_heads; }
 
     // Goes on with the heads that come next, as many as the cache has room for: memory gives whole rows sooner than a

@@ -19,8 +19,6 @@ struct Part {
     i64 begin, end;
 };
 
-SEQUOIA_INLINE i64 bytes_of(ElementType type) { return type == ElementType::float32 ? 4 : 2; }
-
 struct Worker {
     const Pass& pass;
     const Model& model;
@@ -418,9 +416,7 @@ struct Worker {
         }
         return ahead;
     }
-    static i64 num_blocks(const Layer& layer, const Segment& segment) {
-        return (segment.num_nodes * layer.group() + ROW_BLOCK - 1) / ROW_BLOCK;
-    }
+
     void attend_block(const Layer& layer, i64 index, const Segment& segment, const Columns& columns, i64 head,
                       i64 begin, i64 end, AttentionAhead& ahead) const {
         if (layer.cache_type == ElementType::float32) {

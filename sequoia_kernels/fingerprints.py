@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["DeviceFingerprint", "ModelFingerprint"]
+__all__ = ["DeviceFingerprint", "ModelFingerprint", "largest_cache_bytes"]
+
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # as Linux tells of them
 
 
 @dataclass(frozen=True)
@@ -226,3 +229,13 @@ def _cpu_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # no sysconf on this system
         return None
+
+
+def largest_cache_bytes() -> int:
+    """Give the size of the CPU's largest cache, as far as one core can use it; 32 MiB where the system does not say."""
+    sizes = []
+    for entry in CPU_CACHES.glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG]?)", entry.read_text(encoding="utf-8").strip())
+        if match:
+            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    return max(sizes, default=32 << 20)

@@ -90,7 +90,7 @@ def run(bench: Run) -> None:
             effort = {"min_repeats": options.rounds, "max_repeats": options.rounds, "seconds": 0}
             if options.quick:
                 effort = {"min_repeats": 2, "max_repeats": 5, "seconds": 2}
-            times = time_calls(timed, device, **effort, warmup=1, prepare=parts.prepare)
+            times = time_calls(timed, device, **effort, warmup=1, turns=parts.turns)
         for op, points in parts.points(times).items():
             profile = profile.with_op(op, points)
         measured.update({key: times[key] for key in whole})

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels.measure import measure_profile
 from sequoia_kernels.measure import pair_times as profile_module
-from sequoia_kernels.measure.timing import Timing
+from sequoia_kernels.measure.calls import typical_tree
+from sequoia_kernels.measure.timing import Timing, Turn, time_calls
 from sequoia_kernels.models import TreeModel, adapt
 from sequoia_kernels.offload import load_offloaded
 from sequoia_kernels.planner import HardwareProfile, ModelFingerprint, plan_tree
@@ -55,9 +56,10 @@ def profile(target, draft):
 def test_forward_tables_are_filled(profile, target, draft):
     keys = [ModelFingerprint.of(model).key for model in (target, draft)]
     assert [profile.target_key, profile.draft_key] == keys
-    for key, counts in zip(keys, [(1, 2, 4, 8), (1, 2, 4)], strict=True):
+    rounds, in_a_row = 2, profile_module.TIMED  # of a target that the caches hold
+    for key, counts, repeats in zip(keys, [(1, 2, 4, 8), (1, 2, 4)], [rounds * in_a_row, rounds], strict=True):
         table = profile.forward_table(key)
-        assert (table.context_lens, table.node_counts, table.repeats) == ((16, 64), counts, 2)
+        assert (table.context_lens, table.node_counts, table.repeats) == ((16, 64), counts, repeats)
         for low, middle, high in zip(table.p20_ms, table.p50_ms, table.p80_ms, strict=True):
             assert all(0 < a <= b <= c for a, b, c in zip(low, middle, high, strict=True))
 
@@ -188,6 +190,33 @@ def test_progress_is_reported_to_the_end(target):
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
     assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+
+
+@pytest.mark.parametrize("cache_bytes", [1 << 40, 16])
+def test_forwards_are_timed_behind_what_they_follow_in_decoding(target, draft, monkeypatch, cache_bytes):
+    """In plain decoding forwards of one node follow one another, and levels lie between forwards of a tree."""
+    monkeypatch.setattr(profile_module, "largest_cache_bytes", lambda: cache_bytes)
+    given = {}
+
+    def timed(calls, device, turns, **options):
+        given.update(turns, calls=calls)
+        return time_calls(calls, device, turns=turns, **options)
+
+    monkeypatch.setattr(profile_module, "time_calls", timed)
+    profile = measure_profile(target, draft, context_lens=[8], node_counts=[1, 4], draft_node_counts=[1, 2], **FAST)
+    calls = given.pop("calls")
+    levels = {("forward", "draft", 8, rows): Turn(before=calls["forward", "draft", 8, rows]) for rows in (1, 2)}
+    assert {key: turn for key, turn in given.items() if key[1] == "draft"} == levels
+    targets = {key[3]: turn for key, turn in given.items() if key[1] == "target"}
+    if cache_bytes == 16:
+        assert not targets
+        return
+    assert targets[1] == Turn(None, profile_module.SETTLING, profile_module.TIMED)
+    assert profile.forward_table(profile.target_key).repeats == profile_module.TIMED
+    assert targets[4][1:] == targets[1][1:]
+    level, num_levels = targets[4].before.args
+    assert level is calls["forward", "draft", 8, 1]
+    assert num_levels == typical_tree(4).num_levels
 
 
 def test_in_a_quick_profile_more_rows_do_not_take_less_time(target, draft, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from sequoia_kernels.measure import time_calls
 from sequoia_kernels.measure import timing as timing_module
+from sequoia_kernels.measure.timing import Turn
 
 
 @pytest.fixture
@@ -34,6 +35,22 @@ def test_every_call_runs_once_a_round_behind_the_warm_up(clock):
     assert len({tuple(entries) for entries in rounds}) > 1  # shuffled anew
     assert list(times) == list("abcd")
     assert all(time.repeats == 6 for time in times.values())
+
+
+def test_a_turn_settles_first_and_has_something_before_each_of_its_calls(clock):
+    order: list[str] = []
+    durations = iter([9.0, 8.0, 3.0, 2.0] * 3)
+    calls = {
+        "one": lambda: (order.append("one"), clock.advance(1)),
+        "more": lambda: (order.append("more"), clock.advance(next(durations))),
+    }
+    turn = Turn(before=lambda: (order.append("level"), clock.advance(100)), settling=2, timed=2)
+    times = time_calls(calls, "cpu", min_repeats=2, max_repeats=2, seconds=0, warmup=1, turns={"more": turn})
+    whole = " ".join(order)
+    assert whole.replace("one", "").split() == ["level", "more"] * 4 * 3
+    assert whole.count(" ".join(["level more"] * 4)) == 3  # a turn is not interrupted by other calls
+    assert times["one"] == pytest.approx((1, 1, 1, 1, 2))
+    assert times["more"] == pytest.approx((2, 2.5, 3, 2.5, 4))
 
 
 def test_the_order_follows_from_the_seed(clock):

@@ -15,6 +15,7 @@ from support.tiny_families import tiny_config
 from support.tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, LlamaConfig, Qwen2Config
 
+from sequoia_kernels import fingerprints
 from sequoia_kernels.errors import ProfileError
 from sequoia_kernels.planner import CostModel
 from sequoia_kernels.planner.profile import DeviceFingerprint, HardwareProfile, ModelFingerprint, OpPoint
@@ -390,3 +391,18 @@ def test_bad_overheads_are_refused(profile, step_ms):
 def test_bad_slowdowns_are_refused(profile, ratio):
     with pytest.raises(ValueError, match="mean_over_median must hold finite ratios > 0"):
         profile.with_slowdowns({TARGET.key: ratio})
+
+
+# ---- the device ----
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [(("32K", "1024K", "32768K"), 32 << 20), (("48K", "2M"), 2 << 20), (("",), 32 << 20), ((), 32 << 20)],
+)
+def test_the_largest_cache_is_read_from_the_system(tmp_path, monkeypatch, sizes, expected):
+    for index, size in enumerate(sizes):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(fingerprints, "CPU_CACHES", tmp_path)
+    assert fingerprints.largest_cache_bytes() == expected

@@ -19,7 +19,7 @@ from sequoia_kernels.fingerprints import DeviceFingerprint, ModelFingerprint
 from sequoia_kernels.measure import calls
 from sequoia_kernels.measure.calls import Call, Key, op_key
 from sequoia_kernels.measure.layer_models import LayerShape, hollow_llama, whole_llama
-from sequoia_kernels.measure.timing import Progress, Timing, pooled_slowdown, report_percent, time_calls
+from sequoia_kernels.measure.timing import Progress, Timing, Turn, pooled_slowdown, report_percent, time_calls
 from sequoia_kernels.models import LayerSpec, TreeCache
 from sequoia_kernels.ops import tree_attention
 from sequoia_kernels.planner import HardwareProfile, OpPoint
@@ -107,7 +107,7 @@ class _Timed(NamedTuple):
 class Microbenchmarks:
     """All timed calls, and how their times become ops of a profile.
 
-    The arguments are those of `measure_microbenchmarks`; `calls` and `prepare` are what `time_calls` takes.
+    The arguments are those of `measure_microbenchmarks`; `calls` and `turns` are what `time_calls` takes.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Microbenchmarks:
         self._timed: dict[Key, _Timed] = {key: timed for part in parts for key, timed in part}
         memory = new_memory(self.device)
         self.calls = {key: as_replay(timed.call, self.device, memory) for key, timed in self._timed.items()}
-        self.prepare = {} if self.on_cuda else {key: _warm_up(timed) for key, timed in self._timed.items()}
+        self.turns = {} if self.on_cuda else {key: Turn(_warm_up(timed)) for key, timed in self._timed.items()}
 
     def points(self, times: dict[Any, Timing]) -> dict[str, list[OpPoint]]:
         """Turn the times of `calls` into points of each op."""
@@ -445,7 +445,7 @@ def measure_microbenchmarks(
         bench = Microbenchmarks(device, dtype, found, quick=quick, ops=ops, rows=rows)
         times = time_calls(
             bench.calls, device, min_repeats=min_repeats, max_repeats=max_repeats, seconds=seconds, warmup=1, seed=seed,
-            progress=report, prepare=bench.prepare,
+            progress=report, turns=bench.turns,
         )  # fmt: skip
     profile = HardwareProfile(DeviceFingerprint.of(device))
     for name, points in bench.points(times).items():

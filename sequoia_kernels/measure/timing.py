@@ -19,7 +19,7 @@ from sequoia_kernels.cuda_graphs import on_device
 from sequoia_kernels.documents import is_count
 
 __all__ = [
-    "Progress", "Timing", "device_ms", "event_ms", "host_ms", "keep_busy", "pooled_slowdown", "quantile",
+    "Progress", "Timing", "Turn", "device_ms", "event_ms", "host_ms", "keep_busy", "pooled_slowdown", "quantile",
     "report_percent", "time_calls",
 ]  # fmt: skip
 
@@ -45,6 +45,14 @@ class Timing(NamedTuple):
         return cls(p20, p50, p80, mean, len(ordered))
 
 
+class Turn(NamedTuple):
+    """What a call's turn in a round is, where that is more than one call."""
+
+    before: Callable[[], object] | None = None  # done before each of the calls, untimed
+    settling: int = 0  # calls at the beginning that are not timed: till caches hold what they hold in decoding
+    timed: int = 1  # calls behind those
+
+
 def time_calls(
     calls: Mapping[Key, Callable[[], object]],
     device: torch.device | str,
@@ -55,7 +63,7 @@ def time_calls(
     warmup: int = 2,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
-    prepare: Mapping[Key, Callable[[], object]] | None = None,
+    turns: Mapping[Key, Turn] | None = None,
 ) -> dict[Key, Timing]:
     """Time calls in interleaved rounds.
 
@@ -69,7 +77,7 @@ def time_calls(
         warmup: rounds at the beginning that are not counted.
         seed: of the order within the rounds.
         progress: called with the fraction done, after every call.
-        prepare: what to do before some of the calls, untimed, each time.
+        turns: what the turn of some of the calls is; one timed call where nothing is said.
 
     Returns:
         Percentiles by name, in the order of `calls`.
@@ -94,16 +102,19 @@ def time_calls(
     shuffle = random.Random(seed).shuffle
     samples: dict[Key, list[float]] = {key: [] for key in order}
     clock = device_ms if device.type == "cuda" else host_ms
+    whole, once = turns or {}, Turn()
     begin = time.perf_counter()
     num_rounds = -warmup
     while num_rounds < min_repeats or (num_rounds < max_repeats and time.perf_counter() - begin < seconds):
         shuffle(order)
         for index, key in enumerate(order, start=1):
-            if prepare is not None and key in prepare:
-                prepare[key]()
-            milliseconds = clock(calls[key], device)
-            if num_rounds >= 0:
-                samples[key].append(milliseconds)
+            turn = whole.get(key, once)
+            for place in range(turn.settling + turn.timed):
+                if turn.before is not None:
+                    turn.before()
+                milliseconds = clock(calls[key], device)
+                if num_rounds >= 0 and place >= turn.settling:
+                    samples[key].append(milliseconds)
             if progress is not None:
                 rounds = warmup + num_rounds + index / len(order)
                 spent = (time.perf_counter() - begin) / seconds if seconds > 0 else 1.0

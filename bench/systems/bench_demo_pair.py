@@ -51,14 +51,18 @@ def measure(bench: Run) -> None:
     for model in demo.pair[:2]:
         model.generation_config.eos_token_id = None  # every provider decodes exactly the same number of tokens
     calibration, prompts = demo.prompts(options)
-    seconds = options.profile_seconds
-    profile = demo.profile(options.prompt_tokens + options.new_tokens, seconds=seconds, quick=seconds is not None)
     bench.document |= {name: getattr(options, name) for name in ("dtype", "new_tokens", "prompt_tokens", "rounds")}
     bench.document["num_prompts"] = len(prompts)
     results = bench.document["results"] = []
     for temperature in options.temperatures:
         common = demo.decoding(temperature)
         evidence = demo.evidence(calibration, **common)
+        # For each temperature anew: within minutes a machine drifts by more than a prediction is to be wrong by.
+        profile = demo.profile(
+            options.prompt_tokens + options.new_tokens,
+            seconds=options.profile_seconds,
+            quick=options.profile_seconds is not None,
+        )
         plan = plan_tree(evidence, profile, context_len=demo.context_len)
         providers = providers_of(demo, plan, temperature, common)
         for run in providers.values():
@@ -75,7 +79,10 @@ def measure(bench: Run) -> None:
                         stats[name].append(result.stats)
         tokens = options.new_tokens * len(prompts)
         planned, steps = stats["planned tree"], sum(s.num_steps for s in stats["planned tree"])
-        step_ms = 1e3 * sum(s.decode_seconds for s in planned) / steps
+        step_ms, plain_ms = (
+            1e3 * sum(s.decode_seconds for s in runs) / sum(s.num_steps for s in runs)
+            for runs in (planned, stats["autoregressive"])
+        )
         measured_steps = statistics.mean(s.tokens_per_step for s in planned)
         row = {
             "temperature": temperature,
@@ -90,6 +97,7 @@ def measure(bench: Run) -> None:
             "acceptance": [round(float(a), 4) for a in plan.acceptance],
             "tokens_per_step": {"predicted": plan.tokens_per_step, "measured": measured_steps},
             "step_ms": {"predicted": plan.step_ms, "measured": step_ms},
+            "autoregressive_step_ms": {"predicted": plan.no_speculation.step_ms, "measured": plain_ms},
             "decoding_tokens_per_second": {"predicted": 1e3 / plan.ms_per_token, "measured": decoding_rate(planned)},
             "overhead_fraction": {
                 name: statistics.mean(s.overhead_fraction for s in stats[name])
@@ -104,7 +112,7 @@ def measure(bench: Run) -> None:
         for name, rate in row["tokens_per_second"].items():
             ratio = row["speedup_of_planned_tree_over"].get(name)
             print(f"  {name:24s}{rate:9.1f} tokens/s" + (f"   planned tree is {ratio:.2f}x" if ratio else ""))
-        for name in ("tokens_per_step", "step_ms", "decoding_tokens_per_second"):
+        for name in ("tokens_per_step", "step_ms", "autoregressive_step_ms", "decoding_tokens_per_second"):
             print(f"  {name:28s} predicted {row[name]['predicted']:8.2f}   measured {row[name]['measured']:8.2f}")
         print(f"  outside the forwards: {100 * row['overhead_fraction']['planned tree']:.1f} % of a step", flush=True)
 

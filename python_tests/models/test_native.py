@@ -36,6 +36,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sequoia_kernels import _host
+from sequoia_kernels.demo import load_demo_pair
 from sequoia_kernels.errors import UnsupportedModelError
 from sequoia_kernels.models import adapt, causal_step, pack_linear_layers, packing, prefill
 from sequoia_kernels.models.attention import attend_along_tree
@@ -632,6 +633,17 @@ def test_python_threads_run_models_side_by_side():
     finally:
         ended.set()
         ending.join(600)
+
+
+def test_as_many_threads_share_a_pass_as_its_products_outweigh_barriers_of():
+    pair = load_demo_pair(torch.float32)
+    target, draft, tiny = (adapt(model)._own._forward for model in (pair.target, pair.draft, tiny_llama(0)))
+    for forward in (target, draft):  # one row of the smaller takes 49 us on one thread
+        assert [forward.threads_for(1, most) for most in (1, 2, 3)] == [1, 2, 3]
+    taken = [target.threads_for(rows, 64) for rows in (1, 2, 4, 8, 64)]
+    assert taken == sorted(taken) and 3 <= taken[0] < taken[-1] <= 64
+    assert target.threads_for(64, 64) == target.threads_for(1000, 64)  # a pass is 64 rows
+    assert [tiny.threads_for(rows, 8) for rows in (0, 1, 2)] == [1, 1, 1]
 
 
 def test_teams_that_grow_and_shrink():

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <map>
@@ -47,8 +48,10 @@ namespace {
 
 constexpr std::int64_t MAX_HEAD_DIM = 512;
 constexpr int WORD_BITS = 32;
-// Products of rows and weights for which a further thread is woken: with less its share takes no longer than the barriers.
-constexpr std::int64_t PRODUCTS_A_THREAD = 2'000'000;
+// How many threads share a pass. n of them take 1/n of its products' time and n times what a thread adds to a barrier, so
+// the best n is the root of products by barriers and of what is multiplied in that time (0.2 us, taken long).
+constexpr double PRODUCTS_A_BARRIER = 2000.0;
+constexpr std::size_t BARRIERS_A_LAYER = 7, OTHER_BARRIERS = 4;
 
 // ---- instruction sets ----
 
@@ -490,7 +493,8 @@ class Forward : public Runner {
             attended = std::max(attended, layer.num_heads * layer.head_dim);
             inner = std::max(inner, layer.down.weight.columns);
             const std::int64_t chosen = std::max<std::int64_t>(layer.experts.chosen, 1);
-            num_weights_ += (rows + attended) * model_.width + 2 * inner * model_.width * chosen;
+            const std::int64_t of_mlp = (layer.gate.weight.given() ? 3 : 2) * layer.down.weight.columns;
+            num_weights_ += (rows + layer.num_heads * layer.head_dim + of_mlp * chosen) * model_.width;
             gated_floats_ = std::max(gated_floats_, whole_vectors(layer.down.weight.columns) * chosen);
             experts = std::max(experts, layer.experts.count);
             chosen_ = std::max(chosen_, layer.experts.chosen);
@@ -578,12 +582,18 @@ class Forward : public Runner {
 
     void run(const Call& call, int num_threads) override {
         const std::lock_guard<std::mutex> lock(busy_.get());
-        const std::int64_t rows = std::min(MAX_ROWS, call.num_rows());
-        num_threads = static_cast<int>(
-            std::clamp<std::int64_t>(rows * num_weights_ / PRODUCTS_A_THREAD, 1, num_threads));
+        num_threads = threads_for(call.num_rows(), num_threads);
         for (std::int64_t first = 0; first < call.num_rows(); first += MAX_ROWS) {
             run_pass(call, first, std::min(MAX_ROWS, call.num_rows() - first), num_threads);
         }
+    }
+
+    // How many of these threads share a pass over so many rows.
+    int threads_for(std::int64_t num_rows, int num_threads) const {
+        const double products = static_cast<double>(std::clamp<std::int64_t>(num_rows, 0, MAX_ROWS) * num_weights_);
+        const std::size_t barriers = BARRIERS_A_LAYER * model_.layers.size() + OTHER_BARRIERS;
+        const double best = std::sqrt(products / (PRODUCTS_A_BARRIER * static_cast<double>(barriers)));
+        return static_cast<int>(std::clamp(best, 1.0, std::max(1.0, static_cast<double>(num_threads))));
     }
 
   private:
@@ -794,6 +804,8 @@ void bind_forward(py::module_& module) {
     py::class_<Forward>(module, "Forward", "A model's forward on its own weights; see csrc/host/forward.")
         .def(py::init<const py::dict&, const std::string&>(), py::arg("description"), py::arg("instruction_set"))
         .def_property_readonly("instruction_set", &Forward::instruction_set)
+        .def("threads_for", &Forward::threads_for, py::arg("num_rows"), py::arg("num_threads"),
+             "How many of so many threads share a pass over so many rows.")
         .def("run", &sequoia::forward::run_forward, py::arg("call"), py::arg("tensors"), py::arg("logits"),
              py::arg("hidden"), py::arg("num_threads"),
              "Score rows and store their keys and values. IndexError, and nothing is written, if a number is out of range.");

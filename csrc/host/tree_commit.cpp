@@ -2,15 +2,17 @@
 //
 // Computes    verify: the accepted path and the next token, as verify_tree does.
 //             commit: the emitted tokens; accepted rows of all caches move behind the committed ones, as
-//             compact_kv_cache does; the batch's state advances.
+//             compact_kv_cache does; the batch's state advances. Requests that have ended are left as they are.
 // Plan        Everything but the target's logits lies in memory that is known beforehand.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "active.h"
 #include "buffers.h"
 #include "ops.h"
 #include "rows.h"
@@ -56,13 +58,27 @@ class TreeCommit {
         }
     }
 
-    // Returns false, and has written nothing, if a value is out of range.
+    // Decides for the requests that are active. Returns false if a value is out of range: paths are then of no use.
     bool verify(std::uintptr_t target_logits, int target_type, std::int64_t batch_stride, std::int64_t node_stride) {
-        return verify_tree(tokens_, target_logits, target_type, draft_logits_, draft_type_, target_to_draft_, certain_,
-                           first_child_, num_children_, max_branching_, temperature_, seeds_, offsets_, top_k_, top_p_,
-                           nodes_, num_accepted_, next_token_, batch_size_, num_nodes_, num_levels_, vocab_,
-                           draft_vocab_, topology_stride_, num_nodes_, num_nodes_, batch_stride, node_stride,
-                           num_nodes_ * draft_vocab_, draft_vocab_, rule_code_, true);
+        find_active_runs(reinterpret_cast<const std::int32_t*>(active_), batch_size_, runs_);
+        const std::int64_t target_bytes = batch_stride * element_bytes(static_cast<ElementType>(target_type));
+        const std::int64_t draft_bytes = num_nodes_ * draft_vocab_ * element_bytes(static_cast<ElementType>(draft_type_));
+        for (const ActiveRun& run : runs_) {
+            const auto at = [&](std::uintptr_t address, std::int64_t bytes) {  // of the first request's values
+                return address == 0 ? address : address + static_cast<std::uintptr_t>(run.first * bytes);
+            };
+            if (!verify_tree(at(tokens_, 8 * num_nodes_), at(target_logits, target_bytes), target_type,
+                             at(draft_logits_, draft_bytes), draft_type_, target_to_draft_, at(certain_, num_nodes_),
+                             at(first_child_, 4 * topology_stride_), at(num_children_, 4 * topology_stride_),
+                             max_branching_, at(temperature_, 4), at(seeds_, 8), at(offsets_, 8), at(top_k_, 4),
+                             at(top_p_, 4), at(nodes_, 4 * num_levels_), at(num_accepted_, 4), at(next_token_, 8),
+                             run.count, num_nodes_, num_levels_, vocab_, draft_vocab_, topology_stride_, num_nodes_,
+                             num_nodes_, batch_stride, node_stride, num_nodes_ * draft_vocab_, draft_vocab_, rule_code_,
+                             true)) {
+                return false;
+            }
+        }
+        return true;
     }
 
     // Returns false, and has written nothing, if a tree does not fit behind a cache's committed rows.
@@ -77,18 +93,23 @@ class TreeCommit {
         for (const CacheGroup& group : caches_) {
             const auto* const lens = reinterpret_cast<const std::int32_t*>(group.cache_lens);
             for (std::int64_t b = 0; b < batch_size_; ++b) {
-                if (lens[b] < 0 || lens[b] + num_nodes_ > group.num_slots) return false;
+                if (active[b] != 0 && (lens[b] < 0 || lens[b] + num_nodes_ > group.num_slots)) return false;
             }
         }
         for (std::int64_t b = 0; b < batch_size_; ++b) {
             const std::int32_t* const path = nodes + b * num_levels_;
             const std::int64_t* const drawn = tokens + b * num_nodes_;
             std::int64_t* const out = emitted + b * num_levels_;
+            if (active[b] == 0) {
+                std::fill(out, out + num_levels_, -1);
+                num_emitted[b] = 0;
+                continue;
+            }
             const std::int64_t last = num_accepted[b] - 1;
             for (std::int64_t level = 0; level < num_levels_; ++level) {
                 out[level] = level < last ? drawn[path[level + 1]] : level == last ? next_token[b] : -1;
             }
-            num_emitted[b] = num_accepted[b] * active[b];
+            num_emitted[b] = num_accepted[b];
             reinterpret_cast<std::int64_t*>(last_tokens_)[b] = drawn[path[last]];
             reinterpret_cast<std::int64_t*>(root_tokens_)[b] = next_token[b];
             reinterpret_cast<std::int64_t*>(offsets_)[b] += num_nodes_;
@@ -111,6 +132,7 @@ class TreeCommit {
     std::uintptr_t nodes_, num_accepted_, next_token_;  // [B, L] int32, [B] int32, [B] int64
     std::uintptr_t emitted_, num_emitted_;              // [B, L] int64, [B] int32
     std::vector<CacheGroup> caches_;
+    std::vector<ActiveRun> runs_;
 };
 
 }  // namespace
@@ -122,7 +144,7 @@ void bind_tree_commit(py::module_& module) {
         .def(py::init<const py::dict&>(), py::arg("buffers"))
         .def("verify", &TreeCommit::verify, py::arg("target_logits"), py::arg("target_type"), py::arg("batch_stride"),
              py::arg("node_stride"), py::call_guard<py::gil_scoped_release>(),
-             "Decide the path; False, and nothing is written, if a value is out of range.")
+             "Decide the paths of active requests; False, and they are of no use, if a value is out of range.")
         .def("commit", &TreeCommit::commit, py::call_guard<py::gil_scoped_release>(),
              "Emit the path and advance caches and state; False, and nothing is written, if a cache is too short.");
 }

@@ -9,6 +9,7 @@
 //             forward of the level's own whose head has it as its bias (a Markov head).
 // Plan        The forwards are bound to their memory beforehand (forward/bound.h), and so is everything else: a level
 //             takes no allocation and nothing of Python, whose caches the target's weights have emptied by then.
+//             Requests that have ended are left out.
 // Memory      Logits go straight to where they are kept, if the nodes' rows lie there side by side.
 // Numerics    Those of the forward and of sample_without_replacement.
 
@@ -24,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "active.h"
 #include "buffers.h"
 #include "forward/bound.h"
 #include "level_shape.h"
@@ -94,6 +96,7 @@ class TreeGrowth {
           proposed_(pointer_of<std::int64_t>(source, "proposed")),
           last_tokens_(pointer_of<std::int64_t>(source, "last_tokens")),
           root_tokens_(pointer_of<std::int64_t>(source, "root_tokens")),
+          active_(pointer_of<std::int32_t>(source, "active")),
           draft_lens_(pointer_of<std::int32_t>(source, "draft_lens")),
           first_lens_(pointer_of<std::int32_t>(source, "first_lens")),
           temperature_(pointer_of<float>(source, "temperature")),
@@ -155,6 +158,7 @@ class TreeGrowth {
     // behind: as for set_back_unlikely.
     bool run(const std::uintptr_t* weights, int num_threads, float behind) {
         forward_seconds_ = draw_seconds_ = 0;
+        find_active_runs(active_, batch_size_, runs_);
         for (std::size_t index = 0; index < levels_.size(); ++index) {
             const GrowthLevel& level = levels_[index];
             const Clock::time_point begin = Clock::now();
@@ -173,12 +177,17 @@ class TreeGrowth {
             forward_seconds_ += seconds_between(begin, scored);
             if (cuts) cut(level, logits);
             const std::int64_t row_width = cuts ? vocab_ : drafted_;
-            if (top_p_ != nullptr) {
-                set_back_unlikely(address(logits), static_cast<int>(type_), address(temperature_), address(top_p_),
-                                  behind, batch_size_, level.width, std::min(row_width, vocab_), row_width);
+            const std::int64_t request_bytes = level.width * row_width * element_bytes(type_);
+            for (const ActiveRun& run : runs_) {
+                if (top_p_ == nullptr) break;
+                set_back_unlikely(address(logits + run.first * request_bytes), static_cast<int>(type_),
+                                  address(temperature_ + run.first), address(top_p_ + run.first), behind, run.count,
+                                  level.width, std::min(row_width, vocab_), row_width);
             }
             if (!in_place) keep(level, logits, row_width * element_bytes(type_));
-            if (!draw(level, logits, row_width)) return false;
+            for (const ActiveRun& run : runs_) {
+                if (!draw(level, run, logits, row_width)) return false;
+            }
             draw_seconds_ += seconds_between(scored, Clock::now());
         }
         return true;
@@ -194,27 +203,34 @@ class TreeGrowth {
         return draft_logits_ + (request * num_nodes_ + node) * vocab_ * element_bytes(type_);
     }
 
+    template <class Visit>
+    void for_each_active(const Visit& visit) const {
+        for (const ActiveRun& run : runs_) {
+            for (std::int64_t b = run.first; b < run.first + run.count; ++b) visit(b);
+        }
+    }
+
     void copy_row(const GrowthLevel& level, char* logits, std::int64_t row_bytes) const {
-        for (std::int64_t b = 0; b < batch_size_; ++b) {
+        for_each_active([&](std::int64_t b) {
             for (std::int64_t i = 0; i < level.width; ++i) {
                 std::memcpy(logits + (b * level.width + i) * row_bytes, level.row + b * level.row_stride,
                             static_cast<std::size_t>(row_bytes));
             }
-        }
+        });
     }
 
     void feed(const GrowthLevel& level) {
-        for (std::int64_t b = 0; b < batch_size_; ++b) {
+        for_each_active([&](std::int64_t b) {
             if (level.before_root) {
                 level.fed[2 * b] = fed(last_tokens_[b]);
                 level.fed[2 * b + 1] = fed(root_tokens_[b]);
                 first_lens_[b] = draft_lens_[b] - 1;
-                continue;
+                return;
             }
             for (std::int64_t i = 0; i < level.width; ++i) {
                 level.fed[b * level.width + i] = fed(tokens_[b * num_nodes_ + level.nodes[i]]);
             }
-        }
+        });
     }
 
     // What the draft is fed for a token of the target.
@@ -235,27 +251,31 @@ class TreeGrowth {
     template <class Bits>
     void cut_rows(const GrowthLevel& level, Bits* logits) {
         Bits* const row = reinterpret_cast<Bits*>(cut_row_.reserve(vocab_ * static_cast<std::int64_t>(sizeof(Bits))));
-        for (std::int64_t i = 0; i < batch_size_ * level.width; ++i) {
-            const Bits* const whole = logits + i * drafted_;
-            for (std::int64_t token = 0; token < vocab_; ++token) row[token] = whole[own_ids_[token]];
-            std::copy(row, row + vocab_, logits + i * vocab_);
-        }
+        for_each_active([&](std::int64_t b) {  // in their order: rows move to the front
+            for (std::int64_t i = b * level.width; i < (b + 1) * level.width; ++i) {
+                const Bits* const whole = logits + i * drafted_;
+                for (std::int64_t token = 0; token < vocab_; ++token) row[token] = whole[own_ids_[token]];
+                std::copy(row, row + vocab_, logits + i * vocab_);
+            }
+        });
     }
 
     // Where the draft knows more tokens than the target, those are left out.
     void keep(const GrowthLevel& level, const char* logits, std::int64_t row_bytes) const {
         const auto bytes = static_cast<std::size_t>(std::min(drafted_, vocab_) * element_bytes(type_));
-        for (std::int64_t b = 0; b < batch_size_; ++b) {
+        for_each_active([&](std::int64_t b) {
             for (std::int64_t i = 0; i < level.width; ++i) {
                 std::memcpy(kept_row(b, level.nodes[i]), logits + (b * level.width + i) * row_bytes, bytes);
             }
-        }
+        });
     }
 
     // width: elements between rows.
-    bool draw(const GrowthLevel& level, const char* logits, std::int64_t width) {
+    bool draw(const GrowthLevel& level, const ActiveRun& run, const char* all_logits, std::int64_t width) {
+        const std::int64_t end = run.first + run.count, row_bytes = width * element_bytes(type_);
+        const char* const logits = all_logits + run.first * level.width * row_bytes;
         std::size_t row = 0;
-        for (std::int64_t b = 0; b < batch_size_; ++b) {
+        for (std::int64_t b = run.first; b < end; ++b) {
             for (std::int64_t i = 0; i < level.width; ++i, ++row) {
                 temperatures_[row] = temperature_[b];
                 row_seeds_[row] = seeds_[b];
@@ -265,20 +285,20 @@ class TreeGrowth {
         const std::int64_t draws = level.width * level.num_samples;
         if (!sample_without_replacement(address(logits), static_cast<int>(type_), address(temperatures_.data()),
                                         address(row_seeds_.data()), address(row_offsets_.data()), address(draws_.data()),
-                                        address(log_normalisers_.data()), batch_size_ * level.width,
+                                        address(log_normalisers_.data()), run.count * level.width,
                                         std::min(width, vocab_), width, level.num_samples, true)) {
             return false;
         }
-        const std::int64_t row_bytes = width * element_bytes(type_);
         const LogitRows rows{logits, type_, row_bytes, std::min(width, vocab_)};
-        for (std::int64_t b = 0; b < batch_size_; ++b) {
+        for (std::int64_t b = run.first; b < end; ++b) {
+            const std::int64_t first_row = (b - run.first) * level.width;
             // After the draw, but by nothing that was drawn in it.
-            if (level.shape) level.shape->give_out(b, rows.rows_from(b * level.width), temperature_[b]);
+            if (level.shape) level.shape->give_out(b, rows.rows_from(first_row), temperature_[b]);
             const std::int64_t* const places = level.drawn + (level.drawn_per_request ? b * level.num_children : 0);
             for (std::int64_t child = 0; child < level.num_children; ++child) {
-                tokens_[b * num_nodes_ + level.first_child + child] = draws_[static_cast<std::size_t>(b * draws + places[child])];
+                tokens_[b * num_nodes_ + level.first_child + child] = draws_[static_cast<std::size_t>((b - run.first) * draws + places[child])];
             }
-            if (level.shape) level.shape->note_draws(b, rows.rows_from(b * level.width), tokens_ + b * num_nodes_);
+            if (level.shape) level.shape->note_draws(b, rows.rows_from(first_row), tokens_ + b * num_nodes_);
             std::int64_t* const children = tokens_ + b * num_nodes_ + level.first_child;
             if (target_ids_ != nullptr) {
                 for (std::int64_t child = 0; child < level.num_children; ++child) {  // until here they were places in a row
@@ -304,6 +324,7 @@ class TreeGrowth {
     char* draft_logits_;                           // [B, N, vocab]
     const std::int64_t* proposed_;                 // [B, N], or null; -1 for none
     const std::int64_t *last_tokens_, *root_tokens_;  // [B]
+    const std::int32_t* active_;                      // [B]: nothing is drawn for a request with 0
     const std::int32_t* draft_lens_;                  // [B]
     std::int32_t* first_lens_;                        // [B], what the first level's forward reads: one less
     const float *temperature_, *top_p_;               // [B]; top_p null where it is off for all
@@ -314,6 +335,7 @@ class TreeGrowth {
     std::int64_t drafted_;  // the draft's vocabulary
     ElementType type_;
     std::vector<GrowthLevel> levels_;
+    std::vector<ActiveRun> runs_;
     Scratch<char> scratch_, cut_row_;
     // Of the rows of a draw.
     std::vector<float> temperatures_;

@@ -111,6 +111,40 @@ def test_steps_in_place_decode_what_steps_op_by_op_do(case, mixed, rule, runs, o
     assert set(in_place.stats.stage_seconds) == set(expected.stats.stage_seconds)
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("ended", [0, 1, 2])
+def test_a_request_that_has_ended_takes_no_work(ended, rule):
+    """Its rows are neither fed, drawn nor verified, and the others' are what they are beside an active one."""
+    tree, first = TREES[0], [9, 6, 8]
+
+    def steps_of(ends):
+        state = DecodingState.create(
+            3, torch.device("cpu"), seeds=[5, 6, 7], temperature=[0.9, 0.0, 1.2], top_k=None, top_p=[1.0, 1.0, 0.8]
+        )
+        step = DecodingStep(adapt(TARGET), draft_source(DRAFT), state, 40 + 3 * tree.num_nodes, rule=rule)
+        with torch.inference_mode():
+            step.prefill(prompts(3), torch.tensor(first, dtype=torch.int32))
+            step.run(tree)
+            if ends:
+                step.end_request(ended)
+            buffers, lane = step.prepare(tree)[1], state.cache_lens[ended].item()
+            logits = step._scored.view(3, tree.num_nodes, VOCAB)
+            behind = [tensor[ended, lane:] for tensor in (*step.target_cache.tensors(), *step.drafting.cache_tensors())]
+            kept = [buffers.tokens[ended, 1:], buffers.draft_logits[ended], logits[ended], *behind]
+            before = [tensor.clone() for tensor in kept]
+            emitted = [[part.clone() for part in step.run(tree)[:3]] for _ in range(3)]
+        return emitted, [torch.equal(*pair) for pair in zip(kept, before, strict=True)]
+
+    expected, changed = steps_of(False)
+    found, unchanged = steps_of(True)
+    assert not any(changed) and all(unchanged)
+    for (tokens, nodes, counts), (its_tokens, its_nodes, its_counts) in zip(found, expected, strict=True):
+        assert counts[ended] == 0 and bool((tokens[ended] == -1).all())
+        for lane in {0, 1, 2} - {ended}:
+            assert torch.equal(tokens[lane], its_tokens[lane])
+            assert torch.equal(nodes[lane], its_nodes[lane]) and counts[lane] == its_counts[lane] > 0
+
+
 def stepped(tree, seed, rule, op_by_op=None):
     """The state and the caches behind a prompt and three steps."""
     if op_by_op is not None:

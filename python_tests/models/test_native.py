@@ -755,3 +755,31 @@ def test_bound_forwards_leave_the_wanted_rows_and_hidden_states():
         model.bind(tokens, cache, lens, step, wanted_rows=wanted[:1])
     with pytest.raises(ValueError, match=r"bind: wanted_rows must be contiguous int64, got torch\.int32"):
         model.bind(tokens, cache, lens, step, wanted_rows=wanted.int())
+
+
+@pytest.mark.parametrize("num_nodes", [3, 27])
+def test_bound_forwards_leave_requests_out_that_are_not_active(num_nodes):
+    """Those between and behind others, in passes of 64 rows; a length that leaves no room is then nobody's."""
+    model, step = adapt(tiny_llama(3, num_layers=2), forward="native"), causal_step(num_nodes)
+    tokens, lens = torch.randint(32, (4, num_nodes)), lens_of(0, 3, 7, 5)
+    every = model.new_cache(4, 48)
+    expected = model.forward(tokens, every, lens, step)
+    active, cache = lens_of(1, 0, 1, 0), model.new_cache(4, 48)
+    bound = model.bind(tokens, cache, lens, step, active=active)
+    found = torch.full(bound.shape, 77.0)
+    tokens[1], lens[1] = 10**9, 100
+    assert bound.run(found)
+    for request, is_active in enumerate(active.tolist()):
+        logits = expected[request] if is_active else torch.full_like(expected[request], 77.0)
+        assert torch.equal(found[request], logits)
+        for rows, others in zip(cache.tensors(), every.tensors(), strict=True):
+            assert torch.equal(rows[request], others[request] if is_active else torch.zeros_like(rows[request]))
+    active.zero_()
+    assert bound.run(found.fill_(5.0)) and bool((found == 5.0).all())
+    active[1] = 1
+    assert not bound.run(found)
+    lens[1] = 3
+    with pytest.raises(ValueError, match=r"bind: active must have shape \[4\], got \[3\]"):
+        model.bind(tokens, cache, lens, step, active=active[:3])
+    with pytest.raises(ValueError, match=r"bind: active must be contiguous int32 on the CPU, got torch\.bool on cpu"):
+        model.bind(tokens, cache, lens, step, active=active.bool())

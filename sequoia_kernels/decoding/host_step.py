@@ -47,14 +47,14 @@ class HostStep:
         if not isinstance(topology, tuple):
             topology = topology.tensors(tokens.device)
         levels = topology.num_levels
-        self.path = VerifiedPath(
-            torch.empty(batch_size, levels, dtype=torch.int32), torch.empty(batch_size, dtype=torch.int32),
-            torch.empty(batch_size, dtype=torch.int64),
+        self.path = VerifiedPath(  # of a request that was never active: the root alone
+            torch.zeros(batch_size, levels, dtype=torch.int32), torch.ones(batch_size, dtype=torch.int32),
+            torch.zeros(batch_size, dtype=torch.int64),
         )  # fmt: skip
         emitted = torch.empty(batch_size, levels, dtype=torch.int64)
         num_emitted = torch.empty(batch_size, dtype=torch.int32)
         self.emitted = emitted, self.path.nodes, num_emitted
-        self.forward = target.bind(tokens, cache, state.cache_lens, layout.target_step)
+        self.forward = target.bind(tokens, cache, state.cache_lens, layout.target_step, active=state.active)
         self.scored = (torch.empty(0), torch.empty(0))
         self.hidden_states: dict[int, torch.Tensor] = {}
         self._held = state, buffers, topology, caches
@@ -106,7 +106,9 @@ class HostStep:
         return rule in VERIFICATION_RULES and all(runs_own(op.__name__, backend, "cpu", "host") for op in ops)
 
     def verify(self, logits: torch.Tensor) -> VerifiedPath | None:
-        """Decide the path. None, and nothing is written, where a value or the logits' layout is not what it can be.
+        """Decide the paths of active requests.
+
+        None, and they are of no use, where a value or the logits' layout is not what it can be.
 
         Args:
             logits: the target's. [B, N, vocab].

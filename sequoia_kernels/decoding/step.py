@@ -209,7 +209,7 @@ class DecodingStep:
             self.state.draft_lens[lanes] = num_tokens
 
     def end_request(self, index: int) -> None:
-        """Stop committing for a request; its lane goes on with caches of one row."""
+        """Stop committing for a request; where its lane goes on, it does with caches of one row."""
         self.state.active[index] = 0
         self.state.cache_lens[index] = 1
         self.state.draft_lens[index] = 1
@@ -316,12 +316,12 @@ class DecodingStep:
         if memory is not self._scored:
             shape = host.forward.shape
             if self._scored.numel() < shape.numel():
-                self._scored = torch.empty(shape.numel(), dtype=self.target.logits_dtype)
+                self._scored = torch.zeros(shape.numel(), dtype=self.target.logits_dtype)
             logits = self._scored[: shape.numel()].view(shape)
             host.scored = self._scored, logits
         if wanted and not host.hidden_states:
             sizes = (*logits.shape[:2], host.forward.width)
-            host.hidden_states = {number: torch.empty(sizes) for number in wanted}
+            host.hidden_states = {number: torch.zeros(sizes) for number in wanted}
         if not host.forward.run(logits, host.hidden_states):
             return None
         dtype = self.target.dtype  # copies: the next step writes them again

@@ -25,7 +25,7 @@ __all__ = ["HostGrowth"]
 
 
 class HostGrowth:
-    """Grows one tree in its buffers, on what the state holds then.
+    """Grows one tree in its buffers, on what the state holds then, for the requests that are active.
 
     Args:
         prepared: the C++ object.
@@ -60,9 +60,9 @@ class HostGrowth:
             with_last = index == 0 and feeds_last
             fed = torch.zeros(batch_size, 2 if with_last else width, dtype=torch.int64)
             if with_last:
-                bound = model.bind(fed, cache, first_lens, layout.root_step, last_row=last_row)
+                bound = model.bind(fed, cache, first_lens, layout.root_step, last_row=last_row, active=state.active)
             else:
-                bound = model.bind(fed, cache, state.draft_lens, level.step)
+                bound = model.bind(fed, cache, state.draft_lens, level.step, active=state.active)
             if bound is None:
                 return None
             held += bound, fed
@@ -145,6 +145,7 @@ def _prepared(
         "proposed": buffers.proposed,
         "last_tokens": state.last_tokens,
         "root_tokens": state.root_tokens,
+        "active": state.active,
         "draft_lens": state.draft_lens,
         "first_lens": first_lens,
         "temperature": state.temperature,

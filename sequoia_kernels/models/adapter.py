@@ -541,6 +541,7 @@ class TreeModel:
         *,
         last_row: torch.Tensor | None = None,
         wanted_rows: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
     ) -> BoundForward | None:
         """Prepare native forwards that read the same tensors every time, for a loop that fills them anew.
 
@@ -553,6 +554,8 @@ class TreeModel:
             last_row: as for `forward`.
             wanted_rows: in place of it, the rows whose logits are wanted, different ones, in the order in which they
                 are given. [B, K] int64, contiguous.
+            active: 0 for a request that is left out of a run: nothing of it is checked, written or waited for, and its
+                logits stay what they were. None runs all. [B] int32, contiguous; read at every run.
 
         Returns:
             What runs them, with the model as it is now; None where forwards are not native.
@@ -571,7 +574,9 @@ class TreeModel:
                 f"bind: wanted_rows must have shape [batch, rows] with batch {input_ids.shape[0]}, got "
                 f"{list(wanted_rows.shape)}"
             )
-        return native.bind(inputs, cache, self.max_positions, self._evaluation.check, wanted_rows)
+        if active is not None and active.shape != input_ids.shape[:1]:
+            raise ValueError(f"bind: active must have shape [{input_ids.shape[0]}], got {list(active.shape)}")
+        return native.bind(inputs, cache, self.max_positions, self._evaluation.check, wanted_rows, active)
 
     def settle(self) -> None:
         """Give weights the places where forwards read them, for who notes down where they lie.

@@ -99,6 +99,7 @@ class NativeForward:
         max_positions: int | None,
         check: Callable[[], None],
         wanted_rows: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
     ) -> BoundForward:
         """Prepare forwards of what will lie in these tensors; see `TreeModel.bind`."""
         input_ids, cache_lens = inputs.input_ids, inputs.cache_lens
@@ -115,6 +116,13 @@ class NativeForward:
             rows = wanted_rows.shape[1]
             call |= {"wanted_nodes": wanted_rows.data_ptr(), "num_wanted": rows}
             held.append(wanted_rows)
+        if active is not None:
+            if active.dtype != torch.int32 or not active.is_contiguous() or not active.is_cpu:
+                raise ValueError(
+                    f"bind: active must be contiguous int32 on the CPU, got {active.dtype} on {active.device}"
+                )
+            call["active"] = active.data_ptr()
+            held.append(active)
         shape = torch.Size((input_ids.shape[0], rows, self._vocab_size))
         return BoundForward(self, _host.BoundForward(self._forward, call), shape, (held, cache), check)
 

@@ -534,12 +534,14 @@ class Forward : public Runner {
             return std::string("features must ") + (model_.has_features ? "come with the rows" : "be none");
         }
         for (std::int64_t i = 0; i < call.num_rows(); ++i) {
-            if (call.tokens[i] < 0 || call.tokens[i] >= model_.embedding.rows) {
+            const bool known = call.tokens[i] >= 0 && call.tokens[i] < model_.embedding.rows;
+            if (!known && call.is_active(i / call.num_nodes)) {
                 return "input_ids must be in 0.." + std::to_string(model_.embedding.rows - 1) + ", got " +
                        std::to_string(call.tokens[i]);
             }
         }
         for (std::int64_t b = 0; b < call.num_requests; ++b) {
+            if (!call.is_active(b)) continue;
             std::int64_t rows_in_use = call.cache_lens[b];
             for (std::int64_t i = 0; i < call.num_nodes; ++i) {
                 const std::int64_t slot = std::int64_t{call.cache_lens[b]} + call.node_ids[i];
@@ -582,9 +584,14 @@ class Forward : public Runner {
 
     void run(const Call& call, int num_threads) override {
         const std::lock_guard<std::mutex> lock(busy_.get());
-        num_threads = threads_for(call.num_rows(), num_threads);
-        for (std::int64_t first = 0; first < call.num_rows(); first += MAX_ROWS) {
-            run_pass(call, first, std::min(MAX_ROWS, call.num_rows() - first), num_threads);
+        rows_.clear();
+        for (std::int64_t row = 0; row < call.num_rows(); ++row) {
+            if (call.is_active(row / call.num_nodes)) rows_.push_back(row);
+        }
+        const auto count = static_cast<std::int64_t>(rows_.size());
+        num_threads = threads_for(count, num_threads);
+        for (std::int64_t first = 0; first < count; first += MAX_ROWS) {
+            run_pass(call, rows_.data() + first, std::min(MAX_ROWS, count - first), num_threads);
         }
     }
 
@@ -597,11 +604,11 @@ class Forward : public Runner {
     }
 
   private:
-    void run_pass(const Call& call, std::int64_t first_row, std::int64_t num_rows, int num_threads) {
+    void run_pass(const Call& call, const std::int64_t* rows, std::int64_t num_rows, int num_threads) {
         Pass pass{};
         pass.model = &model_;
         pass.call = &call;
-        pass.first_row = first_row;
+        pass.rows = rows;
         pass.num_rows = num_rows;
 
         segments_.clear();
@@ -610,7 +617,7 @@ class Forward : public Runner {
         wanted_.clear();
         logit_rows_.clear();
         for (std::int64_t i = 0; i < num_rows; ++i) {
-            const std::int64_t request = (first_row + i) / call.num_nodes, node = (first_row + i) % call.num_nodes;
+            const std::int64_t request = rows[i] / call.num_nodes, node = rows[i] % call.num_nodes;
             if (i == 0 || node == 0) segments_.push_back({request, node, 0, i});
             ++segments_.back().num_nodes;
             const std::int64_t slot = std::int64_t{call.cache_lens[request]} + call.node_ids[node];
@@ -619,7 +626,7 @@ class Forward : public Runner {
             positions_.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(position, 0, call.max_position)));
             if (call.wanted_nodes == nullptr) {
                 wanted_.push_back(static_cast<std::int32_t>(i));
-                logit_rows_.push_back(first_row + i);
+                logit_rows_.push_back(rows[i]);
                 continue;
             }
             for (std::int64_t k = request * call.num_wanted; k < (request + 1) * call.num_wanted; ++k) {
@@ -722,7 +729,7 @@ class Forward : public Runner {
     std::vector<ColumnsMemory> columns_memory_;
     std::vector<Columns> columns_;
     std::vector<std::int32_t> positions_, wanted_;
-    std::vector<std::int64_t> cache_rows_, logit_rows_;
+    std::vector<std::int64_t> rows_, cache_rows_, logit_rows_;
 };
 
 template <class Element>
@@ -740,6 +747,7 @@ Call call_of(const py::dict& source) {
     call.node_ids = at<std::int32_t>(address("node_ids"));
     call.tree_mask = at<std::uint32_t>(address("tree_mask"));
     call.cache_lens = at<std::int32_t>(address("cache_lens"));
+    if (source.contains("active")) call.active = at<std::int32_t>(address("active"));
     call.num_requests = number("num_requests");
     call.num_nodes = number("num_nodes");
     call.num_words = number("num_words");

@@ -138,6 +138,7 @@ struct Call {
     const std::int32_t* node_ids;   // [N]
     const std::uint32_t* tree_mask;  // [N, num_words] or [B, N, num_words]
     const std::int32_t* cache_lens;  // [B]
+    const std::int32_t* active;      // [B], or null: a request with 0 is left out, and nothing of it is read or written
     std::int64_t num_requests, num_nodes, num_words;
     bool mask_per_request;
     std::int64_t max_position;  // positions behind it are fed as it
@@ -158,6 +159,7 @@ struct Call {
     float* outputs;         // of the last layer, before the norm: [B, N, width], or null
 
     std::int64_t num_rows() const { return num_requests * num_nodes; }
+    bool is_active(std::int64_t request) const { return active == nullptr || active[request] != 0; }
     bool paged() const { return page_size > 0; }
 };
 

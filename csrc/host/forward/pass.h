@@ -56,7 +56,8 @@ struct Bench {
 struct Pass {
     const Model* model;
     const Call* call;
-    std::int64_t first_row, num_rows;  // of the call
+    const std::int64_t* rows;  // [num_rows] of the call
+    std::int64_t num_rows;
     const Segment* segments;
     std::int64_t num_segments;
     const Columns* columns;         // [windows, segments]

@@ -271,12 +271,12 @@ struct Worker {
         for (i64 i = begin; i < end; ++i) {
             float* row = pass.stream + i * pass.stream_stride;
             if (model.has_features) {  // the embedding waits in the branch until the first layer's projections
-                const float* const feature = call.features + (pass.first_row + i) * model.width;
+                const float* const feature = call.features + pass.rows[i] * model.width;
                 std::memcpy(row, feature, static_cast<std::size_t>(model.width) * sizeof(float));
                 if (model.normed_residual) normalise_in_place(model.feature_norm, model.width, row);
                 row = pass.branch + i * pass.stream_stride;
             }
-            widen(model.embedding, call.tokens[pass.first_row + i], row);
+            widen(model.embedding, call.tokens[pass.rows[i]], row);
             if (model.embedding_scale != 1.0f) {
                 for (i64 k = 0; k < model.width; ++k) row[k] *= model.embedding_scale;
             }
@@ -292,7 +292,7 @@ struct Worker {
         const auto [begin, end] = part(pass.num_rows);
         for (i64 i = begin; i < end; ++i) {
             const float* const row = pass.stream + i * pass.stream_stride;
-            float* const out = call.hidden[number] + (pass.first_row + i) * model.width;
+            float* const out = call.hidden[number] + pass.rows[i] * model.width;
             if (norm != nullptr) {
                 normalise(*norm, row, model.width, out);
             } else {
@@ -695,7 +695,7 @@ struct Worker {
         if (call.outputs != nullptr) {
             const auto [begin, end] = part(pass.num_rows);
             for (i64 i = begin; i < end; ++i) {
-                std::memcpy(call.outputs + (pass.first_row + i) * model.width, pass.stream + i * pass.stream_stride,
+                std::memcpy(call.outputs + pass.rows[i] * model.width, pass.stream + i * pass.stream_stride,
                             static_cast<std::size_t>(model.width) * sizeof(float));
             }
         }

@@ -14,11 +14,15 @@ from support.tiny_models import noisy_copy, tiny_llama
 from support.toy_models import plain_probs
 
 from sequoia_kernels import TokenTree, TreePlan, adapt, generate, optimal_tree, plan_tree
-from sequoia_kernels.decoding import RECORD_TREE, record_steps
+from sequoia_kernels.decoding import RECORD_TREE, record_steps, recording
+from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.decoding.recording import _Recorder
+from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
 from sequoia_kernels.planner import CostModel, ModelFingerprint, StepRecords, estimate_acceptance
+from sequoia_kernels.planner.evidence import visits_by_rank
+from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
 
 RECORDED = TokenTree([-1, 0, 0, 0, 1, 1, 1, 2, 4, 4, 5, 8, 8, 11])
 WITHIN = [
@@ -161,7 +165,8 @@ def recorded():
 
 
 def test_recording_leaves_the_output_as_it_is(recorded):
-    target, draft, prompts, records = recorded
+    target, draft, prompts, _ = recorded
+    records = record_steps(target, draft, prompts, temperature=1.0, max_new_tokens=48, seed=3, in_turns=False)
     runs = [
         generate(target, draft, ids, tree=RECORD_TREE, temperature=1.0, max_new_tokens=48, seed=3 + n, eos_token_id=(),
                  rule="sequoia").stats
@@ -170,6 +175,102 @@ def test_recording_leaves_the_output_as_it_is(recorded):
     assert len(records) == sum(run.num_steps for run in runs)
     assert records.acceptance == estimate_acceptance(runs, temperature=1.0)
     assert records.requests.tolist() == [n for n, run in enumerate(runs) for _ in range(run.num_steps)]
+    assert records.short is None and records.after_short is None
+
+
+def test_steps_that_are_cut_emit_the_same_greedy_text(recorded, monkeypatch):
+    target, draft, prompts, _ = recorded
+    texts = []
+
+    def listened(*arguments):
+        decoded = decode(*arguments)
+        texts.append([request.new_tokens for request in decoded.requests])
+        return decoded
+
+    monkeypatch.setattr(recording, "decode", listened)
+    records = record_steps(target, draft, prompts, max_new_tokens=80)
+    assert texts == [generate(target, draft, ids, max_new_tokens=80, eos_token_id=()).new_tokens for ids in prompts]
+    # In turns: some steps of every request behind such that were cut, and some behind others.
+    for request in range(len(prompts)):
+        assert set(records.after_short[records.requests == request]) == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "end", "next_token"),
+    [
+        ([0, 1, 4, 8, 11, 13], 4, 1011),  # as far as the chain of four goes
+        ([0, 1, 5, 10], 2, 1005),  # off it by a second child
+        ([0, 2, 7], 1, 1002),  # at once
+        ([0, 1, 4], 3, 7),  # it ends before
+    ],
+)
+def test_a_path_is_cut_where_it_leaves_the_short_chain(nodes, end, next_token):
+    recorder = _Recorder(RECORDED, TokenTree.chain(4))
+    tokens = 1000 + torch.arange(RECORDED.num_nodes)[None]
+    buffers = types.SimpleNamespace(tokens=tokens)
+    levels = RECORDED.num_levels
+    path = VerifiedPath(
+        torch.tensor([nodes + [-1] * (levels - len(nodes))], dtype=torch.int32),
+        torch.tensor([len(nodes)], dtype=torch.int32), torch.tensor([7]),
+    )  # fmt: skip
+    counts = visits_by_rank(RECORDED, nodes, len(nodes))
+    for request, shown in ((0, path), (1, None)):  # of every other request the first steps are whole
+        recorder.begin(request, [1.0], None, None, torch.device("cpu"))
+        cut = recorder.shorten(buffers, path)
+        if shown is not None:
+            assert cut is shown
+        assert tuple(recorder.visits[request].values()) == counts  # of the whole path either way
+    assert cut.nodes[0, :end].tolist() == nodes[:end] and (cut.nodes[0, end:] == -1).all()
+    assert (int(cut.num_accepted), int(cut.next_token)) == (end, next_token)
+    assert path.nodes[0].tolist()[: len(nodes)] == nodes  # unmutated
+
+
+def _texts_in_turns(correct, tree, short):
+    """Greedy records of texts in which the draft is right at some places, as chains would decode them."""
+    steps = []
+    for request, text in enumerate(correct):
+        position, came_short = 0, short is not None and request % 2 == 1
+        while position + tree.num_nodes < len(text):
+            guesses = text[position : position + tree.num_nodes - 1]
+            steps.append((request, came_short, guesses))
+            came_short = short is not None and (position // 32 + request) % 2 == 1
+            position += 1 + int(guesses[: (short if came_short else tree).num_nodes - 1].cumprod().sum())
+    requests, after_short, guesses = (np.array(part) for part in zip(*steps))
+    target = np.concatenate((np.zeros((len(steps), 1)), guesses), axis=1).astype(np.float32)
+    excess = np.zeros((len(steps), tree.num_nodes - 1, len(EXCESS_RATIOS)), dtype=np.float32)
+    peak = np.zeros((len(steps), tree.num_nodes - 1), dtype=np.float32)
+    nodes = NodeRecords(target, target, excess, excess, target, peak)
+    acceptance = estimate_acceptance(([9], [6]), temperature=0.0)
+    if short is None:
+        return StepRecords(tree, nodes, requests, acceptance)
+    return StepRecords(tree, nodes, requests, acceptance, short, after_short.astype(bool))
+
+
+def test_trees_are_valued_where_their_own_steps_begin():
+    """Easy and hard passages by turns: a long chain begins few steps in easy ones, a short chain most of them."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    correct = []
+    for _ in range(40):
+        lengths, chances = generator.integers(20, 80, size=200), generator.choice([0.5, 0.97], size=200)
+        correct.append(generator.random(int(lengths.sum())) < np.repeat(chances, lengths))
+    tree, short = TokenTree.chain(16), TokenTree.chain(4)
+    whole, by_turns = _texts_in_turns(correct, tree, None), _texts_in_turns(correct, tree, short)
+    for length in (2, 3, 4, 6, 8, 12, 16):
+        chain = TokenTree.chain(length)
+        own = _texts_in_turns(correct, chain, None)  # as it decodes itself
+        measured = own.tokens_per_step(chain)
+        assert by_turns.tokens_per_step(chain) == pytest.approx(measured, rel=0.035)
+        lower, upper = by_turns.tokens_per_step_interval(chain)
+        assert lower < by_turns.tokens_per_step(chain) < upper
+        if 2 < length < 12:
+            assert whole.tokens_per_step(chain) < 0.9 * measured
+    # All are of one kind: a plain mean.
+    assert by_turns.part(np.flatnonzero(by_turns.after_short)).tokens_per_step(short) == pytest.approx(
+        by_turns.values(short)[by_turns.after_short].mean()
+    )
+    sample = by_turns.sample(len(by_turns) // 8)
+    assert len(sample) == pytest.approx(len(by_turns) / 8, abs=1)
+    assert sample.after_short.mean() == pytest.approx(by_turns.after_short.mean(), abs=0.01)
 
 
 @pytest.mark.parametrize("rule", ["sequoia", "traversal"])
@@ -229,7 +330,8 @@ def test_records_are_kept_in_a_file(recorded, tmp_path):
     records.save(path)
     read = StepRecords.load(path)
     assert read.tree == records.tree and read.acceptance == records.acceptance
-    assert all(np.array_equal(*pair) for pair in zip((*read.nodes, read.requests), (*records.nodes, records.requests)))
+    parts = [(*entry.nodes, entry.requests, entry.after_short) for entry in (read, records)]
+    assert all(np.array_equal(*pair) for pair in zip(*parts)) and read.short == records.short == TokenTree.chain(4)
     tree = TokenTree.chain(4)
     assert read.tokens_per_step(tree, "traversal") == records.tokens_per_step(tree, "traversal")
 
@@ -244,6 +346,10 @@ def test_records_are_kept_in_a_file(recorded, tmp_path):
         ({"target": lambda array: array * np.float32("nan")}, "target must hold probabilities"),
         ({"requests": lambda array: array[:0]}, "requests must be"),
         ({"requests": lambda array: array.astype(np.int32)}, "requests must be .* int32"),
+        ({"after_short": lambda array: array[:1]}, r"after_short must be \[.*\] bool, got \[1\] bool"),
+        ({"after_short": lambda array: array.astype(np.int8)}, r"after_short must be \[.*\] bool, got .* int8"),
+        ({"header": lambda array: _header(array, short_chain=1)}, "short_chain must be an integer >= 2 or null"),
+        ({"header": lambda array: _header(array, short_chain=17)}, "short_chain must be at most the tree's 16 levels"),
         ({"header": lambda array: array[:-9]}, "the document must be JSON"),
         ({"header": lambda array: np.array([255], dtype=np.uint8)}, "the header must be JSON text"),
         ({"header": lambda array: _header(array, format="other")}, 'must have "format"'),

@@ -18,7 +18,7 @@ from sequoia_kernels.decoding.settings import warn_once
 from sequoia_kernels.documents import is_integer
 from sequoia_kernels.drafts import DraftSource, TokenBuffers, request_seeds
 from sequoia_kernels.models import TreeModel
-from sequoia_kernels.ops import backends
+from sequoia_kernels.ops import VerifiedPath, backends
 from sequoia_kernels.planner import (
     AdaptivePlan,
     HardwareProfile,
@@ -57,6 +57,7 @@ class GenerationArguments:
         stopping_criteria: transformers', asked behind every token of each request.
         deadline: time.monotonic() at which the newest tokens are the last.
         observer: is shown every step's tree and logits.
+        shorten: beside an observer, says how much of the accepted paths is committed (`DecodingStep`).
         keeps: what a step leaves besides tokens (`DecodingStep`).
     """
 
@@ -80,6 +81,7 @@ class GenerationArguments:
     stopping_criteria: tuple[Callable[..., Any], ...] = ()
     deadline: float | None = None
     observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None
+    shorten: Callable[[TokenBuffers, VerifiedPath], VerifiedPath] | None = None
     keeps: frozenset[str] = frozenset()
 
     @property

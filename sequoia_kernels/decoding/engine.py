@@ -210,8 +210,8 @@ def borrow_engine(
     def make() -> DecodingEngine:
         eager = DecodingStep(
             target, draft, state, rows, draft_cache_len=draft_rows, rule=arguments.rule,
-            logits_hook=arguments.logits_hook, observer=arguments.observer, keeps=arguments.keeps,
-            backend=arguments.backend, clock=clock,
+            logits_hook=arguments.logits_hook, observer=arguments.observer, shorten=arguments.shorten,
+            keeps=arguments.keeps, backend=arguments.backend, clock=clock,
         )  # fmt: skip
         return DecodingEngine(eager, arguments.cuda_graphs)
 

@@ -1,4 +1,10 @@
-"""Decode with a large tree and keep of every step what values smaller trees: see `planner.step_records`."""
+"""Decode with a large tree and keep of every step what values smaller trees: see `planner.step_records`.
+
+Where steps begin depends on the tree: a large one ends where the text is hard to guess, and there its next step
+begins; a short chain ends in the midst of easy text most of the time. So in every other stretch of a text steps are
+committed only as far as a short chain would have come: up to the first accepted token that is none of its nodes, which
+is what it would have drawn itself. That token was decided by all before it alone, so the output stays the target's.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +21,18 @@ from sequoia_kernels.decoding.loop import decode, on_target_device
 from sequoia_kernels.decoding.overhead import growable_part
 from sequoia_kernels.drafts import TokenBuffers, draft_source
 from sequoia_kernels.models import adapt, agree_on_changes, described_once
+from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.ops.warping import warped_probs
 from sequoia_kernels.parallel import digest, is_follower, preparing, together
 from sequoia_kernels.planner import StepRecords, estimate_acceptance, optimal_tree
+from sequoia_kernels.planner.evidence import visits_by_rank
 from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
 from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
 
 __all__ = ["RECORD_TREE", "record_steps"]
+
+SHORT_LEVELS = 4  # of the chain that half of the steps are cut to, about what is fastest on a CPU
+TOKENS_IN_TURN = 32  # of a text, easy and hard ones alike, in which steps are cut, and then as many in which none is
 
 
 def _joined(*trees: TokenTree) -> TokenTree:
@@ -55,6 +66,7 @@ def record_steps(
     prompts: Sequence[torch.Tensor],
     *,
     tree: TokenTree | None = None,
+    in_turns: bool = True,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -71,6 +83,8 @@ def record_steps(
         prompts: token ids. [1, L] int64 each, on the target's device.
         tree: the tree to decode with; the trees within it can be valued. `RECORD_TREE` when
             None, of which as many levels as the draft can grow.
+        in_turns: commit of the steps in every other stretch of 32 tokens only what a short chain would have; otherwise
+            every step as it is, and the records tell what smaller trees are worth where the steps of large ones begin.
         max_new_tokens: tokens to decode behind each prompt.
         temperature: as in `generate`, like the next three.
         top_k: see there.
@@ -119,8 +133,7 @@ def record_steps(
 
     def recorded() -> StepRecords:
         assert source is not None  # on the rank that does it
-        recorder = _Recorder(tree)
-        runs = []
+        recorder = _Recorder(tree, _short_part(tree) if in_turns else None)
         for index, prompt in enumerate(prompts):
             if progress is not None:
                 progress(index, len(prompts), f"prompt {index + 1}")
@@ -132,21 +145,48 @@ def record_steps(
             )  # fmt: skip
             source.meet_prompts(target, arguments.prompts, arguments.prompt_lens)
             recorder.begin(index, arguments.temperature, arguments.top_k, arguments.top_p, target.device)
-            runs.append(decode(target, source, tree, dataclasses.replace(arguments, observer=recorder)).stats)
+            arguments = dataclasses.replace(arguments, observer=recorder, shorten=recorder.shorten)
+            decode(target, source, tree, arguments)
         if progress is not None:
             progress(len(prompts), len(prompts), "done")
-        acceptance = estimate_acceptance(runs, temperature=temperature, top_k=top_k, top_p=top_p)
+        acceptance = estimate_acceptance(recorder.visits, temperature=temperature, top_k=top_k, top_p=top_p)
         return recorder.records(acceptance)
 
     models = (target,) if source is None else (target, *source.models)
     return together(models, recorded, where=where, alike=lambda: {"prompts": digest(*prompts)})
 
 
-class _Recorder:
-    """Takes every step's logits, and keeps little of them."""
+def _short_part(tree: TokenTree) -> TokenTree | None:
+    """The chain within a tree that steps are cut to, None where that leaves nothing out."""
+    levels = min(SHORT_LEVELS, tree.num_levels)
+    while levels > 1 and _along_first_children(tree, levels)[-1] < 0:
+        levels -= 1
+    return TokenTree.chain(levels) if 1 < levels < tree.num_nodes else None
 
-    def __init__(self, tree: TokenTree) -> None:
-        self.tree = tree
+
+def _along_first_children(tree: TokenTree, num_nodes: int) -> list[int]:
+    nodes = [0]
+    while len(nodes) < num_nodes:
+        nodes.append(tree.first_child[nodes[-1]] if nodes[-1] >= 0 else -1)
+    return nodes
+
+
+class _Recorder:
+    """Takes every step's logits, and keeps little of them; says how much of the step is committed.
+
+    Args:
+        tree: the tree.
+        short: the chain that every other few steps are cut to; None cuts none.
+
+    Attributes:
+        visits: what the accepted paths, uncut, tell of acceptance: for each request both counts by rank.
+    """
+
+    def __init__(self, tree: TokenTree, short: TokenTree | None = None) -> None:
+        self.tree, self.short = tree, short
+        self.kept = frozenset(_along_first_children(tree, short.num_nodes) if short else range(tree.num_nodes))
+        self.visits: list[dict[str, list[int]]] = []
+        self.after_short: list[bool] = []
         self.internal = [node for node, count in enumerate(tree.num_children) if count]
         self.steps: list[list[torch.Tensor]] = []
         self.requests: list[int] = []
@@ -156,7 +196,9 @@ class _Recorder:
         device: torch.device,
     ) -> None:  # fmt: skip
         """Say whose steps come next."""
-        self.request = request
+        self.request, self.num_tokens = request, 0
+        self.came_short = self._is_cut()
+        self.visits.append({"visited_by_rank": [], "accepted_by_rank": []})
         rows = len(self.internal)
         of_rows = [(temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32)]
         self.warps: list[Any] = [
@@ -199,8 +241,34 @@ class _Recorder:
         parts = (*at_nodes, excess.clamp(min=0), slope, likelihood, peak)
         self.steps.append([part.float().cpu() for part in parts])
         self.requests.append(self.request)
+        self.after_short.append(self.came_short)
+
+    def shorten(self, buffers: TokenBuffers, path: VerifiedPath) -> VerifiedPath:
+        """Give the part of the accepted path that is committed, and count all of it. [1, levels]"""
+        nodes, num_accepted = path.nodes[0].tolist(), int(path.num_accepted[0])
+        for total, part in zip(self.visits[-1].values(), visits_by_rank(self.tree, nodes, num_accepted)):
+            total.extend([0] * (len(part) - len(total)))
+            for rank, count in enumerate(part):
+                total[rank] += count
+        end = num_accepted
+        self.came_short = self._is_cut()
+        if self.came_short:
+            end = next((place for place in range(num_accepted) if nodes[place] not in self.kept), num_accepted)
+        self.num_tokens += end
+        if end == num_accepted:
+            return path
+        kept = path.nodes.clone()
+        kept[:, end:] = -1
+        return VerifiedPath(kept, path.num_accepted.clone().fill_(end), buffers.tokens[:, nodes[end]].clone())
+
+    def _is_cut(self) -> bool:
+        """Whether the request's next step is cut; the first ones of every other request are."""
+        return self.short is not None and (self.num_tokens // TOKENS_IN_TURN + self.request) % 2 == 1
 
     def records(self, acceptance: Any) -> StepRecords:
         """Give what was recorded."""
         parts = (torch.stack(part).numpy() for part in zip(*self.steps))
-        return StepRecords(self.tree, NodeRecords(*parts), np.asarray(self.requests, dtype=np.int64), acceptance)
+        requests, after_short = np.asarray(self.requests, dtype=np.int64), np.asarray(self.after_short, dtype=np.bool_)
+        if self.short is None:
+            return StepRecords(self.tree, NodeRecords(*parts), requests, acceptance)
+        return StepRecords(self.tree, NodeRecords(*parts), requests, acceptance, self.short, after_short)

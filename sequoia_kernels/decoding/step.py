@@ -64,6 +64,8 @@ class DecodingStep:
         logits_hook: changes the target's logits before tokens are decided from them.
         observer: is shown every step's tree with its tokens and draft logits, and the target's logits, before they are
             decided; it leaves them as they are, and steps that have one are not captured.
+        shorten: gives the part of the accepted paths that is committed, the token behind it as the next one. Of an
+            observer's steps only, for it is asked on the host.
         keeps: what of `EmittedTokens` is asked for: "logprobs" (of the target's own logits), "processed_logprobs" (of
             what tokens are drawn from; instead of the former), "logits", "scores".
         backend: backend of the ops.
@@ -81,13 +83,15 @@ class DecodingStep:
         rule: str = DEFAULT_RULE,
         logits_hook: LogitsHook | None = None,
         observer: Callable[[TokenBuffers, torch.Tensor], None] | None = None,
+        shorten: Callable[[TokenBuffers, VerifiedPath], VerifiedPath] | None = None,
         keeps: Collection[str] = (),
         backend: str = "auto",
         clock: StageClock | None = None,
     ) -> None:
         self.target, self.draft, self.state, self.rule, self.backend = target, draft, state, rule, backend
         self.clock = clock or StageClock(enabled=False)
-        self.logits_hook, self.observer, self.keeps = logits_hook, observer, frozenset(keeps)
+        self.logits_hook, self.observer, self.shorten = logits_hook, observer, shorten
+        self.keeps = frozenset(keeps)
         batch_size = state.cache_lens.shape[0]
         self.target_cache = target.new_cache(batch_size, max_cache_len, beyond_positions=True)
         self.history: torch.Tensor | None = None  # committed tokens. [B, max_cache_len] int64
@@ -285,6 +289,8 @@ class DecodingStep:
                 path = self._verify(buffers, logits, layout.topology)
         self._num_steps += 1
         self._compare_ranks(scored, buffers, buffers.tokens, layout.topology, path)
+        if self.shorten is not None:
+            path = self.shorten(buffers, path)
         if self.keeps:
             self._decided_from = raw, logits
         return path, list(wanted.values())

@@ -82,7 +82,7 @@ def at_temperature(
     common = pair.decoding(temperature)
     settings = {"max_new_tokens": pair.new_tokens, "temperature": temperature}
     records = record_steps(pair.target, pair.draft, calibration, **settings)
-    plans = {rule: plan_tree(records, profile, context_len=pair.context_len, rule=rule) for rule in RULES}
+    plans = {rule: plan_tree(records, profile, context_len=pair.context_len, rule=rule, shaped=False) for rule in RULES}
     trees = {f"plan for {rule}": plan.tree for rule, plan in plans.items()} | grid_of(records)
     decoders = {(name, rule): pair.decoder(tree, rule=rule, **common) for name, tree in trees.items() for rule in RULES}
     decoders[PLAIN] = pair.decoder(None, **common)

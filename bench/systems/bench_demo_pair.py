@@ -63,7 +63,7 @@ def measure(bench: Run) -> None:
             seconds=options.profile_seconds,
             quick=options.profile_seconds is not None,
         )
-        plan = plan_tree(evidence, profile, context_len=demo.context_len)
+        plan = plan_tree(evidence, profile, context_len=demo.context_len, shaped=False)
         providers = providers_of(demo, plan, temperature, common)
         for run in providers.values():
             run(prompts[0], 0)

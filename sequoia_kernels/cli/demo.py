@@ -70,12 +70,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         # On the very prompts that are timed, with another tree: texts differ from one another by more than what a
         # prediction is to be wrong by, and acceptance is known to be that of the text.
         evidence = (record_pair if temperature else estimate_pair)(pair, timed, args.new_tokens, sampling, terminal)
-        plan = plan_tree(evidence, profile, context_len=longest + args.new_tokens / 2, temperature=temperature)
+        plan = plan_tree(evidence, profile, context_len=longest + args.new_tokens / 2, temperature=temperature,
+                         shaped=False)  # fmt: skip
         rows.append(_demo_row(args, pair, timed, sampling, plan, terminal))
     assert plan is not None
 
     def show() -> None:
-        terminal.out.print(plan.tree.draw(plan.acceptance))
+        terminal.out.print(plan.token_tree.draw(plan.acceptance))
         cells = []
         for row in rows:
             tree = (f"{row['temperature']:g}", f"{row['nodes']} x {row['levels']}")
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 terminal.out.print(f"greedy output is {same} that of plain decoding, on all {len(timed)} prompts")
 
     if args.svg is not None:
-        plan.tree.save_svg(args.svg, plan.acceptance)
+        plan.token_tree.save_svg(args.svg, plan.acceptance)
     document = {
         "version": __version__,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

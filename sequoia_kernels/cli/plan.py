@@ -32,6 +32,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--rule", help="verification rule to plan for: sequoia (the default with --acceptance) or traversal"
     )
+    parser.add_argument(
+        "--no-shaped", action="store_true", help="weigh no shaped trees, as plans on a CPU from records do"
+    )
     parser.add_argument("--any-device", action="store_true", help="accept a profile of another device")
     models = parser.add_argument_group("models (those of the profile when none is given)")
     models.add_argument(
@@ -80,7 +83,7 @@ def _config_models(args: argparse.Namespace, device: str) -> tuple[Any, Any]:
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
-    from sequoia_kernels import AcceptanceEstimate, HardwareProfile, plan_tree
+    from sequoia_kernels import AcceptanceEstimate, HardwareProfile, ShapedTree, plan_tree
     from sequoia_kernels.planner import StepRecords
 
     known = AcceptanceEstimate.load(args.acceptance) if args.records is None else StepRecords.load(args.records)
@@ -92,15 +95,20 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     plan = plan_tree(
         known, profile, target=target, draft=draft, context_len=args.context, batch_size=args.batch_size,
         max_budget=args.max_budget, max_levels=args.max_levels, temperature=acceptance.temperature, rule=args.rule,
+        shaped=False if args.no_shaped else None,
     )  # fmt: skip
     if args.out is not None:
         plan.save(args.out)
+    # Of a shaped tree one of the many that it may be in a step.
+    shown = plan.tree.even() if isinstance(plan.tree, ShapedTree) else plan.tree
     if args.svg is not None:
-        plan.tree.save_svg(args.svg, plan.acceptance)
+        shown.save_svg(args.svg, plan.acceptance)
 
     def show() -> None:
         terminal.out.print(plan.describe())
-        terminal.out.print(plan.tree.draw(plan.acceptance))
+        if isinstance(plan.tree, ShapedTree):
+            terminal.out.print("of its many shapes one, whose levels' children are spread evenly:")
+        terminal.out.print(shown.draw(plan.acceptance))
 
     terminal.result(plan.to_document(), show)
     return 0

@@ -144,6 +144,8 @@ def choose_tree(
         if acceptance is not None:
             if adaptive and isinstance(acceptance, StepRecords):
                 acceptance = acceptance.acceptance
+            if looks_up is not None:  # whose proposals go into trees that are the same in every step
+                settings["shaped"] = False
             plan = (plan_adaptive if adaptive else plan_tree)(acceptance, profile, **settings)
             logger.info("tree=%r: %s", "adaptive" if adaptive else "auto", plan.describe())
             return choice(plan, lambda stats: None)

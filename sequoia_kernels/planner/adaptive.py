@@ -90,7 +90,7 @@ class AdaptivePlan:
     @property
     def trees(self) -> list[TokenTree]:
         """The trees, in the order of the plans."""
-        return [plan.tree for plan in self.plans]
+        return [plan.token_tree for plan in self.plans]
 
     @property
     def largest(self) -> TokenTree:
@@ -186,7 +186,9 @@ class TreeFollower:
         chances = _chances(plan.acceptance)
         vectors = np.stack([vector_of_chances(_shifted(chances, shift)) for shift in GRID])
         # tokens per millisecond of each tree at each shift. [trees, shifts]
-        self._speeds = np.stack([tree_values(entry.tree, vectors, entry.rule) / entry.step_ms for entry in plan.plans])
+        self._speeds = np.stack(
+            [tree_values(entry.token_tree, vectors, entry.rule) / entry.step_ms for entry in plan.plans]
+        )
 
     @property
     def shift(self) -> float:
@@ -196,7 +198,7 @@ class TreeFollower:
     @property
     def tree(self) -> TokenTree:
         """The tree to decode with now."""
-        return self.plan.plans[self._index].tree
+        return self.plan.plans[self._index].token_tree
 
     def observe(self, tried: Sequence[int], accepted: Sequence[int]) -> None:
         """Take in one step.

@@ -8,7 +8,7 @@ from typing import Any
 
 from sequoia_kernels.documents import Fields
 from sequoia_kernels.planner.cost_model import STAGES
-from sequoia_kernels.tree import MAX_STEP_ROWS, TokenTree
+from sequoia_kernels.tree import MAX_STEP_ROWS, ShapedTree, TokenTree
 
 __all__ = ["PlanCandidate", "milestones", "size_of", "speed_of"]
 
@@ -20,21 +20,32 @@ class PlanCandidate:
     """One tree with its predicted speed.
 
     Attributes:
-        tree: the tree.
+        tree: the tree; a `ShapedTree` where the plan was made from recorded steps and one is worth it.
         tokens_per_step: expected accepted tokens per step and request, bonus token included.
         stages: predicted milliseconds of a step by stage.
         speedup: tokens per second over those of no speculation.
     """
 
-    tree: TokenTree
+    tree: TokenTree | ShapedTree
     tokens_per_step: float
     stages: dict[str, float]
     speedup: float
 
     @property
     def kind(self) -> str:
-        """ "tree", "chain" or "no speculation"."""
+        """ "tree", "shaped tree", "chain" or "no speculation"."""
+        if isinstance(self.tree, ShapedTree):
+            return "shaped tree"
         return "no speculation" if self.tree.num_nodes == 1 else "chain" if self.tree.is_chain else "tree"
+
+    @property
+    def token_tree(self) -> TokenTree:
+        """The tree, where it is the same in every step; ValueError for a shaped one."""
+        if isinstance(self.tree, ShapedTree):
+            raise ValueError(
+                f"{type(self).__name__}: tree must be a TokenTree, got {self.tree!r}; plan with shaped=False"
+            )
+        return self.tree
 
     @property
     def step_ms(self) -> float:
@@ -49,12 +60,17 @@ class PlanCandidate:
     def to_fields(self) -> dict[str, Any]:
         """Give the candidate as plain JSON values."""
         numbers = {name: getattr(self, name) for name in ("tokens_per_step", "step_ms", "ms_per_token", "speedup")}
-        return {"kind": self.kind, "parents": self.tree.parents, **numbers, "stages": dict(self.stages)}
+        tree = {"parents": self.tree.parents} if isinstance(self.tree, TokenTree) else {"shaped": self.tree.to_fields()}
+        return {"kind": self.kind, **tree, **numbers, "stages": dict(self.stages)}
 
     @classmethod
     def read(cls, fields: Fields) -> PlanCandidate:
         """Read a candidate from the fields that `to_fields` gave."""
-        tree = TokenTree.from_parents_field(fields)
+        tree: TokenTree | ShapedTree
+        if "shaped" in fields:
+            tree = ShapedTree.from_fields(fields.inside("shaped"))
+        else:
+            tree = TokenTree.from_parents_field(fields)
         if tree.num_nodes > MAX_STEP_ROWS:
             raise fields.refuse("parents", f"be a tree of at most {MAX_STEP_ROWS} nodes", f"one of {tree.num_nodes}")
         stages = fields.inside("stages")

@@ -9,7 +9,7 @@ from sequoia_kernels import checks
 from sequoia_kernels.planner.step_records import StepRecords
 from sequoia_kernels.tree import PROBABILITY_EDGES, Confidence, ShapedTree
 
-__all__ = ["fit_confidence", "shape_tree"]
+__all__ = ["fit_confidence", "held_out_values", "shape_tree"]
 
 Floats = NDArray[np.float64]
 
@@ -92,6 +92,22 @@ def shape_tree(records: StepRecords, num_nodes: int) -> ShapedTree:
     depths = np.array(tree.depths)[taken]
     means = np.array([(depths == level).sum(axis=1).mean() for level in range(tree.num_levels)])
     return ShapedTree(tuple(_rounded(means, num_nodes, confidence.max_children)), confidence)
+
+
+def held_out_values(records: StepRecords, tree: ShapedTree, rule: str) -> Floats:
+    """Give what a shaped tree's widths are worth in recorded steps whose confidence was fitted to others. [S] float64.
+
+    The steps of every other request are shaped by the confidence of the rest, and the other way round; of a single
+    request those of its first half and its second.
+    """
+    _, request = np.unique(records.requests, return_inverse=True)
+    second = request % 2 == 1 if request.max(initial=0) else np.arange(len(records)) >= len(records) // 2
+    values = np.ones(len(records))
+    for half in (second, ~second):
+        if half.any() and not half.all():
+            confidence = fit_confidence(records.part(np.flatnonzero(~half)))
+            values[half] = records.part(np.flatnonzero(half)).values(ShapedTree(tree.widths, confidence), rule)
+    return values
 
 
 def _by_bin(probabilities: NDArray[np.float32], visits: Floats, accepted: Floats) -> Floats:

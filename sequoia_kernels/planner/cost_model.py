@@ -5,7 +5,8 @@ One step, stage by stage (as the decoding loop runs it):
     draft    forwards of the draft: one over 2 rows (the last committed token and the root), then one a level over the
              level's internal nodes; leaves are never fed, so a tree of l levels takes l - 1 forwards. Of a draft whose
              levels share one forward: what it does once a step, then what it does for every level, the root's included
-    sample   sample_without_replacement behind each of them, over the level's internal nodes
+    sample   sample_without_replacement behind each of them, over the level's internal nodes; where a shaped tree's
+             children are given out, a second look at each row, taken to last as long as drawing one child
     target   one forward of the target over all n nodes
     verify   verify_tree over n nodes
     commit   compact_kv_cache_ over both models' caches, where the tree has more than one node
@@ -39,7 +40,7 @@ from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.planner.compose import COMPOSED_OPS, can_compose, compose_forwards, transfer_ms
 from sequoia_kernels.planner.interpolation import MonotoneGrid
 from sequoia_kernels.planner.profile import DRAFT_STEP, HardwareProfile, OpPoint
-from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, TokenTree
+from sequoia_kernels.tree import DEFAULT_RULE, MAX_NODES, ShapedTree, TokenTree
 
 __all__ = ["STAGES", "CostModel", "MonotoneGrid", "StepShape", "StepTimes", "brackets"]
 
@@ -55,10 +56,14 @@ class StepShape:
     num_nodes: int  # root included
     widths: tuple[int, ...]  # internal nodes of each level that has some, root level first. [levels - 1]
     branchings: tuple[int, ...]  # largest number of children on these levels. [levels - 1]
+    is_shaped: bool = False  # children are given out in every step
 
     @classmethod
-    def of(cls, tree: TokenTree) -> StepShape:
-        """Read the shape of a tree."""
+    def of(cls, tree: TokenTree | ShapedTree) -> StepShape:
+        """Read the shape of a tree; of a shaped one, all nodes but those of the last level are fed."""
+        if isinstance(tree, ShapedTree):
+            most = tree.confidence.max_children
+            return cls(tree.num_nodes, tree.widths[:-1], tuple(min(most, below) for below in tree.widths[1:]), True)
         widths = [0] * tree.num_levels
         branchings = [0] * tree.num_levels
         for depth, num_children in zip(tree.depths, tree.num_children):
@@ -207,7 +212,7 @@ class CostModel:
         """Fix the context length: the fast way to cost many trees."""
         return StepTimes(self, context_len)
 
-    def stages(self, tree: TokenTree | StepShape, context_len: float) -> dict[str, float]:
+    def stages(self, tree: TokenTree | ShapedTree | StepShape, context_len: float) -> dict[str, float]:
         """Give the milliseconds of one step by the names in `STAGES`; 0 for what the step does not do.
 
         Args:
@@ -217,9 +222,9 @@ class CostModel:
         Raises:
             ProfileError: the tree has more than one node and there is no draft.
         """
-        return self.at_context(context_len).stages(StepShape.of(tree) if isinstance(tree, TokenTree) else tree)
+        return self.at_context(context_len).stages(tree if isinstance(tree, StepShape) else StepShape.of(tree))
 
-    def step_ms(self, tree: TokenTree | StepShape, context_len: float) -> float:
+    def step_ms(self, tree: TokenTree | ShapedTree | StepShape, context_len: float) -> float:
         """Give the milliseconds of one step; arguments as in `stages`."""
         return sum(self.stages(tree, context_len).values())
 
@@ -263,6 +268,8 @@ class StepTimes:
                 )
             draft = self.draft_root + sum([self.draft[width] for width in shape.widths[1:]])
             sample = sum(map(self.sample, shape.widths, shape.branchings))
+            if shape.is_shaped:
+                sample += sum(self.sample(width, 1) for width in shape.widths)
             commit = self.compact[shape.num_levels]
         return {
             "draft": draft,

@@ -277,8 +277,8 @@ class LookupCosts:
                 step_ms[tree] += times.draft[min(tree.length + ROOT_ROWS, costs.max_draft_rows)]
             if tree.siblings:
                 step_ms[tree] += times.sample(tree.length, tree.siblings)
-        base_ms = {plan.tree: plan.step_ms for plan in plans}
-        base_tokens = {plan.tree: plan.tokens_per_step for plan in plans}
+        base_ms = {plan.token_tree: plan.step_ms for plan in plans}
+        base_tokens = {plan.token_tree: plan.tokens_per_step for plan in plans}
         single = TokenTree.single()
         base_ms.setdefault(single, times.target[1] + times.verify[1] + times.host[1])
         base_tokens.setdefault(single, 1.0)

@@ -1,7 +1,8 @@
 """plan_tree: the tree that gives the most tokens per second on the measured device, and what it was compared with.
 
 Tokens per second = F(T) / step time. F(T) is the tree's expected accepted tokens per step (Sequoia, arXiv 2402.12374,
-section 3.1), the step time is composed from the profile (see `cost_model`). The candidates are the optimal tree of
+section 3.1), the step time is composed from the profile (see `cost_model`). Recorded steps have a search of their own
+(`recorded_search`), which weighs shaped trees too. With a vector the candidates are the optimal tree of
 every (budget, levels) cell, the fastest of them refined for the draft's widths (see `local_search`), the chain of every
 length, and no speculation at all.
 
@@ -174,6 +175,7 @@ def plan_tree(
     tolerance: float = 0.01,
     dtype: Any = None,
     rule: str | None = None,
+    shaped: bool | None = None,
 ) -> TreePlan:
     """Choose the tree that gives the most tokens per second on the profile's device.
 
@@ -202,6 +204,9 @@ def plan_tree(
             `expected_tokens`, or in the records. None takes the usual one of the device with records, and "sequoia",
             whose acceptance a vector tells, without. A rule whose values do not add up over nodes chooses from
             Sequoia's optimal trees at a few budgets.
+        shaped: weigh shaped trees too, which take records to plan: the pick is one where it is faster than the best
+            token tree by more than the difference between requests makes. None weighs them on a CPU; elsewhere what
+            giving out the children takes has not been timed.
 
     Returns:
         The plan. No speculation is always among its candidates, and is the pick where nothing beats it.
@@ -241,6 +246,10 @@ def plan_tree(
     if temperature is not None:
         checks.check_number(where, "temperature", temperature, checks.NOT_NEGATIVE)
     checks.check_number(where, "tolerance", tolerance, _TOLERANCE)
+    if shaped is None:
+        shaped = profile.device.type == "cpu"
+    if not isinstance(shaped, bool):
+        raise TypeError(f"{where}: shaped must be a bool or None, got {type(shaped).__name__}")
     if rule is None:
         rule = DEFAULT_RULE if records is None else usual_rule(profile.device.type, temperature != 0)
     verification = rule_named(where, rule)
@@ -274,10 +283,13 @@ def plan_tree(
     if records is None:
         search = _Search(vector, times, max_budget, max_levels, tolerance, verification)
     else:
-        search = RecordedSearch(records, times, max_budget, max_levels, tolerance, rule)
+        search = RecordedSearch(records, times, max_budget, max_levels, tolerance, rule, shaped)
     pick, candidates = search.choose()
-    valued = estimate if records is None else records
-    interval = None if valued is None else valued.tokens_per_step_interval(pick.tree, rule)
+    interval = None
+    if isinstance(search, RecordedSearch):
+        interval = search.interval(pick)
+    elif estimate is not None:
+        interval = estimate.tokens_per_step_interval(pick.token_tree, rule)
     factor = pick.speedup / pick.tokens_per_step  # speedup for each token per step, at this step time
     return TreePlan(
         **vars(pick), tokens_per_step_interval=interval,
@@ -331,7 +343,7 @@ class _Search:
         fastest, near = self.fastest_tree(max(map(speed_of, others)))
         trees = chains if fastest is None else [*chains, fastest]
         if trees and self.rule.adds_up:  # whose values the moves add up
-            start, vector = max(trees, key=speed_of).tree, np.asarray(self.vector)
+            start, vector = max(trees, key=speed_of).token_tree, np.asarray(self.vector)
             refined = refine_tree(start, vector, self.times, self.max_budget, self.max_levels)
             others.append(self.candidate(refined))
         least = (1 - self.tolerance) * max(map(speed_of, others if fastest is None else [*others, fastest]))
@@ -450,6 +462,9 @@ def _verdict(plan: TreePlan) -> str:
         return f"Do not speculate{best}."
     nodes = f"{plan.tree.num_nodes} nodes on {plan.tree.num_levels} levels"
     gain = f"{plan.ms_per_token:.2f} ms per token, {plan.speedup:.2f}x"
+    if plan.kind == "shaped tree":
+        fixed = max(entry.speedup for entry in plan.candidates if entry.kind != "shaped tree")
+        return f"Speculate with a shaped tree of {nodes}: {gain} (best fixed tree: {fixed:.2f}x)."
     if plan.kind == "chain":
         margin = f" by more than {100 * plan.tolerance:g}%" if plan.tolerance else ""
         return f"Speculate with a chain of {plan.tree.num_nodes} nodes: {gain}. No tree is faster{margin}."

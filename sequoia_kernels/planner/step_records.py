@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 
 from sequoia_kernels.documents import Format, is_number, write_bytes
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate
-from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, rule_named
+from sequoia_kernels.planner.shaped_steps import nodes_given_out
+from sequoia_kernels.tree import DEFAULT_RULE, ShapedTree, TokenTree, rule_named
 
 __all__ = ["EXCESS_RATIOS", "NodeRecords", "StepRecords"]
 
@@ -130,45 +131,63 @@ class StepRecords:
         nodes = NodeRecords(*(part[steps] for part in self.nodes))
         return StepRecords(self.tree, nodes, self.requests[steps], self.acceptance, self.short, after_short)
 
-    def values(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> Floats:
+    def values(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> Floats:
         """Give the expected number of tokens, the bonus token included, of a tree in every step. [S] float64.
 
         Args:
-            tree: a tree within the recorded one.
+            tree: a tree within the recorded one; or a shaped tree, whose nodes that were not recorded count as if they
+                were never accepted.
             rule: verification rule, by its name.
 
         Raises:
             ValueError: the tree does not lie within the recorded one; the rule is unknown, or has no values of steps.
         """
         where = "StepRecords.values"
-        places = self.nodes_of(tree)
+        taken = None
+        if isinstance(tree, ShapedTree):
+            taken = nodes_given_out(tree, self.tree, self.nodes.likelihood, self.nodes.peak)
+            places = list(range(self.tree.num_nodes))
+        else:
+            places = self.nodes_of(tree)
         name = rule_named(where, rule).name
         if self.acceptance.temperature == 0 or name == "sequoia":  # greedily all rules are one
+            if taken is not None:
+                return np.asarray((self.reached * taken).sum(axis=1))
             return np.asarray(self.reached[:, places].sum(axis=1))
         if name != "traversal":
             raise ValueError(f"{where}: rule must be sequoia or traversal, got {rule!r}")
-        return _Traversal(self, tree, places).expected_tokens()
+        whole = self.tree if isinstance(tree, ShapedTree) else tree
+        return _Traversal(self, whole, places, taken).expected_tokens()
 
-    def tokens_per_step(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> float:
+    def tokens_per_step(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> float:
         """Give a tree's mean number of tokens per step; see `values`.
 
         Every request counts by its steps, and these by how near they begin to where the tree's own do.
         """
-        values = self.values(tree, rule)
+        return self.mean_of(self.values(tree, rule), rule)
+
+    def tokens_per_step_interval(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> tuple[float, float]:
+        """Give the 95 % interval of a tree's tokens per step, by a bootstrap over requests."""
+        return self.interval_of(self.values(tree, rule), rule)
+
+    def interval_of(self, values: Floats, rule: str = DEFAULT_RULE) -> tuple[float, float]:
+        """Give that interval for a tree's values [S] under a rule."""
+        lower, upper = np.quantile(self.drawn_means(values, rule), [TAIL, 1 - TAIL])
+        mean = self.mean_of(values, rule)
+        return min(float(lower), mean), max(float(upper), mean)
+
+    def mean_of(self, values: Floats, rule: str = DEFAULT_RULE) -> float:
+        """Give the mean of a tree's values [S] under a rule, as `tokens_per_step` does."""
         return self._mean(values, self._share(values, rule))
 
-    def tokens_per_step_interval(self, tree: TokenTree, rule: str = DEFAULT_RULE) -> tuple[float, float]:
-        """Give the 95 % interval of a tree's tokens per step, by a bootstrap over requests."""
-        values = self.values(tree, rule)
-        share = self._share(values, rule)
-        weights = self._weights(share)
+    def drawn_means(self, values: Floats, rule: str = DEFAULT_RULE) -> Floats:
+        """Give that mean over requests drawn again, for all values the same ones. [512]"""
+        weights = self._weights(self._share(values, rule))
         _, of_step = np.unique(self.requests, return_inverse=True)
         sums, counts = (np.bincount(of_step, weights=part) for part in (values * weights, weights))
         drawn = np.random.Generator(np.random.PCG64(0)).integers(len(counts), size=(NUM_DRAWS, len(counts)))
-        means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-        lower, upper = np.quantile(means, [TAIL, 1 - TAIL])
-        mean = self._mean(values, share)
-        return min(float(lower), mean), max(float(upper), mean)
+        means: Floats = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+        return means
 
     def _share(self, values: Floats, rule: str) -> float | None:
         """How much the steps behind whole ones count among a tree's values, None where all steps are of one kind."""
@@ -346,10 +365,12 @@ class _NodeState:
         given = self.mass * draft
         return np.minimum(np.divide(wanted, given, out=np.zeros_like(wanted), where=given > 0), 1.0)
 
-    def drop(self, child: int) -> None:
-        """Give a child up."""
+    def drop(self, child: int, taken: NDArray[np.bool_] | None = None) -> None:
+        """Give a child up, in the steps that have it (all where None)."""
         place = child - self.children[0]
         drawn = self.draft[:, place] > 0
+        if taken is not None:
+            drawn &= taken
         left = self.outside + self.draft.sum(axis=1)
         given = self.own_chance * left
         ratio = self.ratio + np.divide(self.mass, given, out=np.full_like(given, np.inf), where=given > 0)
@@ -383,10 +404,17 @@ class _NodeState:
 
 
 class _Traversal:
-    """The expected tokens of one tree under the rule "traversal", in every step at once."""
+    """The expected tokens of one tree under the rule "traversal", in every step at once.
 
-    def __init__(self, records: StepRecords, tree: TokenTree, places: Sequence[int]) -> None:
+    Where `taken` [S, N] is given, a step has only those of the tree's nodes, of each node's children its first ones.
+    """
+
+    def __init__(
+        self, records: StepRecords, tree: TokenTree, places: Sequence[int], taken: NDArray[np.bool_] | None = None
+    ) -> None:
         self.records, self.tree, self.places = records, tree, places
+        self.taken = np.ones((len(records), tree.num_nodes), dtype=np.bool_) if taken is None else taken
+        self.ever: list[bool] = np.asarray(self.taken.any(axis=0)).tolist()
         self.failed = np.ones(len(records))  # the probability that no node was accepted so far
         self.tokens = np.zeros(len(records))
 
@@ -396,13 +424,13 @@ class _Traversal:
 
     def _visit(self, node: int, chance: Floats) -> None:
         """Enter a node with a chance, try what is below it, and leave it."""
-        children = self.tree.children(node)
+        children = [child for child in self.tree.children(node) if self.ever[child]]
         if children:
             state = _NodeState(self.records, self.places[node], chance)
             for child in children:
-                place = self.places[child]
-                self._visit(child, state.chance(place))
-                state.drop(place)
+                place, taken = self.places[child], self.taken[:, child]
+                self._visit(child, np.where(taken, state.chance(place), 0))
+                state.drop(place, taken)
             chance = state.own_chance
         self.tokens += self.failed * chance * (self.tree.depths[node] + 1)
         self.failed = self.failed * (1 - chance)

@@ -56,7 +56,9 @@ class OwnLoop(Runtime):
             sampling = {"max_new_tokens": request.num_tokens, "temperature": request.temperature, "seed": request.seed}
             evidence = record_steps(*pair, prompts, **sampling)
         settings: dict[str, Any] = {"context_len": context_len, "batch_size": batch, "temperature": request.temperature}
-        plan = self.plans[batch, request.temperature] = plan_tree(evidence, self.profiles[batch], **settings)
+        plan = self.plans[batch, request.temperature] = plan_tree(
+            evidence, self.profiles[batch], shaped=False, **settings
+        )
         return {
             "tree": {"nodes": plan.tree.num_nodes, "levels": plan.tree.num_levels, "parents": list(plan.tree.parents)},
             "acceptance": [round(float(value), 4) for value in plan.acceptance[:8]],

@@ -270,6 +270,37 @@ def test_steps_with_top_p_are_compared_in_pairs(tmp_path, capsys):
     assert "| 1 | chain of 4 | sequoia |" in capsys.readouterr().out
 
 
+def test_predictions_stand_beside_what_was_measured(tmp_path, capsys):
+    path = tmp_path / "predictions.json"
+    assert bench_script("predictions").main(["--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    trees = ["chain of 3", "chain of 5", "8 nodes"]
+    assert [(row["tree"], row["rule"]) for row in rows] == list(itertools.product(trees, ["sequoia", "traversal"]))
+    for row in rows:
+        assert row["steps"] > 2 and row["measured"] >= 1
+        assert all(row[side][0] >= 1 and row[side][1] >= 0 for side in ("made from", "same prompts"))
+    assert "| 1 | chain of 3 |" in capsys.readouterr().out
+
+
+def test_texts_of_both_halves_count_by_their_tokens():
+    together = bench_script("predictions").together
+    assert together([(2.0, 0.1), (4.0, 0.0)]) == pytest.approx([8 / 3, (8 / 3) ** 2 * 0.1 / 4 / 2])
+    assert together([(3.0, 0.3), (3.0, 0.4)]) == pytest.approx([3.0, 0.25])
+
+
+def test_shaped_trees_are_valued_beside_fixed_ones(tmp_path, capsys):
+    path = tmp_path / "shaped_steps.json"
+    assert bench_script("shaped_steps").main(["--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    kinds = ["optimal", "best nodes", "shaped"]
+    assert [(row["rule"], row["tree"]) for row in rows] == list(itertools.product(["sequoia", "traversal"], kinds))
+    for row in rows:
+        assert row["tokens_per_step"] >= 1
+        own = row.get(f"over {row['tree']}", [1.0, 0.0])
+        assert own == pytest.approx([1.0, 0.0], abs=1e-12)
+    assert "| 1 | traversal | 8 |" in capsys.readouterr().out
+
+
 def test_the_page_must_have_its_marks(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("# Title\n")

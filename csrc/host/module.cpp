@@ -9,6 +9,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -16,7 +17,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "buffers.h"
 #include "cache_entry.h"
+#include "lookup_choice.h"
 #include "ops.h"
 #include "text_index.h"
 #include "tree_search.h"
@@ -147,6 +150,56 @@ void bind_text_index(py::module_& module) {
         }, py::arg("count"), "Give how many of the newest tokens agree with an earlier place, and what followed there.");
 }
 
+void bind_lookup_choice(py::module_& module) {
+    using Step = LookupChoice::Step;
+    py::class_<LookupChoice> choice(module, "LookupChoice", "Chooses steps' trees where texts are looked up; see lookup_choice.h.");
+    choice
+        .def(py::init([](const py::dict& source, const std::vector<std::tuple<std::int64_t, std::int64_t, double>>& trees) {
+            const auto number = [&](const char* name) { return source[name].cast<double>(); };
+            LookupSettings settings{};
+            settings.num_requests = number_of(source, "num_requests");
+            settings.least_match = number_of(source, "least_match");
+            settings.most_match = number_of(source, "most_match");
+            settings.longest_path = number_of(source, "longest_path");
+            settings.known_tokens = number_of(source, "known_tokens");
+            settings.bin_of = source["bin_of"].cast<std::vector<std::int64_t>>();
+            settings.prior_chances = source["prior_chances"].cast<std::vector<double>>();
+            settings.prior_weight = number("prior_weight");
+            settings.base_weight = number("base_weight");
+            settings.agreed_weight = number("agreed_weight");
+            settings.merged_weight = number("merged_weight");
+            settings.doubt = number("doubt");
+            settings.sibling_chance = number("sibling_chance");
+            std::vector<LookupRow> rows;
+            for (const auto& [length, siblings, rate] : trees) rows.push_back({length, siblings, rate});
+            return LookupChoice(settings, std::move(rows));
+        }), py::arg("settings"), py::arg("trees"))
+        .def("add_base", [](LookupChoice& self, double step_ms, double tokens, bool drafts,
+                            std::vector<std::pair<double, double>> merging) {
+            return self.add_base({step_ms, tokens, drafts, std::move(merging)});
+        }, py::arg("step_ms"), py::arg("tokens"), py::arg("drafts"), py::arg("merging"), "Take a tree of the draft in; gives its number.")
+        .def("choose", &LookupChoice::choose, py::arg("base"), py::arg("active"),
+             "Look texts up; give BASE, MERGED or the place of a lookup tree. -1: the draft's tree takes no proposals.")
+        .def("proposed", &LookupChoice::proposed, "Give what the step proposes, by request.")
+        .def("propose", &LookupChoice::propose, py::arg("paths"), "Say what the step proposes of what was found, by request.")
+        .def("found", [](const LookupChoice& self) {
+            std::vector<std::pair<std::int64_t, std::vector<std::int64_t>>> found;
+            for (TextIndex::Proposal& proposal : self.found()) found.emplace_back(proposal.match, std::move(proposal.tokens));
+            return found;
+        }, "Give how many tokens agree, and what followed, of the newest look at each request's text.")
+        .def("take", [](LookupChoice& self, std::int64_t request, const std::vector<std::int64_t>& tokens, int step) {
+            self.take(request, tokens, static_cast<Step>(step));
+        }, py::arg("request"), py::arg("tokens"), py::arg("step"), "Take in what a step, of one of the kinds, added to a text.")
+        .def("note_sibling", &LookupChoice::note_sibling, py::arg("accepted"),
+             "Take in a step whose proposed path ended early, and whether a sibling was accepted there.");
+    choice.attr("BASE") = LookupChoice::BASE;
+    choice.attr("PROMPT") = static_cast<int>(Step::PROMPT);
+    choice.attr("MERGED") = LookupChoice::MERGED;
+    choice.attr("AFTER_OTHER") = static_cast<int>(Step::OTHER);
+    choice.attr("AFTER_DRAFTED") = static_cast<int>(Step::DRAFTED);
+    choice.attr("AFTER_MERGED") = static_cast<int>(Step::MERGED);
+}
+
 // ---- tree search ----
 
 void raise_pending_signal() {
@@ -228,6 +281,7 @@ PYBIND11_MODULE(_host, module) {
     bind_forward(module);
     bind_tree_growth(module);
     sequoia::bind_text_index(module);
+    sequoia::bind_lookup_choice(module);
     bind_tree_commit(module);
     bind_paged_layer(module);
 }

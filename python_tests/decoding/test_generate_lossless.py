@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sequoia_kernels import TokenTree, VocabularyMap, adapt, generate
 from sequoia_kernels.decoding import loop
-from sequoia_kernels.drafts import ModelDraft, TokenPairing, host_growth, source
+from sequoia_kernels.drafts import LookupDraft, ModelDraft, TokenPairing, host_growth, source
 from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.tree import LookupTree, MergedTree, ShapedTree
@@ -79,6 +79,8 @@ REPEATING = [2, 0, 4, 2, 0, 4, 2, 0]  # so that something is found
 def test_joint_distribution_with_lookup(settings, kind, rule, monkeypatch):
     chosen = []
     monkeypatch.setattr(loop.LookupSteps, "tree", _lookup_as_often_as_not(chosen, loop.LookupSteps.tree))
+    siblings = property(lambda self: (0,) if self.base is None else (0, 1))  # as where steps are captured
+    monkeypatch.setattr(LookupDraft, "siblings", siblings)
     target = tiny_llama(7, vocab_size=VOCAB, sharpness=8.0)
     draft = {
         "alone": "lookup",
@@ -88,6 +90,7 @@ def test_joint_distribution_with_lookup(settings, kind, rule, monkeypatch):
     }[kind]
     assert p_value(target, draft, settings, rule=rule, prompt=REPEATING, lookup=True) > 1e-4
     assert any(isinstance(tree, LookupTree) for tree in chosen)
+    assert kind == "alone" or any(isinstance(tree, LookupTree) and tree.siblings for tree in chosen)
     assert kind == "alone" or any(isinstance(tree, MergedTree) for tree in chosen)
 
 
@@ -104,7 +107,7 @@ def _lookup_as_often_as_not(chosen, choose):
             picked = self.costs.trees[len(chosen) % len(self.costs.trees)]
             if len(chosen) % 3 == 2 and base.num_nodes > 1:
                 picked = MergedTree(base)
-            self._propose(picked, [path[: len(picked.path)] for _, path in self._found])
+            self._propose(picked, [path[: len(picked.path)] for _, path in self.choice.found()])
         chosen.append(picked)
         return picked
 

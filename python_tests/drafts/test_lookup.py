@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import random
 
@@ -35,7 +36,15 @@ from sequoia_kernels.drafts import (
 from sequoia_kernels.drafts.source import put_first
 from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.ops import sample_without_replacement
-from sequoia_kernels.planner.lookup import BaseEvidence, LookupCosts, LookupEvidence, MergedValue, lookup_trees
+from sequoia_kernels.planner.lookup import (
+    MOST_MATCH,
+    BaseEvidence,
+    LookupCosts,
+    LookupEvidence,
+    MergedValue,
+    choice_of,
+    lookup_trees,
+)
 from sequoia_kernels.tree import LONGEST_PATH, TYPICAL_ACCEPTANCE, LookupTree, MergedTree, ShapedTree
 
 TREE = TokenTree([-1, 0, 0, 1, 1, 2])
@@ -223,6 +232,122 @@ def test_what_is_proposed_is_left_out_of_the_draws():
     given = torch.tensor(drawn)
     put_first(torch.tensor(proposed)[:, None], given)
     assert given.tolist() == wanted
+
+
+class SpecifiedChoice:
+    """What `_host.LookupChoice` does, of the classes that specify it."""
+
+    def __init__(self, costs, num_requests, known_tokens):
+        self.costs, self.evidence, self.base, self.known = costs, LookupEvidence(), BaseEvidence(costs), known_tokens
+        self.texts = [_host.TextIndex(2, MOST_MATCH) for _ in range(num_requests)]
+        self.found = [(0, [])] * num_requests
+
+    def choose(self, tree, active):
+        self.found, self.proposed = [], [[] for _ in active]
+        for text, alive in zip(self.texts, active, strict=True):
+            match, path = text.propose(LONGEST_PATH) if alive else (0, [])
+            path = list(itertools.takewhile(lambda token: token < self.known, path))
+            self.found.append((match, path) if path else (0, []))
+        if tree is None or not any(path for _, path in self.found):
+            return None
+        own, merged, reaches = [], [], []
+        for (match, path), alive in zip(self.found, active, strict=True):
+            own.append(self.base.tokens_to_beat(tree, match) if alive else 0.0)
+            takes = bool(path) and tree.num_nodes > 1
+            chances = self.evidence.chances(match, len(path))
+            merged.append(self.base.merged_tokens(tree, match, chances) if takes else 0.0)
+            if alive:
+                reaches.append(self.evidence.reach(match, len(path)) if path else None)
+        best = sum(map(max, own, merged)) / self.costs.base_ms[tree]
+        pick = self.costs.fastest(reaches, self.evidence.sibling_chance, read=tree.num_nodes > 1)
+        paths = [path for _, path in self.found]
+        if pick is not None and pick.speed > best:
+            self.proposed = [path[: pick.tree.length] for path in paths]
+            return pick.tree
+        if not any(one > other for one, other in zip(merged, own, strict=True)):
+            return None
+        tree = MergedTree(tree)
+        self.proposed = [
+            path[: len(tree.path)] if one > other else [] for path, one, other in zip(paths, merged, own, strict=True)
+        ]
+        return tree
+
+    def take(self, request, tokens, kind):
+        match, found = self.found[request]
+        if kind != _host.LookupChoice.PROMPT:
+            self.evidence.note(match, found, tokens)
+            if kind == _host.LookupChoice.AFTER_MERGED and self.proposed[request]:
+                self.base.note_merged(match, len(tokens))
+            elif kind != _host.LookupChoice.AFTER_OTHER:
+                self.base.note(match, len(tokens))
+        self.texts[request].append(tokens)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_choices_are_those_of_the_specification(seed):
+    rng = random.Random(seed)
+    bases = [TREE, TokenTree.kary(2, 4), TokenTree.single()]
+    trees = lookup_trees(rng.choice([1, 9, 40]), rng.choice([(0,), (0, 1)]))
+    step_ms = {tree: rng.uniform(1.0, 1.5) for tree in [*trees, *bases]}
+    tokens = {tree: tree.expected_tokens(TYPICAL_ACCEPTANCE) for tree in bases}
+    costs = LookupCosts(trees, step_ms, step_ms, tokens, (0.5, 0.2))
+    count, vocab = rng.choice([1, 1, 3]), rng.choice([2, 4, 30])
+    known = rng.choice([vocab, vocab - 1])
+    both = choice_of(costs, count, known), SpecifiedChoice(costs, count, known)
+    for request in range(count):
+        prompt = [rng.randrange(vocab) for _ in range(rng.randrange(20))] * rng.choice([1, 2])
+        for one in both:
+            one.take(request, prompt, _host.LookupChoice.PROMPT)
+    ours, specified = both
+    numbers = {
+        tree: ours.add_base(step_ms[tree], tokens[tree], tree.num_nodes > 1, MergedValue(tree, (0.5, 0.2)).nodes)
+        for tree in bases
+    }
+    kinds = set()
+    for step in range(300):
+        base = rng.choice([*bases, None]) if step % 3 == 0 else bases[0]
+        active = [rng.random() < 0.9 for _ in range(count)]
+        wanted = specified.choose(base, active)
+        chosen = ours.choose(numbers.get(base, -1), active)
+        kinds.add(type(wanted))
+        assert ours.found() == specified.found and ours.proposed() == specified.proposed
+        if isinstance(wanted, LookupTree):
+            assert trees[chosen] == wanted
+        else:
+            assert chosen == (ours.BASE if wanted is None else ours.MERGED)
+        kind = ours.AFTER_DRAFTED if base is not None and base.num_nodes > 1 else ours.AFTER_OTHER
+        kind = {LookupTree: ours.AFTER_OTHER, MergedTree: ours.AFTER_MERGED}.get(type(wanted), kind)
+        for request in range(count):
+            if not active[request]:
+                continue
+            right = specified.found[request][1][: rng.randrange(6)]
+            emitted = [*right, rng.randrange(vocab)] if rng.random() < 0.6 else [rng.randrange(vocab)]
+            for one in both:
+                one.take(request, emitted, kind)
+        if rng.random() < 0.2:
+            accepted = rng.random() < 0.5
+            ours.note_sibling(accepted)
+            specified.evidence.note_sibling(accepted)
+    assert len(kinds) > 1
+
+
+def test_a_choice_refuses_what_is_not_a_batch():
+    choice = choice_of(LookupCosts.alike([TREE], 4, [0]), 2, 40)
+    with pytest.raises(ValueError, match="active must have an entry a request"):
+        choice.choose(-1, [True])
+    with pytest.raises(ValueError, match="paths must have an entry a request"):
+        choice.propose([[]])
+    with pytest.raises(IndexError):
+        choice.take(2, [1], choice.PROMPT)
+
+
+def test_on_a_cpu_no_siblings_are_drawn_beside_a_path():
+    """They would be read along op by op, which takes longer than the levels that this saves."""
+    target, draft = _pair()
+    source = LookupDraft(adapt(target), draft_source(draft))
+    assert source.siblings == (0,)
+    output = generate(target, draft, _prompts(2)[1:], tree=TREE, lookup=True, max_new_tokens=60)
+    assert not any(isinstance(tree, LookupTree) and tree.siblings for tree in output.stats.steps_by_tree)
 
 
 # ---- generation ----
@@ -481,8 +606,8 @@ def test_a_draft_that_is_asked_again_has_read_every_token(positions, monkeypatch
         tree = trees[len(seen) % len(trees)]
         seen.append(tree)
         if isinstance(tree, LookupTree):
-            self._found = [text.propose(LONGEST_PATH) for text in self._texts]
-            self._propose(tree, [path[: tree.length] for _, path in self._found])
+            self.choice.choose(self.choice.BASE, [True] * len(requests))
+            self._propose(tree, [path[: tree.length] for _, path in self.choice.found()])
         return tree
 
     def checked(self, base, requests):

@@ -132,8 +132,10 @@ def choose_tree(
             of_pair = CostModel(profile, **pair, temperature=settings["temperature"], rule=arguments.rule)
             plans = [plan] if isinstance(plan, TreePlan) else plan.plans
             # A draft that is not worth asking need not read along either.
-            siblings = looks_up.siblings if any(entry.tree.num_nodes > 1 for entry in plans) else (0,)
-            return Choice(plan, learn, LookupCosts.measured(of_pair, context_len, plans, siblings, [*plan.acceptance]))
+            asked = any(entry.tree.num_nodes > 1 for entry in plans)
+            siblings, reads = looks_up.siblings if asked else (0,), asked and draft.scores_paths
+            costs = LookupCosts.measured(of_pair, context_len, plans, siblings, [*plan.acceptance], reads)
+            return Choice(plan, learn, costs)
 
         if rows is not None:  # a row a node and two a level
             costs = CostModel(profile, **pair)

@@ -155,7 +155,7 @@ def generate(
         attention_mask: 1 at prompt tokens, 0 at padding, which may stand on either side but not inside. [B, L]. None
             takes pad tokens for padding, as transformers does, unless they also end sequences.
         lookup: look tokens up in the text besides: in each step the loop takes whichever promises more, the draft's
-            tree or a path of tokens from the text with siblings that the draft draws. It waits for each step's tokens.
+            tree, with tokens from the text in it or not, or a path of them. It waits for each step's tokens.
         tree: a `TokenTree`, a sequence of one for each request (all of the same widths, level by level), a
             `ShapedTree`, which takes its shape in every step, a `TreePlan`, an `AdaptivePlan`, or one of two words:
             "auto" takes the planner's pick for this machine, these models and these sampling settings, and learns from

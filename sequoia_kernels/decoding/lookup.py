@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 from sequoia_kernels.decoding.request import Request
 from sequoia_kernels.drafts import LookupDrafting, StepTree
 from sequoia_kernels.host_module import host as _host
-from sequoia_kernels.planner.lookup import LEAST_MATCH, MOST_MATCH, BaseEvidence, LookupCosts, LookupEvidence
-from sequoia_kernels.tree import LONGEST_PATH, LookupTree, MergedTree, TokenTree
+from sequoia_kernels.planner.lookup import LookupCosts, MergedValue, choice_of
+from sequoia_kernels.tree import LookupTree, MergedTree, TokenTree
 
 __all__ = ["LookupSteps"]
 
@@ -25,25 +24,24 @@ class LookupSteps:
         costs: what steps take.
 
     Attributes:
+        choice: follows the texts, and weighs what is found in them; in C++.
         num_proposed: steps that decoded with proposals.
         num_copied: tokens that were accepted as proposed.
     """
 
     def __init__(self, drafting: LookupDrafting, prompts: Sequence[Sequence[int]], costs: LookupCosts) -> None:
         self.drafting, self.costs = drafting, costs
-        self.evidence = LookupEvidence()
         self.num_proposed = self.num_copied = 0
-        self._texts = [_host.TextIndex(LEAST_MATCH, MOST_MATCH) for _ in prompts]
-        for text, prompt in zip(self._texts, prompts, strict=True):
-            text.append(list(prompt))
         # Prompts may hold tokens that the target's head does not know: they are never proposed.
-        limit = drafting.source.target_vocab_size
-        self._limit = limit if any(token >= limit for prompt in prompts for token in prompt) else None
-        self._found: list[tuple[int, list[int]]] = [(0, []) for _ in prompts]  # for the step to come
-        self._proposed: list[list[int]] = [[] for _ in prompts]  # what of it the step has
+        self.choice = choice_of(costs, len(prompts), drafting.source.target_vocab_size)
+        for index, prompt in enumerate(prompts):
+            self.choice.take(index, list(prompt), self.choice.PROMPT)
+        self._bases: dict[TokenTree, int] = {}
+        self._base: tuple[StepTree | None, int] = (None, self.choice.BASE)  # the newest one and its number
         self._merged: dict[TokenTree, MergedTree] = {}
-        self._base = BaseEvidence(costs)
-        self._missed = [0] * len(self._texts)  # newest committed tokens that the draft has not read
+        self._missed = [0] * len(prompts)  # newest committed tokens that the draft has not read
+        # The newest step's tree, whether the draft has seen all tokens of such steps, and what kind of step that is.
+        self._decoded: tuple[StepTree | None, bool, int] = (None, True, self.choice.PROMPT)
 
     def tree(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
         """Choose the next step's tree: `base`, with proposals in it or not, or a lookup tree; hand proposals over.
@@ -63,51 +61,32 @@ class LookupSteps:
             self._missed[lane] = 0
 
     def _chosen(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
-        nothing: tuple[int, list[int]] = (0, [])
-        active = [request.is_active for request in requests]
-        self._found = [self._find(text) if alive else nothing for text, alive in zip(self._texts, active, strict=True)]
-        self._proposed = [[] for _ in requests]
-        if not isinstance(base, TokenTree) or not any(path for _, path in self._found):
+        if base is not self._base[0]:
+            self._base = base, self._number_of(base)
+        chosen = self.choice.choose(self._base[1], [request.is_active for request in requests])
+        if chosen == self.choice.BASE:
             return base
-        # By request: what a step with the draft's tree gives, and with the proposal in that tree.
-        own, merged, reaches = [], [], []
-        for (match, path), alive in zip(self._found, active, strict=True):
-            if not alive:
-                own.append(0.0)
-                merged.append(0.0)
-                continue
-            own.append(self._base.tokens_to_beat(base, match))
-            chances = self.evidence.chances(match, len(path)) if path else []
-            takes = bool(path) and base.num_nodes > 1
-            merged.append(self._base.merged_tokens(base, match, chances) if takes else 0.0)
-            reaches.append(self.evidence.reach(match, len(path)) if path else None)
-        best = sum(map(max, own, merged)) / self.costs.base_ms[base]
-        # A draft that is not asked any more is not asked for siblings either.
-        pick = self.costs.fastest(reaches, self.evidence.sibling_chance, read=base.num_nodes > 1)
-        if pick is not None and pick.speed > best:
-            return self._propose(pick.tree, [path[: pick.tree.length] for _, path in self._found])
-        if not any(one > other for one, other in zip(merged, own, strict=True)):
-            return base
-        tree = self._merged.get(base)
-        if tree is None:
-            tree = self._merged[base] = MergedTree(base)
-        paths = [
-            path[: len(tree.path)] if one > other else []
-            for (_, path), one, other in zip(self._found, merged, own, strict=True)
-        ]
-        return self._propose(tree, paths)
+        assert isinstance(base, TokenTree)  # no other takes proposals
+        if chosen == self.choice.MERGED:
+            return self._propose(self._merged[base], self.choice.proposed())
+        return self._propose(self.costs.trees[chosen], self.choice.proposed())
+
+    def _number_of(self, base: StepTree) -> int:
+        if not isinstance(base, TokenTree):
+            return int(self.choice.BASE)
+        if base not in self._bases:
+            costs = self.costs
+            value = MergedValue(base, costs.acceptance)
+            ms, tokens, drafts = costs.base_ms[base], costs.base_tokens[base], base.num_nodes > 1
+            self._bases[base] = self.choice.add_base(ms, tokens, drafts, value.nodes)
+            self._merged[base] = MergedTree(base)
+        return self._bases[base]
 
     def _propose(self, tree: LookupTree | MergedTree, paths: list[list[int]]) -> LookupTree | MergedTree:
-        self._proposed = paths
+        self.choice.propose(paths)
         self.drafting.propose(paths)
         self.num_proposed += 1
         return tree
-
-    def _find(self, text: _host.TextIndex) -> tuple[int, list[int]]:
-        match, path = text.propose(LONGEST_PATH)
-        if self._limit is not None:
-            path = list(takewhile(lambda token: token < self._limit, path))
-        return (match, path) if path else (0, [])
 
     def take(
         self, index: int, tokens: Sequence[int], tree: StepTree | None = None, path: Sequence[int] = (),
@@ -122,19 +101,23 @@ class LookupSteps:
             path: the accepted nodes.
             num_taken: how many of the tokens came before the request's end.
         """
-        match, found = self._found[index]
-        if tree is not None:
-            if not self.drafting.reads(tree):
-                self._missed[index] += len(tokens)
-            self.evidence.note(match, found, tokens)
-            proposed = self._proposed[index]
-            if isinstance(tree, (LookupTree, MergedTree)):
-                self.num_copied += sum(node in tree.path[: len(proposed)] for node in path[:num_taken])
-            if isinstance(tree, LookupTree):
-                if tree.siblings and (not path or path[-1] != tree.path[-1]):
-                    self.evidence.note_sibling(bool(path) and path[-1] not in tree.path)
-            elif proposed:
-                self._base.note_merged(match, len(tokens))
-            elif isinstance(tree, TokenTree) and tree.num_nodes > 1:
-                self._base.note(match, len(tokens))
-        self._texts[index].append(list(tokens))
+        if tree is None:
+            self.choice.take(index, tokens, self.choice.PROMPT)
+            return
+        if tree is not self._decoded[0]:
+            self._decoded = tree, self.drafting.reads(tree), self._kind_of(tree)
+        _, reads, kind = self._decoded
+        if not reads:
+            self._missed[index] += len(tokens)
+        if isinstance(tree, (LookupTree, MergedTree)):
+            proposed = self.choice.proposed()[index]
+            self.num_copied += sum(node in tree.path[: len(proposed)] for node in path[:num_taken])
+            if isinstance(tree, LookupTree) and tree.siblings and (not path or path[-1] != tree.path[-1]):
+                self.choice.note_sibling(bool(path) and path[-1] not in tree.path)
+        self.choice.take(index, tokens, kind)
+
+    def _kind_of(self, tree: StepTree) -> int:
+        if isinstance(tree, MergedTree):
+            return int(_host.LookupChoice.AFTER_MERGED)
+        drafted = isinstance(tree, TokenTree) and not isinstance(tree, LookupTree) and tree.num_nodes > 1
+        return int(_host.LookupChoice.AFTER_DRAFTED if drafted else _host.LookupChoice.AFTER_OTHER)

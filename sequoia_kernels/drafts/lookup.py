@@ -4,9 +4,9 @@ The proposals are certain children (see `verify_tree`): what was copied from the
 probability of it. A step decodes with the tree of the draft, with the same as a `MergedTree`, which takes the proposed
 path in, or with a `LookupTree` around a longer path; before each step the loop decides which, by what proposals have
 been worth so far (`decoding.lookup`). A merged tree is drawn as the draft's own, and costs what it does. With a lookup
-tree that has siblings the draft reads along in one forward and draws them from it. Without siblings it does nothing,
-and reads what it missed in one forward when it is asked again (`catch_up`); drafts that are shown accepted tokens
-anyway (`scores_paths` is False) have missed nothing.
+tree that has siblings, of captured steps, the draft reads along in one forward and draws them from it. Without siblings
+it does nothing, and reads what it missed in one forward when it is asked again (`catch_up`); drafts that are shown
+accepted tokens anyway (`scores_paths` is False) have missed nothing.
 """
 
 from __future__ import annotations
@@ -131,8 +131,14 @@ class LookupDraft(DraftSource):
 
     @property
     def siblings(self) -> tuple[int, ...]:
-        """How many drawn children there may be beside a proposed one."""
-        return (0, 1) if self.base is not None and self.base.scores_paths else (0,)
+        """How many drawn children there may be beside a proposed one.
+
+        Some only where steps are captured: on a CPU the reading along, op by op, takes longer than the forwards that it
+        saves, level by level in C++.
+        """
+        base = self.base
+        reads_along = base is not None and base.scores_paths and base.capturable and base.device.type == "cuda"
+        return (0, 1) if reads_along else (0,)
 
     def meet_prompts(self, target: TreeModel, prompts: torch.Tensor, prompt_lens: Sequence[int]) -> None:
         """Show them to the base."""

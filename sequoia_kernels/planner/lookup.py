@@ -12,6 +12,9 @@ In a merged tree the draft's own children and what is below them take its place:
 
 Whether a proposal would have been accepted is seen in every step, whatever the step decoded with: its tokens are
 compared with those that were emitted, so that the table learns without proposals being tried.
+
+`LookupEvidence`, `BaseEvidence` and `LookupCosts.fastest` specify what the loop does by `choice_of`, in C++: it is
+asked in every step, when the weights that were just read have emptied the caches of all that is Python's.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
 
+from sequoia_kernels.host_module import host as _host
 from sequoia_kernels.planner.candidates import PlanCandidate
 from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
 from sequoia_kernels.tree import LONGEST_PATH, TYPICAL_ACCEPTANCE, LookupTree, MergedTree, TokenTree
 
 __all__ = [
     "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "MergedValue",
-    "lookup_trees",
+    "choice_of", "lookup_trees",
 ]  # fmt: skip
 
 LEAST_MATCH, MOST_MATCH = 2, 32  # tokens that must agree, and that are compared at most
@@ -54,7 +58,7 @@ class LookupEvidence:
         self.tried = [PRIOR_WEIGHT] * len(BIN_STARTS)
         self.right = [chance * PRIOR_WEIGHT for chance in PRIOR_CHANCES]
         self.siblings_tried, self.siblings_right = PRIOR_WEIGHT, PRIOR_WEIGHT * TYPICAL_ACCEPTANCE[0]
-        self._chances = self._by_agreement()
+        self._chances: list[float] = []  # by agreement; empty where they are to be computed again
 
     def note(self, match: int, proposed: Sequence[int], emitted: Sequence[int]) -> None:
         """Compare a proposal with the tokens that were emitted behind the text it was made for.
@@ -72,7 +76,7 @@ class LookupEvidence:
             self.right[bin_index] += one == other
             if one != other:
                 break
-        self._chances = self._by_agreement()
+        self._chances = []  # most steps ask for none
 
     @property
     def sibling_chance(self) -> float:
@@ -86,7 +90,8 @@ class LookupEvidence:
 
     def chances(self, match: int, length: int) -> list[float]:
         """Give the chance of accepting each of `length` proposed nodes, if those above it are. [length]."""
-        return self._chances[match : match + length]
+        chances = self._chances = self._chances or self._by_agreement()
+        return chances[match : match + length]
 
     def reach(self, match: int, length: int) -> list[float]:
         """Give the chance of accepting the whole path down to each of `length` proposed nodes. [length]."""
@@ -128,6 +133,11 @@ class MergedValue:
             others = range(first_child[node] + 1, first_child[node] + num_children[node])
             drawn = sum(chance * (1.0 + below[child]) for chance, child in zip(acceptance, others, strict=False))
             self._nodes.append((below[node], drawn))
+
+    @property
+    def nodes(self) -> list[tuple[float, float]]:
+        """Tokens below the root and each node of the path, and those of them by drawn children beside a proposal."""
+        return list(self._nodes)
 
     def expected_tokens(self, chances: Sequence[float]) -> float:
         """Give the tokens of a step, the bonus token included.
@@ -191,9 +201,13 @@ class LookupCosts:
     ) -> None:
         self.trees, self.step_ms, self.base_ms, self.base_tokens = tuple(trees), step_ms, base_ms, base_tokens
         self.acceptance = tuple(map(float, acceptance))
-        self.longest = max((tree.length for tree in trees), default=0)
-        self._rows = [(tree, tree.length, 1.0 / step_ms[tree]) for tree in trees]
-        self._unread = [row for row in self._rows if not row[0].siblings]
+        self._rows = [(tree, tree.length, tree.siblings, 1.0 / step_ms[tree]) for tree in trees]
+        self._unread = [row for row in self._rows if not row[2]]
+
+    @property
+    def rows(self) -> list[tuple[int, int, float]]:
+        """Length, siblings and steps a millisecond of each tree."""
+        return [(length, siblings, rate) for _, length, siblings, rate in self._rows]
 
     def within(self, num_rows: int) -> LookupCosts:
         """Give the same for trees that need no more cache rows: one a node and two a level."""
@@ -210,29 +224,21 @@ class LookupCosts:
             sibling_chance: that a drawn child is accepted where the proposed one was not.
             read: whether trees that the draft reads along come into question.
         """
-        longest, count = self.longest, len(reaches)
-        if longest == 0:
-            return None
-        through, below = [0.0] * (longest + 1), [0.0] * (longest + 1)  # of all requests: chance and tokens, by length
-        for reach in reaches:
-            accepted = 0.0
-            known = 0 if reach is None else min(len(reach), longest)
-            for length in range(1, known + 1):
-                accepted += reach[length - 1]  # type: ignore[index]
-                through[length] += reach[length - 1]  # type: ignore[index]
-                below[length] += accepted
-            for length in range(known + 1, longest + 1):
-                below[length] += accepted
         rows = self._rows if read else self._unread
-        saved = [0.0, sibling_chance]
-        speeds = [
-            (count + below[length] + (count - through[length]) * saved[tree.siblings]) * rate
-            for tree, length, rate in rows
-        ]
         if not rows:
             return None
-        best = max(range(len(rows)), key=speeds.__getitem__)
-        return LookupPick(rows[best][0], speeds[best])
+        expected = [0.0] * len(rows)
+        for reach in reaches:
+            below = (0.0,) if reach is None else (0.0, *accumulate(reach))  # tokens, by length
+            known = len(below) - 1
+            for row, (_, length, siblings, _) in enumerate(rows):
+                expected[row] += 1.0 + below[min(length, known)]
+                if siblings:
+                    through = reach[length - 1] if length <= known else 0.0  # type: ignore[index]
+                    expected[row] += (1.0 - through) * sibling_chance
+        speeds = [tokens * rate for tokens, (_, _, _, rate) in zip(expected, rows, strict=True)]
+        speed = max(speeds)
+        return LookupPick(rows[speeds.index(speed)][0], speed)
 
     @classmethod
     def alike(cls, base: Sequence[TokenTree], max_nodes: int, siblings: Sequence[int]) -> LookupCosts:
@@ -250,6 +256,7 @@ class LookupCosts:
         plans: Sequence[PlanCandidate],
         siblings: Sequence[int],
         acceptance: Sequence[float] = TYPICAL_ACCEPTANCE,
+        reads: bool | None = None,
     ) -> LookupCosts:
         """From a profile.
 
@@ -259,7 +266,9 @@ class LookupCosts:
             plans: the trees of the draft that may be decoded with.
             siblings: as in `lookup_trees`; more than 0 where the draft reads paths along.
             acceptance: the draft's acceptance vector.
+            reads: whether the draft reads what was accepted without it; None: where there may be siblings.
         """
+        reads = max(siblings) > 0 if reads is None else reads
         times = costs.at_context(context_len)
         trees = [
             tree
@@ -273,7 +282,7 @@ class LookupCosts:
             if costs.draft is not None:
                 step_ms[tree] += times.compact[min(tree.num_levels, len(times.compact) - 1)]
             # A draft that reads along does so now, or reads what it missed later.
-            if max(siblings):
+            if reads:
                 step_ms[tree] += times.draft[min(tree.length + ROOT_ROWS, costs.max_draft_rows)]
             if tree.siblings:
                 step_ms[tree] += times.sample(tree.length, tree.siblings)
@@ -335,6 +344,32 @@ class BaseEvidence:
             value = self._values[tree] = MergedValue(tree, self.costs.acceptance)
         tokens, steps = self._merged[_bin_of(match)]
         return (value.expected_tokens(chances) * MERGED_WEIGHT + tokens) / (MERGED_WEIGHT + steps)
+
+
+def choice_of(costs: LookupCosts, num_requests: int, known_tokens: int) -> _host.LookupChoice:
+    """Give what chooses the trees of a batch's steps, and learns from them: a `_host.LookupChoice`.
+
+    Args:
+        costs: what steps take.
+        num_requests: of the batch.
+        known_tokens: tokens from this one on are never proposed.
+    """
+    settings = {
+        "num_requests": num_requests,
+        "least_match": LEAST_MATCH,
+        "most_match": MOST_MATCH,
+        "longest_path": LONGEST_PATH,
+        "known_tokens": known_tokens,
+        "bin_of": _BIN_OF,
+        "prior_chances": PRIOR_CHANCES,
+        "prior_weight": PRIOR_WEIGHT,
+        "base_weight": BASE_WEIGHT,
+        "agreed_weight": AGREED_WEIGHT,
+        "merged_weight": MERGED_WEIGHT,
+        "doubt": DOUBT,
+        "sibling_chance": TYPICAL_ACCEPTANCE[0],
+    }
+    return _host.LookupChoice(settings, costs.rows)
 
 
 def _count(entry: list[float], num_tokens: int) -> None:

@@ -6,7 +6,8 @@
 //             A shaped tree gives its children out level by level (level_shape.h). A token that is proposed for the first
 //             child of a level's first node is put before the draws, from which it is left out.
 //             Where a draft has scored all depths beforehand, a level's rows are its depth's row, as it is or through a
-//             forward of the level's own whose head has it as its bias (a Markov head).
+//             forward of the level's own whose head has it as its bias, or to which it is added (a Markov head, see
+//             markov_level.h).
 // Plan        The forwards are bound to their memory beforehand (forward/bound.h), and so is everything else: a level
 //             takes no allocation and nothing of Python, whose caches the target's weights have emptied by then.
 //             Requests that have ended are left out.
@@ -29,6 +30,7 @@
 #include "buffers.h"
 #include "forward/bound.h"
 #include "level_shape.h"
+#include "markov_level.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -54,6 +56,8 @@ struct GrowthLevel {
     const std::uintptr_t* weights;   // of this forward alone; null: those of the run
     const char* row;                 // of the first request; those of the others lie `row_stride` bytes behind
     std::int64_t row_stride;
+    bool adds_row;                   // `row` is added to what the forward gives, in float32; the forward has one request
+    MarkovLevel markov;              // what the forward reads, where that depends on more than tokens
     bool before_root;           // the forward feeds the last committed token before the root
     std::int64_t* fed;          // [B, W], or [B, 2] where it feeds a token before the root: what the forward reads
     const std::int64_t* nodes;  // [W]
@@ -83,6 +87,25 @@ ShapedTreeMemory shaped_memory(const py::dict& source) {
     tree.num_ranks = number_of(source, "num_ranks");
     tree.num_edges = number_of(source, "num_edges");
     return tree;
+}
+
+MarkovLevel markov_level(const py::dict& source) {
+    MarkovLevel level{};
+    level.rank = number_of(source, "rank");
+    level.hands_states = source["hands_states"].cast<bool>();
+    level.table = pointer_of<float>(source, "table");
+    level.num_tokens = number_of(source, "num_tokens");
+    level.mixing = source["mixing"].cast<forward::BoundForward*>();
+    level.mixing_weights = pointer_of<std::uintptr_t>(source, "mixing_weights");
+    level.inputs = pointer_of<float>(source, "inputs");
+    level.mixed = pointer_of<float>(source, "mixed");
+    level.outputs = pointer_of<float>(source, "outputs");
+    level.slot = pointer_of<float>(source, "slot");
+    level.slot_stride = number_of(source, "slot_stride");
+    level.states = pointer_of<float>(source, "states");
+    level.parents = pointer_of<std::int32_t>(source, "parents");
+    level.parents_stride = number_of(source, "parents_stride");
+    return level;
 }
 
 class TreeGrowth {
@@ -117,6 +140,10 @@ class TreeGrowth {
             level.weights = pointer_of<std::uintptr_t>(fields, "weights");
             level.row = pointer_of<char>(fields, "row");
             level.row_stride = number_of(fields, "row_stride");
+            level.adds_row = fields["adds_row"].cast<bool>();
+            if (!fields["markov"].is_none()) {
+                level.markov = markov_level(py::reinterpret_borrow<py::dict>(fields["markov"]));
+            }
             level.before_root = fields["before_root"].cast<bool>();
             level.fed = pointer_of<std::int64_t>(fields, "fed");
             level.nodes = pointer_of<std::int64_t>(fields, "nodes");
@@ -135,9 +162,13 @@ class TreeGrowth {
                     pointer_of<std::int64_t>(fields, "drawn"), pointer_of<std::uint32_t>(shape, "own_mask"));
             }
             const std::int64_t fed = level.before_root ? 2 : level.width;
+            if (level.adds_row && (level.row == nullptr || type_ != ElementType::float32)) {
+                throw std::invalid_argument("TreeGrowth: a row that is added must be given, in float32");
+            }
             if (level.forward == nullptr) {
                 if (level.row == nullptr) throw std::invalid_argument("TreeGrowth: a level must have a forward or a row");
-            } else if (level.forward->num_requests() != batch_size_ || level.forward->num_nodes() != fed ||
+            } else if (level.forward->num_requests() != (level.adds_row ? 1 : batch_size_) ||
+                       level.forward->num_nodes() != (level.adds_row ? batch_size_ * fed : fed) ||
                        level.forward->vocab() != drafted_ || level.forward->logits_type() != type_) {
                 throw std::invalid_argument("TreeGrowth: a level's forward must feed the level's nodes of all requests");
             }
@@ -168,11 +199,16 @@ class TreeGrowth {
             const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_ && !cuts;
             char* logits = in_place ? kept_row(0, level.nodes[0])
                                     : scratch_.reserve(batch_size_ * level.width * row_bytes);
+            if (level.markov.reads_slots() && !level.markov.run(level.fed, level.nodes, batch_size_, level.width, num_nodes_,
+                                                                num_threads)) {
+                return false;
+            }
             if (level.forward == nullptr) {
                 copy_row(level, logits, row_bytes);
             } else if (!level.forward->run(level.weights == nullptr ? weights : level.weights, logits, num_threads)) {
                 return false;
             }
+            if (level.adds_row) add_row(level, reinterpret_cast<float*>(logits));
             const Clock::time_point scored = Clock::now();
             forward_seconds_ += seconds_between(begin, scored);
             if (cuts) cut(level, logits);
@@ -217,6 +253,15 @@ class TreeGrowth {
                             static_cast<std::size_t>(row_bytes));
             }
         });
+    }
+
+    void add_row(const GrowthLevel& level, float* logits) const {
+        for (std::int64_t b = 0; b < batch_size_; ++b) {
+            const float* const row = reinterpret_cast<const float*>(level.row + b * level.row_stride);
+            for (std::int64_t i = 0; i < level.width; ++i, logits += drafted_) {
+                for (std::int64_t token = 0; token < drafted_; ++token) logits[token] += row[token];
+            }
+        }
     }
 
     void feed(const GrowthLevel& level) {

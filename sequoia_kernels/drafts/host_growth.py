@@ -5,6 +5,7 @@ See csrc/host/tree_growth.cpp.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,34 @@ from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own
 from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address
 
-__all__ = ["HostGrowth"]
+__all__ = ["HostGrowth", "MarkovHead"]
+
+
+@dataclass(frozen=True)
+class MarkovHead:
+    """A Markov head of rank r on the CPU: what a node's own token adds to the row of its depth. See markov_level.h.
+
+    Attributes:
+        table: numbers of each token. [tokens, r].
+        weight: multiplies these, or what becomes of them, to logits. [vocab, r].
+        mixing: of a head that reads slots, what it does to [state; numbers] or to the numbers. [r, r] or [3r, 2r].
+        slots: what it gives for each slot of the block, written before every run. [B, block_size, at least r or 3r].
+        states: of a head that hands states on, of each node behind that of the root. [B, N + 1, r].
+        first_slot: the slot of the first level's row.
+    """
+
+    table: torch.Tensor
+    weight: torch.Tensor
+    mixing: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    first_slot: int = 0
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All numbers that it reads."""
+        parts = self.table, self.weight, self.mixing, self.slots, self.states
+        return [part for part in parts if part is not None]
 
 
 class HostGrowth:
@@ -78,23 +106,28 @@ class HostGrowth:
 
     @classmethod
     def of_block(
-        cls, rows: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor] | None, state: DecodingState,
-        layout: TreeLayout, buffers: TokenBuffers, backend: str,
+        cls, rows: torch.Tensor, head: MarkovHead | None, state: DecodingState, layout: TreeLayout,
+        buffers: TokenBuffers, backend: str,
     ) -> HostGrowth | None:  # fmt: skip
         """Prepare growing a tree on rows that lie there already, one for each level; None where draws run elsewhere.
 
         Args:
             rows: logits, which every run reads anew. [B, levels, vocab], contiguous.
-            head: table [tokens, rank] and weight [vocab, rank] of a Markov head: weight times the row of a node's own
-                token is added to the row of its depth. For one request; None without one.
+            head: adds to the row of a node's depth what the node's own token says; None without one. One that reads
+                slots, and any for several requests, runs in float32 only.
             state: the batch's state.
             layout: the tree.
             buffers: of the tree.
             backend: backend of the ops.
         """
         batch_size, _, vocab = rows.shape
-        if not _keeps_on_host(buffers, rows.dtype, backend) or (head is not None and batch_size > 1):
+        if not _keeps_on_host(buffers, rows.dtype, backend):
             return None
+        adds_row = False
+        if head is not None and (batch_size > 1 or head.mixing is not None):
+            adds_row = True
+            if any(part.dtype != torch.float32 for part in (rows, *head.weights)):
+                return None
         held: list[Any] = [state, layout, buffers, rows, head]
         levels = []
         for depth, level in enumerate(layout.levels):
@@ -103,9 +136,14 @@ class HostGrowth:
             fields = _fields(level, fed, None) | {"row": row.data_ptr()}
             fields["row_stride"] = rows.stride(0) * rows.element_size()
             if head is not None:
-                table, weight = head
-                fields["forward"], parts = bind_linear(weight, fed[0], table.shape[0], has_bias=True)
-                addresses = torch.tensor([table.data_ptr(), weight.data_ptr(), row.data_ptr()])
+                table, tokens = head.table, fed.view(-1)
+                if head.mixing is not None:
+                    fields["markov"], table, memory = _markov_fields(head, layout, depth, fed)
+                    tokens = torch.arange(fed.numel())
+                    held += memory
+                fields["adds_row"] = adds_row
+                fields["forward"], parts = bind_linear(head.weight, tokens, table.shape[0], has_bias=not adds_row)
+                addresses = torch.tensor([table.data_ptr(), head.weight.data_ptr(), row.data_ptr()])
                 fields["weights"] = addresses.data_ptr()
                 held += fields["forward"], parts, addresses
             held.append(fed)
@@ -172,6 +210,8 @@ def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any
         "weights": 0,
         "row": 0,
         "row_stride": 0,
+        "adds_row": False,
+        "markov": None,
         "before_root": False,
         "fed": fed.data_ptr(),
         "nodes": level.nodes.data_ptr(),
@@ -185,6 +225,39 @@ def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any
         "num_with_proposal": level.num_with_proposal,
         "shape": None if level.shape is None else _shape_fields(level.shape),
     }
+
+
+def _markov_fields(
+    head: MarkovHead, layout: TreeLayout, depth: int, fed: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor, list[Any]]:
+    """Describe what a head that reads slots does for a level; with what its weight multiplies, and what must live."""
+    assert head.mixing is not None and head.slots is not None  # who reads slots has both
+    rank, count = head.table.shape[1], fed.numel()
+    outputs, inputs = head.mixing.shape
+    topology = layout.topology.tensors(fed.device) if not isinstance(layout.topology, tuple) else layout.topology
+    parents = topology.parents
+    rows, mixed, given = (torch.zeros(count, width) for width in (inputs, outputs, rank))
+    forward, parts = bind_linear(head.mixing, torch.arange(count), count, has_bias=False)
+    addresses = torch.tensor([rows.data_ptr(), head.mixing.data_ptr()])
+    slot = head.slots[:, head.first_slot + depth]
+    assert parents.dtype == torch.int32 and parents.is_contiguous() and slot.stride(1) == 1
+    fields = {
+        "rank": rank,
+        "hands_states": head.states is not None,
+        "table": head.table.data_ptr(),
+        "num_tokens": head.table.shape[0],
+        "mixing": forward,
+        "mixing_weights": addresses.data_ptr(),
+        "inputs": rows.data_ptr(),
+        "mixed": mixed.data_ptr(),
+        "outputs": given.data_ptr(),
+        "slot": slot.data_ptr(),
+        "slot_stride": slot.stride(0),
+        "states": address(head.states),
+        "parents": parents.data_ptr(),
+        "parents_stride": parents.shape[1] if parents.dim() == 2 else 0,
+    }
+    return fields, given, [rows, mixed, given, forward, parts, addresses, parents]
 
 
 def _shape_fields(shape: LevelShape) -> dict[str, int]:

@@ -96,6 +96,11 @@ class DSparkHeads:
         return self.w1, self.w2.weight
 
     @property
+    def mixing(self) -> torch.Tensor | None:
+        """What a head that reads hidden states does to [s; e] (3r outputs), or to e (r outputs)."""
+        return None if self._mixing is None else self._mixing.weight
+
+    @property
     def mixes_hidden(self) -> bool:
         """Whether the Markov head reads hidden states."""
         return self.kind in ("gated", "rnn")

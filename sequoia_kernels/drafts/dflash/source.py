@@ -12,7 +12,7 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash.backbone import BlockBackbone, BoundBlock
 from sequoia_kernels.drafts.dflash.forms import DFlashForm
 from sequoia_kernels.drafts.dflash.heads import DSparkHeads
-from sequoia_kernels.drafts.host_growth import HostGrowth
+from sequoia_kernels.drafts.host_growth import HostGrowth, MarkovHead
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
@@ -153,7 +153,8 @@ class _DFlashDrafting(Drafting):
         self.wants_confidence = False
         self.confidence: torch.Tensor | None = None
         self._bound: dict[int, BoundBlock | None] = {}  # by levels with children
-        self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None]] = {}
+        # By tree: what grows it in these buffers in one call, and the head that it reads.
+        self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None, MarkovHead | None]] = {}
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with a source of the same weights, or let go of it."""
@@ -201,9 +202,12 @@ class _DFlashDrafting(Drafting):
         heads = self.source.heads
         with self.clock.stage("draft"):
             logits, slots = self._block(len(layout.levels))
-        host = self._host_growth(layout, buffers)
-        if host is not None and host.run(self.clock):
-            return  # where a value is out of range, the ops below say which
+        host, head = self._host_growth(layout, buffers)
+        if host is not None:
+            if head is not None and head.slots is not None:
+                self._give_slots(head, slots, buffers)
+            if host.run(self.clock):
+                return  # where a value is out of range, the ops below say which
         states = self._first_states(layout, buffers, slots)
         if self.wants_confidence and heads.has_confidence:
             self.confidence = torch.full(buffers.tokens.shape, torch.nan, device=buffers.tokens.device)
@@ -217,19 +221,42 @@ class _DFlashDrafting(Drafting):
                 )  # fmt: skip
             self.draw_children(level, rows, buffers)
 
-    def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> HostGrowth | None:
+    def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> tuple[HostGrowth | None, MarkovHead | None]:
         """What draws this tree from the block's rows in one call, where something does; made when it is first met."""
         heads, form, bound = self.source.heads, self.source.form, self.bound_block(len(layout.levels))
         plain = self.logits_hook is None and not (self.wants_confidence and heads.has_confidence)
-        if bound is None or not plain or heads.mixes_hidden or form.logit_scale != 1.0 or form.logit_softcap > 0.0:
-            return None
+        if bound is None or not plain or form.logit_scale != 1.0 or form.logit_softcap > 0.0:
+            return None, None
         if type(self).draw_children is not Drafting.draw_children or "draw_children" in vars(self):
-            return None  # whoever replaced it wants to be called
+            return None, None  # whoever replaced it wants to be called
         known = self._grown.get(layout.tree)
         if known is None or known[0] is not buffers:
-            host = HostGrowth.of_block(bound.logits, heads.table_and_weight, self.state, layout, buffers, self.backend)
-            known = self._grown[layout.tree] = buffers, host
-        return known[1]
+            head = self._markov_head(layout)
+            host = HostGrowth.of_block(bound.logits, head, self.state, layout, buffers, self.backend)
+            known = self._grown[layout.tree] = buffers, host, head
+        return known[1:]
+
+    def _markov_head(self, layout: TreeLayout) -> MarkovHead | None:
+        """The Markov head with memory for what it reads of a step with this tree."""
+        heads, form, dtype = self.source.heads, self.source.form, self.source.logits_dtype
+        if heads.w1 is None or heads.w2 is None:
+            return None
+        if not heads.mixes_hidden:
+            return MarkovHead(heads.w1, heads.w2.weight)
+        batch_size = self.tokens.shape[0]
+        slots = torch.zeros(batch_size, form.block_size, heads.slot_width, dtype=dtype)
+        states = None
+        if heads.kind == "rnn":
+            states = torch.zeros(batch_size, layout.num_nodes + 1, heads.rank, dtype=dtype)
+        first_slot = self.source.backbone.first_slot
+        return MarkovHead(heads.w1, heads.w2.weight, heads.mixing, slots, states, first_slot)
+
+    def _give_slots(self, head: MarkovHead, slots: torch.Tensor | None, buffers: TokenBuffers) -> None:
+        """Write what a Markov head reads of a step: what is known of the slots, and what the root goes on from."""
+        assert head.slots is not None and slots is not None
+        head.slots.copy_(slots)
+        if head.states is not None:
+            head.states[:, 0].copy_(self._root_states(buffers, slots)[:, 0])
 
     def bound_block(self, num_levels: int) -> BoundBlock | None:
         """The block's native forward for trees of so many levels with children, where there is one."""
@@ -265,12 +292,19 @@ class _DFlashDrafting(Drafting):
         states = torch.zeros(
             batch_size, layout.num_nodes + 1, heads.rank, dtype=self.source.logits_dtype, device=buffers.tokens.device
         )
-        if not self.source.form.sample_from_anchor:
-            # The anchor's own slot tells nothing, but it was trained to be the chain's first link, with its own token.
-            assert slots is not None
-            roots = buffers.tokens[:, :1].clamp(0, heads.num_tokens - 1)
-            states[:, :1] = heads.rows_states(roots, slots[:, :1], states[:, :1])
+        assert slots is not None
+        states[:, :1] = self._root_states(buffers, slots)
         return states
+
+    def _root_states(self, buffers: TokenBuffers, slots: torch.Tensor) -> torch.Tensor:
+        """Give what the root of an "rnn" head goes on from. [B, 1, rank]."""
+        heads, dtype = self.source.heads, self.source.logits_dtype
+        none = torch.zeros(slots.shape[0], 1, heads.rank, dtype=dtype, device=slots.device)
+        if self.source.form.sample_from_anchor:
+            return none
+        # The anchor's own slot tells nothing, but it was trained to be the chain's first link, with its own token.
+        roots = buffers.tokens[:, :1].clamp(0, heads.num_tokens - 1)
+        return heads.rows_states(roots, slots[:, :1], none)
 
     def _level_rows(
         self, layout: TreeLayout, level: DraftLevel, buffers: TokenBuffers, logits: torch.Tensor,

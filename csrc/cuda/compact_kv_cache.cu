@@ -36,8 +36,6 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 namespace sequoia {
 namespace {
@@ -181,13 +179,6 @@ __global__ void __launch_bounds__(kThreads) compact_kv_cache_kernel(
     }
 }
 
-void require(bool condition, const char* argument, const char* rule, std::int64_t actual) {
-    if (!condition) {
-        throw std::invalid_argument(std::string("compact_kv_cache: ") + argument + " must " + rule + ", got " +
-                                    std::to_string(actual));
-    }
-}
-
 }  // namespace
 
 // Shapes and strides as in CacheEntry and Request; addresses and the stream as integers. num_slices: blocks that share the
@@ -213,6 +204,7 @@ void launch_compact_kv_cache(
     std::int64_t stride_table_page,
     std::int64_t page_size,
     std::int64_t max_pages) {
+    const auto require = requirements_of("compact_kv_cache");
     require(num_levels >= 1 && num_levels <= kMaxLevels, "num_levels", "be in [1, 64]", num_levels);
     require(num_caches >= 0 && num_caches <= 65535, "num_caches", "be in [0, 65535]", num_caches);
     require(batch_size >= 0 && batch_size <= 65535, "batch_size", "be in [0, 65535]", batch_size);

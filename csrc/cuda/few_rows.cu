@@ -4,20 +4,9 @@
 #include "few_rows_kernels.h"
 #include "launch.h"
 
-#include <string>
 #include <vector>
 
 namespace sequoia {
-namespace {
-
-void require(bool condition, const char* argument, const char* rule, std::int64_t actual) {
-    if (!condition) {
-        throw std::invalid_argument(std::string("few_rows: ") + argument + " must " + rule + ", got " +
-                                    std::to_string(actual));
-    }
-}
-
-}  // namespace
 
 // Addresses, strides and sizes in the order of few_rows.h. One block a multiprocessor. `is_float16`: else the numbers are
 // bfloat16.
@@ -31,6 +20,7 @@ void launch_few_rows(
     double eps,
     double scale,
     bool is_float16) {
+    const auto require = requirements_of("few_rows");
     const auto count_of = [](const std::vector<std::int64_t>& numbers) { return static_cast<std::int64_t>(numbers.size()); };
     const std::int64_t num_layers = count_of(layers) / kFewRowsLayerAddresses;
     require(num_layers >= 1 && num_layers <= kFewRowsMaxLayers && count_of(layers) == num_layers * kFewRowsLayerAddresses,

@@ -42,6 +42,17 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // Call after every <<<>>>. Asynchronous faults of this launch are reported by a later call, as everywhere in CUDA.
 inline void check_launch(const char* kernel_name) { check_cuda(cudaGetLastError(), kernel_name); }
 
+// What checks a launch's arguments before anything is written: throws std::invalid_argument (ValueError in Python) in the
+// words of the package's errors.
+inline auto requirements_of(const char* kernel) {
+    return [kernel](bool condition, const char* argument, const char* rule, std::int64_t actual) {
+        if (!condition) {
+            throw std::invalid_argument(std::string(kernel) + ": " + argument + " must " + rule + ", got " +
+                                        std::to_string(actual));
+        }
+    };
+}
+
 inline cudaStream_t as_stream(std::int64_t stream) {
     return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
 }

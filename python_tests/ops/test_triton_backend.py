@@ -22,13 +22,20 @@ from support.launch_memory import LaunchMemory
 from support.op_backends import op_backends
 from support.packed_masks import CHAIN, RANDOM, STAR, pack_tree, tree_parents
 from support.plain_verifier import plain_verify
-from support.tolerances import ATTENTION, LOG_SUM_EXP, assert_close
+from support.tolerances import ATTENTION, LOG_NORMALISER, LOG_SUM_EXP, assert_close
 from support.trees import all_parents
 from support.triton_compile import DEVICES
 
 from sequoia_kernels import TokenTree, VocabularyMap
 from sequoia_kernels.measure.calls import typical_tree
-from sequoia_kernels.ops import CacheTable, compact_kv_cache_, tree_attention, triton_device
+from sequoia_kernels.ops import (
+    CacheTable,
+    compact_kv_cache_,
+    tree_attention,
+    triton_device,
+    triton_warping,
+    warped_logsumexp,
+)
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
 from sequoia_kernels.ops.sample_without_replacement import triton_launch as sampling
@@ -473,6 +480,79 @@ def test_corners_of_certain_children(device, corner, rule):
     for got, wanted in zip(outputs, expected, strict=True):
         assert torch.equal(got.cpu(), wanted)
     assert len(expected.nodes[:, 2].unique()) > 1
+
+
+# warped_logsumexp: rows whose cut is among what many programs collect, and rows that one program reads itself
+
+
+def ordinary_row(generator):
+    """Few likely tokens, many unlikely ones, some of them masked, and ties of 0.0 and -0.0."""
+    logits = torch.randn(2, 600, generator=generator) * 2.0
+    logits[:, ::7] += 6.0
+    logits[:, 100:140] = -torch.inf
+    logits[0, 200:220] = torch.tensor([0.0, -0.0]).repeat(10)
+    return logits.bfloat16().float()
+
+
+# Sizes of which a chunk of 32 tokens has two groups, and the cuts of a row: top-k, top-p, temperature.
+COLLECTED = {
+    "top-k": (4, 1.0, 0.8),
+    "top-p": (0, 0.9, 0.8),
+    "both": (12, 0.6, 1.0),
+    "top-p of almost all": (0, 0.999999, 0.3),
+    "a small temperature": (0, 0.5, 1e-5),
+    "the likeliest token": (0, 1e-9, 1.0),
+    "as many as there are groups": (15, 1.0, 1.0),
+}
+READ = {
+    "more tokens than peaks": (40, 1.0, 1.0),
+    "more candidates than room": (0, 0.97, 3.0),
+    "all but the last token": (599, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", [*COLLECTED, *READ])
+@pytest.mark.parametrize("room", [256, 512])
+def test_cuts_of_collected_and_of_read_rows(device, case, room, monkeypatch):
+    monkeypatch.setattr(triton_warping, "PEAK_TOKENS", 16)
+    num_read = []
+    if triton_device.INTERPRETED:
+        search = triton_warping._search_row
+        monkeypatch.setattr(triton_warping, "_search_row", lambda *all_: num_read.append(1) or search(*all_))
+    top_k, top_p, temperature = {**COLLECTED, **READ}[case]
+    logits = ordinary_row(torch.Generator().manual_seed(3))
+    if case == "more candidates than room":
+        logits = torch.rand(2, 600, generator=torch.Generator().manual_seed(4))
+    if case == "as many as there are groups":
+        logits[:] = -torch.inf
+        logits[:, 5::40] = torch.linspace(-4, 4, 15)
+    if case == "more tokens than peaks":
+        logits[:, 37 * 16 :] = -torch.inf
+    options = torch.full((2,), top_k).int(), torch.full((2,), top_p)
+    inputs = WarpInputs(logits, torch.full((2,), temperature), *options)
+    moved = WarpInputs(*(tensor.to(device) for tensor in inputs))
+    outputs = warping_operator.new_outputs(moved)
+    warping.run(moved, outputs, warping.LaunchConfig(32, 19, 1, 64, 1, candidates=room))
+    expected = warped_logsumexp(logits.double(), *inputs[1:], backend="reference")
+    assert torch.equal(outputs.cut.cpu().double(), expected.cut)
+    assert_close(outputs.log_normaliser.cpu(), expected.log_normaliser, LOG_NORMALISER, torch.float32)
+    if triton_device.INTERPRETED:
+        assert len(num_read) == (2 if case in READ else 0)
+
+
+def test_rows_that_differ_in_what_is_on(device):
+    """Greedy rows, rows without a cut, and cuts of either kind, in one launch."""
+    logits = ordinary_row(torch.Generator().manual_seed(3)).repeat(3, 1)
+    inputs = WarpInputs(
+        logits, torch.tensor([0.0, 1.0, 0.7, 0.7, 1.0, 2.0]), torch.tensor([3, 0, 5, 0, 600, 1]).int(),
+        torch.tensor([0.5, 1.0, 1.0, 0.8, 0.9, 1.0]),
+    )  # fmt: skip
+    moved = WarpInputs(*(tensor.to(device) for tensor in inputs))
+    outputs = warping_operator.new_outputs(moved)
+    warping.run(moved, outputs, warping.LaunchConfig(32, 19, 1, 64, 1, candidates=512))
+    expected = warped_logsumexp(logits.double(), *inputs[1:], backend="reference")
+    assert torch.equal(outputs.cut.cpu().double(), expected.cut)
+    assert_close(outputs.log_normaliser.cpu(), expected.log_normaliser, LOG_NORMALISER, torch.float32)
 
 
 # All ops: what the programs of a launch share

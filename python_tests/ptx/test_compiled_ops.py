@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 
 import torch
 from support.few_rows_forwards import CASES
-from support.ptx.calls import CALLS, FewRowsForward, compaction_call
+from support.ptx.calls import CALLS, FewRowsForward, collecting_call, compaction_call
 from support.ptx.emulator import Emulator
 from support.ptx.launch import Options
+from support.ptx.triton_launches import emulated
 
 from sequoia_kernels.ops import triton_device
 
@@ -38,6 +39,15 @@ def test_compiled_kernels(name, capability):
     assert CALLS[name]().is_right(emulator, capability)
     assert emulator.launches
     assert [str(finding) for finding in emulator.report.findings()] == []
+
+
+def test_what_programs_collect_gives_the_same_bits_in_any_order():
+    results = []
+    for options in (Options(order="serial"), Options(order="reversed"), Options(order="random", interleave=4)):
+        with emulated(Emulator(options), 90):
+            results.append(collecting_call(0, 0.9).make("triton"))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @needs_nvcc

@@ -3,10 +3,18 @@
 Only ``triton_*.py`` files import this. The definition is that of ``warping.py``: top-k keeps x if fewer than k
 tokens have a larger logit, top-p keeps x if the tokens of larger logit hold less than top_p of what top-k left. Both
 keep a row's logits down to a threshold, the cut, and the cut is the largest value v for which the logits >= v are
-enough: k of them, or a mass of top_p. That is a monotone question, so no sort is needed: `find_cut` asks it for one
-value after the other.
+enough: k of them, or a mass of top_p. That is a monotone question, so no sort is needed.
+
+A first launch reads the rows, many programs each, and leaves peaks and masses of chunks and the largest logit of every
+few hundred tokens (`group_peaks`). They bound the cut from below (`cut_floor`): the k-th largest of k different tokens
+is no larger than the k-th largest of all, and tokens so far below the peak that even a vocabulary of them would hold
+less than half of 1 - top_p may all go. A second launch of as many programs copies what is not below the floor
+(`collect_candidates`), ordinarily tens to some thousands of logits. `find_cut`, a program a row, then asks its question
+of these, which stay in registers. Where the floor says too little, it reads the row itself, several times.
 
 Numerics: float32. Weights are exp2((logit - peak) * scale) with scale = log2(e) / T, so no temperature overflows.
+Candidates lie in the order in which programs came, so their weights are added up as multiples of 2^-40, which is exact:
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -14,16 +22,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["MAX_CANDIDATES", "exponent_scale", "find_cut", "merged_peak_and_mass", "peak_and_mass"]
+__all__ = [
+    "MAX_CANDIDATES",
+    "PEAK_TOKENS",
+    "collect_candidates",
+    "exponent_scale",
+    "find_cut",
+    "group_peaks",
+    "merged_peak_and_mass",
+    "peak_and_mass",
+]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 MAX_CANDIDATES = 4096
-"""logits that `find_cut` copies into its scratch once the cut is known to be among so few; tests take fewer"""
+"""logits of a row among which a search may end, in a scratch of so many; tests take fewer"""
+PEAK_TOKENS = 512
+"""tokens that share an entry of `group_peaks`: for a vocabulary of 128256, top-k up to 251 has a floor"""
 
 # Steps by value close in on a cut among ordinary logits; after so many, steps by rank among the floats end any search.
 _VALUE_STEPS = tl.constexpr(16)
+# Halvings in the search for the k-th largest peak, whose interval is then a thousandth of that between all of them.
+_FLOOR_STEPS = tl.constexpr(10)
+_WEIGHT_UNITS = tl.constexpr(1099511627776.0)  # 2^40: sums of 4096 weights of at most 1 stay below 2^53
 
 
 @triton.jit
@@ -47,6 +69,12 @@ def merged_peak_and_mass(peaks, masses, scale):  # fp32 [n], -inf and 0 where th
     """Peak and mass of a whole from those of its parts."""
     peak = tl.max(peaks, 0)
     return peak, tl.sum(masses * tl.exp2((peaks - tl.where(peak == float("-inf"), 0.0, peak)) * scale), 0)
+
+
+@triton.jit
+def group_peaks(logits, CHUNK: tl.constexpr, GROUP: tl.constexpr):  # fp32 [CHUNK], masked entries -inf
+    """The largest logit of each GROUP tokens of a chunk. [CHUNK // GROUP]."""
+    return tl.max(tl.reshape(logits, [CHUNK // GROUP, GROUP]), 1)
 
 
 @triton.jit
@@ -142,32 +170,133 @@ def _collect(logits_ptr, size, threshold, scratch_ptr, TILE: tl.constexpr):
 
 
 @triton.jit
-def find_cut(
+def _cut_floor(
+    group_peaks_ptr,  # [num_groups] fp32
+    num_groups,
+    vocab,
+    peak,
+    mass,
+    scale,
+    top_k,
+    top_p,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """A value that the cut is not below, by what the first launch has left; -inf where that tells nothing."""
+    floor = tl.full([], float("-inf"), tl.float32)
+    if (top_k > 0) & (top_k < vocab):
+        groups = tl.arange(0, BLOCK_GROUPS)
+        peaks = tl.load(group_peaks_ptr + groups, mask=groups < num_groups, other=float("-inf"))
+        is_there = peaks > float("-inf")
+        if tl.sum(is_there.to(tl.int32), 0) >= top_k:
+            floor = tl.min(tl.where(is_there, peaks, float("inf")), 0)
+            high = peak
+            for _ in range(_FLOOR_STEPS):
+                middle = floor * 0.5 + high * 0.5
+                is_enough = tl.sum((peaks >= middle).to(tl.int32), 0) >= top_k
+                floor = tl.where(is_enough, middle, floor)
+                high = tl.where(is_enough, high, middle)
+    elif top_p < 1.0:
+        # A logit at the floor has the weight (1 - top_p) mass / (2 vocab), so all below it hold less than half of what
+        # may go: rounding, that of sums and of the floor itself, has the other half.
+        floor = peak + tl.log2((1.0 - top_p) * 0.5 * mass / vocab) / scale
+        floor -= tl.abs(floor) * 2.384185791015625e-07
+    return floor
+
+
+@triton.jit
+def collect_candidates(
     logits_ptr,  # [vocab] fp32, bf16, fp16: one row
-    scratch_ptr,  # [CANDIDATES] fp32, this program's own
-    vocab,  # at least 2
-    peak,  # the row's largest logit, finite
-    lowest,  # its smallest
-    mass,  # of all its logits
-    temperature,  # above 0
+    group_peaks_ptr,  # [num_groups] fp32: of the row
+    count_ptr,  # int32: of the row, 0 before the launch
+    scratch_ptr,  # [CANDIDATES] fp32: of the row
+    chunk,  # which tokens of the row are this program's
+    vocab,
+    num_groups,
+    peak,
+    mass,  # of all logits of the row
     scale,
     top_k,  # int32; off below 1 and from vocab on
     top_p,  # fp32; off from 1 on
+    BLOCK_GROUPS: tl.constexpr,  # >= num_groups
+    CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """Append a chunk's logits that are not below the floor to the row's scratch, as far as there is room, and count."""
+    floor = _cut_floor(group_peaks_ptr, num_groups, vocab, peak, mass, scale, top_k, top_p, BLOCK_GROUPS)
+    if floor > float("-inf"):
+        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        is_candidate = logits >= floor
+        num_candidates = tl.sum(is_candidate.to(tl.int32), 0)
+        if num_candidates > 0:
+            # Who comes first has the first places. Which they are does not matter to the search.
+            first = tl.atomic_add(count_ptr, num_candidates, sem="relaxed")
+            places = first + tl.cumsum(is_candidate.to(tl.int32), 0) - 1
+            tl.store(scratch_ptr + places, logits, mask=is_candidate & (places < CANDIDATES))
+
+
+@triton.jit
+def _cut_among(ranks, amounts, low, high, enough):
+    """The largest rank r for which the amounts of ranks >= r are enough; there is enough from `low`, not from `high`.
+
+    It is one of the ranks, since the sum changes at these alone.
+    """
+    while high - low > 1:
+        middle = (low + high) >> 1
+        is_enough = tl.sum(tl.where(ranks >= middle, amounts, 0), 0) >= enough
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle)
+    return low
+
+
+@triton.jit
+def _search_candidates(scratch_ptr, num_candidates, peak, mass, scale, top_k, top_p, has_top_k, CANDIDATES):
+    """Whether the cut is among the candidates, the cut, and the mass of what is kept."""
+    ids = tl.arange(0, CANDIDATES)
+    is_there = ids < num_candidates
+    logits = tl.load(scratch_ptr + ids, mask=is_there, other=float("-inf"))
+    logits = tl.where(logits == 0.0, 0.0, logits)  # -0.0 and 0.0 tie
+    weights = tl.where(is_there, tl.exp2((logits - peak) * scale) * _WEIGHT_UNITS, 0.0).to(tl.int64)
+    ranks = tl.where(is_there, _rank(logits), _rank(float("-inf") + tl.zeros_like(logits)))
+    low = tl.min(tl.where(is_there, ranks, 2**32), 0)
+    high = _rank(tl.where(peak == 0.0, 0.0, peak)) + 1
+    is_enough = tl.full([], True, tl.int1)
+    enough = (mass * top_p * _WEIGHT_UNITS).to(tl.int64)
+    if has_top_k:
+        is_enough = num_candidates >= top_k
+        low = _cut_among(ranks, is_there.to(tl.int32), low, high, top_k)
+        kept = tl.sum(tl.where(ranks >= low, weights, 0), 0)
+        enough = (kept.to(tl.float64) * top_p).to(tl.int64)
+    if top_p < 1.0:
+        kept = tl.sum(tl.where(ranks >= low, weights, 0), 0)
+        is_enough = is_enough & (kept >= enough)
+        if is_enough:
+            low = _cut_among(ranks, weights, low, high, enough)
+    kept = tl.sum(tl.where(ranks >= low, weights, 0), 0)
+    return is_enough, low, kept.to(tl.float32) / _WEIGHT_UNITS
+
+
+@triton.jit
+def _search_row(
+    logits_ptr,
+    scratch_ptr,
+    vocab,
+    peak,
+    low,  # rank of the row's smallest logit
+    mass,
+    temperature,
+    scale,
+    top_k,
+    top_p,
+    has_top_k,
     TILE: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """The smallest logit that is kept, and the mass of what is kept. One program reads the row a few times.
-
-    Each reading asks whether the logits above some value are enough. Once at most CANDIDATES are left above the
-    value that is, they are copied together, and the search ends among them. Ordinary rows take three to six readings.
-    """
-    # Triton makes a constant of a size of 1. By it triton 3.6 proves that the loops never turn, and then fails on the
-    # loads inside, which its analysis has left out; and there is no cut to search.
-    tl.static_assert(isinstance(vocab, tl.tensor), "find_cut takes vocabularies of 2 tokens and more")
-    low = _rank(lowest)
+    """The rank of the cut, and the mass of what is kept, by reading the row."""
+    # Whoever was to look at these candidates has done so.
+    tl.debug_barrier()
     count = vocab
     num_candidates = 0
-    has_top_k = (top_k > 0) & (top_k < vocab)
     if has_top_k:
         high = _rank(peak) + 1
         low, high, count, mass = _narrow(
@@ -192,4 +321,47 @@ def find_cut(
             low, high, count, mass = _narrow(
                 scratch_ptr, num_candidates, low, high, count, mass, 0, enough, 0, step, peak, scale, TILE, 1
             )
+    return low, mass
+
+
+@triton.jit
+def find_cut(
+    logits_ptr,  # [vocab] fp32, bf16, fp16: one row
+    scratch_ptr,  # [CANDIDATES] fp32: of the row; the candidates that were collected, if they fit, and work space
+    num_collected,  # int32: 0 where nothing was, more than CANDIDATES where they did not fit
+    vocab,  # at least 2
+    peak,  # the row's largest logit, finite
+    lowest,  # its smallest
+    mass,  # of all its logits
+    temperature,  # above 0
+    scale,
+    top_k,  # int32; off below 1 and from vocab on
+    top_p,  # fp32; off from 1 on
+    TILE: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """The smallest logit that is kept, and the mass of what is kept.
+
+    Among the candidates if they were collected. Else this program alone reads the row, three to six times as a rule:
+    each reading asks whether the logits above some value are enough. Once at most CANDIDATES are left above the value
+    that is, they are copied together, and the search ends among them.
+    """
+    # Triton makes a constant of a size of 1. By it triton 3.6 proves that the loops never turn, and then fails on the
+    # loads inside, which its analysis has left out; and there is no cut to search.
+    tl.static_assert(isinstance(vocab, tl.tensor), "find_cut takes vocabularies of 2 tokens and more")
+    low = _rank(lowest)
+    has_top_k = (top_k > 0) & (top_k < vocab)
+    is_found = tl.full([], False, tl.int1)
+    if (num_collected > 0) & (num_collected <= CANDIDATES):
+        is_found, found, found_mass = _search_candidates(
+            scratch_ptr, num_collected, peak, mass, scale, top_k, top_p, has_top_k, CANDIDATES
+        )
+        if is_found:
+            low = found
+            mass = found_mass
+    if (is_found == 0) & (has_top_k | (top_p < 1.0)):
+        low, mass = _search_row(
+            logits_ptr, scratch_ptr, vocab, peak, low, mass, temperature, scale, top_k, top_p, has_top_k,
+            TILE, CANDIDATES,
+        )  # fmt: skip
     return _value(low), mass

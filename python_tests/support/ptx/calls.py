@@ -22,7 +22,7 @@ from sequoia_kernels.ops import (
     warped_logsumexp,
 )  # fmt: skip
 
-__all__ = ["CALLS", "Call", "FewRowsForward", "attention_call"]
+__all__ = ["CALLS", "Call", "FewRowsForward", "attention_call", "collecting_call", "compaction_call"]
 
 
 class Call(NamedTuple):
@@ -105,6 +105,16 @@ def _warping_call() -> Call:
     )
 
 
+def collecting_call(top_k: int, top_p: float) -> Call:
+    """A cut among the logits of several chunks that programs collect, in the order in which they come."""
+    logits = torch.randn(2, 2000, generator=_generator()) * 3
+
+    def make(backend: str) -> tuple[torch.Tensor, ...]:
+        return tuple(warped_logsumexp(logits, 0.8, top_k, top_p, backend=backend))
+
+    return Call("warped_logsumexp", make, 1e-5)
+
+
 def _sampling_call() -> Call:
     logits = torch.randn(2, 300, generator=_generator())
 
@@ -148,6 +158,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "attention of many rows, bfloat16": lambda: attention_call(torch.bfloat16, 40, 64, [90], 150, (4, 1)),
     "attention, float32": lambda: attention_call(torch.float32, 5, 32, [40], 60, (2, 1)),
     "warped normaliser": _warping_call,
+    "cuts among what programs collect": lambda: collecting_call(3, 0.9),
     "sampling": _sampling_call,
     "verification, greedy": lambda: _verification_call(0.0, "sequoia"),
     "verification, sequoia": lambda: _verification_call(0.8, "sequoia"),

@@ -11,6 +11,7 @@ from . import triton_nodes
 from .triton_nodes import NO_TOKEN, NONE_ACCEPTED, PENDING, TARGET_LEFT
 
 __all__ = [
+    "collect_nodes_kernel",
     "decide_kernel",
     "draw_kernel",
     "finish_kernel",
@@ -132,6 +133,8 @@ def node_chunks_kernel(
     target_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32
     target_masses_ptr,  # [batch, num_nodes, num_chunks] fp32
     target_lowest_ptr,  # [batch, num_nodes, num_chunks] fp32, written if WARPED
+    target_groups_ptr,  # [batch, num_nodes, num_chunks, CHUNK // GROUP] fp32: peaks, written if WARPED
+    num_collected_ptr,  # [batch, num_nodes] int32, set to 0 if WARPED
     draft_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32, outside the children
     draft_masses_ptr,  # [batch, num_nodes, num_chunks] fp32, outside the children
     best_tokens_ptr,  # [batch, num_nodes, num_chunks] int32, written at temperature 0
@@ -163,6 +166,7 @@ def node_chunks_kernel(
     # blocks
     BLOCK_CHILDREN: tl.constexpr,  # >= children of any node
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     node = tl.program_id(1)
@@ -191,6 +195,10 @@ def node_chunks_kernel(
     tl.store(target_masses_ptr + record, mass)
     if WARPED:
         tl.store(target_lowest_ptr + record, tl.min(tl.where(ids < vocab, target_logits, float("inf")), 0))
+        groups = record * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+        tl.store(target_groups_ptr + groups, triton_warping.group_peaks(target_logits, CHUNK, GROUP))
+        if chunk == 0:
+            tl.store(num_collected_ptr + request_node, 0)
     if temperature == 0.0:
         tl.store(best_tokens_ptr + record, tl.min(tl.where(target_logits == peak, ids, NO_TOKEN), 0))
     elif num_children > 0:
@@ -238,6 +246,64 @@ def node_chunks_kernel(
 
 
 @triton.jit(do_not_specialize=["num_nodes", "num_chunks"])
+def collect_nodes_kernel(
+    # inputs
+    target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
+    temperature_ptr,  # [batch] fp32
+    top_k_ptr,  # [batch] int32, read if HAS_TOP_K
+    top_p_ptr,  # [batch] fp32, read if HAS_TOP_P
+    target_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32 contiguous
+    target_masses_ptr,  # [batch, num_nodes, num_chunks] fp32 contiguous
+    target_groups_ptr,  # [batch, num_nodes, num_chunks, CHUNK // GROUP] fp32 contiguous
+    # outputs
+    num_collected_ptr,  # [batch, num_nodes] int32 contiguous, 0 before
+    scratch_ptr,  # [batch, num_nodes, CANDIDATES] fp32 contiguous
+    # sizes
+    vocab,
+    num_nodes,
+    num_chunks,
+    # strides, in elements
+    stride_target_batch,
+    stride_target_node,
+    stride_temperature_batch,
+    stride_top_k_batch,
+    stride_top_p_batch,
+    # flags
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    # blocks
+    BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    node = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    temperature = tl.load(temperature_ptr + batch * stride_temperature_batch)
+    if temperature == 0.0:
+        return
+    scale = triton_warping.exponent_scale(temperature)
+    request_node = batch * num_nodes + node
+    peak, mass = triton_nodes.row_numbers(
+        target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
+    )
+    top_k = 0
+    top_p = 1.0
+    if HAS_TOP_K:
+        top_k = tl.load(top_k_ptr + batch * stride_top_k_batch)
+    if HAS_TOP_P:
+        top_p = tl.load(top_p_ptr + batch * stride_top_p_batch)
+    num_groups = num_chunks * (CHUNK // GROUP)
+    triton_warping.collect_candidates(
+        target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node,
+        target_groups_ptr + request_node * num_groups, num_collected_ptr + request_node,
+        scratch_ptr + request_node * CANDIDATES, chunk, vocab, num_groups, peak, mass, scale, top_k, top_p,
+        BLOCK_CHUNKS * (CHUNK // GROUP), CHUNK, CANDIDATES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_nodes", "num_chunks"])
 def warp_nodes_kernel(
     # inputs
     target_logits_ptr,  # [batch, num_nodes, vocab] fp32, bf16, fp16
@@ -247,9 +313,10 @@ def warp_nodes_kernel(
     target_peaks_ptr,  # [batch, num_nodes, num_chunks] fp32 contiguous
     target_masses_ptr,  # [batch, num_nodes, num_chunks] fp32 contiguous
     target_lowest_ptr,  # [batch, num_nodes, num_chunks] fp32 contiguous
+    num_collected_ptr,  # [batch, num_nodes] int32 contiguous
     # outputs
     warped_ptr,  # [batch, num_nodes, 3] fp32 contiguous: peak, mass above the cut, cut
-    scratch_ptr,  # [batch, num_nodes, CANDIDATES] fp32 contiguous
+    scratch_ptr,  # [batch, num_nodes, CANDIDATES] fp32 contiguous, read and written
     # sizes
     vocab,
     num_nodes,
@@ -289,7 +356,7 @@ def warp_nodes_kernel(
         top_p = tl.load(top_p_ptr + batch * stride_top_p_batch)
     target_row_ptr = target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node
     cut, mass = triton_warping.find_cut(
-        target_row_ptr, scratch_ptr + request_node * CANDIDATES,
+        target_row_ptr, scratch_ptr + request_node * CANDIDATES, tl.load(num_collected_ptr + request_node),
         vocab, peak, lowest, mass, temperature, scale, top_k, top_p, TILE, CANDIDATES,
     )  # fmt: skip
     tl.store(warped_ptr + request_node * 3, peak)

@@ -23,7 +23,10 @@ Computes
 Parallel plan: what one program owns
     1. `node_chunks_kernel`, a program for each node with children, chunk of the vocabulary and request: peak and mass
        of the target's row, and of the draft's outside the children. At temperature 0 the target's largest logit.
-    2. `warp_nodes_kernel`, a program a node, only with top-k or top-p: the cut and the mass above it.
+       With top-k or top-p the largest logit of every 512 tokens, too.
+    2. Only with top-k or top-p: `collect_nodes_kernel`, as many programs, copies the logits that may be the cut or
+       above it; `warp_nodes_kernel`, a program a node, finds the cut among them, and the mass above it. How is told in
+       triton_warping.py.
     The next two decide by the rule "sequoia"; those of the rule "traversal" are told in triton_traversal.py.
     3. `decide_kernel`, once for each rank up to MAX_RANK_LAUNCHES: adds up F from the chunks, tests the child of that
        rank (all programs of a node alike, so none waits for another), and if it is rejected, sums F at the new g over
@@ -36,8 +39,8 @@ Parallel plan: what one program owns
        (every program for itself, a few cached loads) and finds the chunk's best token of the residual there. Only this
        one node's noise is ever needed.
     6. `finish_kernel`, a program a request: the best of the chunks.
-    The order of every sum is fixed, there are no atomics, no waiting programs, and none that read what others of their
-    launch write: results repeat bit for bit.
+    The order of every sum is fixed, or does not matter; there are no waiting programs, and none that read what others
+    of their launch write; atomics only hand out places to candidates. Results repeat bit for bit.
 
 Memory: bytes read and written
     Target and draft rows of nodes with children once from memory, and once more from L2 for each rejection after which
@@ -49,8 +52,10 @@ Memory: bytes read and written
     64 x 128256 7.6 us, 128 x 128256 15.3 us.
     Estimate for a tree of 64 nodes, 30 of them with children, 8 at most: 16 MB of first reads 5 us, the first
     rejections 4 us, six further ranks at about 2 us, the draw 3.5 us, the end 2 us: 27 to 30 us in a CUDA graph, of
-    which half is launches; 128 nodes 38 us. With top-k or top-p add 20 to 40 us for the search of the cuts. An H100
-    with other work on it took 55 us for the 64 nodes (`bench/results/nvidia-h100-80gb-hbm3/verify_tree.json`).
+    which half is launches; 128 nodes 38 us. With top-k or top-p add 8 us for the cuts of ordinary rows (a second
+    reading from L2 3.5, the search 4 to 5), which no GPU has run yet, and 20 to 40 for rows that a program must read by
+    itself. An H100 with other work on it took 55 us for the 64 nodes
+    (`bench/results/nvidia-h100-80gb-hbm3/verify_tree.json`).
 
 Numerics
     float32 throughout; weights are relative to the row's peak. Sums run over chunks, so coins within a rounding error
@@ -74,6 +79,7 @@ from sequoia_kernels.ops import triton_device, triton_warping
 
 from .op import VerifiedPath, VerifyTreeInputs, rule_reason
 from .triton_kernels import (
+    collect_nodes_kernel,
     decide_kernel,
     draw_kernel,
     finish_kernel,
@@ -144,6 +150,7 @@ def _launch_config(batch_size: int, num_nodes: int, vocab: int, traits: triton_d
         max(2, chunk // _CHUNK_TOKENS_PER_WARP),
         row_tile,
         row_tile // _ROW_TOKENS_PER_WARP,
+        candidates=min(row_tile, triton_warping.MAX_CANDIDATES),  # they stay in registers of as many warps
     )
 
 
@@ -194,18 +201,21 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
     request_nodes = batch_size * num_nodes
     records = request_nodes * num_chunks
     is_warped = top_k is not None or top_p is not None
+    group = min(config.chunk, triton_warping.PEAK_TOKENS)
     (
-        target_peaks, target_masses, target_lowest, draft_peaks, draft_masses,
+        target_peaks, target_masses, target_lowest, target_groups, draft_peaks, draft_masses,
         warped, child_target, child_draft, last_ratio, keys, scratch,
     ) = _workspace(
         target_logits, torch.float32,
-        records, records, records if is_warped else 0, records, records,
+        records, records, records if is_warped else 0, records * (config.chunk // group) if is_warped else 0,
+        records, records,
         3 * request_nodes, request_nodes, request_nodes, request_nodes, 4 * batch_size * num_chunks,
         request_nodes * config.candidates if is_warped else 0,
     )  # fmt: skip
-    best_tokens, is_drawn, decisions, next_ranks, key_tokens = _workspace(
+    best_tokens, is_drawn, decisions, next_ranks, key_tokens, num_collected = _workspace(
         target_logits, torch.int32,
         records, request_nodes, request_nodes, 2 * request_nodes, 3 * batch_size * num_chunks,
+        request_nodes if is_warped else 0,
     )  # fmt: skip
     buffers = _NodeBuffers(
         target_peaks, target_masses, warped, draft_peaks, draft_masses, best_tokens, child_target, child_draft,
@@ -224,7 +234,8 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
         node_chunks_kernel[(num_chunks, num_nodes, batch_size)](
             tokens, target_logits, draft_logits, draft.target_to_draft, first_child, num_children, draft.certain,
             temperature,
-            target_peaks, target_masses, target_lowest, draft_peaks, draft_masses, best_tokens,
+            target_peaks, target_masses, target_lowest, target_groups, num_collected,
+            draft_peaks, draft_masses, best_tokens,
             child_target, child_draft, is_drawn, decisions, next_ranks,
             vocab, draft.vocab, num_nodes, num_chunks,
             *row_strides, *draft.certain_strides,
@@ -233,20 +244,38 @@ def run(inputs: VerifyTreeInputs, outputs: VerifiedPath, config: LaunchConfig | 
             **draft.row_flags,
             BLOCK_CHILDREN=blocks["BLOCK_CHILDREN"],
             CHUNK=config.chunk,
+            GROUP=group,
             num_warps=config.chunk_warps,
             enable_fp_fusion=True,
         )  # fmt: skip
         if is_warped:
+            target_strides = _stride(target_logits), _stride(target_logits, 1)
+            warp_strides = *target_strides, _stride(temperature), _stride(top_k), _stride(top_p)
+            warps = {
+                "HAS_TOP_K": top_k is not None,
+                "HAS_TOP_P": top_p is not None,
+                "BLOCK_CHUNKS": blocks["BLOCK_CHUNKS"],
+                "CANDIDATES": config.candidates,
+            }
+            collect_nodes_kernel[(num_chunks, num_nodes, batch_size)](
+                target_logits, temperature, top_k, top_p, target_peaks, target_masses, target_groups,
+                num_collected, scratch,
+                vocab, num_nodes, num_chunks,
+                *warp_strides,
+                **warps,
+                CHUNK=config.chunk,
+                GROUP=group,
+                num_warps=config.chunk_warps,
+                maxnreg=triton_device.most_registers(config.chunk_warps),
+                enable_fp_fusion=True,
+            )  # fmt: skip
             warp_nodes_kernel[(num_nodes, batch_size)](
-                target_logits, temperature, top_k, top_p, target_peaks, target_masses, target_lowest,
+                target_logits, temperature, top_k, top_p, target_peaks, target_masses, target_lowest, num_collected,
                 warped, scratch,
                 vocab, num_nodes, num_chunks,
-                _stride(target_logits), _stride(target_logits, 1), _stride(temperature), _stride(top_k), _stride(top_p),
-                HAS_TOP_K=top_k is not None,
-                HAS_TOP_P=top_p is not None,
-                BLOCK_CHUNKS=blocks["BLOCK_CHUNKS"],
+                *warp_strides,
+                **warps,
                 TILE=config.row_tile,
-                CANDIDATES=config.candidates,
                 num_warps=config.row_warps,
                 maxnreg=triton_device.most_registers(config.row_warps),
                 enable_fp_fusion=True,

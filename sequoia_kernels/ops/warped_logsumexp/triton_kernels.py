@@ -7,7 +7,7 @@ import triton.language as tl
 
 from sequoia_kernels.ops import triton_warping
 
-__all__ = ["row_chunks_kernel", "warp_rows_kernel"]
+__all__ = ["collect_rows_kernel", "row_chunks_kernel", "warp_rows_kernel"]
 
 # kernels -------------------------------------------------------------------------------------------------------------
 
@@ -21,14 +21,19 @@ def row_chunks_kernel(
     peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
     masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
     lowest_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    group_peaks_ptr,  # [num_rows, num_chunks, CHUNK // GROUP] fp32 contiguous, written if CUT
+    num_collected_ptr,  # [num_rows] int32 contiguous, set to 0 if CUT
     # sizes
     vocab,
     num_chunks,
     # strides, in elements
     stride_logits_row,
     stride_temperature_row,
+    # flags
+    CUT: tl.constexpr,
     # blocks
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
@@ -40,6 +45,69 @@ def row_chunks_kernel(
     tl.store(peaks_ptr + record, peak)
     tl.store(masses_ptr + record, mass)
     tl.store(lowest_ptr + record, tl.min(tl.where(ids < vocab, logits, float("inf")), 0))
+    if CUT:
+        groups = record * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+        tl.store(group_peaks_ptr + groups, triton_warping.group_peaks(logits, CHUNK, GROUP))
+        if chunk == 0:
+            tl.store(num_collected_ptr + row, 0)
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def collect_rows_kernel(
+    # inputs
+    logits_ptr,  # [num_rows, vocab] fp32, bf16, fp16
+    temperature_ptr,  # [num_rows] fp32
+    top_k_ptr,  # [num_rows] int32, read if HAS_TOP_K
+    top_p_ptr,  # [num_rows] fp32, read if HAS_TOP_P
+    peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    group_peaks_ptr,  # [num_rows, num_chunks, CHUNK // GROUP] fp32 contiguous
+    # outputs
+    num_collected_ptr,  # [num_rows] int32 contiguous, 0 before
+    scratch_ptr,  # [num_rows, CANDIDATES] fp32 contiguous
+    # sizes
+    vocab,
+    num_chunks,
+    # strides, in elements
+    stride_logits_row,
+    stride_temperature_row,
+    stride_top_k_row,
+    stride_top_p_row,
+    # flags
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    # blocks
+    BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    row = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    temperature = tl.load(temperature_ptr + row * stride_temperature_row)
+    if temperature == 0.0:
+        return
+    scale = triton_warping.exponent_scale(temperature)
+    chunks = tl.arange(0, BLOCK_CHUNKS)
+    is_chunk = chunks < num_chunks
+    records = row * num_chunks + chunks
+    peak, mass = triton_warping.merged_peak_and_mass(
+        tl.load(peaks_ptr + records, mask=is_chunk, other=float("-inf")),
+        tl.load(masses_ptr + records, mask=is_chunk, other=0.0),
+        scale,
+    )
+    top_k = 0
+    top_p = 1.0
+    if HAS_TOP_K:
+        top_k = tl.load(top_k_ptr + row * stride_top_k_row)
+    if HAS_TOP_P:
+        top_p = tl.load(top_p_ptr + row * stride_top_p_row)
+    num_groups = num_chunks * (CHUNK // GROUP)
+    triton_warping.collect_candidates(
+        logits_ptr + row * stride_logits_row, group_peaks_ptr + row * num_groups, num_collected_ptr + row,
+        scratch_ptr + row * CANDIDATES, chunk, vocab, num_groups, peak, mass, scale, top_k, top_p,
+        BLOCK_CHUNKS * (CHUNK // GROUP), CHUNK, CANDIDATES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -52,10 +120,11 @@ def warp_rows_kernel(
     peaks_ptr,  # [num_rows, num_chunks] fp32 contiguous
     masses_ptr,  # [num_rows, num_chunks] fp32 contiguous
     lowest_ptr,  # [num_rows, num_chunks] fp32 contiguous
+    num_collected_ptr,  # [num_rows] int32 contiguous, read if HAS_TOP_K or HAS_TOP_P
     # outputs
     log_normaliser_ptr,  # [num_rows] fp32
     cut_ptr,  # [num_rows] fp32
-    scratch_ptr,  # [num_rows, CANDIDATES] fp32 contiguous, used if HAS_TOP_K or HAS_TOP_P
+    scratch_ptr,  # [num_rows, CANDIDATES] fp32 contiguous, read and written if HAS_TOP_K or HAS_TOP_P
     # sizes
     vocab,
     num_chunks,
@@ -97,7 +166,7 @@ def warp_rows_kernel(
             if HAS_TOP_P:
                 top_p = tl.load(top_p_ptr + row * stride_top_p_row)
             cut, mass = triton_warping.find_cut(
-                logits_ptr + row * stride_logits_row, scratch_ptr + row * CANDIDATES,
+                logits_ptr + row * stride_logits_row, scratch_ptr + row * CANDIDATES, tl.load(num_collected_ptr + row),
                 vocab, peak, cut, mass, temperature, scale, top_k, top_p, TILE, CANDIDATES,
             )  # fmt: skip
         log_normaliser = tl.div_rn(peak, temperature) + tl.log(mass)

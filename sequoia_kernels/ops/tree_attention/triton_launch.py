@@ -26,6 +26,14 @@ Memory: bytes read and written
     itemsize bytes a request at copy bandwidth, or 2 * nodes * heads * visible slots * (D + Dv) operations at the matrix
     rate, whichever takes longer. H200 (4.3 TB/s, 788 TFLOP/s bf16), Llama-3-8B heads, 8k context: 33.5 MB, 7.8 us a
     layer for up to 46 nodes; from there on arithmetic takes longer (64 nodes: 8.6 GFLOP, 10.9 us).
+    Estimate for 16 nodes behind 8k there: first loads 2 us (lengths, masks, then the first tiles), the bytes 7.8, what
+    the last programs end with 0.5, the merge 2.5 (a launch, 8.7 MB from L2): 12.8 us, 61 % of the bandwidth; for 64
+    nodes arithmetic takes 10.9 us and all 16, 49 %. So 80 % is out of reach with these parts.
+    The merge stays a launch. In the last program of a row block to arrive it would read all splits by one
+    multiprocessor, some 64 bytes a cycle: 16 nodes in 33 splits are 1.06 MB, 9.7 us; 64 nodes in 8 splits 0.5 MB, 4.7
+    us; a single node 67 KB, 0.6 us, and with fences and a counter no less than the 1.8 us that an H100 took for the
+    launch (2.7 for 128 nodes, docs/gpu.md). Programs that wait for each other and share the merge out would take about
+    1 us less, but must all be on the device at once.
 
 Numerics
     Scores, softmax and sums in float32, exponentials in base 2 with the scale folded in. float16 and bfloat16 products

@@ -1,4 +1,4 @@
-"""What the package promises for an H200, checked against measured documents: target, measured, met.
+"""What the package promises for an H200, checked against measured documents: target, estimated, measured, met.
 
 Reads what the bench scripts wrote on a GPU; without that a target is "not measured"::
 
@@ -24,6 +24,7 @@ Measured = tuple[str, bool] | None  # what was found and whether it is enough; N
 class Finding(NamedTuple):
     what: str
     wanted: str
+    estimated: str  # by the kernel's own file, for an H200; empty where that has no estimate
     measured: str
     met: bool | None  # None: not measured
 
@@ -116,8 +117,8 @@ def _one_launch(found: Sequence[Case]) -> Measured:
     return (f"{max(launches)}", max(launches) == 1) if launches and None not in launches else None
 
 
-def kernel_targets(documents: Documents) -> list[tuple[str, str, Measured]]:
-    """What the ops promise: (what, wanted, measured)."""
+def kernel_targets(documents: Documents) -> list[tuple[str, str, str, Measured]]:
+    """What the ops promise: (what, wanted, estimated in the docstring of the op's triton_launch.py, measured)."""
     few = cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n <= 64)
     many = cases(documents, "tree_attention", context_len=lambda n: n >= 8192, num_nodes=lambda n: n >= 256)
     sizes = {"num_rows": 64, "vocab": 128256, "num_samples": 16, "temperature": lambda t: t > 0}
@@ -138,20 +139,21 @@ def kernel_targets(documents: Documents) -> list[tuple[str, str, Measured]]:
     microseconds = at_most(((1e3 * median_ms(case), case["name"]) for case in compaction), 10, " us")
     over_layers = at_least(ratios(compaction, "layer by layer", "layer by layer, known path"), 10, "x")
     attention = "tree_attention, Llama-3-8B heads, bf16, contexts >= 8k, up to 64 nodes"
+    wide_trees = "tree_attention, 256 to 1024 nodes, contexts >= 8k, prefix part"
     return [
-        (attention, ">= 80 % of the copy bandwidth over the K/V bytes", bandwidth),
-        ("the same against torch SDPA with a dense mask", ">= 3x", over_sdpa),
-        ("the same against FlexAttention", "> 1x", at_least(ratios(few, "FlexAttention"), 1.0, "x")),
-        ("the same against FlashInfer's custom-mask prefill, where installed", ">= 1x", over_flash),
-        ("tree_attention, 256 to 1024 nodes, contexts >= 8k, prefix part", ">= 60 % of the bf16 matrix rate", matmul),
-        ("sample_without_replacement, 16 of 128256, 64 rows", "<= 2x one read of the logits", one_read),
-        ("the same against softmax + exponential race + topk", ">= 10x", over_race),
-        ("verify_tree, 64 and 128 nodes x 128256", "<= 4x one read of both logit tensors", both_reads),
-        ("the same", "no host sync", _all_captured(verification)),
-        ("the same against the child-by-child loop", ">= 50x", over_loop),
-        ("compact_kv_cache_, 32 layers, 8 rows: launches", "1", _one_launch(compaction)),
-        ("compact_kv_cache_, 32 layers, 8 rows", "<= 10 us", microseconds),
-        ("the same against index_select and copy a layer", ">= 10x", over_layers),
+        (attention, ">= 80 % of the copy bandwidth over the K/V bytes", "61 % (16 nodes), 49 % (64 nodes)", bandwidth),
+        ("the same against torch SDPA with a dense mask", ">= 3x", "", over_sdpa),
+        ("the same against FlexAttention", "> 1x", "", at_least(ratios(few, "FlexAttention"), 1.0, "x")),
+        ("the same against FlashInfer's custom-mask prefill, where installed", ">= 1x", "", over_flash),
+        (wide_trees, ">= 60 % of the bf16 matrix rate", "", matmul),
+        ("sample_without_replacement, 16 of 128256, 64 rows", "<= 2x one read of the logits", "3.9x", one_read),
+        ("the same against softmax + exponential race + topk", ">= 10x", "", over_race),
+        ("verify_tree, 64 and 128 nodes x 128256", "<= 4x one read of both logit tensors", "3.9x, 2.5x", both_reads),
+        ("the same", "no host sync", "", _all_captured(verification)),
+        ("the same against the child-by-child loop", ">= 50x", "", over_loop),
+        ("compact_kv_cache_, 32 layers, 8 rows: launches", "1", "1", _one_launch(compaction)),
+        ("compact_kv_cache_, 32 layers, 8 rows", "<= 10 us", "2 to 4 us", microseconds),
+        ("the same against index_select and copy a layer", ">= 10x", "", over_layers),
     ]
 
 
@@ -231,20 +233,20 @@ def evaluate(documents: Documents) -> list[Finding]:
     documents = {name: found for name, found in documents.items() if found.get("device_type") == "cuda"}
     steps = documents.get("captured_loop", {"results": []})["results"]
     shares = at_most(((100 * entry["host_share"], f"{entry['nodes']} nodes") for entry in steps), 3.0, " % of a step")
-    found = [
-        *kernel_targets(documents),
+    whole = [
         ("captured loop: host time between steps", "none (<= 3 % of a step)", shares),
         *offload_targets(documents),
         *paper_targets(documents),
     ]
-    return [Finding(what, wanted, *(measured or (NOT_MEASURED, None))) for what, wanted, measured in found]
+    found = [*kernel_targets(documents), *((what, wanted, "", measured) for what, wanted, measured in whole)]
+    return [Finding(*promised, *(measured or (NOT_MEASURED, None))) for *promised, measured in found]
 
 
 def markdown(findings: Sequence[Finding]) -> str:
     """The table."""
     words = {True: "yes", False: "**no**", None: "-"}
-    rows = [[finding.what, finding.wanted, finding.measured, words[finding.met]] for finding in findings]
-    return report.table(["target (H200)", "wanted", "measured", "met"], rows, left=4)
+    rows = [[*finding[:4], words[finding.met]] for finding in findings]
+    return report.table(["target (H200)", "wanted", "estimated", "measured", "met"], rows, left=5)
 
 
 def load_documents(folder: Path) -> dict[str, dict[str, Any]]:

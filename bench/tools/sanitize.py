@@ -13,6 +13,7 @@ is an allocation of its own, and a read one element behind it is found.
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +27,20 @@ from bench.common.workloads import tree_step
 from sequoia_kernels import ops
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.measure.calls import typical_tree
+from sequoia_kernels.models.description import ACTIVATIONS, LAYER_NORM, RMS_NORM
 from sequoia_kernels.ops import backends
 
 VOCAB = 1009  # prime: no block divides it
 WIDE_VOCAB = 40009  # several chunks a row in every kernel
 GPU_BACKENDS = ("triton", "cuda")
+FUSED_STEPS = {
+    "residual_norm_": "triton", "rotate_and_store_": "triton", "gated_activation": "triton", "few_rows": "cuda",
+}  # fmt: skip
+"""kernels of fused forwards, which are no ops, and what each is written in"""
 
 
 class Exercise(NamedTuple):
-    """One call of an op."""
+    """One call of an op, or of a kernel of the fused forwards."""
 
     op: str
     name: str
@@ -50,6 +56,8 @@ def exercises() -> Iterator[Exercise]:
     yield from vocabulary_exercises()
     yield from verification_exercises()
     yield from compaction_exercises()
+    yield from step_exercises()
+    yield from few_rows_exercises()
 
 
 def attention_exercises() -> Iterator[Exercise]:
@@ -163,6 +171,89 @@ def compaction_exercises() -> Iterator[Exercise]:
     yield Exercise("compact_kv_cache_", "paged", (pages, *arguments), {"block_table": block_table}, 0.0)
 
 
+def step_exercises() -> Iterator[Exercise]:
+    """The three steps of a fused forward: every kind of norm, rotation and activation."""
+    from sequoia_kernels.models.fused import steps
+
+    generator = torch.Generator().manual_seed(3)
+    bounds = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+
+    def norm_of(kind: int, width: int, dtype: torch.dtype, offset: float = 0.0) -> steps.Norm:
+        weight, bias = (torch.randn(width, generator=generator).to(dtype) for _ in range(2))
+        return steps.Norm(kind, weight, bias if kind == LAYER_NORM else None, 1e-5, offset)
+
+    for dtype, bound in bounds.items():
+
+        def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        for width, kind, offset in ((96, RMS_NORM, 0.0), (1001, RMS_NORM, 1.0), (1001, LAYER_NORM, 0.0)):
+            name = f"{width} wide, norm {kind} + {offset}, {dtype}"
+            norm = norm_of(kind, width, dtype, offset)
+            yield Exercise("residual_norm_", f"first, {name}", (normal(5, width), None, norm), {}, bound)
+            options = {"update_norm": norm_of(kind, width, dtype, offset), "update_scale": 0.3}
+            arguments = (normal(5, width), normal(5, width + 3)[:, :width], norm)
+            yield Exercise("residual_norm_", f"with update, {name}", arguments, options, bound)
+        places = steps.RowPlaces(*(torch.tensor(row).int() for row in ([3, 0, 17], [0, 1, 1, 2], [0, 1, 2, 5])), 16)
+        layouts = (steps.Heads(4, 2, 16, 0, 64, 96, 16, 16), steps.Heads(3, 3, 20, 0, 60, 120, 20, 8))
+        for heads, kind in zip(layouts, (RMS_NORM, None)):
+            width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+            caches = [normal(3, 20, heads.num_kv_heads, heads.head_dim) for _ in range(2)]
+            table = normal(18, heads.rotated_dims, dtype=torch.float32)
+            norms = {}
+            if kind is not None:
+                norms = {f"{part}_norm": norm_of(kind, heads.head_dim, dtype) for part in ("query", "key")}
+            arguments = (normal(12, width + 8)[:, :width], *caches, places, heads, table)
+            yield Exercise("rotate_and_store_", f"{heads.num_heads} heads, {dtype}", arguments, norms, bound)
+        for activation in range(len(ACTIVATIONS)):
+            gated = activation % 2 == 0
+            arguments = (normal(3, 2 * VOCAB), gated, activation)
+            name = f"activation {activation}{', gated' if gated else ''}, {dtype}"
+            yield Exercise("gated_activation", name, arguments, {}, bound)
+
+
+def few_rows_exercises() -> Iterator[Exercise]:
+    """Forwards in one launch: both types of numbers and widths of heads, one, two and four tiles of eight rows."""
+    from sequoia_kernels.models.fused.few_rows import FewRowsLayer, FewRowsModel
+    from sequoia_kernels.models.fused.steps import RowPlaces
+
+    # requests, nodes, width, inner width, heads, heads of keys, their dims, vocabulary
+    shapes = ((2, 3, 96, 160, 3, 3, 64, 50), (1, 9, 256, 800, 2, 2, 128, 33), (3, 7, 320, 96, 4, 1, 64, 101))
+    shapes += ((1, 5, 64, 96, 2, 1, 128, 40), (1, 12, 64, 96, 2, 1, 64, 40), (2, 11, 64, 96, 2, 1, 128, 40))
+    for requests, nodes, width, inner, heads, kv_heads, head_dim, vocab in shapes:
+        for dtype in (torch.bfloat16, torch.float16):
+            draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(nodes))
+
+            def normal(
+                *shape: int, scale: float = 1.0, dtype: torch.dtype = dtype, draw: Callable[..., torch.Tensor] = draw
+            ) -> torch.Tensor:
+                return (draw(*shape) * scale).to(dtype)
+
+            def linear(outputs: int, width: int) -> torch.Tensor:
+                return normal(outputs, width, scale=width**-0.5)
+
+            layers = tuple(
+                FewRowsLayer(
+                    1 + normal(width, scale=0.1), linear((heads + 2 * kv_heads) * head_dim, width),
+                    linear(width, heads * head_dim), 1 + normal(width, scale=0.1), linear(2 * inner, width),
+                    linear(width, inner),
+                )
+                for _ in range(2)
+            )  # fmt: skip
+            ends = (normal(50, width), 1 + normal(width, scale=0.1), linear(vocab, width))
+            model = FewRowsModel(layers, *ends, heads, kv_heads, head_dim, 1e-5, head_dim**-0.5)
+            tree = typical_tree(nodes).tensors("cpu")
+            ids = torch.arange(nodes, dtype=torch.int32)
+            lens = torch.tensor([37, 0, 5][:requests], dtype=torch.int32)
+            places = RowPlaces(lens, tree.depths.to(torch.int32), ids, 70)
+            caches = [tuple(normal(requests, 37 + nodes, kv_heads, head_dim) for _ in range(2)) for _ in layers]
+            tokens = torch.arange(requests * nodes).reshape(requests, nodes) * 7 % 50
+            table = normal(90, head_dim, dtype=torch.float32)
+            name = f"{requests} x {nodes} rows, {width} wide, heads of {head_dim}, {dtype}"
+            arguments = (model, tokens, caches, places, tree.ancestor_mask, table)
+            yield Exercise("few_rows", name, arguments, {}, {torch.bfloat16: 0.12, torch.float16: 0.015}[dtype])
+
+
 # ---- running them
 
 
@@ -173,11 +264,45 @@ def moved(value: Any, device: torch.device) -> Any:
         return copy.copy_(value)
     if isinstance(value, dict):
         return {key: moved(entry, device) for key, entry in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*(moved(entry, device) for entry in value))
     return type(value)(moved(entry, device) for entry in value) if type(value) in (tuple, list) else value
+
+
+def step_outputs(exercise: Exercise, backend: str, device: torch.device) -> list[torch.Tensor]:
+    """`outputs` of a kernel of the fused forwards: what it returns, and what it changes."""
+    from sequoia_kernels.models.fused import few_rows, reference, steps
+
+    arguments, options = moved(exercise.arguments, device), moved(exercise.options, device)
+    if backend != "reference" and exercise.op == "few_rows":
+        reason = few_rows.unavailable_reason(device)
+        if reason is not None:
+            raise BackendUnavailableError(f"few_rows: {reason}")
+        model, tokens, caches, places, mask, table = arguments
+        counters = torch.zeros(2, dtype=torch.int32, device=device)
+        call = few_rows.FewRowsCall.of(model, tokens, caches, places, mask, mask.shape[-2], table, counters)
+        few_rows.launch(call)
+        written = [call.logits]
+    else:
+        function = getattr(reference if backend == "reference" else steps, exercise.op)
+        written = [function(*arguments, **options)]
+    if exercise.op == "few_rows":
+        written += [part for pair in arguments[2] for part in pair]
+    else:
+        changed = {"residual_norm_": arguments[:1], "rotate_and_store_": arguments[1:3], "gated_activation": ()}
+        written += changed[exercise.op]
+    return [tensor.cpu() for tensor in written]
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """What an op can be called with by name."""
+    return (FUSED_STEPS[op], "reference") if op in FUSED_STEPS else tuple(backends.backend_names(op))
 
 
 def outputs(exercise: Exercise, backend: str, device: torch.device) -> list[torch.Tensor]:
     """Run one call and bring everything that it wrote to the CPU."""
+    if exercise.op in FUSED_STEPS:
+        return step_outputs(exercise, backend, device)
     function: Callable[..., Any] = getattr(ops, exercise.op)
     arguments, options = moved(exercise.arguments, device), moved(exercise.options, device)
     result = function(*arguments, **options, backend=backend)
@@ -210,7 +335,7 @@ def run(device: torch.device, names: Sequence[str] = GPU_BACKENDS, part: Part = 
     for exercise in islice(exercises(), part.index, None, part.count):
         wanted = outputs(exercise, "reference", torch.device("cpu"))
         for name in names:
-            if name not in backends.backend_names(exercise.op):
+            if name not in backends_of(exercise.op):
                 continue
             label = f"{exercise.op} on {name}: {exercise.name}"
             try:

@@ -26,6 +26,7 @@ from support.bench_scripts import (
     targets,
     workloads,
 )
+from support.cuda_on_cpu import COMPILER, few_rows_on_cpu
 from support.processes import run_process
 
 import sequoia_kernels
@@ -538,6 +539,7 @@ def test_nothing_measured_gives_not_measured():
         assert len(findings) == 24
         assert all(entry.met is None and entry.measured == "not measured" for entry in findings)
     assert "not measured" in targets.markdown(findings)
+    assert "| <= 2x one read of the logits | 3.9x | not measured | - |" in targets.markdown(findings)
 
 
 @pytest.mark.parametrize(("microseconds", "met"), [(7.0, True), (9.0, False)])
@@ -582,7 +584,7 @@ def test_targets_read_a_folder_of_results(tmp_path, capsys):
     (tmp_path / "compact_kv_cache_.json").write_text(json.dumps(documents["compact_kv_cache_"]))
     (tmp_path / "summary.json").write_text("{}")
     assert targets.main([str(tmp_path)]) == 1
-    assert "| <= 10 us | 20 us (the case) | **no** |" in capsys.readouterr().out
+    assert "| <= 10 us | 2 to 4 us | 20 us (the case) | **no** |" in capsys.readouterr().out
 
 
 def test_floors_of_a_forward_are_the_longer_of_reading_and_multiplying(tmp_path):
@@ -723,8 +725,9 @@ def test_without_a_gpu_the_command_says_so(program, arguments, message, capsys, 
 
 def test_sanitize_exercises_every_op_and_finds_wrong_results(monkeypatch, capsys):
     chosen = list(sanitize.exercises())
-    assert {exercise.op for exercise in chosen} == set(OPS)
-    few = [next(exercise for exercise in chosen if exercise.op == op) for op in OPS]
+    every = [*OPS, *sanitize.FUSED_STEPS]
+    assert {exercise.op for exercise in chosen} == set(every)
+    few = [next(exercise for exercise in chosen if exercise.op == op) for op in every]
     paged = [exercise for exercise in chosen if "paged" in exercise.name]
     assert len(paged) == 2
     monkeypatch.setattr(sanitize, "exercises", lambda: iter([*few, *paged]))
@@ -734,6 +737,41 @@ def test_sanitize_exercises_every_op_and_finds_wrong_results(monkeypatch, capsys
     assert sanitize._mismatch(wanted[:0], wanted, few[0]).startswith("shape")
     assert "off by inf" in sanitize._mismatch(wanted * math.nan, wanted, few[0])
     assert "compact_kv_cache_ on reference: paged" in capsys.readouterr().out
+
+
+def test_sanitize_runs_the_steps_of_fused_forwards():
+    triton_device = pytest.importorskip("sequoia_kernels.ops.triton_device", reason="triton is not installed")
+    if not triton_device.INTERPRETED:
+        pytest.skip("the steps run in Triton's interpreter")
+    steps = list(sanitize.step_exercises())
+    assert {exercise.op for exercise in steps} == set(sanitize.FUSED_STEPS) - {"few_rows"}
+    for exercise in steps:
+        got, wanted = (sanitize.outputs(exercise, backend, CPU) for backend in ("triton", "reference"))
+        assert [sanitize._mismatch(*pair, exercise) for pair in zip(got, wanted, strict=True)] == [None] * len(got)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+def test_sanitize_runs_forwards_of_few_rows(monkeypatch):
+    """By the kernel's own source on a CPU: every kernel that the launch chooses between, and right."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from sequoia_kernels.models.fused import few_rows
+
+    monkeypatch.setattr(few_rows, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(few_rows, "launch", few_rows_on_cpu)
+    exercises = list(sanitize.few_rows_exercises())
+    kernels = set()
+    for exercise in exercises:
+        model, tokens = exercise.arguments[:2]
+        eights = 1 if tokens.numel() <= 8 else 2 if tokens.numel() <= 16 else 4
+        kernels.add((model.embedding.dtype, model.head_dim, eights))
+        assert model.reason_against(CPU) in (None, "takes a CUDA device")
+    assert len(kernels) == 12
+    for exercise in exercises[:4]:
+        got, wanted = (sanitize.outputs(exercise, backend, CPU) for backend in ("cuda", "reference"))
+        assert [sanitize._mismatch(*pair, exercise) for pair in zip(got, wanted, strict=True)] == [None] * len(got)
+    monkeypatch.undo()
+    monkeypatch.setattr(sanitize, "exercises", lambda: iter(exercises[:1]))
+    assert sanitize.run(CPU, ["cuda", "triton"]) == []  # skipped with its reason
 
 
 def test_sanitize_shares_its_work_out(monkeypatch):

@@ -124,15 +124,15 @@ def _sampling_call() -> Call:
     return Call("sample_without_replacement", make, 1e-5)
 
 
-def _verification_call(temperature: float, rule: str) -> Call:
+def _verification_call(temperature: float, rule: str, vocab: int = 150, **cuts: float) -> Call:
     generator = _generator()
     tree = TokenTree([-1, 0, 0, 0, 1, 1, 4])
-    target = torch.randn(2, tree.num_nodes, 150, generator=generator) * 1.5
-    draft = torch.randn(2, tree.num_nodes, 150, generator=generator) * 1.5
-    tokens = torch.stack([torch.randperm(150, generator=generator)[: tree.num_nodes] for _ in range(2)])
+    target = torch.randn(2, tree.num_nodes, vocab, generator=generator) * 1.5
+    draft = torch.randn(2, tree.num_nodes, vocab, generator=generator) * 1.5
+    tokens = torch.stack([torch.randperm(vocab, generator=generator)[: tree.num_nodes] for _ in range(2)])
 
     def make(backend: str) -> tuple[torch.Tensor, ...]:
-        return tuple(verify_tree(tokens, target, draft, tree, temperature, 5, 0, rule=rule, backend=backend))
+        return tuple(verify_tree(tokens, target, draft, tree, temperature, 5, 0, rule=rule, backend=backend, **cuts))
 
     return Call("verify_tree", make, 0.0)
 
@@ -163,6 +163,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "verification, greedy": lambda: _verification_call(0.0, "sequoia"),
     "verification, sequoia": lambda: _verification_call(0.8, "sequoia"),
     "verification, traversal": lambda: _verification_call(0.8, "traversal"),
+    "verification, cuts": lambda: _verification_call(0.8, "sequoia", 700, top_k=2, top_p=0.9),
     "compaction": compaction_call,
 }
 """name -> the call"""

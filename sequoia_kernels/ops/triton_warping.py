@@ -45,7 +45,8 @@ PEAK_TOKENS = 512
 _VALUE_STEPS = tl.constexpr(16)
 # Halvings in the search for the k-th largest peak, whose interval is then a thousandth of that between all of them.
 _FLOOR_STEPS = tl.constexpr(10)
-_WEIGHT_UNITS = tl.constexpr(1099511627776.0)  # 2^40: sums of 4096 weights of at most 1 stay below 2^53
+_WEIGHT_UNIT = tl.constexpr(9.094947017729282e-13)  # 2^-40: sums of 4096 weights of at most 1 stay below 2^53 of it
+_WEIGHT_UNITS = tl.constexpr(1099511627776.0)  # of a weight of 1
 
 
 @triton.jit
@@ -273,7 +274,7 @@ def _search_candidates(scratch_ptr, num_candidates, peak, mass, scale, top_k, to
         if is_enough:
             low = _cut_among(ranks, weights, low, high, enough)
     kept = tl.sum(tl.where(ranks >= low, weights, 0), 0)
-    return is_enough, low, kept.to(tl.float32) / _WEIGHT_UNITS
+    return is_enough, low, kept.to(tl.float32) * _WEIGHT_UNIT  # a division would be approximate
 
 
 @triton.jit

@@ -145,6 +145,20 @@ def test_a_request_that_has_ended_takes_no_work(ended, rule):
             assert torch.equal(nodes[lane], its_nodes[lane]) and counts[lane] == its_counts[lane] > 0
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_ops_take_requests_that_nothing_was_ever_drawn_for(temperature, rule):
+    """One that ended with the prompts, or before a tree was first met: the op verifies it all the same."""
+    options = {"tree": TREES[0], "seed": [5, 6, 7], "temperature": temperature, "rule": rule, "max_new_tokens": 12}
+    ended = generate(TARGET, DRAFT, prompts(3), **options).new_tokens[1][0]
+    expected = generate(TARGET, DRAFT, prompts(3), eos_token_id=ended, **options)
+    assert expected.new_tokens[1] == [ended] and expected.stats.num_steps > 0
+    hooked = generate(
+        TARGET, DRAFT, prompts(3), eos_token_id=ended, logits_hook=lambda paths, logits: logits, **options
+    )
+    assert hooked.new_tokens == expected.new_tokens
+
+
 def stepped(tree, seed, rule, op_by_op=None):
     """The state and the caches behind a prompt and three steps."""
     if op_by_op is not None:

@@ -190,6 +190,7 @@ class TokenBuffers:
             return cls(tokens, None, None, certain)
         width = vocab_size if vocabulary is None else vocabulary.draft_vocab_size
         draft_logits = torch.full((*shape, width), -torch.inf, dtype=logits_dtype, device=device)
+        draft_logits[:, :, 0] = 0.0  # also rows of a request that nothing is ever drawn for can be verified
         proposed = None
         if isinstance(layout.tree, MergedTree):
             proposed = torch.full(shape, -1, dtype=torch.int64, device=device)

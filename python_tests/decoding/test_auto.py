@@ -299,6 +299,7 @@ def test_a_draft_of_few_positions_limits_neither_the_text_nor_the_plan(tree):
 
 def test_sizes_that_take_too_long_are_not_measured(target, monkeypatch):
     model = adapt(target)
+    monkeypatch.setattr(measuring, "largest_cache_bytes", lambda: 16)
 
     def times(milliseconds):
         def timed(calls, device, **options):
@@ -315,6 +316,20 @@ def test_sizes_that_take_too_long_are_not_measured(target, monkeypatch):
     slower, budget = times(lambda count: 2000.0 + 10 * count)
     assert budget == pytest.approx(6 * 2.01)
     assert slower == [1, 2, 4, 6, 8]  # a few are measured whatever they take
+    assert times(lambda count: 6.0)[0] == list(measuring.QUICK_NODE_COUNTS)
+
+
+def test_time_counts_several_times_where_forwards_are_timed_in_a_row(target, monkeypatch):
+    """Sizes are chosen so that the rounds that are run whatever they take are within the budget."""
+    model, rounds = adapt(target), 4  # the one that is not counted among them
+    monkeypatch.setattr(measuring, "largest_cache_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(
+        measuring, "time_calls",
+        lambda calls, device, **options: {count: measuring.Timing(12.0, 12.0, 12.0, 12.0, 1) for count in calls},
+    )  # fmt: skip
+    counts, budget = measuring.affordable_node_counts(model, 16, 1, least_seconds=3.0)
+    assert len(measuring.QUICK_NODE_COUNTS) > len(counts) > measuring.LEAST_NODE_COUNTS
+    assert rounds * (measuring.SETTLING + measuring.TIMED) * len(counts) * 0.012 <= budget
 
 
 def test_a_streamed_target_keeps_its_own_sizes(target, monkeypatch):

@@ -6,6 +6,7 @@ transformers' models is known here. transformers is imported where a model or a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -235,7 +236,8 @@ def largest_cache_bytes() -> int:
     """Give the size of the CPU's largest cache, as far as one core can use it; 32 MiB where the system does not say."""
     sizes = []
     for entry in CPU_CACHES.glob("index*/size"):
-        match = re.fullmatch(r"(\d+)([KMG]?)", entry.read_text(encoding="utf-8").strip())
-        if match:
-            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+        with contextlib.suppress(OSError):  # a system may list what it does not tell
+            match = re.fullmatch(r"(\d+)([KMG]?)", entry.read_text(encoding="utf-8").strip())
+            if match:
+                sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
     return max(sizes, default=32 << 20)

@@ -401,6 +401,7 @@ def test_bad_slowdowns_are_refused(profile, ratio):
     [(("32K", "1024K", "32768K"), 32 << 20), (("48K", "2M"), 2 << 20), (("",), 32 << 20), ((), 32 << 20)],
 )
 def test_the_largest_cache_is_read_from_the_system(tmp_path, monkeypatch, sizes, expected):
+    (tmp_path / "index9" / "size").mkdir(parents=True)  # cannot be read
     for index, size in enumerate(sizes):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")

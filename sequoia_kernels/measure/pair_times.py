@@ -319,7 +319,9 @@ class _Plan:
                 level = timed.get(("forward", "draft", context_len, 1))
                 levels = None
                 if level is not None and num_nodes > 1:
-                    levels = partial(_repeat, level, calls.typical_tree(num_nodes).num_levels)
+                    levels = partial(
+                        _repeat, level, calls.typical_tree(num_nodes).num_levels - 1
+                    )  # the last is not fed
                 turns[key] = Turn(levels, SETTLING, TIMED)
         return turns
 

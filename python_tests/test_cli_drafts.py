@@ -146,7 +146,10 @@ def test_plans_from_files_are_no_deeper_than_a_block_draft_grows(folders, tmp_pa
         asked = ["plan", "--profile", files[name], f"--{evidence}", files[evidence], "--max-levels", "9"]
         status, plan = run_json(capsys, *asked, "--out", files["plan"])
         assert status == 0
-        return [TokenTree(tree["parents"]).num_levels for tree in (plan, *plan["candidates"])]
+        return [
+            len(tree["shaped"]["widths"]) if "shaped" in tree else TokenTree(tree["parents"]).num_levels
+            for tree in (plan, *plan["candidates"])
+        ]
 
     assert max(planned("older", "acceptance")) > 3  # a file that does not say so
     assert max(planned("profile", "records")) <= 3

@@ -34,8 +34,6 @@ from sequoia_kernels.drafts import (
     host_growth,
 )
 from sequoia_kernels.drafts.source import put_first
-from sequoia_kernels.drafts.unlikely import set_back_unlikely
-from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.planner.lookup import (
     MOST_MATCH,
     BaseEvidence,
@@ -638,37 +636,3 @@ def test_a_draft_that_is_asked_again_has_read_every_token(positions, monkeypatch
     assert output.new_tokens == generate(target, None, prompts, max_new_tokens=60).new_tokens
     assert len(checks) > 8 and max(checks) < 1e-5
     assert (output.stats.draft_restarts > 0) == (positions is not None)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_siblings_of_proposals_are_drawn_with_the_unlikely_tokens_behind(backend):
-    target, draft = (adapt(model) for model in _pair())
-    tree = LookupTree(3, 1)
-    layout = TreeLayout.build(tree, "cpu")
-    tokens = torch.randint(40, (3, 9), generator=torch.Generator().manual_seed(0))
-    kept = []
-    for top_p in (None, [0.5, 1.0, 0.5]):
-        state = DecodingState.create(
-            3, torch.device("cpu"), seeds=[4, 5, 6], temperature=[1.0, 0.7, 1.5], top_k=None, top_p=top_p
-        )
-        source = LookupDraft(target, draft_source(draft, target))
-        drafting = source.start(target, state, 64, backend=backend, clock=StageClock(False))
-        drafting.prefill([0, 1, 2], tokens, torch.full((3,), 9, dtype=torch.int32), [])
-        state.draft_lens.fill_(9)
-        state.last_tokens.copy_(tokens[:, -1])
-        state.root_tokens.copy_(torch.tensor([1, 2, 3]))
-        buffers = TokenBuffers.allocate(layout, 3, 40, torch.float32, torch.device("cpu"), proposes=True)
-        buffers.tokens[:, 0] = state.root_tokens
-        drafting.prepare(layout, buffers)
-        drafting.propose([[7, 8, 9], [10], []])
-        drafting.grow(layout, buffers)
-        parents = [0, *tree.path[:-1]]
-        kept.append(buffers.draft_logits[:, parents].clone())
-    plain, changed = kept
-    assert torch.equal(changed, set_back_unlikely(plain, state.temperature, state.top_p, backend))
-    assert [bool((mine != its).any()) for mine, its in zip(changed, plain)] == [True, False, True]
-    drawn = sample_without_replacement(
-        changed.flatten(0, 1), 1, state.temperature.repeat_interleave(3), state.seeds.repeat_interleave(3),
-        (state.offsets[:, None] + torch.tensor(parents)).flatten(), backend=backend,
-    ).tokens.view(3, 3)  # fmt: skip
-    assert torch.equal(buffers.tokens[:, [node + 1 for node in tree.path]], drawn)

@@ -21,7 +21,6 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout, each_tree
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
-from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.fingerprints import ModelFingerprint
 from sequoia_kernels.models import TreeCache, TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath, sample_without_replacement
@@ -312,7 +311,6 @@ class LookupDrafting(Drafting):
             others = logits.scatter(2, at_place, left)
             # A row of nothing else is left as it was: a repeat is passed over.
             logits = torch.where(others.isneginf().all(-1, keepdim=True), logits, others)
-            logits = set_back_unlikely(logits, state.temperature, state.top_p, self.backend)
             parents = torch.cat((path.new_zeros(1), path[:-1]))
             buffers.draft_logits[:, :, :vocab].index_copy_(1, parents, logits)
             drawn = sample_without_replacement(

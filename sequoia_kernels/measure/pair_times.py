@@ -43,7 +43,7 @@ LEAST_NODE_COUNTS = 5  # sizes that are timed whatever they take
 CALLS_A_SIZE = 6  # calls that timing a size takes, its share of the draft's and the ops' times included
 
 # Weights of up to so many times a CPU's largest cache are read from there in good part, once they have been read a few
-# times: with 20 MB before a cache of 32 MiB, forwards in a row took 1.36, 0.92, 0.82, 0.74, 0.71, 0.67 and 0.68 ms.
+# times: forwards in a row take less and less time.
 CACHED = 1.5
 SETTLING, TIMED = 4, 3  # forwards of such a target in a row
 CACHED_CALLS_A_SIZE = 30  # as CALLS_A_SIZE: four rounds of these in place of four calls

@@ -118,13 +118,13 @@ def test_what_is_foretold_of_a_shaped_tree_is_measured(rule):
     records = record_steps(MODELS, DRAFT, prompts, max_new_tokens=48, temperature=0.7)
     tree = shape_tree(records, 9)
     values = held_out_values(records, tree, rule)
-    lower, upper = records.interval_of(values, rule)
-    assert lower < records.mean_of(values, rule) < upper
+    lower, upper = records.interval_of(values)
+    assert lower < records.mean_of(values) < upper
     others = torch.randint(24, (64, 9), generator=torch.Generator().manual_seed(99))
     stats = generate(
         MODELS, DRAFT, others, tree=tree, temperature=0.7, max_new_tokens=64, eos_token_id=(), rule=rule
     ).stats
-    assert abs(stats.tokens_per_step - records.mean_of(values, rule)) < 1.5 * (upper - lower)
+    assert abs(stats.tokens_per_step - records.mean_of(values)) < 1.5 * (upper - lower)
 
 
 def test_confidence_is_that_of_other_requests():

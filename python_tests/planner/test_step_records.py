@@ -22,7 +22,7 @@ from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
 from sequoia_kernels.planner import CostModel, ModelFingerprint, StepRecords, estimate_acceptance
 from sequoia_kernels.planner.evidence import visits_by_rank
-from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NodeRecords
+from sequoia_kernels.planner.step_records import EXCESS_RATIOS, NEAR, NodeRecords
 
 RECORDED = TokenTree([-1, 0, 0, 0, 1, 1, 1, 2, 4, 4, 5, 8, 8, 11])
 WITHIN = [
@@ -175,7 +175,7 @@ def test_recording_leaves_the_output_as_it_is(recorded):
     assert len(records) == sum(run.num_steps for run in runs)
     assert records.acceptance == estimate_acceptance(runs, temperature=1.0)
     assert records.requests.tolist() == [n for n, run in enumerate(runs) for _ in range(run.num_steps)]
-    assert records.short is None and records.after_short is None
+    assert records.given.sum() == sum(n * count for run in runs for n, count in enumerate(run.accepted_histogram))
 
 
 def test_steps_that_are_cut_emit_the_same_greedy_text(recorded, monkeypatch):
@@ -190,9 +190,13 @@ def test_steps_that_are_cut_emit_the_same_greedy_text(recorded, monkeypatch):
     monkeypatch.setattr(recording, "decode", listened)
     records = record_steps(target, draft, prompts, max_new_tokens=80)
     assert texts == [generate(target, draft, ids, max_new_tokens=80, eos_token_id=()).new_tokens for ids in prompts]
-    # In turns: some steps of every request behind such that were cut, and some behind others.
+    # In turns: some steps of every request give no more than a chain of four, whatever others give.
     for request in range(len(prompts)):
-        assert set(records.after_short[records.requests == request]) == {False, True}
+        given = records.given[records.requests == request]
+        is_cut = ((given.cumsum() - given) // 32 + request) % 2 == 1
+        assert set(is_cut) == {False, True} and given[is_cut].max() <= 4
+        assert 80 <= 1 + given.sum() < 80 + RECORD_TREE.num_levels
+    assert records.given.max() > 4
 
 
 @pytest.mark.parametrize(
@@ -220,57 +224,66 @@ def test_a_path_is_cut_where_it_leaves_the_short_chain(nodes, end, next_token):
         if shown is not None:
             assert cut is shown
         assert tuple(recorder.visits[request].values()) == counts  # of the whole path either way
+    assert recorder.given == [len(nodes), end]
     assert cut.nodes[0, :end].tolist() == nodes[:end] and (cut.nodes[0, end:] == -1).all()
     assert (int(cut.num_accepted), int(cut.next_token)) == (end, next_token)
     assert path.nodes[0].tolist()[: len(nodes)] == nodes  # unmutated
 
 
-def _texts_in_turns(correct, tree, short):
+def _texts_in_turns(correct, tree, short=None):
     """Greedy records of texts in which the draft is right at some places, as chains would decode them."""
     steps = []
     for request, text in enumerate(correct):
-        position, came_short = 0, short is not None and request % 2 == 1
+        position = 0
         while position + tree.num_nodes < len(text):
+            is_cut = short is not None and (position // 32 + request) % 2 == 1
             guesses = text[position : position + tree.num_nodes - 1]
-            steps.append((request, came_short, guesses))
-            came_short = short is not None and (position // 32 + request) % 2 == 1
-            position += 1 + int(guesses[: (short if came_short else tree).num_nodes - 1].cumprod().sum())
-    requests, after_short, guesses = (np.array(part) for part in zip(*steps))
+            given = 1 + int(guesses[: (short if is_cut else tree).num_nodes - 1].cumprod().sum())
+            steps.append((request, given, guesses))
+            position += given
+    requests, given, guesses = (np.array(part) for part in zip(*steps))
     target = np.concatenate((np.zeros((len(steps), 1)), guesses), axis=1).astype(np.float32)
     excess = np.zeros((len(steps), tree.num_nodes - 1, len(EXCESS_RATIOS)), dtype=np.float32)
     peak = np.zeros((len(steps), tree.num_nodes - 1), dtype=np.float32)
     nodes = NodeRecords(target, target, excess, excess, target, peak)
-    acceptance = estimate_acceptance(([9], [6]), temperature=0.0)
-    if short is None:
-        return StepRecords(tree, nodes, requests, acceptance)
-    return StepRecords(tree, nodes, requests, acceptance, short, after_short.astype(bool))
+    return StepRecords(tree, nodes, requests, estimate_acceptance(([9], [6]), temperature=0.0), given)
 
 
-def test_trees_are_valued_where_their_own_steps_begin():
-    """Easy and hard passages by turns: a long chain begins few steps in easy ones, a short chain most of them."""
+def test_trees_are_valued_in_the_steps_that_they_would_make():
+    """Easy and hard passages by turns: a short chain makes many steps in easy ones, a long chain few."""
     generator = np.random.Generator(np.random.PCG64(0))
     correct = []
     for _ in range(40):
         lengths, chances = generator.integers(20, 80, size=200), generator.choice([0.5, 0.97], size=200)
         correct.append(generator.random(int(lengths.sum())) < np.repeat(chances, lengths))
     tree, short = TokenTree.chain(16), TokenTree.chain(4)
-    whole, by_turns = _texts_in_turns(correct, tree, None), _texts_in_turns(correct, tree, short)
+    records = _texts_in_turns(correct, tree, short)
     for length in (2, 3, 4, 6, 8, 12, 16):
         chain = TokenTree.chain(length)
-        own = _texts_in_turns(correct, chain, None)  # as it decodes itself
-        measured = own.tokens_per_step(chain)
-        assert by_turns.tokens_per_step(chain) == pytest.approx(measured, rel=0.035)
-        lower, upper = by_turns.tokens_per_step_interval(chain)
-        assert lower < by_turns.tokens_per_step(chain) < upper
-        if 2 < length < 12:
-            assert whole.tokens_per_step(chain) < 0.9 * measured
-    # All are of one kind: a plain mean.
-    assert by_turns.part(np.flatnonzero(by_turns.after_short)).tokens_per_step(short) == pytest.approx(
-        by_turns.values(short)[by_turns.after_short].mean()
-    )
-    sample = by_turns.sample(len(by_turns) // 8)
-    assert len(sample) == pytest.approx(len(by_turns) / 8, abs=1)
-    assert sample.after_short.mean() == pytest.approx(by_turns.after_short.mean(), abs=0.01)
+        measured = _texts_in_turns(correct, chain).values(chain).mean()  # as it decodes itself
+        foretold = records.tokens_per_step(chain)
+        assert foretold == pytest.approx(measured, rel=0.035)
+        assert records.sample(len(records) // 8).tokens_per_step(chain) == pytest.approx(measured, rel=0.1)
+        lower, upper = records.tokens_per_step_interval(chain)
+        assert lower < foretold < upper
+    assert records.values(tree).mean() > 1.2 * measured  # of the last: where all steps count alike
+
+
+def test_a_step_counts_as_the_steps_of_the_tree_around_it():
+    correct = np.random.Generator(np.random.PCG64(3)).random((3, 90)) < 0.8
+    records = _texts_in_turns([*correct, correct[0][:9]], TokenTree.chain(8), TokenTree.chain(3))
+    requests = records.requests.tolist()
+    assert requests.count(3) == 1
+    values = records.values(TokenTree.chain(5))
+    weights = []
+    for place, request in enumerate(requests):
+        near = range(max(place - NEAR, 0), min(place + NEAR + 1, len(records)))
+        others = [other for other in near if other != place and requests[other] == request]
+        weights.append(records.given[others].sum() / values[others].sum() if others else 1.0)
+    expected = sum(weight * value for weight, value in zip(weights, values)) / sum(weights)
+    assert records.mean_of(values) == pytest.approx(expected, rel=1e-12)
+    uncounted = StepRecords(records.tree, records.nodes, records.requests, records.acceptance)
+    assert uncounted.mean_of(values) == pytest.approx(values.mean())
 
 
 @pytest.mark.parametrize("rule", ["sequoia", "traversal"])
@@ -330,8 +343,8 @@ def test_records_are_kept_in_a_file(recorded, tmp_path):
     records.save(path)
     read = StepRecords.load(path)
     assert read.tree == records.tree and read.acceptance == records.acceptance
-    parts = [(*entry.nodes, entry.requests, entry.after_short) for entry in (read, records)]
-    assert all(np.array_equal(*pair) for pair in zip(*parts)) and read.short == records.short == TokenTree.chain(4)
+    parts = [(*entry.nodes, entry.requests, entry.given) for entry in (read, records)]
+    assert all(np.array_equal(*pair) for pair in zip(*parts))
     tree = TokenTree.chain(4)
     assert read.tokens_per_step(tree, "traversal") == records.tokens_per_step(tree, "traversal")
 
@@ -346,10 +359,9 @@ def test_records_are_kept_in_a_file(recorded, tmp_path):
         ({"target": lambda array: array * np.float32("nan")}, "target must hold probabilities"),
         ({"requests": lambda array: array[:0]}, "requests must be"),
         ({"requests": lambda array: array.astype(np.int32)}, "requests must be .* int32"),
-        ({"after_short": lambda array: array[:1]}, r"after_short must be \[.*\] bool, got \[1\] bool"),
-        ({"after_short": lambda array: array.astype(np.int8)}, r"after_short must be \[.*\] bool, got .* int8"),
-        ({"header": lambda array: _header(array, short_chain=1)}, "short_chain must be an integer >= 2 or null"),
-        ({"header": lambda array: _header(array, short_chain=17)}, "short_chain must be at most the tree's 16 levels"),
+        ({"given": lambda array: array[:1]}, r"given must be \[.*\] int64 or \[0\], at least 1 each, got \[1\] int64"),
+        ({"given": lambda array: array.astype(np.int8)}, r"given must be \[.*\] int64 .*, got .* int8"),
+        ({"given": lambda array: array * 0}, "given must be .* at least 1 each"),
         ({"header": lambda array: array[:-9]}, "the document must be JSON"),
         ({"header": lambda array: np.array([255], dtype=np.uint8)}, "the header must be JSON text"),
         ({"header": lambda array: _header(array, format="other")}, 'must have "format"'),

@@ -186,10 +186,10 @@ class _Recorder:
         self.tree, self.short = tree, short
         self.kept = frozenset(_along_first_children(tree, short.num_nodes) if short else range(tree.num_nodes))
         self.visits: list[dict[str, list[int]]] = []
-        self.after_short: list[bool] = []
         self.internal = [node for node, count in enumerate(tree.num_children) if count]
         self.steps: list[list[torch.Tensor]] = []
         self.requests: list[int] = []
+        self.given: list[int] = []
 
     def begin(
         self, request: int, temperature: list[float], top_k: list[int] | None, top_p: list[float] | None,
@@ -197,7 +197,6 @@ class _Recorder:
     ) -> None:  # fmt: skip
         """Say whose steps come next."""
         self.request, self.num_tokens = request, 0
-        self.came_short = self._is_cut()
         self.visits.append({"visited_by_rank": [], "accepted_by_rank": []})
         rows = len(self.internal)
         of_rows = [(temperature, torch.float32), (top_k, torch.int32), (top_p, torch.float32)]
@@ -241,7 +240,6 @@ class _Recorder:
         parts = (*at_nodes, excess.clamp(min=0), slope, likelihood, peak)
         self.steps.append([part.float().cpu() for part in parts])
         self.requests.append(self.request)
-        self.after_short.append(self.came_short)
 
     def shorten(self, buffers: TokenBuffers, path: VerifiedPath) -> VerifiedPath:
         """Give the part of the accepted path that is committed, and count all of it. [1, levels]"""
@@ -251,10 +249,10 @@ class _Recorder:
             for rank, count in enumerate(part):
                 total[rank] += count
         end = num_accepted
-        self.came_short = self._is_cut()
-        if self.came_short:
+        if self._is_cut():
             end = next((place for place in range(num_accepted) if nodes[place] not in self.kept), num_accepted)
         self.num_tokens += end
+        self.given.append(end)
         if end == num_accepted:
             return path
         kept = path.nodes.clone()
@@ -268,7 +266,5 @@ class _Recorder:
     def records(self, acceptance: Any) -> StepRecords:
         """Give what was recorded."""
         parts = (torch.stack(part).numpy() for part in zip(*self.steps))
-        requests, after_short = np.asarray(self.requests, dtype=np.int64), np.asarray(self.after_short, dtype=np.bool_)
-        if self.short is None:
-            return StepRecords(self.tree, NodeRecords(*parts), requests, acceptance)
-        return StepRecords(self.tree, NodeRecords(*parts), requests, acceptance, self.short, after_short)
+        requests, given = (np.asarray(part, dtype=np.int64) for part in (self.requests, self.given))
+        return StepRecords(self.tree, NodeRecords(*parts), requests, acceptance, given if len(given) else None)

@@ -96,7 +96,7 @@ class RecordedSearch:
         """Give the 95 % interval of a candidate's tokens per step."""
         if not isinstance(pick.tree, ShapedTree):
             return self.records.tokens_per_step_interval(pick.tree, self.rule)
-        return self.records.interval_of(self._values(pick), self.rule)
+        return self.records.interval_of(self._values(pick))
 
     def _best_shaped(self, sizes: set[int]) -> PlanCandidate | None:
         """The fastest shaped tree of these and the sizes between, None where none is large enough to be weighed."""
@@ -106,15 +106,14 @@ class RecordedSearch:
         for nodes in sorted(size for size in sizes | between if LEAST_SHAPED <= size <= most):
             tree = shape_tree(self.records, nodes)
             if tree.num_levels <= self.max_levels:
-                candidate = self._costed(tree, self.records.mean_of(self._values_of(tree), self.rule))
+                candidate = self._costed(tree, self.records.mean_of(self._values_of(tree)))
                 best = candidate if best is None or speed_of(candidate) > speed_of(best) else best
         return best
 
     def _is_faster(self, shaped: PlanCandidate, other: PlanCandidate) -> bool:
         """Whether a shaped tree is faster by more than the difference between requests makes."""
         speeds = [
-            self.records.drawn_means(self._values(candidate), self.rule) / candidate.step_ms
-            for candidate in (shaped, other)
+            self.records.drawn_means(self._values(candidate)) / candidate.step_ms for candidate in (shaped, other)
         ]
         return float(np.quantile(speeds[0] / speeds[1], NOISE)) > 1
 
@@ -239,7 +238,7 @@ def _best_nodes(records: StepRecords, levels: int) -> Iterator[list[int]]:
         parent = tree.parents[node]
         if node + 1 < tree.first_child[parent] + tree.num_children[parent]:
             heapq.heappush(waiting, (-worths[node + 1], node + 1))
-        if tree.num_children[node] and tree.depths[node] + 2 < levels:
+        if tree.num_children[node] and tree.depths[node] + 1 < levels:
             heapq.heappush(waiting, (-worths[tree.first_child[node]], tree.first_child[node]))
         yield taken
 

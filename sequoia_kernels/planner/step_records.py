@@ -7,9 +7,10 @@ and of each is kept what decides, at every node: the probabilities of the childr
 exceeds so many times the draft. From this the expected number of tokens of every smaller tree is computed in every
 step, without drawing coins, and averaged.
 
-The average is over steps that begin where the tree's own would: see `decoding.recording`. A part of the steps began
-where those of a short chain end, the others where those of the whole tree do. Between the two a tree's place is that of
-its tokens per step between theirs, and so much each part counts.
+The average is over the steps that the tree itself would have made. Through easy text a recording of short steps makes
+many and one of long steps few, so its steps do not count alike: a stretch of text of g tokens takes the recording its
+own steps there, and the tree g / f of them, with f the tree's mean worth in the stretch. A step counts as much as the
+second number over the first, in the `NEAR` steps on either side of it, without the step itself.
 
 At a node with the target's probabilities t(x) and the draft's d(x) the rules need, outside the tokens tried,
 
@@ -50,10 +51,9 @@ EXCESS_RATIOS = np.concatenate(
 )
 TAIL = 0.025  # of the draws beyond each end of an interval
 NUM_DRAWS = 512
-PLACE_MARGIN = 0.02  # tokens per step by which the ends of that scale are not quite ends: where they meet, both count
-LEAST_SHARE = -0.5  # trees smaller than the short one lie beyond it
+NEAR = 7  # steps before and behind one that tell how easy the text is there
 
-FORMAT = Format("sequoia-kernels/step-records", 3, indent=None)
+FORMAT = Format("sequoia-kernels/step-records", 4, indent=None)
 MOST_BYTES = 1 << 32  # of a file's arrays
 
 
@@ -88,16 +88,14 @@ class StepRecords:
         requests: which request each step belongs to. [S] int64.
         acceptance: acceptance vector of the same steps, with its counts; its temperature, top-k and top-p are those
             that the steps were decoded with. Where steps were cut, it is of their paths before.
-        short: the chain within the recorded tree that some of the steps were cut to, None where none was.
-        after_short: which steps began where one that was cut ended, None where none was cut. [S] bool.
+        given: tokens that each step gave the text; None makes all steps count alike. [S] int64.
     """
 
     tree: TokenTree
     nodes: NodeRecords
     requests: NDArray[np.int64]
     acceptance: AcceptanceEstimate
-    short: TokenTree | None = None
-    after_short: NDArray[np.bool_] | None = None
+    given: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -116,20 +114,18 @@ class StepRecords:
         return places
 
     def sample(self, num_steps: int) -> StepRecords:
-        """Give about so many of the steps, evenly spaced; all of them where there are not many more."""
+        """Give about so many of the steps, neighbours by twice `NEAR`; all of them where there are not many more."""
         stride = len(self) // num_steps
         if stride < 2:
             return self
-        order = np.arange(len(self))
-        if self.after_short is not None:  # of both kinds as many as there are
-            order = np.argsort(self.after_short, kind="stable")
-        return self.part(np.sort(order[::stride]))
+        places = np.arange(len(self))
+        return self.part(places[places // (2 * NEAR) % stride == 0])
 
     def part(self, steps: NDArray[np.int64]) -> StepRecords:
         """Give some of the steps, by their places."""
-        after_short = None if self.after_short is None else self.after_short[steps]
+        given = None if self.given is None else self.given[steps]
         nodes = NodeRecords(*(part[steps] for part in self.nodes))
-        return StepRecords(self.tree, nodes, self.requests[steps], self.acceptance, self.short, after_short)
+        return StepRecords(self.tree, nodes, self.requests[steps], self.acceptance, given)
 
     def values(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> Floats:
         """Give the expected number of tokens, the bonus token included, of a tree in every step. [S] float64.
@@ -160,86 +156,58 @@ class StepRecords:
         return _Traversal(self, whole, places, taken).expected_tokens()
 
     def tokens_per_step(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> float:
-        """Give a tree's mean number of tokens per step; see `values`.
-
-        Every request counts by its steps, and these by how near they begin to where the tree's own do.
-        """
-        return self.mean_of(self.values(tree, rule), rule)
+        """Give a tree's mean number of tokens per step, over the steps that it would have made; see `values`."""
+        return self.mean_of(self.values(tree, rule))
 
     def tokens_per_step_interval(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> tuple[float, float]:
         """Give the 95 % interval of a tree's tokens per step, by a bootstrap over requests."""
-        return self.interval_of(self.values(tree, rule), rule)
+        return self.interval_of(self.values(tree, rule))
 
-    def interval_of(self, values: Floats, rule: str = DEFAULT_RULE) -> tuple[float, float]:
-        """Give that interval for a tree's values [S] under a rule."""
-        lower, upper = np.quantile(self.drawn_means(values, rule), [TAIL, 1 - TAIL])
-        mean = self.mean_of(values, rule)
+    def interval_of(self, values: Floats) -> tuple[float, float]:
+        """Give that interval for a tree's values [S]."""
+        lower, upper = np.quantile(self.drawn_means(values), [TAIL, 1 - TAIL])
+        mean = self.mean_of(values)
         return min(float(lower), mean), max(float(upper), mean)
 
-    def mean_of(self, values: Floats, rule: str = DEFAULT_RULE) -> float:
-        """Give the mean of a tree's values [S] under a rule, as `tokens_per_step` does."""
-        return self._mean(values, self._share(values, rule))
+    def mean_of(self, values: Floats) -> float:
+        """Give the mean of a tree's values [S] as `tokens_per_step` does."""
+        return float(np.average(values, weights=self._weights(values)))
 
-    def drawn_means(self, values: Floats, rule: str = DEFAULT_RULE) -> Floats:
+    def drawn_means(self, values: Floats) -> Floats:
         """Give that mean over requests drawn again, for all values the same ones. [512]"""
-        weights = self._weights(self._share(values, rule))
+        weights = self._weights(values)
         _, of_step = np.unique(self.requests, return_inverse=True)
         sums, counts = (np.bincount(of_step, weights=part) for part in (values * weights, weights))
         drawn = np.random.Generator(np.random.PCG64(0)).integers(len(counts), size=(NUM_DRAWS, len(counts)))
         means: Floats = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
         return means
 
-    def _share(self, values: Floats, rule: str) -> float | None:
-        """How much the steps behind whole ones count among a tree's values, None where all steps are of one kind."""
-        if self.after_short is None or self.short is None or self.after_short.all() or not self.after_short.any():
-            return None
-        least, most = self._ends(rule)
-        of_short, of_whole = self._means(values)
-        # (mean - least) / (most - least), where the mean is the one at this share
-        length = max(most - least, 0) + 2 * PLACE_MARGIN
-        share = (of_short - least + PLACE_MARGIN) / max(length - (of_whole - of_short), PLACE_MARGIN)
-        return min(max(share, LEAST_SHARE), 1.0)
+    def _weights(self, values: Floats) -> Floats:
+        """How many steps of a tree with these values one step of the recording stands for. [S]"""
+        if self.given is None:
+            return np.ones(len(self))
+        places = np.arange(len(self))
+        begins = np.flatnonzero(np.diff(self.requests, prepend=self.requests[:1] - 1))
+        own = np.searchsorted(begins, places, side="right") - 1
+        first = np.maximum(places - NEAR, begins[own])
+        last = np.minimum(places + NEAR + 1, np.append(begins[1:], len(self))[own])
 
-    def _means(self, values: Floats) -> tuple[float, float]:
-        """The plain means over the steps behind cut ones and over those behind whole ones."""
-        assert self.after_short is not None  # else nobody asks
-        return float(values[self.after_short].mean()), float(values[~self.after_short].mean())
+        def nearby(amounts: Floats) -> Floats:
+            sums = np.concatenate(([0.0], np.cumsum(amounts)))
+            around: Floats = sums[last] - sums[first] - amounts
+            return around
 
-    def _mean(self, values: Floats, share: float | None) -> float:
-        """The mean of a tree's values at a share of the steps behind whole ones."""
-        if share is None:
-            return float(values.mean())
-        of_short, of_whole = self._means(values)
-        return max(of_short + share * (of_whole - of_short), 1.0)  # exact where the two are equal
-
-    def _weights(self, share: float | None) -> Floats:
-        """How much each step counts in that mean; they add up to 1, and those behind whole ones may be negative. [S]"""
-        if share is None or self.after_short is None:
-            return np.full(len(self), 1 / len(self))
-        num_short = int(self.after_short.sum())
-        return np.where(self.after_short, (1 - share) / num_short, share / (len(self) - num_short))
-
-    def _ends(self, rule: str) -> tuple[float, float]:
-        """Tokens per step of the short tree and of the whole one, each where its own steps begin."""
-        assert self.short is not None  # else nobody asks
-        if rule not in self._known_ends:
-            of_short, of_whole = self.values(self.short, rule), self.values(self.tree, rule)
-            self._known_ends[rule] = self._means(of_short)[0], self._means(of_whole)[1]
-        return self._known_ends[rule]
-
-    @cached_property
-    def _known_ends(self) -> dict[str, tuple[float, float]]:
-        return {}
+        alone = last - first == 1
+        return np.where(alone, 1.0, nearby(self.given.astype(np.float64)) / np.where(alone, 1.0, nearby(values)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the records to a file, an archive of numpy arrays, which appears whole or not at all."""
-        length = None if self.short is None else self.short.num_nodes
-        after_short = np.zeros(len(self), dtype=np.bool_) if self.after_short is None else self.after_short
-        fields = {"parents": self.tree.parents, "short_chain": length, "acceptance": self.acceptance.to_document()}
+        given = np.zeros(0, dtype=np.int64) if self.given is None else self.given
+        fields = {"parents": self.tree.parents, "acceptance": self.acceptance.to_document()}
         header = FORMAT.dump({**fields, "excess_ratios": EXCESS_RATIOS.tolist()}).encode()
         archive = io.BytesIO()
         np.savez_compressed(
-            archive, header=np.frombuffer(header, dtype=np.uint8), requests=self.requests, after_short=after_short,
+            archive, header=np.frombuffer(header, dtype=np.uint8), requests=self.requests, given=given,
             **self.nodes._asdict(),
         )  # fmt: skip
         write_bytes(path, archive.getvalue())
@@ -259,8 +227,8 @@ class StepRecords:
                 if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
                     raise ValueError(f"{where}: the arrays must take at most {MOST_BYTES} bytes, got more")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                wanted = ("header", "requests", "after_short", *NodeRecords._fields)
-                header, requests, after_short, *nodes = (arrays[name] for name in wanted)
+                wanted = ("header", "requests", "given", *NodeRecords._fields)
+                header, requests, given, *nodes = (arrays[name] for name in wanted)
         except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError) as reason:
             raise ValueError(f"{where}: the file must hold recorded steps, got one that does not: {reason}") from None
         try:
@@ -284,18 +252,10 @@ class StepRecords:
                 raise ValueError(f"{where}: {name} must be {list(shape)} float32, got {got}")
             if not bool(((array >= 0) & (array <= 1 + 1e-5)).all()):
                 raise ValueError(f"{where}: {name} must hold probabilities, got entries that are none")
-        if after_short.shape != (num_steps,) or after_short.dtype != np.bool_:
-            got = f"{list(after_short.shape)} {after_short.dtype}"
-            raise ValueError(f"{where}: after_short must be [{num_steps}] bool, got {got}")
-        length = fields.count("short_chain", 2, optional=True)
-        if length is None:
-            return cls(tree, NodeRecords(*nodes), requests, acceptance)
-        if length > tree.num_levels:
-            raise fields.refuse("short_chain", f"be at most the tree's {tree.num_levels} levels")
-        records = cls(tree, NodeRecords(*nodes), requests, acceptance, TokenTree.chain(length), after_short)
-        if not records.holds(TokenTree.chain(length)):
-            raise fields.refuse("short_chain", "be the length of a chain within the recorded tree")
-        return records
+        if given.dtype != np.int64 or given.shape not in ((num_steps,), (0,)) or bool((given < 1).any()):
+            got = f"{list(given.shape)} {given.dtype}"
+            raise ValueError(f"{where}: given must be [{num_steps}] int64 or [0], at least 1 each, got {got}")
+        return cls(tree, NodeRecords(*nodes), requests, acceptance, given if len(given) else None)
 
     @cached_property
     def node_worths(self) -> list[float]:

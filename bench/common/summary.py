@@ -99,9 +99,12 @@ def _forward_floors(document: Document) -> Iterator[Comparison]:
 def _planner_pick(document: Document) -> Iterator[Comparison]:
     rates = {}
     for entry in document["results"]:
-        name = "the pick" if entry["is_pick"] else f"{entry['tree']} {entry['nodes']} x {entry['levels']}"
+        name = f"{entry['tree']} {entry['nodes']} x {entry['levels']}"
+        if entry["picked_from"]:
+            name = f"the pick from {' and from '.join(entry['picked_from'])}"
         rates[name] = entry["tokens_per_second"]
-    yield Comparison(f"T = {document['temperature']:g}, {len(rates)} trees", rates, ("the pick",))
+    picks = tuple(name for name in rates if name.startswith("the pick"))
+    yield Comparison(f"T = {document['temperature']:g}, {len(rates)} trees", rates, picks)
 
 
 def _offload(document: Document) -> Iterator[Comparison]:

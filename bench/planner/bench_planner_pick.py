@@ -32,7 +32,8 @@ def measure(bench: Run) -> None:
     profile = demo.profile(2 * options.prompt_tokens, seconds=options.profile_seconds, quick=True)
     common = demo.decoding(options.temperature)
     acceptance = demo.acceptance(calibration, **common)
-    records = record_steps(demo.target, demo.draft, calibration, max_new_tokens=options.new_tokens, **common)
+    settings = {"max_new_tokens": demo.new_tokens, "temperature": options.temperature}
+    records = record_steps(demo.target, demo.draft, calibration, **settings)
     known = dict(zip(GOALS, (acceptance, records), strict=True))
     plans = {
         name: plan_tree(source, profile, context_len=demo.context_len, rule="sequoia", shaped=False)

@@ -8,6 +8,7 @@ namespace sequoia {
 LookupChoice::LookupChoice(const LookupSettings& settings, std::vector<LookupRow> rows)
     : settings_(settings),
       rows_(std::move(rows)),
+      rows_set_up_(rows_.size(), 0),
       found_(static_cast<std::size_t>(settings.num_requests)),
       lengths_(static_cast<std::size_t>(settings.num_requests), 0),
       tried_(settings.prior_chances.size(), settings.prior_weight),
@@ -31,6 +32,7 @@ std::size_t LookupChoice::bin_of(std::int64_t agreed) const {
 
 std::int64_t LookupChoice::add_base(const LookupBase& base) {
     bases_.push_back(base);
+    merged_set_up_.push_back(0);
     return static_cast<std::int64_t>(bases_.size()) - 1;
 }
 
@@ -56,6 +58,15 @@ double LookupChoice::merged_tokens(const LookupBase& base, std::int64_t match, s
     return ((1.0 + value) * settings_.merged_weight + counts.tokens) / (settings_.merged_weight + counts.steps);
 }
 
+bool LookupChoice::pays(char& is_set_up, double saved_ms) {
+    if (is_set_up) return true;
+    promised_ms_ += saved_ms;
+    if (promised_ms_ < settings_.set_up_ms) return false;
+    promised_ms_ = 0;
+    is_set_up = 1;
+    return true;
+}
+
 std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bool>& active) {
     if (active.size() != texts_.size()) throw std::invalid_argument("LookupChoice: active must have an entry a request");
     bool any = false;
@@ -74,7 +85,7 @@ std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bo
     const LookupBase& base = bases_.at(static_cast<std::size_t>(base_number));
     const double saved = siblings_right_ / siblings_tried_;
     std::fill(expected_.begin(), expected_.end(), 0.0);
-    double best = 0;
+    double best = 0, plainly = 0, gained = 0;
     for (std::size_t request = 0; request < texts_.size(); ++request) {
         own_[request] = with_proposal_[request] = 0;
         if (!active[request]) continue;
@@ -83,6 +94,8 @@ std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bo
         own_[request] = tokens_to_beat(base, found.match);
         if (known > 0 && base.drafts) with_proposal_[request] = merged_tokens(base, found.match, known);
         best += std::max(own_[request], with_proposal_[request]);
+        plainly += own_[request];
+        gained += std::max(with_proposal_[request] - own_[request], 0.0);
         below_.assign(1, 0.0);  // tokens, by length
         double through = 1;
         for (std::int64_t length = 1; length <= known; ++length) {
@@ -100,6 +113,7 @@ std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bo
         }
     }
     best /= base.step_ms;
+    const double ms_per_token = base.step_ms / plainly;
     std::int64_t pick = -1;
     double speed = 0;
     for (std::size_t row = 0; row < rows_.size(); ++row) {
@@ -109,20 +123,22 @@ std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bo
         speed = expected_[row] * rows_[row].rate;
     }
     if (pick >= 0 && speed > best) {
+        const auto place = static_cast<std::size_t>(pick);
+        if (!pays(rows_set_up_[place], (speed * ms_per_token - 1.0) / rows_[place].rate)) return BASE;
         const std::int64_t length = rows_[static_cast<std::size_t>(pick)].length;
         for (std::size_t request = 0; request < texts_.size(); ++request) {
             lengths_[request] = std::min(length, static_cast<std::int64_t>(found_[request].tokens.size()));
         }
         return pick;
     }
-    bool merges = false;
+    const auto number = static_cast<std::size_t>(base_number);
+    if (!(gained > 0) || !pays(merged_set_up_[number], gained * ms_per_token)) return BASE;
     for (std::size_t request = 0; request < texts_.size(); ++request) {
         if (!(with_proposal_[request] > own_[request])) continue;
-        merges = true;
         const auto room = static_cast<std::int64_t>(base.merging.size()) - 1;
         lengths_[request] = std::min(room, static_cast<std::int64_t>(found_[request].tokens.size()));
     }
-    return merges ? MERGED : BASE;
+    return MERGED;
 }
 
 std::vector<std::vector<std::int64_t>> LookupChoice::proposed() const {

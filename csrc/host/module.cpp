@@ -170,6 +170,7 @@ void bind_lookup_choice(py::module_& module) {
             settings.merged_weight = number("merged_weight");
             settings.doubt = number("doubt");
             settings.sibling_chance = number("sibling_chance");
+            settings.set_up_ms = number("set_up_ms");
             std::vector<LookupRow> rows;
             for (const auto& [length, siblings, rate] : trees) rows.push_back({length, siblings, rate});
             return LookupChoice(settings, std::move(rows));

@@ -40,6 +40,7 @@ from sequoia_kernels.planner.lookup import (
     LookupCosts,
     LookupEvidence,
     MergedValue,
+    SetUp,
     choice_of,
     lookup_trees,
 )
@@ -239,6 +240,7 @@ class SpecifiedChoice:
         self.costs, self.evidence, self.base, self.known = costs, LookupEvidence(), BaseEvidence(costs), known_tokens
         self.texts = [_host.TextIndex(2, MOST_MATCH) for _ in range(num_requests)]
         self.found = [(0, [])] * num_requests
+        self.set_up = SetUp(costs.set_up_ms)
 
     def choose(self, tree, active):
         self.found, self.proposed = [], [[] for _ in active]
@@ -257,14 +259,19 @@ class SpecifiedChoice:
             if alive:
                 reaches.append(self.evidence.reach(match, len(path)) if path else None)
         best = sum(map(max, own, merged)) / self.costs.base_ms[tree]
+        ms_per_token = self.costs.base_ms[tree] / sum(own)
         pick = self.costs.fastest(reaches, self.evidence.sibling_chance, read=tree.num_nodes > 1)
         paths = [path for _, path in self.found]
         if pick is not None and pick.speed > best:
+            rate = 1.0 / self.costs.step_ms[pick.tree]
+            if not self.set_up.pays(pick.tree, (pick.speed * ms_per_token - 1.0) / rate):
+                return None
             self.proposed = [path[: pick.tree.length] for path in paths]
             return pick.tree
-        if not any(one > other for one, other in zip(merged, own, strict=True)):
-            return None
+        gained = sum(max(one - other, 0.0) for one, other in zip(merged, own, strict=True))
         tree = MergedTree(tree)
+        if gained == 0 or not self.set_up.pays(tree, gained * ms_per_token):
+            return None
         self.proposed = [
             path[: len(tree.path)] if one > other else [] for path, one, other in zip(paths, merged, own, strict=True)
         ]
@@ -288,7 +295,7 @@ def test_choices_are_those_of_the_specification(seed):
     trees = lookup_trees(rng.choice([1, 9, 40]), rng.choice([(0,), (0, 1)]))
     step_ms = {tree: rng.uniform(1.0, 1.5) for tree in [*trees, *bases]}
     tokens = {tree: tree.expected_tokens(TYPICAL_ACCEPTANCE) for tree in bases}
-    costs = LookupCosts(trees, step_ms, step_ms, tokens, (0.5, 0.2))
+    costs = LookupCosts(trees, step_ms, step_ms, tokens, (0.5, 0.2), set_up_ms=rng.choice([0.0, 0.7, 4.0]))
     count, vocab = rng.choice([1, 1, 3]), rng.choice([2, 4, 30])
     known = rng.choice([vocab, vocab - 1])
     both = choice_of(costs, count, known), SpecifiedChoice(costs, count, known)

@@ -58,6 +58,9 @@ LEAST_SECONDS, SHARE_OF_CALL = 1.8, 0.05
 EXPLORED_TOKENS = 64  # calls of fewer tokens do not try out what looks slower than plain decoding
 LEAST_TREE_ROWS = 8  # rows behind the longest request that a tree is worth looking for
 LEAST_LEVELS, VISITS_PER_LEVEL = 8, 2.0  # a tree may grow a level for so many visits beyond these
+SET_UP_MS = (
+    1.0  # of a tree with proposals in it, on a CPU: bound to buffers, weights and caches, and a draft that reads again
+)
 REPLAN_GROWTH = 1.5  # how many times the evidence must have grown for another plan
 SAVE_GROWTH = 1.1  # and to be written to disk again
 DIGEST_ELEMENTS = 8  # of every tensor
@@ -134,7 +137,9 @@ def choose_tree(
             # A draft that is not worth asking need not read along either.
             asked = any(entry.tree.num_nodes > 1 for entry in plans)
             siblings, reads = looks_up.siblings if asked else (0,), asked and draft.scores_paths
-            costs = LookupCosts.measured(of_pair, context_len, plans, siblings, [*plan.acceptance], reads)
+            costs = LookupCosts.measured(
+                of_pair, context_len, plans, siblings, [*plan.acceptance], reads, _set_up_ms(target)
+            )
             return Choice(plan, learn, costs)
 
         if rows is not None:  # a row a node and two a level
@@ -174,7 +179,12 @@ def choose_lookup(target: TreeModel, arguments: GenerationArguments, *, profile:
         profile, batch_size=arguments.batch_size, target=target, temperature=max(arguments.temperature),
         rule=arguments.rule,
     )  # fmt: skip
-    return LookupCosts.measured(costs, context_len, [], [0])
+    return LookupCosts.measured(costs, context_len, [], [0], set_up_ms=_set_up_ms(target))
+
+
+def _set_up_ms(target: TreeModel) -> float:
+    """What a call takes for each tree that it decodes with; on other devices graphs are kept between calls."""
+    return SET_UP_MS if target.device.type == "cpu" else 0.0
 
 
 def _nominal_context(target: TreeModel, arguments: GenerationArguments) -> int:

@@ -12,11 +12,16 @@ from sequoia_kernels.tree import LookupTree, MergedTree, TokenTree
 
 __all__ = ["LookupSteps"]
 
+IDLE_STEPS = 8  # without a proposal worth taking, after which texts are looked up now and then only
+LOOK_EVERY = 4  # steps, until there is one again
+
 
 class LookupSteps:
     """Follows the texts of a batch, and chooses a tree before every step.
 
-    What is chosen follows from the texts and from the costs, not from the clock: equal calls decode alike.
+    What is chosen follows from the texts and from the costs, not from the clock: equal calls decode alike. A look takes
+    some ten microseconds, since the target's weights have emptied the caches: where nothing has been worth taking for a
+    while, most steps go without.
 
     Args:
         drafting: takes the proposals.
@@ -40,6 +45,8 @@ class LookupSteps:
         self._base: tuple[StepTree | None, int] = (None, self.choice.BASE)  # the newest one and its number
         self._merged: dict[TokenTree, MergedTree] = {}
         self._missed = [0] * len(prompts)  # newest committed tokens that the draft has not read
+        self._idle_steps, self._looks = 0, True  # since a proposal was worth taking; whether the newest step had a look
+        self._unseen: list[list[int]] = [[] for _ in prompts]  # tokens of steps without a look, for the next look
         # The newest step's tree, whether the draft has seen all tokens of such steps, and what kind of step that is.
         self._decoded: tuple[StepTree | None, bool, int] = (None, True, self.choice.PROMPT)
 
@@ -50,8 +57,11 @@ class LookupSteps:
         """
         tree = self._chosen(base, requests)
         if any(self._missed) and self.drafting.reads(tree):
-            # One more: the last token before may have been a leaf, which nobody fed.
-            self.drafting.catch_up([request.committed for request in requests], max(self._missed) + 1)
+            # One more: the last token before may have been a leaf, which nobody fed. And more than that, where there
+            # are: what reads so many tokens is kept.
+            texts, least = [request.committed for request in requests], max(self._missed) + 1
+            num_read = min(1 << max(self._missed).bit_length(), max(least, min(map(len, texts))))
+            self.drafting.catch_up(texts, num_read)
             self._missed = [0] * len(self._missed)
         return tree
 
@@ -63,6 +73,14 @@ class LookupSteps:
     def _chosen(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
         if base is not self._base[0]:
             self._base = base, self._number_of(base)
+        self._idle_steps += 1
+        self._looks = self._idle_steps <= IDLE_STEPS or self._idle_steps % LOOK_EVERY == 0
+        if not self._looks:
+            return base
+        for index, tokens in enumerate(self._unseen):
+            if tokens:
+                self.choice.take(index, tokens, self.choice.PROMPT)
+                self._unseen[index] = []
         chosen = self.choice.choose(self._base[1], [request.is_active for request in requests])
         if chosen == self.choice.BASE:
             return base
@@ -83,6 +101,7 @@ class LookupSteps:
         return self._bases[base]
 
     def _propose(self, tree: LookupTree | MergedTree, paths: list[list[int]]) -> LookupTree | MergedTree:
+        self._idle_steps = 0
         self.choice.propose(paths)
         self.drafting.propose(paths)
         self.num_proposed += 1
@@ -109,6 +128,9 @@ class LookupSteps:
         _, reads, kind = self._decoded
         if not reads:
             self._missed[index] += len(tokens)
+        if not self._looks:
+            self._unseen[index] += tokens
+            return
         if isinstance(tree, (LookupTree, MergedTree)):
             proposed = self.choice.proposed()[index]
             self.num_copied += sum(node in tree.path[: len(proposed)] for node in path[:num_taken])

@@ -13,8 +13,12 @@ In a merged tree the draft's own children and what is below them take its place:
 Whether a proposal would have been accepted is seen in every step, whatever the step decoded with: its tokens are
 compared with those that were emitted, so that the table learns without proposals being tried.
 
-`LookupEvidence`, `BaseEvidence` and `LookupCosts.fastest` specify what the loop does by `choice_of`, in C++: it is
-asked in every step, when the weights that were just read have emptied the caches of all that is Python's.
+A tree with proposals in it is set up when a call first decodes with it. So it is taken for the first time when what has
+been promised since, the milliseconds that passed-over proposals would have saved, makes up for that: where texts repeat
+that is soon, where they hardly do it is never.
+
+`LookupEvidence`, `BaseEvidence`, `LookupCosts.fastest` and `SetUp` specify what the loop does by `choice_of`, in C++:
+it is asked when the weights that were just read have emptied the caches of all that is Python's.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from sequoia_kernels.planner.cost_model import ROOT_ROWS, CostModel
 from sequoia_kernels.tree import LONGEST_PATH, TYPICAL_ACCEPTANCE, LookupTree, MergedTree, TokenTree
 
 __all__ = [
-    "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "MergedValue",
+    "LEAST_MATCH", "MOST_MATCH", "BaseEvidence", "LookupCosts", "LookupEvidence", "LookupPick", "MergedValue", "SetUp",
     "choice_of", "lookup_trees",
 ]  # fmt: skip
 
@@ -189,6 +193,7 @@ class LookupCosts:
         base_ms: milliseconds of a step with each tree of the draft.
         base_tokens: tokens that are expected of such a step, before any was seen.
         acceptance: the draft's acceptance vector, for what its trees are worth with proposals in them.
+        set_up_ms: milliseconds that a call takes once for each tree with proposals in it.
     """
 
     def __init__(
@@ -198,7 +203,9 @@ class LookupCosts:
         base_ms: Mapping[TokenTree, float],
         base_tokens: Mapping[TokenTree, float],
         acceptance: Sequence[float] = TYPICAL_ACCEPTANCE,
+        set_up_ms: float = 0.0,
     ) -> None:
+        self.set_up_ms = set_up_ms
         self.trees, self.step_ms, self.base_ms, self.base_tokens = tuple(trees), step_ms, base_ms, base_tokens
         self.acceptance = tuple(map(float, acceptance))
         self._rows = [(tree, tree.length, tree.siblings, 1.0 / step_ms[tree]) for tree in trees]
@@ -212,7 +219,7 @@ class LookupCosts:
     def within(self, num_rows: int) -> LookupCosts:
         """Give the same for trees that need no more cache rows: one a node and two a level."""
         trees = [tree for tree in self.trees if tree.num_nodes + 2 * tree.num_levels <= num_rows]
-        return LookupCosts(trees, self.step_ms, self.base_ms, self.base_tokens, self.acceptance)
+        return LookupCosts(trees, self.step_ms, self.base_ms, self.base_tokens, self.acceptance, self.set_up_ms)
 
     def fastest(
         self, reaches: Sequence[Sequence[float] | None], sibling_chance: float, read: bool = True
@@ -257,6 +264,7 @@ class LookupCosts:
         siblings: Sequence[int],
         acceptance: Sequence[float] = TYPICAL_ACCEPTANCE,
         reads: bool | None = None,
+        set_up_ms: float = 0.0,
     ) -> LookupCosts:
         """From a profile.
 
@@ -267,6 +275,7 @@ class LookupCosts:
             siblings: as in `lookup_trees`; more than 0 where the draft reads paths along.
             acceptance: the draft's acceptance vector.
             reads: whether the draft reads what was accepted without it; None: where there may be siblings.
+            set_up_ms: see the class.
         """
         reads = max(siblings) > 0 if reads is None else reads
         times = costs.at_context(context_len)
@@ -291,7 +300,30 @@ class LookupCosts:
         single = TokenTree.single()
         base_ms.setdefault(single, times.target[1] + times.verify[1] + times.host[1])
         base_tokens.setdefault(single, 1.0)
-        return cls(trees, step_ms, base_ms, base_tokens, acceptance)
+        # A call of some steps shall be able to make up for it, however short these are.
+        return cls(trees, step_ms, base_ms, base_tokens, acceptance, min(set_up_ms, base_ms[single]))
+
+
+class SetUp:
+    """Which trees have been set up, and what proposals have promised for others since.
+
+    Args:
+        set_up_ms: milliseconds that setting one up takes.
+    """
+
+    def __init__(self, set_up_ms: float) -> None:
+        self.set_up_ms, self.promised_ms = set_up_ms, 0.0
+        self._known: set[LookupTree | MergedTree] = set()
+
+    def pays(self, tree: LookupTree | MergedTree, saved_ms: float) -> bool:
+        """Tell whether to decode with a tree that promises to save so many milliseconds; then it is set up."""
+        if tree not in self._known:
+            self.promised_ms += saved_ms
+            if self.promised_ms < self.set_up_ms:
+                return False
+            self.promised_ms = 0.0
+            self._known.add(tree)
+        return True
 
 
 class BaseEvidence:
@@ -368,6 +400,7 @@ def choice_of(costs: LookupCosts, num_requests: int, known_tokens: int) -> _host
         "merged_weight": MERGED_WEIGHT,
         "doubt": DOUBT,
         "sibling_chance": TYPICAL_ACCEPTANCE[0],
+        "set_up_ms": costs.set_up_ms,
     }
     return _host.LookupChoice(settings, costs.rows)
 

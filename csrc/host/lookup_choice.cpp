@@ -8,7 +8,6 @@ namespace sequoia {
 LookupChoice::LookupChoice(const LookupSettings& settings, std::vector<LookupRow> rows)
     : settings_(settings),
       rows_(std::move(rows)),
-      rows_set_up_(rows_.size(), 0),
       found_(static_cast<std::size_t>(settings.num_requests)),
       lengths_(static_cast<std::size_t>(settings.num_requests), 0),
       tried_(settings.prior_chances.size(), settings.prior_weight),
@@ -32,7 +31,6 @@ std::size_t LookupChoice::bin_of(std::int64_t agreed) const {
 
 std::int64_t LookupChoice::add_base(const LookupBase& base) {
     bases_.push_back(base);
-    merged_set_up_.push_back(0);
     return static_cast<std::int64_t>(bases_.size()) - 1;
 }
 
@@ -58,13 +56,9 @@ double LookupChoice::merged_tokens(const LookupBase& base, std::int64_t match, s
     return ((1.0 + value) * settings_.merged_weight + counts.tokens) / (settings_.merged_weight + counts.steps);
 }
 
-bool LookupChoice::pays(char& is_set_up, double saved_ms) {
-    if (is_set_up) return true;
-    promised_ms_ += saved_ms;
-    if (promised_ms_ < settings_.set_up_ms) return false;
-    promised_ms_ = 0;
-    is_set_up = 1;
-    return true;
+bool LookupChoice::pays(double saved_ms) {
+    if (promised_ms_ < settings_.set_up_ms) promised_ms_ += saved_ms;
+    return promised_ms_ >= settings_.set_up_ms;
 }
 
 std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bool>& active) {
@@ -123,16 +117,14 @@ std::int64_t LookupChoice::choose(std::int64_t base_number, const std::vector<bo
         speed = expected_[row] * rows_[row].rate;
     }
     if (pick >= 0 && speed > best) {
-        const auto place = static_cast<std::size_t>(pick);
-        if (!pays(rows_set_up_[place], (speed * ms_per_token - 1.0) / rows_[place].rate)) return BASE;
+        if (!pays((speed * ms_per_token - 1.0) / rows_[static_cast<std::size_t>(pick)].rate)) return BASE;
         const std::int64_t length = rows_[static_cast<std::size_t>(pick)].length;
         for (std::size_t request = 0; request < texts_.size(); ++request) {
             lengths_[request] = std::min(length, static_cast<std::int64_t>(found_[request].tokens.size()));
         }
         return pick;
     }
-    const auto number = static_cast<std::size_t>(base_number);
-    if (!(gained > 0) || !pays(merged_set_up_[number], gained * ms_per_token)) return BASE;
+    if (!(gained > 0) || !pays(gained * ms_per_token)) return BASE;
     for (std::size_t request = 0; request < texts_.size(); ++request) {
         if (!(with_proposal_[request] > own_[request])) continue;
         const auto room = static_cast<std::int64_t>(base.merging.size()) - 1;

@@ -24,7 +24,7 @@ struct LookupSettings {
     std::vector<std::int64_t> bin_of;  // of each number of tokens that agree
     std::vector<double> prior_chances;
     double prior_weight, base_weight, agreed_weight, merged_weight, doubt, sibling_chance;
-    double set_up_ms;  // once for each tree with proposals in it
+    double set_up_ms;  // of trees with proposals in them, once
 };
 
 // A lookup tree to choose.
@@ -77,15 +77,14 @@ class LookupChoice {
         return right_[bin] / tried_[bin];
     }
     std::size_t bin_of(std::int64_t agreed) const;
-    // Whether a tree that is asked for the first time, and saves so many milliseconds, pays for being set up.
-    bool pays(char& is_set_up, double saved_ms);
+    // Whether proposals that save so many milliseconds are taken: from when on they pay for being set up.
+    bool pays(double saved_ms);
     std::size_t count_of(std::int64_t match) const { return match == 0 ? 0 : 1 + bin_of(match); }
 
     LookupSettings settings_;
     std::vector<LookupRow> rows_;
     std::vector<LookupBase> bases_;
-    std::vector<char> rows_set_up_, merged_set_up_;
-    double promised_ms_ = 0;  // saved by proposals that were passed over since a tree was set up last
+    double promised_ms_ = 0;  // saved by all proposals, as long as they do not pay
     std::vector<TextIndex> texts_;
     std::vector<TextIndex::Proposal> found_;  // for the step to come
     std::vector<std::int64_t> lengths_;       // what of it the step has

@@ -264,13 +264,13 @@ class SpecifiedChoice:
         paths = [path for _, path in self.found]
         if pick is not None and pick.speed > best:
             rate = 1.0 / self.costs.step_ms[pick.tree]
-            if not self.set_up.pays(pick.tree, (pick.speed * ms_per_token - 1.0) / rate):
+            if not self.set_up.pays((pick.speed * ms_per_token - 1.0) / rate):
                 return None
             self.proposed = [path[: pick.tree.length] for path in paths]
             return pick.tree
         gained = sum(max(one - other, 0.0) for one, other in zip(merged, own, strict=True))
         tree = MergedTree(tree)
-        if gained == 0 or not self.set_up.pays(tree, gained * ms_per_token):
+        if gained == 0 or not self.set_up.pays(gained * ms_per_token):
             return None
         self.proposed = [
             path[: len(tree.path)] if one > other else [] for path, one, other in zip(paths, merged, own, strict=True)

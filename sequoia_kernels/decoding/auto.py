@@ -183,7 +183,7 @@ def choose_lookup(target: TreeModel, arguments: GenerationArguments, *, profile:
 
 
 def _set_up_ms(target: TreeModel) -> float:
-    """What a call takes for each tree that it decodes with; on other devices graphs are kept between calls."""
+    """What a call takes to set other trees up; on other devices graphs are kept between calls."""
     return SET_UP_MS if target.device.type == "cpu" else 0.0
 
 

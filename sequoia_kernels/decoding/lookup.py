@@ -12,16 +12,11 @@ from sequoia_kernels.tree import LookupTree, MergedTree, TokenTree
 
 __all__ = ["LookupSteps"]
 
-IDLE_STEPS = 8  # without a proposal worth taking, after which texts are looked up now and then only
-LOOK_EVERY = 4  # steps, until there is one again
-
 
 class LookupSteps:
     """Follows the texts of a batch, and chooses a tree before every step.
 
-    What is chosen follows from the texts and from the costs, not from the clock: equal calls decode alike. A look takes
-    some ten microseconds, since the target's weights have emptied the caches: where nothing has been worth taking for a
-    while, most steps go without.
+    What is chosen follows from the texts and from the costs, not from the clock: equal calls decode alike.
 
     Args:
         drafting: takes the proposals.
@@ -45,8 +40,6 @@ class LookupSteps:
         self._base: tuple[StepTree | None, int] = (None, self.choice.BASE)  # the newest one and its number
         self._merged: dict[TokenTree, MergedTree] = {}
         self._missed = [0] * len(prompts)  # newest committed tokens that the draft has not read
-        self._idle_steps, self._looks = 0, True  # since a proposal was worth taking; whether the newest step had a look
-        self._unseen: list[list[int]] = [[] for _ in prompts]  # tokens of steps without a look, for the next look
         # The newest step's tree, whether the draft has seen all tokens of such steps, and what kind of step that is.
         self._decoded: tuple[StepTree | None, bool, int] = (None, True, self.choice.PROMPT)
 
@@ -73,14 +66,6 @@ class LookupSteps:
     def _chosen(self, base: StepTree, requests: Sequence[Request]) -> StepTree:
         if base is not self._base[0]:
             self._base = base, self._number_of(base)
-        self._idle_steps += 1
-        self._looks = self._idle_steps <= IDLE_STEPS or self._idle_steps % LOOK_EVERY == 0
-        if not self._looks:
-            return base
-        for index, tokens in enumerate(self._unseen):
-            if tokens:
-                self.choice.take(index, tokens, self.choice.PROMPT)
-                self._unseen[index] = []
         chosen = self.choice.choose(self._base[1], [request.is_active for request in requests])
         if chosen == self.choice.BASE:
             return base
@@ -101,7 +86,6 @@ class LookupSteps:
         return self._bases[base]
 
     def _propose(self, tree: LookupTree | MergedTree, paths: list[list[int]]) -> LookupTree | MergedTree:
-        self._idle_steps = 0
         self.choice.propose(paths)
         self.drafting.propose(paths)
         self.num_proposed += 1
@@ -128,9 +112,6 @@ class LookupSteps:
         _, reads, kind = self._decoded
         if not reads:
             self._missed[index] += len(tokens)
-        if not self._looks:
-            self._unseen[index] += tokens
-            return
         if isinstance(tree, (LookupTree, MergedTree)):
             proposed = self.choice.proposed()[index]
             self.num_copied += sum(node in tree.path[: len(proposed)] for node in path[:num_taken])

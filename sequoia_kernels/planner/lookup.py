@@ -13,9 +13,9 @@ In a merged tree the draft's own children and what is below them take its place:
 Whether a proposal would have been accepted is seen in every step, whatever the step decoded with: its tokens are
 compared with those that were emitted, so that the table learns without proposals being tried.
 
-A tree with proposals in it is set up when a call first decodes with it. So it is taken for the first time when what has
-been promised since, the milliseconds that passed-over proposals would have saved, makes up for that: where texts repeat
-that is soon, where they hardly do it is never.
+Trees with proposals in them are set up when a call first decodes with one. So none is taken before all that has been
+promised, the milliseconds that proposals would have saved, makes up for that: where texts repeat that is soon, where
+they hardly do it is never.
 
 `LookupEvidence`, `BaseEvidence`, `LookupCosts.fastest` and `SetUp` specify what the loop does by `choice_of`, in C++:
 it is asked when the weights that were just read have emptied the caches of all that is Python's.
@@ -193,7 +193,7 @@ class LookupCosts:
         base_ms: milliseconds of a step with each tree of the draft.
         base_tokens: tokens that are expected of such a step, before any was seen.
         acceptance: the draft's acceptance vector, for what its trees are worth with proposals in them.
-        set_up_ms: milliseconds that a call takes once for each tree with proposals in it.
+        set_up_ms: milliseconds that a call takes to set trees with proposals in them up.
     """
 
     def __init__(
@@ -305,25 +305,20 @@ class LookupCosts:
 
 
 class SetUp:
-    """Which trees have been set up, and what proposals have promised for others since.
+    """Whether proposals have promised enough to be taken.
 
     Args:
-        set_up_ms: milliseconds that setting one up takes.
+        set_up_ms: milliseconds that it takes to set trees with proposals up.
     """
 
     def __init__(self, set_up_ms: float) -> None:
         self.set_up_ms, self.promised_ms = set_up_ms, 0.0
-        self._known: set[LookupTree | MergedTree] = set()
 
-    def pays(self, tree: LookupTree | MergedTree, saved_ms: float) -> bool:
-        """Tell whether to decode with a tree that promises to save so many milliseconds; then it is set up."""
-        if tree not in self._known:
+    def pays(self, saved_ms: float) -> bool:
+        """Tell whether to take a proposal that promises to save so many milliseconds."""
+        if self.promised_ms < self.set_up_ms:
             self.promised_ms += saved_ms
-            if self.promised_ms < self.set_up_ms:
-                return False
-            self.promised_ms = 0.0
-            self._known.add(tree)
-        return True
+        return self.promised_ms >= self.set_up_ms
 
 
 class BaseEvidence:

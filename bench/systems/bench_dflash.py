@@ -4,7 +4,8 @@
 
 A draft of random weights, for a target of two layers whose own forward is not timed. All parts take turns; the median
 counts. Before anything is timed, the logits of the native block are compared with those of its modules, and products of
-few rows with torch's. "C++" and "torch" beside a level are what the two products alone take there.
+few rows with torch's. A level is what decoding does for it before its draws; "C++" and "torch" beside it are what its
+last product alone takes in either.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.common.script import Run, Script, option, shared
 from sequoia_kernels import TokenTree, adapt
 from sequoia_kernels.drafts import DecodingState, DFlashDraft, StageClock, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.dflash.forms import HEAD_KINDS, DFlashForm, LayerSight
+from sequoia_kernels.measure.calls import draft_step
 from sequoia_kernels.models import FewRowsLinear
 
 CONTEXT = 256
@@ -111,18 +113,15 @@ def measure(bench: Run) -> None:
             drafting.cache, features, positions, positions.flatten(), drafting.rotations
         )
         read[f"context of {rows}"] = num_bytes([*backbone.fc.tensors, *backbone.own_weights[1:2]])
-        tokens, states = torch.randint(options.vocab, (1, rows)), torch.zeros(1, rows, heads.rank, dtype=dtype)
-        slot = None if slots is None else slots[:, :1]
-        calls[f"level of {rows}"] = lambda tokens=tokens, slot=slot, states=states: heads.rows(
-            tokens, logits[:, :1], slot, states
-        )
+        calls[f"level of {rows}"] = drafting.level_call(draft_step(rows, target.device), CONTEXT)
         mixed, weight = torch.randn(rows, heads.rank, dtype=dtype), heads.w2.weight
         torch.testing.assert_close(heads.w2(mixed), F.linear(mixed, weight), rtol=2e-2, atol=2e-2 * heads.rank**0.5)
         native = FewRowsLinear(weight, most_rows=64)
         calls[f"level of {rows}, C++"] = lambda mixed=mixed, native=native: native(mixed)
         read[f"level of {rows}, C++"] = num_bytes([weight])
         calls[f"level of {rows}, torch"] = lambda mixed=mixed, weight=weight: F.linear(mixed, weight)
-        read[f"level of {rows}"] = read[f"level of {rows}, torch"] = num_bytes([weight])
+        read[f"level of {rows}, torch"] = num_bytes([weight])
+        read[f"level of {rows}"] = num_bytes([weight] if heads.mixing is None else [weight, heads.mixing])
     in_block = [weight for name, weight in backbone.model.model.named_parameters() if "embed" not in name]
     calls["block"] = lambda: block.run(heads.mixes_hidden)
     read["block"] = num_bytes(in_block)

@@ -6,10 +6,11 @@
 //                 gated   m = sigmoid(P e + c) e
 //                 rnn     g, h, o = P [s; e] + c;  s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(h);  m = tanh(o)
 //             and, behind the product of m that another forward takes, the row of the depth of each request is added.
-// Numerics    float32, and for a sum of rows their own type, rounded once.
+// Numerics    float32 whatever the type of the weights: no m and no s is rounded to it, a sum of rows once.
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -21,7 +22,8 @@ namespace sequoia {
 struct MarkovLevel {
     std::int64_t rank;           // r; 0 where the level's own forward reads rows of the head by their tokens
     bool hands_states;           // rnn
-    const float* table;          // [num_tokens, r]
+    const char* table;           // [num_tokens, r]
+    ElementType type;            // of the table
     std::int64_t num_tokens;
     forward::BoundForward* mixing;  // P, over the rows of `inputs`
     const std::uintptr_t* mixing_weights;
@@ -48,9 +50,8 @@ struct MarkovLevel {
                     const float* const state = states + (b * (num_nodes + 1) + parent + 1) * rank;
                     for (std::int64_t k = 0; k < rank; ++k) *input++ = state[k];
                 }
-                const std::int64_t token = tokens[b * width + i];
-                const float* const row = table + (token < 0 ? 0 : token < num_tokens ? token : num_tokens - 1) * rank;
-                for (std::int64_t k = 0; k < rank; ++k) *input++ = row[k];
+                const std::int64_t token = std::clamp<std::int64_t>(tokens[b * width + i], 0, num_tokens - 1);
+                widen_row(table + token * rank * element_bytes(type), type, rank, input);
             }
         }
         if (!mixing->run(mixing_weights, mixed, num_threads)) return false;

@@ -26,6 +26,19 @@ SEQUOIA_INLINE float widen(Float16 value) {
 SEQUOIA_INLINE double widen(double value) { return value; }
 
 template <class Element>
+SEQUOIA_INLINE void widen_all(const void* row, std::int64_t count, float* out) {
+    const Element* const elements = static_cast<const Element*>(row);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = widen(elements[i]);
+}
+
+template <class Element>
+SEQUOIA_INLINE void add_all(const float* sums, const void* row, std::int64_t vocab, void* out) {
+    const Element* const elements = static_cast<const Element*>(row);
+    Element* const target = static_cast<Element*>(out);
+    for (std::int64_t i = 0; i < vocab; ++i) narrow(sums[i] + widen(elements[i]), target + i);
+}
+
+template <class Element>
 SEQUOIA_INLINE Element element_at(const char* row, std::int64_t index) {
     Element element;
     std::memcpy(&element, row + index * static_cast<std::int64_t>(sizeof(Element)), sizeof(Element));
@@ -220,6 +233,19 @@ SEQUOIA_CLONES double load_bfloat16(const void* row, std::int64_t n, double* out
 }
 SEQUOIA_CLONES double load_float16(const void* row, std::int64_t n, double* out) { return load<Float16>(row, n, out); }
 
+SEQUOIA_CLONES void widen_bfloat16(const void* row, std::int64_t n, float* out) { widen_all<BFloat16>(row, n, out); }
+SEQUOIA_CLONES void widen_float16(const void* row, std::int64_t n, float* out) { widen_all<Float16>(row, n, out); }
+
+SEQUOIA_CLONES void add_float32(const float* sums, const void* row, std::int64_t n, void* out) {
+    add_all<float>(sums, row, n, out);
+}
+SEQUOIA_CLONES void add_bfloat16(const float* sums, const void* row, std::int64_t n, void* out) {
+    add_all<BFloat16>(sums, row, n, out);
+}
+SEQUOIA_CLONES void add_float16(const float* sums, const void* row, std::int64_t n, void* out) {
+    add_all<Float16>(sums, row, n, out);
+}
+
 SEQUOIA_CLONES double weigh_float32(const void* row, std::int64_t n, Weighing<float> weigh, float* out) {
     return weigh_all<float>(row, n, weigh, out);
 }
@@ -326,6 +352,22 @@ double load_row(const void* row, ElementType type, std::int64_t vocab, double* o
         case ElementType::bfloat16: return load_bfloat16(row, vocab, out);
         case ElementType::float16: return load_float16(row, vocab, out);
         default: return load_float32(row, vocab, out);
+    }
+}
+
+void widen_row(const void* row, ElementType type, std::int64_t count, float* out) {
+    switch (type) {
+        case ElementType::bfloat16: return widen_bfloat16(row, count, out);
+        case ElementType::float16: return widen_float16(row, count, out);
+        default: std::memcpy(out, row, static_cast<std::size_t>(count) * sizeof(float));
+    }
+}
+
+void add_to_row(const float* sums, const void* row, ElementType type, std::int64_t vocab, void* out) {
+    switch (type) {
+        case ElementType::bfloat16: return add_bfloat16(sums, row, vocab, out);
+        case ElementType::float16: return add_float16(sums, row, vocab, out);
+        default: return add_float32(sums, row, vocab, out);
     }
 }
 

@@ -78,6 +78,12 @@ class Scratch {
 float load_row(const void* row, ElementType type, std::int64_t vocab, float* out);
 double load_row(const void* row, ElementType type, std::int64_t vocab, double* out);
 
+// Load a row as it is, without padding. Not of float64.
+void widen_row(const void* row, ElementType type, std::int64_t count, float* out);
+
+// out = sums + row, in float32 and rounded once to the row's type, which is not float64. `out` may be `sums`.
+void add_to_row(const float* sums, const void* row, ElementType type, std::int64_t vocab, void* out);
+
 // Weights of a row, with zeros for its padding; returns their sum. `weights` may be null: then only the sum is wanted.
 double weigh_row(const void* row, ElementType type, std::int64_t vocab, Weighing<float> weigh, float* weights);
 double weigh_row(const void* row, ElementType type, std::int64_t vocab, Weighing<double> weigh, double* weights);

@@ -56,7 +56,7 @@ struct GrowthLevel {
     const std::uintptr_t* weights;   // of this forward alone; null: those of the run
     const char* row;                 // of the first request; those of the others lie `row_stride` bytes behind
     std::int64_t row_stride;
-    bool adds_row;                   // `row` is added to what the forward gives, in float32; the forward has one request
+    bool adds_row;                   // `row` is added to what the forward gives, float32; it has all nodes as one request's
     MarkovLevel markov;              // what the forward reads, where that depends on more than tokens
     bool before_root;           // the forward feeds the last committed token before the root
     std::int64_t* fed;          // [B, W], or [B, 2] where it feeds a token before the root: what the forward reads
@@ -93,7 +93,8 @@ MarkovLevel markov_level(const py::dict& source) {
     MarkovLevel level{};
     level.rank = number_of(source, "rank");
     level.hands_states = source["hands_states"].cast<bool>();
-    level.table = pointer_of<float>(source, "table");
+    level.table = pointer_of<char>(source, "table");
+    level.type = static_cast<ElementType>(number_of(source, "type"));
     level.num_tokens = number_of(source, "num_tokens");
     level.mixing = source["mixing"].cast<forward::BoundForward*>();
     level.mixing_weights = pointer_of<std::uintptr_t>(source, "mixing_weights");
@@ -162,14 +163,15 @@ class TreeGrowth {
                     pointer_of<std::int64_t>(fields, "drawn"), pointer_of<std::uint32_t>(shape, "own_mask"));
             }
             const std::int64_t fed = level.before_root ? 2 : level.width;
-            if (level.adds_row && (level.row == nullptr || type_ != ElementType::float32)) {
-                throw std::invalid_argument("TreeGrowth: a row that is added must be given, in float32");
+            if (level.adds_row && (level.row == nullptr || type_ == ElementType::float64)) {
+                throw std::invalid_argument("TreeGrowth: a row that is added must be given, and not be of float64");
             }
+            const ElementType given = level.adds_row ? ElementType::float32 : type_;
             if (level.forward == nullptr) {
                 if (level.row == nullptr) throw std::invalid_argument("TreeGrowth: a level must have a forward or a row");
             } else if (level.forward->num_requests() != (level.adds_row ? 1 : batch_size_) ||
                        level.forward->num_nodes() != (level.adds_row ? batch_size_ * fed : fed) ||
-                       level.forward->vocab() != drafted_ || level.forward->logits_type() != type_) {
+                       level.forward->vocab() != drafted_ || level.forward->logits_type() != given) {
                 throw std::invalid_argument("TreeGrowth: a level's forward must feed the level's nodes of all requests");
             }
             widest = std::max(widest, level.width);
@@ -193,26 +195,12 @@ class TreeGrowth {
         for (std::size_t index = 0; index < levels_.size(); ++index) {
             const GrowthLevel& level = levels_[index];
             const Clock::time_point begin = Clock::now();
-            if (level.forward != nullptr) feed(level);
-            const bool cuts = own_ids_ != nullptr;
-            const std::int64_t row_bytes = drafted_ * element_bytes(type_);
-            const bool in_place = level.adjacent && batch_size_ == 1 && drafted_ == vocab_ && !cuts;
-            char* logits = in_place ? kept_row(0, level.nodes[0])
-                                    : scratch_.reserve(batch_size_ * level.width * row_bytes);
-            if (level.markov.reads_slots() && !level.markov.run(level.fed, level.nodes, batch_size_, level.width, num_nodes_,
-                                                                num_threads)) {
-                return false;
-            }
-            if (level.forward == nullptr) {
-                copy_row(level, logits, row_bytes);
-            } else if (!level.forward->run(level.weights == nullptr ? weights : level.weights, logits, num_threads)) {
-                return false;
-            }
-            if (level.adds_row) add_row(level, reinterpret_cast<float*>(logits));
+            char* const logits = score(level, weights, num_threads);
+            if (logits == nullptr) return false;
             const Clock::time_point scored = Clock::now();
             forward_seconds_ += seconds_between(begin, scored);
-            if (cuts) cut(level, logits);
-            const std::int64_t row_width = cuts ? vocab_ : drafted_;
+            if (own_ids_ != nullptr) cut(level, logits);
+            const std::int64_t row_width = own_ids_ != nullptr ? vocab_ : drafted_;
             const std::int64_t request_bytes = level.width * row_width * element_bytes(type_);
             for (const ActiveRun& run : runs_) {
                 if (top_p_ == nullptr) break;
@@ -220,13 +208,20 @@ class TreeGrowth {
                                   address(temperature_ + run.first), address(top_p_ + run.first), behind, run.count,
                                   level.width, std::min(row_width, vocab_), row_width);
             }
-            if (!in_place) keep(level, logits, row_width * element_bytes(type_));
+            if (!in_place(level)) keep(level, logits, row_width * element_bytes(type_));
             for (const ActiveRun& run : runs_) {
                 if (!draw(level, run, logits, row_width)) return false;
             }
             draw_seconds_ += seconds_between(scored, Clock::now());
         }
         return true;
+    }
+
+    // What a run does for one level before its draws. Returns false as run does, or where there is no such level.
+    bool score_level(std::int64_t index, const std::uintptr_t* weights, int num_threads) {
+        if (index < 0 || index >= static_cast<std::int64_t>(levels_.size())) return false;
+        find_active_runs(active_, batch_size_, runs_);
+        return score(levels_[static_cast<std::size_t>(index)], weights, num_threads) != nullptr;
     }
 
     double forward_seconds() const { return forward_seconds_; }
@@ -237,6 +232,32 @@ class TreeGrowth {
 
     char* kept_row(std::int64_t request, std::int64_t node) const {
         return draft_logits_ + (request * num_nodes_ + node) * vocab_ * element_bytes(type_);
+    }
+
+    // Whether a level's logits are written where they are kept.
+    bool in_place(const GrowthLevel& level) const {
+        return level.adjacent && batch_size_ == 1 && drafted_ == vocab_ && own_ids_ == nullptr;
+    }
+
+    // Gives the logits of a level's nodes, [B, W, drafted]; null where a length is out of range.
+    char* score(const GrowthLevel& level, const std::uintptr_t* weights, int num_threads) {
+        if (level.forward != nullptr) feed(level);
+        const std::int64_t row_bytes = drafted_ * element_bytes(type_);
+        char* const logits = in_place(level) ? kept_row(0, level.nodes[0])
+                                             : scratch_.reserve(batch_size_ * level.width * row_bytes);
+        if (level.markov.reads_slots() &&
+            !level.markov.run(level.fed, level.nodes, batch_size_, level.width, num_nodes_, num_threads)) {
+            return nullptr;
+        }
+        if (level.forward == nullptr) {
+            copy_row(level, logits, row_bytes);
+            return logits;
+        }
+        const bool rounds = level.adds_row && type_ != ElementType::float32;
+        void* const given = rounds ? static_cast<void*>(sums_.reserve(batch_size_ * level.width * drafted_)) : logits;
+        if (!level.forward->run(level.weights == nullptr ? weights : level.weights, given, num_threads)) return nullptr;
+        if (level.adds_row) add_row(level, static_cast<const float*>(given), logits, row_bytes);
+        return logits;
     }
 
     template <class Visit>
@@ -255,13 +276,12 @@ class TreeGrowth {
         });
     }
 
-    void add_row(const GrowthLevel& level, float* logits) const {
-        for (std::int64_t b = 0; b < batch_size_; ++b) {
-            const float* const row = reinterpret_cast<const float*>(level.row + b * level.row_stride);
-            for (std::int64_t i = 0; i < level.width; ++i, logits += drafted_) {
-                for (std::int64_t token = 0; token < drafted_; ++token) logits[token] += row[token];
+    void add_row(const GrowthLevel& level, const float* sums, char* logits, std::int64_t row_bytes) const {
+        for_each_active([&](std::int64_t b) {
+            for (std::int64_t i = b * level.width; i < (b + 1) * level.width; ++i) {
+                add_to_row(sums + i * drafted_, level.row + b * level.row_stride, type_, drafted_, logits + i * row_bytes);
             }
-        }
+        });
     }
 
     void feed(const GrowthLevel& level) {
@@ -382,6 +402,7 @@ class TreeGrowth {
     std::vector<GrowthLevel> levels_;
     std::vector<ActiveRun> runs_;
     Scratch<char> scratch_, cut_row_;
+    Scratch<float> sums_;  // of levels whose row is added, before they are rounded
     // Of the rows of a draw.
     std::vector<float> temperatures_;
     std::vector<std::int64_t> row_seeds_, row_offsets_, draws_;
@@ -400,6 +421,10 @@ void bind_tree_growth(py::module_& module) {
             const py::gil_scoped_release release;
             return growth.run(reinterpret_cast<const std::uintptr_t*>(weights), num_threads, behind);
         }, py::arg("weights"), py::arg("num_threads"), py::arg("behind"), "Grow the tree; False, and the tree is of no use, if a value is out of range.")
+        .def("score_level", [](TreeGrowth& growth, std::int64_t index, std::uintptr_t weights, int num_threads) {
+            const py::gil_scoped_release release;
+            return growth.score_level(index, reinterpret_cast<const std::uintptr_t*>(weights), num_threads);
+        }, py::arg("index"), py::arg("weights"), py::arg("num_threads"), "Do what `run` does for one level before its draws: what a level is timed by. False as there.")
         .def_property_readonly("forward_seconds", &TreeGrowth::forward_seconds)
         .def_property_readonly("draw_seconds", &TreeGrowth::draw_seconds);
 }

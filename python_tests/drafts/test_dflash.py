@@ -28,6 +28,8 @@ from sequoia_kernels.drafts import (
 from sequoia_kernels.drafts.dflash import load_dflash
 from sequoia_kernels.drafts.dflash.backbone import block_step
 from sequoia_kernels.drafts.dflash.forms import HEAD_KINDS, is_dflash, read_form
+from sequoia_kernels.drafts.dflash.heads import DSparkHeads
+from sequoia_kernels.measure import calls
 from sequoia_kernels.models import StepContext, TreeModel
 from sequoia_kernels.models.fused import fused_forward
 from sequoia_kernels.ops import VerifiedPath, triton_device
@@ -343,7 +345,7 @@ def test_greedy_text_is_the_targets(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_text_in_halves_and_beside_lookup(kind, dtype):
+def test_greedy_text_in_halves_and_beside_lookup(kind, dtype, monkeypatch):
     """Native logits of the target are the same bits for a tree, whatever grew it."""
     target = nearly_bigram().to(dtype)
     prompts = torch.randint(12, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -357,6 +359,9 @@ def test_greedy_text_in_halves_and_beside_lookup(kind, dtype):
         target, draft, prompts, tree=TREE if kind else CHAIN, lookup=True, max_new_tokens=40, eos_token_id=()
     )
     assert both.new_tokens == plain and both.stats.lookup_steps > 0
+    monkeypatch.setattr(host_growth.HostGrowth, "of_block", classmethod(lambda cls, *arguments: None))
+    level_by_level = generate(target, draft, prompts, tree=TREE if kind else CHAIN, max_new_tokens=40, eos_token_id=())
+    assert level_by_level.new_tokens == plain
 
 
 def test_a_wrong_draft_changes_the_speed_alone():
@@ -437,6 +442,85 @@ def test_trees_are_grown_in_one_call_as_level_by_level(kind, batch_size, options
         level_by_level = generate(target, draft, prompts, tree=tree, **settings)
         assert output.new_tokens == level_by_level.new_tokens
         assert output.stats.request_steps == level_by_level.stats.request_steps
+
+
+def markov_rows(draft, heads, layout, tokens, logits, slots) -> list[torch.Tensor]:
+    """The rows of a grown tree's levels, of the dtype of the heads and of what the block gave. [B, W, vocab] each."""
+    batch_size, num_nodes = tokens.shape
+    states = torch.zeros(batch_size, num_nodes + 1, heads.rank, dtype=logits.dtype)
+    first_slot = draft.backbone.first_slot
+    if heads.kind == "rnn" and first_slot:
+        states[:, :1] = heads.rows_states(tokens[:, :1], slots[:, :1], states[:, :1])
+    topology = layout.topology.tensors("cpu") if isinstance(layout.topology, TokenTree) else layout.topology
+    parents = topology.parents.expand(batch_size, -1).to(torch.int64)
+    levels = []
+    for depth, level in enumerate(layout.levels):
+        slot = None if slots is None else slots[:, first_slot + depth, None]
+        above = states.take_along_dim(parents[:, level.nodes, None] + 1, 1)
+        rows = heads.rows(tokens[:, level.nodes].clamp(min=0), logits[:, depth, None], slot, above)
+        if rows.states is not None:
+            states[:, level.nodes + 1] = rows.states
+        levels.append(rows.logits)
+    return levels
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_rows_of_trees_in_one_call_are_those_of_the_specification(kind, dtype, batch_size, anchored):
+    """Their error is at most twice that of torch in the same dtype, both against float64 from the same numbers."""
+    target = nearly_bigram()
+    config = random_config(target, kind="dspark", markov_head_type=kind, sample_from_anchor=anchored)
+    weights = {name: weight.to(dtype) for name, weight in random_weights(config).items()}
+    draft = load_dflash(memory_folder(config, weights), adapt(target.to(dtype)))
+    exact = DSparkHeads(draft.form, {name: weight.double() for name, weight in weights.items()})
+    text = torch.randint(12, (batch_size, 6), generator=torch.Generator().manual_seed(1))
+    features = states_of(target, text, draft.needs)
+    trees = [TREE, CHAIN, ShapedTree((1, 2, 3, 2), steep_confidence())]
+    if batch_size > 1:
+        trees.append((TREE, TokenTree([-1, 0, 0, 0, 2, 2, 3, 5, 5, 8]), TREE))
+    for tree in trees:
+        with torch.inference_mode():
+            state, drafting = started(draft, adapt(target), batch_size)
+            drafting.prefill(list(range(batch_size)), text, torch.tensor([6] * batch_size), features)
+            state.cache_lens.fill_(6)
+            state.root_tokens.copy_(torch.tensor([3, 5, 8])[:batch_size])
+            layout = TreeLayout.build(tree, "cpu", batch_size)
+            buffers = TokenBuffers.allocate(layout, batch_size, 12, dtype, torch.device("cpu"))
+            buffers.tokens[:, 0] = state.root_tokens
+            host, _ = drafting._host_growth(layout, buffers)
+            assert host is not None
+            drafting.grow(layout, buffers)
+            numbers = drafting._block(len(layout.levels))
+            eager, expected = (
+                markov_rows(
+                    draft, heads, layout, buffers.tokens, *(None if part is None else part.to(of) for part in numbers)
+                )
+                for heads, of in ((draft.heads, dtype), (exact, torch.float64))
+            )
+            found = [buffers.draft_logits[:, level.nodes] for level in layout.levels]
+        for rows, torchs, wanted in zip(found, eager, expected, strict=True):
+            error, torch_error = (float((part.double() - wanted).abs().max()) for part in (rows, torchs))
+            assert error <= 2 * torch_error + 1e-6, (tree, error, torch_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_are_timed_by_the_call_that_decoding_makes(kind, dtype, monkeypatch):
+    target = nearly_bigram().to(dtype)
+    for anchored, block_size in ((True, 5), (False, 2)):
+        draft = good_draft(target, kind, sample_from_anchor=anchored, block_size=block_size)
+        monkeypatch.setattr(DSparkHeads, "rows", lambda *args: pytest.fail("a level was multiplied from Python"))
+        for batch_size in (1, 3):
+            _, drafting = started(draft, adapt(target), batch_size)
+            for count in (1, 2, 5):
+                call = drafting.level_call(calls.draft_step(count, target.device), 8)
+                assert call() is True
+        monkeypatch.undo()
+    draft.backbone.model = adapt(draft.backbone.model, forward="modules")
+    _, drafting = started(draft, adapt(target))
+    assert drafting.level_call(calls.draft_step(2, target.device), 8)().logits.shape == (1, 2, 12)
 
 
 def test_nothing_of_a_step_waits_for_the_device(monkeypatch):

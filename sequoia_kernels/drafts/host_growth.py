@@ -29,6 +29,8 @@ __all__ = ["HostGrowth", "MarkovHead"]
 class MarkovHead:
     """A Markov head of rank r on the CPU: what a node's own token adds to the row of its depth. See markov_level.h.
 
+    Weights are of the rows' dtype; what changes from step to step is float32.
+
     Attributes:
         table: numbers of each token. [tokens, r].
         weight: multiplies these, or what becomes of them, to logits. [vocab, r].
@@ -47,9 +49,8 @@ class MarkovHead:
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        """All numbers that it reads."""
-        parts = self.table, self.weight, self.mixing, self.slots, self.states
-        return [part for part in parts if part is not None]
+        """What it multiplies with."""
+        return [part for part in (self.table, self.weight, self.mixing) if part is not None]
 
 
 class HostGrowth:
@@ -113,8 +114,7 @@ class HostGrowth:
 
         Args:
             rows: logits, which every run reads anew. [B, levels, vocab], contiguous.
-            head: adds to the row of a node's depth what the node's own token says; None without one. One that reads
-                slots, and any for several requests, runs in float32 only.
+            head: adds to the row of a node's depth what the node's own token says; None without one.
             state: the batch's state.
             layout: the tree.
             buffers: of the tree.
@@ -123,11 +123,9 @@ class HostGrowth:
         batch_size, _, vocab = rows.shape
         if not _keeps_on_host(buffers, rows.dtype, backend):
             return None
-        adds_row = False
-        if head is not None and (batch_size > 1 or head.mixing is not None):
-            adds_row = True
-            if any(part.dtype != torch.float32 for part in (rows, *head.weights)):
-                return None
+        if head is not None and any(weight.dtype != rows.dtype for weight in head.weights):
+            return None
+        adds_row = batch_size > 1  # a product has one bias, and reads its weight once for all requests
         held: list[Any] = [state, layout, buffers, rows, head]
         levels = []
         for depth, level in enumerate(layout.levels):
@@ -142,7 +140,10 @@ class HostGrowth:
                     tokens = torch.arange(fed.numel())
                     held += memory
                 fields["adds_row"] = adds_row
-                fields["forward"], parts = bind_linear(head.weight, tokens, table.shape[0], has_bias=not adds_row)
+                fields["forward"], parts = bind_linear(
+                    head.weight, tokens, table.shape[0], has_bias=not adds_row, rows_dtype=table.dtype,
+                    out_dtype=torch.float32 if adds_row else None,
+                )  # fmt: skip
                 addresses = torch.tensor([table.data_ptr(), head.weight.data_ptr(), row.data_ptr()])
                 fields["weights"] = addresses.data_ptr()
                 held += fields["forward"], parts, addresses
@@ -152,6 +153,11 @@ class HostGrowth:
         first_lens = torch.zeros_like(state.draft_lens)
         held += first_lens, ids
         return cls(_prepared(state, layout, buffers, levels, vocab, first_lens, (None, ids, None)), None, held)
+
+    def score_level(self, index: int) -> bool:
+        """Do what a run does for one level before its draws; what a level is timed by. False as `run`."""
+        weights = 0 if self._bound is None else self._bound.weights()
+        return bool(self._prepared.score_level(index, weights, torch.get_num_threads()))
 
     def run(self, clock: StageClock) -> bool:
         """Grow the tree; False, and the tree is of no use, where a value is out of range."""
@@ -237,7 +243,9 @@ def _markov_fields(
     topology = layout.topology.tensors(fed.device) if not isinstance(layout.topology, tuple) else layout.topology
     parents = topology.parents
     rows, mixed, given = (torch.zeros(count, width) for width in (inputs, outputs, rank))
-    forward, parts = bind_linear(head.mixing, torch.arange(count), count, has_bias=False)
+    forward, parts = bind_linear(
+        head.mixing, torch.arange(count), count, has_bias=False, rows_dtype=torch.float32, out_dtype=torch.float32
+    )
     addresses = torch.tensor([rows.data_ptr(), head.mixing.data_ptr()])
     slot = head.slots[:, head.first_slot + depth]
     assert parents.dtype == torch.int32 and parents.is_contiguous() and slot.stride(1) == 1
@@ -245,6 +253,7 @@ def _markov_fields(
         "rank": rank,
         "hands_states": head.states is not None,
         "table": head.table.data_ptr(),
+        "type": ELEMENT_TYPES[head.table.dtype],
         "num_tokens": head.table.shape[0],
         "mixing": forward,
         "mixing_weights": addresses.data_ptr(),

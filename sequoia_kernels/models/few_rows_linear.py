@@ -75,15 +75,18 @@ class FewRowsLinear:
 
 
 def bind_linear(
-    weight: torch.Tensor, tokens: torch.Tensor, num_embeddings: int, *, has_bias: bool
-) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    weight: torch.Tensor, tokens: torch.Tensor, num_embeddings: int, *, has_bias: bool,
+    rows_dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None,
+) -> tuple[Any, tuple[torch.Tensor, ...]]:  # fmt: skip
     """Describe the product of some rows of a table with a weight, to be run on tables of three or two addresses.
 
     Args:
         weight: [outputs, inputs], row by row.
         tokens: which rows, read at every run; those out of range are taken as the nearest. [rows] int64, contiguous.
-        num_embeddings: rows of the table, which has the weight's inputs and dtype.
+        num_embeddings: rows of the table, which has the weight's inputs.
         has_bias: whether a bias is added, of the weight's dtype.
+        rows_dtype: dtype of the table; None is the weight's.
+        out_dtype: likewise of the products.
 
     Returns:
         A `_host.BoundForward`, which takes the addresses of table, weight and bias; and what must live as long.
@@ -93,7 +96,7 @@ def bind_linear(
     bias = (2, 0, 1, outputs, code, False) if has_bias else None
     description = {
         "width": inputs,
-        "embedding": (0, 0, num_embeddings, inputs, code, False),
+        "embedding": (0, 0, num_embeddings, inputs, ELEMENT_TYPES[rows_dtype or weight.dtype], False),
         "positions": None,
         "position_offset": 0,
         "embedding_scale": 1.0,
@@ -121,7 +124,7 @@ def bind_linear(
         "cache_rows": 1,
         "rotations": 0,
         "wanted_nodes": 0,
-        "logits_type": code,
+        "logits_type": ELEMENT_TYPES[out_dtype or weight.dtype],
     }
     forward = _host.Forward(description, environ.get(INSTRUCTION_SET_VARIABLE, ""))
     return _host.BoundForward(forward, call), (tokens, zeros)

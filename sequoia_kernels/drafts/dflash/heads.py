@@ -89,13 +89,6 @@ class DSparkHeads:
         return kept + [weight for weight in (self.w1, self._confidence) if weight is not None]
 
     @property
-    def table_and_weight(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """w1 and w2, where a row is w2 times that of the token: of a "vanilla" head. None for others."""
-        if self.kind != "vanilla" or self.w1 is None or self.w2 is None:
-            return None
-        return self.w1, self.w2.weight
-
-    @property
     def mixing(self) -> torch.Tensor | None:
         """What a head that reads hidden states does to [s; e] (3r outputs), or to e (r outputs)."""
         return None if self._mixing is None else self._mixing.weight

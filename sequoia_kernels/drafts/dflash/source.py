@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,8 +18,9 @@ from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, Tr
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
 from sequoia_kernels.fingerprints import ModelFingerprint
-from sequoia_kernels.models import TreeModel, TreeStep, bind_linear
+from sequoia_kernels.models import TreeModel, TreeStep
 from sequoia_kernels.ops import VerifiedPath
+from sequoia_kernels.tree import TokenTree
 from sequoia_kernels.vocabularies import VocabularyMap
 
 __all__ = ["DFlashDraft"]
@@ -223,9 +225,9 @@ class _DFlashDrafting(Drafting):
 
     def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> tuple[HostGrowth | None, MarkovHead | None]:
         """What draws this tree from the block's rows in one call, where something does; made when it is first met."""
-        heads, form, bound = self.source.heads, self.source.form, self.bound_block(len(layout.levels))
+        heads, bound = self.source.heads, self.bound_block(len(layout.levels))
         plain = self.logits_hook is None and not (self.wants_confidence and heads.has_confidence)
-        if bound is None or not plain or form.logit_scale != 1.0 or form.logit_softcap > 0.0:
+        if bound is None or not plain or not self._keeps_rows:
             return None, None
         if type(self).draw_children is not Drafting.draw_children or "draw_children" in vars(self):
             return None, None  # whoever replaced it wants to be called
@@ -236,18 +238,24 @@ class _DFlashDrafting(Drafting):
             known = self._grown[layout.tree] = buffers, host, head
         return known[1:]
 
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether a native block leaves its logits as they are drawn from, in the same memory in every step."""
+        form = self.source.form
+        return form.logit_scale == 1.0 and form.logit_softcap <= 0.0
+
     def _markov_head(self, layout: TreeLayout) -> MarkovHead | None:
         """The Markov head with memory for what it reads of a step with this tree."""
-        heads, form, dtype = self.source.heads, self.source.form, self.source.logits_dtype
+        heads, form = self.source.heads, self.source.form
         if heads.w1 is None or heads.w2 is None:
             return None
         if not heads.mixes_hidden:
             return MarkovHead(heads.w1, heads.w2.weight)
         batch_size = self.tokens.shape[0]
-        slots = torch.zeros(batch_size, form.block_size, heads.slot_width, dtype=dtype)
+        slots = torch.zeros(batch_size, form.block_size, heads.slot_width)
         states = None
         if heads.kind == "rnn":
-            states = torch.zeros(batch_size, layout.num_nodes + 1, heads.rank, dtype=dtype)
+            states = torch.zeros(batch_size, layout.num_nodes + 1, heads.rank)
         first_slot = self.source.backbone.first_slot
         return MarkovHead(heads.w1, heads.w2.weight, heads.mixing, slots, states, first_slot)
 
@@ -350,19 +358,26 @@ class _DFlashDrafting(Drafting):
             torch.zeros(batch_size, count, width, dtype=logits.dtype, device=device)
             for count, width in ((1, heads.slot_width), (num_rows, heads.rank))
         )
-        pair = heads.table_and_weight
-        if pair is None or batch_size > 1 or self.source.backbone.model.runs != "native":
+        host = self._level_alone(tokens)
+        if host is None:
             return lambda: heads.rows(tokens, logits, slot, states)
-        # As `HostGrowth` runs it.
-        (table, weight), out = pair, torch.empty(num_rows, self.source.vocab_size, dtype=logits.dtype)
-        forward, held = bind_linear(weight, tokens[0], table.shape[0], has_bias=True)
-        addresses = torch.tensor([table.data_ptr(), weight.data_ptr(), logits.data_ptr()])
+        level = len(_wide_tree(num_rows).widths) - 2  # the last with children
+        return lambda: host.score_level(level)
 
-        def call() -> object:
-            forward.run(addresses.data_ptr(), out.data_ptr(), torch.get_num_threads())
-            return held, logits, out
-
-        return call
+    def _level_alone(self, tokens: torch.Tensor) -> HostGrowth | None:
+        """What scores a level of nodes with these tokens as `_host_growth` does; None where nothing does."""
+        (batch_size, width), source = tokens.shape, self.source
+        if source.backbone.model.runs != "native" or not self._keeps_rows:
+            return None
+        layout = TreeLayout.build(_wide_tree(width), tokens.device)
+        given = torch.zeros(batch_size, layout.num_nodes, dtype=torch.int64)
+        given[:, layout.levels[-1].nodes] = tokens
+        kept = torch.empty(batch_size, layout.num_nodes, source.vocab_size, dtype=source.logits_dtype)
+        rows = torch.zeros(batch_size, len(layout.levels), source.vocab_size, dtype=source.logits_dtype)
+        buffers, head = TokenBuffers(given, kept, source.vocabulary), self._markov_head(layout)
+        if head is not None:
+            head = replace(head, first_slot=0)  # the smallest block has slots for both levels, whose numbers are all 0
+        return HostGrowth.of_block(rows, head, self.state, layout, buffers, self.backend)
 
     def step_call(self, context_len: int) -> Callable[[], object]:
         """Give what a step takes whatever its tree: the block's forward, and the context of a few accepted rows."""
@@ -373,18 +388,25 @@ class _DFlashDrafting(Drafting):
         width = backbone.fc.weight.shape[1] // len(self.source.needs)
         states = torch.ones(batch_size, _TYPICAL_ACCEPTED, width, dtype=backbone.dtype, device=device)
         features = [states] * len(self.source.needs)
-        wants_hidden = self.source.heads.mixes_hidden
+        heads = self.source.heads
+        wants_hidden = heads.mixes_hidden
         bound = backbone.bind(self.tokens, self.cache, lens, min(_TYPICAL_LEVELS, self.source.form.max_levels - 1))
 
         def call() -> object:
             backbone.write_context(self.cache, features, positions, rows, self.rotations)
-            return (
+            scored = (
                 backbone.block(self.tokens, self.cache, lens, wants_hidden)
                 if bound is None
                 else bound.run(wants_hidden)
             )
+            return scored if scored is None or scored[1] is None else heads.slot_rows(scored[1])
 
         return call
+
+
+def _wide_tree(width: int) -> TokenTree:
+    """Give a tree whose last level with children is so many nodes wide."""
+    return TokenTree.chain(2) if width == 1 else TokenTree([-1, *[0] * width, *range(1, width + 1)])
 
 
 _TYPICAL_ACCEPTED = 4  # tokens of a step

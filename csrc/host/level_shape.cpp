@@ -37,7 +37,8 @@ void LevelShape::give_out(std::int64_t request, const LogitRows& logits, float t
         const double peak = row_peak(logits.row(i), logits.type, logits.vocab).logit;
         weighings_[at] = Weighing<float>::of(peak, temperature == 0 ? 1 : temperature);
         masses_[at] = weigh_row(logits.row(i), logits.type, logits.vocab, weighings_[at], nullptr) / Weighing<float>::PEAK_WEIGHT;
-        const std::int64_t bin = bin_of(static_cast<float>(1 / masses_[at]));
+        const float largest = static_cast<float>(1 / masses_[at]);
+        const std::int64_t bin = bin_of(tree_.foretold == nullptr ? largest : tree_.foretold[nodes + first_ + i]);
         for (std::int64_t rank = 0; rank < most; ++rank) {
             const float undrawn = tree_.undrawn[rank * (tree_.num_edges + 1) + bin];
             worths_[static_cast<std::size_t>(i * most + rank)] = tree_.reach[nodes + first_ + i] * undrawn;

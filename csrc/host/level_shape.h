@@ -17,6 +17,7 @@ struct ShapedTreeMemory {
     float* reach;                                                // [B, N]
     const float *drawn, *undrawn;                                // [num_ranks, num_edges + 1], [max_children, num_edges + 1]
     const float* edges;                                          // [num_edges]
+    const float* foretold;  // [B, N], what `undrawn` goes by in place of the draft's largest probability; or null
     std::int64_t num_ranks, num_edges;
 };
 

@@ -3,7 +3,8 @@
 // Computes    for each level whose nodes have children: the draft's logits at these nodes, kept for the verification;
 //             children drawn from them without replacement; their tokens. What `Drafting.grow` of a model computes.
 //             Where the target is cut by top-p, unlikely tokens go behind the others first (set_back_unlikely.cpp).
-//             A shaped tree gives its children out level by level (level_shape.h). A token that is proposed for the first
+//             A shaped tree gives its children out level by level (level_shape.h), maybe by what the draft foretells at the
+//             nodes (foretold_level.h). A token that is proposed for the first
 //             child of a level's first node is put before the draws, from which it is left out.
 //             Where a draft has scored all depths beforehand, a level's rows are its depth's row, as it is or through a
 //             forward of the level's own whose head has it as its bias, or to which it is added (a Markov head, see
@@ -28,6 +29,7 @@
 
 #include "active.h"
 #include "buffers.h"
+#include "foretold_level.h"
 #include "forward/bound.h"
 #include "level_shape.h"
 #include "markov_level.h"
@@ -58,6 +60,7 @@ struct GrowthLevel {
     std::int64_t row_stride;
     bool adds_row;                   // `row` is added to what the forward gives, float32; it has all nodes as one request's
     MarkovLevel markov;              // what the forward reads, where that depends on more than tokens
+    ForetoldLevel foretold;          // what is known of the nodes before their children are drawn
     bool before_root;           // the forward feeds the last committed token before the root
     std::int64_t* fed;          // [B, W], or [B, 2] where it feeds a token before the root: what the forward reads
     const std::int64_t* nodes;  // [W]
@@ -84,6 +87,7 @@ ShapedTreeMemory shaped_memory(const py::dict& source) {
     tree.drawn = pointer_of<float>(source, "drawn");
     tree.undrawn = pointer_of<float>(source, "undrawn");
     tree.edges = pointer_of<float>(source, "edges");
+    tree.foretold = pointer_of<float>(source, "foretold");
     tree.num_ranks = number_of(source, "num_ranks");
     tree.num_edges = number_of(source, "num_edges");
     return tree;
@@ -106,6 +110,20 @@ MarkovLevel markov_level(const py::dict& source) {
     level.states = pointer_of<float>(source, "states");
     level.parents = pointer_of<std::int32_t>(source, "parents");
     level.parents_stride = number_of(source, "parents_stride");
+    return level;
+}
+
+ForetoldLevel foretold_level(const py::dict& source) {
+    ForetoldLevel level{};
+    level.rank = number_of(source, "rank");
+    level.table = pointer_of<char>(source, "table");
+    level.type = static_cast<ElementType>(number_of(source, "type"));
+    level.num_tokens = number_of(source, "num_tokens");
+    level.weight = pointer_of<float>(source, "weight");
+    level.embedded = pointer_of<float>(source, "embedded");
+    level.slot = pointer_of<float>(source, "slot");
+    level.slot_stride = number_of(source, "slot_stride");
+    level.out = pointer_of<float>(source, "out");
     return level;
 }
 
@@ -144,6 +162,9 @@ class TreeGrowth {
             level.adds_row = fields["adds_row"].cast<bool>();
             if (!fields["markov"].is_none()) {
                 level.markov = markov_level(py::reinterpret_borrow<py::dict>(fields["markov"]));
+            }
+            if (!fields["foretold"].is_none()) {
+                level.foretold = foretold_level(py::reinterpret_borrow<py::dict>(fields["foretold"]));
             }
             level.before_root = fields["before_root"].cast<bool>();
             level.fed = pointer_of<std::int64_t>(fields, "fed");
@@ -241,7 +262,12 @@ class TreeGrowth {
 
     // Gives the logits of a level's nodes, [B, W, drafted]; null where a length is out of range.
     char* score(const GrowthLevel& level, const std::uintptr_t* weights, int num_threads) {
-        if (level.forward != nullptr) feed(level);
+        if (level.forward != nullptr || level.foretold.reads_tokens()) feed(level);
+        if (level.foretold.out != nullptr) {
+            for_each_active([&](std::int64_t b) {
+                level.foretold.run(b, level.fed + b * level.width, level.nodes, level.width, num_nodes_);
+            });
+        }
         const std::int64_t row_bytes = drafted_ * element_bytes(type_);
         char* const logits = in_place(level) ? kept_row(0, level.nodes[0])
                                              : scratch_.reserve(batch_size_ * level.width * row_bytes);

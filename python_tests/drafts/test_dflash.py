@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from support.shaped_trees import steep_confidence
 from support.tiny_models import sequence_probabilities, tiny_llama
 
 from sequoia_kernels import TokenTree, adapt, generate, measure_profile, tree_attention
-from sequoia_kernels.decoding import auto
+from sequoia_kernels.decoding import auto, record_steps
 from sequoia_kernels.drafts import (
     DecodingState,
     StageClock,
@@ -80,13 +81,16 @@ def forced(drafting, tokens: torch.Tensor) -> list[torch.Tensor]:
     return seen
 
 
-def grow(drafting, tree: TokenTree, tokens: torch.Tensor, lens: list[int]) -> list[torch.Tensor]:
-    """Grow a tree with these tokens [B, N] behind contexts of these lengths; logits level by level."""
+def grow(drafting, tree: TokenTree, tokens: torch.Tensor, lens: list[int], foretold=None) -> list[torch.Tensor]:
+    """Grow a tree with these tokens [B, N] behind contexts of these lengths; logits level by level.
+
+    What the draft foretells is written to `foretold` [B, N].
+    """
     state = drafting.state
     state.cache_lens.copy_(torch.tensor(lens))
     state.root_tokens.copy_(tokens[:, 0])
     layout = TreeLayout.build(tree, "cpu")
-    buffers = TokenBuffers(tokens.clone(), None)
+    buffers = TokenBuffers(tokens.clone(), None, foretold=foretold)
     seen = forced(drafting, tokens)
     drafting.grow(layout, buffers)
     return seen
@@ -112,17 +116,18 @@ def test_logits_equal_those_of_the_authors_modules(name):
             drafting.prefill(
                 [0], golden["tokens"][None, :anchor], torch.tensor([anchor]), list(context.split(width, -1))
             )
-            drafting.wants_confidence = True
             chain = TokenTree.chain(draft.max_levels)
             tokens = golden["tokens"][None, anchor : anchor + chain.num_nodes]
             tokens = torch.nn.functional.pad(tokens, (0, chain.num_nodes - tokens.shape[1]))
-            seen = grow(drafting, chain, tokens, [anchor])
+            foretold = torch.full(tokens.shape, torch.nan) if draft.foretells else None
+            assert draft.foretells == ("confidence" in golden)
+            seen = grow(drafting, chain, tokens, [anchor], foretold)
             assert len(seen) == block - first
             for slot, rows in enumerate(seen, start=first):
                 torch.testing.assert_close(rows[0, 0], logits[slot], rtol=1e-5, atol=1e-5)
             if "confidence" in golden:
                 expected = golden["confidence"][golden["anchors"].tolist().index(anchor), first:]
-                torch.testing.assert_close(drafting.confidence[0, :-1], expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(foretold[0, :-1], expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- what a tree's nodes are told ----
@@ -149,10 +154,10 @@ def test_a_nodes_logits_and_confidence_depend_on_its_path_alone(kind, anchored):
     lens = [5, 3]
     with torch.inference_mode():
         _, drafting = started(draft, adapt(target), batch_size=2)
-        drafting.wants_confidence = kind is not None
+        assert draft.foretells == (kind is not None)
+        confidence = None if kind is None else torch.full(SOME_TOKENS.shape, torch.nan)
         drafting.prefill([0, 1], text, torch.tensor(lens), states_of(target, text, draft.needs))
-        levels = grow(drafting, TREE, SOME_TOKENS, lens)
-        confidence = drafting.confidence
+        levels = grow(drafting, TREE, SOME_TOKENS, lens, confidence)
         rows = {}
         for depth, found in enumerate(levels):
             for place, node in enumerate(TREE.internal_nodes(depth)):
@@ -163,10 +168,11 @@ def test_a_nodes_logits_and_confidence_depend_on_its_path_alone(kind, anchored):
                 path.insert(0, TREE.parents[path[0]])
             chain = TokenTree.chain(len(path) + 1)
             tokens = torch.nn.functional.pad(SOME_TOKENS[:, path], (0, 1))
-            alone = grow(drafting, chain, tokens, lens)[-1][:, 0]
+            of_chain = None if kind is None else torch.full(tokens.shape, torch.nan)
+            alone = grow(drafting, chain, tokens, lens, of_chain)[-1][:, 0]
             torch.testing.assert_close(rows[node], alone, rtol=1e-5, atol=1e-5)
             if kind is not None:
-                torch.testing.assert_close(confidence[:, node], drafting.confidence[:, len(path) - 1])
+                torch.testing.assert_close(confidence[:, node], of_chain[:, len(path) - 1])
         if kind is not None:
             leaves = [node for node, count in enumerate(TREE.num_children) if not count]
             assert bool(confidence[:, leaves].isnan().all()) and bool(confidence[:, list(rows)].isfinite().all())
@@ -503,6 +509,109 @@ def test_rows_of_trees_in_one_call_are_those_of_the_specification(kind, dtype, b
         for rows, torchs, wanted in zip(found, eager, expected, strict=True):
             error, torch_error = (float((part.double() - wanted).abs().max()) for part in (rows, torchs))
             assert error <= 2 * torch_error + 1e-6, (tree, error, torch_error)
+
+
+# ---- the confidence head shapes trees ----
+
+FORETOLD = ShapedTree((1, 2, 3, 2), steep_confidence(foretold=True))
+
+
+@pytest.mark.parametrize("reads_token", [True, False])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_trees_are_shaped_by_the_head_in_one_call_as_level_by_level(
+    kind, batch_size, anchored, reads_token, monkeypatch
+):
+    target = nearly_bigram()
+    draft = random_draft(
+        target, kind="dspark", markov_head_type=kind, sample_from_anchor=anchored,
+        confidence_head_with_markov=reads_token,
+    )  # fmt: skip
+    prompts = torch.randint(12, (batch_size, 7), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 24, "temperature": 0.8, "seed": 3, "eos_token_id": ()}
+    grown, run = [], host_growth.HostGrowth.run
+    monkeypatch.setattr(host_growth.HostGrowth, "run", lambda self, clock: grown.append(run(self, clock)) or grown[-1])
+    in_one_call = generate(target, draft, prompts, tree=FORETOLD, **settings)
+    assert grown and all(grown)
+    monkeypatch.setattr(host_growth.HostGrowth, "of_block", classmethod(lambda cls, *arguments: None))
+    level_by_level = generate(target, draft, prompts, tree=FORETOLD, **settings)
+    assert in_one_call.new_tokens == level_by_level.new_tokens
+    assert in_one_call.stats.request_steps == level_by_level.stats.request_steps
+    plain = generate(target, None, prompts, max_new_tokens=24, eos_token_id=()).new_tokens
+    for tree in (FORETOLD, TREE):
+        assert generate(target, draft, prompts, tree=tree, max_new_tokens=24, eos_token_id=()).new_tokens == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [None, *HEAD_KINDS])
+def test_what_is_foretold_in_one_call_is_what_the_head_says(kind, dtype):
+    target = nearly_bigram().to(dtype)
+    heads = {"markov_rank": 0, "confidence_head_with_markov": False} if kind is None else {"markov_head_type": kind}
+    draft = random_draft(target, kind="dspark", **heads)
+    assert draft.foretells and draft.heads.kind == kind
+    with torch.inference_mode():
+        state, drafting = started(draft, adapt(target), batch_size=2)
+        state.root_tokens.copy_(torch.tensor([3, 5]))
+        for tree in (FORETOLD, TREE):
+            layout = TreeLayout.build(tree, "cpu", 2)
+            buffers = TokenBuffers.allocate(layout, 2, 12, dtype, torch.device("cpu"), foretells=True)
+            buffers.tokens[:, 0] = state.root_tokens
+            assert drafting._host_growth(layout, buffers)[0] is not None
+            drafting.grow(layout, buffers)
+            slots = drafting._block(len(layout.levels), foretells=True)[1]
+            expected = torch.full_like(buffers.foretold, torch.nan)
+            for depth, level in enumerate(layout.levels):
+                slot = slots[:, draft.backbone.first_slot + depth, None]
+                expected[:, level.nodes] = draft.heads.confidence(buffers.tokens[:, level.nodes].clamp(min=0), slot)
+            tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+            torch.testing.assert_close(buffers.foretold, expected, rtol=0, atol=tolerance, equal_nan=True)
+            if tree is TREE:
+                continue
+            shapes = []
+            for said in (buffers.foretold, None):
+                again = TreeLayout.build(tree, "cpu", 2)
+                for level in again.levels:
+                    rows = buffers.draft_logits[:, level.nodes]
+                    level.shape.give_out(rows, state.temperature, said)
+                    level.shape.note_draws(rows, state.temperature, buffers.tokens)
+                shapes.append(again.topology.parents)
+            assert torch.equal(layout.topology.parents, shapes[0])
+            # Without a Markov head all nodes of a level are alike.
+            assert kind is None or not torch.equal(*shapes)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_the_joint_distribution_of_trees_that_the_head_shapes_is_the_targets(lookup):
+    target = tiny_llama(7, vocab_size=5, sharpness=8.0)
+    draft = random_draft(target, kind="dspark", markov_head_type="rnn")
+    prompt = torch.tensor([2, 0, 4])
+    output = generate(
+        target, draft, prompt.repeat(4000, 1), seed=range(4000), max_new_tokens=3, temperature=1.0, lookup=lookup,
+        tree=ShapedTree((1, 2, 3), steep_confidence(foretold=True)),
+    )  # fmt: skip
+    counts = sequence_counts(torch.tensor(output.new_tokens), 5)
+    assert p_value(counts, sequence_probabilities(target, prompt, 3, lambda logits: logits.softmax(-1))) > 1e-4
+
+
+def test_recorded_steps_keep_what_is_foretold(monkeypatch, tmp_path):
+    target = nearly_bigram()
+    draft = good_draft(target, "gated")
+    prompts = [torch.randint(12, (1, 7), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    said = []
+    confidence = DSparkHeads.confidence
+    monkeypatch.setattr(DSparkHeads, "confidence", lambda self, *args: said.append(confidence(self, *args)) or said[-1])
+    options = {"tree": TREE, "max_new_tokens": 24, "temperature": 0.7, "in_turns": False}
+    records = record_steps(target, draft, prompts, **options)
+    assert not said and records.foretold.shape == records.nodes.peak.shape
+    monkeypatch.setattr(host_growth.HostGrowth, "of_block", classmethod(lambda cls, *arguments: None))
+    same = record_steps(target, draft, prompts, **options)
+    levels = TREE.num_levels - 1
+    rows = [torch.cat(said[begin : begin + levels], 1)[0] for begin in range(0, len(said), levels)]
+    np.testing.assert_array_equal(same.foretold, torch.stack(rows).numpy())
+    np.testing.assert_allclose(records.foretold, same.foretold, atol=1e-5)
+    assert record_steps(target, random_draft(target), prompts, **options).foretold is None
+    assert np.isfinite(records.foretold).all() and len(np.unique(records.foretold)) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

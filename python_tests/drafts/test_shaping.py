@@ -54,6 +54,18 @@ def test_deeper_shaped_trees_are_exact(rule):
     assert num_trees >= 2  # or nothing was shaped
 
 
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees_that_are_shaped_by_what_a_head_foretells_are_exact(kind, rule):
+    tree = ShapedTree((1, 2, 3), steep_confidence(foretold=True))
+    for warp in WARPS:
+        error, num_trees = exact_error(tree, kind, warp, rule)
+        assert error <= 1e-12, (warp, error)
+        assert kind != "unrelated" or warp[0] == 0 or num_trees >= 2  # or nothing was shaped
+    deep = ShapedTree((1, 2, 2, 1), steep_confidence(2, foretold=True))
+    assert exact_error(deep, kind, (1.0, None, None), rule, seed=3)[0] <= 1e-12
+
+
 def test_choosing_children_by_their_own_tokens_fails_the_exact_test():
     errors = [exact_error(TREE, "unrelated", (1.0, None, None), rule, rerank=True) for rule in ("sequoia", "traversal")]
     assert all(error > 1e-3 for error, _ in errors)
@@ -70,10 +82,13 @@ def prompts(batch_size: int) -> torch.Tensor:
     return torch.randint(24, (batch_size, 9), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("foretold", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_level_goes_to_the_largest_worths(batch_size):
+def test_a_level_goes_to_the_largest_worths(batch_size, foretold):
     generator = torch.Generator().manual_seed(0)
-    layout = TreeLayout.build(DEEP, "cpu", batch_size)
+    tree = ShapedTree(DEEP.widths, steep_confidence(foretold=foretold))
+    said = torch.rand(batch_size, tree.num_nodes, generator=generator)  # is of no account where it is not asked for
+    layout = TreeLayout.build(tree, "cpu", batch_size)
     topology = layout.topology
     tokens = torch.zeros(batch_size, DEEP.num_nodes, dtype=torch.int64)
     temperature = torch.tensor([0.0, 0.7, 1.3])[:batch_size]
@@ -83,14 +98,15 @@ def test_a_level_goes_to_the_largest_worths(batch_size):
         nodes = DEEP.level_nodes(index)
         logits = torch.randn(batch_size, len(nodes), 24, generator=generator) * 3
         probs = (logits / torch.where(temperature == 0, 1, temperature)[:, None, None]).double().softmax(dim=2)
-        level.shape.give_out(logits, temperature)
+        level.shape.give_out(logits, temperature, said)
         children = range(level.first_child, level.first_child + level.num_children)
         tokens[:, list(children)] = torch.randint(-1, 24, (batch_size, len(children)), generator=generator)
         level.shape.note_draws(logits, temperature, tokens)
         for request in range(batch_size):
             slots = []
             for row, node in enumerate(nodes):
-                column = Confidence.bin_of(float(probs[request, row].max()))
+                peak = said[request, node] if foretold else probs[request, row].max()
+                column = Confidence.bin_of(float(peak))
                 for rank in range(min(3, len(children))):
                     slots.append((-reach[request][node] * confidence.undrawn[rank][column], row, rank))
             chosen = sorted((row, rank) for _, row, rank in sorted(slots)[: len(children)])
@@ -192,8 +208,8 @@ def test_shapes_differ_from_step_to_step():
     seen = set()
     give_out = LevelShape.give_out
 
-    def watched(self, logits, temperature):
-        give_out(self, logits, temperature)
+    def watched(self, *args):
+        give_out(self, *args)
         seen.add(tuple(self.topology.parents[0].tolist()))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -243,11 +259,20 @@ def test_widths_of_no_tree(widths, error, message):
         ShapedTree(widths, steep_confidence())
 
 
+def test_a_confidence_goes_by_what_is_foretold_or_not():
+    with pytest.raises(TypeError, match="Confidence: foretold must be a boolean, got int"):
+        Confidence(flat(0.5), flat(0.5), 1)
+
+
 def test_a_tree_is_what_its_file_says(tmp_path):
     DEEP.save(tmp_path / "tree.json")
     loaded = ShapedTree.load(tmp_path / "tree.json")
     assert loaded == DEEP and hash(loaded) == hash(DEEP)
     text = DEEP.to_json()
+    by_head = ShapedTree(DEEP.widths, steep_confidence(foretold=True))
+    assert ShapedTree.from_json(by_head.to_json()) == by_head != DEEP
+    with pytest.raises(ValueError, match="foretold must be a boolean"):
+        ShapedTree.from_json(by_head.to_json().replace('"foretold": true', '"foretold": 1'))
     for wrong, message in [
         (text.replace('"widths": [1, 3', '"widths": [2, 3'), "widths must be those of a shaped tree"),
         (text.replace(f"[{PROBABILITY_EDGES[0]}", "[0.25"), "edges must be those of this sequoia-kernels"),

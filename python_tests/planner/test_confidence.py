@@ -66,6 +66,38 @@ def test_confidence_is_accepted_over_visited_by_bin():
     assert max(confidence.undrawn[1]) < 0.01
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_children_go_by_what_is_foretold_where_that_tells_more(knows, tmp_path):
+    steps = 2000
+    generator = np.random.Generator(np.random.PCG64(0))
+    likelihood, peak = np.full((steps, TREE.num_nodes), 0.55), generator.uniform(size=(steps, 2))
+    foretold = generator.uniform(size=(steps, 2))
+    accepted = np.zeros((steps, TREE.num_nodes))
+    for place, node in enumerate((0, 1)):
+        accepted[:, TREE.first_child[node]] = generator.random(steps) < (foretold if knows else peak)[:, place]
+    records = dataclasses.replace(greedy_records(accepted, likelihood, peak), foretold=foretold.astype(np.float32))
+    confidence = fit_confidence(records)
+    assert confidence.foretold is knows
+    for probability in (0.25, 0.85):
+        fitted = confidence.undrawn[0][Confidence.bin_of(probability)]
+        assert fitted == pytest.approx(probability, abs=0.06)
+    assert records.said(confidence) is (records.foretold if knows else records.nodes.peak)
+    without = dataclasses.replace(records, foretold=None)
+    assert not fit_confidence(without).foretold and without.said(confidence) is records.nodes.peak
+    tree = shape_tree(records, 4)
+    assert tree.confidence == confidence
+    records.save(tmp_path / "steps.npz")
+    loaded = StepRecords.load(tmp_path / "steps.npz")
+    np.testing.assert_array_equal(loaded.foretold, records.foretold)
+    half = loaded.part(np.arange(0, steps, 2))
+    np.testing.assert_array_equal(half.foretold, records.foretold[::2])
+    without.save(tmp_path / "steps.npz")
+    assert StepRecords.load(tmp_path / "steps.npz").foretold is None
+    dataclasses.replace(records, foretold=records.foretold[:, :1]).save(tmp_path / "steps.npz")
+    with pytest.raises(ValueError, match=r"foretold must be \[2000, 2\] float32, got \[2000, 1\] float32"):
+        StepRecords.load(tmp_path / "steps.npz")
+
+
 def test_nodes_count_by_how_often_they_are_reached():
     accepted = np.zeros((2, TREE.num_nodes))
     accepted[0, [1, 4]] = 1  # accepted along the first children

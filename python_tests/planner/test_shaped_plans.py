@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from support.tiny_models import noisy_copy, tiny_llama
 from sequoia_kernels import TokenTree, TreePlan, generate, plan_tree
 from sequoia_kernels.decoding import record_steps
 from sequoia_kernels.decoding.recording import _Recorder
+from sequoia_kernels.drafts import TokenBuffers
 from sequoia_kernels.drafts.shaping import LevelShape, ShapedReach, shaped_topology
 from sequoia_kernels.planner import StepRecords, estimate_acceptance, fit_confidence, plan_adaptive, shape_tree
 from sequoia_kernels.planner.confidence import held_out_values
@@ -44,28 +44,32 @@ def _steps(temperature):
     return tokens, target, draft
 
 
-def _recorded(temperature):
+def _recorded(temperature, foretold=None):
     tokens, target, draft = _steps(temperature)
     recorder = _Recorder(FULL)
     for step in range(STEPS):
         recorder.begin(step // 5, [temperature], None, None, torch.device("cpu"))
         one = slice(step, step + 1)
-        recorder(types.SimpleNamespace(tokens=tokens[one], draft_logits=draft[one], vocabulary=None), target[one])
+        buffers = TokenBuffers(tokens[one], draft[one], foretold=None if foretold is None else foretold[one])
+        recorder(buffers, target[one])
     return recorder.records(estimate_acceptance(([9, 3, 2], [6, 1, 1]), temperature=temperature)), tokens, draft
 
 
-def _taken(tokens, draft, temperature):
+def _taken(tokens, draft, temperature, tree=SHAPED, foretold=None):
     """The nodes of one step, given out by what decodes."""
-    topology, shared = shaped_topology(SHAPED, 1, "cpu"), ShapedReach(SHAPED, 1, "cpu")
+    topology, shared = shaped_topology(tree, 1, "cpu"), ShapedReach(tree, 1, "cpu")
     temperatures = torch.tensor([temperature])
-    own_tokens = torch.full((1, SHAPED.num_nodes), -1)
+    own_tokens = torch.full((1, tree.num_nodes), -1)
+    said = torch.full((1, tree.num_nodes), torch.nan)
     stands_for = [0]  # the recorded node behind each
-    for level in range(SHAPED.num_levels - 1):
-        above = [stands_for[node] for node in SHAPED.level_nodes(level)]
+    for level in range(tree.num_levels - 1):
+        above = [stands_for[node] for node in tree.level_nodes(level)]
         logits = draft[None, above].float()
-        places = torch.zeros(1, SHAPED.widths[level + 1], dtype=torch.int64)
-        shape = LevelShape(SHAPED, level, topology, shared, places, None)
-        shape.give_out(logits, temperatures)
+        places = torch.zeros(1, tree.widths[level + 1], dtype=torch.int64)
+        shape = LevelShape(tree, level, topology, shared, places, None)
+        if foretold is not None:
+            said[0, list(tree.level_nodes(level))] = foretold[above]
+        shape.give_out(logits, temperatures, said if foretold is not None else None)
         for place in places[0].tolist():
             parent, rank = divmod(place, shape.max_children)
             stands_for.append(FULL.first_child[above[parent]] + rank)
@@ -84,6 +88,21 @@ def test_recorded_steps_give_out_the_same_children(temperature):
         assert np.flatnonzero(taken[step]).tolist() == expected
         shapes.add(tuple(expected))
     assert len(shapes) > 4  # they do vary
+
+
+def test_recorded_steps_give_out_what_a_head_foretold():
+    foretold = torch.rand(STEPS, FULL.num_nodes, generator=torch.Generator().manual_seed(5))
+    records, tokens, draft = _recorded(0.7, foretold)
+    by_head = ShapedTree(SHAPED.widths, dataclasses.replace(SHAPED.confidence, foretold=True))
+    assert records.said(SHAPED.confidence) is records.nodes.peak
+    taken = nodes_given_out(by_head, FULL, records.nodes.likelihood, records.said(by_head.confidence))
+    for step in range(STEPS):
+        expected = _taken(tokens[step], draft[step], 0.7, by_head, foretold[step])
+        assert np.flatnonzero(taken[step]).tolist() == sorted(expected)
+    assert not np.array_equal(records.values(by_head), records.values(SHAPED))
+    # Where nothing was foretold, the probability of the likeliest token takes its place.
+    without, _, _ = _recorded(0.7)
+    np.testing.assert_array_equal(without.values(by_head), without.values(SHAPED))
 
 
 @pytest.mark.parametrize("rule", ["sequoia", "traversal"])

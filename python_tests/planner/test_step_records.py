@@ -17,6 +17,7 @@ from sequoia_kernels import TokenTree, TreePlan, adapt, generate, optimal_tree, 
 from sequoia_kernels.decoding import RECORD_TREE, record_steps, recording
 from sequoia_kernels.decoding.loop import decode
 from sequoia_kernels.decoding.recording import _Recorder
+from sequoia_kernels.drafts import TokenBuffers
 from sequoia_kernels.ops import VerifiedPath
 from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.verify_tree.traversal import traversal_chances
@@ -61,7 +62,7 @@ def _records(tokens, target, draft, temperature, top_k=None, top_p=None):
     for index in range(STEPS):
         recorder.begin(index // 4, *warps, torch.device("cpu"))
         one = slice(index, index + 1)
-        recorder(types.SimpleNamespace(tokens=tokens[one], draft_logits=draft[one], vocabulary=None), target[one])
+        recorder(TokenBuffers(tokens[one], draft[one]), target[one])
     return recorder.records(estimate_acceptance(([9, 3], [6, 1]), temperature=temperature))
 
 

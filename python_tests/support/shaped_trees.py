@@ -14,18 +14,23 @@ from sequoia_kernels import TokenTree
 from sequoia_kernels.drafts.shaping import LevelShape, ShapedReach, shaped_topology
 from sequoia_kernels.tree import PROBABILITY_EDGES, Confidence, ShapedTree, Topology
 
-__all__ = ["shaped_emitted_distribution", "steep_confidence"]
+__all__ = ["shaped_emitted_distribution", "steep_confidence", "toy_head"]
 
 NUM_BINS = len(PROBABILITY_EDGES) + 1
 
 
-def steep_confidence(max_children: int = 3) -> Confidence:
+def steep_confidence(max_children: int = 3, *, foretold: bool = False) -> Confidence:
     """A confidence by which shapes vary as much as they can."""
     rising = [0.02 + 0.97 * place / (NUM_BINS - 1) for place in range(NUM_BINS)]
     drawn = [rising, [entry / 2 for entry in rising]]
     undrawn = [[(0.9 - 0.6 * place / NUM_BINS) ** (rank * (1 + place)) * 0.9 ** (rank + 1) for place in range(NUM_BINS)]
                for rank in range(max_children)]  # fmt: skip
-    return Confidence(drawn, undrawn)
+    return Confidence(drawn, undrawn, foretold)
+
+
+def toy_head(path: list[int]) -> float:
+    """What a confidence head says of a node, by the tokens down to its own: anything between 0 and 1."""
+    return (0.37 + sum(0.61 * (place + 1) * (token + 1) ** 2 for place, token in enumerate(path))) % 1.0
 
 
 class _Partial(NamedTuple):
@@ -72,8 +77,10 @@ def _grown(
     logits = torch.cat([draft.logits(torch.tensor([_path(partial, node)])) for node in nodes])  # [W, vocab]
     places = torch.zeros(1, tree.widths[level + 1], dtype=torch.int64)
     partial.draft_logits[0, list(nodes)] = logits
+    foretold = torch.full((1, tree.num_nodes), torch.nan)
+    foretold[0, list(nodes)] = torch.tensor([toy_head(_path(partial, node)) for node in nodes])
     shape = LevelShape(tree, level, partial.topology, partial.shared, places, None)
-    shape.give_out(logits[None], temperatures)
+    shape.give_out(logits[None], temperatures, foretold)
     counts = partial.topology.num_children[0, list(nodes)].tolist()
     if rerank:
         counts = [shape.max_children] * len(nodes)
@@ -96,7 +103,7 @@ def _grown(
             reached = reached.cummin(dim=1).values * torch.linspace(1, 0.999, shape.max_children)
             _place(own, reached.flatten().sort(descending=True, stable=True).indices[: places.shape[1]].sort().values)
         else:
-            own.give_out(logits[None], temperatures)
+            own.give_out(logits[None], temperatures, foretold)
         own.log_normaliser = shape.log_normaliser
         children = range(own.first_child, own.first_child + own.num_children)
         after.tokens[0, list(children)] = drawn.flatten()[own.places[0]]

@@ -33,10 +33,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
 
     def show() -> None:
         terminal.out.print(f"{tree.num_nodes} nodes on {tree.num_levels} levels, by level: {list(tree.widths)}")
+        undrawn = "undrawn, foretold" if tree.confidence.foretold else "undrawn"
         probabilities = (0.05, 0.3, 0.6, 0.9, 0.99)
         rows = [
             (name, str(rank), *(f"{table[rank][Confidence.bin_of(p)]:.3f}" for p in probabilities))
-            for name, table in (("drawn", tree.confidence.drawn), ("undrawn", tree.confidence.undrawn))
+            for name, table in (("drawn", tree.confidence.drawn), (undrawn, tree.confidence.undrawn))
             for rank in range(min(3, len(table)))
         ]
         headings = ("confidence", "child", *(f"draft {p:g}" for p in probabilities))

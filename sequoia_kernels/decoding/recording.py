@@ -188,6 +188,7 @@ class _Recorder:
         self.visits: list[dict[str, list[int]]] = []
         self.internal = [node for node, count in enumerate(tree.num_children) if count]
         self.steps: list[list[torch.Tensor]] = []
+        self.foretold: list[torch.Tensor] = []
         self.requests: list[int] = []
         self.given: list[int] = []
 
@@ -239,6 +240,8 @@ class _Recorder:
             likelihood, peak = torch.cat((sure.new_zeros(1), chances)), sure.amax(dim=1)
         parts = (*at_nodes, excess.clamp(min=0), slope, likelihood, peak)
         self.steps.append([part.float().cpu() for part in parts])
+        if buffers.foretold is not None:
+            self.foretold.append(buffers.foretold[0, self.internal].cpu())
         self.requests.append(self.request)
 
     def shorten(self, buffers: TokenBuffers, path: VerifiedPath) -> VerifiedPath:
@@ -267,4 +270,7 @@ class _Recorder:
         """Give what was recorded."""
         parts = (torch.stack(part).numpy() for part in zip(*self.steps))
         requests, given = (np.asarray(part, dtype=np.int64) for part in (self.requests, self.given))
-        return StepRecords(self.tree, NodeRecords(*parts), requests, acceptance, given if len(given) else None)
+        foretold = torch.stack(self.foretold).numpy() if self.foretold else None
+        return StepRecords(
+            self.tree, NodeRecords(*parts), requests, acceptance, given if len(given) else None, foretold
+        )

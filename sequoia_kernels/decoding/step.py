@@ -23,7 +23,7 @@ from sequoia_kernels.errors import RankError
 from sequoia_kernels.models import TreeModel, foreign_code_ran, prefill
 from sequoia_kernels.ops import CacheTable, VerifiedPath, compact_kv_cache_, verify_tree
 from sequoia_kernels.parallel import leading
-from sequoia_kernels.tree import DEFAULT_RULE, TokenTree, Topology
+from sequoia_kernels.tree import DEFAULT_RULE, ShapedTree, TokenTree, Topology
 
 __all__ = ["DecodingStep", "EmittedTokens"]
 
@@ -130,12 +130,14 @@ class DecodingStep:
             layout = TreeLayout.build(tree, target.device, self.state.cache_lens.shape[0])
             dtype = target.logits_dtype if draft is None else draft.logits_dtype
             batch_size = self.state.cache_lens.shape[0]
-            vocabulary, draws, proposes = None, True, False
+            vocabulary, draws, proposes, foretells = None, True, False, False
             if draft is not None:
                 vocabulary, draws, proposes = draft.vocabulary, draft.draws_children(tree), draft.proposes
+                is_shaped_so = isinstance(tree, ShapedTree) and tree.confidence.foretold
+                foretells = draft.foretells and (is_shaped_so or self.observer is not None)
             buffers = TokenBuffers.allocate(
                 layout, batch_size, target.vocab_size, dtype, target.device,
-                vocabulary=vocabulary, draws=draws, proposes=proposes,
+                vocabulary=vocabulary, draws=draws, proposes=proposes, foretells=foretells,
             )  # fmt: skip
             self._prepared[tree] = layout, buffers
             self._host_step(tree)

@@ -22,7 +22,7 @@ from sequoia_kernels.ops import sample_without_replacement
 from sequoia_kernels.ops.backends import runs_own
 from sequoia_kernels.ops.host_calls import ELEMENT_TYPES, address
 
-__all__ = ["HostGrowth", "MarkovHead"]
+__all__ = ["ConfidenceHead", "HostGrowth", "MarkovHead"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,23 @@ class MarkovHead:
     def weights(self) -> list[torch.Tensor]:
         """What it multiplies with."""
         return [part for part in (self.table, self.weight, self.mixing) if part is not None]
+
+
+@dataclass(frozen=True)
+class ConfidenceHead:
+    """A confidence head on the CPU: how likely a child of a node is accepted. See foretold_level.h.
+
+    Attributes:
+        slots: what it gives for each slot of the block, written before every run. [B, block_size] float32.
+        first_slot: as in `MarkovHead`.
+        table: numbers of each token that it reads beside, of the rows' dtype. [tokens, r]. None where it reads none.
+        weight: multiplies these. [r] float32.
+    """
+
+    slots: torch.Tensor
+    first_slot: int
+    table: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
 
 class HostGrowth:
@@ -108,7 +125,7 @@ class HostGrowth:
     @classmethod
     def of_block(
         cls, rows: torch.Tensor, head: MarkovHead | None, state: DecodingState, layout: TreeLayout,
-        buffers: TokenBuffers, backend: str,
+        buffers: TokenBuffers, backend: str, confidence: ConfidenceHead | None = None,
     ) -> HostGrowth | None:  # fmt: skip
         """Prepare growing a tree on rows that lie there already, one for each level; None where draws run elsewhere.
 
@@ -119,19 +136,22 @@ class HostGrowth:
             layout: the tree.
             buffers: of the tree.
             backend: backend of the ops.
+            confidence: foretells what is accepted, where the buffers ask for it.
         """
+        if buffers.foretold is not None and confidence is None:
+            return None
         batch_size, _, vocab = rows.shape
         if not _keeps_on_host(buffers, rows.dtype, backend):
             return None
         if head is not None and any(weight.dtype != rows.dtype for weight in head.weights):
             return None
         adds_row = batch_size > 1  # a product has one bias, and reads its weight once for all requests
-        held: list[Any] = [state, layout, buffers, rows, head]
+        held: list[Any] = [state, layout, buffers, rows, head, confidence]
         levels = []
         for depth, level in enumerate(layout.levels):
             row = rows[:, depth]
             fed = torch.zeros(batch_size, level.nodes.shape[0], dtype=torch.int64)
-            fields = _fields(level, fed, None) | {"row": row.data_ptr()}
+            fields = _fields(level, fed, None, buffers.foretold) | {"row": row.data_ptr()}
             fields["row_stride"] = rows.stride(0) * rows.element_size()
             if head is not None:
                 table, tokens = head.table, fed.view(-1)
@@ -147,6 +167,9 @@ class HostGrowth:
                 addresses = torch.tensor([table.data_ptr(), head.weight.data_ptr(), row.data_ptr()])
                 fields["weights"] = addresses.data_ptr()
                 held += fields["forward"], parts, addresses
+            if buffers.foretold is not None and confidence is not None:
+                fields["foretold"], memory = _foretold_fields(confidence, buffers.foretold, depth)
+                held += memory
             held.append(fed)
             levels.append(fields)
         ids = None if buffers.vocabulary is None else buffers.vocabulary.draft_to_target
@@ -210,7 +233,7 @@ def _prepared(
     return _host.TreeGrowth(numbers | {name: address(tensor) for name, tensor in tensors.items()})
 
 
-def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any]:
+def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any, foretold: torch.Tensor | None = None) -> dict[str, Any]:
     return {
         "forward": forward,
         "weights": 0,
@@ -218,6 +241,7 @@ def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any
         "row_stride": 0,
         "adds_row": False,
         "markov": None,
+        "foretold": None,
         "before_root": False,
         "fed": fed.data_ptr(),
         "nodes": level.nodes.data_ptr(),
@@ -229,7 +253,7 @@ def _fields(level: DraftLevel, fed: torch.Tensor, forward: Any) -> dict[str, Any
         "drawn": level.drawn.data_ptr(),
         "drawn_per_request": level.drawn.dim() == 2,
         "num_with_proposal": level.num_with_proposal,
-        "shape": None if level.shape is None else _shape_fields(level.shape),
+        "shape": None if level.shape is None else _shape_fields(level.shape, foretold),
     }
 
 
@@ -269,7 +293,25 @@ def _markov_fields(
     return fields, given, [rows, mixed, given, forward, parts, addresses, parents]
 
 
-def _shape_fields(shape: LevelShape) -> dict[str, int]:
+def _foretold_fields(head: ConfidenceHead, foretold: torch.Tensor, depth: int) -> tuple[dict[str, Any], list[Any]]:
+    """Describe what a confidence head does for a level; with what must live as long."""
+    slot = head.slots[:, head.first_slot + depth]
+    row = None if head.table is None else torch.zeros(head.table.shape[1])
+    fields = {
+        "rank": 0 if row is None else row.shape[0],
+        "table": address(head.table),
+        "type": 0 if head.table is None else ELEMENT_TYPES[head.table.dtype],
+        "num_tokens": 0 if head.table is None else head.table.shape[0],
+        "weight": address(head.weight),
+        "embedded": address(row),
+        "slot": slot.data_ptr(),
+        "slot_stride": slot.stride(0),
+        "out": foretold.data_ptr(),
+    }
+    return fields, [row]
+
+
+def _shape_fields(shape: LevelShape, foretold: torch.Tensor | None) -> dict[str, int]:
     topology, shared = shape.topology, shape.shared
     tensors = {
         "parents": topology.parents,
@@ -282,6 +324,7 @@ def _shape_fields(shape: LevelShape) -> dict[str, int]:
         "undrawn": shared.undrawn,
         "edges": shared.edges,
         "own_mask": shape.own_mask,
+        "foretold": foretold if shape.goes_by_foretold else None,
     }
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
     return {

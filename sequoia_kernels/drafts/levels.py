@@ -156,6 +156,8 @@ class TokenBuffers:
         vocabulary: of the draft, where it is not a first part of the target's.
         certain: nodes whose tokens were proposed with certainty, not drawn. [B, N] bool. None where a source draws all.
         proposed: of a `MergedTree`, tokens for the nodes of its path; -1 where a node's own draw counts. [B, N] int64.
+        foretold: how likely a child of each node with children is accepted, as a source that foretells says before they
+            are drawn; NaN for other nodes. [B, N] float32. None where nobody asks.
     """
 
     tokens: torch.Tensor
@@ -163,11 +165,13 @@ class TokenBuffers:
     vocabulary: VocabularyMap | None = None
     certain: torch.Tensor | None = None
     proposed: torch.Tensor | None = None
+    foretold: torch.Tensor | None = None
 
     @classmethod
     def allocate(
         cls, layout: TreeLayout, batch_size: int, vocab_size: int, logits_dtype: torch.dtype, device: torch.device,
         *, vocabulary: VocabularyMap | None = None, draws: bool = True, proposes: bool = False,
+        foretells: bool = False,
     ) -> TokenBuffers:  # fmt: skip
         """Allocate the buffers of a tree and batch.
 
@@ -180,6 +184,7 @@ class TokenBuffers:
             vocabulary: of the draft, where it has its own.
             draws: whether any child may be drawn.
             proposes: whether any child may be certain.
+            foretells: whether the draft is asked what it foretells.
         """
         shape = (batch_size, layout.num_nodes)
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -194,7 +199,8 @@ class TokenBuffers:
         proposed = None
         if isinstance(layout.tree, MergedTree):
             proposed = torch.full(shape, -1, dtype=torch.int64, device=device)
-        return cls(tokens, draft_logits, vocabulary, certain, proposed)
+        foretold = torch.full(shape, torch.nan, dtype=torch.float32, device=device) if foretells else None
+        return cls(tokens, draft_logits, vocabulary, certain, proposed, foretold)
 
 
 def of_parents(layout: TreeLayout, level: DraftLevel, rows: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,11 @@ class LookupDraft(DraftSource):
         return () if self.base is None else self.base.models
 
     @property
+    def foretells(self) -> bool:  # type: ignore[override]
+        """As the base."""
+        return self.base is not None and self.base.foretells
+
+    @property
     def shares_target(self) -> bool:  # type: ignore[override]
         """As the base."""
         return self.base is not None and self.base.shares_target

@@ -1,7 +1,7 @@
 """Shaped trees: the children of a level are given out in every step, before they are drawn; the specification in torch.
 
 Computes, for a level of W nodes whose C children come next, with reach(v) the estimated chance that node v is accepted:
-    peak(v)     = the draft's largest probability behind v
+    peak(v)     = the draft's largest probability behind v; or what the draft foretells there, if the tables go by that
     worth(v, k) = reach(v) * undrawn[k][bin(peak(v))]        of a child of rank k, for every v and every k below K, the
                   children that a node gets at most, and no more than C
     the C largest of the W K worths become the children, ties to the lower node and rank
@@ -76,21 +76,26 @@ class LevelShape:
         self.first, self.width = tree.level_nodes(level).start, tree.widths[level]
         self.first_child, self.num_children = self.first + self.width, tree.widths[level + 1]
         self.max_children = min(tree.confidence.max_children, self.num_children)
+        self.goes_by_foretold = tree.confidence.foretold
         children = torch.arange(self.first_child, self.first_child + self.num_children, device=device)
         words = torch.zeros(self.num_children, topology.ancestor_mask.shape[-1], dtype=torch.int32, device=device)
         bits = torch.bitwise_left_shift(torch.ones_like(children, dtype=torch.int32), (children % 32).to(torch.int32))
         self.own_bits = words.scatter_(1, (children // 32)[:, None], bits[:, None])  # [C, words]
 
-    def give_out(self, logits: torch.Tensor, temperature: torch.Tensor) -> None:
+    def give_out(self, logits: torch.Tensor, temperature: torch.Tensor, foretold: torch.Tensor | None = None) -> None:
         """Decide which nodes get how many children, and write it into the topology.
 
         Args:
             logits: the draft's at the level's nodes. [B, W, vocab].
             temperature: [B] float32.
+            foretold: as in `TokenBuffers`. [B, N] float32.
         """
         scaled = self._scaled(logits, temperature)
         self.log_normaliser = scaled.logsumexp(dim=2)
-        peak = (scaled.amax(dim=2) - self.log_normaliser).exp()
+        if foretold is not None and self.goes_by_foretold:
+            peak = self._of_level(foretold).contiguous()  # or bucketize warns
+        else:
+            peak = (scaled.amax(dim=2) - self.log_normaliser).exp()
         undrawn = self.shared.undrawn[: self.max_children].t()[
             torch.bucketize(peak, self.shared.edges, right=True)
         ]  # [B, W, K]

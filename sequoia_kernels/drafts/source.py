@@ -33,6 +33,8 @@ class DraftSource(ABC):
             `vocabulary` says otherwise.
         vocabulary: which tokens of a target its logits are of, on its device; None where they are the target's own.
         proposes: whether it has children that are certain, which it marks in `TokenBuffers.certain`.
+        foretells: whether it says how likely a child of a node is accepted before it draws any, in
+            `TokenBuffers.foretold` where there is one: by what it knows without the children.
         scores_paths: whether it must read tokens that others proposed in its place, and tells what it makes of them:
             `Drafting.score_path` and `Drafting.read`. A source that is shown accepted tokens by `committed` need not.
         logits_dtype: dtype of its logits, which are stored, drawn from and verified in it.
@@ -52,6 +54,7 @@ class DraftSource(ABC):
     logits_dtype: torch.dtype
     vocabulary: VocabularyMap | None = None
     proposes: bool = False
+    foretells: bool = False
     scores_paths: bool = False
     needs: tuple[int, ...] = ()
     positions: int | None = None
@@ -293,7 +296,7 @@ class Drafting(ABC):
                 (state.offsets[:, None] + level.nodes).flatten(), backend=self.backend,
             ).tokens.view(batch_size, -1)  # fmt: skip
             if level.shape is not None:  # after the draw, but by nothing that was drawn in it
-                level.shape.give_out(logits, state.temperature)
+                level.shape.give_out(logits, state.temperature, buffers.foretold)
             children = buffers.tokens.narrow(1, level.first_child, level.num_children)
             if level.drawn.dim() == 2:  # each request has its own tree
                 children.copy_(drawn.gather(1, level.drawn))

@@ -23,7 +23,9 @@ def fit_confidence(records: StepRecords) -> Confidence:
     """Fit how often a child is accepted once its parent is, by what the draft said of it in recorded steps.
 
     Every node counts by the probability that its parent was accepted, under the rule "sequoia". Between neighbouring
-    probabilities of the draft the estimate is smoothed by a few visits of both together.
+    probabilities of the draft the estimate is smoothed by a few visits of both together. Where the draft foretells
+    acceptance itself, children that are not drawn go by that, if it tells more of what was accepted in these steps than
+    the probability of its likeliest token does.
 
     Args:
         records: the steps; of the temperature and warps that the tree is for.
@@ -45,18 +47,26 @@ def fit_confidence(records: StepRecords) -> Confidence:
     ranks = np.array([0 if parent < 0 else node - tree.first_child[parent] for node, parent in enumerate(tree.parents)])
     internal = {node: place for place, node in enumerate(node for node, n in enumerate(tree.num_children) if n)}
     num_ranks = min(tree.max_branching, MAX_CHILDREN)
-    drawn, undrawn = [], []
+    drawn = []
+    signs = [records.nodes.peak] if records.foretold is None else [records.nodes.peak, records.foretold]
+    undrawn: list[list[Floats]] = [[] for _ in signs]
+    surprise = [0.0] * len(signs)  # at what was accepted, by each
     for rank in range(num_ranks):
         nodes = np.flatnonzero((ranks == rank) & (parents >= 0))
         above = parents[nodes]
         visits, accepted = records.reached[:, above], records.reached[:, nodes]
-        peaks = records.nodes.peak[:, [internal[parent] for parent in above.tolist()]]
         drawn.append(_by_bin(records.nodes.likelihood[:, nodes], visits, accepted))
-        undrawn.append(_by_bin(peaks, visits, accepted))
-    falling = np.array(undrawn)
+        places = [internal[parent] for parent in above.tolist()]
+        for index, sign in enumerate(signs):
+            said = sign[:, places]
+            undrawn[index].append(_by_bin(said, visits, accepted))
+            chances = np.minimum(undrawn[index][-1], 1 - LEAST_CONFIDENCE)[_bins(said)]
+            surprise[index] -= float((accepted * np.log(chances) + (visits - accepted) * np.log1p(-chances)).sum())
+    chosen = int(np.argmin(surprise))  # the first of equals
+    falling = np.array(undrawn[chosen])
     for rank in range(1, num_ranks):
         falling[rank] = np.minimum(falling[rank], FALL * falling[rank - 1])
-    return Confidence(_rows(np.array(drawn)), _rows(falling))
+    return Confidence(_rows(np.array(drawn)), _rows(falling), foretold=chosen == 1)
 
 
 def shape_tree(records: StepRecords, num_nodes: int) -> ShapedTree:
@@ -112,7 +122,7 @@ def held_out_values(records: StepRecords, tree: ShapedTree, rule: str) -> Floats
 
 def _by_bin(probabilities: NDArray[np.float32], visits: Floats, accepted: Floats) -> Floats:
     """Accepted over visited, by the bin of the draft's probability."""
-    bins = np.searchsorted(PROBABILITY_EDGES, probabilities.ravel(), side="right")
+    bins = _bins(probabilities).ravel()
     num_bins = len(PROBABILITY_EDGES) + 1
     visited, taken = (np.bincount(bins, weights=part.ravel(), minlength=num_bins) for part in (visits, accepted))
     mean = (taken.sum() + 0.5 * LEAST_CONFIDENCE) / (visited.sum() + LEAST_CONFIDENCE)
@@ -121,6 +131,10 @@ def _by_bin(probabilities: NDArray[np.float32], visits: Floats, accepted: Floats
     weights = np.exp2(-distance.astype(np.float64)) * (distance > 0)
     near = (weights @ taken + mean) / (weights @ visited + 1)
     return np.asarray(np.clip((taken + PSEUDO_VISITS * near) / (visited + PSEUDO_VISITS), LEAST_CONFIDENCE, 1))
+
+
+def _bins(probabilities: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.searchsorted(PROBABILITY_EDGES, probabilities, side="right")
 
 
 def _rows(table: Floats) -> tuple[tuple[float, ...], ...]:
@@ -132,14 +146,15 @@ def _worths(records: StepRecords, confidence: Confidence) -> Floats:
     tree, nodes = records.tree, records.nodes
     drawn, undrawn = np.array(confidence.drawn), np.array(confidence.undrawn)
     worth, reach = np.ones(nodes.target.shape), np.ones(nodes.target.shape)
+    said = _bins(records.said(confidence))
     internal = [node for node, count in enumerate(tree.num_children) if count]
     for place, node in enumerate(internal):
-        columns = np.searchsorted(PROBABILITY_EDGES, nodes.peak[:, place], side="right")
+        columns = said[:, place]
         for rank, child in enumerate(tree.children(node)):
             if rank >= len(undrawn):
                 worth[:, child] = reach[:, child] = 0
                 continue
-            own = np.searchsorted(PROBABILITY_EDGES, nodes.likelihood[:, child], side="right")
+            own = _bins(nodes.likelihood[:, child])
             worth[:, child] = np.minimum(reach[:, node] * undrawn[rank, columns], worth[:, node]) * FALL
             reach[:, child] = reach[:, node] * drawn[rank, own]
     return worth

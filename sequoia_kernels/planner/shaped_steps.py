@@ -14,7 +14,7 @@ EDGES = np.array(PROBABILITY_EDGES, dtype=np.float32)
 
 
 def nodes_given_out(
-    tree: ShapedTree, recorded: TokenTree, likelihood: NDArray[np.float32], peak: NDArray[np.float32]
+    tree: ShapedTree, recorded: TokenTree, likelihood: NDArray[np.float32], said: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
     """Give out the children of a shaped tree in recorded steps.
 
@@ -22,7 +22,7 @@ def nodes_given_out(
         tree: the shaped tree.
         recorded: the tree that was recorded, of N nodes, of which I have children.
         likelihood: the draft's probability of each node's token behind its parent, 0 where none was drawn. [S, N].
-        peak: the draft's largest probability at each node with children. [S, I].
+        said: what the table of undrawn children goes by, as `StepRecords.said` gives it. [S, I].
 
     Returns:
         The recorded nodes among the tree's, the root among them. [S, N] bool. Children that it would have, but that
@@ -30,7 +30,7 @@ def nodes_given_out(
     """
     num_steps = len(likelihood)
     drawn, undrawn = (np.array(table, dtype=np.float32) for table in (tree.confidence.drawn, tree.confidence.undrawn))
-    columns, peak_columns = (np.searchsorted(EDGES, part, side="right") for part in (likelihood, peak))
+    columns, said_columns = (np.searchsorted(EDGES, part, side="right") for part in (likelihood, said))
     place = {node: index for index, node in enumerate(node for node, n in enumerate(recorded.num_children) if n)}
     first_child = recorded.first_child
     taken = np.zeros(likelihood.shape, dtype=np.bool_)
@@ -44,8 +44,8 @@ def nodes_given_out(
         ranks = [rank for node in parents for rank in range(min(recorded.num_children[node], len(undrawn)))]
         above = np.repeat(parents, [min(recorded.num_children[node], len(undrawn)) for node in parents])
         children = np.array([first_child[node] + rank for node, rank in zip(above, ranks)])
-        at_peak = peak_columns[:, [place[node] for node in above.tolist()]]
-        worth = np.where(taken[:, above], reach[:, above] * undrawn[ranks, at_peak], -1)
+        at_said = said_columns[:, [place[node] for node in above.tolist()]]
+        worth = np.where(taken[:, above], reach[:, above] * undrawn[ranks, at_said], -1)
         chosen = np.argsort(-worth, axis=1, kind="stable")[:, :width]
         taken[rows, children[chosen]] = worth[rows, chosen] > 0
         chances = drawn[np.minimum(ranks, len(drawn) - 1), columns[:, children]]

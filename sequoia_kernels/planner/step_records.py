@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from sequoia_kernels.documents import Format, is_number, write_bytes
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate
 from sequoia_kernels.planner.shaped_steps import nodes_given_out
-from sequoia_kernels.tree import DEFAULT_RULE, ShapedTree, TokenTree, rule_named
+from sequoia_kernels.tree import DEFAULT_RULE, Confidence, ShapedTree, TokenTree, rule_named
 
 __all__ = ["EXCESS_RATIOS", "NodeRecords", "StepRecords"]
 
@@ -55,6 +55,7 @@ NEAR = 7  # steps before and behind one that tell how easy the text is there
 
 FORMAT = Format("sequoia-kernels/step-records", 4, indent=None)
 MOST_BYTES = 1 << 32  # of a file's arrays
+FORETOLD = "foretold"  # the array that only some files have
 
 
 class NodeRecords(NamedTuple):
@@ -89,6 +90,8 @@ class StepRecords:
         acceptance: acceptance vector of the same steps, with its counts; its temperature, top-k and top-p are those
             that the steps were decoded with. Where steps were cut, it is of their paths before.
         given: tokens that each step gave the text; None makes all steps count alike. [S] int64.
+        foretold: how likely a child is accepted at each node with children, as the draft itself foretold before it drew
+            them; None of a draft that does not. [S, I] float32.
     """
 
     tree: TokenTree
@@ -96,6 +99,7 @@ class StepRecords:
     requests: NDArray[np.int64]
     acceptance: AcceptanceEstimate
     given: NDArray[np.int64] | None = None
+    foretold: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -125,7 +129,12 @@ class StepRecords:
         """Give some of the steps, by their places."""
         given = None if self.given is None else self.given[steps]
         nodes = NodeRecords(*(part[steps] for part in self.nodes))
-        return StepRecords(self.tree, nodes, self.requests[steps], self.acceptance, given)
+        foretold = None if self.foretold is None else self.foretold[steps]
+        return StepRecords(self.tree, nodes, self.requests[steps], self.acceptance, given, foretold)
+
+    def said(self, confidence: Confidence) -> NDArray[np.float32]:
+        """Give what `undrawn` of a confidence goes by at each node with children. [S, I]"""
+        return self.foretold if confidence.foretold and self.foretold is not None else self.nodes.peak
 
     def values(self, tree: TokenTree | ShapedTree, rule: str = DEFAULT_RULE) -> Floats:
         """Give the expected number of tokens, the bonus token included, of a tree in every step. [S] float64.
@@ -141,7 +150,7 @@ class StepRecords:
         where = "StepRecords.values"
         taken = None
         if isinstance(tree, ShapedTree):
-            taken = nodes_given_out(tree, self.tree, self.nodes.likelihood, self.nodes.peak)
+            taken = nodes_given_out(tree, self.tree, self.nodes.likelihood, self.said(tree.confidence))
             places = list(range(self.tree.num_nodes))
         else:
             places = self.nodes_of(tree)
@@ -206,9 +215,12 @@ class StepRecords:
         fields = {"parents": self.tree.parents, "acceptance": self.acceptance.to_document()}
         header = FORMAT.dump({**fields, "excess_ratios": EXCESS_RATIOS.tolist()}).encode()
         archive = io.BytesIO()
+        arrays = self.nodes._asdict()
+        if self.foretold is not None:
+            arrays[FORETOLD] = self.foretold
         np.savez_compressed(
             archive, header=np.frombuffer(header, dtype=np.uint8), requests=self.requests, given=given,
-            **self.nodes._asdict(),
+            **arrays,
         )  # fmt: skip
         write_bytes(path, archive.getvalue())
 
@@ -229,6 +241,7 @@ class StepRecords:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 wanted = ("header", "requests", "given", *NodeRecords._fields)
                 header, requests, given, *nodes = (arrays[name] for name in wanted)
+                foretold = arrays.get(FORETOLD)
         except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError) as reason:
             raise ValueError(f"{where}: the file must hold recorded steps, got one that does not: {reason}") from None
         try:
@@ -246,7 +259,10 @@ class StepRecords:
         shapes += [(num_steps, tree.num_nodes), (num_steps, num_internal)]
         if requests.shape != (num_steps,) or requests.dtype != np.int64 or num_steps == 0:
             raise ValueError(f"{where}: requests must be [steps] int64, got {list(requests.shape)} {requests.dtype}")
-        for name, array, shape in zip(NodeRecords._fields, nodes, shapes):
+        checked = list(zip(NodeRecords._fields, nodes, shapes))
+        if foretold is not None:
+            checked.append((FORETOLD, foretold, shapes[-1]))
+        for name, array, shape in checked:
             if array.shape != shape or array.dtype != np.float32:
                 got = f"{list(array.shape)} {array.dtype}"
                 raise ValueError(f"{where}: {name} must be {list(shape)} float32, got {got}")
@@ -255,7 +271,7 @@ class StepRecords:
         if given.dtype != np.int64 or given.shape not in ((num_steps,), (0,)) or bool((given < 1).any()):
             got = f"{list(given.shape)} {given.dtype}"
             raise ValueError(f"{where}: given must be [{num_steps}] int64 or [0], at least 1 each, got {got}")
-        return cls(tree, NodeRecords(*nodes), requests, acceptance, given if len(given) else None)
+        return cls(tree, NodeRecords(*nodes), requests, acceptance, given if len(given) else None, foretold)
 
     @cached_property
     def node_worths(self) -> list[float]:

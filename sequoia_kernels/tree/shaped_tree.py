@@ -3,8 +3,9 @@
 A token tree is the same in every step. But drafts are sure of themselves at some places and not at others, and a child
 behind an unlikely token is worth little. So only the number of nodes of each level is fixed here; which of them get how
 many children is decided in every step, before these are drawn, from what is known then: the tokens above with their
-probabilities, and how sure the draft is of what comes next. Never from the children's own tokens: a node that is kept
-or dropped for the token it has drawn changes the distribution of what is emitted.
+probabilities, and how sure the draft is of what comes next, or what it foretells of that itself. Never from the
+children's own tokens: a node that is kept or dropped for the token it has drawn changes the distribution of what is
+emitted.
 """
 
 from __future__ import annotations
@@ -43,17 +44,22 @@ class Confidence:
         drawn: by the child's rank and its own probability, once it is drawn. [ranks][bins], in (0, 1].
         undrawn: by the child's rank and the probability of its parent's likeliest next token, which is known before the
             child is. [ranks][bins], in (0, 1], falling with the rank: it has as many ranks as a node gets children.
+        foretold: `undrawn` goes by what the draft itself foretells at the parent, where it does (a confidence head), in
+            place of that probability.
 
     Raises:
-        TypeError: the tables do not hold numbers.
+        TypeError: the tables do not hold numbers, or foretold is no boolean.
         ValueError: a table has no ranks or another number of bins than `PROBABILITY_EDGES` makes, or an entry is out of
             range.
     """
 
     drawn: Table
     undrawn: Table
+    foretold: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.foretold, bool):
+            raise TypeError(f"Confidence: foretold must be a boolean, got {type(self.foretold).__name__}")
         for name in ("drawn", "undrawn"):
             table = tuple(map(tuple, getattr(self, name)))
             where = f"Confidence: {name} must"
@@ -164,7 +170,8 @@ class ShapedTree(Document):
     def to_fields(self) -> dict[str, Any]:
         """Give the tree as plain JSON values."""
         tables = {name: [list(row) for row in getattr(self.confidence, name)] for name in ("drawn", "undrawn")}
-        return {"widths": list(self.widths), "edges": list(PROBABILITY_EDGES), **tables}
+        said = {"foretold": True} if self.confidence.foretold else {}
+        return {"widths": list(self.widths), "edges": list(PROBABILITY_EDGES), **tables, **said}
 
     @classmethod
     def from_fields(cls, fields: Fields) -> ShapedTree:
@@ -172,9 +179,10 @@ class ShapedTree(Document):
         widths = fields.entries("widths", is_integer, "a list of integers")
         if tuple(fields.entries("edges", is_number, "a list of numbers")) != PROBABILITY_EDGES:
             raise fields.refuse("edges", "be those of this sequoia-kernels", "others; make the tree again")
-        tables = [fields.entries(name, _is_row, "rows of numbers") for name in ("drawn", "undrawn")]
+        drawn, undrawn = (fields.entries(name, _is_row, "rows of numbers") for name in ("drawn", "undrawn"))
+        foretold = fields.get("foretold", lambda value: isinstance(value, bool), "a boolean", optional=True)
         try:
-            return cls(tuple(widths), Confidence(*tables))
+            return cls(tuple(widths), Confidence(drawn, undrawn, bool(foretold)))
         except (TypeError, ValueError) as reason:
             raise fields.refuse(
                 "widths", "be those of a shaped tree with its confidence", f"others: {reason}"

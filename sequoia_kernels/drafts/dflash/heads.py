@@ -94,6 +94,11 @@ class DSparkHeads:
         return None if self._mixing is None else self._mixing.weight
 
     @property
+    def confidence_weight(self) -> torch.Tensor | None:
+        """What the confidence head multiplies a token's numbers with. [r]. None where it reads none."""
+        return self._confidence
+
+    @property
     def mixes_hidden(self) -> bool:
         """Whether the Markov head reads hidden states."""
         return self.kind in ("gated", "rnn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from sequoia_kernels.drafts.clock import StageClock
 from sequoia_kernels.drafts.dflash.backbone import BlockBackbone, BoundBlock
 from sequoia_kernels.drafts.dflash.forms import DFlashForm
 from sequoia_kernels.drafts.dflash.heads import DSparkHeads
-from sequoia_kernels.drafts.host_growth import HostGrowth, MarkovHead
+from sequoia_kernels.drafts.host_growth import ConfidenceHead, HostGrowth, MarkovHead
 from sequoia_kernels.drafts.levels import DraftLevel, StepTree, TokenBuffers, TreeLayout
 from sequoia_kernels.drafts.source import Drafting, DraftSource
 from sequoia_kernels.drafts.state import DecodingState
@@ -56,7 +57,7 @@ class DFlashDraft(DraftSource):
         self.models = (model,)
         self.needs, self.max_levels = form.needs, form.max_levels
         self.device, self.vocab_size, self.logits_dtype = model.device, model.vocab_size, model.logits_dtype
-        self.capturable = model.capturable
+        self.capturable, self.foretells = model.capturable, form.has_confidence
 
     def __repr__(self) -> str:
         head = "" if self.heads.kind is None else f", {self.heads.kind} Markov head of rank {self.heads.rank}"
@@ -128,14 +129,15 @@ class DFlashDraft(DraftSource):
         return _DFlashDrafting(self, state, max_cache_len, backend, clock)
 
 
-class _DFlashDrafting(Drafting):
-    """A DFlash draft at work.
+class _BoundHeads(NamedTuple):
+    """The heads with memory for what a native step reads."""
 
-    Attributes:
-        wants_confidence: whether `confidence` is filled while a tree grows; False to begin with.
-        confidence: how likely the token behind each node is accepted, as the confidence head says, known before the
-            node's children are drawn; NaN for nodes that have none. [B, N] float32. None where nobody wants it.
-    """
+    markov: MarkovHead | None
+    confidence: ConfidenceHead | None
+
+
+class _DFlashDrafting(Drafting):
+    """A DFlash draft at work."""
 
     source: DFlashDraft
     foreign = False
@@ -152,11 +154,9 @@ class _DFlashDrafting(Drafting):
         self.tokens = torch.full((batch_size, form.block_size), form.mask_token_id, dtype=torch.int64, device=device)
         self.first_rows = torch.arange(batch_size, device=device)[:, None] * self.cache.max_cache_len
         self.steps = torch.arange(self.cache.max_cache_len, device=device)
-        self.wants_confidence = False
-        self.confidence: torch.Tensor | None = None
         self._bound: dict[int, BoundBlock | None] = {}  # by levels with children
-        # By tree: what grows it in these buffers in one call, and the head that it reads.
-        self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None, MarkovHead | None]] = {}
+        # By tree: what grows it in these buffers in one call, and the heads that it reads.
+        self._grown: dict[StepTree, tuple[TokenBuffers, HostGrowth | None, _BoundHeads]] = {}
 
     def use(self, source: DraftSource | None, clock: StageClock) -> None:
         """Go on with a source of the same weights, or let go of it."""
@@ -201,18 +201,14 @@ class _DFlashDrafting(Drafting):
 
     def grow(self, layout: TreeLayout, buffers: TokenBuffers) -> None:
         """Run the block, then draw level by level. Mutates the cache's rows behind the committed ones."""
-        heads = self.source.heads
         with self.clock.stage("draft"):
-            logits, slots = self._block(len(layout.levels))
-        host, head = self._host_growth(layout, buffers)
+            logits, slots = self._block(len(layout.levels), buffers.foretold is not None)
+        host, bound = self._host_growth(layout, buffers)
         if host is not None:
-            if head is not None and head.slots is not None:
-                self._give_slots(head, slots, buffers)
+            self._give_slots(bound, slots, buffers)
             if host.run(self.clock):
                 return  # where a value is out of range, the ops below say which
         states = self._first_states(layout, buffers, slots)
-        if self.wants_confidence and heads.has_confidence:
-            self.confidence = torch.full(buffers.tokens.shape, torch.nan, device=buffers.tokens.device)
         first_slot = self.source.backbone.first_slot
         for depth, level in enumerate(layout.levels):
             with self.clock.stage("draft"):
@@ -223,19 +219,20 @@ class _DFlashDrafting(Drafting):
                 )  # fmt: skip
             self.draw_children(level, rows, buffers)
 
-    def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> tuple[HostGrowth | None, MarkovHead | None]:
+    def _host_growth(self, layout: TreeLayout, buffers: TokenBuffers) -> tuple[HostGrowth | None, _BoundHeads]:
         """What draws this tree from the block's rows in one call, where something does; made when it is first met."""
-        heads, bound = self.source.heads, self.bound_block(len(layout.levels))
-        plain = self.logits_hook is None and not (self.wants_confidence and heads.has_confidence)
-        if bound is None or not plain or not self._keeps_rows:
-            return None, None
+        bound, none = self.bound_block(len(layout.levels)), _BoundHeads(None, None)
+        if bound is None or self.logits_hook is not None or not self._keeps_rows:
+            return None, none
         if type(self).draw_children is not Drafting.draw_children or "draw_children" in vars(self):
-            return None, None  # whoever replaced it wants to be called
+            return None, none  # whoever replaced it wants to be called
         known = self._grown.get(layout.tree)
         if known is None or known[0] is not buffers:
-            head = self._markov_head(layout)
-            host = HostGrowth.of_block(bound.logits, head, self.state, layout, buffers, self.backend)
-            known = self._grown[layout.tree] = buffers, host, head
+            heads = _BoundHeads(self._markov_head(layout), self._confidence_head(buffers))
+            host = HostGrowth.of_block(
+                bound.logits, heads.markov, self.state, layout, buffers, self.backend, heads.confidence
+            )
+            known = self._grown[layout.tree] = buffers, host, heads
         return known[1:]
 
     @property
@@ -259,12 +256,28 @@ class _DFlashDrafting(Drafting):
         first_slot = self.source.backbone.first_slot
         return MarkovHead(heads.w1, heads.w2.weight, heads.mixing, slots, states, first_slot)
 
-    def _give_slots(self, head: MarkovHead, slots: torch.Tensor | None, buffers: TokenBuffers) -> None:
-        """Write what a Markov head reads of a step: what is known of the slots, and what the root goes on from."""
-        assert head.slots is not None and slots is not None
-        head.slots.copy_(slots)
-        if head.states is not None:
-            head.states[:, 0].copy_(self._root_states(buffers, slots)[:, 0])
+    def _confidence_head(self, buffers: TokenBuffers) -> ConfidenceHead | None:
+        """The confidence head with memory for what it reads of a step, where the buffers ask for it."""
+        heads = self.source.heads
+        if buffers.foretold is None or not heads.has_confidence:
+            return None
+        slots, first_slot = torch.zeros(self.tokens.shape), self.source.backbone.first_slot
+        weight = heads.confidence_weight
+        if weight is None:
+            return ConfidenceHead(slots, first_slot)
+        return ConfidenceHead(slots, first_slot, heads.w1, weight.float())
+
+    def _give_slots(self, heads: _BoundHeads, slots: torch.Tensor | None, buffers: TokenBuffers) -> None:
+        """Write what the heads read of a step: what is known of the slots, and what the root goes on from."""
+        markov, confidence = heads
+        if markov is not None and markov.slots is not None:
+            assert slots is not None
+            markov.slots.copy_(slots)
+            if markov.states is not None:
+                markov.states[:, 0].copy_(self._root_states(buffers, slots)[:, 0])
+        if confidence is not None:
+            assert slots is not None
+            confidence.slots.copy_(slots[..., -1])
 
     def bound_block(self, num_levels: int) -> BoundBlock | None:
         """The block's native forward for trees of so many levels with children, where there is one."""
@@ -273,13 +286,13 @@ class _DFlashDrafting(Drafting):
             self._bound[num_levels] = backbone.bind(self.tokens, self.cache, state.cache_lens, num_levels)
         return self._bound[num_levels]
 
-    def _block(self, num_levels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _block(self, num_levels: int, foretells: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Give the logits of each level, and what the heads want of all slots' hidden states."""
         backbone, heads = self.source.backbone, self.source.heads
         self.tokens[:, 0].copy_(self.state.root_tokens)
         if self.source.vocab_size > backbone.model.num_embeddings:
             self.tokens.clamp_(max=backbone.model.num_embeddings - 1)
-        wants_hidden = heads.mixes_hidden or (self.wants_confidence and heads.has_confidence)
+        wants_hidden = heads.mixes_hidden or foretells
         bound = self.bound_block(num_levels)
         scored = None if bound is None else bound.run(wants_hidden)
         if scored is None:  # where a length is out of range, the forward says which
@@ -320,16 +333,15 @@ class _DFlashDrafting(Drafting):
     ) -> torch.Tensor:  # fmt: skip
         """Give the logits of a level's nodes. [B, W, vocab]."""
         heads, width = self.source.heads, level.nodes.shape[0]
-        wants_confidence = self.wants_confidence and heads.has_confidence
-        if heads.kind is None and not wants_confidence:
+        if heads.kind is None and buffers.foretold is None:
             return logits.expand(-1, width, -1)
         first = level.step.first_node
         tokens = buffers.tokens
         tokens = tokens.index_select(1, level.nodes) if first is None else tokens.narrow(1, first, width)
         tokens = tokens.clamp(0, heads.num_tokens - 1)  # one that could not be drawn is -1
-        if wants_confidence:
-            assert self.confidence is not None and slot is not None
-            self.confidence.index_copy_(1, level.nodes, heads.confidence(tokens, slot))
+        if buffers.foretold is not None:
+            assert slot is not None  # whoever asks has seen that it foretells
+            buffers.foretold.index_copy_(1, level.nodes, heads.confidence(tokens, slot))
         parents_states = None if states is None else self._parents_states(layout, level, states)
         rows = heads.rows(tokens, logits, slot, parents_states)
         if states is not None and rows.states is not None:

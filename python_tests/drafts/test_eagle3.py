@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia_kernels import ShapedTree, TokenTree, adapt, generate, measure_profile
 from sequoia_kernels.decoding.engine import GraphedSteps
-from sequoia_kernels.drafts import DecodingState, Drafting, Eagle3Draft, StageClock, draft_from_folder
+from sequoia_kernels.drafts import DecodingState, Drafting, Eagle3Draft, StageClock, draft_from_folder, format_of
 from sequoia_kernels.models import PagedTreeCache, TreeStep, causal_step
 
 DATA = Path(__file__).parent / "data" / "eagle3"
@@ -165,6 +165,10 @@ def original_form(name: str, folder: Path) -> Path:
     fields["eagle_config"] = {"norm_before_fc": config["norm_before_fc"], "use_aux_hidden_state": True}
     fields["fc_norm"] = config["fc_norm"]
     weights = load_file(DATA / name / "model.safetensors")
+    if name == "peagle":
+        fields["eagle_aux_hidden_state_layer_ids"] = config["eagle_aux_hidden_state_layer_ids"]
+        fields["ptd_token_id"] = config["mask_token_id"]
+        weights["mask_hidden"] = weights["mask_hidden"].flatten()[None]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     renamed = {key.replace("layers.0.", "midlayer."): weight for key, weight in weights.items()}
@@ -291,6 +295,80 @@ def test_a_parallel_head_gives_a_row_for_each_depth(num_depths, forward, monkeyp
     levels = recorded(monkeypatch)
     output = generate(target, source, torch.tensor([[3, 1, 4, 1]]), tree=TREE, max_new_tokens=30, temperature=1.0)
     assert check_levels(source, model, output.sequences.tolist(), levels, [TREE]) > 60
+
+
+def test_a_parallel_head_of_the_original_form_is_that_of_the_other(target, tmp_path):
+    """vLLM's form of P-EAGLE: the same weights give the same numbers, and the same text."""
+    folder = original_form("peagle", tmp_path / "original")
+    assert format_of(folder).name == "eagle3"
+    given = draft_from_folder(DATA / "peagle", target)
+    found = draft_from_folder(folder, target)
+    assert repr(found).startswith("Eagle3Draft(peagle, ") and found.num_depths == 8  # such folders do not say how many
+    assert found.head.mask_token_id == given.head.mask_token_id == 7
+    assert torch.equal(found.head.mask_feature, given.head.mask_feature)
+    golden = load_file(DATA / "peagle" / "golden.safetensors")
+    known = int(golden["anchor"]) + 1
+    for source in (given, found):
+        logits = chain_logits(source, golden["features"][:known], golden["tokens"][:known], known, 4)
+        torch.testing.assert_close(logits, golden["logits"], rtol=1e-5, atol=1e-5)
+    prompt = torch.tensor([[3, 1, 4, 1]])
+    options = {"tree": TREE, "max_new_tokens": 30, "temperature": 1.0, "seed": 3}
+    sources = given, Eagle3Draft.from_folder(folder, target, num_depths=given.num_depths)
+    texts = [generate(target, source, prompt, **options) for source in sources]
+    assert texts[0].new_tokens == texts[1].new_tokens
+    assert texts[0].stats.request_steps == texts[1].stats.request_steps
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({"ptd_token_id": 5}, (1, 96)),
+        ({"pard_token": 5, "parallel_drafting": True}, (96,)),
+        ({"mask_token_id": 5, "parallel_drafting": True, "num_depths": 3}, (1, 1, 96)),
+        ({"ptd_token_id": 5, "mask_token_id": 5, "architectures": ["PEagleDraftModel"]}, (1, 96)),
+        ({"ptd_token_id": 5, "architectures": ["LlamaForCausalLM"]}, (1, 96)),
+    ],
+)
+def test_parallel_heads_of_the_original_form(config, shape, tmp_path):
+    model = tiny_llama(3, vocab_size=12, sharpness=4.0)
+    target = adapt(model)
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    head = write_head(tmp_path / "head", model, num_layers=4)
+    source = draft_from_folder(changed(head, tmp_path / "parallel", config, {"mask_hidden": mask}), target)
+    assert source.head.mask_token_id == 5 and source.num_depths == config.get("num_depths", 8)
+    expected = source.head.combine(mask.flatten().split(32))
+    torch.testing.assert_close(source.head.mask_feature, expected, rtol=1e-6, atol=1e-6)
+    prompts = torch.randint(12, (2, 5), generator=torch.Generator().manual_seed(1))
+    plain = generate(target, None, prompts, max_new_tokens=20).new_tokens
+    assert generate(target, source, prompts, tree=TREE, max_new_tokens=20).new_tokens == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ({"parallel_drafting": True}, {}, "must give one of ptd_token_id, pard_token, mask_token_id, since .* none"),
+        ({"parallel_drafting": "yes"}, {}, "parallel_drafting must be true or false, got 'yes'"),
+        ({"ptd_token_id": 5}, {"mask_hidden": None}, "must hold mask_hidden, got"),
+        ({"ptd_token_id": 5}, {"mask_hidden": torch.ones(1, 32)}, r"mask_hidden must have shape \[1, 96\], got .*32\]"),
+        (
+            {"ptd_token_id": 5},
+            {"mask_hidden": torch.ones(2, 96)},
+            r"mask_hidden must have shape \[1, 96\], got \[2",
+        ),
+        ({"ptd_token_id": 12}, {}, r"ptd_token_id must be in 0\.\.11, got 12"),
+        ({"pard_token": "5"}, {}, "pard_token must be an integer of at least 0, got '5'"),
+        ({"ptd_token_id": 5, "pard_token": 6}, {}, r"ptd_token_id and pard_token must be one token, got \[5, 6\]"),
+        ({"ptd_token_id": 5, "num_depths": 0}, {}, "num_depths must be an integer of at least 1, got 0"),
+        ({}, {}, "must hold no weights beside those of its format, got mask_hidden"),
+        ({"mask_token_id": 5}, {}, "must hold no weights beside those of its format, got mask_hidden"),
+    ],
+)
+def test_what_is_not_understood_of_a_parallel_head_is_named(config, weights, message, tmp_path):
+    target = adapt(tiny_llama(3, vocab_size=12))
+    head = write_head(tmp_path / "head", target.model)
+    folder = changed(head, tmp_path / "changed", config, {"mask_hidden": torch.ones(1, 96)} | weights)
+    with pytest.raises(ValueError, match=rf"^draft folder {folder}: .*{message}"):
+        draft_from_folder(folder, target)
 
 
 def padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,9 @@ id i is `hidden_states[i + 1]`: the heads that carry such ids were trained on [1
 any were trained on `hidden_states` 2, L // 2 and L - 3, which are the same three. Folders that were converted may go
 another way, so the other reading is kept beside it: `readings.py` measures both. Wrong hidden states cost acceptance
 and nothing else.
+
+A P-EAGLE head of the original form is what vLLM loads for its parallel drafting: a config like any other, with the
+token of what is not known yet as `ptd_token_id` or `pard_token`, or as `mask_token_id` beside `parallel_drafting`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ __all__ = ["HeadConfig", "is_eagle3"]
 _MODELS = ("eagle3", "peagle")  # of the speculators form
 _FAMILIES = ("llama", "qwen3")  # whose layers a head may have
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the text's length
+_MASK_TOKENS = ("ptd_token_id", "pard_token", "mask_token_id")  # of the original form
 _DEFAULT_DEPTHS = 8  # rows that a parallel head gives where its config does not say how many it was trained for
 
 # Options of an `eagle_config` that say what every head does here; another value would ask for other arithmetic.
@@ -51,7 +55,7 @@ def is_eagle3(config: Mapping[str, Any]) -> bool:
     if "speculators_model_type" in config:
         return config["speculators_model_type"] in _MODELS
     names = [name for name in config.get("architectures") or () if isinstance(name, str)]
-    if any("eagle3" in name.lower() for name in names):
+    if any(part in name.lower() for name in names for part in _MODELS):
         return True
     # Some original folders name a plain language model, which has no vocabulary of a draft.
     plain = any(name in ("LlamaForCausalLM", "Qwen3ForCausalLM") for name in names)
@@ -149,8 +153,6 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
         ):
             rule = "must hold options that are known here"
             raise ValueError(f"{folder}: eagle_config {rule}, got {name} = {value!r:.60}")
-    if config.get("parallel_drafting"):
-        raise ValueError(f"{folder}: parallel_drafting must be off in the original form, got it on")
     ids, other = _layer_ids(folder, options.get(_LAYER_IDS), 1)  # they count outputs; see above
     if ids is None:
         ids, other = _layer_ids(folder, config.get(_LAYER_IDS), 0)
@@ -161,7 +163,32 @@ def _read_original(folder: DraftFolder) -> HeadConfig:
     vocab_size = _count(folder, config, "draft_vocab_size", default=layer_config.vocab_size)
     given = {**config, **{name: value for name, value in options.items() if value is not None}}
     switches = {name: _switch(folder, given, name) for name in _SWITCHES}
-    return _checked(folder, HeadConfig(layer_config, vocab_size, ids, num_features, other, **switches))
+    head = HeadConfig(layer_config, vocab_size, ids, num_features, other, **switches)
+    mask_token_id = _mask_token(folder, config, layer_config.vocab_size)
+    if mask_token_id is not None:
+        num_depths = _count(folder, config, "num_depths", default=_DEFAULT_DEPTHS)
+        head = replace(head, mask_token_id=mask_token_id, num_depths=num_depths)
+    return _checked(folder, head)
+
+
+def _mask_token(folder: DraftFolder, config: Mapping[str, Any], num_tokens: int) -> int | None:
+    """Read which token a head of the original form is fed for what is not known yet; None of one that is not parallel.
+
+    A `mask_token_id` alone may be a tokenizer's: it says nothing where parallel drafting is not on.
+    """
+    is_parallel = _switch(folder, config, "parallel_drafting")
+    names = [name for name in _MASK_TOKENS if config.get(name) is not None]
+    if not is_parallel and (names in ([], ["mask_token_id"]) or config.get("parallel_drafting") is False):
+        return None
+    if not names:
+        rule = f"must give one of {', '.join(_MASK_TOKENS)}, since parallel_drafting is on"
+        raise ValueError(f"{folder}: {rule}, got none")
+    tokens = {name: _count(folder, config, name, least=0) for name in names}
+    if len(set(tokens.values())) > 1:
+        raise ValueError(f"{folder}: {' and '.join(names)} must be one token, got {list(tokens.values())}")
+    if tokens[names[0]] >= num_tokens:
+        raise ValueError(f"{folder}: {names[0]} must be in 0..{num_tokens - 1}, got {tokens[names[0]]}")
+    return tokens[names[0]]
 
 
 def _checked(folder: DraftFolder, head: HeadConfig) -> HeadConfig:

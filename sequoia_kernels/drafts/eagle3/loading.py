@@ -142,13 +142,17 @@ class _Weights:
             if config.mask_token_id >= head["embed"].shape[0]:
                 tokens = head["embed"].shape[0]
                 raise ValueError(f"{self.folder}: mask_token_id must be in 0..{tokens - 1}, got {config.mask_token_id}")
-            mask = self._take("mask_hidden", shape=(1, 1, features * self.target_width))
             plain = EagleHead(**head)
-            mask_feature = plain.combine(mask[0, 0].split(self.target_width))
+            mask_feature = plain.combine(self._mask(features * self.target_width).split(self.target_width))
             built = EagleHead(**head, mask_feature=mask_feature, mask_token_id=config.mask_token_id)
         # The target's own last norm and head may lie beside a head that was saved while it was trained.
         self.folder.check_all_taken(unused=("verifier_norm.weight", "verifier_lm_head.weight"))
         return built
+
+    def _mask(self, width: int) -> torch.Tensor:
+        """Read the features of what is not known yet, side by side; up to two sizes of 1 stand in front of them."""
+        sizes = self.folder.shape("mask_hidden") if "mask_hidden" in self.folder else ()
+        return self._take("mask_hidden", shape=(*[1] * min(max(len(sizes) - 1, 0), 2), width)).flatten()
 
     def _take(self, name: str, *aliases: str, shape: Sequence[int | None]) -> torch.Tensor:
         return self._placed(self.folder.need(name, *aliases, shape=shape))

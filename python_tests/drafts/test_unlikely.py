@@ -1,8 +1,9 @@
-"""A draft's unlikely tokens go behind the others where the target is cut by top-p, in C++ and in torch alike."""
+"""A draft's unlikely tokens go behind the others where the target is cut by top-p, in C++, Triton and torch alike."""
 
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -17,17 +18,27 @@ from sequoia_kernels.decoding import step as steps
 from sequoia_kernels.drafts import ModelDraft, TokenPairing, host_growth
 from sequoia_kernels.drafts.unlikely import BEHIND, set_back_unlikely
 from sequoia_kernels.ops import sample_without_replacement
+from sequoia_kernels.ops.backends import unavailable_reason
 from sequoia_kernels.tree import ShapedTree
 
-BACKENDS = ["host", "reference"]
+_REASON = unavailable_reason("sample_without_replacement", "triton")
+DEVICE = "cpu" if _REASON or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # where the Triton kernels run
+needs_triton = pytest.mark.skipif(_REASON is not None, reason=f"triton: {_REASON}")
+BACKENDS = ["host", "reference", pytest.param("triton", marks=needs_triton)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TREE = TokenTree([-1, 0, 0, 0, 1, 1, 2, 4])
 
 
+def device_of(backend):
+    """Where a backend takes its tensors."""
+    return DEVICE if backend == "triton" else "cpu"
+
+
 def set_back(rows, temperature, top_p, backend):
     """The changed rows of one request. [W, vocab]."""
-    settings = torch.tensor([temperature]), torch.tensor([top_p])
-    return set_back_unlikely(rows[None], *settings, backend)[0]
+    device = device_of(backend)
+    settings = torch.tensor([temperature], device=device), torch.tensor([top_p], device=device)
+    return set_back_unlikely(rows[None].to(device), *settings, backend)[0].cpu()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,7 +86,7 @@ def test_cpp_gives_the_bits_of_torch(kind, dtype):
     for vocab, temperature, top_p in itertools.product((1, 2, 17, 300, 3001), (1e-4, 0.3, 1.0, 1e4), (0.05, 0.8, 0.97)):
         rows = rows_of(kind, vocab, dtype)
         given = rows.clone()
-        host, reference = (set_back(rows, temperature, top_p, backend) for backend in BACKENDS)
+        host, reference = (set_back(rows, temperature, top_p, backend) for backend in ("host", "reference"))
         assert torch.equal(host, reference), (vocab, temperature, top_p)
         assert torch.equal(rows, given) and host.dtype == dtype
         assert torch.equal(host.isfinite(), rows.isfinite())
@@ -87,31 +98,61 @@ def test_cpp_gives_the_bits_of_torch(kind, dtype):
             assert torch.equal(changed.double()[order], changed.double().sort().values)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["wide", "peaked", "equal", "tied", "masked", "far apart"])
+def test_triton_gives_the_bits_of_torch(kind, dtype):
+    """Several chunks, too; float64 goes by torch. No sum of these rows is within rounding of its limit."""
+    settings = torch.tensor(list(itertools.product((1e-4, 0.0, 0.7, 1e4), (0.05, 0.8, 1.0)))).unbind(1)
+    for vocab in (1, 2, 300, 2 * 2048 + 1):
+        rows = rows_of(kind, vocab, dtype)[:2].expand(12, -1, -1)
+        there = (rows.to(DEVICE), *(values.to(DEVICE) for values in settings))
+        changed = set_back_unlikely(*there, "triton").cpu()
+        assert torch.equal(changed, set_back_unlikely(rows, *settings, "reference")), vocab
+        assert changed.dtype == dtype
+
+
+@needs_triton
+def test_triton_at_the_widest_vocabularies():
+    """Two sizes of chunks; a row's bound does not depend on the other rows."""
+    for vocab in (65537, 151936):
+        rows = (4 * torch.randn(1, 2, vocab, generator=torch.Generator().manual_seed(vocab))).to(torch.bfloat16)
+        changed, reference = (set_back(rows[0], 0.8, 0.9, backend) for backend in ("triton", "reference"))
+        assert torch.equal(changed, reference) and not torch.equal(changed, rows[0])
+        assert torch.equal(set_back(rows[0, 1:], 0.8, 0.9, "triton"), changed[1:])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_requests_without_top_p_keep_their_rows(backend):
-    logits = 4 * torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
+    logits = 4 * torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0)).to(device_of(backend))
     assert set_back_unlikely(logits, torch.ones(4), None, backend) is logits
     temperature, top_p = torch.tensor([0.0, 0.7, 0.7, 1.0]), torch.tensor([0.5, 1.0, 0.5, 0.9])
-    changed = set_back_unlikely(logits, temperature, top_p, backend)
+    changed = set_back_unlikely(logits, temperature.to(logits.device), top_p.to(logits.device), backend)
     assert torch.equal(changed[:2], logits[:2])
     for request in (2, 3):
         alone = set_back(logits[request], float(temperature[request]), float(top_p[request]), backend)
-        assert torch.equal(changed[request], alone) and not torch.equal(alone, logits[request])
+        assert torch.equal(changed[request].cpu(), alone) and not torch.equal(alone, logits[request].cpu())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_any_strides_and_rows_that_the_draw_refuses(backend):
-    row = 4 * torch.randn(1, 1, 50, generator=torch.Generator().manual_seed(0))
-    settings = torch.ones(1), torch.full((1,), 0.8)
+    device = device_of(backend)
+    row = 4 * torch.randn(1, 1, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    settings = torch.ones(1, device=device), torch.full((1,), 0.8, device=device)
     whole = set_back_unlikely(row.expand(-1, 4, -1), *settings, backend)
     assert torch.equal(whole, set_back_unlikely(row, *settings, backend).expand(-1, 4, -1))
     wider = torch.nn.functional.pad(row, (0, 14), value=torch.nan)
     assert torch.equal(set_back_unlikely(wider[:, :, :50], *settings, backend), whole[:, :1])
+    apart = row.repeat_interleave(2, 2)
+    assert torch.equal(set_back_unlikely(apart[:, :, ::2], *settings, backend), whole[:, :1])
     for bad in (torch.nan, torch.inf):
         broken = row.clone()
         broken[0, 0, 3] = bad
-        changed = set_back_unlikely(broken, *settings, backend)[0, 0, 3]
-        assert changed.isnan() if bad != bad else changed == bad
+        changed = set_back_unlikely(broken, *settings, backend)
+        assert changed[0, 0, 3].isnan() if bad != bad else changed[0, 0, 3] == bad
+        if backend == "triton":
+            reference = set_back(broken[0].cpu(), 1.0, 0.8, "reference")
+            assert torch.equal(changed[0].cpu().nan_to_num(7.0), reference.nan_to_num(7.0))
     nothing = torch.full_like(row, -torch.inf)
     assert torch.equal(set_back_unlikely(nothing, *settings, backend), nothing)
 
@@ -180,19 +221,31 @@ def test_growing_in_cpp_is_growing_in_torch(case, rule, monkeypatch):
     assert reference.new_tokens == native.new_tokens
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_the_rows_that_are_kept_are_those_that_were_drawn_from(native, monkeypatch):
+@needs_triton
+@pytest.mark.parametrize("case", ["narrow", "shaped"])
+def test_triton_grows_what_torch_grows(case):
+    target, draft = (model.to(DEVICE) for model in pair_of(case))
+    tree = ShapedTree((1, 2, 3), steep_confidence()) if case == "shaped" else TREE
+    options = SETTINGS | {"tree": tree, "max_new_tokens": 5, "eos_token_id": ()}
+    triton, reference = (
+        generate(target, draft, PROMPTS.to(DEVICE), **options, backend=backend) for backend in ("triton", "reference")
+    )
+    assert triton.new_tokens == reference.new_tokens
+    assert triton.stats.accepted_histogram == reference.stats.accepted_histogram
+
+
+@pytest.mark.parametrize("way", ["host", "reference", pytest.param("triton", marks=needs_triton)])
+def test_the_rows_that_are_kept_are_those_that_were_drawn_from(way, monkeypatch):
     """What verification reads has the unlikely tokens behind, and the children are draws from just that."""
-    target, draft = pair_of("plain")
-    if not native:
-        monkeypatch.setattr(host_growth.HostGrowth, "bind", classmethod(lambda cls, *args: None))
+    target, draft = (model.to(device_of(way)) for model in pair_of("plain"))
     verify, seen = steps.DecodingStep.verify_tokens, []
 
     def verify_tokens(self, tree):
         layout, buffers = self.prepare(tree)
         level, state = layout.levels[0], self.state
         rows = buffers.draft_logits[:, 0]
-        drawn = sample_without_replacement(rows, level.num_samples, state.temperature, state.seeds, state.offsets)
+        streams = state.temperature, state.seeds, state.offsets
+        drawn = sample_without_replacement(rows, level.num_samples, *streams, backend=way)
         active = state.active.bool()  # nothing is drawn for others
         assert torch.equal(drawn.tokens[active], buffers.tokens[active, 1:4])
         spread = (rows.amax(1) - rows.amin(1)) / state.temperature.where(state.temperature > 0, 1.0)
@@ -200,5 +253,7 @@ def test_the_rows_that_are_kept_are_those_that_were_drawn_from(native, monkeypat
         return verify(self, tree)
 
     monkeypatch.setattr(steps.DecodingStep, "verify_tokens", verify_tokens)
-    generate(target, draft, PROMPTS, tree=TREE, max_new_tokens=20, eos_token_id=(), **SETTINGS)
+    options = {"max_new_tokens": 20 if way != "triton" else 4, "eos_token_id": (), "cuda_graphs": False}
+    backend = {"host": "auto"}.get(way, way)
+    generate(target, draft, PROMPTS.to(target.device), tree=TREE, backend=backend, **options, **SETTINGS)
     assert torch.stack(seen).any(0).tolist() == [True, False, False, True]

@@ -263,6 +263,22 @@ def test_a_captured_draft_goes_on_beyond_its_positions(pair):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["sequoia", "traversal"])
+def test_a_captured_step_sets_unlikely_tokens_back(pair, rule):
+    """Where the target is cut, and for others of the batch not: by the same graph for other values."""
+    target, draft = pair
+    prompts = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(2)).cuda()
+    options = {"tree": TREES["tree"], "temperature": [0.9, 0.0, 0.7], "max_new_tokens": 60, "seed": [3, 4, 5]}
+    options |= {"eos_token_id": (), "rule": rule}
+    for top_p in ([0.8, 0.8, 1.0], [1.0, 0.9, 0.6]):
+        graphed, launched = (
+            generate(target, draft, prompts, top_p=top_p, cuda_graphs=on, **options) for on in (True, False)
+        )
+        assert graphed.new_tokens == launched.new_tokens
+        assert graphed.stats.accepted_histogram == launched.stats.accepted_histogram
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_captured_shaped_tree_takes_its_shape_in_every_step(pair, temperature):
     target, draft = pair

@@ -20,6 +20,7 @@ __all__ = [
     "device_traits",
     "launching_on",
     "most_registers",
+    "rounded",
     "unavailable_reason",
 ]
 
@@ -31,6 +32,18 @@ def _probe():
 
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
 """Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the host, on CPU tensors too."""
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def rounded(values, DTYPE: tl.constexpr):  # fp32 -> fp32
+    """Round to the numbers of a type that is to be stored, as a device does: to the nearest, ties to even."""
+    if _INTERPRETED:
+        if tl.bfloat16 == DTYPE:  # the interpreter cuts off what does not fit
+            bits = values.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            return bits.to(tl.float32, bitcast=True)
+    return values.to(DTYPE).to(tl.float32)
 
 
 class DeviceTraits(NamedTuple):

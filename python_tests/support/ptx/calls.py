@@ -13,6 +13,7 @@ from support.ptx.emulator import Emulator
 from support.ptx.triton_launches import emulated
 
 from sequoia_kernels import TokenTree
+from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.models.fused import few_rows
 from sequoia_kernels.ops import (
     compact_kv_cache_,
@@ -26,7 +27,7 @@ __all__ = ["CALLS", "Call", "FewRowsForward", "attention_call", "collecting_call
 
 
 class Call(NamedTuple):
-    """One call of an op."""
+    """One call of an op, or of what a draft does beside them."""
 
     op: str
     make: Callable[[str], tuple[torch.Tensor, ...]]
@@ -137,6 +138,13 @@ def _verification_call(temperature: float, rule: str, vocab: int = 150, **cuts: 
     return Call("verify_tree", make, 0.0)
 
 
+def _setting_back_call() -> Call:
+    """Rows of two chunks, of a request that is cut and of two that are not."""
+    logits = (torch.randn(3, 2, 2200, generator=_generator()) * 3).to(torch.bfloat16)
+    settings = torch.tensor([0.7, 0.0, 0.8]), torch.tensor([0.8, 0.8, 1.0])
+    return Call("set_back_unlikely", lambda backend: (set_back_unlikely(logits, *settings, backend),), 0.0)
+
+
 def compaction_call() -> Call:
     """Three caches of two requests, one path with gaps and one without."""
     generator = _generator()
@@ -165,5 +173,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "verification, traversal": lambda: _verification_call(0.8, "traversal"),
     "verification, cuts": lambda: _verification_call(0.8, "sequoia", 700, top_k=2, top_p=0.9),
     "compaction": compaction_call,
+    "unlikely tokens set back": _setting_back_call,
 }
 """name -> the call"""

@@ -15,20 +15,9 @@ __all__ = ["gated_activation_kernel", "residual_norm_kernel", "rotate_and_store_
 
 RMS_NORM = tl.constexpr(1)
 LAYER_NORM = tl.constexpr(2)
-INTERPRETED = tl.constexpr(triton_device.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # jit helpers ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rounded(values, DTYPE: tl.constexpr):  # fp32 -> fp32, through the type of what is stored
-    if INTERPRETED:
-        if tl.bfloat16 == DTYPE:  # the interpreter cuts off what does not fit
-            bits = values.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            return bits.to(tl.float32, bitcast=True)
-    return values.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -43,10 +32,10 @@ def _scaled_by_weight(
         values *= weight
         if bias_ptr is not None:
             values += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        return _rounded(values, DTYPE)
+        return triton_device.rounded(values, DTYPE)
     if OFFSET != 0.0:  # Gemma's, all in float32
-        return _rounded(values * (weight + OFFSET), DTYPE)
-    return _rounded(_rounded(values, DTYPE) * weight, DTYPE)
+        return triton_device.rounded(values * (weight + OFFSET), DTYPE)
+    return triton_device.rounded(triton_device.rounded(values, DTYPE) * weight, DTYPE)
 
 
 @triton.jit
@@ -115,8 +104,8 @@ def residual_norm_kernel(
                 update, update_weight_ptr, update_bias_ptr, columns, mask, width, update_eps, OFFSET, UPDATE_KIND, dtype
             )
         if SCALED:
-            update = _rounded(update * update_scale, dtype)
-        stream = _rounded(stream + update, dtype)
+            update = triton_device.rounded(update * update_scale, dtype)
+        stream = triton_device.rounded(stream + update, dtype)
         tl.store(stream_ptr + row * stride_stream_row + columns, stream.to(dtype), mask=mask)
     if KIND != 0:
         normed = _normed_row(stream, weight_ptr, bias_ptr, columns, mask, width, eps, OFFSET, KIND, dtype)
@@ -188,8 +177,10 @@ def _rotated_heads(
         cosine = tl.load(table_ptr + half, mask=half < HALF, other=0.0)
         sine = tl.load(table_ptr + HALF + half, mask=half < HALF, other=0.0)
         out_first, out_second = first * cosine - second * sine, second * cosine + first * sine
-        tl.store(targets + half, _rounded(out_first, dtype).to(dtype), mask=may_store & (half < HALF))
-        tl.store(targets + HALF + half, _rounded(out_second, dtype).to(dtype), mask=may_store & (half < HALF))
+        tl.store(targets + half, triton_device.rounded(out_first, dtype).to(dtype), mask=may_store & (half < HALF))
+        tl.store(
+            targets + HALF + half, triton_device.rounded(out_second, dtype).to(dtype), mask=may_store & (half < HALF)
+        )
     if REST > 0:
         tl.store(targets + ROTATED + rest, behind.to(dtype), mask=may_store & (rest < REST))
 
@@ -292,5 +283,7 @@ def gated_activation_kernel(
     source = projected_ptr + row * stride_projected_row + columns
     activated = _activated(tl.load(source, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        activated = _rounded(activated, dtype) * tl.load(source + width, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * stride_out_row + columns, _rounded(activated, dtype).to(dtype), mask=mask)
+        activated = triton_device.rounded(activated, dtype) * tl.load(source + width, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    tl.store(out_ptr + row * stride_out_row + columns, triton_device.rounded(activated, dtype).to(dtype), mask=mask)

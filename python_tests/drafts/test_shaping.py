@@ -1,8 +1,9 @@
-"""Shaped trees: exact whatever their shape, the same in C++ and torch, and shaped by what their specification says."""
+"""Shaped trees: exact whatever their shape, the same in C++, Triton and torch, shaped as their specification says."""
 
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -14,8 +15,17 @@ from support.toy_models import chain_probs, toy_pair
 from sequoia_kernels import TokenTree, generate
 from sequoia_kernels.drafts import TreeLayout, host_growth
 from sequoia_kernels.drafts.shaping import LEAST_REACH, LevelShape, ShapedReach, shaped_topology
+from sequoia_kernels.ops.backends import unavailable_reason
 from sequoia_kernels.tree import PROBABILITY_EDGES, Confidence, ShapedTree, Topology
 
+_REASON = unavailable_reason("sample_without_replacement", "triton")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if _REASON or IS_INTERPRETED else "cuda"  # where the Triton kernels run
+needs_triton = pytest.mark.skipif(_REASON is not None, reason=f"triton: {_REASON}")
+needs_interpreter = pytest.mark.skipif(
+    _REASON is not None or not IS_INTERPRETED, reason="its tensors are on the CPU: needs TRITON_INTERPRET=1"
+)
+TRITON = pytest.param("triton", marks=needs_triton)
 TREE = ShapedTree((1, 2, 3), steep_confidence())
 KINDS = [
     "unrelated",
@@ -30,9 +40,9 @@ KINDS = [
 WARPS = [(0.0, None, None), (0.3, 2, None), (0.6, None, 0.8), (1.0, None, None), (1.7, 3, 0.95)]
 
 
-def exact_error(tree, kind, warp, rule, seed=0, rerank=False):
+def exact_error(tree, kind, warp, rule, seed=0, **options):
     target, draft = toy_pair(kind, 3, context=3, seed=seed)
-    emitted, num_trees = shaped_emitted_distribution(tree, target, draft, 1, *warp, rule=rule, rerank=rerank)
+    emitted, num_trees = shaped_emitted_distribution(tree, target, draft, 1, *warp, rule=rule, **options)
     expected = joint_probs(chain_probs(target, 1, tree.num_levels, *warp))
     return float((emitted - expected).abs().max()), num_trees
 
@@ -66,6 +76,15 @@ def test_trees_that_are_shaped_by_what_a_head_foretells_are_exact(kind, rule):
     assert exact_error(deep, kind, (1.0, None, None), rule, seed=3)[0] <= 1e-12
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("kind", "temperature"), [("unrelated", 1.0), ("draft misses tokens", 0.6), ("tied", 0.0)])
+def test_trees_that_triton_shapes_are_exact(kind, temperature):
+    warp = (temperature, None, None)
+    error, num_trees = exact_error(TREE, kind, warp, "traversal", backend="triton")
+    assert error <= 1e-12
+    assert num_trees == exact_error(TREE, kind, warp, "traversal", backend="reference")[1]
+
+
 def test_choosing_children_by_their_own_tokens_fails_the_exact_test():
     errors = [exact_error(TREE, "unrelated", (1.0, None, None), rule, rerank=True) for rule in ("sequoia", "traversal")]
     assert all(error > 1e-3 for error, _ in errors)
@@ -84,24 +103,28 @@ def prompts(batch_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("foretold", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_level_goes_to_the_largest_worths(batch_size, foretold):
+@pytest.mark.parametrize("backend", ["reference", TRITON])
+def test_a_level_goes_to_the_largest_worths(backend, batch_size, foretold):
     generator = torch.Generator().manual_seed(0)
+    device = DEVICE if backend == "triton" else "cpu"
     tree = ShapedTree(DEEP.widths, steep_confidence(foretold=foretold))
-    said = torch.rand(batch_size, tree.num_nodes, generator=generator)  # is of no account where it is not asked for
-    layout = TreeLayout.build(tree, "cpu", batch_size)
+    # Of no account where it is not asked for.
+    said = torch.rand(batch_size, tree.num_nodes, generator=generator).to(device)
+    layout = TreeLayout.build(tree, device, batch_size)
     topology = layout.topology
-    tokens = torch.zeros(batch_size, DEEP.num_nodes, dtype=torch.int64)
-    temperature = torch.tensor([0.0, 0.7, 1.3])[:batch_size]
+    tokens = torch.zeros(batch_size, DEEP.num_nodes, dtype=torch.int64, device=device)
+    temperature = torch.tensor([0.0, 0.7, 1.3], device=device)[:batch_size]
     confidence = DEEP.confidence
     reach = [[1.0] + [0.0] * (DEEP.num_nodes - 1) for _ in range(batch_size)]
     for index, level in enumerate(layout.levels):
         nodes = DEEP.level_nodes(index)
-        logits = torch.randn(batch_size, len(nodes), 24, generator=generator) * 3
+        logits = (torch.randn(batch_size, len(nodes), 24, generator=generator) * 3).to(device)
         probs = (logits / torch.where(temperature == 0, 1, temperature)[:, None, None]).double().softmax(dim=2)
-        level.shape.give_out(logits, temperature, said)
+        level.shape.give_out(logits, temperature, backend, said)
         children = range(level.first_child, level.first_child + level.num_children)
-        tokens[:, list(children)] = torch.randint(-1, 24, (batch_size, len(children)), generator=generator)
-        level.shape.note_draws(logits, temperature, tokens)
+        drawn = torch.randint(-1, 24, (batch_size, len(children)), generator=generator)
+        tokens[:, list(children)] = drawn.to(device)
+        level.shape.note_draws(logits, temperature, tokens, backend)
         for request in range(batch_size):
             slots = []
             for row, node in enumerate(nodes):
@@ -120,7 +143,7 @@ def test_a_level_goes_to_the_largest_worths(batch_size, foretold):
                 drawn = confidence.drawn[min(rank, len(confidence.drawn) - 1)][Confidence.bin_of(chance)]
                 reach[request][child] = reach[request][nodes[row]] * drawn
         torch.testing.assert_close(
-            level.shape.shared.reach[:, list(children)], torch.tensor(reach)[:, list(children)], rtol=1e-5, atol=0
+            level.shape.shared.reach[:, list(children)].cpu(), torch.tensor(reach)[:, list(children)], rtol=1e-5, atol=0
         )
     topology.check()
     for index, level in enumerate(layout.levels):
@@ -135,17 +158,107 @@ def test_a_topology_begins_as_an_even_one():
     assert DEEP.even().widths == list(DEEP.widths)
 
 
-def test_chances_of_deep_paths_stay_numbers():
+@pytest.mark.parametrize("backend", ["reference", TRITON])
+def test_chances_of_deep_paths_stay_numbers(backend):
     confidence = Confidence([[1e-4] * 19], [[1e-4] * 19, [5e-5] * 19])
-    tree = ShapedTree((1,) + (2,) * 40, confidence)
-    layout = TreeLayout.build(tree, "cpu", 1)
-    tokens = torch.zeros(1, tree.num_nodes, dtype=torch.int64)
+    tree = ShapedTree((1,) + (2,) * (40 if backend == "reference" else 8), confidence)
+    device = DEVICE if backend == "triton" else "cpu"
+    layout, one = TreeLayout.build(tree, device, 1), torch.ones(1, device=device)
+    tokens = torch.zeros(1, tree.num_nodes, dtype=torch.int64, device=device)
     for level in layout.levels:
-        logits = torch.zeros(1, len(level.nodes), 8)
-        level.shape.give_out(logits, torch.ones(1))
-        level.shape.note_draws(logits, torch.ones(1), tokens)
+        logits = torch.zeros(1, len(level.nodes), 8, device=device)
+        level.shape.give_out(logits, one, backend)
+        level.shape.note_draws(logits, one, tokens, backend)
     assert float(layout.levels[0].shape.shared.reach.min()) == pytest.approx(LEAST_REACH)
     layout.topology.check()
+
+
+def both_layouts(tree, batch_size):
+    """A layout for Triton, and one for torch on the same device."""
+    return [TreeLayout.build(tree, DEVICE, batch_size) for _ in range(2)]
+
+
+def assert_alike(layouts, logits_of, temperature, tokens):
+    """Grow both, level by level: the same integers, and reaches up to rounding."""
+    for pair in zip(*(layout.levels for layout in layouts)):
+        logits = logits_of(len(pair[0].nodes)).to(DEVICE)
+        for level, backend in zip(pair, ("triton", "reference")):
+            level.shape.give_out(logits, temperature, backend)
+            level.shape.note_draws(logits, temperature, tokens, backend)
+        triton, reference = (level.shape for level in pair)
+        for name, part, right in zip(Topology._fields, triton.topology[:-2], reference.topology[:-2]):
+            assert torch.equal(part, right), name
+        assert torch.equal(triton.places, reference.places)
+        if triton.own_mask is not None:
+            assert torch.equal(triton.own_mask, reference.own_mask)
+        torch.testing.assert_close(triton.shared.reach, reference.shared.reach, rtol=1e-6, atol=0)
+        finite = reference.log_normaliser.isfinite()
+        assert torch.equal(triton.log_normaliser.isfinite(), finite)
+        normalisers = (triton.log_normaliser[finite], reference.log_normaliser[finite])
+        torch.testing.assert_close(*normalisers, rtol=1e-6, atol=1e-5)
+    layouts[0].topology.check()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("widths", "ranks", "vocab"),
+    [((1, 1, 1), 3, 7), ((1, 3, 5, 4, 2), 3, 24), ((1, 8, 20, 37, 1), 8, 4100), ((1, 2, 2), 2, 1)],
+)
+def test_triton_gives_out_what_torch_does(widths, ranks, vocab, dtype):
+    """Several words of masks and chunks of rows; rows whose draft has run out of tokens; temperature 0."""
+    tree = ShapedTree(widths, steep_confidence(ranks))
+    generator = torch.Generator().manual_seed(vocab)
+    tokens = torch.randint(-1, vocab, (4, tree.num_nodes), generator=generator).to(DEVICE)
+    tokens[2] = -1
+    temperature = torch.tensor([0.0, 0.7, 1.3, 0.01], device=DEVICE)
+
+    def logits_of(width):
+        rows = 3 * torch.randn(4, width, vocab, generator=generator)
+        if vocab > 1:
+            rows[1, 0, 1:] = -torch.inf  # all the draft knows is one token
+        return rows.to(dtype)
+
+    assert_alike(both_layouts(tree, 4), logits_of, temperature, tokens)
+
+
+@needs_triton
+def test_triton_reads_rows_of_any_strides_and_of_numbers_that_are_none():
+    tree, generator = ShapedTree((1, 3, 4, 2), steep_confidence()), torch.Generator().manual_seed(0)
+    tokens = torch.zeros(4, tree.num_nodes, dtype=torch.int64, device=DEVICE)
+    temperature = torch.ones(4, device=DEVICE)
+    one, wide = torch.randn(4, 1, 30, generator=generator), torch.randn(4, 9, 60, generator=generator)
+    assert_alike(both_layouts(tree, 4), lambda width: one.expand(-1, width, -1), temperature, tokens)
+    rows = wide.to(DEVICE)[:, 1:, 1::2]
+    assert_alike(both_layouts(tree, 4), lambda width: rows[:, :width], temperature, tokens)
+    broken = wide.clone()
+    broken[0, :, 3], broken[1, 1, 5], broken[2] = torch.nan, torch.inf, -torch.inf
+    layouts = both_layouts(tree, 4)
+    assert_alike(layouts, lambda width: broken[:, :width], temperature, tokens.fill_(-1))
+
+
+@needs_triton
+def test_triton_gives_ties_to_the_lower_node_and_rank():
+    """Rows that are all alike, and worths that are too small for a number: a level of equal places."""
+    flat = Confidence([[0.5] * 19], [[2e-30] * 19, [1e-30] * 19])
+    for tree in (ShapedTree((1, 2, 3, 5, 6), flat), ShapedTree((1, 2, 3, 5, 6), steep_confidence(2))):
+        layouts = both_layouts(tree, 1)
+        for layout in layouts:
+            layout.levels[0].shape.shared.reach.fill_(LEAST_REACH)
+        tokens = torch.zeros(1, tree.num_nodes, dtype=torch.int64, device=DEVICE)
+        assert_alike(layouts, lambda width: torch.zeros(1, width, 9), torch.ones(1, device=DEVICE), tokens)
+
+
+@needs_triton
+def test_levels_of_very_many_places_are_left_to_torch():
+    tables = [[0.9**rank] * 19 for rank in range(1, 65)]
+    tree = ShapedTree((1, 64, 600, 300), Confidence(tables, tables))
+    layouts, generator = both_layouts(tree, 1), torch.Generator().manual_seed(0)
+    assert [level.shape._kernels("triton") is not None for level in layouts[0].levels] == [True, True, False]
+    tokens = torch.zeros(1, tree.num_nodes, dtype=torch.int64, device=DEVICE)
+    assert_alike(
+        layouts, lambda width: torch.randn(1, width, 5, generator=generator), torch.ones(1, device=DEVICE), tokens
+    )  # fmt: skip
 
 
 # ---- In the loop ----
@@ -167,15 +280,27 @@ def test_growing_in_cpp_is_growing_in_torch(monkeypatch, temperature):
     assert native.stats.accepted_histogram == torchs.stats.accepted_histogram
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("triton", marks=needs_interpreter)])
 def test_greedy_output_is_plain_decodings(backend):
-    plain = generate(MODELS, None, prompts(3), max_new_tokens=50)
-    output = generate(MODELS, DRAFT, prompts(3), tree=DEEP, max_new_tokens=50, backend=backend)
+    length = 50 if backend != "triton" else 8
+    plain = generate(MODELS, None, prompts(3), max_new_tokens=length)
+    output = generate(MODELS, DRAFT, prompts(3), tree=DEEP, max_new_tokens=length, backend=backend)
     assert output.new_tokens == plain.new_tokens
     assert output.stats.tree is DEEP
     assert output.stats.tokens_per_step > 1
     assert output.stats.visited_by_rank == []
     assert output.stats.to_dict()["tree"] == {"widths": [1, 3, 5, 4, 2]}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("temperature", [0.7, [0.0, 0.9, 1.2]])
+def test_growing_in_triton_is_growing_in_torch(temperature):
+    options = {"tree": DEEP, "temperature": temperature, "max_new_tokens": 6, "seed": [5, 6, 7]}
+    triton, reference = (
+        generate(MODELS, DRAFT, prompts(3), **options, backend=backend) for backend in ("triton", "reference")
+    )
+    assert triton.new_tokens == reference.new_tokens
+    assert triton.stats.accepted_histogram == reference.stats.accepted_histogram
 
 
 @pytest.mark.parametrize("widths", [(1,), (1, 1), (1, 1, 1), (1, 3), (1, 2, 1)])

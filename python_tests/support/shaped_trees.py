@@ -69,7 +69,7 @@ def _draws(logits: torch.Tensor, count: int, temperature: float) -> list[tuple[t
 
 
 def _grown(
-    tree: ShapedTree, level: int, partial: _Partial, draft: TableModel, temperature: float, rerank: bool
+    tree: ShapedTree, level: int, partial: _Partial, draft: TableModel, temperature: float, rerank: bool, backend: str
 ) -> list[_Partial]:
     """All ways to grow the next level. Reranking, which is wrong, chooses the children when all are drawn."""
     nodes = tree.level_nodes(level)
@@ -80,7 +80,7 @@ def _grown(
     foretold = torch.full((1, tree.num_nodes), torch.nan)
     foretold[0, list(nodes)] = torch.tensor([toy_head(_path(partial, node)) for node in nodes])
     shape = LevelShape(tree, level, partial.topology, partial.shared, places, None)
-    shape.give_out(logits[None], temperatures, foretold)
+    shape.give_out(logits[None], temperatures, backend, foretold)
     counts = partial.topology.num_children[0, list(nodes)].tolist()
     if rerank:
         counts = [shape.max_children] * len(nodes)
@@ -103,11 +103,11 @@ def _grown(
             reached = reached.cummin(dim=1).values * torch.linspace(1, 0.999, shape.max_children)
             _place(own, reached.flatten().sort(descending=True, stable=True).indices[: places.shape[1]].sort().values)
         else:
-            own.give_out(logits[None], temperatures, foretold)
+            own.give_out(logits[None], temperatures, backend, foretold)
         own.log_normaliser = shape.log_normaliser
         children = range(own.first_child, own.first_child + own.num_children)
         after.tokens[0, list(children)] = drawn.flatten()[own.places[0]]
-        own.note_draws(logits[None], temperatures, after.tokens)
+        own.note_draws(logits[None], temperatures, after.tokens, backend)
         grown.append(after._replace(probability=probability))
     return grown
 
@@ -134,6 +134,7 @@ def shaped_emitted_distribution(
     *,
     rule: str = "sequoia",
     rerank: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, int]:
     """The exact distribution as of `emitted_distribution`, and how many different trees there are."""
     tokens = torch.full((1, tree.num_nodes), -1)
@@ -141,7 +142,9 @@ def shaped_emitted_distribution(
     draft_logits = torch.full((1, tree.num_nodes, draft.vocab), torch.nan, dtype=torch.float64)
     partials = [_Partial(shaped_topology(tree, 1, "cpu"), ShapedReach(tree, 1, "cpu"), tokens, draft_logits, 1.0)]
     for level in range(tree.num_levels - 1):
-        partials = [after for partial in partials for after in _grown(tree, level, partial, draft, temperature, rerank)]
+        partials = [
+            after for partial in partials for after in _grown(tree, level, partial, draft, temperature, rerank, backend)
+        ]
     by_tree = defaultdict(list)
     for partial in partials:
         by_tree[tuple(partial.topology.parents[0].tolist())].append(partial)

@@ -9,15 +9,21 @@ and, once they are drawn with probabilities d:
     reach(x)    = reach(v) * drawn[rank(x)][bin(d(x))]
 Plan: `undrawn` falls with the rank, so that what is chosen of a node are its first ranks. All is written in place into
     the trees' topology, whose shapes never change: nothing waits for the device, and a step can be captured.
+Backends: where the draws run in Triton, as by default on a CUDA device, so does this, by three launches a level
+    (`triton_shaping.py`). With a native draft on a CPU it is part of the call that grows the tree
+    (`csrc/host/level_shape.cpp`).
 Exactness: what is chosen depends on tokens above the children and on distributions behind them, never on the children.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from sequoia_kernels.ops import sample_without_replacement
+from sequoia_kernels.ops.backends import runs_own
 from sequoia_kernels.tree import PROBABILITY_EDGES, ShapedTree, Topology
 
 __all__ = ["LEAST_REACH", "LevelShape", "ShapedReach", "shaped_topology"]
@@ -65,7 +71,12 @@ class LevelShape:
         shared: what all levels of the tree share.
         places: where `DraftLevel.drawn` of this level lies. [B, C] int64; written in place.
         own_mask: rows of the children in the draft's next forward, None where there is none. [B, C, words] int32.
+
+    Attributes:
+        log_normaliser: of each row that `give_out` was given. [B, W] float32.
     """
+
+    log_normaliser: torch.Tensor
 
     def __init__(
         self, tree: ShapedTree, level: int, topology: Topology, shared: ShapedReach, places: torch.Tensor,
@@ -82,14 +93,21 @@ class LevelShape:
         bits = torch.bitwise_left_shift(torch.ones_like(children, dtype=torch.int32), (children % 32).to(torch.int32))
         self.own_bits = words.scatter_(1, (children // 32)[:, None], bits[:, None])  # [C, words]
 
-    def give_out(self, logits: torch.Tensor, temperature: torch.Tensor, foretold: torch.Tensor | None = None) -> None:
+    def give_out(
+        self, logits: torch.Tensor, temperature: torch.Tensor, backend: str = "auto",
+        foretold: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Decide which nodes get how many children, and write it into the topology.
 
         Args:
             logits: the draft's at the level's nodes. [B, W, vocab].
             temperature: [B] float32.
+            backend: backend of the ops: where the draw runs in Triton, this does.
             foretold: as in `TokenBuffers`. [B, N] float32.
         """
+        if (kernels := self._kernels(backend)) is not None:
+            self.log_normaliser = kernels.give_out(self._level(kernels), logits, temperature)
+            return
         scaled = self._scaled(logits, temperature)
         self.log_normaliser = scaled.logsumexp(dim=2)
         if foretold is not None and self.goes_by_foretold:
@@ -119,14 +137,21 @@ class LevelShape:
         if self.own_mask is not None:
             self.own_mask.copy_(rows)
 
-    def note_draws(self, logits: torch.Tensor, temperature: torch.Tensor, tokens: torch.Tensor) -> None:
+    def note_draws(
+        self, logits: torch.Tensor, temperature: torch.Tensor, tokens: torch.Tensor, backend: str = "auto"
+    ) -> None:
         """Estimate the chances of the children, now that they are drawn.
 
         Args:
             logits: as given to `give_out`.
             temperature: likewise.
             tokens: of all nodes, -1 where none could be drawn. [B, N] int64.
+            backend: likewise.
         """
+        if (kernels := self._kernels(backend)) is not None:
+            level = self._level(kernels)
+            kernels.note_draws(level, logits, temperature, tokens, self.log_normaliser, LEAST_REACH)
+            return
         shared, parents = self.shared, self.places // self.max_children
         own = self._children(tokens)
         logit = logits.flatten(1).gather(1, parents * logits.shape[2] + own.clamp(min=0))
@@ -136,6 +161,23 @@ class LevelShape:
         drawn = shared.drawn[ranks, torch.bucketize(chance, shared.edges, right=True)]
         reach = self._of_level(shared.reach).gather(1, parents) * drawn
         self._children(shared.reach).copy_(reach.clamp(min=LEAST_REACH))
+
+    def _kernels(self, backend: str) -> ModuleType | None:
+        """Where the Triton kernels are, if they run this level; others are torch's, and those that go by what is foretold."""
+        if self.goes_by_foretold or not runs_own(
+            sample_without_replacement.__name__, backend, self.places.device.type, "triton"
+        ):
+            return None
+        from sequoia_kernels.drafts import triton_shaping
+
+        return triton_shaping if triton_shaping.supports(self._level(triton_shaping)) is None else None
+
+    def _level(self, kernels: ModuleType) -> Any:
+        shared = self.shared
+        return kernels.Level(
+            self.topology, shared.reach, shared.drawn, shared.undrawn, shared.edges, self.places, self.own_mask,
+            self.first, self.width, self.max_children,
+        )  # fmt: skip
 
     def _of_level(self, values: torch.Tensor) -> torch.Tensor:
         return values.narrow(1, self.first, self.width)

@@ -296,7 +296,7 @@ class Drafting(ABC):
                 (state.offsets[:, None] + level.nodes).flatten(), backend=self.backend,
             ).tokens.view(batch_size, -1)  # fmt: skip
             if level.shape is not None:  # after the draw, but by nothing that was drawn in it
-                level.shape.give_out(logits, state.temperature, buffers.foretold)
+                level.shape.give_out(logits, state.temperature, self.backend, buffers.foretold)
             children = buffers.tokens.narrow(1, level.first_child, level.num_children)
             if level.drawn.dim() == 2:  # each request has its own tree
                 children.copy_(drawn.gather(1, level.drawn))
@@ -305,7 +305,7 @@ class Drafting(ABC):
             else:
                 children.copy_(drawn.index_select(1, level.drawn))
             if level.shape is not None:
-                level.shape.note_draws(logits, state.temperature, buffers.tokens)
+                level.shape.note_draws(logits, state.temperature, buffers.tokens, self.backend)
             if vocabulary is not None:  # until here they were places in a row
                 ids = vocabulary.draft_to_target.index_select(0, children.clamp(min=0).flatten()).view_as(children)
                 children.copy_(torch.where(children < 0, children, ids))

@@ -11,8 +11,10 @@ from support.packed_masks import RANDOM, pack_tree, tree_parents
 from support.ptx.cuda_launches import native_few_rows
 from support.ptx.emulator import Emulator
 from support.ptx.triton_launches import emulated
+from support.shaped_trees import steep_confidence
 
 from sequoia_kernels import TokenTree
+from sequoia_kernels.drafts import TreeLayout
 from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.models.fused import few_rows
 from sequoia_kernels.ops import (
@@ -22,6 +24,7 @@ from sequoia_kernels.ops import (
     verify_tree,
     warped_logsumexp,
 )  # fmt: skip
+from sequoia_kernels.tree import ShapedTree, Topology
 
 __all__ = ["CALLS", "Call", "FewRowsForward", "attention_call", "collecting_call", "compaction_call"]
 
@@ -145,6 +148,28 @@ def _setting_back_call() -> Call:
     return Call("set_back_unlikely", lambda backend: (set_back_unlikely(logits, *settings, backend),), 0.0)
 
 
+def _shaping_call() -> Call:
+    """Two requests, one of them greedy, whose trees have two words of masks; draws that have run out."""
+    tree, vocab, generator = ShapedTree((1, 4, 9, 21, 3), steep_confidence(4)), 4200, _generator()
+    rows = [(torch.randn(2, width, vocab, generator=generator) * 3).half() for width in tree.widths[:-1]]
+    tokens = torch.randint(-1, vocab, (2, tree.num_nodes), generator=generator)
+    temperature = torch.tensor([0.0, 0.8])
+
+    def make(backend: str) -> tuple[torch.Tensor, ...]:
+        layout = TreeLayout.build(tree, "cpu", 2)
+        results = []
+        for level, logits in zip(layout.levels, rows, strict=True):
+            assert level.shape is not None
+            level.shape.give_out(logits, temperature, backend)
+            level.shape.note_draws(logits, temperature, tokens, backend)
+            results += [level.drawn, level.shape.shared.reach.clone()]
+            results += [] if level.shape.own_mask is None else [level.shape.own_mask]
+        assert isinstance(layout.topology, Topology)
+        return (*layout.topology[:-2], *results)
+
+    return Call("shaping", make, 1e-6)
+
+
 def compaction_call() -> Call:
     """Three caches of two requests, one path with gaps and one without."""
     generator = _generator()
@@ -174,5 +199,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "verification, cuts": lambda: _verification_call(0.8, "sequoia", 700, top_k=2, top_p=0.9),
     "compaction": compaction_call,
     "unlikely tokens set back": _setting_back_call,
+    "children given out": _shaping_call,
 }
 """name -> the call"""

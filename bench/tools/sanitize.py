@@ -25,10 +25,13 @@ import torch
 from bench.common.machine import ROOT
 from bench.common.workloads import tree_step
 from sequoia_kernels import ops
+from sequoia_kernels.drafts import TreeLayout
+from sequoia_kernels.drafts.unlikely import set_back_unlikely
 from sequoia_kernels.errors import BackendUnavailableError
 from sequoia_kernels.measure.calls import typical_tree
 from sequoia_kernels.models.description import ACTIVATIONS, LAYER_NORM, RMS_NORM
 from sequoia_kernels.ops import backends
+from sequoia_kernels.tree import Confidence, ShapedTree, Topology
 
 VOCAB = 1009  # prime: no block divides it
 WIDE_VOCAB = 40009  # several chunks a row in every kernel
@@ -37,10 +40,12 @@ FUSED_STEPS = {
     "residual_norm_": "triton", "rotate_and_store_": "triton", "gated_activation": "triton", "few_rows": "cuda",
 }  # fmt: skip
 """kernels of fused forwards, which are no ops, and what each is written in"""
+DRAFT_STEPS = ("set_back_unlikely", "shape_levels")
+"""what drafts do beside their draws, in Triton"""
 
 
 class Exercise(NamedTuple):
-    """One call of an op, or of a kernel of the fused forwards."""
+    """One call of an op, of a kernel of the fused forwards, or of what drafts do beside their draws."""
 
     op: str
     name: str
@@ -58,6 +63,7 @@ def exercises() -> Iterator[Exercise]:
     yield from compaction_exercises()
     yield from step_exercises()
     yield from few_rows_exercises()
+    yield from draft_exercises()
 
 
 def attention_exercises() -> Iterator[Exercise]:
@@ -254,6 +260,21 @@ def few_rows_exercises() -> Iterator[Exercise]:
             yield Exercise("few_rows", name, arguments, {}, {torch.bfloat16: 0.12, torch.float16: 0.015}[dtype])
 
 
+def draft_exercises() -> Iterator[Exercise]:
+    """Unlikely tokens set back, and the levels of shaped trees: chunks, requests that are left, draws that ran out."""
+    generator = torch.Generator().manual_seed(4)
+    temperature, top_p = torch.tensor([0.7, 0.0, 0.9]), torch.tensor([0.8, 0.8, 1.0])
+    confidence = Confidence([[0.3 + 0.03 * entry for entry in range(19)]], [[0.5**rank] * 19 for rank in range(1, 5)])
+    tree = ShapedTree((1, 4, 13, 21, 2), confidence)
+    tokens = torch.randint(-1, VOCAB, (3, tree.num_nodes), generator=generator)
+    for vocab in (VOCAB, WIDE_VOCAB):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            rows = [(3 * torch.randn(3, width, vocab, generator=generator)).to(dtype) for width in tree.widths[:-1]]
+            yield Exercise("set_back_unlikely", f"{vocab} tokens, {dtype}", (rows[1], temperature, top_p), {}, 0.0)
+            if vocab == VOCAB:
+                yield Exercise("shape_levels", f"{dtype}", (tree, rows, temperature, tokens), {}, 1e-5)
+
+
 # ---- running them
 
 
@@ -294,8 +315,27 @@ def step_outputs(exercise: Exercise, backend: str, device: torch.device) -> list
     return [tensor.cpu() for tensor in written]
 
 
+def draft_outputs(exercise: Exercise, backend: str, device: torch.device) -> list[torch.Tensor]:
+    """`outputs` of what drafts do beside their draws."""
+    arguments = moved(exercise.arguments, device)
+    if exercise.op == "set_back_unlikely":
+        return [set_back_unlikely(*arguments, backend).cpu()]
+    tree, rows, temperature, tokens = arguments
+    layout = TreeLayout.build(tree, device, len(tokens))
+    written = []
+    for level, logits in zip(layout.levels, rows, strict=True):
+        assert level.shape is not None
+        level.shape.give_out(logits, temperature, backend)
+        level.shape.note_draws(logits, temperature, tokens, backend)
+        written += [level.drawn, level.step.tree_mask, level.shape.log_normaliser, level.shape.shared.reach.clone()]
+    assert isinstance(layout.topology, Topology)
+    return [tensor.cpu() for tensor in (*layout.topology[:-2], *written)]
+
+
 def backends_of(op: str) -> tuple[str, ...]:
     """What an op can be called with by name."""
+    if op in DRAFT_STEPS:
+        return ("triton", "reference")
     return (FUSED_STEPS[op], "reference") if op in FUSED_STEPS else tuple(backends.backend_names(op))
 
 
@@ -303,6 +343,8 @@ def outputs(exercise: Exercise, backend: str, device: torch.device) -> list[torc
     """Run one call and bring everything that it wrote to the CPU."""
     if exercise.op in FUSED_STEPS:
         return step_outputs(exercise, backend, device)
+    if exercise.op in DRAFT_STEPS:
+        return draft_outputs(exercise, backend, device)
     function: Callable[..., Any] = getattr(ops, exercise.op)
     arguments, options = moved(exercise.arguments, device), moved(exercise.options, device)
     result = function(*arguments, **options, backend=backend)

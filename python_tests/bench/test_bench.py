@@ -725,7 +725,7 @@ def test_without_a_gpu_the_command_says_so(program, arguments, message, capsys, 
 
 def test_sanitize_exercises_every_op_and_finds_wrong_results(monkeypatch, capsys):
     chosen = list(sanitize.exercises())
-    every = [*OPS, *sanitize.FUSED_STEPS]
+    every = [*OPS, *sanitize.FUSED_STEPS, *sanitize.DRAFT_STEPS]
     assert {exercise.op for exercise in chosen} == set(every)
     few = [next(exercise for exercise in chosen if exercise.op == op) for op in every]
     paged = [exercise for exercise in chosen if "paged" in exercise.name]
@@ -746,6 +746,17 @@ def test_sanitize_runs_the_steps_of_fused_forwards():
     steps = list(sanitize.step_exercises())
     assert {exercise.op for exercise in steps} == set(sanitize.FUSED_STEPS) - {"few_rows"}
     for exercise in steps:
+        got, wanted = (sanitize.outputs(exercise, backend, CPU) for backend in ("triton", "reference"))
+        assert [sanitize._mismatch(*pair, exercise) for pair in zip(got, wanted, strict=True)] == [None] * len(got)
+
+
+def test_sanitize_runs_what_drafts_do_beside_their_draws():
+    triton_device = pytest.importorskip("sequoia_kernels.ops.triton_device", reason="triton is not installed")
+    if not triton_device.INTERPRETED:
+        pytest.skip("it runs in Triton's interpreter")
+    chosen = [exercise for exercise in sanitize.draft_exercises() if str(sanitize.WIDE_VOCAB) not in exercise.name]
+    assert {exercise.op for exercise in chosen} == set(sanitize.DRAFT_STEPS)
+    for exercise in chosen:
         got, wanted = (sanitize.outputs(exercise, backend, CPU) for backend in ("triton", "reference"))
         assert [sanitize._mismatch(*pair, exercise) for pair in zip(got, wanted, strict=True)] == [None] * len(got)
 

@@ -19,11 +19,11 @@ from sequoia_kernels.ops.backends import unavailable_reason
 from sequoia_kernels.tree import PROBABILITY_EDGES, Confidence, ShapedTree, Topology
 
 _REASON = unavailable_reason("sample_without_replacement", "triton")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if _REASON or IS_INTERPRETED else "cuda"  # where the Triton kernels run
+# Where the Triton kernels run.
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 needs_triton = pytest.mark.skipif(_REASON is not None, reason=f"triton: {_REASON}")
 needs_interpreter = pytest.mark.skipif(
-    _REASON is not None or not IS_INTERPRETED, reason="its tensors are on the CPU: needs TRITON_INTERPRET=1"
+    _REASON is not None or DEVICE != "cpu", reason="its tensors are on the CPU: needs TRITON_INTERPRET=1"
 )
 TRITON = pytest.param("triton", marks=needs_triton)
 TREE = ShapedTree((1, 2, 3), steep_confidence())

@@ -22,7 +22,8 @@ from sequoia_kernels.ops.backends import unavailable_reason
 from sequoia_kernels.tree import ShapedTree
 
 _REASON = unavailable_reason("sample_without_replacement", "triton")
-DEVICE = "cpu" if _REASON or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # where the Triton kernels run
+# Where the Triton kernels run.
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 needs_triton = pytest.mark.skipif(_REASON is not None, reason=f"triton: {_REASON}")
 BACKENDS = ["host", "reference", pytest.param("triton", marks=needs_triton)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -3,7 +3,8 @@
 Sizes of 1 are among them: Triton makes a constant of each, which is other code than that of a size it does not know.
 
 `CASES` is the table. An op joins by adding its cases here, each a `CompileCase` that calls the op's own `run` with
-tensors of the meta device. The steps of the fused forward are no op, but compiled as one.
+tensors of the meta device. The steps of the fused forward, and what drafts do beside their draws, are no ops, but
+compiled as such.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from support.triton_compile import DEVICES, CompileCase
 
+from sequoia_kernels.drafts import triton_shaping, triton_unlikely
+from sequoia_kernels.drafts.shaping import LEAST_REACH
 from sequoia_kernels.models.fused import steps
 from sequoia_kernels.ops.compact_kv_cache_ import triton_launch as compaction
 from sequoia_kernels.ops.compact_kv_cache_.op import CompactInputs
@@ -29,9 +32,11 @@ from sequoia_kernels.ops.verify_tree.op import VerifyTreeInputs
 from sequoia_kernels.ops.warped_logsumexp import triton_launch as warping
 from sequoia_kernels.ops.warped_logsumexp.op import OPERATOR as warping_operator
 from sequoia_kernels.ops.warped_logsumexp.op import WarpInputs
+from sequoia_kernels.tree import Topology
 
 __all__ = [
-    "CASES", "FUSED", "attention_case", "compaction_case", "sampling_case", "verification_case", "warping_case",
+    "CASES", "DRAFTING", "FUSED", "attention_case", "compaction_case", "sampling_case", "verification_case",
+    "warping_case",
 ]  # fmt: skip
 
 FLOAT8 = torch.float8_e4m3fn
@@ -497,6 +502,66 @@ def _fused_cases() -> Iterator[CompileCase]:
     yield activation_case(1, 1, 0)
 
 
+# what drafts do beside their draws
+
+DRAFTING = "drafting"
+
+
+def setting_back_case(
+    dtype: torch.dtype, batch_size: int, width: int, vocab: int, quick: tuple[int, ...] = ()
+) -> CompileCase:
+    """Unlikely tokens set behind the others."""
+
+    def launch() -> None:
+        settings = [_empty(batch_size, dtype=torch.float32) for _ in range(2)]
+        triton_unlikely.run(_empty(batch_size, width, vocab, dtype=dtype), *settings, 30.0, 32)
+
+    return CompileCase(DRAFTING, f"unlikely, {NAMES[dtype]}, {batch_size} x {width} x {vocab}", launch, quick=quick)
+
+
+def shaping_case(
+    dtype: torch.dtype, batch_size: int, widths: tuple[int, ...], ranks: int, vocab: int, quick: tuple[int, ...] = ()
+) -> CompileCase:
+    """The children of the last level but one of a shaped tree given out, and their chances."""
+    nodes, width, num_children = sum(widths), widths[-2], widths[-1]
+
+    def launch() -> None:
+        parts = [_empty(batch_size, nodes, dtype=torch.int32) for _ in range(5)]
+        masks = [_empty(batch_size, rows, -(-nodes // 32), dtype=torch.int32) for rows in (nodes, num_children)]
+        level = triton_shaping.Level(
+            Topology(*parts, masks[0], len(widths), ranks),
+            _empty(batch_size, nodes, dtype=torch.float32),
+            *(_empty(rows, 19, dtype=torch.float32) for rows in (4, ranks)),
+            _empty(18, dtype=torch.float32),
+            _empty(batch_size, num_children, dtype=torch.int64),
+            masks[1] if vocab > 1 else None,
+            nodes - num_children - width, width, ranks,
+        )  # fmt: skip
+        logits, temperature = _empty(batch_size, width, vocab, dtype=dtype), _empty(batch_size, dtype=torch.float32)
+        log_normaliser = triton_shaping.give_out(level, logits, temperature)
+        tokens = _empty(batch_size, nodes, dtype=torch.int64)
+        triton_shaping.note_draws(level, logits, temperature, tokens, log_normaliser, LEAST_REACH)
+
+    name = f"shaped, {NAMES[dtype]}, {batch_size} x {width} x {vocab}, {num_children} children, {ranks} a node at most"
+    return CompileCase(DRAFTING, name, launch, quick=quick)
+
+
+def _drafting_cases() -> Iterator[CompileCase]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield setting_back_case(dtype, 1, 16, 32000, quick=(90,) if dtype == torch.bfloat16 else ())
+        yield setting_back_case(dtype, 4, 8, 151936, quick=(80,) if dtype == torch.float32 else ())
+    for vocab in (1, 61):
+        yield setting_back_case(torch.bfloat16, 1, 1, vocab, quick=(100,) if vocab == 1 else ())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield shaping_case(dtype, 1, (1, 16, 16), 8, 32000, quick=(80, 100) if dtype == torch.bfloat16 else ())
+    yield shaping_case(torch.bfloat16, 4, (1, 100, 100), 16, 151936)
+    yield shaping_case(torch.bfloat16, 1, (1, 500, 500), 8, 128256, quick=(90,))  # as many places as are taken
+    yield shaping_case(torch.bfloat16, 1, (1, 500, 500), 1, 128256)
+    yield shaping_case(torch.bfloat16, 1, (1, 1, 1000), 64, 32000)
+    yield shaping_case(torch.bfloat16, 1, (1, 1), 1, 1, quick=(90,))
+    yield shaping_case(torch.bfloat16, 1, (1, 8, 8), 4, 61)
+
+
 CASES: list[CompileCase] = [
     *_attention_cases(),
     *_warping_cases(),
@@ -504,4 +569,5 @@ CASES: list[CompileCase] = [
     *_verification_cases(),
     *_compaction_cases(),
     *_fused_cases(),
+    *_drafting_cases(),
 ]

@@ -9,7 +9,8 @@ Parallel plan: what one program owns
     chunks, finds the worth of every place in registers, and the least worth that gets a child by halving the range of
     its bits (the C largest of W K numbers, without a sort). Children of a node are its first ranks, so that a count a
     node says it all. `note_draws_kernel`: a request. Three launches a level; shapes are fixed and nothing waits for the
-    device, so a step can be captured. Levels of more than 32768 places, in blocks, are left to torch.
+    device, so a step can be captured. Levels of more than 4096 places (nodes times children of a node, each rounded up
+    to a power of 2) are left to torch.
 
 Memory: bytes read and written
     Reads the logits once; what is left is as small as the tree.
@@ -42,8 +43,8 @@ BITS_OF_ONE = tl.constexpr(0x3F800000)
 # Chosen by compiling (no spills); not tuned on a device.
 _CHUNK = 4096
 _CHUNK_WARPS = 8
-_MOST_PLACES = 32768
-"""places of a level, in blocks: 64 registers of each of 512 threads"""
+_MOST_PLACES = 4096
+"""places of a level, in blocks: 16 of each of 256 threads; twice as many spill registers"""
 _PLACES_PER_WARP = 512
 _CHUNKS_AT_ONCE = 64
 """of a level of few nodes; of one of many, as many fewer"""
@@ -65,12 +66,12 @@ def _below(peak, higher):  # fp32
 
 
 @triton.jit
-def _bins(probabilities, edges_ptr, num_edges, BLOCK_EDGES: tl.constexpr):  # fp32 [n]
+def _bins(probabilities, edges_ptr, NUM_EDGES: tl.constexpr):  # fp32 [n]
     """As `torch.bucketize` to the right: edges belong to the bin above. NaN goes behind all of them."""
-    edges = tl.arange(0, BLOCK_EDGES)
-    values = tl.load(edges_ptr + edges, mask=edges < num_edges, other=0.0)
-    is_behind = (values[None, :] > probabilities[:, None]) == 0
-    return tl.sum((is_behind & (edges[None, :] < num_edges)).to(tl.int32), 1)
+    bins = tl.zeros_like(probabilities).to(tl.int32)
+    for edge in tl.static_range(NUM_EDGES):
+        bins += ((tl.load(edges_ptr + edge) > probabilities) == 0).to(tl.int32)
+    return bins
 
 
 # kernels -------------------------------------------------------------------------------------------------------------
@@ -115,8 +116,8 @@ def give_out_kernel(
     peaks_ptr,  # [B, width, num_chunks] fp32 contiguous
     masses_ptr,  # [B, width, num_chunks] fp32 contiguous
     reach_ptr,  # [B, num_nodes] fp32 contiguous
-    undrawn_ptr,  # [ranks, num_edges + 1] fp32 contiguous
-    edges_ptr,  # [num_edges] fp32
+    undrawn_ptr,  # [ranks, NUM_EDGES + 1] fp32 contiguous
+    edges_ptr,  # [NUM_EDGES] fp32
     # inputs and outputs, contiguous
     parents_ptr,  # [B, num_nodes] int32
     ranks_ptr,  # [B, num_nodes] int32
@@ -134,14 +135,13 @@ def give_out_kernel(
     max_children,  # of a node
     num_nodes,
     num_words,
-    num_edges,
     num_chunks,
     # strides, in elements
     stride_temperature,
     # blocks
+    NUM_EDGES: tl.constexpr,
     BLOCK_NODES: tl.constexpr,  # >= width
     BLOCK_RANKS: tl.constexpr,  # >= max_children
-    BLOCK_EDGES: tl.constexpr,  # >= num_edges
     BLOCK_CHUNKS: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
@@ -167,10 +167,10 @@ def give_out_kernel(
     tl.store(log_normaliser_ptr + request * width + nodes, log_normaliser, mask=is_node)
 
     # What every place is worth. Numbers that are not negative are in the order of their bits.
-    bins = _bins(tl.exp(scaled_peak - log_normaliser), edges_ptr, num_edges, BLOCK_EDGES)
+    bins = _bins(tl.exp(scaled_peak - log_normaliser), edges_ptr, NUM_EDGES)
     ranks = tl.arange(0, BLOCK_RANKS)
     is_place = is_node[:, None] & (ranks < max_children)[None, :]
-    undrawn = tl.load(undrawn_ptr + ranks[None, :] * (num_edges + 1) + bins[:, None], mask=is_place, other=0.0)
+    undrawn = tl.load(undrawn_ptr + ranks[None, :] * (NUM_EDGES + 1) + bins[:, None], mask=is_place, other=0.0)
     reach = tl.load(reach_ptr + request * num_nodes + first + nodes, mask=is_node, other=0.0)
     worths = tl.where(is_place, (reach[:, None] * undrawn).to(tl.int32, bitcast=True), -1)
     least = tl.full([], 0, tl.int32)  # at least num_children are worth so much
@@ -219,8 +219,8 @@ def note_draws_kernel(
     tokens_ptr,  # [B, num_nodes] int64, -1 where none could be drawn
     log_normaliser_ptr,  # [B, width] fp32 contiguous
     places_ptr,  # [B, num_children] int64 contiguous
-    drawn_ptr,  # [num_ranks, num_edges + 1] fp32 contiguous
-    edges_ptr,  # [num_edges] fp32
+    drawn_ptr,  # [num_ranks, NUM_EDGES + 1] fp32 contiguous
+    edges_ptr,  # [NUM_EDGES] fp32
     # inputs and outputs
     reach_ptr,  # [B, num_nodes] fp32 contiguous
     # sizes
@@ -231,7 +231,6 @@ def note_draws_kernel(
     max_children,  # of a node
     num_nodes,
     num_ranks,
-    num_edges,
     # strides, in elements
     stride_logits_request,
     stride_logits_row,
@@ -242,8 +241,8 @@ def note_draws_kernel(
     # numbers
     least_reach,
     # blocks
+    NUM_EDGES: tl.constexpr,
     BLOCK_CHILDREN: tl.constexpr,  # >= num_children
-    BLOCK_EDGES: tl.constexpr,  # >= num_edges
 ):
     request = tl.program_id(0).to(tl.int64)
     children = tl.arange(0, BLOCK_CHILDREN)
@@ -265,8 +264,8 @@ def note_draws_kernel(
     chances = tl.exp(tl.div_rn(logits, divisor + tl.zeros_like(logits)) - log_normaliser)
     chances = tl.where(tokens >= 0, chances, 0.0)
     ranks = tl.minimum(places % max_children, num_ranks - 1)
-    bins = _bins(chances, edges_ptr, num_edges, BLOCK_EDGES)
-    drawn = tl.load(drawn_ptr + ranks * (num_edges + 1) + bins, mask=is_child, other=0.0)
+    bins = _bins(chances, edges_ptr, NUM_EDGES)
+    drawn = tl.load(drawn_ptr + ranks * (NUM_EDGES + 1) + bins, mask=is_child, other=0.0)
     nodes_ptr = reach_ptr + request * num_nodes
     reach = tl.load(nodes_ptr + first + rows, mask=is_child, other=0.0)
     tl.store(nodes_ptr + first_child + children, tl.maximum(reach * drawn, least_reach), mask=is_child)
@@ -295,21 +294,20 @@ class _Blocks(NamedTuple):
 
     nodes: int
     ranks: int
-    edges: int
     chunks: int
     num_warps: int
 
 
-def _blocks(width: int, max_children: int, num_edges: int, num_chunks: int) -> _Blocks:
-    nodes, ranks, edges = (triton.next_power_of_2(size) for size in (width, max_children, num_edges))
-    chunks = min(triton.next_power_of_2(num_chunks), max(1, min(_CHUNKS_AT_ONCE, 8192 // nodes)))
-    num_warps = min(16, max(1, nodes * max(ranks, edges, chunks) // _PLACES_PER_WARP))
-    return _Blocks(nodes, ranks, edges, chunks, num_warps)
+def _blocks(width: int, max_children: int, num_chunks: int) -> _Blocks:
+    nodes, ranks = triton.next_power_of_2(width), triton.next_power_of_2(max_children)
+    chunks = min(triton.next_power_of_2(num_chunks), max(1, min(_CHUNKS_AT_ONCE, 4096 // nodes)))
+    num_warps = min(16, max(1, nodes * max(ranks, chunks) // _PLACES_PER_WARP))
+    return _Blocks(nodes, ranks, chunks, num_warps)
 
 
 def supports(level: Level) -> str | None:
     """Why no kernel gives out the children of a level, or None."""
-    blocks = _blocks(level.width, level.max_children, len(level.edges), 1)
+    blocks = _blocks(level.width, level.max_children, 1)
     if blocks.nodes * blocks.ranks > _MOST_PLACES:
         return f"takes levels of up to {_MOST_PLACES} places"
     return triton_device.device_reason(level.places.device)
@@ -331,7 +329,7 @@ def give_out(level: Level, logits: Tensor, temperature: Tensor) -> Tensor:
     topology, num_children = level.topology, level.places.shape[1]
     peaks, masses = logits.new_empty(2, batch_size, width, num_chunks, dtype=torch.float32).unbind()
     log_normaliser = logits.new_empty(batch_size, width, dtype=torch.float32)
-    blocks = _blocks(width, level.max_children, len(level.edges), num_chunks)
+    blocks = _blocks(width, level.max_children, num_chunks)
     with triton_device.launching_on(logits.device):
         row_masses_kernel[(batch_size * width, num_chunks)](
             logits, temperature, peaks, masses, width, vocab, *logits.stride(), temperature.stride(0),
@@ -342,13 +340,14 @@ def give_out(level: Level, logits: Tensor, temperature: Tensor) -> Tensor:
             topology.parents, topology.ranks, topology.first_child, topology.num_children, topology.ancestor_mask,
             log_normaliser, level.places, level.own_mask,
             level.first, width, num_children, level.max_children, level.reach.shape[1],
-            topology.ancestor_mask.shape[-1], len(level.edges), num_chunks,
+            topology.ancestor_mask.shape[-1], num_chunks,
             temperature.stride(0),
+            NUM_EDGES=len(level.edges),
             BLOCK_NODES=blocks.nodes,
             BLOCK_RANKS=blocks.ranks,
-            BLOCK_EDGES=blocks.edges,
             BLOCK_CHUNKS=blocks.chunks,
             num_warps=blocks.num_warps,
+            maxnreg=triton_device.most_registers(blocks.num_warps),
             enable_fp_fusion=False,
         )  # fmt: skip
     return log_normaliser
@@ -368,15 +367,15 @@ def note_draws(
         least_reach: the least that a child has.
     """
     num_children = level.places.shape[1]
-    block, edges = triton.next_power_of_2(num_children), triton.next_power_of_2(len(level.edges))
+    block = triton.next_power_of_2(num_children)
     with triton_device.launching_on(logits.device):
         note_draws_kernel[(logits.shape[0],)](
             logits, temperature, tokens, log_normaliser, level.places, level.drawn, level.edges, level.reach,
             level.first, level.width, level.first + level.width, num_children, level.max_children,
-            level.reach.shape[1], len(level.drawn), len(level.edges),
+            level.reach.shape[1], len(level.drawn),
             *logits.stride(), temperature.stride(0), *tokens.stride(), least_reach,
+            NUM_EDGES=len(level.edges),
             BLOCK_CHILDREN=block,
-            BLOCK_EDGES=edges,
-            num_warps=min(16, max(1, block * edges // _PLACES_PER_WARP)),
+            num_warps=max(1, block // 128),
             enable_fp_fusion=False,
         )  # fmt: skip

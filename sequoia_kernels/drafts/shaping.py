@@ -163,7 +163,7 @@ class LevelShape:
         self._children(shared.reach).copy_(reach.clamp(min=LEAST_REACH))
 
     def _kernels(self, backend: str) -> ModuleType | None:
-        """Where the Triton kernels are, if they run this level; others are torch's, and those that go by what is foretold."""
+        """Where the Triton kernels are, if they run this level; others, and those by what is foretold, are torch's."""
         if self.goes_by_foretold or not runs_own(
             sample_without_replacement.__name__, backend, self.places.device.type, "triton"
         ):

@@ -573,7 +573,7 @@ def test_what_is_foretold_in_one_call_is_what_the_head_says(kind, dtype):
                 again = TreeLayout.build(tree, "cpu", 2)
                 for level in again.levels:
                     rows = buffers.draft_logits[:, level.nodes]
-                    level.shape.give_out(rows, state.temperature, said)
+                    level.shape.give_out(rows, state.temperature, foretold=said)
                     level.shape.note_draws(rows, state.temperature, buffers.tokens)
                 shapes.append(again.topology.parents)
             assert torch.equal(layout.topology.parents, shapes[0])

@@ -69,7 +69,7 @@ def _taken(tokens, draft, temperature, tree=SHAPED, foretold=None):
         shape = LevelShape(tree, level, topology, shared, places, None)
         if foretold is not None:
             said[0, list(tree.level_nodes(level))] = foretold[above]
-        shape.give_out(logits, temperatures, said if foretold is not None else None)
+        shape.give_out(logits, temperatures, foretold=said if foretold is not None else None)
         for place in places[0].tolist():
             parent, rank = divmod(place, shape.max_children)
             stands_for.append(FULL.first_child[above[parent]] + rank)

@@ -29,8 +29,9 @@ __all__ = [
     "exponent_scale",
     "find_cut",
     "group_peaks",
-    "merged_peak_and_mass",
     "peak_and_mass",
+    "row_cuts",
+    "row_numbers",
 ]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -66,10 +67,41 @@ def peak_and_mass(logits, scale):  # fp32 [n], masked entries -inf
 
 
 @triton.jit
-def merged_peak_and_mass(peaks, masses, scale):  # fp32 [n], -inf and 0 where there is nothing
-    """Peak and mass of a whole from those of its parts."""
+def row_numbers(
+    peaks_ptr,  # [rows, num_chunks] fp32 contiguous, -inf where there is nothing
+    masses_ptr,  # [rows, num_chunks] fp32 contiguous, 0 there
+    row,  # int64
+    num_chunks,
+    scale,
+    BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
+):
+    """Peak and mass of a row from those of its chunks."""
+    chunks = tl.arange(0, BLOCK_CHUNKS)
+    records = row * num_chunks + chunks
+    peaks = tl.load(peaks_ptr + records, mask=chunks < num_chunks, other=float("-inf"))
+    masses = tl.load(masses_ptr + records, mask=chunks < num_chunks, other=0.0)
     peak = tl.max(peaks, 0)
     return peak, tl.sum(masses * tl.exp2((peaks - tl.where(peak == float("-inf"), 0.0, peak)) * scale), 0)
+
+
+@triton.jit
+def row_cuts(
+    top_k_ptr,  # [rows] int32, read if HAS_TOP_K
+    top_p_ptr,  # [rows] fp32, read if HAS_TOP_P
+    row,  # int64
+    stride_top_k,
+    stride_top_p,
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+):
+    """A row's top-k and top-p; 0 and 1 where they are off for all."""
+    top_k = 0
+    top_p = 1.0
+    if HAS_TOP_K:
+        top_k = tl.load(top_k_ptr + row * stride_top_k)
+    if HAS_TOP_P:
+        top_p = tl.load(top_p_ptr + row * stride_top_p)
+    return top_k, top_p
 
 
 @triton.jit

@@ -285,15 +285,12 @@ def collect_nodes_kernel(
         return
     scale = triton_warping.exponent_scale(temperature)
     request_node = batch * num_nodes + node
-    peak, mass = triton_nodes.row_numbers(
+    peak, mass = triton_warping.row_numbers(
         target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
     )
-    top_k = 0
-    top_p = 1.0
-    if HAS_TOP_K:
-        top_k = tl.load(top_k_ptr + batch * stride_top_k_batch)
-    if HAS_TOP_P:
-        top_p = tl.load(top_p_ptr + batch * stride_top_p_batch)
+    top_k, top_p = triton_warping.row_cuts(
+        top_k_ptr, top_p_ptr, batch, stride_top_k_batch, stride_top_p_batch, HAS_TOP_K, HAS_TOP_P
+    )
     num_groups = num_chunks * (CHUNK // GROUP)
     triton_warping.collect_candidates(
         target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node,
@@ -342,18 +339,15 @@ def warp_nodes_kernel(
         return
     scale = triton_warping.exponent_scale(temperature)
     request_node = batch * num_nodes + node
-    peak, mass = triton_nodes.row_numbers(
+    peak, mass = triton_warping.row_numbers(
         target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
     )
     chunks = tl.arange(0, BLOCK_CHUNKS)
     records = request_node * num_chunks + chunks
     lowest = tl.min(tl.load(target_lowest_ptr + records, mask=chunks < num_chunks, other=float("inf")), 0)
-    top_k = 0
-    top_p = 1.0
-    if HAS_TOP_K:
-        top_k = tl.load(top_k_ptr + batch * stride_top_k_batch)
-    if HAS_TOP_P:
-        top_p = tl.load(top_p_ptr + batch * stride_top_p_batch)
+    top_k, top_p = triton_warping.row_cuts(
+        top_k_ptr, top_p_ptr, batch, stride_top_k_batch, stride_top_p_batch, HAS_TOP_K, HAS_TOP_P
+    )
     target_row_ptr = target_logits_ptr + batch * stride_target_batch + node.to(tl.int64) * stride_target_node
     cut, mass = triton_warping.find_cut(
         target_row_ptr, scratch_ptr + request_node * CANDIDATES, tl.load(num_collected_ptr + request_node),
@@ -465,7 +459,7 @@ def decide_kernel(
     target_peak, target_mass, cut = triton_nodes.target_numbers(
         target_peaks_ptr, target_masses_ptr, warped_ptr, request_node, num_chunks, scale, WARPED, BLOCK_CHUNKS
     )
-    outside_peak, outside_mass = triton_nodes.row_numbers(
+    outside_peak, outside_mass = triton_warping.row_numbers(
         draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
     )
     child_target = tl.load(child_target_ptr + child_nodes, mask=is_child, other=float("-inf"))
@@ -650,7 +644,7 @@ def draw_kernel(
                 tokens_ptr + batch * stride_tokens_batch + first_child, children, is_drawn, vocab
             )
             child_draft = tl.load(child_draft_ptr + child_nodes, mask=children < num_children, other=float("-inf"))
-            outside_peak, _ = triton_nodes.row_numbers(
+            outside_peak, _ = triton_warping.row_numbers(
                 draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
             )
             draft_row_ptr = draft_logits_ptr + batch * stride_draft_batch + node.to(tl.int64) * stride_draft_node

@@ -25,7 +25,6 @@ __all__ = [
     "is_outside",
     "residual_sums",
     "residual_weights",
-    "row_numbers",
     "target_numbers",
     "target_weights",
 ]
@@ -94,23 +93,6 @@ def target_weights(logits, peak, cut, scale):
 
 
 @triton.jit
-def row_numbers(
-    peaks_ptr,
-    masses_ptr,
-    request_node,
-    num_chunks,
-    scale,
-    BLOCK_CHUNKS: tl.constexpr,
-):
-    """Peak and mass of a node's row from its chunks."""
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    records = request_node * num_chunks + chunks
-    peaks = tl.load(peaks_ptr + records, mask=chunks < num_chunks, other=float("-inf"))
-    masses = tl.load(masses_ptr + records, mask=chunks < num_chunks, other=0.0)
-    return triton_warping.merged_peak_and_mass(peaks, masses, scale)
-
-
-@triton.jit
 def target_numbers(
     target_peaks_ptr,
     target_masses_ptr,
@@ -127,7 +109,9 @@ def target_numbers(
         mass = tl.load(warped_ptr + request_node * 3 + 1)
         cut = tl.load(warped_ptr + request_node * 3 + 2)
     else:
-        peak, mass = row_numbers(target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS)
+        peak, mass = triton_warping.row_numbers(
+            target_peaks_ptr, target_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
+        )
         cut = tl.full([], float("-inf"), tl.float32)
     return peak, mass, cut
 

@@ -309,7 +309,7 @@ def place_nodes_kernel(
         target_peak, target_mass, cut = triton_nodes.target_numbers(
             target_peaks_ptr, target_masses_ptr, warped_ptr, request_node, num_chunks, scale, WARPED, BLOCK_CHUNKS
         )
-        outside_peak, outside_mass = triton_nodes.row_numbers(
+        outside_peak, outside_mass = triton_warping.row_numbers(
             draft_peaks_ptr, draft_masses_ptr, request_node, num_chunks, scale, BLOCK_CHUNKS
         )
         numbers_ptr += request_node * 5

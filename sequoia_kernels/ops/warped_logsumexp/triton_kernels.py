@@ -88,20 +88,10 @@ def collect_rows_kernel(
     if temperature == 0.0:
         return
     scale = triton_warping.exponent_scale(temperature)
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    is_chunk = chunks < num_chunks
-    records = row * num_chunks + chunks
-    peak, mass = triton_warping.merged_peak_and_mass(
-        tl.load(peaks_ptr + records, mask=is_chunk, other=float("-inf")),
-        tl.load(masses_ptr + records, mask=is_chunk, other=0.0),
-        scale,
+    peak, mass = triton_warping.row_numbers(peaks_ptr, masses_ptr, row, num_chunks, scale, BLOCK_CHUNKS)
+    top_k, top_p = triton_warping.row_cuts(
+        top_k_ptr, top_p_ptr, row, stride_top_k_row, stride_top_p_row, HAS_TOP_K, HAS_TOP_P
     )
-    top_k = 0
-    top_p = 1.0
-    if HAS_TOP_K:
-        top_k = tl.load(top_k_ptr + row * stride_top_k_row)
-    if HAS_TOP_P:
-        top_p = tl.load(top_p_ptr + row * stride_top_p_row)
     num_groups = num_chunks * (CHUNK // GROUP)
     triton_warping.collect_candidates(
         logits_ptr + row * stride_logits_row, group_peaks_ptr + row * num_groups, num_collected_ptr + row,
@@ -146,25 +136,17 @@ def warp_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row * stride_temperature_row)
     scale = triton_warping.exponent_scale(temperature)
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    is_chunk = chunks < num_chunks
-    records = row * num_chunks + chunks
-    peak, mass = triton_warping.merged_peak_and_mass(
-        tl.load(peaks_ptr + records, mask=is_chunk, other=float("-inf")),
-        tl.load(masses_ptr + records, mask=is_chunk, other=0.0),
-        scale,
-    )
+    peak, mass = triton_warping.row_numbers(peaks_ptr, masses_ptr, row, num_chunks, scale, BLOCK_CHUNKS)
     log_normaliser = peak
     cut = peak
     if temperature != 0.0:
-        cut = tl.min(tl.load(lowest_ptr + records, mask=is_chunk, other=float("inf")), 0)
+        chunks = tl.arange(0, BLOCK_CHUNKS)
+        lowest_ptrs = lowest_ptr + row * num_chunks + chunks
+        cut = tl.min(tl.load(lowest_ptrs, mask=chunks < num_chunks, other=float("inf")), 0)
         if HAS_TOP_K or HAS_TOP_P:
-            top_k = 0
-            top_p = 1.0
-            if HAS_TOP_K:
-                top_k = tl.load(top_k_ptr + row * stride_top_k_row)
-            if HAS_TOP_P:
-                top_p = tl.load(top_p_ptr + row * stride_top_p_row)
+            top_k, top_p = triton_warping.row_cuts(
+                top_k_ptr, top_p_ptr, row, stride_top_k_row, stride_top_p_row, HAS_TOP_K, HAS_TOP_P
+            )
             cut, mass = triton_warping.find_cut(
                 logits_ptr + row * stride_logits_row, scratch_ptr + row * CANDIDATES, tl.load(num_collected_ptr + row),
                 vocab, peak, cut, mass, temperature, scale, top_k, top_p, TILE, CANDIDATES,

@@ -32,8 +32,8 @@ Numerics
     special-function unit 2.25 (logarithm, exponential, and a rescaling for every fourth token). 64 x 128256 tokens at
     full issue rate of 132 multiprocessors are about 8 us, so this kernel is bound by arithmetic, at twice the read.
     `draw_kernel` is bound by latency: k + k / 4 + 2 rounds of a block-wide maximum, then k of a maximum and a minimum;
-    a candidate costs one float64 division, some 1400 a row. Its sm_90 code for k = 16, issued in order at latencies of 5
-    cycles for arithmetic, 24 for shuffles and shared memory, 280 for L2 and 600 for what comes first, takes 43000
+    a candidate costs one float64 division, some 1400 a row. Its sm_90 code for k = 16, issued in order at latencies of
+    5 cycles for arithmetic, 24 for shuffles and shared memory, 280 for L2 and 600 for what comes first, takes 43000
     cycles, 24 us at 1.8 GHz.
     Together 32 us for the 64 rows, 8.5 times one read.
     All this is counted. An H100 with other work on it took 44.4 us for the 64 rows, 31.7 us for greedy ones and 29.5

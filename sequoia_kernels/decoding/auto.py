@@ -58,9 +58,7 @@ LEAST_SECONDS, SHARE_OF_CALL = 1.8, 0.05
 EXPLORED_TOKENS = 64  # calls of fewer tokens do not try out what looks slower than plain decoding
 LEAST_TREE_ROWS = 8  # rows behind the longest request that a tree is worth looking for
 LEAST_LEVELS, VISITS_PER_LEVEL = 8, 2.0  # a tree may grow a level for so many visits beyond these
-SET_UP_MS = (
-    1.0  # of a tree with proposals in it, on a CPU: bound to buffers, weights and caches, and a draft that reads again
-)
+SET_UP_MS = 1.0  # of trees with proposals in them, on a CPU: they are bound to buffers, weights and caches
 REPLAN_GROWTH = 1.5  # how many times the evidence must have grown for another plan
 SAVE_GROWTH = 1.1  # and to be written to disk again
 DIGEST_ELEMENTS = 8  # of every tensor

@@ -361,6 +361,8 @@ def test_parallel_heads_of_the_original_form(config, shape, tmp_path):
         ({"ptd_token_id": 5, "num_depths": 0}, {}, "num_depths must be an integer of at least 1, got 0"),
         ({}, {}, "must hold no weights beside those of its format, got mask_hidden"),
         ({"mask_token_id": 5}, {}, "must hold no weights beside those of its format, got mask_hidden"),
+        ({"ptd_token_id": 5, "parallel_drafting": False}, {}, "must hold no weights beside .*, got mask_hidden"),
+        ({"ptd_token_id": 5, "parallel_drafting": 0}, {}, "must hold no weights beside .*, got mask_hidden"),
     ],
 )
 def test_what_is_not_understood_of_a_parallel_head_is_named(config, weights, message, tmp_path):

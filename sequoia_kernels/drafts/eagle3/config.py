@@ -178,7 +178,8 @@ def _mask_token(folder: DraftFolder, config: Mapping[str, Any], num_tokens: int)
     """
     is_parallel = _switch(folder, config, "parallel_drafting")
     names = [name for name in _MASK_TOKENS if config.get(name) is not None]
-    if not is_parallel and (names in ([], ["mask_token_id"]) or config.get("parallel_drafting") is False):
+    is_open = config.get("parallel_drafting") is None
+    if not is_parallel and not (is_open and {*names} - {"mask_token_id"}):
         return None
     if not names:
         rule = f"must give one of {', '.join(_MASK_TOKENS)}, since parallel_drafting is on"

@@ -363,6 +363,7 @@ def test_records_are_kept_in_a_file(recorded, tmp_path):
         ({"given": lambda array: array[:1]}, r"given must be \[.*\] int64 or \[0\], at least 1 each, got \[1\] int64"),
         ({"given": lambda array: array.astype(np.int8)}, r"given must be \[.*\] int64 .*, got .* int8"),
         ({"given": lambda array: array * 0}, "given must be .* at least 1 each"),
+        ({"given": lambda array: array + (1 << 62)}, "given must be at most the tree's 16 levels each, got 46"),
         ({"header": lambda array: array[:-9]}, "the document must be JSON"),
         ({"header": lambda array: np.array([255], dtype=np.uint8)}, "the header must be JSON text"),
         ({"header": lambda array: _header(array, format="other")}, 'must have "format"'),

@@ -271,6 +271,9 @@ class StepRecords:
         if given.dtype != np.int64 or given.shape not in ((num_steps,), (0,)) or bool((given < 1).any()):
             got = f"{list(given.shape)} {given.dtype}"
             raise ValueError(f"{where}: given must be [{num_steps}] int64 or [0], at least 1 each, got {got}")
+        if bool((given > tree.num_levels).any()):
+            rule = f"given must be at most the tree's {tree.num_levels} levels each"
+            raise ValueError(f"{where}: {rule}, got {given.max()}")
         return cls(tree, NodeRecords(*nodes), requests, acceptance, given if len(given) else None, foretold)
 
     @cached_property

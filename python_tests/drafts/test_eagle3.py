@@ -359,6 +359,7 @@ def test_parallel_heads_of_the_original_form(config, shape, tmp_path):
         ({"pard_token": "5"}, {}, "pard_token must be an integer of at least 0, got '5'"),
         ({"ptd_token_id": 5, "pard_token": 6}, {}, r"ptd_token_id and pard_token must be one token, got \[5, 6\]"),
         ({"ptd_token_id": 5, "num_depths": 0}, {}, "num_depths must be an integer of at least 1, got 0"),
+        ({"ptd_token_id": 5, "num_depths": 10**9}, {}, "must propose at most 256 tokens at once, got 1000000000"),
         ({}, {}, "must hold no weights beside those of its format, got mask_hidden"),
         ({"mask_token_id": 5}, {}, "must hold no weights beside those of its format, got mask_hidden"),
         ({"ptd_token_id": 5, "parallel_drafting": False}, {}, "must hold no weights beside .*, got mask_hidden"),

@@ -66,6 +66,22 @@ def test_confidence_is_accepted_over_visited_by_bin():
     assert max(confidence.undrawn[1]) < 0.01
 
 
+def test_noise_that_a_head_foretells_is_left_aside():
+    """A constant peak has one bin and noise has all: in the steps that it was counted in, noise seems to tell more."""
+    chosen = 0
+    for seed in range(20):
+        generator = np.random.Generator(np.random.PCG64(seed))
+        likelihood, peak = np.full((40, TREE.num_nodes), 0.55), np.full((40, 2), 0.5)
+        accepted = np.zeros((40, TREE.num_nodes))
+        for node in (0, 1):
+            accepted[:, TREE.first_child[node]] = generator.random(40) < 0.5
+        noise = generator.uniform(size=(40, 2)).astype(np.float32)
+        chosen += fit_confidence(
+            dataclasses.replace(greedy_records(accepted, likelihood, peak), foretold=noise)
+        ).foretold
+    assert chosen <= 6
+
+
 @pytest.mark.parametrize("knows", [True, False])
 def test_children_go_by_what_is_foretold_where_that_tells_more(knows, tmp_path):
     steps = 2000

@@ -84,7 +84,7 @@ def record_steps(
         tree: the tree to decode with; the trees within it can be valued. `RECORD_TREE` when
             None, of which as many levels as the draft can grow.
         in_turns: commit of the steps in every other stretch of 32 tokens only what a short chain would have; otherwise
-            every step as it is, and the records tell what smaller trees are worth where the steps of large ones begin.
+            every step as it is, and all steps that small trees are valued in begin where a large one ended.
         max_new_tokens: tokens to decode behind each prompt.
         temperature: as in `generate`, like the next three.
         top_k: see there.

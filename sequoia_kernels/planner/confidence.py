@@ -24,8 +24,8 @@ def fit_confidence(records: StepRecords) -> Confidence:
 
     Every node counts by the probability that its parent was accepted, under the rule "sequoia". Between neighbouring
     probabilities of the draft the estimate is smoothed by a few visits of both together. Where the draft foretells
-    acceptance itself, children that are not drawn go by that, if it tells more of what was accepted in these steps than
-    the probability of its likeliest token does.
+    acceptance itself, children that are not drawn go by that, if it tells more of what was accepted than its likeliest
+    token's probability does: of each half of the requests, by the counts of the other half.
 
     Args:
         records: the steps; of the temperature and warps that the tree is for.
@@ -50,7 +50,9 @@ def fit_confidence(records: StepRecords) -> Confidence:
     drawn = []
     signs = [records.nodes.peak] if records.foretold is None else [records.nodes.peak, records.foretold]
     undrawn: list[list[Floats]] = [[] for _ in signs]
-    surprise = [0.0] * len(signs)  # at what was accepted, by each
+    surprise = [0.0] * len(signs)  # at what was accepted of requests that were not counted, by each
+    second = _second_half(records)
+    halves = [half for half in (second, ~second) if len(signs) > 1 and half.any() and not half.all()]
     for rank in range(num_ranks):
         nodes = np.flatnonzero((ranks == rank) & (parents >= 0))
         above = parents[nodes]
@@ -60,8 +62,11 @@ def fit_confidence(records: StepRecords) -> Confidence:
         for index, sign in enumerate(signs):
             said = sign[:, places]
             undrawn[index].append(_by_bin(said, visits, accepted))
-            chances = np.minimum(undrawn[index][-1], 1 - LEAST_CONFIDENCE)[_bins(said)]
-            surprise[index] -= float((accepted * np.log(chances) + (visits - accepted) * np.log1p(-chances)).sum())
+            for half in halves:
+                counted = _by_bin(said[~half], visits[~half], accepted[~half])
+                chances = np.minimum(counted, 1 - LEAST_CONFIDENCE)[_bins(said[half])]
+                taken, missed = accepted[half], visits[half] - accepted[half]
+                surprise[index] -= float((taken * np.log(chances) + missed * np.log1p(-chances)).sum())
     chosen = int(np.argmin(surprise))  # the first of equals
     falling = np.array(undrawn[chosen])
     for rank in range(1, num_ranks):
@@ -110,14 +115,19 @@ def held_out_values(records: StepRecords, tree: ShapedTree, rule: str) -> Floats
     The steps of every other request are shaped by the confidence of the rest, and the other way round; of a single
     request those of its first half and its second.
     """
-    _, request = np.unique(records.requests, return_inverse=True)
-    second = request % 2 == 1 if request.max(initial=0) else np.arange(len(records)) >= len(records) // 2
+    second = _second_half(records)
     values = np.ones(len(records))
     for half in (second, ~second):
         if half.any() and not half.all():
             confidence = fit_confidence(records.part(np.flatnonzero(~half)))
             values[half] = records.part(np.flatnonzero(half)).values(ShapedTree(tree.widths, confidence), rule)
     return values
+
+
+def _second_half(records: StepRecords) -> NDArray[np.bool_]:
+    """Which steps are those of every other request, or of the second half of a single one. [S]"""
+    _, request = np.unique(records.requests, return_inverse=True)
+    return request % 2 == 1 if request.max(initial=0) else np.arange(len(records)) >= len(records) // 2
 
 
 def _by_bin(probabilities: NDArray[np.float32], visits: Floats, accepted: Floats) -> Floats:

@@ -26,6 +26,7 @@ _MODELS = ("eagle3", "peagle")  # of the speculators form
 _FAMILIES = ("llama", "qwen3")  # whose layers a head may have
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the text's length
 _MASK_TOKENS = ("ptd_token_id", "pard_token", "mask_token_id")  # of the original form
+_MOST_DEPTHS = 256  # rows that a forward may be asked for beside the accepted tokens
 _DEFAULT_DEPTHS = 8  # rows that a parallel head gives where its config does not say how many it was trained for
 
 # Options of an `eagle_config` that say what every head does here; another value would ask for other arithmetic.
@@ -197,6 +198,8 @@ def _checked(folder: DraftFolder, head: HeadConfig) -> HeadConfig:
         raise ValueError(f"{folder}: norm_before_fc and fc_norm must not both be on, got both")
     if head.feature_layers is None and head.num_features != 3:
         raise ValueError(f"{folder}: {_LAYER_IDS} must name {head.num_features} layers of the target, got none")
+    if head.num_depths > _MOST_DEPTHS:
+        raise ValueError(f"{folder}: must propose at most {_MOST_DEPTHS} tokens at once, got {head.num_depths}")
     return head
 
 

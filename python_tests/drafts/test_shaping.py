@@ -120,7 +120,7 @@ def test_a_level_goes_to_the_largest_worths(backend, batch_size, foretold):
         nodes = DEEP.level_nodes(index)
         logits = (torch.randn(batch_size, len(nodes), 24, generator=generator) * 3).to(device)
         probs = (logits / torch.where(temperature == 0, 1, temperature)[:, None, None]).double().softmax(dim=2)
-        level.shape.give_out(logits, temperature, backend, said)
+        level.shape.give_out(logits, temperature, backend, foretold=said)
         children = range(level.first_child, level.first_child + level.num_children)
         drawn = torch.randint(-1, 24, (batch_size, len(children)), generator=generator)
         tokens[:, list(children)] = drawn.to(device)
@@ -333,8 +333,8 @@ def test_shapes_differ_from_step_to_step():
     seen = set()
     give_out = LevelShape.give_out
 
-    def watched(self, *args):
-        give_out(self, *args)
+    def watched(self, *args, **kwargs):
+        give_out(self, *args, **kwargs)
         seen.add(tuple(self.topology.parents[0].tolist()))
 
     with pytest.MonkeyPatch.context() as patch:

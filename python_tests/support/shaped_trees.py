@@ -80,7 +80,7 @@ def _grown(
     foretold = torch.full((1, tree.num_nodes), torch.nan)
     foretold[0, list(nodes)] = torch.tensor([toy_head(_path(partial, node)) for node in nodes])
     shape = LevelShape(tree, level, partial.topology, partial.shared, places, None)
-    shape.give_out(logits[None], temperatures, backend, foretold)
+    shape.give_out(logits[None], temperatures, backend, foretold=foretold)
     counts = partial.topology.num_children[0, list(nodes)].tolist()
     if rerank:
         counts = [shape.max_children] * len(nodes)
@@ -103,7 +103,7 @@ def _grown(
             reached = reached.cummin(dim=1).values * torch.linspace(1, 0.999, shape.max_children)
             _place(own, reached.flatten().sort(descending=True, stable=True).indices[: places.shape[1]].sort().values)
         else:
-            own.give_out(logits[None], temperatures, backend, foretold)
+            own.give_out(logits[None], temperatures, backend, foretold=foretold)
         own.log_normaliser = shape.log_normaliser
         children = range(own.first_child, own.first_child + own.num_children)
         after.tokens[0, list(children)] = drawn.flatten()[own.places[0]]

@@ -94,7 +94,7 @@ class LevelShape:
         self.own_bits = words.scatter_(1, (children // 32)[:, None], bits[:, None])  # [C, words]
 
     def give_out(
-        self, logits: torch.Tensor, temperature: torch.Tensor, backend: str = "auto",
+        self, logits: torch.Tensor, temperature: torch.Tensor, backend: str = "auto", *,
         foretold: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Decide which nodes get how many children, and write it into the topology.

@@ -296,7 +296,7 @@ class Drafting(ABC):
                 (state.offsets[:, None] + level.nodes).flatten(), backend=self.backend,
             ).tokens.view(batch_size, -1)  # fmt: skip
             if level.shape is not None:  # after the draw, but by nothing that was drawn in it
-                level.shape.give_out(logits, state.temperature, self.backend, buffers.foretold)
+                level.shape.give_out(logits, state.temperature, self.backend, foretold=buffers.foretold)
             children = buffers.tokens.narrow(1, level.first_child, level.num_children)
             if level.drawn.dim() == 2:  # each request has its own tree
                 children.copy_(drawn.gather(1, level.drawn))

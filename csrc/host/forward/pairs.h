@@ -2,8 +2,11 @@
 //
 // A lane adds the two products of a pair to its sum, one after the other. That is twice the rate of single floats, and no
 // weight is widened. Rows, blocks of nodes and the sums across lanes are those of products.h; here as well the sum of a
-// row and a node runs over k in one order, whatever is multiplied beside it; of a panel that is split there are two, which
-// are added at last. Numbers below 2^-126 are read as 0.
+// row and a node runs over k in one order, whatever is multiplied beside it. Numbers below 2^-126 are read as 0.
+//
+// What limits it is the first-level cache, whose misses wait for memory's answers to what is requested ahead. So where all
+// nodes' activations do not fit in it, rows are multiplied in parts, a tile's first parts with all nodes before the next
+// ones, and a group of rows requests those of the next group from the second level.
 
 #pragma once
 
@@ -24,20 +27,28 @@ SEQUOIA_INLINE Bits load_pairs(const void* source) {
     return pairs;
 }
 
-// Sums of R rows, from `weights` on, and a block of C nodes, lane by lane.
 template <int R, int C>
-SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void add_rows(const BFloat16* weights, i64 stride, const float* nodes, i64 size,
-                                                 Float (&sums)[C][R], Ahead* ahead) {
+SEQUOIA_INLINE void clear(Float (&sums)[C][R]) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[c][r] = Float{};
     }
+}
+
+// Adds R rows, from `weights` on, times a block of C nodes, lane by lane. With NEAR the R rows behind them are requested
+// into the first-level cache.
+template <int R, int C, bool NEAR = false>
+SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void add_rows(const BFloat16* weights, i64 stride, const float* nodes, i64 size,
+                                                 Float (&sums)[C][R], Ahead* ahead, const BFloat16* following = nullptr) {
     const i64 whole = size / (2 * W), rest = size % (2 * W);
-    Ahead requests;
-    if (ahead != nullptr) requests = *ahead;
+    Requests requests(ahead);
     for (i64 step = 0; step < whole; ++step, nodes += C * W) {
-        if (ahead != nullptr) requests.request();
+        if (ahead != nullptr) requests.request_whole();
+        if (NEAR) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) __builtin_prefetch(following + r * stride + step * 2 * W, 0, 3);
+        }
         Bits weight[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -52,7 +63,7 @@ SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void add_rows(const BFloat16* weights, i64 st
             for (int r = 0; r < R; ++r) sums[c][r] = add_pairs(sums[c][r], weight[r], node);
         }
     }
-    if (ahead != nullptr) *ahead = requests;
+    if (ahead != nullptr) requests.leave();
     if (rest == 0) return;
     const __mmask32 given = (__mmask32{1} << rest) - 1;
 #pragma GCC unroll 8
@@ -65,69 +76,148 @@ SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void add_rows(const BFloat16* weights, i64 st
 
 enum class RowOrder { side_by_side, in_turn };
 
-// As `multiply_block`: out[c * TILE + r].
-template <int R, int C>
-SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_pairs_block(RowOrder order, const BFloat16* weights, i64 stride,
-                                                             const float* nodes, i64 size, float* out, Ahead* ahead) {
-    if (order == RowOrder::side_by_side) {
-        Float sums[C][R];  // in registers; those below wait in memory
-        add_rows<R, C>(weights, stride, nodes, size, sums, ahead);
-        return leave_sums<R, C>(sums, out, TILE);
-    }
-    Float sums[C][R];
-    for (int r = 0; r < R; ++r) {
-        Float one[C][1];
-        add_rows<1, C>(weights + r * stride, stride, nodes, size, one, ahead);
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) sums[c][r] = one[c][0];
-    }
-    leave_sums<R, C>(sums, out, TILE);
-}
-
 // With few nodes memory is what is waited for, and gives one row after the other sooner than several side by side, as
 // long as the nodes leave room for them in the first-level cache. A short row is over before its sums have followed one
 // another; then several at once hide that.
 SEQUOIA_INLINE RowOrder row_order(const Panel& panel) {
     constexpr i64 FEW_NODES = 5, NEAR_BYTES = 28672, LONG_ROW = 512;
-    const i64 bytes = panel.rows * panel.padded * static_cast<i64>(sizeof(float));
-    return panel.rows <= FEW_NODES && bytes <= NEAR_BYTES && panel.size >= LONG_ROW ? RowOrder::in_turn : RowOrder::side_by_side;
+    return panel.count <= FEW_NODES && panel.bytes() <= NEAR_BYTES && panel.size >= LONG_ROW ? RowOrder::in_turn : RowOrder::side_by_side;
 }
 
-// Adds up both products of each node: [rows, TILE] become [count, TILE].
-SEQUOIA_INLINE void join_split(const Panel& panel, float* out) {
-    for (i64 node = 0; node < panel.count; ++node) {
-        const float* const from = out + 2 * node * TILE;
-        for (i64 r = 0; r < TILE; r += W) store(out + node * TILE + r, load(from + r) + load(from + TILE + r));
+// As `multiply_block`, of four rows in an order: out[c * TILE + r].
+template <int C>
+SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_four(RowOrder order, const BFloat16* weights, i64 stride, const float* nodes,
+                                                      i64 size, float* out, Ahead* ahead, bool near) {
+    Float sums[C][4];
+    if (order == RowOrder::side_by_side) {
+        clear<4, C>(sums);
+        if (near) {
+            add_rows<4, C, true>(weights, stride, nodes, size, sums, ahead, weights + 4 * stride);
+        } else {
+            add_rows<4, C>(weights, stride, nodes, size, sums, ahead);
+        }
+        return leave_sums<4, C>(sums, out, TILE);
+    }
+    Float kept[C][4];  // in memory; those above are in registers
+    for (int r = 0; r < 4; ++r) {
+        Float one[C][1];
+        clear<1, C>(one);
+        add_rows<1, C>(weights + r * stride, stride, nodes, size, one, ahead);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) kept[c][r] = one[c][0];
+    }
+    leave_sums<4, C>(kept, out, TILE);
+}
+template <int C>
+SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_one(const BFloat16* weights, const float* nodes, i64 size, float* out,
+                                                     Ahead* ahead) {
+    Float sums[C][1];
+    clear<1, C>(sums);
+    add_rows<1, C>(weights, 0, nodes, size, sums, ahead);
+    leave_sums<1, C>(sums, out, TILE);
+}
+
+// Part of a product in parts; `kept`, [C, R, W], is where sums wait between them.
+struct PartOfRows {
+    i64 begin, size;  // of k
+    bool first, last;
+    float* kept;
+};
+
+template <int R, int C>
+SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void multiply_part(const PartOfRows& part, const BFloat16* weights, i64 stride,
+                                                      const float* nodes, float* out, Ahead* ahead,
+                                                      const BFloat16* following) {
+    Float sums[C][R];
+    if (part.first) {
+        clear<R, C>(sums);
+    } else {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[c][r] = load(part.kept + (c * R + r) * W);
+        }
+    }
+    if (following != nullptr) {
+        add_rows<R, C, true>(weights, stride, nodes, part.size, sums, ahead, following);
+    } else {
+        add_rows<R, C>(weights, stride, nodes, part.size, sums, ahead);
+    }
+    if (part.last) return leave_sums<R, C>(sums, out, TILE);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) store(part.kept + (c * R + r) * W, sums[c][r]);
     }
 }
 
-// `count` rows times all nodes of a panel of pairs: out[node * TILE + row]. `out` has room for all rows of the panel.
+constexpr i64 PAIR_BYTES = 2 * W * static_cast<i64>(sizeof(BFloat16));  // of a row's step
+
+// As `multiply_pairs`, in parts; `kept` has room for a tile's sums of all nodes, lane by lane.
+__attribute__((noinline)) SEQUOIA_AVX512_BF16 void multiply_parts(const MatrixRows<BFloat16>& rows, i64 count,
+                                                                  const Panel& panel, float* out, Ahead* ahead, float* kept) {
+    const i64 blocks = panel.num_blocks(), vectors = panel.part_vectors(), part_size = vectors * 2 * W;
+    for (i64 from = 0; from < panel.size; from += part_size) {
+        const bool last = from + part_size >= panel.size;
+        for (i64 done = 0; done < count;) {
+            const i64 next = done + 4 <= count ? 4 : 1;
+            for (i64 block = 0; block < blocks; ++block) {
+                if (ahead != nullptr) ahead->pace(next * PAIR_BYTES, block, blocks);
+                const i64 begin = panel.block_begin(block), together = panel.block_begin(block + 1) - begin;
+                const PartOfRows part{from, smaller(part_size, panel.size - from), from == 0, last,
+                                      kept + (done * panel.count + next * begin) * W};
+                const BFloat16* const weights = rows.row(done) + from;
+                const BFloat16* const following = block + 1 < blocks   ? nullptr
+                                                  : done + 4 < count ? weights + 4 * rows.stride
+                                                  : last             ? rows.row(count)
+                                                                     : rows.row(0) + from + part_size;
+                const float* const nodes = panel.data + begin * panel.padded + from / 2 * together;
+                float* const to = out + begin * TILE + done;
+#define SEQUOIA_BLOCK(C)                                                                    \
+    case C:                                                                                 \
+        if (next == 1) {                                                                    \
+            multiply_part<1, C>(part, weights, rows.stride, nodes, to, ahead, nullptr);     \
+        } else {                                                                            \
+            multiply_part<4, C>(part, weights, rows.stride, nodes, to, ahead, following);   \
+        }                                                                                   \
+        break;
+                switch (together) { SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK) }
+#undef SEQUOIA_BLOCK
+            }
+            done += next;
+        }
+    }
+}
+
+// `count` rows times all nodes of a panel of pairs: out[node * TILE + row].
 __attribute__((noinline)) SEQUOIA_AVX512_BF16 void multiply_pairs(const MatrixRows<BFloat16>& rows, i64 count,
                                                                   const Panel& panel, float* out, Ahead* ahead) {
+    // Of more blocks memory is not what is waited for, and longer rows would push out what lies there.
+    constexpr i64 FEW_BLOCKS = 4, LONGEST_ROW = 1536;
     const i64 blocks = panel.num_blocks();
     const RowOrder order = row_order(panel);
     for (i64 done = 0; done < count;) {
         const i64 next = done + 4 <= count ? 4 : 1, side_by_side = order == RowOrder::in_turn ? 1 : next;
-        if (ahead != nullptr) ahead->pace(side_by_side * 2 * W * static_cast<i64>(sizeof(BFloat16)), blocks);
         for (i64 block = 0; block < blocks; ++block) {
+            if (ahead != nullptr) ahead->pace(side_by_side * PAIR_BYTES, block, blocks);
             const i64 begin = panel.block_begin(block);
             const BFloat16* const weights = rows.row(done);
             const float* const nodes = panel.data + begin * panel.padded;
             float* const to = out + begin * TILE + done;
-#define SEQUOIA_BLOCK(C)                                                                           \
-    case C:                                                                                        \
-        if (next == 1) {                                                                           \
-            multiply_pairs_block<1, C>(order, weights, rows.stride, nodes, panel.size, to, ahead); \
-        } else {                                                                                   \
-            multiply_pairs_block<4, C>(order, weights, rows.stride, nodes, panel.size, to, ahead); \
-        }                                                                                          \
+            const bool near = block + 1 == blocks && blocks <= FEW_BLOCKS && panel.size <= LONGEST_ROW;
+#define SEQUOIA_BLOCK(C)                                                                       \
+    case C:                                                                                    \
+        if (next == 1) {                                                                       \
+            multiply_one<C>(weights, nodes, panel.size, to, ahead);                            \
+        } else {                                                                               \
+            multiply_four<C>(order, weights, rows.stride, nodes, panel.size, to, ahead, near); \
+        }                                                                                      \
         break;
             switch (panel.block_begin(block + 1) - begin) { SEQUOIA_FOR_BLOCKS(SEQUOIA_BLOCK) }
 #undef SEQUOIA_BLOCK
         }
         done += next;
     }
-    if (panel.form == Form::split_pairs) join_split(panel, out);
 }
 
 }  // namespace
@@ -140,6 +230,7 @@ namespace {
 
 // Never called: where the CPU multiplies no pairs, no panel is in pairs.
 SEQUOIA_INLINE void multiply_pairs(const MatrixRows<BFloat16>&, i64, const Panel&, float*, Ahead*) {}
+SEQUOIA_INLINE void multiply_parts(const MatrixRows<BFloat16>&, i64, const Panel&, float*, Ahead*, float*) {}
 
 }  // namespace
 }  // namespace sequoia::forward

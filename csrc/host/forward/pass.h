@@ -26,6 +26,7 @@ struct Columns {
 
 constexpr std::int64_t TILE = 16;    // weight rows that are multiplied before anything is done with the products
 constexpr std::int64_t STRIP = 256;  // the same where the weights lie transposed
+constexpr std::int64_t PARTED_ROWS = 10;  // nodes, at most, with which a tile is multiplied in parts of its rows
 constexpr std::int64_t PACKED_FLOATS = 16384;  // for a strip of a matrix of four bits, whatever its groups
 
 // Consecutive nodes of one request.
@@ -41,6 +42,7 @@ struct Bench {
     float* unpacked;  // of a strip of a matrix of four bits, [PACKED_FLOATS + groups * 2 * PACKED_ROWS]
     float* rows;    // two rows of any width
     float* wide;    // four rows of a matrix
+    float* sums;    // of a tile and PARTED_ROWS nodes, lane by lane
     float* queries;  // a panel of ROW_BLOCK query rows
     float* scores;  // [ROW_BLOCK, columns]
     float* mixed;   // [ROW_BLOCK, head_dim]

@@ -30,99 +30,166 @@ constexpr int MOST_NODES = 6;           // of a block that is the only one
 // How activations lie in a panel.
 enum class Form {
     floats,
-    pairs,        // rounded to bfloat16, two in a float's place
-    split_pairs,  // twice as many rows: of each node the rounded numbers, then what rounding took away, also rounded
+    pairs,  // rounded to bfloat16, two in a float's place
 };
 
-// Activations of `count` nodes, [rows, size], `size` padded to whole vectors by zeros.
+// Activations of `count` nodes, [count, size], `size` padded to whole vectors by zeros.
 struct Panel {
     float* data = nullptr;
     i64 count = 0, size = 0;
     Form form = Form::floats;
-    i64 rows = 0;    // of all nodes
     i64 padded = 0;  // floats of a row
 
     Panel(float* data_, i64 count_, i64 size_, Form form_ = Form::floats)
-        : data(data_), count(count_), size(size_), form(form_), rows(form_ == Form::split_pairs ? 2 * count_ : count_),
+        : data(data_), count(count_), size(size_), form(form_),
           padded(up_to_lanes(form_ == Form::floats ? size_ : (size_ + 1) / 2)) {}
 
     // Blocks of equal sizes, those with one row more in front.
-    i64 num_blocks() const { return rows <= MOST_NODES ? 1 : (rows + NODES - 1) / NODES; }
-    i64 block_begin(i64 block) const { return block * (rows / num_blocks()) + smaller(block, rows % num_blocks()); }
+    i64 num_blocks() const { return count <= MOST_NODES ? 1 : (count + NODES - 1) / NODES; }
+    i64 block_begin(i64 block) const { return block * (count / num_blocks()) + smaller(block, count % num_blocks()); }
+
+    i64 bytes() const { return count * padded * static_cast<i64>(sizeof(float)); }
+    // Vectors of a row that are multiplied at a time: all, or as many as the first-level cache holds of all nodes.
+    i64 part_vectors() const {
+        constexpr i64 NEAR_BYTES = 24576, PART_BYTES = 12288;
+        const i64 vectors = padded / W;
+        if (form != Form::pairs || count > PARTED_ROWS || bytes() <= NEAR_BYTES) return vectors;
+        const i64 parts = (bytes() + PART_BYTES - 1) / PART_BYTES;
+        return (vectors + parts - 1) / parts;
+    }
+    bool in_parts() const { return part_vectors() < padded / W; }
 
     struct Place {
         float* first;
         i64 step;  // floats between a row's vectors
     };
     Place place(i64 row) const {
-        const i64 blocks = num_blocks(), few = rows / blocks, more = rows % blocks;
+        const i64 blocks = num_blocks(), few = count / blocks, more = count % blocks;
         const i64 block = row < more * (few + 1) ? row / (few + 1) : more + (row - more * (few + 1)) / few;
         const i64 begin = block_begin(block), together = block_begin(block + 1) - begin;
         return {data + begin * padded + (row - begin) * W, together * W};
     }
     // Arranges a node's row.
     void put(i64 node, const float* row) const {
-        if (form != Form::floats) return put_pairs(node, row);
         auto [to, step] = place(node);
+        if (form == Form::pairs) return put_pairs(to, step, row);
         i64 k = 0;
         for (; k + W <= size; k += W, to += step) store(to, load(row + k));
         if (k < size) store(to, load_some(row + k, size - k));
     }
 
   private:
-    void put_pairs(i64 node, const float* row) const {
-        const bool split = form == Form::split_pairs;
-        Place whole = place(split ? 2 * node : node), rest = place(split ? 2 * node + 1 : node);
-        for (i64 k = 0; k < size; k += 2 * W, whole.first += whole.step, rest.first += rest.step) {
+    void put_pairs(float* to, i64 step, const float* row) const {
+        for (i64 k = 0; k < size; k += 2 * W, to += step) {
             for (i64 half = 0; half < 2; ++half) {
-                const i64 from = k + half * W, place = half * W / 2;
+                const i64 from = k + half * W;
                 const Float lanes = from + W <= size ? load(row + from)
                                     : from < size    ? load_some(row + from, size - from)
                                                      : Float{};
                 const Halves rounded = rounded_to_bfloat16(lanes);
-                std::memcpy(whole.first + place, &rounded, sizeof(rounded));
-                if (!split) continue;
-                Float left = lanes - (Float)(__builtin_convertvector(rounded, Bits) << 16);
-                left = left == left ? left : Float{};  // infinity stays what it is
-                const Halves rounded_rest = rounded_to_bfloat16(left);
-                std::memcpy(rest.first + place, &rounded_rest, sizeof(rounded_rest));
+                std::memcpy(to + half * W / 2, &rounded, sizeof(rounded));
             }
         }
     }
 };
 
-// Requests weights some way ahead of their use, into the second-level cache, in the order of their addresses, which
-// keeps the hardware's own prefetcher on one stream; behind the end of what a thread reads of one matrix it goes on with
-// what it reads next. Requests are spread over all blocks of nodes, or memory would be idle half of the time, and are as
-// many as what is read: those that ran ahead would push out what is still to be read.
+// Requests weights some way ahead of their use, into the second-level cache, in the order of their use; behind the end of
+// what a thread reads of one matrix it goes on with what it reads next. Requests are spread over all blocks of nodes, or
+// memory would be idle half of the time, evenly over a block's steps, and are as many as what is read: those that ran
+// ahead would push out what is still to be read.
 struct Ahead {
     static constexpr i64 BYTES = 32768, LINE = 64;
     const char *at = nullptr, *end = nullptr, *then = nullptr;
-    i64 due = 0, read = 0, share = LINE;  // bytes: a line is requested for every `share` that steps of `read` make up
+    i64 lines = 0;                         // of a step
+    i64 due = 0, rest = 0, share = LINE;  // a line more for every `share` that steps of `rest` make up
 
     Ahead() = default;
+    // Rows one behind the other, whose first BYTES are requested already.
     Ahead(const void* begin_, const void* end_, const void* then_)
         : at(static_cast<const char*>(begin_) + BYTES), end(static_cast<const char*>(end_)),
           then(static_cast<const char*>(then_)) {
         turn();
     }
-    // The steps to come read so many bytes, again for each of the blocks of nodes.
-    SEQUOIA_INLINE void pace(i64 bytes, i64 blocks) {
-        read = bytes;
+    // Tiles of rows, of which each is read in parts: the first part of all its rows, then the next one.
+    Ahead(const void* begin_, const void* end_, const void* then_, i64 row_bytes, i64 part_bytes)
+        : at(static_cast<const char*>(begin_)), end(at + part_bytes), then(static_cast<const char*>(then_)), tile_(at),
+          rows_end_(static_cast<const char*>(end_)), row_bytes_(row_bytes), part_bytes_(part_bytes) {
+        for (i64 line = 0; line < TILE * part_bytes / LINE; ++line, at += LINE) {
+            if (at >= end) turn();
+            __builtin_prefetch(at, 0, 2);
+        }
+    }
+    // A step reads so many bytes, again for each of the blocks of nodes: whole lines of them are shared out to blocks.
+    SEQUOIA_INLINE void pace(i64 bytes, i64 block, i64 blocks) {
+        const i64 whole = bytes / LINE;
+        lines = whole * (block + 1) / blocks - whole * block / blocks;
+        rest = bytes % LINE;
         share = LINE * blocks;
     }
-    SEQUOIA_INLINE void request() {
-        for (due += read; due >= share; due -= share, at += LINE) __builtin_prefetch(at, 0, 2);
-        if (at >= end) turn();
-    }
-
-  private:
     void turn() {
+        if (row_bytes_ != 0 && next_row()) return;
         if (at < end || then == nullptr) return;
         at = then + (at - end);
         end = at + (i64{1} << 40);
         then = nullptr;
     }
+
+  private:
+    bool next_row() {
+        const i64 over = at - end;
+        if (++row_ == TILE || tile_ + row_ * row_bytes_ >= rows_end_) {
+            row_ = 0;
+            done_ += part_bytes_;
+            if (done_ >= row_bytes_) {
+                done_ = 0;
+                tile_ += TILE * row_bytes_;
+            }
+        }
+        const char* const first = tile_ + row_ * row_bytes_ + done_;
+        if (tile_ < rows_end_) {
+            end = first + smaller(part_bytes_, row_bytes_ - done_);
+            at = first + over;
+            return true;
+        }
+        row_bytes_ = 0;
+        return false;
+    }
+
+    // Of parts.
+    const char *tile_ = nullptr, *rows_end_ = nullptr;
+    i64 row_bytes_ = 0, part_bytes_ = 0, row_ = 0, done_ = 0;
+};
+
+// The requests of one block of nodes, in registers while it is summed.
+class Requests {
+  public:
+    explicit Requests(Ahead* ahead) : ahead_(ahead) {
+        if (ahead == nullptr) return;
+        at_ = ahead->at, end_ = ahead->end, lines_ = ahead->lines;
+        due_ = ahead->due, rest_ = ahead->rest, share_ = ahead->share;
+    }
+    // A step's lines, where it reads whole ones.
+    SEQUOIA_INLINE void request_whole() {
+        for (i64 line = 0; line < lines_; ++line, at_ += Ahead::LINE) __builtin_prefetch(at_, 0, 2);
+        if (at_ >= end_) at_ = turned(ahead_, at_), end_ = ahead_->end;
+    }
+    SEQUOIA_INLINE void request() {
+        due_ += rest_;
+        if (due_ >= share_) __builtin_prefetch(at_, 0, 2), at_ += Ahead::LINE, due_ -= share_;
+        request_whole();
+    }
+    SEQUOIA_INLINE void leave() { ahead_->at = at_, ahead_->due = due_; }
+
+  private:
+    static __attribute__((noinline)) const char* turned(Ahead* ahead, const char* at) {
+        ahead->at = at;
+        ahead->turn();
+        return ahead->at;
+    }
+
+    Ahead* ahead_;
+    const char *at_ = nullptr, *end_ = nullptr;
+    i64 lines_ = 0, due_ = 0, rest_ = 0, share_ = 0;
 };
 
 // Rows of a matrix.
@@ -203,8 +270,7 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
         for (int r = 0; r < R; ++r) sums[c][r] = Float{};
     }
     const i64 whole = size / W;
-    Ahead requests;  // in registers while the block is summed
-    if (ahead != nullptr) requests = *ahead;
+    Requests requests(ahead);
     for (i64 step = 0; step < whole; ++step) {
         if (ahead != nullptr) requests.request();
         if constexpr (C > R) {  // the fewer ones wait in registers for the others to pass
@@ -237,7 +303,7 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
             }
         }
     }
-    if (ahead != nullptr) *ahead = requests;
+    if (ahead != nullptr) requests.leave();
     if (whole * W < size) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -252,14 +318,16 @@ SEQUOIA_INLINE void multiply_block(const Rows& rows, i64 first, const float* nod
 // Rows that are multiplied together with a block of so many nodes.
 constexpr int rows_beside(i64 nodes) { return nodes > NODES ? 2 : 4; }
 
-// One row from `first` on, or as many as are multiplied together, times all nodes of a panel.
+// One row from `first` on, or as many as are multiplied together, times all nodes of a panel. A step reads `step_bytes` from
+// memory.
 template <class Rows>
 SEQUOIA_INLINE void multiply_blocks(const Rows& rows, i64 first, bool one, const Panel& panel, float* out, i64 out_stride,
-                                    Ahead* ahead) {
+                                    Ahead* ahead, i64 step_bytes) {
     const i64 blocks = panel.num_blocks();
     i64 begin = 0;
     for (i64 block = 0; block < blocks; ++block) {
         const i64 end = panel.block_begin(block + 1);
+        if (ahead != nullptr) ahead->pace(step_bytes, block, blocks);
         const float* const nodes = panel.data + begin * panel.padded;
         float* const to = out + begin * out_stride;
 #define SEQUOIA_BLOCK(C)                                                                                      \
@@ -288,7 +356,7 @@ __attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 co
     const i64 blocks = panel.num_blocks();
     i64 done = 0;
     if (panel.count == 1) {  // more rows at a time, for want of nodes
-        if (ahead != nullptr) ahead->pace(8 * W * element_bytes, 1);
+        if (ahead != nullptr) ahead->pace(8 * W * element_bytes, 0, 1);
         for (; done + 8 <= count; done += 8) {
             multiply_block<8, 1>(rows, first + done, panel.data, panel.size, out + done, out_stride, ahead);
         }
@@ -296,12 +364,12 @@ __attribute__((noinline)) void multiply_rows(const Rows& rows, i64 first, i64 co
     const i64 together = rows_beside(blocks > 1 ? 1 : panel.count);
     while (done < count) {
         const i64 next = done + together <= count ? together : 1;
-        if (ahead != nullptr) ahead->pace(next * W * element_bytes, blocks);
         if (element_bytes < 4 && blocks > 1) {
             for (i64 r = 0; r < next; ++r) widen_row(rows.row(first + done + r), panel.size, wide + r * panel.padded);
-            multiply_blocks(MatrixRows<float>{wide, panel.padded}, 0, next == 1, panel, out + done, out_stride, ahead);
+            multiply_blocks(MatrixRows<float>{wide, panel.padded}, 0, next == 1, panel, out + done, out_stride, ahead,
+                            next * W * element_bytes);
         } else {
-            multiply_blocks(rows, first + done, next == 1, panel, out + done, out_stride, ahead);
+            multiply_blocks(rows, first + done, next == 1, panel, out + done, out_stride, ahead, next * W * element_bytes);
         }
         done += next;
     }

@@ -101,12 +101,11 @@ struct Worker {
         return multiplies_pairs && weight.type == ElementType::bfloat16 && !weight.transposed && !weight.packed();
     }
     Form form_for(const Linear& linear) const { return takes_pairs(linear) ? Form::pairs : Form::floats; }
-    // Errors of queries and keys weigh most, since scores go through an exponential: they are not rounded.
     Form form_for_projections(const Layer& layer) const {
         for (const Linear& linear : layer.projections) {
             if (!takes_pairs(linear)) return Form::floats;
         }
-        return Form::split_pairs;
+        return Form::pairs;
     }
     Form form_for_mlp(const Layer& layer) const {
         return layer.gate.weight.given() && !takes_pairs(layer.gate) ? Form::floats : form_for(layer.up);
@@ -152,13 +151,33 @@ struct Worker {
 
     // ---- products ----
 
+    // Of a tile's row of products; nearly all are whole, and a size that the compiler knows takes no call.
+    static SEQUOIA_INLINE void copy_products(const float* products, i64 count, float* to) {
+        if (count == TILE) {
+            std::memcpy(to, products, TILE * sizeof(float));
+        } else {
+            std::memcpy(to, products, static_cast<std::size_t>(count) * sizeof(float));
+        }
+    }
+    // Adds what `sum` makes of each vector of a tile's row of products and its place.
+    template <class Sum>
+    static SEQUOIA_INLINE void add_products(i64 count, float* to, const Sum& sum) {
+        for (i64 r = 0; r + W <= count; r += W) store(to + r, load(to + r) + sum(r, W));
+        const i64 whole = count / W * W, rest = count - whole;
+        if (rest == 0) return;
+        const Float last = load_some(to + whole, rest) + sum(whole, rest);
+        std::memcpy(to + whole, &last, static_cast<std::size_t>(rest) * sizeof(float));
+    }
+
     // Products of a tile with its bias: out[node * TILE + row].
     void multiply_tile(const Linear& linear, i64 tile, const Panel& panel, float* out, Ahead* ahead) const {
         const Matrix& weight = linear.weight;
         const i64 first = tile * TILE, count = smaller(TILE, weight.rows - first);
         const char* const data = address(weight, first);
         const i64 stride = weight.columns;
-        if (panel.form != Form::floats) {
+        if (panel.in_parts()) {
+            multiply_parts({reinterpret_cast<const BFloat16*>(data), stride}, count, panel, out, ahead, bench.sums);
+        } else if (panel.form == Form::pairs) {
             multiply_pairs({reinterpret_cast<const BFloat16*>(data), stride}, count, panel, out, ahead);
         } else if (weight.quantised.packing == Packing::int8_rows) {
             multiply_rows(MatrixRows<Int8>{reinterpret_cast<const Int8*>(data), stride}, 0, count, panel, out, TILE, ahead,
@@ -248,6 +267,15 @@ struct Worker {
         }
     }
 
+    // Requests of tiles [begin, end) of a product, and what this thread reads behind them.
+    Ahead ahead_of(const Linear& linear, i64 begin, i64 end, const Panel& panel, const char* then) const {
+        const char* const from = address(linear.weight, begin * TILE);
+        const char* const to = address(linear.weight, smaller(end * TILE, linear.weight.rows));
+        if (!panel.in_parts()) return Ahead(from, to, then);
+        const i64 row_bytes = linear.weight.columns * bytes_of(linear.weight.type);
+        return Ahead(from, to, then, row_bytes, panel.part_vectors() * W * static_cast<i64>(sizeof(float)));
+    }
+
     // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]).
     template <class Epilogue>
     void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue,
@@ -255,8 +283,7 @@ struct Worker {
         if (in_strips(linear)) return multiply_strips(linear, panel, epilogue);
         const auto [begin, end] = part(num_tiles(linear));
         if (begin == end) return;
-        Ahead ahead(address(linear.weight, begin * TILE),
-                    address(linear.weight, smaller(end * TILE, linear.weight.rows)), then);
+        Ahead ahead = ahead_of(linear, begin, end, panel, then);
         for (i64 tile = begin; tile < end; ++tile) {
             if (beside != nullptr) beside->request();
             multiply_tile(linear, tile, panel, bench.tiles, &ahead);
@@ -308,8 +335,7 @@ struct Worker {
             const Linear& next = i + 1 < layer.projections.size() ? layer.projections[i + 1] : layer.output;
             multiply(linear, panel, begin_of(next), [&](i64 row, i64 count, const float* products) {
                 for (i64 node = 0; node < panel.count; ++node) {
-                    std::memcpy(pass.projected + node * pass.projected_stride + first + row, products + node * TILE,
-                                static_cast<std::size_t>(count) * sizeof(float));
+                    copy_products(products + node * TILE, count, pass.projected + node * pass.projected_stride + first + row);
                 }
             }, beside);
             first += linear.weight.rows;
@@ -436,14 +462,12 @@ struct Worker {
         if (!norm.given()) {
             multiply(linear, panel, then, [&](i64 row, i64 count, const float* products) {
                 for (i64 node = 0; node < panel.count; ++node) {
-                    float* const to = pass.stream + node * pass.stream_stride + row;
                     const float* const from = products + node * TILE;
-                    if (before != nullptr) {
-                        const float* const other = before + node * pass.stream_stride + row;
-                        for (i64 r = 0; r < count; ++r) to[r] += (from[r] + other[r]) * scale;
-                    } else {
-                        for (i64 r = 0; r < count; ++r) to[r] += from[r] * scale;
-                    }
+                    const float* const other = before == nullptr ? nullptr : before + node * pass.stream_stride + row;
+                    add_products(count, pass.stream + node * pass.stream_stride + row, [&](i64 r, i64 lanes) {
+                        const Float product = load(from + r);
+                        return (other == nullptr ? product : product + load_some(other + r, lanes)) * scale;
+                    });
                 }
             });
             return;
@@ -461,8 +485,7 @@ struct Worker {
     void leave_branch(const Linear& linear, const Panel& panel, const char* then) const {
         multiply(linear, panel, then, [&](i64 row, i64 count, const float* products) {
             for (i64 node = 0; node < panel.count; ++node) {
-                std::memcpy(pass.branch + node * pass.stream_stride + row, products + node * TILE,
-                            static_cast<std::size_t>(count) * sizeof(float));
+                copy_products(products + node * TILE, count, pass.branch + node * pass.stream_stride + row);
             }
         });
     }
@@ -473,11 +496,11 @@ struct Worker {
         const auto keep_gated = [&](i64 row, i64 count, const float* gates, const float* ups) {
             for (i64 node = 0; node < panel.count; ++node) {
                 float activated[TILE];
-                for (i64 r = 0; r < TILE; r += W) store(activated + r, activate(layer.activation, load(gates + node * TILE + r)));
-                if (ups != nullptr) {
-                    for (i64 r = 0; r < count; ++r) activated[r] *= ups[node * TILE + r];
+                for (i64 r = 0; r < TILE; r += W) {
+                    const Float value = activate(layer.activation, load(gates + node * TILE + r));
+                    store(activated + r, ups == nullptr ? value : value * load(ups + node * TILE + r));
                 }
-                std::memcpy(gated + node * stride + row, activated, static_cast<std::size_t>(count) * sizeof(float));
+                copy_products(activated, count, gated + node * stride + row);
             }
         };
         if (!gate.weight.given()) {
@@ -501,9 +524,7 @@ struct Worker {
         }
         const auto [begin, end] = part(num_tiles(gate));
         if (begin == end) return;
-        const i64 last = smaller(end * TILE, gate.weight.rows);
-        Ahead of_gate(address(gate.weight, begin * TILE), address(gate.weight, last), then_gate);
-        Ahead of_up(address(up.weight, begin * TILE), address(up.weight, last), then_up);
+        Ahead of_gate = ahead_of(gate, begin, end, panel, then_gate), of_up = ahead_of(up, begin, end, panel, then_up);
         float* const ups = bench.tiles + MAX_ROWS * TILE;
         for (i64 tile = begin; tile < end; ++tile) {
             multiply_tile(gate, tile, panel, bench.tiles, &of_gate);

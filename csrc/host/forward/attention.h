@@ -143,6 +143,76 @@ class AttentionAhead {
     int range_ = 0, num_ranges_ = 0;
 };
 
+constexpr i64 FEW_QUERIES = 4;  // for which keys are worth turning
+
+#if defined(__AVX512F__)
+// ---- scores of several query rows ----
+//
+// A lane is a column here, so that nothing is added up across lanes: with heads as short as they are, that took longer than
+// the products. Every sum is still made of the W chains that `multiply_block` has in its lanes, which are added up as
+// `sums_of` does, and has the same bits.
+
+// turned[k][lane]: keys of W columns from `column` on, of which the last one stands for those that are missing.
+template <class Element>
+SEQUOIA_INLINE void turn_keys(const CacheRows<Element>& keys, i64 column, i64 count, i64 head_dim, float* turned) {
+    const Element* rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = keys.row(smaller(column + i, count - 1));
+    for (i64 k = 0; k < head_dim; k += W, turned += W * W) {
+        Float vectors[W];
+        if (k + W <= head_dim) {
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) vectors[i] = load(rows[i] + k);
+        } else {
+            for (int i = 0; i < W; ++i) vectors[i] = load_some(rows[i] + k, head_dim - k);
+        }
+        transpose(vectors);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(turned + i * W, vectors[i]);
+    }
+}
+
+// Chains `lane`, lane + DISTANCE, lane + 2 * DISTANCE and so on of Q queries, added up. Queries are `size` floats apart.
+template <int Q, int DISTANCE>
+SEQUOIA_INLINE void add_chains(int lane, const float* keys, const float* queries, i64 size, Float (&sums)[Q]) {
+    if constexpr (DISTANCE == W) {
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) sums[q] = Float{};
+        for (i64 k = lane; k < size; k += W) {
+            Float key = load(keys + k * W);
+            if (Q > 1) keep(key);
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; ++q) sums[q] += key * all_lanes(queries[q * size + k]);
+        }
+    } else {
+        Float others[Q];
+        add_chains<Q, 2 * DISTANCE>(lane, keys, queries, size, sums);
+        add_chains<Q, 2 * DISTANCE>(lane + DISTANCE, keys, queries, size, others);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) sums[q] += others[q];
+    }
+}
+
+// Scores of queries [first, count), Q at a time, for W columns: out[query * out_stride + lane]. How many are done then.
+template <int Q>
+SEQUOIA_INLINE i64 score_queries(const float* keys, const float* queries, i64 first, i64 count, i64 size, float* out,
+                                 i64 out_stride) {
+    for (; first + Q <= count; first += Q) {
+        Float sums[Q];
+        add_chains<Q, 1>(0, keys, queries + first * size, size, sums);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) store(out + (first + q) * out_stride, sums[q]);
+    }
+    return first;
+}
+
+SEQUOIA_INLINE void score_columns(const float* keys, const float* queries, i64 count, i64 size, float* out,
+                                  i64 out_stride) {
+    i64 done = score_queries<4>(keys, queries, 0, count, size, out, out_stride);
+    done = score_queries<2>(keys, queries, done, count, size, out, out_stride);
+    score_queries<1>(keys, queries, done, count, size, out, out_stride);
+}
+#endif
+
 // Scores to weights, not yet divided by their sum.
 SEQUOIA_INLINE void weigh_row(const Layer& layer, const Columns& columns, i64 node, float* row) {
     const float minus_infinity = -__builtin_inff();
@@ -238,16 +308,32 @@ void attend(const Pass& pass, const Layer& layer, i64 layer_index, const Segment
                                   columns.rows, stride};
     const CacheRows<Element> values{reinterpret_cast<const Element*>(call.caches[2 * layer_index + 1]) + first,
                                     columns.rows, stride};
-    const Panel queries(bench.queries, end - begin, d);
-    for (i64 r = begin; r < end; ++r) {
+    const auto query = [&](i64 r) {
         const i64 row = segment.first_row + r / group, query_head = head * group + r % group;
-        queries.put(r - begin, pass.projected + row * pass.projected_stride + layer.queries.first +
-                                   query_head * layer.queries.stride);
-    }
-    for (i64 column = 0; column < columns.count; column += 2 * TILE) {
-        ahead.request(2);
-        multiply_rows(keys, column, smaller(2 * TILE, columns.count - column), queries, bench.scores + column,
-                      pass.scores_stride, static_cast<Ahead*>(nullptr), bench.wide);
+        return pass.projected + row * pass.projected_stride + layer.queries.first + query_head * layer.queries.stride;
+    };
+    if (W >= 16 && end - begin >= FEW_QUERIES) {
+#if defined(__AVX512F__)
+        const i64 size = up_to_lanes(d);
+        for (i64 r = begin; r < end; ++r) {
+            float* const to = bench.queries + (r - begin) * size;
+            std::memset(to, 0, static_cast<std::size_t>(size) * sizeof(float));
+            std::memcpy(to, query(r), static_cast<std::size_t>(d) * sizeof(float));
+        }
+        for (i64 column = 0; column < columns.count; column += W) {
+            ahead.request();
+            turn_keys(keys, column, columns.count, d, bench.keys);
+            score_columns(bench.keys, bench.queries, end - begin, size, bench.scores + column, pass.scores_stride);
+        }
+#endif
+    } else {
+        const Panel queries(bench.queries, end - begin, d);
+        for (i64 r = begin; r < end; ++r) queries.put(r - begin, query(r));
+        for (i64 column = 0; column < columns.count; column += 2 * TILE) {
+            ahead.request(2);
+            multiply_rows(keys, column, smaller(2 * TILE, columns.count - column), queries, bench.scores + column,
+                          pass.scores_stride, static_cast<Ahead*>(nullptr), bench.wide);
+        }
     }
     for (i64 r = begin; r < end; ++r) {
         weigh_row(layer, columns, r / group, bench.scores + (r - begin) * pass.scores_stride);

@@ -480,6 +480,10 @@ struct ColumnsMemory {
 
 std::int64_t whole_vectors(std::int64_t size) { return (size + 15) / 16 * 16; }
 
+// Floats from a row to the next. An odd number of cache lines: the same columns of many rows, which a tile's products are
+// added to, would otherwise meet in few sets of the first-level cache.
+std::int64_t row_stride(std::int64_t size) { return ((size + 15) / 16 | 1) * 16; }
+
 class Forward : public Runner {
   public:
     Forward(const py::dict& description, const std::string& instruction_set)
@@ -507,10 +511,10 @@ class Forward : public Runner {
             if (!linear.weight.quantised.four_bits()) return;
             packed_floats_ = std::max(packed_floats_, PACKED_FLOATS + linear.weight.num_groups() * 2 * PACKED_ROWS);
         });
-        stream_stride_ = whole_vectors(std::max({model_.width, attended, projected}));
-        projected_stride_ = whole_vectors(projected);
-        attended_stride_ = whole_vectors(attended);
-        gated_stride_ = whole_vectors(inner);
+        stream_stride_ = row_stride(std::max({model_.width, attended, projected}));
+        projected_stride_ = row_stride(projected);
+        attended_stride_ = row_stride(attended);
+        gated_stride_ = row_stride(inner);
         gated_floats_ = std::max(gated_floats_, gated_stride_);
         routes_stride_ = whole_vectors(experts);
         widest_ = std::max({stream_stride_, projected_stride_, attended_stride_, gated_stride_});
@@ -659,7 +663,7 @@ class Forward : public Runner {
         pass.projected_stride = projected_stride_;
         pass.attended_stride = attended_stride_;
         pass.gated_stride = gated_stride_;
-        pass.scores_stride = whole_vectors(longest);
+        pass.scores_stride = row_stride(longest);
         pass.stream = stream_.reserve(num_rows * stream_stride_);
         pass.branch = branch_.reserve(num_rows * stream_stride_);
         pass.projected = projected_.reserve(num_rows * projected_stride_);
@@ -676,6 +680,7 @@ class Forward : public Runner {
                                 memory.rows.reserve(2 * stream_stride_), memory.wide.reserve(4 * widest_),
                                 memory.sums.reserve(TILE * PARTED_ROWS * whole_vectors(1)),
                                 memory.queries.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
+                                memory.keys.reserve(whole_vectors(head_dim_) * whole_vectors(1)),
                                 memory.scores.reserve(ROW_BLOCK * pass.scores_stride),
                                 memory.mixed.reserve(ROW_BLOCK * whole_vectors(head_dim_)),
                                 memory.shares.reserve(routes_stride_), memory.expert_ids.reserve(num_rows * chosen_),
@@ -710,7 +715,7 @@ class Forward : public Runner {
     }
 
     struct BenchMemory {
-        Floats panel, tiles, unpacked, rows, wide, sums, queries, scores, mixed, shares, expert_weights, choice_weights;
+        Floats panel, tiles, unpacked, rows, wide, sums, queries, keys, scores, mixed, shares, expert_weights, choice_weights;
         Scratch<std::int32_t> expert_ids, first_choices, choice_rows;
     };
 

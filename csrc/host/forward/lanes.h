@@ -253,6 +253,38 @@ SEQUOIA_INLINE void sums_of_eight(const Float (&rows)[4][2], float* first, float
 }
 #endif
 
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen numbers: columns become rows.
+SEQUOIA_INLINE void transpose(Float (&rows)[16]) {
+    __m512 fours[16], eights[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // in each quarter: a number of four rows
+        const __m512 a = (__m512)rows[i], b = (__m512)rows[i + 1], c = (__m512)rows[i + 2], d = (__m512)rows[i + 3];
+        const __m512d low[2] = {(__m512d)_mm512_unpacklo_ps(a, b), (__m512d)_mm512_unpacklo_ps(c, d)};
+        const __m512d high[2] = {(__m512d)_mm512_unpackhi_ps(a, b), (__m512d)_mm512_unpackhi_ps(c, d)};
+        fours[i] = (__m512)_mm512_unpacklo_pd(low[0], low[1]);
+        fours[i + 1] = (__m512)_mm512_unpackhi_pd(low[0], low[1]);
+        fours[i + 2] = (__m512)_mm512_unpacklo_pd(high[0], high[1]);
+        fours[i + 3] = (__m512)_mm512_unpackhi_pd(high[0], high[1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // quarters 0 and 2, then 1 and 3, of eight rows each
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            eights[8 * half + i] = _mm512_shuffle_f32x4(fours[8 * half + i], fours[8 * half + 4 + i], 0x88);
+            eights[8 * half + 4 + i] = _mm512_shuffle_f32x4(fours[8 * half + i], fours[8 * half + 4 + i], 0xdd);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = (Float)_mm512_shuffle_f32x4(eights[i], eights[8 + i], 0x88);
+        rows[4 + i] = (Float)_mm512_shuffle_f32x4(eights[4 + i], eights[12 + i], 0x88);
+        rows[8 + i] = (Float)_mm512_shuffle_f32x4(eights[i], eights[8 + i], 0xdd);
+        rows[12 + i] = (Float)_mm512_shuffle_f32x4(eights[4 + i], eights[12 + i], 0xdd);
+    }
+}
+#endif
+
 SEQUOIA_INLINE float sum_of(Float lanes) {
     const Float4 four = fold_to_four(lanes);
     return (four[0] + four[2]) + (four[1] + four[3]);

@@ -43,7 +43,8 @@ struct Bench {
     float* rows;    // two rows of any width
     float* wide;    // four rows of a matrix
     float* sums;    // of a tile and PARTED_ROWS nodes, lane by lane
-    float* queries;  // a panel of ROW_BLOCK query rows
+    float* queries;  // ROW_BLOCK query rows, as a panel or side by side
+    float* keys;    // [head_dim, columns of a vector]
     float* scores;  // [ROW_BLOCK, columns]
     float* mixed;   // [ROW_BLOCK, head_dim]
     // Of a layer with experts. A choice is a row and an expert; choices lie in the order of their experts, then rows.

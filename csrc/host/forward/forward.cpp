@@ -8,9 +8,10 @@
 // Memory      Reads every weight once a pass, the visible cache rows once for ROW_BLOCK query rows; writes the rows' keys
 //             and values, and the logits. Scratch: a few rows of activations a thread.
 // Numerics    Sums in float32; weights and cache rows are widened, activations are never rounded between products. Only
-//             where the CPU multiplies pairs of bfloat16 (pairs.h), bfloat16 weights meet rounded activations. A row's
-//             numbers are added in one order, whatever rows are fed beside it and however many threads there are: a
-//             node's logits are the bits that feeding its path alone gives. The order depends on the CPU's vectors.
+//             where the CPU multiplies pairs of bfloat16 (pairs.h), bfloat16 weights meet rounded activations, those of
+//             keys also what rounding took away. A row's numbers are added in one order, whatever rows are fed beside it
+//             and however many threads there are: a node's logits are the bits that feeding its path alone gives. The
+//             order depends on the CPU's vectors.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -675,7 +676,8 @@ class Forward : public Runner {
         benches_.clear();
         for (int thread = 0; thread < num_threads; ++thread) {
             BenchMemory& memory = memory_[static_cast<std::size_t>(thread)];
-            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.tiles.reserve(2 * MAX_ROWS * STRIP),
+            benches_.push_back({memory.panel.reserve(num_rows * widest_), memory.rest.reserve(num_rows * widest_),
+                                memory.tiles.reserve(2 * MAX_ROWS * STRIP),
                                 memory.unpacked.reserve(packed_floats_),
                                 memory.rows.reserve(2 * stream_stride_), memory.wide.reserve(4 * widest_),
                                 memory.sums.reserve(TILE * PARTED_ROWS * whole_vectors(1)),
@@ -715,7 +717,7 @@ class Forward : public Runner {
     }
 
     struct BenchMemory {
-        Floats panel, tiles, unpacked, rows, wide, sums, queries, keys, scores, mixed, shares, expert_weights, choice_weights;
+        Floats panel, rest, tiles, unpacked, rows, wide, sums, queries, keys, scores, mixed, shares, expert_weights, choice_weights;
         Scratch<std::int32_t> expert_ids, first_choices, choice_rows;
     };
 

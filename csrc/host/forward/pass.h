@@ -38,6 +38,7 @@ struct Segment {
 // One thread's memory.
 struct Bench {
     float* panel;   // of whole rows
+    float* rest;    // what rounding took away from it
     float* tiles;   // products of one tile of two matrices, [2, MAX_ROWS, TILE], or of a strip's tiles of each
     float* unpacked;  // of a strip of a matrix of four bits, [PACKED_FLOATS + groups * 2 * PACKED_ROWS]
     float* rows;    // two rows of any width

@@ -72,21 +72,31 @@ struct Panel {
     // Arranges a node's row.
     void put(i64 node, const float* row) const {
         auto [to, step] = place(node);
-        if (form == Form::pairs) return put_pairs(to, step, row);
+        if (form == Form::pairs) return put_pairs(to, step, row, [](Float, Halves rounded) { return rounded; });
         i64 k = 0;
         for (; k + W <= size; k += W, to += step) store(to, load(row + k));
         if (k < size) store(to, load_some(row + k, size - k));
     }
 
+    // Arranges what rounding takes away from a node's row, itself rounded.
+    void put_rest(i64 node, const float* row) const {
+        auto [to, step] = place(node);
+        put_pairs(to, step, row, [](Float lanes, Halves rounded) {
+            const Float rest = lanes - (Float)(__builtin_convertvector(rounded, Bits) << 16);
+            return rounded_to_bfloat16(rest == rest ? rest : Float{});  // infinity stays what it is
+        });
+    }
+
   private:
-    void put_pairs(float* to, i64 step, const float* row) const {
+    template <class Choose>
+    void put_pairs(float* to, i64 step, const float* row, const Choose& choose) const {
         for (i64 k = 0; k < size; k += 2 * W, to += step) {
             for (i64 half = 0; half < 2; ++half) {
                 const i64 from = k + half * W;
                 const Float lanes = from + W <= size ? load(row + from)
                                     : from < size    ? load_some(row + from, size - from)
                                                      : Float{};
-                const Halves rounded = rounded_to_bfloat16(lanes);
+                const Halves rounded = choose(lanes, rounded_to_bfloat16(lanes));
                 std::memcpy(to + half * W / 2, &rounded, sizeof(rounded));
             }
         }

@@ -111,23 +111,22 @@ struct Worker {
         return layer.gate.weight.given() && !takes_pairs(layer.gate) ? Form::floats : form_for(layer.up);
     }
 
-    // Normalised rows as a panel; `rows` lists them, null for all.
-    Panel normalised(const Norm& norm, i64 count, const std::int32_t* rows, Form form = Form::floats) const {
+    // Normalised rows as a panel; `rows` lists them, null for all. `rest` takes what rounding takes away.
+    Panel normalised(const Norm& norm, i64 count, const std::int32_t* rows, Form form = Form::floats,
+                     const Panel* rest = nullptr) const {
         const Panel panel(bench.panel, count, model.width, form);
         for (i64 i = 0; i < count; ++i) {
             const float* const row = pass.stream + (rows == nullptr ? i : rows[i]) * pass.stream_stride;
-            if (norm.given()) {
-                normalise(norm, row, model.width, second_row());
-                panel.put(i, second_row());
-            } else {
-                panel.put(i, row);
-            }
+            if (norm.given()) normalise(norm, row, model.width, second_row());
+            const float* const numbers = norm.given() ? second_row() : row;
+            panel.put(i, numbers);
+            if (rest != nullptr) rest->put_rest(i, numbers);
         }
         return panel;
     }
 
     // Of the first layer of a model with features: normalised embeddings and features side by side.
-    Panel with_features(const Norm& norm, Form form) const {
+    Panel with_features(const Norm& norm, Form form, const Panel* rest) const {
         const Panel panel(bench.panel, pass.num_rows, 2 * model.width, form);
         for (i64 i = 0; i < pass.num_rows; ++i) {
             const float* const feature = pass.stream + i * pass.stream_stride;
@@ -139,6 +138,7 @@ struct Worker {
                 normalise(model.feature_norm, feature, model.width, pair + model.width);
             }
             panel.put(i, pair);
+            if (rest != nullptr) rest->put_rest(i, pair);
         }
         return panel;
     }
@@ -276,7 +276,7 @@ struct Worker {
         return Ahead(from, to, then, row_bytes, panel.part_vectors() * W * static_cast<i64>(sizeof(float)));
     }
 
-    // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]).
+    // This thread's tiles of a product, each handed over as (first row, rows, products [nodes, TILE]), which may be changed.
     template <class Epilogue>
     void multiply(const Linear& linear, const Panel& panel, const char* then, const Epilogue& epilogue,
                   AttentionAhead* beside = nullptr) const {
@@ -328,12 +328,33 @@ struct Worker {
         }
     }
 
-    void project(const Layer& layer, const Panel& panel, AttentionAhead* beside) const {
+    // Whether products of a tile, from `row` of all projections on, are keys'.
+    static bool holds_keys(const Layer& layer, i64 row, i64 count) {
+        const Heads& keys = layer.keys;
+        const i64 from = larger(row, keys.first) - keys.first, end = row + count - keys.first;
+        if (from >= end || from >= layer.num_kv_heads * keys.stride) return false;
+        const i64 in_head = from % keys.stride;
+        return in_head < layer.head_dim || (in_head + end - from > keys.stride && from / keys.stride + 1 < layer.num_kv_heads);
+    }
+
+    // Adds a tile's products with what rounding took away.
+    void add_rest(const Linear& linear, i64 tile, const Panel& rest, float* products) const {
+        Linear unbiased = linear;
+        unbiased.bias = Matrix();
+        float* const more = bench.tiles + MAX_ROWS * TILE;
+        multiply_tile(unbiased, tile, rest, more, nullptr);
+        for (i64 i = 0; i < rest.count * TILE; i += W) store(products + i, load(products + i) + load(more + i));
+    }
+
+    // `rest`: what rounding took away from the panel, null where nothing was. Keys take it as well: they stay in the cache,
+    // where every later row meets their errors, and a score's error goes through an exponential.
+    void project(const Layer& layer, const Panel& panel, const Panel* rest, AttentionAhead* beside) const {
         i64 first = 0;
         for (std::size_t i = 0; i < layer.projections.size(); ++i) {
             const Linear& linear = layer.projections[i];
             const Linear& next = i + 1 < layer.projections.size() ? layer.projections[i + 1] : layer.output;
-            multiply(linear, panel, begin_of(next), [&](i64 row, i64 count, const float* products) {
+            multiply(linear, panel, begin_of(next), [&](i64 row, i64 count, float* products) {
+                if (rest != nullptr && holds_keys(layer, first + row, count)) add_rest(linear, row / TILE, *rest, products);
                 for (i64 node = 0; node < panel.count; ++node) {
                     copy_products(products + node * TILE, count, pass.projected + node * pass.projected_stride + first + row);
                 }
@@ -683,8 +704,12 @@ struct Worker {
         keep_hidden(index, nullptr);
         const Form form = form_for_projections(layer);
         AttentionAhead ahead = ahead_of(layer, index);
-        project(layer, index == 0 && model.has_features ? with_features(layer.input_norm, form)
-                                                        : normalised(layer.input_norm, count, nullptr, form), &ahead);
+        const Panel rest(bench.rest, count, index == 0 && model.has_features ? 2 * model.width : model.width, form);
+        const Panel* const taken = form == Form::pairs ? &rest : nullptr;
+        project(layer,
+                index == 0 && model.has_features ? with_features(layer.input_norm, form, taken)
+                                                 : normalised(layer.input_norm, count, nullptr, form, taken),
+                taken, &ahead);
         wait();
         prepare(layer, index);
         wait();

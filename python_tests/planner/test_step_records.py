@@ -283,8 +283,47 @@ def test_a_step_counts_as_the_steps_of_the_tree_around_it():
         weights.append(records.given[others].sum() / values[others].sum() if others else 1.0)
     expected = sum(weight * value for weight, value in zip(weights, values)) / sum(weights)
     assert records.mean_of(values) == pytest.approx(expected, rel=1e-12)
+    tokens, steps = records.by_request(values)
+    assert len(tokens) == 4 and tokens.sum() / steps.sum() == pytest.approx(expected, rel=1e-12)
+    first = [place for place, request in enumerate(requests) if request == 0]
+    assert steps[0] == pytest.approx(sum(weights[place] for place in first))
+    assert tokens[0] == pytest.approx(sum(weights[place] * values[place] for place in first))
     uncounted = StepRecords(records.tree, records.nodes, records.requests, records.acceptance)
     assert uncounted.mean_of(values) == pytest.approx(values.mean())
+
+
+def test_a_part_keeps_the_order_of_the_text(recorded):
+    records = recorded[3]
+    tree, every_other = TokenTree.chain(4), np.arange(0, len(records), 2)
+    part = records.part(every_other)
+    assert np.array_equal(part.values(tree), records.values(tree)[every_other])
+    assert np.array_equal(part.given, records.given[every_other]) and len(records.part(every_other[:0])) == 0
+    assert len(records.sample(1)) >= 1 and records.sample(len(records)) is records
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([3, 2, 5], "be in ascending order, each once, got 2 behind 3"),
+        ([0, 4, 4], "be in ascending order, each once, got 4 behind 4"),
+        ([0, -1], r"be in 0\.\.\d+, got -1"),
+        ([0, 1 << 40], r"be in 0\.\.\d+, got 1099511627776"),
+        ([[0, 1]], r"have shape \[number of steps\], got \[1, 2\]"),
+    ],
+)
+def test_parts_out_of_order_are_refused(recorded, steps, message):
+    with pytest.raises(ValueError, match=f"^StepRecords.part: steps must {message}"):
+        recorded[3].part(np.array(steps))
+
+
+def test_parts_and_samples_of_what_is_no_number_are_refused(recorded):
+    records = recorded[3]
+    with pytest.raises(ValueError, match=r"^StepRecords.sample: num_steps must be at least 1, got 0"):
+        records.sample(0)
+    with pytest.raises(TypeError, match=r"^StepRecords.sample: num_steps must be an integer, got float"):
+        records.sample(2.0)
+    with pytest.raises(TypeError, match=r"^StepRecords.part: steps must be an array of integers, got bool"):
+        records.part(records.given > 1)
 
 
 @pytest.mark.parametrize("rule", ["sequoia", "traversal"])

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia_kernels import checks
 from sequoia_kernels.documents import Format, is_number, write_bytes
 from sequoia_kernels.planner.acceptance import AcceptanceEstimate
 from sequoia_kernels.planner.shaped_steps import nodes_given_out
@@ -118,7 +119,13 @@ class StepRecords:
         return places
 
     def sample(self, num_steps: int) -> StepRecords:
-        """Give about so many of the steps, neighbours by twice `NEAR`; all of them where there are not many more."""
+        """Give about so many of the steps, neighbours by twice `NEAR`; all of them where there are not many more.
+
+        Raises:
+            TypeError: num_steps is no integer.
+            ValueError: num_steps is below 1.
+        """
+        num_steps = checks.whole_number("StepRecords.sample", "num_steps", num_steps, rule=checks.at_least(1))
         stride = len(self) // num_steps
         if stride < 2:
             return self
@@ -126,7 +133,25 @@ class StepRecords:
         return self.part(places[places // (2 * NEAR) % stride == 0])
 
     def part(self, steps: NDArray[np.int64]) -> StepRecords:
-        """Give some of the steps, by their places."""
+        """Give some of the steps, by their places in ascending order, for a step is weighed by those beside it.
+
+        Raises:
+            TypeError: steps are no integers.
+            ValueError: steps are no row of places, or one does not come behind the one before.
+        """
+        where, steps = "StepRecords.part", np.asarray(steps)
+        if steps.dtype.kind not in "iu":
+            raise TypeError(f"{where}: steps must be an array of integers, got {steps.dtype}")
+        if steps.ndim != 1:
+            checks.fail_range(where, "steps", "have shape [number of steps]", list(steps.shape))
+        steps = steps.astype(np.int64)
+        outside = (steps < 0) | (steps >= len(self))
+        if outside.any():
+            checks.fail_range(where, "steps", f"be in 0..{len(self) - 1}", int(steps[outside][0]))
+        early = np.flatnonzero(np.diff(steps) <= 0)
+        if len(early):
+            before, behind = steps[early[0] : early[0] + 2].tolist()
+            checks.fail_range(where, "steps", "be in ascending order, each once", f"{behind} behind {before}")
         given = None if self.given is None else self.given[steps]
         nodes = NodeRecords(*(part[steps] for part in self.nodes))
         foretold = None if self.foretold is None else self.foretold[steps]
@@ -184,12 +209,20 @@ class StepRecords:
 
     def drawn_means(self, values: Floats) -> Floats:
         """Give that mean over requests drawn again, for all values the same ones. [512]"""
-        weights = self._weights(values)
-        _, of_step = np.unique(self.requests, return_inverse=True)
-        sums, counts = (np.bincount(of_step, weights=part) for part in (values * weights, weights))
+        sums, counts = self.by_request(values)
         drawn = np.random.Generator(np.random.PCG64(0)).integers(len(counts), size=(NUM_DRAWS, len(counts)))
         means: Floats = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
         return means
+
+    def by_request(self, values: Floats) -> tuple[Floats, Floats]:
+        """Give what each request adds to that mean: tokens, and the steps that they take. [requests] each.
+
+        The requests are in ascending order; the sum of the first over that of the second is the mean.
+        """
+        weights = self._weights(values)
+        _, of_step = np.unique(self.requests, return_inverse=True)
+        tokens, steps = (np.bincount(of_step, weights=part) for part in (values * weights, weights))
+        return tokens, steps
 
     def _weights(self, values: Floats) -> Floats:
         """How many steps of a tree with these values one step of the recording stands for. [S]"""

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.bench_scripts import bench_script, replay, samplers
@@ -279,13 +280,65 @@ def test_predictions_stand_beside_what_was_measured(tmp_path, capsys):
     for row in rows:
         assert row["steps"] > 2 and row["measured"] >= 1
         assert all(row[side][0] >= 1 and row[side][1] >= 0 for side in ("made from", "same prompts"))
-    assert "| 1 | chain of 3 |" in capsys.readouterr().out
+        assert row["off_by"][0] == pytest.approx(row["made from"][0] / row["measured"] - 1) and row["off_by"][1] >= 0
+    shown = capsys.readouterr().out
+    assert "| 1 | chain of 3 |" in shown and "of 6 within 3 %" in shown
 
 
 def test_texts_of_both_halves_count_by_their_tokens():
     together = bench_script("predictions").together
     assert together([(2.0, 0.1), (4.0, 0.0)]) == pytest.approx([8 / 3, (8 / 3) ** 2 * 0.1 / 4 / 2])
     assert together([(3.0, 0.3), (3.0, 0.4)]) == pytest.approx([3.0, 0.25])
+
+
+def test_every_prompt_moves_a_prediction_by_its_part():
+    """As the mean moves when a prompt counts a little more than the others."""
+    script = bench_script("predictions")
+    generator = np.random.Generator(np.random.PCG64(4))
+    halves = [(steps * generator.uniform(1, 5, size=6), steps) for steps in generator.uniform(9, 30, size=(2, 6))]
+
+    def together(more, prompt):
+        shares = 1 + 1e-6 * (np.arange(12) == prompt) * more
+        entries = [
+            ((tokens * share).sum() / (steps * share).sum(), 0.0)
+            for (tokens, steps), share in zip(halves, np.split(shares, 2))
+        ]
+        return script.together(entries)[0]
+
+    parts = np.concatenate(script.weighed(halves))
+    expected = [(together(1, prompt) / together(0, prompt) - 1) / 1e-6 for prompt in range(12)]
+    assert parts == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert script.by_prompt(np.arange(6.0), 2).tolist() == [3, 5, 7]  # twice the same three prompts
+
+
+def test_standard_errors_of_differences_are_those_of_many_draws():
+    """Prompts that are hard for both sides do not count as noise."""
+    script = bench_script("predictions")
+    generator = np.random.Generator(np.random.PCG64(5))
+
+    def drawn():
+        ease = generator.uniform(2, 6, size=40)
+        sides = []
+        for _ in range(2):
+            steps = generator.integers(20, 40, size=40).astype(np.float64)
+            sides.append((steps * ease * generator.uniform(0.9, 1.1, size=40), steps))
+        means = [tokens.sum() / steps.sum() for tokens, steps in sides]
+        parts = [script.deviations(*side) for side in sides]
+        return means[0] / means[1] - 1, np.sqrt(((parts[0] - parts[1]) ** 2).sum()), parts[0].std() * np.sqrt(40)
+
+    differences, errors, alone = np.array([drawn() for _ in range(2000)]).T
+    assert errors.mean() == pytest.approx(differences.std(), rel=0.1)
+    assert errors.mean() < 0.9 * np.sqrt(2) * alone.mean()
+
+
+def test_predictions_that_are_off_are_named():
+    names = {"tree": "8 nodes", "rule": "sequoia", "temperature": 0.6}
+    rows = [names | {"off_by": pair} for pair in ([-0.02, 0.001], [0.031, 0.015], [-0.05, 0.016])]
+    assert bench_script("predictions").verdict(rows) == (
+        "1 of 3 within 3 %; 8 nodes, sequoia, T = 0.6: +3.1 %; 8 nodes, sequoia, T = 0.6: -5.0 %"
+    )
+    rows[1]["off_by"][1] = 0.016
+    assert "+3.1 %, less than 2 standard errors; 8 nodes" in bench_script("predictions").verdict(rows)
 
 
 def test_shaped_trees_are_valued_beside_fixed_ones(tmp_path, capsys):

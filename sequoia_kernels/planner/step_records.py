@@ -222,7 +222,7 @@ class StepRecords:
         weights = self._weights(values)
         _, of_step = np.unique(self.requests, return_inverse=True)
         tokens, steps = (np.bincount(of_step, weights=part) for part in (values * weights, weights))
-        return tokens, steps
+        return np.asarray(tokens, dtype=np.float64), np.asarray(steps, dtype=np.float64)
 
     def _weights(self, values: Floats) -> Floats:
         """How many steps of a tree with these values one step of the recording stands for. [S]"""

@@ -196,6 +196,13 @@ def test_a_kernel_without_end_is_stopped():
         run_sample("A:\nbra A;\n", options=Options(max_pieces=100))
 
 
+def test_a_kernel_without_end_tells_what_was_found():
+    """Lanes that a condition parts, in a loop: those that stay shuffle with others that have left."""
+    body = "A:\nshfl.sync.bfly.b32 %r10, %r1, 1, 31, -1;\nsetp.lt.s32 %p1, %r1, 8;\n@%p1 bra A;\n"
+    with pytest.raises(KernelStoppedError, match=r"until then:\nwarp instruction by a part of its warp: .*shfl\.sync"):
+        run_sample(body, options=Options(max_pieces=100))
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -15,6 +15,8 @@ from support.ptx.report import KernelStoppedError, Report, UnsupportedError
 __all__ = ["Launch", "Options", "packed_parameters"]
 
 ORDERS = ("serial", "reversed", "random")
+_MOST_TOLD = 8
+"""findings that tell why a kernel has no end"""
 
 
 @dataclass
@@ -131,8 +133,10 @@ class Launch:
                 block = self._next(running)
                 num_pieces += self._turn(block)
                 if num_pieces > self.options.max_pieces:
+                    found = [f"\n{finding}" for finding in self.report.findings()[:_MOST_TOLD]]
                     raise KernelStoppedError(
                         f"{self.program.name} must end within {self.options.max_pieces} pieces of code, and has not"
+                        + "".join(["; found until then:", *found] if found else [])
                     )
                 if block.done:
                     running.remove(block)

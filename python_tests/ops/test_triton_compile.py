@@ -19,7 +19,7 @@ from support.processes import run_process
 pytest.importorskip("triton", reason="triton is not installed")
 
 from support.triton_cases import CASES, DRAFTING, FUSED
-from support.triton_compile import DEVICES
+from support.triton_compile import DEVICES, misread_reductions
 
 from sequoia_kernels.ops import backends
 
@@ -70,6 +70,35 @@ def test_kernels_compile_without_spills(capability):
     expected = {(case.op, case.name) for case in CASES if capability in case.quick}
     assert {(entry["op"], entry["case"]) for entry in kernels} == expected
     assert list(defects(kernels)) == []
+
+
+LAYOUT = "#linear7 = #ttg.linear<{register = [[4, 0]], lane = [%s], warp = [[0, 0], [8, 0]], block = []}>\n"
+REDUCTION = """\
+%%best = "tt.reduce"(%%left) <{axis = %d : i32}> ({
+^bb0(%%first: i32 loc(#loc4), %%second: i32 loc(#loc4)):
+  %%best_3 = arith.maxsi %%first, %%second : i32 loc(#loc5)
+  tt.reduce.return %%best_3 : i32 loc(#loc5)
+}) : (tensor<%s>) -> i32 loc(#loc5)
+"""
+SLICE = "16xi32, #ttg.slice<{dim = %d, parent = #linear7}>"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "axis", "tensor", "bits"),
+    [
+        ("[1, 0], [2, 0], [0, 0], [4, 0]", 0, "16x1xi32, #linear7", "xx-x"),
+        ("[1, 0], [2, 0], [4, 0], [0, 0]", 0, "16x1xi32, #linear7", ""),
+        ("[0, 0], [2, 0], [4, 0], [0, 0]", 0, "16x1xi32, #linear7", ""),
+        ("[1, 0], [0, 1], [2, 0], [0, 0]", 0, "16x2xi32, #linear7", "x-x-"),
+        ("[1, 0], [0, 1], [2, 0], [0, 0]", 1, "16x2xi32, #linear7", ""),
+        ("[1, 0], [0, 1], [2, 0], [0, 0]", 0, SLICE % 1, "x-x-"),
+        ("[1, 0], [0, 1], [2, 0], [0, 0]", 0, SLICE % 0, ""),
+        ("[1, 0], [0, 1], [2, 0], [0, 0]", 0, "16x1xi32, #blocked", ""),
+    ],
+)
+def test_reductions_over_lanes_that_lie_apart_are_told(lanes, axis, tensor, bits):
+    expected = [f"axis {axis} of tensor<{tensor}>, bits of lanes {bits}"] if bits else []
+    assert misread_reductions(LAYOUT % lanes + REDUCTION % (axis, tensor)) == expected
 
 
 def test_every_op_and_architecture_is_compiled_here():

@@ -12,6 +12,7 @@ Triton must not be interpreted in the process, so tests run this as a program:
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import json
 import re
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from sequoia_kernels.ops import triton_device
 
-__all__ = ["DEVICES", "CompileCase", "Compiled", "CompilingDriver", "compile_case"]
+__all__ = ["DEVICES", "CompileCase", "Compiled", "CompilingDriver", "compile_case", "misread_reductions"]
 
 DEVICES = {
     80: triton_device.DeviceTraits(80, 108, 166912),  # A100
@@ -90,14 +91,46 @@ class CompilingDriver:
         return GPUTarget("cuda", self.capability, 32)
 
 
+_LINEAR_LAYOUT = re.compile(r"^#(\w+) = #ttg\.linear<\{.*\blane = \[(\[.*?\])\], warp = ", re.MULTILINE)
+_REDUCTION = re.compile(r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}> .*?\}\) : \((tensor<[^)]*)\) ->', re.DOTALL)
+
+
+def misread_reductions(ttgir: str) -> list[str]:
+    """Tensors of a kernel whose reductions triton 3.7.1 takes from the wrong lanes.
+
+    It counts the bits of a lane's number that tell entries along the axis apart, and takes so many from the lowest of
+    them on. Where other bits lie between, which tell entries of another axis apart or none, it leaves entries out, and
+    the lanes of a warp have different results: a loop that asks for one has no end that they come to together.
+    """
+    layouts = {name: ast.literal_eval(f"[{lanes}]") for name, lanes in _LINEAR_LAYOUT.findall(ttgir)}
+    misread = []
+    for axis, tensor in _REDUCTION.findall(ttgir):
+        lanes = layouts.get(re.findall(r"#(\w+)", tensor)[-1])
+        if lanes is None:
+            continue
+        place = int(axis)
+        for removed in re.findall(r"dim = (\d+)", tensor):  # axes that slices of the layout have no more
+            place += place >= int(removed)
+        bits = "".join("x" if lane[place] else "-" for lane in lanes)
+        if "-" in bits.strip("-"):
+            misread.append(f"axis {axis} of {tensor}, bits of lanes {bits}")
+    return misread
+
+
 def compile_case(case: CompileCase, capability: int) -> list[Compiled]:
-    """Compile every kernel that one call launches on a device of `DEVICES`, without running any."""
+    """Compile every kernel that one call launches on a device of `DEVICES`, without running any.
+
+    Raises:
+        RuntimeError: a kernel has a reduction that is taken from the wrong lanes.
+    """
     bound = None if case.shared_bound is None else case.shared_bound(DEVICES[capability])
     kernels: list[tuple[str, Any]] = []
     with _intercepted(capability, kernels):
         case.launch()
     compiled: list[Compiled] = []
     for kernel, name in _distinct(kernels):
+        if misread := misread_reductions(kernel.asm["ttgir"]):
+            raise RuntimeError(f"{name} reduces over lanes that lie apart: {'; '.join(misread)}")
         compiled.append(
             Compiled(
                 case.op,

@@ -7,13 +7,16 @@ import triton.language as tl
 
 from sequoia_kernels.ops import triton_device, triton_streams, triton_warping
 
+from . import triton_selection
+
 __all__ = ["bound_keys_kernel", "draw_kernel"]
 
 INTERPRETED = tl.constexpr(triton_device.INTERPRETED)
 DRAFT_TAG = triton_streams.DRAFT_TAG
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-NO_BOUND = tl.constexpr(-(2**63))
+NO_ENTRY = triton_selection.NO_ENTRY
+NO_KEY = tl.constexpr(-(2**63) + 2**52 - 1)  # of -inf, as an integer
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -31,13 +34,14 @@ def _fast_log2(x):
 
 
 @triton.jit
-def _noise_bound(word):  # uint32 -> fp32
-    """At least the Gumbel noise of a word, up to the margin, in units of log 2 and less 32.
+def _key_bound(logits, scale, word):  # fp32, uint32 -> fp32
+    """At least the key in units of log 2 and less 32, up to the margin.
 
-    An exponential is at least u + u^2 / 2, where u is at least word / 2^32. Word 0 gives +inf.
+    An exponential is at least u exp(u / 2), where u is at least word / 2^32: -log(1 - u) / u = 1 + u / 2 + u^2 / 3 + ..
+    has larger coefficients than the exponential function. Word 0 gives +inf.
     """
     scaled_uniform = word.to(tl.float32)
-    return -_fast_log2(scaled_uniform * (scaled_uniform * 1.1641532182693481e-10 + 1.0))
+    return logits * scale - (_fast_log2(scaled_uniform) + scaled_uniform * 1.6794573e-10)  # log2(e) / 2 of 2^-32
 
 
 @triton.jit
@@ -54,15 +58,16 @@ def _below(peak, higher):  # fp32
 
 @triton.jit
 def _fours(
-    row_ptr,
-    first_token,
-    vocab,
+    first_ptr,
+    num_tokens,
+    TILES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A tile of 4 * LANES tokens as four tensors fp32 [LANES]: the i-th holds the i-th token of every four."""
-    tokens = first_token + tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    logits = tl.load(row_ptr + tokens, mask=tokens < vocab, other=float("-inf"))
-    even, odd = tl.split(tl.reshape(logits, [LANES, 2, 2]))
+    """TILES tiles of 4 * LANES tokens as four tensors fp32 [TILES, LANES]: the i-th holds the i-th of every four."""
+    lanes = tl.arange(0, TILES)[:, None, None] * (LANES * 4) + tl.arange(0, LANES)[None, :, None] * 4
+    tokens = lanes + tl.arange(0, 4)[None, None, :]
+    logits = tl.load(first_ptr + tokens, mask=tokens < num_tokens, other=float("-inf"))
+    even, odd = tl.split(tl.reshape(logits, [TILES, LANES, 2, 2]))
     logits_0, logits_2 = tl.split(even)
     logits_1, logits_3 = tl.split(odd)
     return logits_0.to(tl.float32), logits_1.to(tl.float32), logits_2.to(tl.float32), logits_3.to(tl.float32)
@@ -81,67 +86,94 @@ def _lane_bounds(
     LANES: tl.constexpr,
 ):
     """The bound, peak and mass of every lane of a chunk, fp32 [LANES]."""
-    lanes = tl.arange(0, LANES)
+    # Two tiles at a time: what comes once a lane then comes for every eighth token.
+    PAIR: tl.constexpr = min(TILES, 2)
+    blocks = tl.arange(0, PAIR)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     bound = tl.full([LANES], float("-inf"), tl.float32)
     peak = tl.full([LANES], LOWEST, tl.float32)
     mass = tl.zeros([LANES], tl.float32)
-    for _ in range(TILES):
-        logits_0, logits_1, logits_2, logits_3 = _fours(row_ptr, first_token, vocab, LANES)
-        highest = tl.maximum(tl.maximum(logits_0, logits_1), tl.maximum(logits_2, logits_3))
+    first_ptr = row_ptr + first_token
+    for _ in range(TILES // PAIR):
+        logits_0, logits_1, logits_2, logits_3 = _fours(first_ptr, vocab - first_token, PAIR, LANES)
+        highest = tl.max(tl.maximum(tl.maximum(logits_0, logits_1), tl.maximum(logits_2, logits_3)), 0)
         if NOISY:
-            words = triton_streams.stream_words(seed, offset, DRAFT_TAG, first_token // 4 + lanes)
-            bound_0 = logits_0 * scale + _noise_bound(words[0])
-            bound_1 = logits_1 * scale + _noise_bound(words[1])
-            bound_2 = logits_2 * scale + _noise_bound(words[2])
-            bound_3 = logits_3 * scale + _noise_bound(words[3])
-            bound = tl.maximum(bound, tl.maximum(tl.maximum(bound_0, bound_1), tl.maximum(bound_2, bound_3)))
+            words = triton_streams.stream_words(seed, offset, DRAFT_TAG, first_token // 4 + blocks)
+            bound_0 = _key_bound(logits_0, scale, words[0])
+            bound_1 = _key_bound(logits_1, scale, words[1])
+            bound_2 = _key_bound(logits_2, scale, words[2])
+            bound_3 = _key_bound(logits_3, scale, words[3])
+            bounds = tl.maximum(tl.maximum(bound_0, bound_1), tl.maximum(bound_2, bound_3))
+            bound = tl.maximum(bound, tl.max(bounds, 0))
         else:
             bound = tl.maximum(bound, highest)
 
         highest = tl.maximum(peak, highest)
-        mass = (
-            mass * tl.exp2(_below(peak, highest) * scale)
-            + (tl.exp2((logits_0 - highest) * scale) + tl.exp2((logits_1 - highest) * scale))
-            + (tl.exp2((logits_2 - highest) * scale) + tl.exp2((logits_3 - highest) * scale))
-        )
+        weights_0 = tl.exp2((logits_0 - highest[None, :]) * scale) + tl.exp2((logits_1 - highest[None, :]) * scale)
+        weights_1 = tl.exp2((logits_2 - highest[None, :]) * scale) + tl.exp2((logits_3 - highest[None, :]) * scale)
+        mass = mass * tl.exp2(_below(peak, highest) * scale) + tl.sum(weights_0 + weights_1, 0)
         peak = highest
-        first_token += LANES * 4
+        first_token += PAIR * LANES * 4
+        first_ptr += PAIR * LANES * 4
     if NOISY:
         bound += 32.0
     return bound, peak, mass
 
 
 @triton.jit
-def _packed(bound, group):  # fp32, int32 not negative -> int64
-    """One integer that orders by falling bound, then by rising group; NO_BOUND for a bound of -inf."""
+def _packed(bound, ids, NUM_IDS: tl.constexpr):  # fp32, int32 below NUM_IDS, a power of two -> int32
+    """An entry that orders by falling bound, rounded up, then by rising id; NO_ENTRY for a bound of -inf."""
     bits = bound.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    packed = (ordered.to(tl.int64) << 32) | (group ^ NO_TOKEN).to(tl.int64)
-    return tl.where(bound == float("-inf"), NO_BOUND, packed)
+    packed = (ordered & -NUM_IDS) | (ids ^ (NUM_IDS - 1))
+    return tl.where(bound == float("-inf"), NO_ENTRY, packed)
 
 
 @triton.jit
-def _unpacked_bound(packed):
-    ordered = (packed >> 32).to(tl.int32)
+def _unpacked_id(packed, NUM_IDS: tl.constexpr):  # of anything but NO_ENTRY
+    return (packed & (NUM_IDS - 1)) ^ (NUM_IDS - 1)
+
+
+@triton.jit
+def _may_precede(left, last_key, NUM_IDS: tl.constexpr):  # int32 [n], fp64 in units of log 2
+    """Whether one of the entries left may have a key that is as large."""
+    best = tl.max(left, 0)
+    ordered = tl.minimum(best | (NUM_IDS - 1), 0x7F800000)
     bound = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return tl.where(packed == NO_BOUND, float("-inf"), bound)
+    bound = tl.where(best == NO_ENTRY, 0.0, bound)
+    return (best != NO_ENTRY) & (bound + _margin(bound) >= last_key)
 
 
 @triton.jit
-def _unpacked_group(packed):  # of anything but NO_BOUND
-    return (packed & 0x7FFFFFFF).to(tl.int32) ^ NO_TOKEN
-
-
-@triton.jit
-def _largest_bounds(packed, count, SLOTS: tl.constexpr):
-    """The `count` largest entries in falling order, [SLOTS] padded with NO_BOUND. Entries differ but for NO_BOUND."""
-    slots = tl.arange(0, SLOTS)
-    largest = tl.full([SLOTS], NO_BOUND, tl.int64)
-    for place in range(count):
-        top = tl.max(packed, 0)
-        largest = tl.where(slots == place, top, largest)
-        packed = tl.where(packed == top, NO_BOUND, packed)
-    return largest
+def _token_bounds(
+    row_ptr,
+    taken,  # int32 [groups]: entries of them
+    vocab,
+    temperature,
+    seed,
+    offset,
+    LANES: tl.constexpr,
+    SPAN_TILES: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,  # ids of groups
+):
+    """The first Philox block of each group, int32 [groups], and entries of their tokens, [groups * SPAN_TILES * 4]."""
+    NUM_BLOCKS: tl.constexpr = taken.shape[0] * SPAN_TILES
+    is_group = taken != NO_ENTRY
+    group = tl.where(is_group, _unpacked_id(taken, NUM_GROUPS), 0)
+    first_blocks = group // LANES * (SPAN_TILES * LANES) + group % LANES
+    tiles = tl.arange(0, SPAN_TILES)[None, :]
+    blocks = tl.reshape(first_blocks[:, None] + tiles * LANES, [NUM_BLOCKS])
+    is_block = tl.reshape(is_group[:, None] & (tiles >= 0), [NUM_BLOCKS])
+    tokens = blocks[:, None] * 4 + tl.arange(0, 4)[None, :]
+    logits = tl.load(row_ptr + tokens, mask=is_block[:, None] & (tokens < vocab), other=float("-inf")).to(tl.float32)
+    bounds = logits
+    if temperature != 0.0:
+        words = triton_streams.stream_words(seed, offset, DRAFT_TAG, blocks)
+        words = tl.reshape(tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3])), [NUM_BLOCKS, 4])
+        bounds = _key_bound(logits, triton_warping.exponent_scale(temperature), words) + 32.0
+    bounds = tl.where(logits == logits, tl.maximum(bounds, LOWEST), float("inf"))  # a NaN comes first
+    bounds = tl.where(logits == float("-inf"), float("-inf"), bounds)
+    places = tl.arange(0, NUM_BLOCKS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    return first_blocks, tl.reshape(_packed(bounds, places, NUM_BLOCKS * 4), [NUM_BLOCKS * 4])
 
 
 @triton.jit
@@ -159,18 +191,39 @@ def _exact_key(row_ptr, token, is_read, word, temperature):
 
 
 @triton.jit
-def _largest_keys(keys, tokens, count, SLOTS: tl.constexpr):
-    """The `count` largest keys in falling order, of equal ones the lower token first, and their tokens."""
-    slots = tl.arange(0, SLOTS)
-    largest = tl.full([SLOTS], float("-inf"), tl.float64)
-    largest_tokens = tl.full([SLOTS], NO_TOKEN, tl.int32)
-    for place in range(count):
-        top = tl.max(keys, 0)
-        token = tl.min(tl.where((keys == top) & (keys > float("-inf")), tokens, NO_TOKEN), 0)
-        largest = tl.where(slots == place, top, largest)
-        largest_tokens = tl.where(slots == place, token, largest_tokens)
-        keys = tl.where(tokens == token, float("-inf"), keys)
-    return largest, largest_tokens
+def _ordered_key(key):  # fp64 -> int64
+    """An integer that orders as the key does; 0.0 and -0.0 tie."""
+    bits = tl.where(key == 0.0, 0.0, key).to(tl.int64, bitcast=True)
+    return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def _key_of(ordered):  # int64 -> fp64
+    return (ordered ^ ((ordered >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _exact_draws(
+    row_ptr,
+    first_blocks,  # int32 [groups]: as `_token_bounds` returns them
+    best,  # int32 [n]: entries of tokens
+    temperature,
+    seed,
+    offset,
+    LANES: tl.constexpr,
+    SPAN_TILES: tl.constexpr,
+):
+    """The exact keys of some tokens as integers, and the tokens, both in the order of draws."""
+    is_token = best != NO_ENTRY
+    place = tl.where(is_token, _unpacked_id(best, first_blocks.shape[0] * SPAN_TILES * 4), 0)
+    block = tl.gather(first_blocks, place // (SPAN_TILES * 4), 0) + place // 4 % SPAN_TILES * LANES
+    words = triton_streams.stream_words(seed, offset, DRAFT_TAG, block)
+    word = tl.where(
+        place % 4 < 2, tl.where(place % 2 == 0, words[0], words[1]), tl.where(place % 2 == 0, words[2], words[3])
+    )
+    token = block * 4 + place % 4
+    keys = _ordered_key(_exact_key(row_ptr, token, is_token, word, temperature))
+    return triton_selection.sorted_pairs(keys, tl.where(keys == NO_KEY, NO_TOKEN, token))
 
 
 # kernels -------------------------------------------------------------------------------------------------------------
@@ -221,7 +274,7 @@ def bound_keys_kernel(
     tl.store(masses_ptr + record, tl.sum(mass * tl.exp2(_below(peak, chunk_peak) * scale), 0))
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_samples", "num_taken"])
+@triton.jit(do_not_specialize=["num_chunks", "num_samples"])
 def draw_kernel(
     # inputs
     logits_ptr,  # [num_rows, vocab] fp32, bf16, fp16
@@ -238,7 +291,6 @@ def draw_kernel(
     vocab,
     num_chunks,
     num_samples,
-    num_taken,  # groups that a round takes, at most GROUP_SLOTS
     # strides, in elements
     stride_logits_row,
     stride_temperature_row,
@@ -253,8 +305,9 @@ def draw_kernel(
     CHUNKS_PER_SPAN: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,  # >= groups of a row
     BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
-    GROUP_SLOTS: tl.constexpr,
-    SAMPLE_SLOTS: tl.constexpr,  # >= num_samples
+    GROUP_SLOTS: tl.constexpr,  # groups that a round takes
+    TOKEN_SLOTS: tl.constexpr,  # >= num_samples: tokens of theirs that get exact keys at a time
+    WARPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row * stride_temperature_row)
@@ -262,6 +315,7 @@ def draw_kernel(
     offset = tl.load(offsets_ptr + row * stride_offsets_row)
     row_ptr = logits_ptr + row * stride_logits_row
     is_greedy = temperature == 0.0
+    NUM_PLACES: tl.constexpr = GROUP_SLOTS * SPAN_TILES * 4
 
     # A group is a lane of a span; the chunks that a span was cut into each hold a bound of it.
     groups = tl.arange(0, BLOCK_GROUPS)
@@ -270,68 +324,50 @@ def draw_kernel(
         chunks = groups // LANES * CHUNKS_PER_SPAN + part
         bound_ptrs = bounds_ptr + (row * num_chunks + chunks) * LANES + groups % LANES
         bound = tl.maximum(bound, tl.load(bound_ptrs, mask=chunks < num_chunks, other=float("-inf")))
-    left = _packed(tl.where(bound == 0.0, 0.0, bound), groups)  # -0.0 and 0.0 tie
 
-    drawn = tl.full([SAMPLE_SLOTS], float("-inf"), tl.float64)
-    drawn_tokens = tl.full([SAMPLE_SLOTS], NO_TOKEN, tl.int32)
-    samples = tl.arange(0, SAMPLE_SLOTS)
-    is_first_round = True
-    unfinished = True
-    while unfinished:
-        if GROUP_SLOTS == BLOCK_GROUPS:
-            taken = left
-            left = tl.full([BLOCK_GROUPS], NO_BOUND, tl.int64)
-        else:
-            taken = _largest_bounds(left, num_taken, GROUP_SLOTS)
-            last_taken = tl.min(tl.where(tl.arange(0, GROUP_SLOTS) < num_taken, taken, 2**63 - 1), 0)
-            left = tl.where(left >= last_taken, NO_BOUND, left)
-        group = _unpacked_group(taken)
-        is_group = taken != NO_BOUND
-        group = tl.where(is_group, group, 0)
-        tiles = group[:, None] // LANES * SPAN_TILES + tl.arange(0, SPAN_TILES)[None, :]
-        blocks = tl.reshape(tiles * LANES + group[:, None] % LANES, [GROUP_SLOTS * SPAN_TILES])
-        is_block = tl.reshape(is_group[:, None] & (tiles >= 0), [GROUP_SLOTS * SPAN_TILES])
-        words = triton_streams.stream_words(seed, offset, DRAFT_TAG, blocks)
-        token_0 = blocks * 4
-        token_1 = blocks * 4 + 1
-        token_2 = blocks * 4 + 2
-        token_3 = blocks * 4 + 3
-        key_0 = _exact_key(row_ptr, token_0, is_block & (token_0 < vocab), words[0], temperature)
-        key_1 = _exact_key(row_ptr, token_1, is_block & (token_1 < vocab), words[1], temperature)
-        key_2 = _exact_key(row_ptr, token_2, is_block & (token_2 < vocab), words[2], temperature)
-        key_3 = _exact_key(row_ptr, token_3, is_block & (token_3 < vocab), words[3], temperature)
-        keys = tl.reshape(tl.join(tl.join(key_0, key_1), tl.join(key_2, key_3)), [GROUP_SLOTS * SPAN_TILES * 4])
-        tokens = tl.reshape(
-            tl.join(tl.join(token_0, token_1), tl.join(token_2, token_3)), [GROUP_SLOTS * SPAN_TILES * 4]
-        )
-        found, found_tokens = _largest_keys(keys, tokens, num_samples, SAMPLE_SLOTS)
-        if is_first_round:
-            drawn = found
-            drawn_tokens = found_tokens
-        else:
-            both_keys = tl.reshape(tl.join(drawn, found), [SAMPLE_SLOTS * 2])
-            both_tokens = tl.reshape(tl.join(drawn_tokens, found_tokens), [SAMPLE_SLOTS * 2])
-            drawn, drawn_tokens = _largest_keys(both_keys, both_tokens, num_samples, SAMPLE_SLOTS)
-        is_first_round = False
-
-        # Whoever is left out can be drawn only if its bound reaches the last key drawn, or if too few were drawn.
-        best_left = tl.maximum(_unpacked_bound(tl.max(left, 0)), LOWEST)
-        last_key = tl.min(tl.where(samples < num_samples, drawn, float("inf")), 0)
-        last_key = last_key * tl.where(is_greedy, 1.0, LOG2_E)
-        unfinished = (best_left > LOWEST) & (best_left + _margin(best_left) >= last_key)
-
-    tl.store(
-        tokens_ptr + row * stride_tokens_row + samples.to(tl.int64) * stride_tokens_sample,
-        tl.where(drawn == float("-inf"), -1, drawn_tokens).to(tl.int64),
-        mask=samples < num_samples,
-    )
-
+    # Before the draws, while the bounds are on their way.
     chunks = tl.arange(0, BLOCK_CHUNKS)
     records = row * num_chunks + chunks
     peaks = tl.load(peaks_ptr + records, mask=chunks < num_chunks, other=LOWEST)
     masses = tl.load(masses_ptr + records, mask=chunks < num_chunks, other=0.0)
     peak = tl.max(peaks, 0)
+    scale = triton_warping.exponent_scale(temperature)
     divisor = tl.where(is_greedy, 1.0, temperature)
-    mass = tl.sum(masses * tl.exp2(_below(peaks, peak) * triton_warping.exponent_scale(temperature)), 0)
+    mass = tl.sum(masses * tl.exp2(_below(peaks, peak) * scale), 0)
     log_normaliser = tl.where(is_greedy, peak, tl.div_rn(peak, divisor) + tl.log(mass))
     tl.store(log_normaliser_ptr + row * stride_log_normaliser_row, log_normaliser)
+
+    groups_left = _packed(bound, groups, BLOCK_GROUPS)
+    drawn = tl.full([TOKEN_SLOTS], NO_KEY, tl.int64)
+    drawn_tokens = tl.full([TOKEN_SLOTS], NO_TOKEN, tl.int32)
+    last_key = tl.full([], float("-inf"), tl.float64)
+    samples = tl.arange(0, TOKEN_SLOTS)
+    is_first = True
+    takes_groups = True
+    while takes_groups:
+        taken, groups_left = triton_selection.largest_entries(groups_left, GROUP_SLOTS, WARPS)
+        first_blocks, tokens_left = _token_bounds(
+            row_ptr, taken, vocab, temperature, seed, offset, LANES, SPAN_TILES, BLOCK_GROUPS
+        )
+        takes_tokens = True
+        while takes_tokens:
+            best, tokens_left = triton_selection.largest_entries(tokens_left, TOKEN_SLOTS, WARPS)
+            keys, tokens = _exact_draws(row_ptr, first_blocks, best, temperature, seed, offset, LANES, SPAN_TILES)
+            if is_first:
+                drawn = keys
+                drawn_tokens = tokens
+            else:
+                drawn, drawn_tokens = triton_selection.merged_pairs(drawn, drawn_tokens, keys, tokens)
+            is_first = False
+
+            # What is left out can be drawn only if its bound reaches the last key drawn, or if too few were drawn.
+            last_key = _key_of(triton_selection.largest(tl.where(samples == num_samples - 1, drawn, NO_KEY)))
+            last_key = last_key * tl.where(is_greedy, 1.0, LOG2_E)
+            takes_tokens = _may_precede(tokens_left, last_key, NUM_PLACES)
+        takes_groups = _may_precede(groups_left, last_key, BLOCK_GROUPS)
+
+    tl.store(
+        tokens_ptr + row * stride_tokens_row + samples.to(tl.int64) * stride_tokens_sample,
+        tl.where(drawn == NO_KEY, -1, drawn_tokens).to(tl.int64),
+        mask=samples < num_samples,
+    )

@@ -11,33 +11,40 @@ Parallel plan: what one program owns
     of its lanes, the largest upper bound of a key, and the sum of exponentials. Philox gives noise for four tokens at a
     time, so a lane takes four neighbours a tile, and the same lane of SPAN_TILES tiles in a row is a group of 4 *
     SPAN_TILES tokens. What leaves the kernel is one bound a lane and one (peak, mass) a chunk.
-    `draw_kernel`, one program a row: takes the k + k / 4 + 2 groups (128 at most) of largest bounds, computes the exact
-    keys of their tokens and draws the k largest. If a group that was left out has a bound at or above the k-th key,
-    another round follows with the next groups; so the result is exact, and one round is nearly always enough. Adds up
-    the chunks' sums.
+    `draw_kernel`, one program a row: takes twice as many groups as samples, rounded up to a power of two (8 at least,
+    128 at most), of the largest bounds, then as many of their tokens (256 at most), again by bound, and only these get
+    exact keys. If a token or a group that was left out has a bound at or above the k-th key, another round follows with
+    the next ones; so the result is exact, and one round is nearly always enough. What is taken is found by networks
+    (triton_selection.py), not by one maximum after another. Adds up the chunks' sums.
     The order of every sum and comparison is fixed: results repeat bit for bit.
 
 Memory: bytes read and written
-    Reads the logits once, and the candidates' again from L2 (64 tokens a group); writes and reads 4 bytes for each lane
-    of a chunk (1/16 of a byte for a token in chunks of 16 tiles). Floor for 64 rows x 128256 bf16: 16.4 MB, 3.8 us at
-    4.3 TB/s.
+    Reads the logits once, and those of the groups taken again from L2 (64 tokens a group); writes and reads 4 bytes for
+    each lane of a chunk (1/16 of a byte for a token in chunks of 16 tiles). Floor for 64 rows x 128256 bf16: 16.4 MB,
+    3.8 us at 4.3 TB/s.
 
 Numerics
-    The bound is -log2 of u + u^2 / 2 <= -log(1 - u) by the hardware's approximate logarithm, so it needs one logarithm
-    where the key needs two precise ones; a margin that covers the rounding is added when bounds meet keys. Exact keys
-    take the reference's steps (noise in float32 by the library logarithm, without fused multiply-adds; quotient and sum
-    in float64, or small temperatures would round the noise away) and equal it bit for bit on a CUDA device. Sums of
+    The bound is -log2 of u exp(u / 2) <= -log(1 - u) by the hardware's approximate logarithm, so it needs one logarithm
+    and one addition where the key needs two precise logarithms; a margin that covers the rounding is added when bounds
+    meet keys. Among bounds, the lowest bits make room for an id, which rounds a bound up. Exact keys take the
+    reference's steps (noise in float32 by the library logarithm, without fused multiply-adds; quotient and sum in
+    float64, or small temperatures would round the noise away) and equal it bit for bit on a CUDA device. Sums of
     exponentials are relative to a running maximum of the lane.
-    Instructions a token of `bound_keys_kernel`, counted in its sm_90 code: about 30, of which Philox takes 11 and the
-    special-function unit 2.25 (logarithm, exponential, and a rescaling for every fourth token). 64 x 128256 tokens at
-    full issue rate of 132 multiprocessors are about 8 us, so this kernel is bound by arithmetic, at twice the read.
-    `draw_kernel` is bound by latency: k + k / 4 + 2 rounds of a block-wide maximum, then k of a maximum and a minimum;
-    a candidate costs one float64 division, some 1400 a row. Its sm_90 code for k = 16, issued in order at latencies of
-    5 cycles for arithmetic, 24 for shuffles and shared memory, 280 for L2 and 600 for what comes first, takes 43000
-    cycles, 24 us at 1.8 GHz.
-    Together 32 us for the 64 rows, 8.5 times one read.
+    Instructions a token of `bound_keys_kernel`, counted in its sm_90 code (triton 3.7.1): 373 in the loop for 16 tokens
+    of a thread, 23 each, where it was 30. Philox takes 9.5 of them, bound and maximum 5, the exponential and its sum 4,
+    the special-function unit 2.1. 64 x 128256 tokens at full issue rate of 132 multiprocessors are 6.3 us (8 before),
+    so this kernel is bound by arithmetic.
+    `draw_kernel` is bound by latency. Its sm_90 code for k = 16, one warp a scheduler, issued in order at latencies of
+    5 cycles for arithmetic, 24 for shuffles and shared memory, 280 for L2 and 600 for what comes first, takes 8200
+    cycles for a round, 4.6 us at 1.8 GHz: 1000 until the bounds are there, 1900 to take groups, 2400 for bounds of
+    tokens and to take some, 1900 for exact keys and their order, 900 to see that no round follows. The same count gives
+    43000 cycles, 24 us, for the 22 + 16 maxima one after another that this kernel had before.
+    Together 10.9 us for the 64 rows, 2.9 times one read; before, 32 us and 8.5 times. Two reads are 7.6 us, which the
+    first kernel alone nearly takes: what the definition of the draws asks of every token (Philox, one conversion,
+    logarithm, exponential, maximum and sum) is some 18 instructions, 5 us, and the draws wait for each other.
     All this is counted. An H100 with other work on it took 44.4 us for the 64 rows, 31.7 us for greedy ones and 29.5
-    us for a single row (`bench/results/nvidia-h100-80gb-hbm3/sample_without_replacement.json`).
+    us for a single row (`bench/results/nvidia-h100-80gb-hbm3/sample_without_replacement.json`) in the form before; this
+    one has not run on a GPU.
 
 Source
     Gumbel-top-k (Kool, van Hoof, Welling 2019, arXiv 1903.06059). The threshold rule that stops the rounds is that of
@@ -68,8 +75,9 @@ _SPAN_TILES = 16
 _PROGRAMS_PER_SM = 3.5
 """programs of 8 warps that a multiprocessor should get before chunks become longer than a tile"""
 _MOST_TAKEN = 128
-_DRAW_WARPS = 8
-"""warps of a drawing program; with 16 the float64 keys of 128 groups do not fit a thread's registers"""
+_LEAST_SLOTS = 8
+_FEW_SLOTS = 32
+"""tokens up to which four warps draw, each with less to wait for; eight where more entries need more registers"""
 
 
 # launch configuration ------------------------------------------------------------------------------------------------
@@ -85,9 +93,12 @@ class LaunchConfig(NamedTuple):
     num_chunks: int
     num_groups: int
     """of a row: spans * lanes"""
-    num_taken: int
-    """groups whose tokens get exact keys in a round"""
+    group_slots: int
+    """groups that a round takes, a power of two"""
+    token_slots: int
+    """tokens of theirs that get exact keys at a time, a power of two"""
     num_warps: int
+    draw_warps: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -98,14 +109,16 @@ def _launch_config(num_rows: int, vocab: int, num_samples: int, traits: triton_d
     while tiles > 1 and num_rows * triton.cdiv(vocab, 4 * lanes * tiles) < _PROGRAMS_PER_SM * traits.num_sms:
         tiles //= 2
     num_groups = triton.cdiv(vocab, 4 * lanes * _SPAN_TILES) * lanes
-    num_taken = min(num_groups, num_samples + num_samples // 4 + 2, _MOST_TAKEN)
+    token_slots = max(_LEAST_SLOTS, triton.next_power_of_2(2 * num_samples))
     return LaunchConfig(
         lanes,
         tiles,
         triton.cdiv(vocab, 4 * lanes * tiles),
         num_groups,
-        num_taken,
+        min(triton.next_power_of_2(num_groups), token_slots, _MOST_TAKEN),
+        token_slots,
         num_warps=max(1, lanes // _LANES_PER_WARP),
+        draw_warps=4 if token_slots <= _FEW_SLOTS else 8,
     )
 
 
@@ -144,7 +157,7 @@ def run(inputs: SampleInputs, outputs: SampledTokens, config: LaunchConfig | Non
         draw_kernel[(num_rows,)](
             logits, *rows, bounds, peaks, masses,
             tokens, log_normaliser,
-            vocab, config.num_chunks, num_samples, config.num_taken,
+            vocab, config.num_chunks, num_samples,
             *input_strides,
             tokens.stride(0) if num_rows > 1 else 0,
             tokens.stride(1) if num_samples > 1 else 0,
@@ -154,9 +167,10 @@ def run(inputs: SampleInputs, outputs: SampledTokens, config: LaunchConfig | Non
             CHUNKS_PER_SPAN=_SPAN_TILES // config.tiles,
             BLOCK_GROUPS=triton.next_power_of_2(config.num_groups),
             BLOCK_CHUNKS=triton.next_power_of_2(config.num_chunks),
-            GROUP_SLOTS=triton.next_power_of_2(config.num_taken),
-            SAMPLE_SLOTS=triton.next_power_of_2(num_samples),
-            num_warps=_DRAW_WARPS,
-            maxnreg=triton_device.most_registers(_DRAW_WARPS),
+            GROUP_SLOTS=config.group_slots,
+            TOKEN_SLOTS=config.token_slots,
+            WARPS=config.draw_warps,
+            num_warps=config.draw_warps,
+            maxnreg=triton_device.most_registers(config.draw_warps),
             enable_fp_fusion=False,  # keys are to equal the reference's
         )  # fmt: skip

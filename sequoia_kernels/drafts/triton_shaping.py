@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sequoia_kernels.drafts import triton_rows
 from sequoia_kernels.ops import triton_device, triton_warping
 from sequoia_kernels.tree import Topology
 
@@ -96,13 +97,10 @@ def row_masses_kernel(
     # blocks
     CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row, request, row_ptr = triton_rows.program_row(logits_ptr, width, stride_logits_request, stride_logits_row)
     chunk = tl.program_id(1)
-    request = row // width
-    row_ptr = logits_ptr + request * stride_logits_request + (row % width) * stride_logits_row
     scale = triton_warping.exponent_scale(_divisor(tl.load(temperature_ptr + request * stride_temperature)))
-    tokens = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    logits = tl.load(row_ptr + tokens * stride_logits_token, mask=tokens < vocab, other=float("-inf"))
+    logits = triton_rows.read_chunk(row_ptr, chunk, vocab, stride_logits_token, CHUNK)[1]
     peak, mass = triton_warping.peak_and_mass(logits.to(tl.float32), scale)
     record = row * tl.num_programs(1) + chunk
     tl.store(peaks_ptr + record, peak)

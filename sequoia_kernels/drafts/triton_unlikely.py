@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sequoia_kernels.drafts import triton_rows
 from sequoia_kernels.ops import triton_device, triton_warping
 
 __all__ = ["run", "supports"]
@@ -54,6 +55,14 @@ _NUM_WARPS = 8
 def _finite(logits):  # fp32
     """As `Tensor.nan_to_num`."""
     return tl.minimum(tl.maximum(tl.where(logits == logits, logits, 0.0), -LARGEST), LARGEST)
+
+
+@triton.jit
+def _settings(temperature_ptr, top_p_ptr, request, stride_temperature, stride_top_p):
+    """A request's temperature and top_p, and whether its rows are changed."""
+    temperature = tl.load(temperature_ptr + request * stride_temperature)
+    top_p = tl.load(top_p_ptr + request * stride_top_p)
+    return temperature, top_p, (temperature > 0.0) & (top_p < 1.0)
 
 
 @triton.jit
@@ -85,15 +94,11 @@ def chunk_peaks_kernel(
     # blocks
     CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    request = row // width
-    temperature = tl.load(temperature_ptr + request * stride_temperature)
-    top_p = tl.load(top_p_ptr + request * stride_top_p)
-    if (temperature > 0.0) & (top_p < 1.0):
-        row_ptr = logits_ptr + request * stride_logits_request + (row % width) * stride_logits_row
-        tokens = chunk.to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-        logits = tl.load(row_ptr + tokens * stride_logits_token, mask=tokens < vocab, other=float("-inf"))
+    row, request, row_ptr = triton_rows.program_row(logits_ptr, width, stride_logits_request, stride_logits_row)
+    is_changed = _settings(temperature_ptr, top_p_ptr, request, stride_temperature, stride_top_p)[2]
+    if is_changed:
+        chunk = tl.program_id(1)
+        logits = triton_rows.read_chunk(row_ptr, chunk, vocab, stride_logits_token, CHUNK)[1]
         tl.store(peaks_ptr + row * tl.num_programs(1) + chunk, tl.max(_finite(logits.to(tl.float32)), 0))
 
 
@@ -122,14 +127,11 @@ def sums_below_kernel(
     LANES: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
 ):
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    num_chunks = tl.num_programs(1)
-    request = row // width
-    temperature = tl.load(temperature_ptr + request * stride_temperature)
-    top_p = tl.load(top_p_ptr + request * stride_top_p)
-    if (temperature > 0.0) & (top_p < 1.0):
-        row_ptr = logits_ptr + request * stride_logits_request + (row % width) * stride_logits_row
+    row, request, row_ptr = triton_rows.program_row(logits_ptr, width, stride_logits_request, stride_logits_row)
+    temperature, _, is_changed = _settings(temperature_ptr, top_p_ptr, request, stride_temperature, stride_top_p)
+    if is_changed:
+        chunk = tl.program_id(1)
+        num_chunks = tl.num_programs(1)
         peak = _row_peak(peaks_ptr + row * num_chunks, num_chunks, BLOCK_CHUNKS)
         scale = triton_warping.exponent_scale(temperature)
         halvings = tl.arange(0, CUTS)
@@ -137,8 +139,7 @@ def sums_below_kernel(
         sums = tl.zeros([CUTS, LANES], tl.float32)
         mass = tl.zeros([LANES], tl.float32)
         for tile in range(TILES):
-            tokens = (chunk.to(tl.int64) * TILES + tile) * LANES + tl.arange(0, LANES)
-            logits = tl.load(row_ptr + tokens * stride_logits_token, mask=tokens < vocab, other=float("-inf"))
+            tokens, logits = triton_rows.read_chunk(row_ptr, chunk * TILES + tile, vocab, stride_logits_token, LANES)
             logits = _finite(logits.to(tl.float32))
             # Bounded, so that no scale makes it overflow.
             weights = tl.where(tokens < vocab, tl.exp2(tl.maximum(logits - peak, -1e30) * scale), 0.0)
@@ -177,16 +178,12 @@ def set_back_kernel(
     CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,  # >= num_chunks
 ):
-    row = tl.program_id(0).to(tl.int64)
-    num_chunks = tl.num_programs(1)
-    request = row // width
-    temperature = tl.load(temperature_ptr + request * stride_temperature)
-    top_p = tl.load(top_p_ptr + request * stride_top_p)
+    row, request, row_ptr = triton_rows.program_row(logits_ptr, width, stride_logits_request, stride_logits_row)
+    temperature, top_p, is_changed = _settings(temperature_ptr, top_p_ptr, request, stride_temperature, stride_top_p)
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    row_ptr = logits_ptr + request * stride_logits_request + (row % width) * stride_logits_row
-    tokens = tl.program_id(1).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    changed = tl.load(row_ptr + tokens * stride_logits_token, mask=tokens < vocab, other=0.0)
-    if (temperature > 0.0) & (top_p < 1.0):
+    tokens, changed = triton_rows.read_chunk(row_ptr, tl.program_id(1), vocab, stride_logits_token, CHUNK)
+    if is_changed:
+        num_chunks = tl.num_programs(1)
         peak = _row_peak(peaks_ptr + row * num_chunks, num_chunks, BLOCK_CHUNKS)
         chunks = tl.arange(0, BLOCK_CHUNKS)
         halvings = tl.arange(0, CUTS)

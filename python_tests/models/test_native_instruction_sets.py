@@ -85,6 +85,17 @@ def test_only_products_of_bfloat16_weights_are_made_of_pairs():
         assert torch.equal(pairs, floats) == same, (dtype, name)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "gpt_neox-sequential"])
+def test_keys_take_what_rounding_takes_away_from_pairs(name):
+    """In separate, fused and interleaved projections. The first layer reads the same rows in both forwards."""
+    prompt, wrong = tokens_of(63, 1, 40), {}
+    by_pairs, by_floats = (behind(runner, prompt).layers[0] for runner in pairs_of(torch.bfloat16, name))
+    for kind in ("keys", "values"):
+        rows = (getattr(layer, kind)[:, :40] for layer in (by_pairs, by_floats))
+        wrong[kind] = float(torch.ne(*rows).float().mean())
+    assert wrong["keys"] < 0.01 < 0.1 < wrong["values"]
+
+
 def test_what_is_not_finite_stays_visible_in_pairs():
     tokens = torch.tensor([[5, 6, 7, 5]])
     for value in (float("nan"), float("inf")):

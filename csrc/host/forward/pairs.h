@@ -44,7 +44,7 @@ SEQUOIA_INLINE SEQUOIA_AVX512_BF16 void add_rows(const BFloat16* weights, i64 st
     const i64 whole = size / (2 * W), rest = size % (2 * W);
     Requests requests(ahead);
     for (i64 step = 0; step < whole; ++step, nodes += C * W) {
-        if (ahead != nullptr) requests.request_whole();
+        if (ahead != nullptr) requests.request_lines();
         if (NEAR) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) __builtin_prefetch(following + r * stride + step * 2 * W, 0, 3);

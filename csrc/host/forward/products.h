@@ -110,8 +110,8 @@ struct Panel {
 struct Ahead {
     static constexpr i64 BYTES = 32768, LINE = 64;
     const char *at = nullptr, *end = nullptr, *then = nullptr;
-    i64 lines = 0;                         // of a step
-    i64 due = 0, rest = 0, share = LINE;  // a line more for every `share` that steps of `rest` make up
+    i64 lines = 0;                        // of a step
+    i64 due = 0, read = 0, share = LINE;  // bytes: a line is requested for every `share` that steps of `read` make up
 
     Ahead() = default;
     // Rows one behind the other, whose first BYTES are requested already.
@@ -129,11 +129,12 @@ struct Ahead {
             __builtin_prefetch(at, 0, 2);
         }
     }
-    // A step reads so many bytes, again for each of the blocks of nodes: whole lines of them are shared out to blocks.
+    // A step reads so many bytes, again for each of the blocks of nodes: either its lines are shared out to the blocks, or
+    // all blocks count bytes.
     SEQUOIA_INLINE void pace(i64 bytes, i64 block, i64 blocks) {
-        const i64 whole = bytes / LINE;
-        lines = whole * (block + 1) / blocks - whole * block / blocks;
-        rest = bytes % LINE;
+        const i64 all = bytes / LINE;
+        lines = all * (block + 1) / blocks - all * block / blocks;
+        read = bytes;
         share = LINE * blocks;
     }
     void turn() {
@@ -176,21 +177,23 @@ class Requests {
     explicit Requests(Ahead* ahead) : ahead_(ahead) {
         if (ahead == nullptr) return;
         at_ = ahead->at, end_ = ahead->end, lines_ = ahead->lines;
-        due_ = ahead->due, rest_ = ahead->rest, share_ = ahead->share;
+        due_ = ahead->due, read_ = ahead->read, share_ = ahead->share;
     }
-    // A step's lines, where it reads whole ones.
-    SEQUOIA_INLINE void request_whole() {
+    // Of steps that read whole lines.
+    SEQUOIA_INLINE void request_lines() {
         for (i64 line = 0; line < lines_; ++line, at_ += Ahead::LINE) __builtin_prefetch(at_, 0, 2);
-        if (at_ >= end_) at_ = turned(ahead_, at_), end_ = ahead_->end;
+        turn();
     }
     SEQUOIA_INLINE void request() {
-        due_ += rest_;
-        if (due_ >= share_) __builtin_prefetch(at_, 0, 2), at_ += Ahead::LINE, due_ -= share_;
-        request_whole();
+        for (due_ += read_; due_ >= share_; due_ -= share_, at_ += Ahead::LINE) __builtin_prefetch(at_, 0, 2);
+        turn();
     }
     SEQUOIA_INLINE void leave() { ahead_->at = at_, ahead_->due = due_; }
 
   private:
+    SEQUOIA_INLINE void turn() {
+        if (at_ >= end_) at_ = turned(ahead_, at_), end_ = ahead_->end;
+    }
     static __attribute__((noinline)) const char* turned(Ahead* ahead, const char* at) {
         ahead->at = at;
         ahead->turn();
@@ -199,7 +202,7 @@ class Requests {
 
     Ahead* ahead_;
     const char *at_ = nullptr, *end_ = nullptr;
-    i64 lines_ = 0, due_ = 0, rest_ = 0, share_ = 0;
+    i64 lines_ = 0, due_ = 0, read_ = 0, share_ = 0;
 };
 
 // Rows of a matrix.

@@ -5,9 +5,12 @@ asked for, take turns with two measurements on the same threads (`csrc/host/forw
 as large as the weights but at most `--read-mib`, which must lie beyond the caches to mean memory; and multiply-adds in
 registers. The floor of a forward is the longer of reading all weights that it multiplies once at that bandwidth and
 making its multiply-adds, attention's included, at that rate. Where an instruction set multiplies pairs of bfloat16 and
-the weights are such, theirs count at the rate of pairs, once each, although the activations of queries, keys and values
-are split into two. Of every figure the best round counts, and the median of a forward is told beside it. What the floor
-leaves out is reading the cache, and widening weights of 16 bits.
+the weights are such, theirs count at the rate of pairs, once each, although keys' are multiplied twice, also with what
+rounding took away from activations. What the floor leaves out is reading the cache, and widening weights of 16 bits.
+
+Each forward lies between two readings. `ratio` is the best forward over the floor by the best reading and rate of the
+whole run. On a shared machine these are not of the same moment: memory may give half as much again for some of a
+second. `paired_ratio` is the median, over rounds, of a forward over the floor by the two readings beside it.
 """
 
 from __future__ import annotations
@@ -102,21 +105,25 @@ def measure(bench: Run) -> None:
         for name, model in models.items()
     }
     times: dict[tuple[int, str], list[float]] = {key: [] for key in forwards}
+    read_times: dict[tuple[int, str], list[float]] = {key: [] for key in forwards}  # of all weights, beside these
     with_pairs = _host.forward_instruction_sets(pairs=True) if dtype == torch.bfloat16 else []
     bandwidth = 0.0  # bytes a second
     rates, pair_rates = dict.fromkeys(models, 0.0), dict.fromkeys(models.keys() & set(with_pairs), 0.0)
     for round_ in range(options.rounds + 1):
         for (num_rows, name), forward in forwards.items():
-            seconds = _host.read_seconds(name, buffer.data_ptr(), read_bytes, num_threads)
-            bandwidth = max(bandwidth, read_bytes / seconds)
             rates[name] = max(rates[name], _host.multiply_add_rate(name, STEPS, num_threads))
             if name in pair_rates:
                 rate = _host.multiply_add_rate(name, STEPS, num_threads, pairs=True)
                 pair_rates[name] = max(pair_rates[name], rate)
+            before = _host.read_seconds(name, buffer.data_ptr(), read_bytes, num_threads)
             started = time.perf_counter()
             forward()
+            seconds = time.perf_counter() - started
+            after = _host.read_seconds(name, buffer.data_ptr(), read_bytes, num_threads)
+            bandwidth = max(bandwidth, read_bytes / min(before, after))
             if round_ > 0:  # the first one warms up
-                times[num_rows, name].append(1e3 * (time.perf_counter() - started))
+                times[num_rows, name].append(1e3 * seconds)
+                read_times[num_rows, name].append(1e3 * weight_bytes / read_bytes * (before + after) / 2)
 
     bench.document |= {name: getattr(options, name) for name in ("size", "dtype", "context", "rounds")}
     bench.document |= {
@@ -142,15 +149,19 @@ def measure(bench: Run) -> None:
         attention_ms = 1e3 * attended(shape, num_rows, options.context) / rates[name]
         multiply_ms = 1e3 * num_rows * weights / pair_rates.get(name, rates[name]) + attention_ms
         best, floor = min(taken), max(read_ms, multiply_ms)
+        beside = read_times[num_rows, name]
+        paired = statistics.median(ms / max(read, multiply_ms) for ms, read in zip(taken, beside, strict=True))
         results.append(
             {
                 "rows": num_rows, "instruction_set": name, "best_ms": best, "median_ms": statistics.median(taken),
                 "read_ms": read_ms, "multiply_ms": multiply_ms, "floor_ms": floor, "ratio": best / floor,
+                "median_read_ms": statistics.median(beside), "paired_ratio": paired,
             }
         )  # fmt: skip
         print(
             f"{num_rows:4d} rows, {name}: best {best:.2f} ms, median {statistics.median(taken):.2f} ms; reading "
-            f"{read_ms:.2f} ms, multiply-adds {multiply_ms:.2f} ms; {best / floor:.2f} times the floor"
+            f"{read_ms:.2f} ms, multiply-adds {multiply_ms:.2f} ms; {best / floor:.2f} times the floor; beside its own "
+            f"readings (median {statistics.median(beside):.2f} ms) {paired:.2f} times"
         )
 
 

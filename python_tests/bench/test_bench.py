@@ -601,6 +601,8 @@ def test_floors_of_a_forward_are_the_longer_of_reading_and_multiplying(tmp_path)
         assert 0 < result["best_ms"] <= result["median_ms"]
         assert result["floor_ms"] == max(result["read_ms"], result["multiply_ms"]) > 0
         assert math.isclose(result["ratio"], result["best_ms"] / result["floor_ms"])
+        # Readings beside a forward are no faster than the best one.
+        assert result["read_ms"] <= result["median_read_ms"] * (1 + 1e-9) and result["paired_ratio"] > 0
     one, five = (result["multiply_ms"] for result in document["results"])
     assert five > 5 * one
 

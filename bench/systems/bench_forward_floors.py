@@ -8,9 +8,10 @@ making its multiply-adds, attention's included, at that rate. Where an instructi
 the weights are such, theirs count at the rate of pairs, once each, although keys' are multiplied twice, also with what
 rounding took away from activations. What the floor leaves out is reading the cache, and widening weights of 16 bits.
 
-Each forward lies between two readings. `ratio` is the best forward over the floor by the best reading and rate of the
-whole run. On a shared machine these are not of the same moment: memory may give half as much again for some of a
-second. `paired_ratio` is the median, over rounds, of a forward over the floor by the two readings beside it.
+Each forward lies between two readings, each reading between two forwards. `ratio` is the best forward over the floor by
+the best reading and rate of the whole run. On a shared machine these are not of the same moment: memory may give half
+as much again for some of a second. `paired_ratio` is the median, over rounds, of a forward over the floor by the two
+readings beside it.
 """
 
 from __future__ import annotations
@@ -109,18 +110,18 @@ def measure(bench: Run) -> None:
     with_pairs = _host.forward_instruction_sets(pairs=True) if dtype == torch.bfloat16 else []
     bandwidth = 0.0  # bytes a second
     rates, pair_rates = dict.fromkeys(models, 0.0), dict.fromkeys(models.keys() & set(with_pairs), 0.0)
+    after = _host.read_seconds(instruction_sets[0], buffer.data_ptr(), read_bytes, num_threads)
     for round_ in range(options.rounds + 1):
         for (num_rows, name), forward in forwards.items():
             rates[name] = max(rates[name], _host.multiply_add_rate(name, STEPS, num_threads))
             if name in pair_rates:
                 rate = _host.multiply_add_rate(name, STEPS, num_threads, pairs=True)
                 pair_rates[name] = max(pair_rates[name], rate)
-            before = _host.read_seconds(name, buffer.data_ptr(), read_bytes, num_threads)
             started = time.perf_counter()
             forward()
             seconds = time.perf_counter() - started
-            after = _host.read_seconds(name, buffer.data_ptr(), read_bytes, num_threads)
-            bandwidth = max(bandwidth, read_bytes / min(before, after))
+            before, after = after, _host.read_seconds(name, buffer.data_ptr(), read_bytes, num_threads)
+            bandwidth = max(bandwidth, read_bytes / after)
             if round_ > 0:  # the first one warms up
                 times[num_rows, name].append(1e3 * seconds)
                 read_times[num_rows, name].append(1e3 * weight_bytes / read_bytes * (before + after) / 2)

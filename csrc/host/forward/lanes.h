@@ -251,9 +251,7 @@ SEQUOIA_INLINE void sums_of_eight(const Float (&rows)[4][2], float* first, float
     _mm_storeu_ps(first, _mm256_castps256_ps128(both));
     _mm_storeu_ps(second, _mm256_extractf128_ps(both, 1));
 }
-#endif
 
-#if defined(__AVX512F__)
 // Sixteen rows of sixteen numbers: columns become rows.
 SEQUOIA_INLINE void transpose(Float (&rows)[16]) {
     __m512 fours[16], eights[16];

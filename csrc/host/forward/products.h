@@ -83,7 +83,8 @@ struct Panel {
         auto [to, step] = place(node);
         put_pairs(to, step, row, [](Float lanes, Halves rounded) {
             const Float rest = lanes - (Float)(__builtin_convertvector(rounded, Bits) << 16);
-            return rounded_to_bfloat16(rest == rest ? rest : Float{});  // infinity stays what it is
+            // What is infinite, or was rounded to infinity, has none: it stays what it is.
+            return rounded_to_bfloat16(rest - rest == 0.0f ? rest : Float{});
         });
     }
 
